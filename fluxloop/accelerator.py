@@ -1,0 +1,79 @@
+"""Where tensors are computed: the device, and the three places of a step that know about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fluxloop.nested import map_tensors
+
+
+class Accelerator:
+    """Places models and batches on a device; computes gradients and steps optimizers there.
+
+    ``runstep`` places a step's entries, ``learner.backward`` computes gradients and
+    ``learner.update`` steps an optimizer through it; nothing else in fluxloop knows the device.
+
+    Args:
+        device: ``"auto"`` (CUDA, else MPS, else the CPU), or anything ``torch.device`` takes.
+
+    Raises:
+        ValueError: The device is not available on this machine.
+    """
+
+    def __init__(self, device: str | torch.device = "auto") -> None:
+        self.device = _choose(device)
+
+    def place_model(self, model: nn.Module) -> None:
+        """Move a module's parameters and buffers to the device, in place."""
+        model.to(self.device)
+
+    def place(self, entries: dict[str, Any]) -> None:
+        """Move every tensor in a step's entries to the device, in nested containers too."""
+        device = self.device
+        for name, value in entries.items():
+            if type(value) is Tensor:
+                if value.device != device:
+                    entries[name] = value.to(device, non_blocking=True)
+            else:
+                entries[name] = map_tensors(self._move, value)
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.device == self.device else tensor.to(self.device, non_blocking=True)
+
+    def backward(self, loss: Tensor, parameters: Sequence[nn.Parameter] | None = None) -> None:
+        """Add the gradients of a scalar loss to ``grad``: of `parameters` alone, or of all it reaches."""
+        if parameters is None:
+            torch.autograd.backward(loss)
+        else:
+            torch.autograd.backward(loss, inputs=parameters)
+
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Step an optimizer."""
+        optimizer.step()
+
+    def __repr__(self) -> str:
+        return f"Accelerator(device={str(self.device)!r})"
+
+
+def _choose(device: str | torch.device) -> torch.device:
+    """Resolve ``"auto"``, and give a CUDA device its index, so that it equals that of its tensors."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            device = "cuda"
+        elif torch.backends.mps.is_available():
+            device = "mps"
+        else:
+            device = "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={str(device)!r} was given, but CUDA is not available; expected 'auto' or 'cpu'")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device={str(device)!r} was given, but MPS is not available; expected 'auto' or 'cpu'")
+    if chosen.index is None and chosen.type in ("cuda", "mps"):
+        index = torch.cuda.current_device() if chosen.type == "cuda" else 0
+        chosen = torch.device(chosen.type, index)
+    return chosen

@@ -1,0 +1,346 @@
+"""The callback base, `on`, and `resolve_conflict`.
+
+A callback is a class that declares what it reads and writes and has methods marked with `on`::
+
+    @define
+    class LossEMA(Callback):
+        alpha: float = 0.1
+        value: float | None = None
+        reads = ("step.loss",)
+        writes = ("cbstate.loss_ema",)
+
+        @on(StepEnd, AbstractTrainingPhase)
+        def update(self, event, phase, learner): ...
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any, ClassVar, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
+
+from attrs import define, field, frozen
+from multipledispatch import Dispatcher
+from multipledispatch.conflict import supercedes
+
+from fluxloop.errors import AmbiguousHandlerError, HandlerError, describe, did_you_mean
+from fluxloop.events import Event, event_types
+from fluxloop.phase import Phase
+
+Handler = Callable[[Event, Phase, Any], None]
+Signature = tuple[type[Event], type[Phase], type]
+F = TypeVar("F", bound=Callable[..., Any])
+
+MARK = "__fluxloop_on__"
+
+
+@frozen
+class _Registration:
+    """One handler: the method's name, or the function itself where it came from outside."""
+
+    name: str
+    function: Callable[..., Any] | None
+
+
+_from_outside: WeakKeyDictionary[type, dict[tuple[type[Event], type[Phase]], Callable[..., Any]]]
+_from_outside = WeakKeyDictionary()
+
+watchers: WeakSet[Any] = WeakSet()
+"""Whoever has resolved handlers and wants its ``forget()`` called when one is added."""
+
+
+def on(
+    event: type[Event], phase: type[Phase] = Phase, callback: type[Callback] | None = None
+) -> Callable[[F], F]:
+    """Register a handler for an event type and a phase type.
+
+    In a class body it marks a method ``(self, event, phase, learner)``. From outside, with
+    `callback`, it teaches a class one does not own: the function is called as
+    ``(callback, event, phase, learner)``. May be stacked. Among several handlers that fit, the
+    most specific in (event, phase, class) is called.
+
+    Args:
+        event: An event type; its subclasses are handled too.
+        phase: A phase type; its subclasses are handled too. Left out: any phase.
+        callback: The callback class to teach, where the handler stands outside of it.
+
+    Raises:
+        HandlerError: `event` is no event type, or `phase` no phase type.
+
+    Example:
+        >>> class Hello(Callback):
+        ...     @on(FitBegin)
+        ...     def greet(self, event, phase, learner):
+        ...         print("hello")
+    """
+    if not (isinstance(event, type) and issubclass(event, Event)):
+        name = event if isinstance(event, str) else getattr(event, "__name__", "")
+        hint = did_you_mean(name, [cls.__name__ for cls in event_types()])
+        raise HandlerError(
+            f"@on was given {describe(event)} as an event; expected an event type, e.g. @on(StepEnd){hint}"
+        )
+    if not (isinstance(phase, type) and issubclass(phase, Phase)):
+        raise HandlerError(
+            f"@on({event.__name__}, …) was given {describe(phase)} as a phase; expected a phase type, "
+            f"e.g. @on({event.__name__}, AbstractTrainingPhase)"
+        )
+    if callback is not None and not (isinstance(callback, type) and issubclass(callback, Callback)):
+        raise HandlerError(
+            f"@on({event.__name__}, {phase.__name__}, …) was given {describe(callback)}; expected the "
+            "class of a callback"
+        )
+
+    def register(function: F) -> F:
+        if callback is None:
+            marks = getattr(function, MARK, ())
+            setattr(function, MARK, (*marks, (event, phase)))
+        else:
+            _from_outside.setdefault(callback, {})[event, phase] = function
+            _handlers.clear()
+            for watcher in list(watchers):
+                watcher.forget()
+        return function
+
+    return register
+
+
+def registrations(cls: type) -> dict[Signature, _Registration]:
+    """Collect the handlers of a callback class: its own, inherited, and taught from outside.
+
+    Raises:
+        AmbiguousHandlerError: One class registers two methods for the same event and phase.
+    """
+    found: dict[Signature, _Registration] = {}
+    for base in reversed(cls.__mro__):
+        for name, member in vars(base).items():
+            marks = getattr(member, MARK, ())
+            if marks:  # a method registered anew no longer stands for what it stood for
+                found = {key: reg for key, reg in found.items() if reg.name != name}
+            for event, phase in marks:
+                known = found.get((event, phase, base))
+                if known is not None:
+                    raise AmbiguousHandlerError(
+                        f"{base.__name__} has two handlers for ({event.__name__}, {phase.__name__}): "
+                        f"{known.name} and {name}; keep one, or give one a more specific event or phase"
+                    )
+                found[event, phase, base] = _Registration(name, None)
+        for (event, phase), function in _from_outside.get(base, {}).items():
+            found[event, phase, base] = _Registration(function.__name__, function)
+    return found
+
+
+def _show(signature: Signature) -> str:
+    event, phase, owner = signature
+    return f"@on({event.__name__}, {phase.__name__}) of {owner.__name__}"
+
+
+class Handlers:
+    """The handlers of one callback class, dispatched on (event type, phase type, class).
+
+    Raises:
+        AmbiguousHandlerError: Two of them fit some event and phase equally well.
+    """
+
+    def __init__(self, cls: type) -> None:
+        self.cls = cls
+        self._found = registrations(cls)
+        self._dispatcher = Dispatcher(cls.__name__)
+        for signature, registration in self._found.items():
+            self._dispatcher.add(signature, registration)
+        self._dispatcher.reorder(on_ambiguity=self._refuse)
+
+    def _refuse(self, dispatcher: Dispatcher, pairs: set[tuple[Signature, Signature]]) -> None:
+        first, second = sorted(min(pairs, key=str), key=str)
+        event = first[0] if issubclass(first[0], second[0]) else second[0]
+        phase = first[1] if issubclass(first[1], second[1]) else second[1]
+        raise AmbiguousHandlerError(
+            f"{self.cls.__name__} has two handlers that fit ({event.__name__}, {phase.__name__}) equally "
+            f"well: {_show(first)} and {_show(second)}; add one for exactly that to {self.cls.__name__}: "
+            f"@on({event.__name__}, {phase.__name__})"
+        )
+
+    def find(self, event: type[Event], phase: type[Phase]) -> _Registration | None:
+        """Give the most specific handler for an event type and a phase type, or None.
+
+        Raises:
+            AmbiguousHandlerError: Several fit equally well (types with several bases).
+        """
+        given = (event, phase, self.cls)
+        best: _Registration | None = self._dispatcher.dispatch(*given)
+        if best is not None:
+            fitting = [s for s in self._found if all(map(issubclass, given, s))]
+            chosen = next(s for s in fitting if self._found[s] is best)
+            rivals = [s for s in fitting if s != chosen and not supercedes(chosen, s)]
+            if rivals:
+                self._refuse(self._dispatcher, {(chosen, rivals[0])})
+        return best
+
+    @property
+    def signatures(self) -> list[tuple[type[Event], type[Phase]]]:
+        """The (event, phase) types with a handler."""
+        return [(event, phase) for event, phase, _ in self._found]
+
+
+_handlers: WeakKeyDictionary[type, Handlers] = WeakKeyDictionary()
+
+
+def handlers_of(cls: type) -> Handlers:
+    """Give the handlers of a callback class, collected once."""
+    if cls not in _handlers:
+        _handlers[cls] = Handlers(cls)
+    return _handlers[cls]
+
+
+@define(eq=False, slots=False, these={"name": field(default=None, kw_only=True, repr=False)})
+class Callback:
+    """Base of all callbacks: a feature that reacts to events and declares what it touches.
+
+    A subclass is an ``attrs`` class or a plain one. What it may say, in the class body:
+
+    - ``reads``, ``writes``: dotted paths into the learner (``"step.loss"``, ``"cbstate.history"``,
+      ``"model"``); a prefix covers what is below, writing implies reading. Handlers get a view of
+      the learner that allows exactly that. An instance may compute them (a property).
+    - ``run_after``: types of callbacks that must have run before it at each event.
+    - ``draws``: whether its handlers draw from the global random generators. True: they get a
+      stream of their own. None: the library puts the generators back after handlers in the
+      middle of a training step, which costs about 80 µs each. False: they promise not to draw.
+    - ``state_dict()`` and ``load_state_dict(state)``, both or neither: what a checkpoint keeps.
+
+    Args:
+        name: Tells two instances of one class apart.
+    """
+
+    name: str | None
+    reads: ClassVar[Sequence[str]] = ()
+    writes: ClassVar[Sequence[str]] = ()
+    run_after: ClassVar[Sequence[type[Callback]]] = ()
+    draws: ClassVar[bool | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, member in vars(cls).items():
+            if name.startswith("on_") and callable(member) and not hasattr(member, MARK):
+                raise HandlerError(
+                    f"{cls.__name__}.{name} looks like a handler but nothing calls it; expected "
+                    f"@on(Event, Phase) above it, e.g. @on(StepEnd) (or a name without 'on_')"
+                )
+        pair = ["state_dict" in dir(cls), "load_state_dict" in dir(cls)]
+        if pair[0] != pair[1]:
+            raise HandlerError(
+                f"{cls.__name__} has {'state_dict' if pair[0] else 'load_state_dict'} alone; expected "
+                "both state_dict(self) and load_state_dict(self, state), or neither"
+            )
+
+    def init(self, learner: Any) -> None:
+        """Set up, once per learner, before anything else runs; may be called again.
+
+        Args:
+            learner: The same view that handlers get.
+        """
+
+    @property
+    def unwrapped(self) -> Callback:
+        """The callback itself; a wrapper gives the one it wraps."""
+        return self
+
+    @property
+    def identity(self) -> str:
+        """What tells this callback from unnamed others of its class: its fields, without addresses."""
+        return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self))
+
+    def handles(self) -> list[tuple[type[Event], type[Phase]]]:
+        """List the (event, phase) types it has handlers for.
+
+        Raises:
+            AmbiguousHandlerError: Two of its handlers fit some event and phase equally well.
+        """
+        return handlers_of(type(self)).signatures
+
+    def handler(self, event: type[Event], phase: type[Phase]) -> Handler | None:
+        """Give what to call as ``(event, phase, view)`` for an event and phase type, or None."""
+        found = handlers_of(type(self)).find(event, phase)
+        if found is None:
+            return None
+        if found.function is None:
+            method: Handler = getattr(self, found.name)
+            return method
+        bound: Handler = MethodType(found.function, self)
+        return bound
+
+
+Callback.name = None  # for subclasses whose own __init__ does not call ours
+
+
+@define(eq=False, slots=False)
+class UnsafeCallback(Callback):
+    """A callback that gets the learner itself instead of a view; what it declares still orders it."""
+
+
+@frozen
+class RunFirst:
+    """A resolution: `callback` goes before the other one."""
+
+    callback: Callback
+
+
+@frozen
+class NoConflict:
+    """A resolution: the two may run in either order."""
+
+
+@frozen
+class Unresolvable:
+    """A resolution: the two cannot be used together."""
+
+
+Resolution = RunFirst | NoConflict | Unresolvable
+
+resolve_conflict = Dispatcher(
+    "resolve_conflict",
+    doc="""Say how two callbacks that touch the same path get along.
+
+Register a function for two callback types; it is looked up in both directions and returns
+`RunFirst(callback)`, `NoConflict()` or `Unresolvable()`::
+
+    @resolve_conflict.register(Scheduler, WarmRestarts)
+    def _(a, b):
+        return RunFirst(a)
+""",
+)
+
+
+@resolve_conflict.register(Callback, Callback)
+def _not_said(a: Callback, b: Callback) -> None:
+    """Nothing was said about these two."""
+
+
+def resolution(a: Callback, b: Callback) -> Resolution | None:
+    """Ask `resolve_conflict` about two callbacks in both directions; None where nothing was said.
+
+    Raises:
+        HandlerError: The two directions contradict each other, or the answer is no resolution.
+    """
+    a, b = a.unwrapped, b.unwrapped
+    answers = [resolve_conflict(a, b), resolve_conflict(b, a)]
+    said = [answer for answer in answers if answer is not None]
+    for answer in said:
+        named = answer.callback if isinstance(answer, RunFirst) else None
+        if not isinstance(answer, (RunFirst, NoConflict, Unresolvable)) or (
+            named is not None and named is not a and named is not b
+        ):
+            raise HandlerError(
+                f"resolve_conflict({type(a).__name__}, {type(b).__name__}) returned {answer!r}; expected "
+                "RunFirst(one of the two), NoConflict() or Unresolvable()"
+            )
+    if len(said) == 2 and (
+        type(said[0]) is not type(said[1])
+        or (isinstance(said[0], RunFirst) and said[0].callback is not said[1].callback)
+    ):
+        raise HandlerError(
+            f"resolve_conflict says {said[0]!r} for ({type(a).__name__}, {type(b).__name__}) and "
+            f"{said[1]!r} the other way round; keep one of the two"
+        )
+    return said[0] if said else None
+

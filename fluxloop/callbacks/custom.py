@@ -1,0 +1,77 @@
+"""A callback from a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fluxloop.callback import Callback, Handler
+from fluxloop.errors import CallbackTypeError, HandlerError, describe
+from fluxloop.events import Event
+from fluxloop.phase import Phase
+
+
+class CustomCallback(Callback):
+    """Call ``f(learner)`` at an event: a quick hook.
+
+    Without declarations it reads everything and writes nothing, and therefore runs last at its event.
+
+    Args:
+        f: Called with a view of the learner.
+        event: The event type.
+        phase: The phase type; left out: any.
+        reads: Paths it reads; None: everything.
+        writes: Paths it writes.
+        run_after: Callback types that run before it.
+        name: Tells two of them apart; left out: the function's name.
+
+    Raises:
+        CallbackTypeError: `f` cannot be called.
+        HandlerError: `event` is no event type, or `phase` no phase type.
+
+    Example:
+        >>> hello = CustomCallback(lambda learner: print("a step"), StepEnd, TrainingPhase)
+    """
+
+    def __init__(
+        self,
+        f: Callable[[Any], object],
+        event: type[Event],
+        phase: type[Phase] = Phase,
+        *,
+        reads: Sequence[str] | None = None,
+        writes: Sequence[str] = (),
+        run_after: Sequence[type[Callback]] = (),
+        name: str | None = None,
+    ) -> None:
+        if not callable(f):
+            raise CallbackTypeError(f"CustomCallback was given {describe(f)}; expected a function of the learner")
+        if not (isinstance(event, type) and issubclass(event, Event)):
+            raise HandlerError(f"CustomCallback was given {describe(event)} as an event; expected a type, e.g. StepEnd")
+        if not (isinstance(phase, type) and issubclass(phase, Phase)):
+            raise HandlerError(f"CustomCallback was given {describe(phase)} as a phase; expected a type")
+        super().__init__(name=name)
+        self.f = f
+        self.event = event
+        self.phase = phase
+        self.reads = ("*",) if reads is None else tuple(reads)  # type: ignore[misc]  # computed per instance
+        self.writes = tuple(writes)  # type: ignore[misc]  # computed per instance
+        self.run_after = tuple(run_after)  # type: ignore[misc]  # computed per instance
+
+    def handles(self) -> list[tuple[type[Event], type[Phase]]]:
+        """Give the one event and phase it is for."""
+        return [(self.event, self.phase)]
+
+    def handler(self, event: type[Event], phase: type[Phase]) -> Handler | None:
+        """Give the function where the event and phase fit."""
+        if not (issubclass(event, self.event) and issubclass(phase, self.phase)):
+            return None
+        return lambda event, phase, learner: _call(self.f, learner)
+
+    def __repr__(self) -> str:
+        name = getattr(self.f, "__qualname__", type(self.f).__name__)
+        return f"CustomCallback({name}, {self.event.__name__}, {self.phase.__name__})"
+
+
+def _call(f: Callable[[Any], object], learner: Any) -> None:
+    f(learner)

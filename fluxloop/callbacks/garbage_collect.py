@@ -1,0 +1,42 @@
+"""Collect garbage every so many steps."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+from attrs import define, field
+
+from fluxloop.callback import Callback, on
+from fluxloop.events import StepEnd
+from fluxloop.phase import Phase
+
+
+@define
+class GarbageCollect(Callback):
+    """Run Python's garbage collector every `every` steps, of any phase.
+
+    For models whose Python objects form cycles that hold tensors.
+
+    Args:
+        every: Steps between collections.
+
+    Raises:
+        ValueError: `every` is less than 1.
+    """
+
+    every: int = 100
+    _steps: int = field(default=0, init=False, repr=False)
+
+    draws = False
+
+    def __attrs_post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"GarbageCollect(every={self.every}) was given; expected 1 step or more")
+
+    @on(StepEnd)
+    def collect(self, event: StepEnd, phase: Phase, learner: Any) -> None:
+        """Collect when it is time."""
+        self._steps += 1
+        if self._steps % self.every == 0:
+            gc.collect()

@@ -1,0 +1,144 @@
+"""Update metrics every step, publish them every epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxloop.callback import Callback, on
+from fluxloop.callbacks.recorder import Recorder
+from fluxloop.errors import MetricError, annotate
+from fluxloop.events import EpochBegin, EpochEnd, StepEnd
+from fluxloop.metrics.base import Loss, Metric, SmoothLoss, Tracker
+from fluxloop.phase import Phase
+from fluxloop.state import Container, PhaseDict
+
+AnyMetric = Loss | SmoothLoss | Metric
+
+
+class PhaseMetrics(Container):
+    """The metrics of one phase: ``cbstate.metrics[TrainingPhase]``.
+
+    Attributes:
+        epochs: By metric, the (epoch from 1, value) of each epoch.
+    """
+
+    def __init__(self) -> None:
+        self.epochs: dict[str, list[tuple[int, Any]]] = {}
+        self.trackers: list[tuple[AnyMetric, Tracker]] = []
+        """The metrics of the running epoch, or of the last one."""
+
+    def running(self) -> dict[str, Any]:
+        """Compute the values of the epoch so far by name, on their device."""
+        return {
+            name: value for metric, tracker in self.trackers for name, value in _of(metric, tracker.compute).items()
+        }
+
+    def latest(self) -> dict[str, Tensor]:
+        """Give the last step's values by name, on their device; stateful metrics have none."""
+        return {name: value for _, tracker in self.trackers for name, value in tracker.latest().items()}
+
+    def last(self, name: str) -> tuple[int, Any]:
+        """Give the newest (epoch, value) of a metric.
+
+        Raises:
+            MetricError: It has no value yet.
+        """
+        if not self.epochs.get(name):
+            raise MetricError(f"no metric {name!r} was recorded; there are {sorted(self.epochs)}")
+        return self.epochs[name][-1]
+
+    def __repr__(self) -> str:
+        return f"PhaseMetrics({', '.join(f'{k}: {v[-1][1]}' for k, v in self.epochs.items())})"
+
+
+class Metrics(Callback):
+    """Compute metrics over each epoch, weighted by batch size, on the device they are computed on.
+
+    The loss always comes first. Numbers reach the host once per epoch.
+
+    Args:
+        metrics: Functions ``(preds, ys) -> scalar``, `Metric`s, or objects with ``update``,
+            ``compute`` and ``reset`` such as torchmetrics' metrics.
+        name: Tells two of them apart.
+
+    Raises:
+        MetricError: Two metrics of one name, or something that is no metric.
+
+    Reads: step, batch_size, cbstate.history
+    Writes: cbstate.metrics
+    Runs after: Recorder
+    """
+
+    reads = ("step", "batch_size", "cbstate.history")
+    writes = ("cbstate.metrics",)
+    run_after = (Recorder,)
+    draws = False
+
+    def __init__(self, *metrics: Any, name: str | None = None) -> None:
+        super().__init__(name=name)
+        given: list[AnyMetric] = [m if isinstance(m, (Loss, SmoothLoss, Metric)) else Metric(m) for m in metrics]
+        if not any(isinstance(metric, Loss) for metric in given):
+            given.insert(0, Loss())
+        self.metrics = given
+        names = [metric.name for metric in given]
+        for metric_name in names:
+            if names.count(metric_name) > 1:
+                raise MetricError(
+                    f"two metrics are called {metric_name!r}; give one another name: Metric(f, name='...')"
+                )
+
+    def init(self, learner: Any) -> None:
+        """Publish the metrics, once."""
+        if "metrics" not in learner.cbstate:
+            learner.cbstate.metrics = PhaseDict(PhaseMetrics)
+
+    @on(EpochBegin)
+    def start(self, event: EpochBegin, phase: Phase, learner: Any) -> None:
+        """Begin this phase's metrics anew."""
+        metrics = learner.cbstate.metrics[phase]
+        metrics.trackers = [(m, m.start()) for m in self.metrics if isinstance(phase, m.phase)]
+
+    @on(StepEnd)
+    def update(self, event: StepEnd, phase: Phase, learner: Any) -> None:
+        """Take in a step."""
+        trackers = learner.cbstate.metrics[phase].trackers
+        step, size = learner.step, learner.batch_size
+        with torch.no_grad():
+            for metric, tracker in trackers:
+                try:
+                    tracker.update(step, size)
+                except Exception as error:
+                    annotate(error, f"fluxloop: while updating the metric {metric.name!r}")
+                    raise
+
+    @on(EpochEnd)
+    def publish(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
+        """Record the epoch's values; a metric that saw no step has none."""
+        metrics = learner.cbstate.metrics[phase]
+        epoch = learner.cbstate.history[phase].epochs
+        with torch.no_grad():
+            for name, value in metrics.running().items():
+                metrics.epochs.setdefault(name, []).append((epoch, _number(value)))
+
+    def __repr__(self) -> str:
+        return f"Metrics({', '.join(metric.name for metric in self.metrics)})"
+
+
+def _of(metric: AnyMetric, compute: Any) -> dict[str, Any]:
+    """Compute a metric's values, naming it where that fails."""
+    try:
+        values: dict[str, Any] = compute()
+        return values
+    except Exception as error:
+        annotate(error, f"fluxloop: while computing the metric {metric.name!r}")
+        raise
+
+
+def _number(value: Any) -> Any:
+    """Bring an epoch value to the host: a float where it is a scalar, else a tensor on the CPU."""
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value.detach().cpu()
+    return value

@@ -1,0 +1,42 @@
+"""Print the metrics of each epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attrs import define
+
+from fluxloop.callback import Callback, on
+from fluxloop.callbacks.metrics import Metrics
+from fluxloop.callbacks.recorder import Recorder
+from fluxloop.events import EpochEnd
+from fluxloop.phase import Phase
+
+
+@define
+class MetricsPrinter(Callback):
+    """Print a line per epoch of a phase: the phase, the epoch and every metric.
+
+    Args:
+        digits: Significant digits.
+
+    Reads: cbstate.history, cbstate.metrics
+    Runs after: Recorder, Metrics
+    """
+
+    digits: int = 4
+
+    reads = ("cbstate.history", "cbstate.metrics")
+    run_after = (Recorder, Metrics)
+    draws = False
+
+    @on(EpochEnd)
+    def print_epoch(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
+        """Print what this epoch recorded."""
+        epoch = learner.cbstate.history[phase].epochs
+        values = [
+            f"{name} {series[-1][1]:.{self.digits}g}"
+            for name, series in learner.cbstate.metrics[phase].epochs.items()
+            if series and series[-1][0] == epoch and isinstance(series[-1][1], float)
+        ]
+        print(f"{type(phase).__name__:<18} epoch {epoch:<4} {'   '.join(values)}".rstrip())

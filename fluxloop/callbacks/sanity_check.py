@@ -1,0 +1,144 @@
+"""Check data, model and loss before the first step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from attrs import field, frozen
+from torch import Tensor, nn
+
+from fluxloop.callback import Callback, on
+from fluxloop.errors import SanityCheckError
+from fluxloop.events import EpochBegin
+from fluxloop.phase import AbstractTrainingPhase
+from fluxloop.randomness import preserved
+
+
+@frozen
+class Check:
+    """One check.
+
+    Args:
+        name: What is checked, in a few words.
+        run: Called with the callback's view; raises (anything) where the check fails.
+        hint: What to do about a failure.
+        severity: ``"error"`` ends the fit, ``"warning"`` only warns.
+    """
+
+    name: str
+    run: Callable[[Any], object]
+    hint: str = ""
+    severity: str = field(default="error")
+
+    @severity.validator
+    def _check_severity(self, attribute: object, value: str) -> None:
+        if value not in ("error", "warning"):
+            raise ValueError(f"severity={value!r} was given; expected 'error' or 'warning'")
+
+
+class SanityCheck(Callback):
+    """Run checks once, at the first training epoch, and report every one that failed.
+
+    The default checks are: there is training data; there is validation data (a warning); the
+    parameters are finite; and, for a single model with a loss function, batches unpack into
+    ``(xs, ys)`` and model and loss give a number for one. They leave model, data order and random
+    numbers as they were. Data that can be iterated once only is not looked into.
+
+    Args:
+        checks: Further checks.
+        defaults: Whether to run the default checks too.
+        name: Tells two of them apart.
+
+    Reads: data, model, loss_fn, accelerator
+    """
+
+    reads = ("data", "model", "loss_fn", "accelerator")
+    draws = False
+
+    def __init__(self, *checks: Check, defaults: bool = True, name: str | None = None) -> None:
+        super().__init__(name=name)
+        self.checks = (*(default_checks() if defaults else ()), *checks)
+        self._done = False
+
+    @on(EpochBegin, AbstractTrainingPhase)
+    def check(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Run the checks, the first time."""
+        if self._done:
+            return
+        self._done = True
+        failed: list[str] = []
+        fatal = False
+        for check in self.checks:
+            try:
+                with preserved():
+                    check.run(learner)
+            except Exception as error:
+                failed.append(f"{check.severity}: {check.name}: {error}. {check.hint}".rstrip())
+                fatal = fatal or check.severity == "error"
+        report = "sanity check before the first step:\n" + "\n".join(f"  {line}" for line in failed)
+        if fatal:
+            raise SanityCheckError(report)
+        if failed:
+            warnings.warn(report, stacklevel=2)
+
+    def __repr__(self) -> str:
+        return f"SanityCheck({', '.join(check.name for check in self.checks)})"
+
+
+def default_checks() -> tuple[Check, ...]:
+    """Make the checks that `SanityCheck` runs by default."""
+    return (
+        Check("training data", lambda learner: _data(learner, "training"), "Give data=(train, valid)."),
+        Check(
+            "validation data",
+            lambda learner: _data(learner, "validation"),
+            "Without it nothing tells whether the model generalises.",
+            "warning",
+        ),
+        Check("parameters are finite", _finite, "Look at the initialisation, or at what was loaded."),
+        Check("model and loss on one batch", _one_batch, "The built-in phases take batches (xs, ys)."),
+    )
+
+
+def _data(learner: Any, key: str) -> Any:
+    if key not in learner.data:
+        raise ValueError(f"the learner has no {key} data")
+    return learner.data[key]
+
+
+def _models(learner: Any) -> tuple[nn.Module, ...]:
+    return learner.model if isinstance(learner.model, tuple) else (learner.model,)
+
+
+def _finite(learner: Any) -> None:
+    for model in _models(learner):
+        for name, parameter in model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise ValueError(f"{type(model).__name__}.{name} holds NaN or infinite values")
+
+
+def _one_batch(learner: Any) -> None:
+    model, loss_fn = learner.model, learner.loss_fn
+    if isinstance(model, tuple) or loss_fn is None or "training" not in learner.data:
+        return
+    data = learner.data["training"]
+    if iter(data) is data:
+        return
+    batch = next(iter(data))
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise ValueError(f"a batch is a {type(batch).__name__}, not a pair (xs, ys)")
+    entries = {"xs": batch[0], "ys": batch[1]}
+    learner.accelerator.place(entries)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            loss = loss_fn(model(entries["xs"]), entries["ys"])
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ValueError(f"the loss of one batch is a {type(loss).__name__}, not a scalar tensor")

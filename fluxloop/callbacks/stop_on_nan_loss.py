@@ -1,0 +1,76 @@
+"""End a fit whose loss is no longer finite."""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import Any
+
+from attrs import define, field
+from torch import Tensor
+
+from fluxloop.callback import Callback, on
+from fluxloop.errors import CancelFittingException
+from fluxloop.events import BackwardBegin, StepBegin, StepEnd
+from fluxloop.phase import AbstractTrainingPhase
+
+
+@define
+class StopOnNaNLoss(Callback):
+    """End the fit when a training loss is NaN or infinite, before it reaches the weights.
+
+    On the CPU, and with ``wait=True``, the loss is looked at before its gradients are computed,
+    so the weights stay those of the last good step. On a GPU that would stop the queue at every
+    step: there the number is delivered a step or two later, and the fit ends then.
+
+    A phase that fires no `BackwardBegin` is looked at when its step ends.
+
+    Args:
+        wait: Whether to wait for the device rather than stop a step or two later.
+
+    Reads: step.loss, step.losses
+    """
+
+    wait: bool = False
+    _looked: bool = field(default=False, init=False, repr=False)
+
+    reads = ("step.loss", "step.losses")
+    draws = False
+
+    @on(StepBegin, AbstractTrainingPhase)
+    def start(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Begin a step: its loss has not been looked at."""
+        self._looked = False
+
+    @on(BackwardBegin, AbstractTrainingPhase)
+    def look_before(self, event: BackwardBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Look at the loss whose gradients are about to be computed."""
+        self._looked = True
+        step = learner.step
+        if "losses" in step:
+            name, loss = next(reversed(step.losses.items()))
+            self._look(learner, loss, f"the loss of {name!r}")
+        elif "loss" in step:
+            self._look(learner, step.loss, "the loss")
+
+    @on(StepEnd, AbstractTrainingPhase)
+    def look_after(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Look at the loss of a phase that says nothing before its backward."""
+        if not self._looked:
+            step = learner.step
+            if "losses" in step:
+                for name, loss in step.losses.items():
+                    self._look(learner, loss, f"the loss of {name!r}")
+            if "loss" in step:
+                self._look(learner, step.loss, "the loss")
+
+    def _look(self, learner: Any, loss: Any, name: str) -> None:
+        def check(number: float) -> None:
+            if not isfinite(number):
+                raise CancelFittingException(f"{name} became {number}")
+
+        if not isinstance(loss, Tensor):
+            check(float(loss))
+        elif self.wait:
+            check(loss.item())
+        elif loss.numel() == 1:
+            learner.host(loss, check)

@@ -1,0 +1,80 @@
+"""Record any function of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fluxloop.callback import Callback, on
+from fluxloop.callbacks.recorder import Recorder
+from fluxloop.events import StepEnd
+from fluxloop.phase import Phase
+from fluxloop.state import PhaseDict
+
+
+class Traces(Callback):
+    """Record ``f(learner)`` at the end of every step, by phase and name.
+
+    ``cbstate.traces[TrainingPhase]["norm"]`` is the list of (step from 1, value); tensors are
+    kept detached and on their device.
+
+    Args:
+        functions: By name. Each is called with a view of the learner.
+        phase: The phase type to trace.
+        reads: What the functions read; left out: everything, so that it runs last.
+        name: Tells two of them apart.
+
+    Raises:
+        ValueError: There is no function.
+
+    Reads: * (or as given)
+    Writes: cbstate.traces
+    Runs after: Recorder
+
+    Example:
+        >>> traces = Traces({"batch": lambda learner: len(learner.step.xs)}, phase=TrainingPhase)
+    """
+
+    writes = ("cbstate.traces",)
+    run_after = (Recorder,)
+
+    def __init__(
+        self,
+        functions: dict[str, Callable[[Any], Any]],
+        *,
+        phase: type[Phase] = Phase,
+        reads: Sequence[str] = ("*",),
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name=name)
+        if not functions or not all(callable(function) for function in functions.values()):
+            raise ValueError(
+                f"Traces({functions!r}) was given; expected functions by name: "
+                "Traces({'loss': lambda learner: learner.step.loss})"
+            )
+        self.functions = dict(functions)
+        self.phase = phase
+        self.reads = tuple(reads)  # type: ignore[misc]  # computed per instance
+        self._steps: PhaseDict[int] = PhaseDict(int)
+
+    def init(self, learner: Any) -> None:
+        """Publish the traces, once."""
+        if "traces" not in learner.cbstate:
+            learner.cbstate.traces = PhaseDict(dict)
+
+    @on(StepEnd)
+    def record(self, event: StepEnd, phase: Phase, learner: Any) -> None:
+        """Record this step."""
+        if not isinstance(phase, self.phase):
+            return
+        self._steps[phase] += 1
+        traces = learner.cbstate.traces[phase]
+        for name, function in self.functions.items():
+            value = function(learner)
+            kept = value.detach().clone() if isinstance(value, Tensor) else value
+            traces.setdefault(name, []).append((self._steps[phase], kept))
+
+    def __repr__(self) -> str:
+        return f"Traces({', '.join(self.functions)})"

@@ -1,0 +1,306 @@
+"""Make loaders from tensors, arrays, datasets or loaders; split off validation data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from fluxloop.errors import DataError, describe
+from fluxloop.nested import map_tensors, tensors
+from fluxloop.randomness import Streams, stream_seed
+
+
+def _as_tensors(data: Any) -> Any:
+    """Turn every array in a nest of arrays and tensors into a tensor that shares its memory."""
+    if isinstance(data, Tensor):
+        return data
+    if isinstance(data, Mapping):
+        return {key: _as_tensors(value) for key, value in data.items()}
+    if isinstance(data, (tuple, list)):
+        items = [_as_tensors(value) for value in data]
+        return type(data)(*items) if hasattr(data, "_fields") else tuple(items)
+    if hasattr(data, "__array__") and getattr(data, "shape", ()):
+        return torch.as_tensor(data)
+    raise DataError(
+        f"{describe(data)} was given as data; expected tensors or arrays, a tuple or dict of them, "
+        "a Dataset, or an iterable of batches such as a DataLoader"
+    )
+
+
+def _count_rows(data: Any) -> int:
+    """Number of rows that all tensors in `data` share."""
+    lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors(data)}
+    if len(lengths) != 1:
+        raise DataError(
+            f"the tensors have {sorted(lengths) or 'no'} rows; expected the same number of rows in all "
+            "of them: shape (rows, …)"
+        )
+    return lengths.pop()
+
+
+class TensorBatches:
+    """Loads batches from tensors in memory by slicing whole batches: no per-sample work.
+
+    A batch has the structure of what was given: a tensor for one tensor, a tuple for several, a
+    dict for a dict. Without shuffling, batches are views of the tensors (do not change them in
+    place); with it, copies. May be iterated any number of times; the tensors may lie on any device.
+
+    Args:
+        tensors: Tensors or arrays (or dicts of them) of shape (rows, …), with equal numbers of rows.
+        batch_size: Rows per batch.
+        shuffle: Whether each iteration takes the rows in a new random order.
+        drop_last: Whether to leave out a last batch that is not full.
+        seed: Decides the orders: iteration ``epoch`` depends on ``(seed, epoch)`` alone. Without
+            one they are drawn from torch's global generator (which a `Learner` starts from its own
+            seed at each epoch).
+
+    Raises:
+        DataError: No rows, differing numbers of rows, or no full batch with `drop_last`.
+
+    Example:
+        >>> loader = TensorBatches(torch.arange(5), batch_size=2)
+        >>> [batch.tolist() for batch in loader], len(loader)
+        ([[0, 1], [2, 3], [4]], 3)
+    """
+
+    draws_at_fetch = False
+    """Its fetches draw no random numbers: only starting an iteration does."""
+
+    def __init__(
+        self,
+        *tensors: Any,
+        batch_size: int,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        if not tensors:
+            raise DataError("no tensor was given; expected TensorBatches(xs, ys, batch_size=32)")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise DataError(f"batch_size={batch_size!r} was given; expected a number of rows, 1 or more")
+        self.data = _as_tensors(tensors[0] if len(tensors) == 1 else tensors)
+        self.num_rows = _count_rows(self.data)
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.seed = seed
+        self.epoch = 0
+        """Number of the next iteration: with a seed it decides the order."""
+        if self.num_rows == 0:
+            raise DataError("the tensors have no rows; expected at least one")
+        if len(self) == 0:
+            raise DataError(
+                f"{self.num_rows} rows make no full batch of {batch_size}; expected a smaller "
+                "batch_size, or drop_last=False"
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which iteration comes next, as ``DistributedSampler.set_epoch`` does."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        full, rest = divmod(self.num_rows, self.batch_size)
+        return full if self.drop_last or not rest else full + 1
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        order = self._order(epoch) if self.shuffle else None
+        data, size = self.data, self.batch_size
+        pair = type(data) is tuple and len(data) == 2 and all(isinstance(t, Tensor) for t in data)
+        rows = len(self) * size if self.drop_last else self.num_rows
+        for start in range(0, rows, size):
+            if order is None:
+                part: Any = slice(start, start + size)
+            else:
+                part = order[start : start + size]
+            if pair:
+                yield data[0][part], data[1][part]
+            elif isinstance(data, Tensor):
+                yield data[part]
+            else:
+                yield map_tensors(lambda tensor, part=part: tensor[part], data)  # type: ignore[misc]  # mypy: default in lambda
+
+    def _order(self, epoch: int) -> Tensor:
+        generator = None
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(stream_seed(self.seed, "TensorBatches", epoch))
+        order = torch.randperm(self.num_rows, generator=generator)
+        return order.to(next(tensors(self.data)).device)
+
+    def __repr__(self) -> str:
+        return (
+            f"TensorBatches({self.num_rows} rows, batch_size={self.batch_size}, shuffle={self.shuffle}, "
+            f"drop_last={self.drop_last}, seed={self.seed})"
+        )
+
+
+def as_dataloader(data: Any, batch_size: int = 32, shuffle: bool = False, **options: Any) -> Iterable[Any]:
+    """Make an iterable of batches from nearly anything.
+
+    Tensors and arrays, tuples and dicts of them become `TensorBatches`; a ``Dataset`` becomes a
+    ``DataLoader``; an iterable of batches (a ``DataLoader``, a list of batches, a generator) is
+    returned as it is.
+
+    Args:
+        data: What to load. In a tuple or dict all leaves have the same number of rows.
+        batch_size: Rows per batch.
+        shuffle: Whether each epoch takes the rows in a new order.
+        options: ``drop_last`` and ``seed`` for tensors; any option of ``DataLoader`` for datasets.
+
+    Raises:
+        DataError: The data cannot be loaded, or an option does not apply to it.
+
+    Example:
+        >>> xs, ys = torch.zeros(100, 4), torch.zeros(100)
+        >>> len(as_dataloader((xs, ys))), len(as_dataloader((xs, ys), batch_size=10))
+        (4, 10)
+    """
+    if isinstance(data, Dataset):
+        if isinstance(data, IterableDataset):
+            if shuffle:
+                raise DataError(
+                    "shuffle=True was given for an IterableDataset; its order is its own: "
+                    "shuffle inside it, and leave shuffle out"
+                )
+            return DataLoader(data, batch_size=batch_size, **options)
+        return DataLoader(data, batch_size=batch_size, shuffle=shuffle, **options)
+    if isinstance(data, (Tensor, Mapping, tuple)) or hasattr(data, "__array__"):
+        unknown = sorted(set(options) - {"drop_last", "seed"})
+        if unknown:
+            raise DataError(
+                f"{unknown} were given for tensors in memory, which take drop_last and seed; for "
+                "DataLoader's options give a Dataset, e.g. torch.utils.data.TensorDataset(xs, ys)"
+            )
+        return TensorBatches(data, batch_size=batch_size, shuffle=shuffle, **options)
+    if options or shuffle or batch_size != 32:
+        raise DataError(
+            f"options were given for {describe(data)}, which already makes batches; expected them "
+            "where it is made, or tensors or a Dataset here"
+        )
+    if isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
+        return data
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (str, bytes)):
+        return DataLoader(data, batch_size=batch_size)
+    raise DataError(
+        f"{describe(data)} was given as data; expected tensors or arrays, a tuple or dict of them, "
+        "a Dataset, or an iterable of batches such as a DataLoader"
+    )
+
+
+def split(data: Any, fraction: float, seed: int | None = None) -> tuple[Any, Any]:
+    """Split rows at random into two parts, without replacement.
+
+    Args:
+        data: Tensors or arrays of shape (rows, …), a tuple or dict of them, or a map-style Dataset.
+        fraction: Share of the rows in the second part, above 0 and below 1; at least one row goes
+            to each part.
+        seed: Decides the split; without one it is drawn from torch's global generator.
+
+    Returns:
+        ``(rest, part)``, in the structure of `data` (``Subset``s for a Dataset); rows keep their
+        order within each part.
+
+    Raises:
+        DataError: The fraction leaves one part empty, or `data` cannot be split.
+
+    Example:
+        >>> train, valid = split((torch.zeros(10, 2), torch.arange(10)), 0.2, seed=0)
+        >>> len(train[0]), len(valid[1])
+        (8, 2)
+    """
+    if not isinstance(fraction, float) or not 0 < fraction < 1:
+        raise DataError(f"fraction={fraction!r} was given; expected a share above 0 and below 1, e.g. 0.2")
+    dataset = isinstance(data, Dataset) and hasattr(data, "__getitem__") and isinstance(data, Sized)
+    if not dataset and (isinstance(data, (DataLoader, TensorBatches, Dataset)) or not _splittable(data)):
+        raise DataError(
+            f"{describe(data)} cannot be split by rows; expected tensors, arrays, a tuple or dict of "
+            "them, or a Dataset with a length: split it before making a loader"
+        )
+    rows = len(data) if dataset else _count_rows(data := _as_tensors(data))
+    if rows < 2:
+        raise DataError(f"{rows} rows cannot be split; expected 2 or more")
+    generator = None if seed is None else torch.Generator().manual_seed(stream_seed(seed, "split"))
+    order = torch.randperm(rows, generator=generator)
+    size = min(max(round(rows * fraction), 1), rows - 1)
+    part, rest = order[:size].sort().values, order[size:].sort().values
+    if dataset:
+        return Subset(data, rest.tolist()), Subset(data, part.tolist())
+    first, second = (map_tensors(lambda t, rows=chosen: t[rows], data) for chosen in (rest, part))  # type: ignore[misc]  # mypy: default in lambda
+    return first, second
+
+
+def _splittable(data: Any) -> bool:
+    return isinstance(data, (Tensor, Mapping, tuple)) or hasattr(data, "__array__")
+
+
+class Feed:
+    """The data of one epoch, with its random numbers where they belong; what `Phase.epoch` iterates.
+
+    The order of the data, and whatever a dataset draws while a batch is fetched, come from
+    streams of the data's own, so that nothing that happens between two steps changes them.
+
+    Args:
+        source: Any iterable of batches.
+        owner: The phase's data key, which names the streams.
+        streams: The learner's streams.
+    """
+
+    def __init__(self, source: Iterable[Any], owner: str, streams: Streams) -> None:
+        self.source = source
+        self._owner = owner
+        self._streams = streams
+
+    @property
+    def num_batches(self) -> int | None:
+        """Number of batches, None where the source does not know it."""
+        if not isinstance(self.source, Sized):
+            return None
+        try:
+            return len(self.source)
+        except TypeError:  # a DataLoader over an IterableDataset has a __len__ that raises
+            return None
+
+    def check(self) -> None:
+        """Raise `DataError` for a source known to be empty."""
+        if self.num_batches == 0:
+            raise self._empty()
+
+    def _empty(self) -> DataError:
+        return DataError(
+            f"the {self._owner} data ({describe(self.source)}) gave no batch; expected at least one: fewer "
+            "rows than batch_size with drop_last=True, or an iterator that was used up before?"
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        order = self._streams[f"{self._owner}/data"]
+        set_epoch = getattr(self.source, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(order.index)
+        order.start()
+        batches = iter(self.source)
+        fetch = None
+        if getattr(self.source, "draws_at_fetch", not isinstance(self.source, (list, tuple))):
+            fetch = self._streams[f"{self._owner}/fetch"]
+        count = 0
+        while True:
+            if fetch is not None:
+                fetch.start()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            count += 1
+            yield batch
+        if count == 0:
+            raise self._empty()
+
+    def __len__(self) -> int:
+        length = self.num_batches
+        if length is None:
+            raise TypeError(f"{describe(self.source)} has no length")
+        return length

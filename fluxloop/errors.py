@@ -1,0 +1,218 @@
+"""The tree of errors and the tree of cancel signals.
+
+Errors say what was given, what was expected and what to type; they also derive from the
+built-in exception a caller would expect, so ``except ValueError`` keeps working::
+
+    FluxloopError
+    ├── ModelError (TypeError)             the model is no module, or its names are unusable
+    ├── OptimizerError (ValueError)        parameters missing, foreign, shared or in two optimizers
+    ├── LossError (ValueError)             no loss, not a scalar, no gradient, or it reaches nothing
+    ├── DataError (ValueError)             unknown data key, empty data, data of an unusable kind
+    │   └── BatchError                     a batch does not have the shape the phase expects
+    ├── PhaseError (TypeError)             not a phase, or a phase used where it cannot be
+    ├── MetricError (ValueError)           duplicate or unusable metrics
+    ├── SanityCheckError (ValueError)      a check before the first step failed
+    ├── ReentrantFitError (RuntimeError)   ``fit`` inside ``fit`` of the same learner
+    ├── MissingEntryError (AttributeError) the step (or ``cbstate``) does not store this entry
+    ├── StateAccessError                   a callback touched what it did not declare
+    └── CallbackError
+        ├── CallbackTypeError (TypeError)  a class where an instance belongs, or no callback at all
+        ├── HandlerError (TypeError)       ``@on`` with something that is no event or phase
+        ├── AmbiguousHandlerError          two handlers fit equally well
+        ├── DuplicateCallbackError         the same callback twice, or two without distinct names
+        ├── CallbackConflictError          two writers of one path without an order
+        ├── CallbackCycleError             the declared orders contradict each other
+        └── MissingProducerError           a ``cbstate`` entry that nobody writes is read
+
+Signals end a part of the training on purpose. They are raised in a handler or in a phase::
+
+    CancelSignal
+    ├── CancelStepException                ends this step; the next one follows
+    ├── CancelEpochException               ends this epoch; ``EpochEnd`` still fires
+    └── CancelFittingException(reason)     ends the fit, which returns normally
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class FluxloopError(Exception):
+    """Base of every error that fluxloop raises."""
+
+
+class ModelError(FluxloopError, TypeError):
+    """The model is no module, or its names cannot be used."""
+
+
+class OptimizerError(FluxloopError, ValueError):
+    """The optimizers do not hold exactly the trainable parameters of the models, once each."""
+
+
+class LossError(FluxloopError, ValueError):
+    """There is no loss, it is no scalar, or no gradient can be computed from it."""
+
+
+class DataError(FluxloopError, ValueError):
+    """The data of a phase is missing, empty or of a kind that cannot be iterated."""
+
+
+class BatchError(DataError):
+    """A batch does not have the structure that the phase expects."""
+
+
+class PhaseError(FluxloopError, TypeError):
+    """Something that is no phase was given, or a phase was used where it cannot be."""
+
+
+class MetricError(FluxloopError, ValueError):
+    """Two metrics share a name, or something given as a metric is none."""
+
+
+class SanityCheckError(FluxloopError, ValueError):
+    """A check of the `SanityCheck` callback failed before the first step."""
+
+
+class ReentrantFitError(FluxloopError, RuntimeError):
+    """``fit`` was called while the same learner was already fitting."""
+
+
+class MissingEntryError(FluxloopError, AttributeError):
+    """An entry of the step or of ``cbstate`` was read that nobody has stored."""
+
+
+class StateAccessError(FluxloopError):
+    """A callback read or wrote a path that it did not declare.
+
+    Args:
+        callback: Id of the callback.
+        path: The dotted path it touched.
+        mode: ``"read"`` or ``"write"``.
+        declared: What it declared, as ``(reads, writes)``.
+
+    ``event`` is filled in where the event is known.
+    """
+
+    def __init__(
+        self,
+        callback: str,
+        path: str,
+        mode: str,
+        declared: tuple[Iterable[str], Iterable[str]] = ((), ()),
+    ) -> None:
+        super().__init__(callback, path, mode)
+        self.callback = callback
+        self.path = path
+        self.mode = mode
+        self.declared = (tuple(declared[0]), tuple(declared[1]))
+        self.event: str | None = None
+
+    def __str__(self) -> str:
+        reads, writes = self.declared
+        where = f" at {self.event}" if self.event else ""
+        name = "reads" if self.mode == "read" else "writes"
+        paths = (*(reads if self.mode == "read" else writes), self.path)
+        return (
+            f"{self.callback} tried to {self.mode} '{self.path}'{where}, but declares no such access.\n"
+            f"  declared: reads = {reads!r}, writes = {writes!r}\n"
+            f"  to allow it, write in the class: {name} = {paths!r}"
+        )
+
+
+class CallbackError(FluxloopError):
+    """Base of the errors found when the callbacks of a learner are put in order."""
+
+
+class CallbackTypeError(CallbackError, TypeError):
+    """A class was given where an instance belongs, or something that is no callback."""
+
+
+class HandlerError(CallbackError, TypeError):
+    """``@on`` was given something that is no event or phase, or a hook has no ``@on``."""
+
+
+class AmbiguousHandlerError(CallbackError):
+    """Two handlers of one callback fit an event and phase equally well."""
+
+
+class DuplicateCallbackError(CallbackError, ValueError):
+    """The same callback was given twice, or two that nothing tells apart."""
+
+
+class CallbackConflictError(CallbackError):
+    """Two callbacks write the same path and nothing says which goes first."""
+
+
+class CallbackCycleError(CallbackError):
+    """The declared orders of some callbacks contradict each other."""
+
+
+class MissingProducerError(CallbackError):
+    """A callback reads a ``cbstate`` entry that no callback writes."""
+
+
+class CancelSignal(Exception):  # noqa: N818 - a signal, not an error
+    """Base of the signals that end a part of the training on purpose.
+
+    Args:
+        reason: Why, in words for people; kept in ``history.stop_reason`` when the fit ends.
+    """
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class CancelStepException(CancelSignal):
+    """End the running step. ``StepEnd`` does not fire; the next step follows."""
+
+
+class CancelEpochException(CancelSignal):
+    """End the running epoch. ``EpochEnd`` still fires."""
+
+
+class CancelFittingException(CancelSignal):
+    """End the fit: ``fit`` returns normally and ``history.stop_reason`` holds the reason.
+
+    Outside ``fit`` (``learner.epoch(...)``, ``evaluate``, ``predict``) it reaches the caller.
+    """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Give ``"; did you mean 'x'?"`` for a near miss of one of `known`, else nothing.
+
+    >>> did_you_mean("StepBegn", ["StepBegin", "StepEnd"])
+    "; did you mean 'StepBegin'?"
+    """
+    close = get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def describe(value: object) -> str:
+    """Say what a value is in an error message: class, and shape where there is one.
+
+    >>> describe([1, 2])
+    'a list of length 2'
+    """
+    shape = getattr(value, "shape", None)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if shape is not None:
+        return f"a {type(value).__name__} of shape {tuple(shape)}"
+    if isinstance(value, (list, tuple, dict, set)):
+        return f"a {type(value).__name__} of length {len(value)}"
+    if value is None or isinstance(value, (str, bytes, int, float, bool)):
+        return repr(value)
+    return f"a {type(value).__name__}"
+
+
+def annotate(error: BaseException, note: str) -> None:
+    """Add a note to an exception on its way out; its type stays what it was.
+
+    Python 3.10 has no ``add_note``: there the note is kept where 3.11 keeps it.
+    """
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:
+        error.__notes__ = [*getattr(error, "__notes__", ()), note]

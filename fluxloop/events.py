@@ -1,0 +1,176 @@
+"""The event types, in the order in which a fit fires them.
+
+An event is a typed moment. Callbacks handle it with ``@on(EventType, PhaseType)``; a phase may
+define events of its own, with fields if it likes, and fire them with ``handle(MyEvent(...))``::
+
+    FitBegin
+      CycleBegin                          one pass through the phases of a fit
+        EpochBegin                        once per phase
+          StepBegin
+            LossBegin                     forward done, loss not yet
+            BackwardBegin, BackwardEnd    around the gradient computation
+            UpdateBegin, UpdateEnd        around the optimizer's step
+          StepEnd
+        EpochEnd
+      CycleEnd
+    FitEnd                                always, also after an error
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from attrs import frozen
+
+
+@frozen
+class Event:
+    """Base of all events. Subclass it (an ``attrs`` frozen class, or a plain class) for your own."""
+
+    ends_scope: ClassVar[bool] = False
+    """A cancel raised by a handler of such an event waits until the other handlers have run."""
+
+    inside_step: ClassVar[bool] = True
+    """Whether random numbers drawn by a handler could reach the rest of the step (and are put back)."""
+
+
+@frozen
+class FitBegin(Event):
+    """A fit starts. Fired once by ``fit``, with `FittingPhase`."""
+
+    inside_step: ClassVar[bool] = False
+
+
+@frozen
+class FitEnd(Event):
+    """A fit ends. Fired once by ``fit`` in every outcome, with `FittingPhase`.
+
+    Every handler runs, whatever the others raise.
+
+    Args:
+        reason: Why the fit stopped early, or None.
+        error: The exception that ends it, or None.
+    """
+
+    ends_scope: ClassVar[bool] = True
+    inside_step: ClassVar[bool] = False
+    reason: str | None = None
+    error: BaseException | None = None
+
+
+@frozen
+class CycleBegin(Event):
+    """One pass through the phases of a fit (train, then validate) starts."""
+
+    inside_step: ClassVar[bool] = False
+
+
+@frozen
+class CycleEnd(Event):
+    """One pass through the phases of a fit is complete."""
+
+    ends_scope: ClassVar[bool] = True
+    inside_step: ClassVar[bool] = False
+
+
+@frozen
+class EpochBegin(Event):
+    """One epoch of one phase starts. Fired by ``runepoch``."""
+
+    inside_step: ClassVar[bool] = False
+
+
+@frozen
+class EpochEnd(Event):
+    """One epoch of one phase ends, also when it was cancelled. Fired by ``runepoch``."""
+
+    ends_scope: ClassVar[bool] = True
+    inside_step: ClassVar[bool] = False
+
+
+@frozen
+class StepBegin(Event):
+    """One step starts; the batch is on the device. Fired by ``runstep``."""
+
+    inside_step: ClassVar[bool] = False
+
+
+@frozen
+class StepEnd(Event):
+    """One step is complete. Fired by ``runstep``, unless the step was cancelled or failed."""
+
+    ends_scope: ClassVar[bool] = True
+    inside_step: ClassVar[bool] = False
+
+
+@frozen
+class LossBegin(Event):
+    """The forward pass is done, the loss is not yet computed. Fired by the phase."""
+
+
+@frozen
+class BackwardBegin(Event):
+    """The loss is computed, its gradients are not. Fired by the phase or its update block."""
+
+
+@frozen
+class BackwardEnd(Event):
+    """The gradients are computed. Fired by the phase or its update block."""
+
+
+@frozen
+class UpdateBegin(Event):
+    """The optimizer is about to step; gradients are complete. Fired by ``learner.update``.
+
+    Args:
+        name: Name of the optimizer, None for a learner with a single unnamed one.
+    """
+
+    name: str | None = None
+
+
+@frozen
+class UpdateEnd(Event):
+    """The optimizer has stepped. Fired by ``learner.update``.
+
+    Args:
+        name: Name of the optimizer, None for a learner with a single unnamed one.
+    """
+
+    name: str | None = None
+
+
+STANDARD_EVENTS: tuple[type[Event], ...] = (
+    FitBegin,
+    CycleBegin,
+    EpochBegin,
+    StepBegin,
+    LossBegin,
+    BackwardBegin,
+    BackwardEnd,
+    UpdateBegin,
+    UpdateEnd,
+    StepEnd,
+    EpochEnd,
+    CycleEnd,
+    FitEnd,
+)
+"""The events fluxloop fires itself, in firing order."""
+
+FIT_EVENTS: tuple[type[Event], ...] = (FitBegin, CycleBegin, CycleEnd, FitEnd)
+"""Those fired with `FittingPhase`."""
+
+GRADIENT_EVENTS: tuple[type[Event], ...] = (BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd)
+"""Those fired in phases with gradients alone."""
+
+
+def event_types() -> list[type[Event]]:
+    """List the event types that exist: the standard ones in firing order, then users' own by name."""
+    found: list[type[Event]] = []
+    todo = list(Event.__subclasses__())
+    while todo:
+        cls = todo.pop()
+        todo.extend(cls.__subclasses__())
+        if cls not in STANDARD_EVENTS and cls not in found:
+            found.append(cls)
+    return [*STANDARD_EVENTS, *sorted(found, key=lambda cls: (cls.__name__, cls.__module__))]

@@ -1,0 +1,75 @@
+"""Numbers on the host without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Then = Callable[[Any], object]
+
+
+class HostQueue:
+    """Brings scalars to the host: at once on the CPU; elsewhere in one copy per step, delivered later.
+
+    On a device, what one step asked for travels in one non-blocking copy when the step ends, and
+    is delivered when it has arrived: at the end of a later step, at the latest when the epoch ends.
+
+    Args:
+        device: Where the numbers are computed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._asked: list[tuple[Tensor, Then]] = []
+        self._travelling: list[tuple[Tensor, Any, list[Then]]] = []
+
+    def request(self, tensor: Tensor, then: Then) -> None:
+        """Call ``then(number)`` once the scalar `tensor` is on the host."""
+        if tensor.device.type == "cpu":
+            then(tensor.item())
+        else:
+            self._asked.append((tensor.detach(), then))
+
+    @property
+    def busy(self) -> bool:
+        """Whether something was asked for and not yet delivered."""
+        return bool(self._asked or self._travelling)
+
+    def send(self) -> None:
+        """Start the copy of what was asked for, and deliver what has arrived."""
+        if self._asked:
+            numbers = torch.stack([tensor.reshape(()).to(torch.float32) for tensor, _ in self._asked])
+            copy = numbers.to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event() if self._device.type == "cuda" else None
+            if arrived is not None:
+                arrived.record()
+            self._travelling.append((copy, arrived, [then for _, then in self._asked]))
+            self._asked = []
+        while self._travelling:
+            _, arrived, _ = self._travelling[0]
+            if arrived is None or not arrived.query():
+                break
+            self._deliver()
+
+    def flush(self) -> None:
+        """Wait for what is travelling and deliver it."""
+        self.send()
+        while self._travelling:
+            _, arrived, _ = self._travelling[0]
+            if arrived is not None:
+                arrived.synchronize()
+            elif self._device.type == "mps":
+                torch.mps.synchronize()
+            self._deliver()
+
+    def drop(self) -> None:
+        """Forget what was asked for."""
+        self._asked, self._travelling = [], []
+
+    def _deliver(self) -> None:
+        copy, _, thens = self._travelling.pop(0)
+        for number, then in zip(copy.tolist(), thens, strict=True):
+            then(number)

@@ -1,0 +1,431 @@
+"""The learner: holds all state of a training, and is what users call."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from fluxloop import fit as loops
+from fluxloop.accelerator import Accelerator
+from fluxloop.callback import Callback
+from fluxloop.callbacks.defaults import with_defaults
+from fluxloop.check import check
+from fluxloop.errors import (
+    CallbackTypeError,
+    CancelFittingException,
+    LossError,
+    ModelError,
+    PhaseError,
+    describe,
+)
+from fluxloop.events import Event
+from fluxloop.history import History
+from fluxloop.host import HostQueue
+from fluxloop.loop import Scope
+from fluxloop.nested import batch_size
+from fluxloop.optimizers import build_optimizers
+from fluxloop.phase import FittingPhase, Phase
+from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
+from fluxloop.randomness import MASK, Streams
+from fluxloop.runner import Callbacks
+from fluxloop.state import SharedState, State, StepState
+from fluxloop.updates import UpdateBlock, Updates
+
+C = TypeVar("C", bound=Callback)
+
+
+class Learner:
+    """Holds everything a training is made of: model, optimizer, loss, data, step and callbacks.
+
+    Args:
+        model: A module; or several as a mapping of names, a named tuple, or a tuple.
+        loss_fn: ``(preds, ys) -> scalar``, a function or a module. A phase with losses of its own
+            needs none.
+        data: ``(train,)``, ``(train, valid)``, a mapping with any names, or nothing: then give it
+            to `fit` or `epoch`. Any iterable of batches; tensors, arrays and datasets become
+            loaders with batches of 32 rows (see `as_dataloader`), shuffled for training.
+        optimizer: A factory that takes parameters (a class, a ``functools.partial``), an
+            optimizer, or a mapping of names to either. A factory makes one optimizer per model.
+        callbacks: In any order.
+        default_callbacks: Whether to add `Recorder`, `Metrics`, `ProgressBar`, `MetricsPrinter` and
+            `StopOnNaNLoss`; one passed in `callbacks` replaces the default of its type.
+        accelerator: Where tensors are computed; left out, the fastest device of the machine.
+        seed: Decides all random numbers of the run, 0 … 2**32 - 1. Left out, it is drawn from
+            torch's global generator, so that ``torch.manual_seed`` decides.
+
+    Attributes:
+        model: The module, or a named tuple (tuple) of modules: ``learner.model.generator``.
+        params: Their parameters, in the same structure.
+        optimizer: The optimizer, or a named tuple of them.
+        data: What each kind of phase runs on: ``learner.data.training``.
+        step: The entries of the running or last step.
+        cbstate: What callbacks share.
+        history: Counts and metrics per phase, and why the last fit stopped.
+        callbacks: The callbacks in their proved order; ``learner.callbacks.explain()`` tells why.
+        seed: The run's seed.
+        num_batches: Batches of the running epoch, None where its data does not know.
+
+    Raises:
+        ModelError: The model is no module, or its names cannot be used.
+        OptimizerError: Trainable parameters are in no optimizer, in two, or belong to no model.
+        DataError: Data that cannot be loaded.
+        CallbackError: The callbacks have no order (one of its kinds).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        loss_fn: Callable[..., Any] | None = None,
+        *,
+        data: Any = (),
+        optimizer: Any = torch.optim.Adam,
+        callbacks: Iterable[Callback] = (),
+        default_callbacks: bool = True,
+        accelerator: Accelerator | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if loss_fn is not None and (not callable(loss_fn) or isinstance(loss_fn, type)):
+            hint = f": {loss_fn.__name__}()" if isinstance(loss_fn, type) else ""
+            raise LossError(
+                f"loss_fn={describe(loss_fn)} was given; expected a function (preds, ys) -> scalar, or a module{hint}"
+            )
+        self.models = named_models(model)
+        self.data: State = loops.name_data(data)
+        self.accelerator = Accelerator() if accelerator is None else accelerator
+        for module in self.modules():
+            self.accelerator.place_model(module)
+        self.loss_fn: Any = loss_fn
+        if isinstance(loss_fn, nn.Module):
+            self.accelerator.place_model(loss_fn)
+        self.model: Any = like(model, self.models)
+        self.params: Any = like(model, {k: tuple(m.parameters()) for k, m in self.models.items()})
+        optimizers = build_optimizers(self.models, optimizer)
+        self.optimizer: Any = like(None, optimizers)
+        self.seed = draw_seed() if seed is None else check_seed(seed)
+        self.streams = Streams(self.seed)
+        self.host_queue = HostQueue(self.accelerator.device)
+        self.step = StepState()
+        self.cbstate = SharedState()
+        self.history = History(self.cbstate, self.seed)
+        self.num_batches: int | None = None
+        self.phases: dict[type[Phase], Phase] = {}
+        """The phases that have run, by class."""
+        self.scope: Scope | None = None
+        self.fitting = False
+        self.stop_requested: str | None = None
+        self.updates = Updates(self, self.models, optimizers)
+        self.callbacks = Callbacks(self)
+        given = listed(callbacks)
+        self.callbacks.set(with_defaults(given) if default_callbacks else given)
+
+    # Training
+
+    def fit(self, epochs: int, data: Any = None, *, phases: Iterable[Phase] | None = None) -> History:
+        """Train for `epochs` cycles through `phases`.
+
+        The fit ends early, and returns, when a callback or phase raises `CancelFittingException`,
+        and at Ctrl+C (after the running step; pressed twice: at once); ``history.stop_reason``
+        says why. An error leaves it. `FitEnd` fires in every case.
+
+        Args:
+            epochs: How many cycles; 0 fires the events of a fit alone.
+            data: Instead of the learner's, in the same forms.
+            phases: What a cycle runs, in order. Left out: `TrainingPhase`, and `ValidationPhase`
+                where there is validation data.
+
+        Returns:
+            ``learner.history``.
+
+        Raises:
+            PhaseError: Something in `phases` is no phase instance, or cannot run this model.
+            DataError: A phase has no data, or an epoch gave no batch.
+            LossError: There is no loss function, no scalar, or no gradient.
+            ReentrantFitError: Called while this learner is fitting.
+        """
+        return loops.fit(self, epochs, data, phases)
+
+    def epoch(self, phase: Phase, data: Any = None) -> None:
+        """Run one epoch of any phase.
+
+        Args:
+            phase: An instance.
+            data: Instead of the learner's data for that phase: anything `as_dataloader` takes.
+
+        Raises:
+            CancelFittingException: Raised by a callback or phase: there is no fit to end.
+        """
+        loops.run_epoch(self, phase, data)
+
+    def evaluate(
+        self, data: Any = None, *, metrics: Iterable[Any] | None = None, phase: Phase | None = None
+    ) -> dict[str, float]:
+        """Compute the loss and metrics over data, without a trace in the training.
+
+        Args:
+            data: Anything `as_dataloader` takes; left out, the learner's validation data.
+            metrics: Instead of those of the learner's `Metrics`.
+            phase: Instead of `ValidationPhase`.
+
+        Returns:
+            Values by the metrics' names: ``{"loss": 0.31, "accuracy": 0.92}``.
+        """
+        return loops.evaluate(self, data, metrics, phase)
+
+    def predict(self, data: Any, *, phase: Phase | None = None) -> Any:
+        """Give the model's predictions for all rows, in the order of the data, on the CPU.
+
+        Args:
+            data: Anything `as_dataloader` takes. Of a tuple or list only the first item is used.
+            phase: Instead of `PredictionPhase`; its step stores ``state.preds``.
+
+        Returns:
+            What the model returns, joined over batches along the first dimension, leaf by leaf.
+        """
+        return loops.predict(self, data, phase)
+
+    # Inside a step
+
+    def optimizing(self, name: str | int | None = None) -> UpdateBlock:
+        """Open the block in which one optimizer's parameters may change.
+
+        On leaving it with ``block.loss`` set, the gradients of those parameters alone are
+        computed and the optimizer steps, between the events of each. Inside, the parameters of
+        the other optimizers require no gradient. Left by an exception it changes no parameter.
+
+        Args:
+            name: Of the optimizer; None for the only one.
+
+        Raises:
+            OptimizerError: There is no such optimizer, or another block is open.
+            LossError: On leaving: the loss is no scalar, has no gradient, or reaches none of the
+                optimizer's parameters.
+
+        Example::
+
+            with learner.optimizing("D") as block:
+                block.loss = softplus(-D(real)).mean() + softplus(D(fake.detach())).mean()
+        """
+        return UpdateBlock(self, self.updates.find(name))
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients of a scalar loss.
+
+        Inside an update block those of its optimizer's parameters, else of all it reaches. What a
+        former update consumed is released first; what was not is added to.
+
+        Raises:
+            LossError: No scalar, no gradient, or it is unclear whose loss it is.
+        """
+        self.updates.backward(loss)
+
+    def update(self, name: str | int | None = None) -> None:
+        """Step the optimizer `name`, the open block's, or all in order; fires `UpdateBegin` and `UpdateEnd`.
+
+        Raises:
+            OptimizerError: There is no such optimizer, or it is not the open block's.
+        """
+        self.updates.update(name)
+
+    def fire(self, event: Event) -> None:
+        """Fire an event with the running phase; without one, nobody hears it."""
+        handle = getattr(self.scope, "handle", None)
+        if handle is not None:
+            handle(event)
+
+    def defer(self, undo: Callable[[], object]) -> None:
+        """Call `undo` when the running step, epoch or fit ends, whatever way it ends.
+
+        Raises:
+            PhaseError: Nothing is running.
+        """
+        if self.scope is None:
+            raise PhaseError("learner.defer was called while nothing is running; expected a fit, an epoch or a step")
+        self.scope.defer(undo)
+
+    def host(self, tensor: Tensor, then: Callable[[Any], object]) -> None:
+        """Call ``then(number)`` when a scalar is on the host, without waiting for the device.
+
+        On the CPU that is at once; elsewhere at the end of a later step, at the latest before the
+        epoch ends.
+        """
+        self.host_queue.request(tensor, then)
+
+    def stop(self) -> None:
+        """End the fit for the reason that was requested.
+
+        Raises:
+            CancelFittingException: Always.
+        """
+        reason, self.stop_requested = self.stop_requested, None
+        raise CancelFittingException(reason or "stopped")
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows of the running or last step."""
+        return batch_size(vars(self.step))
+
+    def check(self, batch: Any = None, *, phases: Iterable[Phase] | None = None) -> list[str]:
+        """Run one step of each training phase on the side, and tell what is wrong with its gradients.
+
+        Finds a block's loss that also reaches another optimizer's parameters through a forgotten
+        ``detach``, and where. Weights, optimizers, data order and random numbers are put back.
+
+        Args:
+            batch: Left out, the first of the phase's data.
+            phases: Left out, the training phases that have run (before any has: `TrainingPhase`).
+
+        Returns:
+            One sentence per finding; an empty list where all is well.
+        """
+        return check(self, batch, phases)
+
+    # Callbacks
+
+    def add_callback(self, callback: Callback) -> None:
+        """Add a callback; takes effect at the next event.
+
+        Raises:
+            CallbackError: The callbacks would have no order; nothing is changed.
+        """
+        self.callbacks.set([*self.callbacks.given(), callback])
+
+    def get_callback(self, cls: type[C]) -> C | None:
+        """Give the callback of a class (unwrapped), or None."""
+        return cast("C | None", self.callbacks.get(_class(cls)))
+
+    def replace_callback(self, callback: Callback) -> Callback | None:
+        """Put a callback in the place of the one of its type, or add it; give the replaced one, or None.
+
+        Raises:
+            CallbackError: The callbacks would have no order; nothing is changed.
+        """
+        if not isinstance(callback, Callback):
+            self.callbacks.set([*self.callbacks.given(), callback])  # raises, and says what was expected
+        old = self.callbacks.get(type(callback.unwrapped))
+        self.callbacks.set([*(c for c in self.callbacks.given() if c.unwrapped is not old), callback])
+        return old
+
+    def remove_callback(self, cls: type[C]) -> C | None:
+        """Remove the callback of a class; give it, or None.
+
+        Raises:
+            CallbackError: Another callback needs what it provides; nothing is changed.
+        """
+        old = self.callbacks.get(_class(cls))
+        if old is not None:
+            self.callbacks.set([c for c in self.callbacks.given() if c.unwrapped is not old])
+        return cast("C | None", old)
+
+    def set_callbacks(self, callbacks: Iterable[Callback]) -> None:
+        """Put these callbacks in the place of all, default ones included.
+
+        Raises:
+            CallbackError: They have no order; nothing is changed.
+        """
+        self.callbacks.set(listed(callbacks))
+
+    # What there is
+
+    def modules(self) -> list[nn.Module]:
+        """List the models."""
+        return list(self.models.values())
+
+    @property
+    def optimizer_names(self) -> tuple[str | None, ...]:
+        """Names of the optimizers, in order; ``(None,)`` for a single unnamed one."""
+        return tuple(slot.name for slot in self.updates.slots)
+
+    def phases_in_use(self) -> list[type[Phase]]:
+        """List the phase types that have run or, before any has, those of a plain fit."""
+        if self.phases:
+            return [FittingPhase, *self.phases]
+        validation: list[type[Phase]] = [ValidationPhase] if "validation" in self.data else []
+        return [FittingPhase, TrainingPhase, *validation]
+
+    def __repr__(self) -> str:
+        models = ", ".join(
+            type(m).__name__ if name is None else f"{name}: {type(m).__name__}" for name, m in self.models.items()
+        )
+        lines = [
+            f"Learner({models}; seed={self.seed}, {self.accelerator.device})",
+            f"  data: {', '.join(vars(self.data)) or 'none'}",
+            f"  callbacks: {' → '.join(self.callbacks.order) or 'none'}",
+        ]
+        return "\n".join(lines)
+
+
+def named_models(model: Any) -> dict[str | None, nn.Module]:
+    """Name the models: None for a single one, else the mapping's or named tuple's names, or 0, 1, ….
+
+    Raises:
+        ModelError: Something is no module, the same module twice, or a name is no identifier.
+    """
+    if isinstance(model, nn.Module):
+        return {None: model}
+    if isinstance(model, Mapping):
+        named = dict(model)
+    elif isinstance(model, tuple):
+        names = getattr(model, "_fields", [str(index) for index in range(len(model))])
+        named = dict(zip(names, model, strict=True))
+    else:
+        named = {None: model}
+    if not named:
+        raise ModelError("no model was given; expected a torch.nn.Module, or several by name")
+    for name, module in named.items():
+        label = "model" if name is None else f"model[{name!r}]"
+        if not isinstance(module, nn.Module):
+            hint = f": {module.__name__}(...)" if isinstance(module, type) else ""
+            raise ModelError(f"{label} is {describe(module)}; expected a torch.nn.Module{hint}")
+        usable = isinstance(model, tuple) or (isinstance(name, str) and name.isidentifier() and name[0] != "_")
+        if name is not None and not usable:
+            raise ModelError(
+                f"a model is named {name!r}; expected a name that can stand behind 'learner.model.', such as 'generator'"
+            )
+    if len({id(module) for module in named.values()}) < len(named):
+        raise ModelError(f"one module was given under two of the names {list(named)}; expected each once")
+    return named
+
+
+def like(model: Any, values: dict[str | None, Any]) -> Any:
+    """Arrange values by model as the models were given: alone, as a tuple, or as a named tuple."""
+    if tuple(values) == (None,):
+        return values[None]
+    if isinstance(model, tuple) and hasattr(model, "_fields") and tuple(model) == tuple(values.values()):
+        return model
+    names = [str(name) for name in values]
+    if all(name.isidentifier() and not name.startswith("_") for name in names):
+        return namedtuple("Named", names)(*values.values())  # type: ignore[misc]  # names known at run time
+    if all(name.isdigit() for name in names):
+        return tuple(values.values())
+    return State(dict(zip(names, values.values(), strict=True)))
+
+
+def draw_seed() -> int:
+    """Draw a seed from torch's global generator."""
+    return int(torch.empty((), dtype=torch.int64).random_(0, MASK + 1))
+
+
+def check_seed(seed: int) -> int:
+    """Raise `ValueError` for a seed out of range."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MASK:
+        raise ValueError(f"seed={seed!r} was given; expected a whole number from 0 to {MASK}, e.g. seed=0")
+    return seed
+
+
+def listed(callbacks: Any) -> list[Any]:
+    """Raise `CallbackTypeError` for a single callback where several belong."""
+    if isinstance(callbacks, (Callback, type)):
+        raise CallbackTypeError(
+            f"callbacks={describe(callbacks)} was given; expected several: callbacks=[...]"
+        )
+    return list(callbacks)
+
+
+def _class(cls: object) -> Any:
+    if not isinstance(cls, type):
+        raise CallbackTypeError(f"{describe(cls)} was given; expected the class of a callback, e.g. Recorder")
+    return cls

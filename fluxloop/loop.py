@@ -1,0 +1,254 @@
+"""The two context managers that alone fire Begin and End: `runepoch` and `runstep`.
+
+Scopes nest: a fit holds epochs, an epoch holds steps. What is changed for a scope's duration
+(modes, gradient mode, generators, whatever a callback defers) is undone in reverse on every way
+out: normal, cancelled, or by an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fluxloop.errors import (
+    CancelEpochException,
+    CancelSignal,
+    CancelStepException,
+    PhaseError,
+    annotate,
+    describe,
+)
+from fluxloop.events import EpochBegin, EpochEnd, Event, StepBegin, StepEnd
+from fluxloop.randomness import preserved, start_generators
+from fluxloop.state import StepState
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from fluxloop.learner import Learner
+    from fluxloop.phase import Phase
+
+Handle = Callable[[Event], None]
+
+EPOCH_BEGIN, EPOCH_END, STEP_BEGIN, STEP_END = EpochBegin(), EpochEnd(), StepBegin(), StepEnd()
+
+
+class Scope:
+    """A part of the training with a beginning and an end: a fit, an epoch or a step."""
+
+    __slots__ = ("_learner", "_undo", "parent", "phase")
+
+    def __init__(self, learner: Learner, phase: Phase) -> None:
+        if not hasattr(phase, "data_key") or isinstance(phase, type):
+            raise PhaseError(
+                f"{describe(phase)} was given as a phase; expected an instance, e.g. TrainingPhase()"
+            )
+        self._learner = learner
+        self.phase = phase
+        self.parent: Scope | None = None
+        self._undo: list[Callable[[], object]] | None = None
+
+    def defer(self, undo: Callable[[], object]) -> None:
+        """Call `undo` when this scope ends, whatever way it ends; the last deferred goes first."""
+        if self._undo is None:
+            self._undo = []
+        self._undo.append(undo)
+
+    def open(self) -> None:
+        """Become the learner's running scope."""
+        self.parent = self._learner.scope
+        self._learner.scope = self
+
+    def close(self, error: BaseException | None) -> None:
+        """Undo what was deferred, in reverse, and give the learner its outer scope back.
+
+        A failing undo does not keep the others from running: it becomes a note on `error`, or is
+        raised at the end where there is none.
+        """
+        self._learner.scope = self.parent
+        first = error
+        while self._undo:
+            try:
+                self._undo.pop()()
+            except BaseException as failure:
+                if first is None:
+                    first = failure
+                else:
+                    annotate(first, f"fluxloop: undoing a change failed as well: {failure!r}")
+        if first is not None and first is not error:
+            raise first
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.phase!r})"
+
+
+class runstep(Scope):  # noqa: N801 - used like a function
+    """Run one step: fire `StepBegin`, give ``(handle, state)``, fire `StepEnd`.
+
+    The tensors in `entries` are moved to the accelerator's device, gradients are on or off as
+    the phase says, gradients consumed by the last update are released, and the step's random
+    numbers start from ``(seed, "<data_key>/step", number of the step)``. ``state`` is
+    ``learner.step`` from then on, and stays readable after the step.
+
+    A `CancelStepException` ends the step without `StepEnd` and goes no further. Raised in a
+    handler of `StepBegin`, it leaves the ``with`` statement (whose body it cannot skip) and is
+    taken by the `Phase.step` around it.
+
+    Args:
+        learner: Whose step it is.
+        phase: The running phase.
+        entries: Stored in ``state`` under their names.
+    """
+
+    __slots__ = ("_grad_enabled", "handle", "state")
+
+    def __init__(self, learner: Learner, phase: Phase, /, **entries: Any) -> None:
+        super().__init__(learner, phase)
+        self.state = StepState(entries)
+        self.handle = learner.callbacks.handle(learner, phase)
+
+    def __enter__(self) -> tuple[Handle, StepState]:
+        learner = self._learner
+        phase = self.phase
+        self._grad_enabled = torch.is_grad_enabled()
+        if self._grad_enabled is not phase.gradients:
+            torch.set_grad_enabled(phase.gradients)
+        try:
+            self.parent = learner.scope
+            learner.scope = self
+            learner.accelerator.place(self.state.__dict__)
+            if phase.gradients:
+                learner.updates.begin_step(self.state)
+            learner.step = self.state
+            number = learner.streams[phase.step_stream].next()
+            self.handle(STEP_BEGIN)
+            start_generators(number)
+        except BaseException as error:
+            self._leave(error)
+            raise
+        return self.handle, self.state
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if error is None:
+            try:
+                self.handle(STEP_END)
+                if self._learner.host_queue.busy:
+                    self._learner.host_queue.send()
+            except CancelStepException:
+                pass
+            except BaseException as failure:
+                self._leave(failure)
+                raise
+            self._leave(None)
+            return False
+        self._leave(error)
+        return isinstance(error, CancelStepException)
+
+    def _leave(self, error: BaseException | None) -> None:
+        if self._grad_enabled is not self.phase.gradients:
+            torch.set_grad_enabled(self._grad_enabled)
+        if error is not None:
+            self._learner.updates.abandon_step(self.state)
+            if not isinstance(error, CancelSignal):
+                locate(error, self._learner, self.phase)
+        self.close(error)
+
+
+class runepoch(Scope):  # noqa: N801 - used like a function
+    """Run one epoch: fire `EpochBegin`, give ``handle``, fire `EpochEnd`.
+
+    Every submodule of every model is put into the phase's mode (train or eval) and back into its
+    own afterwards; gradients are on or off as the phase says; the global generators start from
+    ``(seed, "<data_key>/epoch", number of the epoch)`` and are put back afterwards.
+
+    A `CancelEpochException` ends the epoch; `EpochEnd` still fires, once. Raised in a handler of
+    `EpochBegin`, it leaves the ``with`` statement after `EpochEnd` and is taken by
+    ``learner.epoch``. An error, or a cancelled fit, leaves without `EpochEnd`.
+
+    Args:
+        learner: Whose epoch it is.
+        phase: The running phase.
+    """
+
+    __slots__ = ("handle",)
+
+    def __init__(self, learner: Learner, phase: Phase, /) -> None:
+        super().__init__(learner, phase)
+        self.handle = learner.callbacks.handle(learner, phase)
+
+    def __enter__(self) -> Handle:
+        self.open()
+        try:
+            self._set_up()
+            number = self._learner.streams[self.phase.epoch_stream].next()
+            self.handle(EPOCH_BEGIN)
+            start_generators(number)
+        except BaseException as error:
+            self._leave(error, ends=isinstance(error, CancelEpochException))
+            raise
+        return self.handle
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> Literal[False] | bool:
+        cancelled = isinstance(error, CancelEpochException)
+        self._leave(error, ends=error is None or cancelled)
+        return cancelled
+
+    def _set_up(self) -> None:
+        learner = self._learner
+        if isinstance(self.parent, runstep):
+            step = learner.step
+            self.defer(lambda: setattr(learner, "step", step))
+        generators = preserved()
+        generators.__enter__()
+        self.defer(lambda: generators.__exit__(None, None, None))
+        self.defer(switch_modes(learner.modules(), self.phase.train_mode))
+        enabled = torch.is_grad_enabled()
+        self.defer(lambda: torch.set_grad_enabled(enabled))
+        torch.set_grad_enabled(self.phase.gradients)
+
+    def _leave(self, error: BaseException | None, ends: bool) -> None:
+        if ends:
+            try:
+                self._learner.host_queue.flush()
+                self.handle(EPOCH_END)
+            except CancelEpochException:
+                pass
+            except BaseException as failure:
+                error = failure
+                raise
+            finally:
+                self.close(error)
+        else:
+            if error is not None and not isinstance(error, CancelSignal):
+                locate(error, self._learner, self.phase)
+            self._learner.host_queue.drop()
+            self.close(error)
+
+
+def locate(error: BaseException, learner: Learner, phase: Phase) -> None:
+    """Note on an exception in which phase, epoch and step it was raised, once."""
+    if any(note.startswith("fluxloop: in ") for note in getattr(error, "__notes__", ())):
+        return
+    epoch, step = learner.streams[phase.epoch_stream].index, learner.streams[phase.step_stream].index
+    annotate(error, f"fluxloop: in {phase!r}, epoch {epoch}, step {step} (both counted from 1)")
+
+
+def switch_modes(models: list[nn.Module], train: bool) -> Callable[[], None]:
+    """Put models into train or eval mode; return what puts each submodule back into its own."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.train(train)
+
+    def put_back() -> None:
+        for module, mode in modes:
+            module.training = mode
+
+    return put_back

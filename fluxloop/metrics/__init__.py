@@ -1,0 +1,18 @@
+"""Metrics: what they are, and the common ones. For the rest there is torchmetrics."""
+
+from fluxloop.metrics.base import Averaged, Loss, Metric, SmoothLoss
+from fluxloop.metrics.classification import accuracy, binary_accuracy, top_k
+from fluxloop.metrics.regression import mae, mse, rmse
+
+__all__ = [
+    "Averaged",
+    "Loss",
+    "Metric",
+    "SmoothLoss",
+    "accuracy",
+    "binary_accuracy",
+    "mae",
+    "mse",
+    "rmse",
+    "top_k",
+]

@@ -1,0 +1,333 @@
+"""What a metric is, and averages that stay on the device until somebody asks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from attrs import define, field, frozen
+from torch import Tensor
+
+from fluxloop.errors import MetricError, annotate, describe
+from fluxloop.phase import Phase
+
+FOLD_AFTER = 128
+"""How many values `Mean` keeps before it adds them up: one kernel for many steps."""
+
+
+class Mean:
+    """A weighted mean of scalars that stays on their device; nothing is computed per step but `add`."""
+
+    __slots__ = ("_pending", "_total", "_weight", "_weights")
+
+    def __init__(self) -> None:
+        self._pending: list[Tensor] = []
+        self._weights: list[int] = []
+        self._total: Tensor | None = None
+        self._weight = 0
+
+    def add(self, value: Tensor, weight: int = 1) -> None:
+        """Take one more value; it must not be changed in place afterwards."""
+        self._pending.append(value)
+        self._weights.append(weight)
+        if len(self._pending) >= FOLD_AFTER:
+            self._fold()
+
+    def _fold(self) -> None:
+        if not self._pending:
+            return
+        values = torch.stack(self._pending)
+        exact = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+        weights = set(self._weights)
+        if len(weights) == 1:
+            total = exact.sum() * weights.pop()
+        else:
+            total = (exact * torch.tensor(self._weights, dtype=exact.dtype, device=exact.device)).sum()
+        self._total = total if self._total is None else self._total + total
+        self._weight += sum(self._weights)
+        self._pending, self._weights = [], []
+
+    def compute(self) -> Tensor | None:
+        """Give the mean so far, as a scalar tensor on the device; None without values."""
+        self._fold()
+        return None if self._total is None else self._total / self._weight
+
+
+@frozen
+class Averaged:
+    """A metric of an epoch that is a function of an average over its rows, such as a root of a mean.
+
+    Calling it on one batch gives ``finish(mean(preds, ys))``; over an epoch `mean` is averaged
+    first (weighted by batch size) and `finish` applied to the result.
+
+    Args:
+        mean: Function ``(preds, ys) -> scalar``, a mean over rows.
+        finish: Applied to the average.
+        name: Its name.
+    """
+
+    mean: Callable[..., Tensor]
+    finish: Callable[[Tensor], Tensor]
+    name: str
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        return self.finish(self.mean(*inputs))
+
+
+@define
+class Metric:
+    """A metric, with its name, its inputs and the phases it is computed in.
+
+    Args:
+        fn: A function ``(*inputs) -> scalar`` whose values are averaged over the epoch, weighted
+            by batch size; or any object with ``update(*inputs)``, ``compute()`` and ``reset()``
+            (every torchmetrics metric), of which each phase gets a copy.
+        name: What it is recorded under, in lower case; left out, the function's or class's name.
+        phase: The phase type it is computed in; left out: every phase.
+        inputs: The step entries it is given, in order.
+
+    Raises:
+        MetricError: `fn` is neither.
+
+    Example:
+        >>> distance = Metric(lambda z1, z2: (z1 - z2).norm(dim=1).mean(), name="distance", inputs=("z1", "z2"))
+        >>> distance.name
+        'distance'
+    """
+
+    fn: Any
+    name: str = ""
+    phase: type[Phase] = Phase
+    inputs: tuple[str, ...] = field(default=("preds", "ys"), converter=tuple)
+
+    def __attrs_post_init__(self) -> None:
+        if isinstance(self.fn, type) or not (callable(self.fn) or is_stateful(self.fn)):
+            raise MetricError(
+                f"{describe(self.fn)} was given as a metric; expected a function (preds, ys) -> scalar, or an "
+                "object with update, compute and reset"
+                + (f": {self.fn.__name__}(...)" if isinstance(self.fn, type) else "")
+            )
+        if not self.name:
+            name = getattr(self.fn, "name", None)
+            if not isinstance(name, str):
+                inner = getattr(self.fn, "func", self.fn)  # a functools.partial
+                name = getattr(inner, "__name__", type(self.fn).__name__)
+            if name == "<lambda>":
+                raise MetricError("a lambda was given as a metric without a name; write Metric(f, name='...')")
+            self.name = name
+        self.name = self.name.lower()
+
+    def start(self) -> Tracker:
+        """Begin an epoch: give what follows this metric through it."""
+        return ObjectTracker(self) if is_stateful(self.fn) else MeanTracker(self)
+
+
+def is_stateful(metric: object) -> bool:
+    """Tell whether an object accumulates by itself, as torchmetrics' metrics do."""
+    return all(callable(getattr(metric, name, None)) for name in ("update", "compute", "reset"))
+
+
+class Tracker:
+    """Follows one metric through one epoch of one phase."""
+
+    def update(self, step: Any, size: int) -> None:
+        """Take in a step.
+
+        Args:
+            step: The step's entries.
+            size: Its number of rows.
+        """
+        raise NotImplementedError
+
+    def compute(self) -> dict[str, Any]:
+        """Give the values of the epoch so far by name; nothing where there is none."""
+        raise NotImplementedError
+
+    def latest(self) -> dict[str, Tensor]:
+        """Give the last step's values by name; nothing where a metric has none."""
+        return {}
+
+
+class MeanTracker(Tracker):
+    """Averages a function of the step's entries, weighted by batch size."""
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
+        averaged = metric.fn if isinstance(metric.fn, Averaged) else None
+        self._fn = averaged.mean if averaged else metric.fn
+        self._finish = averaged.finish if averaged else None
+        self._mean = Mean()
+        self._last: Tensor | None = None
+
+    def update(self, step: Any, size: int) -> None:
+        """Compute the function on this step's entries."""
+        value = self._fn(*inputs_of(self.metric, step))
+        if not isinstance(value, Tensor):
+            value = torch.as_tensor(value)
+        if value.numel() != 1:
+            raise MetricError(
+                f"the metric {self.metric.name!r} gave {describe(value)}; expected a scalar: take its mean, "
+                "or use an object with update, compute and reset"
+            )
+        self._last = value.detach().reshape(())
+        self._mean.add(self._last, size)
+
+    def compute(self) -> dict[str, Any]:
+        """Give the average so far."""
+        mean = self._mean.compute()
+        if mean is None:
+            return {}
+        return {self.metric.name: self._finish(mean) if self._finish else mean}
+
+    def latest(self) -> dict[str, Tensor]:
+        """Give the last step's value."""
+        if self._last is None:
+            return {}
+        return {self.metric.name: self._finish(self._last) if self._finish else self._last}
+
+
+class ObjectTracker(Tracker):
+    """Feeds a copy of an object that accumulates by itself."""
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
+        self._object = copy.deepcopy(metric.fn)
+        self._object.reset()
+        self._updated = False
+
+    def update(self, step: Any, size: int) -> None:
+        """Update the object with this step's entries."""
+        inputs = inputs_of(self.metric, step)
+        if not self._updated and hasattr(self._object, "to") and isinstance(inputs[0], Tensor):
+            self._object = self._object.to(inputs[0].device)
+        self._object.update(*inputs)
+        self._updated = True
+
+    def compute(self) -> dict[str, Any]:
+        """Compute the object's value; a mapping (a collection) gives one per key."""
+        if not self._updated:
+            return {}
+        value = self._object.compute()
+        if isinstance(value, Mapping):
+            return {str(key).lower(): item for key, item in value.items()}
+        return {self.metric.name: value}
+
+
+def inputs_of(metric: Metric, step: Any) -> list[Any]:
+    """Read a metric's inputs from the step, without their graph.
+
+    Raises:
+        MissingEntryError: The phase does not store one of them.
+    """
+    try:
+        values = [getattr(step, name) for name in metric.inputs]
+    except AttributeError as error:
+        annotate(
+            error,
+            f"fluxloop: the metric {metric.name!r} has inputs={metric.inputs!r}; restrict it with "
+            "Metric(..., phase=...) or name entries that the phase stores with Metric(..., inputs=(...))",
+        )
+        raise
+    return [value.detach() if isinstance(value, Tensor) else value for value in values]
+
+
+class Loss:
+    """The loss of each step, averaged over the epoch and weighted by batch size.
+
+    A step with ``loss`` gives ``"loss"``; one with ``losses`` by optimizer gives ``"loss_<name>"``
+    for each, in lower case; one with neither gives nothing.
+
+    Args:
+        phase: The phase type it is computed in.
+    """
+
+    name = "loss"
+
+    def __init__(self, phase: type[Phase] = Phase) -> None:
+        self.phase = phase
+
+    def start(self) -> Tracker:
+        """Begin an epoch."""
+        return LossTracker(Mean)
+
+
+class SmoothLoss:
+    """An exponential moving average of the loss over steps, with the bias of its start corrected.
+
+    After t steps it is ``sum(decay**(t-i) * loss_i) / sum(decay**(t-i))`` (Kingma and Ba 2015,
+    section 3, for the correction). Recorded as ``"smoothloss"``.
+
+    Args:
+        decay: Weight of the past: 0.98 averages over about 50 steps.
+        phase: The phase type it is computed in.
+
+    Raises:
+        MetricError: The decay does not lie in [0, 1).
+    """
+
+    name = "smoothloss"
+
+    def __init__(self, decay: float = 0.98, phase: type[Phase] = Phase) -> None:
+        if not 0 <= decay < 1:
+            raise MetricError(f"decay={decay} was given; expected a weight of the past in [0, 1), e.g. 0.98")
+        self.decay = decay
+        self.phase = phase
+
+    def start(self) -> Tracker:
+        """Begin an epoch."""
+        return LossTracker(lambda: MovingAverage(self.decay), "smoothloss")
+
+
+class MovingAverage:
+    """An exponential moving average of scalars, on their device."""
+
+    def __init__(self, decay: float) -> None:
+        self._decay = decay
+        self._value: Tensor | None = None
+        self._weight = 0.0
+
+    def add(self, value: Tensor, weight: int = 1) -> None:
+        """Take one more value; the batch size plays no part."""
+        past = self._value if self._value is not None else torch.zeros_like(value)
+        self._value = self._decay * past + (1 - self._decay) * value
+        self._weight = self._decay * self._weight + (1 - self._decay)
+
+    def compute(self) -> Tensor | None:
+        """Give the average so far."""
+        return None if self._value is None else self._value / self._weight
+
+
+class LossTracker(Tracker):
+    """Follows the loss, or the losses by optimizer, of each step."""
+
+    def __init__(self, average: Callable[[], Mean | MovingAverage], name: str = "loss") -> None:
+        self._average = average
+        self._name = name
+        self._averages: dict[str, Mean | MovingAverage] = {}
+        self._last: dict[str, Tensor] = {}
+
+    def update(self, step: Any, size: int) -> None:
+        """Take in the loss of a step."""
+        if "loss" in step:
+            self._add(self._name, step.loss, size)
+        if "losses" in step:
+            for name, loss in step.losses.items():
+                self._add(f"{self._name}_{name}".lower(), loss, size)
+
+    def _add(self, name: str, loss: Any, size: int) -> None:
+        value = loss.detach() if isinstance(loss, Tensor) else torch.as_tensor(loss)
+        average = self._averages.get(name)
+        if average is None:
+            average = self._averages[name] = self._average()
+        average.add(value if value.ndim == 0 else value.mean(), size)
+        self._last[name] = value
+
+    def compute(self) -> dict[str, Any]:
+        """Give the average loss so far."""
+        return {name: average.compute() for name, average in self._averages.items()}
+
+    def latest(self) -> dict[str, Tensor]:
+        """Give the last step's loss."""
+        return dict(self._last)

@@ -1,0 +1,92 @@
+"""Accuracy and its relatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fluxloop.errors import MetricError
+
+
+def _classes(ys: Tensor, preds: Tensor) -> Tensor:
+    """Give class indices, from indices or from one-hot (or soft) targets of the shape of `preds`."""
+    return ys.argmax(1) if ys.shape == preds.shape and preds.ndim > 1 else ys
+
+
+def accuracy(preds: Tensor, ys: Tensor) -> Tensor:
+    """Compute the share of rows whose highest score is at the target class.
+
+    Args:
+        preds: Scores of shape (N, C) or (N, C, …), in any unit: only their order matters.
+        ys: Class indices of shape (N) or (N, …), or one-hot or soft targets of the shape of `preds`.
+
+    Returns:
+        A scalar in [0, 1].
+
+    Example:
+        >>> accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]))
+        tensor(0.5000)
+    """
+    return (preds.argmax(1) == _classes(ys, preds)).float().mean()
+
+
+def binary_accuracy(preds: Tensor, ys: Tensor, threshold: float = 0.5, logits: bool = False) -> Tensor:
+    """Compute the share of predictions on the right side of a threshold.
+
+    Args:
+        preds: Probabilities, or logits with ``logits=True``, of any shape.
+        ys: Targets 0 or 1 (numbers or booleans), of the shape of `preds` or with a last dimension
+            of size 1 more or less.
+        threshold: A probability; a prediction above it counts as 1.
+        logits: Whether `preds` are logits; for a metric: ``partial(binary_accuracy, logits=True)``.
+
+    Returns:
+        A scalar in [0, 1].
+
+    Raises:
+        MetricError: The shapes do not match.
+
+    Example:
+        >>> binary_accuracy(torch.tensor([-1.0, 2.0]), torch.tensor([0, 1]), logits=True)
+        tensor(1.)
+    """
+    if preds.shape != ys.shape:
+        if preds.numel() != ys.numel() or {preds.ndim, ys.ndim} != {min(preds.ndim, ys.ndim), min(preds.ndim, ys.ndim) + 1}:
+            raise MetricError(
+                f"binary_accuracy was given preds of shape {tuple(preds.shape)} and ys of shape "
+                f"{tuple(ys.shape)}; expected equal shapes"
+            )
+        ys = ys.reshape(preds.shape)
+    probabilities = preds.sigmoid() if logits else preds
+    return ((probabilities > threshold) == (ys > 0.5)).float().mean()
+
+
+def top_k(k: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Make the metric "the target class is among the k highest scores".
+
+    Args:
+        k: How many; its metric is called ``"top_<k>"``.
+
+    Returns:
+        A function of scores (N, C) and class indices (N) (or targets of the scores' shape), which
+        gives a scalar in [0, 1].
+
+    Raises:
+        MetricError: `k` is less than 1, or (when called) larger than the number of classes.
+
+    Example:
+        >>> top_k(2)(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([1]))
+        tensor(1.)
+    """
+    if k < 1:
+        raise MetricError(f"top_k({k}) was asked for; expected 1 or more")
+
+    def metric(preds: Tensor, ys: Tensor) -> Tensor:
+        if preds.shape[1] < k:
+            raise MetricError(f"top_k({k}) was given {preds.shape[1]} classes; expected at least {k}")
+        best = preds.topk(k, dim=1).indices
+        return (best == _classes(ys, preds).unsqueeze(1)).any(1).float().mean()
+
+    metric.__name__ = f"top_{k}"
+    return metric

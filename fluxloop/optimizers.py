@@ -1,0 +1,136 @@
+"""Build optimizers from what the user gave, and check that they own the parameters, once each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from fluxloop.errors import OptimizerError, describe, did_you_mean
+
+Factory = Callable[[Iterable[nn.Parameter]], Optimizer]
+Models = Mapping[str | None, nn.Module]
+Optimizers = dict[str | None, Optimizer]
+
+
+def parameter_names(models: Models) -> dict[nn.Parameter, str]:
+    """Name every parameter of the models: ``"0.weight"``, or ``"G.0.weight"`` for named models."""
+    names: dict[nn.Parameter, str] = {}
+    for model_name, model in models.items():
+        for name, parameter in model.named_parameters():
+            names.setdefault(parameter, name if model_name is None else f"{model_name}.{name}")
+    return names
+
+
+def build_optimizers(models: Models, optimizer: Any) -> Optimizers:
+    """Make one optimizer per name from a factory, an optimizer, or a mapping of names to either.
+
+    A factory makes one optimizer per model with trainable parameters. In a mapping, a factory's
+    name says whose parameters it gets: a model's, or a submodule's (``"encoder"``, ``"G.head"``).
+
+    Args:
+        models: By name; None names the only model of a learner with one.
+        optimizer: What the user gave.
+
+    Raises:
+        OptimizerError: Something else was given, or a trainable parameter is in no optimizer, in
+            two, or belongs to no model.
+    """
+    if isinstance(optimizer, Mapping):
+        built: Optimizers = {name: _build(models, name, value) for name, value in optimizer.items()}
+    elif isinstance(optimizer, Optimizer):
+        built = {None: optimizer}
+    elif callable(optimizer):
+        built = {
+            name: _call(optimizer, model, name)
+            for name, model in models.items()
+            if any(parameter.requires_grad for parameter in model.parameters())
+        }
+    else:
+        raise OptimizerError(
+            f"optimizer={describe(optimizer)} was given; expected a factory that takes parameters "
+            "(torch.optim.Adam, partial(torch.optim.SGD, lr=0.1)), an optimizer, or a mapping of names to either"
+        )
+    _check_ownership(models, built)
+    return built
+
+
+def _build(models: Models, name: Any, value: Any) -> Optimizer:
+    if not isinstance(name, str) or not name:
+        raise OptimizerError(f"an optimizer is named {name!r}; expected a name such as 'generator'")
+    if isinstance(value, Optimizer):
+        return value
+    if not callable(value):
+        raise OptimizerError(
+            f"optimizer[{name!r}] is {describe(value)}; expected a factory such as torch.optim.Adam, or an optimizer"
+        )
+    if name in models:
+        return _call(value, models[name], name)
+    known = [str(key) for key in models if key is not None]
+    for model_name, model in models.items():
+        path = name if model_name is None else name.removeprefix(f"{model_name}.")
+        if model_name is None or path != name:
+            try:
+                return _call(value, model.get_submodule(path), name)
+            except AttributeError:
+                known += [child for child, _ in model.named_children()]
+    raise OptimizerError(
+        f"optimizer[{name!r}] is a factory, but no model or submodule is called {name!r}; expected one of "
+        f"{sorted(known)}{did_you_mean(name, known)}, or an optimizer over given parameters"
+    )
+
+
+def _call(factory: Factory, model: nn.Module, name: str | None) -> Optimizer:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    label = "" if name is None else f"[{name!r}]"
+    if not parameters:
+        raise OptimizerError(
+            f"optimizer{label} would get no parameter: none of {type(model).__name__} requires a gradient; "
+            "leave it out, or unfreeze the model first"
+        )
+    made = factory(parameters)
+    if not isinstance(made, Optimizer):
+        raise OptimizerError(
+            f"the factory optimizer{label} made {describe(made)}; expected a torch.optim.Optimizer"
+        )
+    return made
+
+
+def owned_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """List the parameters in an optimizer's groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _check_ownership(models: Models, optimizers: Optimizers) -> None:
+    names = parameter_names(models)
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, optimizer in optimizers.items():
+        label = "the optimizer" if name is None else f"optimizer[{name!r}]"
+        parameters = owned_parameters(optimizer)
+        foreign = [p for p in parameters if p not in names]
+        if foreign:
+            shapes = ", ".join(str(tuple(p.shape)) for p in foreign[:3])
+            raise OptimizerError(
+                f"{label} holds {len(foreign)} parameters that belong to no model (shapes {shapes}"
+                f"{', …' if len(foreign) > 3 else ''}); build it from the parameters of the learner's model"
+            )
+        for parameter in parameters:
+            owners.setdefault(parameter, []).append(label)
+    twice = [f"{names[p]} (in {' and '.join(held)})" for p, held in owners.items() if len(held) > 1]
+    if twice:
+        raise OptimizerError(
+            f"parameters are held more than once: {_list(twice)}; expected each in exactly one optimizer. "
+            "For parameters shared by two models give the optimizers themselves"
+        )
+    missing = [name for p, name in names.items() if p.requires_grad and p not in owners]
+    if missing:
+        raise OptimizerError(
+            f"trainable parameters are in no optimizer: {_list(missing)}; add them to one, or freeze them "
+            "with requires_grad_(False)"
+        )
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,112 @@
+"""The phase types: what one epoch and one step do.
+
+::
+
+    Phase
+    ├── AbstractTrainingPhase      data "training", train mode, gradients on
+    │   └── TrainingPhase, PerOptimizerPhase, …             (fluxloop/phases/)
+    ├── AbstractValidationPhase    data "validation", eval mode, gradients off
+    │   └── ValidationPhase, PredictionPhase, …             (fluxloop/phases/)
+    └── FittingPhase               the fit itself: FitBegin, CycleBegin, CycleEnd, FitEnd
+
+A new method of training is a subclass with its own `step`; callbacks that handle an abstract
+phase act on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fluxloop.errors import CancelStepException, PhaseError
+from fluxloop.loop import runepoch
+
+if TYPE_CHECKING:
+    from fluxloop.learner import Learner
+
+Step = Callable[[Any, "Learner", Any], Any]
+
+
+def _taking_cancels(step: Step) -> Step:
+    """Wrap a `step` so that it takes a cancel of its own StepBegin, and the fit's stop request."""
+
+    @wraps(step)
+    def taking(self: Phase, learner: Learner, batch: Any) -> Any:
+        try:
+            result = step(self, learner, batch)
+        except CancelStepException:
+            result = learner.step
+        if learner.stop_requested:
+            learner.stop()
+        return result
+
+    return taking
+
+
+class Phase:
+    """Base of all phases.
+
+    Subclasses override `step`, seldom `epoch`, and may say otherwise on these:
+    """
+
+    data_key: ClassVar[str] = ""
+    """Which of the learner's data the phase runs on; also the owner of its random numbers."""
+    train_mode: ClassVar[bool] = False
+    """Whether the models are in train mode."""
+    gradients: ClassVar[bool] = False
+    """Whether gradients are recorded."""
+
+    epoch_stream: ClassVar[str] = "/epoch"
+    step_stream: ClassVar[str] = "/step"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        owner = cls.data_key or cls.__name__
+        cls.epoch_stream, cls.step_stream = f"{owner}/epoch", f"{owner}/step"
+        step = vars(cls).get("step")
+        if step is not None and not hasattr(step, "__wrapped__"):
+            cls.step = _taking_cancels(step)  # type: ignore[method-assign]  # the class's own step, wrapped
+
+    def step(self, learner: Learner, batch: Any) -> Any:
+        """Do one step on one batch. What a phase has to say.
+
+        Returns:
+            Anything; the built-in phases return the step's state.
+        """
+        raise PhaseError(
+            f"{type(self).__name__} says no step; write one:\n"
+            "    def step(self, learner, batch):\n"
+            "        with runstep(learner, self, xs=batch[0], ys=batch[1]) as (handle, state):\n"
+            "            ..."
+        )
+
+    def epoch(self, learner: Learner, data: Iterable[Any]) -> None:
+        """Do one epoch: a step on each batch of `data`."""
+        with runepoch(learner, self):
+            for batch in data:
+                self.step(learner, batch)
+
+    def check(self, learner: Learner) -> None:
+        """Raise what is wrong with the learner for this phase, before anything has begun."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class AbstractTrainingPhase(Phase):
+    """Base of the phases that train: data ``"training"``, train mode, gradients on."""
+
+    data_key = "training"
+    train_mode = True
+    gradients = True
+
+
+class AbstractValidationPhase(Phase):
+    """Base of the phases that only watch: data ``"validation"``, eval mode, gradients off."""
+
+    data_key = "validation"
+
+
+class FittingPhase(Phase):
+    """The fit itself. `FitBegin`, `CycleBegin`, `CycleEnd` and `FitEnd` are fired with it."""

@@ -1,0 +1,100 @@
+"""One loss per named optimizer: luz's default step, without its leak between optimizers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fluxloop.errors import PhaseError, describe
+from fluxloop.events import LossBegin
+from fluxloop.loop import runstep
+from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase
+from fluxloop.phases.supervised import unpack
+
+if TYPE_CHECKING:
+    from fluxloop.learner import Learner
+    from fluxloop.state import StepState
+
+
+class PerOptimizerPhase(AbstractTrainingPhase):
+    """Run forward, loss, backward and update once per optimizer, in the order of their names.
+
+    Say the loss of each optimizer in `loss`. The loss of one changes only its own parameters.
+    For batches that are no pairs override `entries`, for several models override `forward`.
+
+    Events per optimizer, after `StepBegin`: `LossBegin` (``preds``), `BackwardBegin`
+    (``losses[name]``), `BackwardEnd` (``grads``), `UpdateBegin`, `UpdateEnd`; then `StepEnd`.
+
+    Example:
+        >>> class TwoRates(PerOptimizerPhase):
+        ...     def loss(self, learner, state, name):
+        ...         loss = learner.loss_fn(state.preds, state.ys)
+        ...         return loss + learner.model.fc1.weight.abs().sum() if name == "fc1" else loss
+    """
+
+    def loss(self, learner: Learner, state: StepState, name: str | None) -> Tensor:
+        """Give the scalar loss of the optimizer `name`."""
+        raise PhaseError(
+            f"{type(self).__name__} says no loss; write one:\n"
+            "    def loss(self, learner, state, name):\n"
+            "        return learner.loss_fn(state.preds, state.ys)"
+        )
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        """Give the entries that a step starts with: by default ``xs`` and ``ys`` of a pair."""
+        xs, ys = unpack(self, batch)
+        return {"xs": xs, "ys": ys}
+
+    def forward(self, learner: Learner, state: StepState, name: str | None) -> None:
+        """Store ``state.preds`` for the optimizer `name`; with several models, nothing."""
+        if callable(learner.model):
+            state.preds = learner.model(state.xs)
+
+    def step(self, learner: Learner, batch: Any) -> StepState:
+        """Train each optimizer's parameters on one batch."""
+        with runstep(learner, self, **self.entries(batch)) as (handle, state):
+            for name in learner.optimizer_names:
+                with learner.optimizing(name) as block:
+                    self.forward(learner, state, name)
+                    handle(LossBegin())
+                    block.loss = self.loss(learner, state, name)
+        return state
+
+
+class PerOptimizerValidationPhase(AbstractValidationPhase):
+    """The validation twin of a `PerOptimizerPhase`: the same losses, without updates.
+
+    Args:
+        training: The phase whose ``entries``, ``forward`` and ``loss`` it runs.
+
+    Events: `StepBegin`, per optimizer `LossBegin`, then `StepEnd`; ``losses[name]`` are stored.
+
+    Raises:
+        PhaseError: `training` is no `PerOptimizerPhase`.
+    """
+
+    def __init__(self, training: PerOptimizerPhase) -> None:
+        if not isinstance(training, PerOptimizerPhase):
+            raise PhaseError(
+                f"PerOptimizerValidationPhase was given {describe(training)}; expected an instance of the "
+                "training phase: PerOptimizerValidationPhase(MyPhase())"
+            )
+        self.training = training
+
+    def step(self, learner: Learner, batch: Any) -> StepState:
+        """Compute each optimizer's loss on one batch."""
+        with runstep(learner, self, **self.training.entries(batch)) as (handle, state):
+            named = learner.optimizer_names != (None,)
+            for name in learner.optimizer_names:
+                self.training.forward(learner, state, name)
+                handle(LossBegin())
+                loss = self.training.loss(learner, state, name)
+                if named:
+                    vars(state).setdefault("losses", {})[name] = loss
+                else:
+                    state.loss = loss
+        return state
+
+    def __repr__(self) -> str:
+        return f"PerOptimizerValidationPhase({self.training!r})"

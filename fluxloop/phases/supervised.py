@@ -1,0 +1,137 @@
+"""The supervised phases: what ``fit`` runs unless told otherwise."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fluxloop.errors import BatchError, LossError, PhaseError, describe
+from fluxloop.events import BackwardBegin, BackwardEnd, LossBegin
+from fluxloop.loop import runstep
+from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, Phase
+
+if TYPE_CHECKING:
+    from fluxloop.learner import Learner
+    from fluxloop.state import StepState
+
+
+def unpack(phase: Phase, batch: Any) -> tuple[Any, Any]:
+    """Unpack a batch into ``(xs, ys)``.
+
+    Raises:
+        BatchError: It is no pair.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise BatchError(
+        f"{type(phase).__name__} was given {describe(batch)} as a batch; expected a pair (xs, ys). For "
+        "tensors write data=((xs, ys),), or data=((xs, ys), (valid_xs, valid_ys)); for batches of another "
+        "shape write a phase with a step of its own"
+    )
+
+
+def check_supervised(phase: Phase, learner: Learner) -> None:
+    """Raise what keeps a learner from running a supervised phase.
+
+    Raises:
+        PhaseError: It has several models.
+        LossError: It has no loss function.
+    """
+    if not callable(learner.model):
+        raise PhaseError(
+            f"{type(phase).__name__} runs one model, and the learner has {sorted(map(str, learner.models))}; "
+            "write a phase that says what a step does with them: learner.fit(..., phases=[MyPhase()])"
+        )
+    if learner.loss_fn is None:
+        raise LossError(
+            f"{type(phase).__name__} needs a loss function, and the learner has none; "
+            "give one: Learner(model, torch.nn.functional.cross_entropy, ...)"
+        )
+
+
+class TrainingPhase(AbstractTrainingPhase):
+    """Supervised training: forward, loss, backward, update.
+
+    Batches are pairs ``(xs, ys)``. The events in order, and what the step stores by then:
+
+    ===============  ===========================================
+    `StepBegin`      ``xs``, ``ys``
+    `LossBegin`      ``preds``, the model's output for ``xs``
+    `BackwardBegin`  ``loss``, a scalar
+    `BackwardEnd`    ``grads``, by the parameters' names
+    `UpdateBegin`
+    `UpdateEnd`
+    `StepEnd`
+    ===============  ===========================================
+
+    Every stage reads the state again: what a callback puts there is used next.
+    """
+
+    def step(self, learner: Learner, batch: Any) -> StepState:
+        """Train on one batch.
+
+        Raises:
+            BatchError: The batch is no pair.
+            LossError: The loss is no scalar, or has no gradient.
+        """
+        xs, ys = unpack(self, batch)
+        with runstep(learner, self, xs=xs, ys=ys) as (handle, state):
+            state.preds = learner.model(state.xs)
+            handle(LossBegin())
+            state.loss = learner.loss_fn(state.preds, state.ys)
+            handle(BackwardBegin())
+            learner.backward(state.loss)
+            handle(BackwardEnd())
+            learner.update()
+        return state
+
+    def check(self, learner: Learner) -> None:
+        """Raise what is wrong with the learner for this phase."""
+        check_supervised(self, learner)
+
+
+class ValidationPhase(AbstractValidationPhase):
+    """Supervised validation: forward and loss.
+
+    Batches are pairs ``(xs, ys)``. The events in order, and what the step stores by then:
+    `StepBegin` (``xs``, ``ys``), `LossBegin` (``preds``), `StepEnd` (``loss``).
+    """
+
+    def step(self, learner: Learner, batch: Any) -> StepState:
+        """Validate on one batch.
+
+        Raises:
+            BatchError: The batch is no pair.
+        """
+        xs, ys = unpack(self, batch)
+        with runstep(learner, self, xs=xs, ys=ys) as (handle, state):
+            state.preds = learner.model(state.xs)
+            handle(LossBegin())
+            state.loss = learner.loss_fn(state.preds, state.ys)
+        return state
+
+    def check(self, learner: Learner) -> None:
+        """Raise what is wrong with the learner for this phase."""
+        check_supervised(self, learner)
+
+
+class PredictionPhase(AbstractValidationPhase):
+    """Prediction: what ``learner.predict`` runs.
+
+    A batch is the model's input, or a tuple or list that begins with it (targets are left out).
+    A model with a method ``predict`` is asked through it. The step stores ``xs``, then ``preds``.
+    """
+
+    def step(self, learner: Learner, batch: Any) -> StepState:
+        """Predict one batch."""
+        xs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        with runstep(learner, self, xs=xs) as (_, state):
+            state.preds = getattr(learner.model, "predict", learner.model)(state.xs)
+        return state
+
+    def check(self, learner: Learner) -> None:
+        """Raise what is wrong with the learner for this phase."""
+        if not callable(learner.model):
+            raise PhaseError(
+                f"predict runs one model, and the learner has {sorted(map(str, learner.models))}; write a phase "
+                "whose step stores state.preds: learner.predict(data, phase=MyPhase())"
+            )

@@ -1,0 +1,182 @@
+"""Randomness has owners: who draws from which stream of random numbers, and when.
+
+PyTorch, NumPy and Python each have one global generator that everybody shares, so whoever
+draws a number changes everybody else's. Here every consumer has a stream of its own, derived
+from the run's seed and the owner's name:
+
+- an epoch of a phase starts from ``(seed, "<data_key>/epoch", epochs begun)``, its step i from
+  ``(seed, "<data_key>/step", steps begun)``;
+- the order of the data starts from ``(seed, "<data_key>/data", epochs begun)``, and the fetch of
+  a batch from ``(seed, "<data_key>/fetch", batches fetched)``;
+- a callback that draws has the stream ``(seed, "callback/<id>", times called)``.
+
+Starting the three generators costs about 7 µs (torch 1.1, NumPy 1.6, Python 3.8, the mixing
+0.3); saving and restoring them costs 80 (0.9, 67, 12). Therefore epochs and steps start streams,
+and only what may draw in the middle of a step is wrapped in `preserved`.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from hashlib import blake2b
+from types import TracebackType
+from typing import Any
+
+import torch
+
+MASK = 0xFFFFFFFF
+
+
+def _mix(number: int) -> int:
+    """Scramble 32 bits one to one (the finalizer of MurmurHash3)."""
+    number ^= number >> 16
+    number = (number * 0x85EBCA6B) & MASK
+    number ^= number >> 13
+    number = (number * 0xC2B2AE35) & MASK
+    return number ^ (number >> 16)
+
+
+def _base(seed: int, owner: str) -> int:
+    return int.from_bytes(blake2b(f"{seed}/{owner}".encode(), digest_size=4).digest(), "little")
+
+
+def stream_seed(seed: int, owner: str, index: int = 0) -> int:
+    """Give the 32-bit number that an owner's stream starts from.
+
+    A hand-written loop that calls ``torch.manual_seed(stream_seed(seed, "training/step", i))``
+    before its step ``i`` draws the numbers that fluxloop's step ``i`` draws. Distinct indices
+    below 2**32 of one owner give distinct numbers.
+
+    Args:
+        seed: The run's seed (``learner.seed``).
+        owner: Name of the stream, as listed in the module's docstring.
+        index: Which start of that stream, from 0.
+    """
+    return _mix((_base(seed, owner) + index) & MASK)
+
+
+def start_generators(number: int) -> None:
+    """Start the global generators of torch, NumPy (where it is loaded) and Python from `number`."""
+    torch.default_generator.manual_seed(number)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(number)
+    random.seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
+
+
+def seed_everything(seed: int) -> int:
+    """Seed the global generators of torch (every device), NumPy and Python; return the seed.
+
+    For a script's own random numbers and the initial weights. A `Learner` without a seed of its
+    own draws it from torch's generator, so this decides the whole run.
+
+    Raises:
+        ValueError: The seed does not lie in 0 … 2**32 - 1 (NumPy takes no other).
+    """
+    if not 0 <= seed <= MASK:
+        raise ValueError(f"seed {seed} was given; expected a number from 0 to {MASK}, e.g. seed_everything(0)")
+    torch.manual_seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed)
+    random.seed(seed)
+    return seed
+
+
+class preserved(AbstractContextManager[None]):  # noqa: N801 - used like a function
+    """Put the global generators of torch, NumPy and Python back as they were on leaving."""
+
+    def __enter__(self) -> None:
+        numpy = sys.modules.get("numpy")
+        self._torch = torch.default_generator.get_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        self._numpy = numpy.random.get_state() if numpy is not None else None
+        self._python = random.getstate()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        torch.default_generator.set_state(self._torch)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+        random.setstate(self._python)
+
+
+class Stream:
+    """One owner's stream of random numbers.
+
+    Args:
+        seed: The run's seed.
+        owner: Name of the stream.
+    """
+
+    __slots__ = ("base", "index", "owner", "seed")
+
+    def __init__(self, seed: int, owner: str) -> None:
+        self.seed = seed
+        self.owner = owner
+        self.base = _base(seed, owner)
+        self.index = 0
+        """How often the stream has been used: for an epoch or a step, how many have begun."""
+
+    def next(self) -> int:
+        """Give the number that the stream's next use starts from."""
+        number = _mix((self.base + self.index) & MASK)
+        self.index += 1
+        return number
+
+    def start(self) -> None:
+        """Start the global generators from the stream's next number."""
+        start_generators(self.next())
+
+
+class Streams:
+    """The streams of one learner, by owner; created when they are first asked for.
+
+    Args:
+        seed: The run's seed.
+        prefix: Put before every owner's name: evaluation and prediction have streams apart.
+    """
+
+    def __init__(self, seed: int, prefix: str = "") -> None:
+        self.seed = seed
+        self.prefix = prefix
+        self._streams: dict[str, Stream] = {}
+
+    def __getitem__(self, owner: str) -> Stream:
+        stream = self._streams.get(owner)
+        if stream is None:
+            stream = self._streams[owner] = Stream(self.seed, self.prefix + owner)
+        return stream
+
+    def positions(self) -> dict[str, int]:
+        """Give how often each stream has been used, by owner."""
+        return {owner: stream.index for owner, stream in sorted(self._streams.items())}
+
+
+def with_own_stream(call: Callable[..., None], stream: Callable[[], Stream]) -> Callable[..., None]:
+    """Wrap a function so that it draws from its own stream and leaves the global generators as they were."""
+
+    def drawing(*args: Any) -> None:
+        with preserved():
+            stream().start()
+            call(*args)
+
+    return drawing
+
+
+def putting_back(call: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a function so that it leaves the global generators as they were."""
+
+    def drawing(*args: Any) -> None:
+        with preserved():
+            call(*args)
+
+    return drawing

@@ -1,0 +1,320 @@
+"""Run callbacks: resolve handlers once per (event type, phase type), deliver events, explain the order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from attrs import frozen
+
+from fluxloop.access import dotted, make_view, parse
+from fluxloop.callback import Callback, Handler, watchers
+from fluxloop.errors import CancelEpochException, CancelFittingException, CancelSignal, StateAccessError, annotate
+from fluxloop.events import FIT_EVENTS, GRADIENT_EVENTS, Event, FitEnd, event_types
+from fluxloop.graph import CallbackGraph, Node, touches
+from fluxloop.loop import locate
+from fluxloop.phase import FittingPhase, Phase
+from fluxloop.randomness import putting_back, with_own_stream
+
+if TYPE_CHECKING:
+    from fluxloop.learner import Learner
+
+Bound = tuple[Handler, Any, str]
+"""What delivering one event to one callback takes: the call, its view, the callback's id."""
+
+
+class Table(dict[type[Event], tuple[Bound, ...]]):
+    """The handlers of one phase type by event type, resolved when an event is first fired."""
+
+    def __init__(self, resolve: Callable[[type[Event]], tuple[Bound, ...]]) -> None:
+        super().__init__()
+        self._resolve = resolve
+
+    def __missing__(self, event: type[Event]) -> tuple[Bound, ...]:
+        bound = self[event] = self._resolve(event)
+        return bound
+
+
+class Callbacks:
+    """The callbacks of a learner in their proved order: ``learner.callbacks``.
+
+    Iterating gives the callbacks in the order in which they run.
+    """
+
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
+        self._graph = CallbackGraph()
+        self._views: dict[str, Any] = {}
+        self._tables: dict[type[Phase], Table] = {}
+        watchers.add(self)
+
+    # Managing
+
+    def set(self, callbacks: Iterable[object]) -> None:
+        """Prove an order for `callbacks`, then put them in place of the old ones and `init` the new.
+
+        Raises:
+            CallbackError: They have no order; the old ones stay.
+        """
+        graph = CallbackGraph(callbacks)
+        known = [id(node.callback.unwrapped) for node in self._graph.nodes]
+        before = self._graph, self._views
+        self._graph = graph
+        self._views = {
+            node.id: make_view(node.access, self._learner) if node.is_safe else self._learner
+            for node in graph.nodes
+        }
+        self.forget()
+        try:
+            for node in graph.nodes:
+                if id(node.callback.unwrapped) not in known:
+                    self._init(node)
+        except BaseException:
+            self._graph, self._views = before
+            self.forget()
+            raise
+
+    def _init(self, node: Node) -> None:
+        try:
+            node.callback.init(self._views[node.id])
+        except StateAccessError as error:
+            error.event = "init"
+            raise
+
+    def forget(self) -> None:
+        """Resolve handlers anew when they are next needed: a callback or a handler was added."""
+        for table in self._tables.values():
+            table.clear()
+
+    def get(self, cls: type[Callback]) -> Callback | None:
+        """Give the first callback of a class, unwrapped, or None."""
+        return next((callback for callback in self if isinstance(callback, cls)), None)
+
+    def __iter__(self) -> Iterator[Callback]:
+        return (node.callback.unwrapped for node in self._graph.nodes)
+
+    def __len__(self) -> int:
+        return len(self._graph.nodes)
+
+    def given(self) -> list[Callback]:
+        """Give the callbacks as they were given, wrappers included, in the order in which they run."""
+        return [node.callback for node in self._graph.nodes]
+
+    # Delivering
+
+    def table(self, phase: type[Phase]) -> Table:
+        """Give the handlers for a phase type, by event type."""
+        table = self._tables.get(phase)
+        if table is None:
+            table = self._tables[phase] = Table(lambda event: self._resolve(event, phase))
+        return table
+
+    def handle(self, learner: Learner, phase: Phase) -> Handle:
+        """Give the function that fires events for `phase`."""
+        return Handle(self.table(type(phase)), phase, learner)
+
+    def _resolve(self, event: type[Event], phase: type[Phase]) -> tuple[Bound, ...]:
+        """Find who handles an event of a phase, in order."""
+        bound: list[Bound] = []
+        for node in self._graph.nodes:
+            call = node.callback.handler(event, phase)
+            if call is not None:
+                bound.append((self._protect(call, node, event, phase), self._views[node.id], node.id))
+        return tuple(bound)
+
+    def _protect(self, call: Handler, node: Node, event: type[Event], phase: type[Phase]) -> Handler:
+        """Keep what a handler draws away from the training's random numbers."""
+        draws = node.callback.draws
+        if draws:
+            return with_own_stream(call, lambda: self._learner.streams[f"callback/{node.id}"])
+        if draws is None and event.inside_step and phase.gradients:
+            return putting_back(call)
+        return call
+
+    # Explaining
+
+    @property
+    def order(self) -> list[str]:
+        """Ids of the callbacks in the order in which they run."""
+        return [node.id for node in self._graph.nodes]
+
+    @property
+    def digest(self) -> str:
+        """A number for the order and its reasons; the same for any list of the same callbacks."""
+        return self._graph.digest
+
+    @property
+    def graph(self) -> CallbackGraph:
+        """The nodes in order, and the edges with their reasons."""
+        return self._graph
+
+    def explain(self, path: str | None = None) -> Explanation:
+        """Tell who runs when and why, or who touches a path.
+
+        Args:
+            path: A dotted path such as ``"model.G"`` or ``"step.loss"``. Left out, the answer is
+                for each event of each phase in use: the handlers in order, with the reasons.
+
+        Returns:
+            Text; a notebook shows it with the diagram of the graph.
+
+        Raises:
+            CallbackError: The path has an unknown root.
+        """
+        lines = self._explain_path(path) if path is not None else self._explain_order()
+        return Explanation("\n".join(lines), self.to_mermaid())
+
+    def _explain_order(self) -> Iterator[str]:
+        told: set[str] = set()
+        for phase in self._learner.phases_in_use():
+            yield phase.__name__
+            for event in fired_with(phase):
+                handlers = [id for _, _, id in self.table(phase)[event]]
+                if handlers:
+                    told.update(handlers)
+                    yield f"  {event.__name__}: {' → '.join(handlers)}"
+        edges = [edge for edge in self._graph.edges if edge.before in told and edge.after in told]
+        if edges:
+            yield "because"
+            yield from (f"  {edge}" for edge in edges)
+        if told:
+            yield "Callbacks that nothing orders run in the order of their names; their place in the list plays no part."
+
+    def _explain_path(self, path: str) -> Iterator[str]:
+        wanted = parse(path, "explain")
+        yield f"'{path}' is touched by:"
+        found = False
+        for node in self._graph.nodes:
+            for mode, declared in touches(node, wanted):
+                found = True
+                when = ", ".join(sorted({f"{e.__name__} ({p.__name__})" for e, p in node.callback.handles()}))
+                yield f"  {node.id} {mode} '{dotted(declared)}' at {when or 'init'}"
+        if not found:
+            yield "  no callback"
+        for line in self._learner.updates.explain(wanted):
+            yield f"  {line}"
+
+    def to_mermaid(self) -> str:
+        """Draw the graph in Mermaid's language (GitHub, notebooks and most documentation show it)."""
+        lines = ["flowchart TD"]
+        number = {node.id: f"n{index}" for index, node in enumerate(self._graph.nodes)}
+        lines += [f'    {number[node.id]}["{node.id}"]' for node in self._graph.nodes]
+        for before, after, reason in self._joined_edges():
+            text = reason.replace('"', "'").replace("\n", "<br/>")
+            lines.append(f'    {number[before]} -->|"{text}"| {number[after]}')
+        return "\n".join(lines)
+
+    def to_dot(self) -> str:
+        """Draw the graph in Graphviz' language."""
+        lines = ["digraph callbacks {"]
+        lines += [f'    "{node.id}";' for node in self._graph.nodes]
+        for before, after, reason in self._joined_edges():
+            text = reason.replace('"', "'").replace("\n", "\\n")
+            lines.append(f'    "{before}" -> "{after}" [label="{text}"];')
+        return "\n".join([*lines, "}"])
+
+    def _joined_edges(self) -> list[tuple[str, str, str]]:
+        """Give one arrow per pair, with all its reasons."""
+        pairs = dict.fromkeys((edge.before, edge.after) for edge in self._graph.edges)
+        return [
+            (b, a, "\n".join(e.reason for e in self._graph.edges if (e.before, e.after) == (b, a)))
+            for b, a in pairs
+        ]
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        return self.explain()._repr_mimebundle_()
+
+    def __repr__(self) -> str:
+        return f"Callbacks({' → '.join(self.order)})"
+
+
+class Handle:
+    """Fires events for one phase: one look-up, then the calls."""
+
+    __slots__ = ("_learner", "_table", "phase")
+
+    def __init__(self, table: Table, phase: Phase, learner: Learner) -> None:
+        self._table = table
+        self.phase = phase
+        self._learner = learner
+
+    def __call__(self, event: Event) -> None:
+        bound = self._table[type(event)]
+        if bound:
+            deliver(bound, event, self.phase, self._learner)
+
+
+def deliver(bound: tuple[Bound, ...], event: Event, phase: Phase, learner: Learner) -> None:
+    """Call handlers in order.
+
+    At an event that ends something, a cancel waits until all have run; at `FitEnd`, so does an
+    error. Elsewhere either leaves at once. An error gets a note that says where it was raised.
+    """
+    held: BaseException | None = None
+    for call, view, id in bound:
+        try:
+            call(event, phase, view)
+        except CancelSignal as signal:
+            if not event.ends_scope:
+                raise
+            held = _wider(held, signal)
+        except BaseException as error:
+            _locate_handler(error, id, event, phase, learner)
+            if not isinstance(event, FitEnd):
+                raise
+            if held is None or isinstance(held, CancelSignal):
+                held = error
+            else:
+                annotate(held, f"fluxloop: {id} failed at FitEnd as well: {error!r}")
+    if held is not None:
+        raise held
+
+
+def _wider(held: BaseException | None, signal: CancelSignal) -> BaseException:
+    """Of two cancels raised at one event, keep the one that ends more."""
+    ranks = (CancelFittingException, CancelEpochException, CancelSignal)
+    rank = {cls: index for index, cls in enumerate(ranks)}
+
+    def width(error: BaseException) -> int:
+        return min((rank[cls] for cls in ranks if isinstance(error, cls)), default=-1)
+
+    return signal if held is None or width(signal) < width(held) else held
+
+
+def _locate_handler(error: BaseException, id: str, event: Event, phase: Phase, learner: Learner) -> None:
+    name = type(event).__name__
+    if isinstance(error, StateAccessError) and error.event is None and error.callback == id:
+        error.event = name
+    if any(note.startswith("fluxloop: raised by") for note in getattr(error, "__notes__", ())):
+        return
+    annotate(error, f"fluxloop: raised by {id} at {name} of {phase!r}")
+    locate(error, learner, phase)
+
+
+def fired_with(phase: type[Phase]) -> list[type[Event]]:
+    """List the events that may be fired with a phase type, in firing order."""
+    if issubclass(phase, FittingPhase):
+        return list(FIT_EVENTS)
+    never = FIT_EVENTS if phase.gradients else (*FIT_EVENTS, *GRADIENT_EVENTS)
+    return [event for event in event_types() if event not in never]
+
+
+@frozen(repr=False)
+class Explanation:
+    """What `Callbacks.explain` found: prints as text, shows with a diagram in a notebook."""
+
+    text: str
+    mermaid: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    __repr__ = __str__
+
+    def __contains__(self, words: str) -> bool:
+        return words in self.text
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        markdown = f"```text\n{self.text}\n```\n\n```mermaid\n{self.mermaid}\n```"
+        return {"text/plain": self.text, "text/markdown": markdown}
+

@@ -1,0 +1,193 @@
+"""For tests of phases and callbacks, users' and our own: a toy learner, an event recorder, assertions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from attrs import define, field
+from torch import Tensor, nn
+
+from fluxloop.callback import Callback, on
+from fluxloop.data import TensorBatches
+from fluxloop.errors import describe
+from fluxloop.events import Event
+from fluxloop.learner import Learner
+from fluxloop.phase import Phase
+from fluxloop.phases.supervised import TrainingPhase
+
+
+class Coefficient(nn.Module):
+    """The model with one weight: ``preds = xs * value``."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor([value]))
+
+    def forward(self, xs: Tensor) -> Tensor:
+        """Multiply.
+
+        Args:
+            xs: Shape (N, 1).
+        """
+        return xs * self.value
+
+
+def toy_learner(
+    *given: Callback,
+    callbacks: Iterable[Callback] = (),
+    coefficient: float = 3.0,
+    num_batches: int = 16,
+    batch_size: int = 8,
+    optimizer: Any = partial(torch.optim.SGD, lr=0.001),
+    default_callbacks: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> Learner:
+    """Make a learner that fits one coefficient, fast: FluxTraining's ``testlearner``.
+
+    Training and validation data are the same `num_batches` batches of inputs in [1, 100) and their
+    multiples by `coefficient`; the loss is the mean absolute error. Five epochs come within 0.1.
+
+    Args:
+        given: Callbacks.
+        callbacks: More callbacks.
+        coefficient: What there is to learn.
+        num_batches: Batches per epoch.
+        batch_size: Rows per batch.
+        optimizer: As for `Learner`.
+        default_callbacks: As for `Learner`.
+        seed: Decides the data and the run.
+        options: Further arguments of `Learner`.
+
+    Example:
+        >>> learner = toy_learner()
+        >>> history = learner.fit(5)
+        >>> abs(learner.model.value.item() - 3) < 0.1
+        True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    xs = 1 + 99 * torch.rand(num_batches * batch_size, 1, generator=generator)
+    batches = TensorBatches(xs, coefficient * xs, batch_size=batch_size)
+    return Learner(
+        Coefficient(),
+        nn.functional.l1_loss,
+        **{"data": (batches, batches), **options},
+        optimizer=optimizer,
+        callbacks=[*given, *callbacks],
+        default_callbacks=default_callbacks,
+        seed=seed,
+    )
+
+
+@define
+class EventRecorder(Callback):
+    """Record every event that is fired, in order, with its phase.
+
+    Attributes:
+        trace: ``[("FitBegin", "FittingPhase"), …]``.
+    """
+
+    trace: list[tuple[str, str]] = field(factory=list, init=False)
+
+    draws = False
+
+    @on(Event)
+    def record(self, event: Event, phase: Phase, learner: Any) -> None:
+        """Record an event."""
+        self.trace.append((type(event).__name__, type(phase).__name__))
+
+    @property
+    def events(self) -> list[str]:
+        """The names of the events alone."""
+        return [event for event, _ in self.trace]
+
+
+def assert_order(learner: Learner, *callbacks: type[Callback] | str) -> None:
+    """Assert that callbacks run in this order, and that the graph proves it.
+
+    Args:
+        learner: Whose callbacks.
+        callbacks: Classes or ids, each of which the learner has.
+
+    Raises:
+        AssertionError: One is missing, or no chain of edges orders two neighbours.
+    """
+    ids = [callback if isinstance(callback, str) else _id_of(learner, callback) for callback in callbacks]
+    for id in ids:
+        if id not in learner.callbacks.order:
+            raise AssertionError(f"the learner has no callback {id!r}; it has {learner.callbacks.order}")
+    for before, after in zip(ids, ids[1:], strict=False):
+        if not learner.callbacks.graph.reaches(before, after):
+            edges = "\n".join(f"  {edge}" for edge in learner.callbacks.graph.edges) or "  none"
+            raise AssertionError(f"nothing orders {before} before {after}; the edges are\n{edges}")
+
+
+def _id_of(learner: Learner, cls: type[Callback]) -> str:
+    for node in learner.callbacks.graph.nodes:
+        if isinstance(node.callback.unwrapped, cls):
+            return node.id
+    raise AssertionError(f"the learner has no {cls.__name__}; it has {learner.callbacks.order}")
+
+
+def bits(learner: Learner) -> dict[str, Tensor]:
+    """Give a copy of every parameter, buffer and optimizer tensor by name, to compare with another's."""
+    found: dict[str, Tensor] = {}
+    for model_name, model in learner.models.items():
+        for name, tensor in model.state_dict().items():
+            found[f"model.{model_name or ''}.{name}"] = tensor.detach().clone()
+    for slot in learner.updates.slots:
+        for index, state in slot.optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    found[f"optimizer.{slot.name or ''}.{index}.{name}"] = value.detach().clone()
+    return found
+
+
+def assert_same_bits(first: Learner, second: Learner) -> None:
+    """Assert that two learners have the same weights and optimizer states, to the bit.
+
+    Raises:
+        AssertionError: Names the first tensor that differs, and by how much.
+    """
+    a, b = bits(first), bits(second)
+    if a.keys() != b.keys():
+        raise AssertionError(f"the learners hold different tensors: {sorted(a.keys() ^ b.keys())}")
+    for name, tensor in a.items():
+        if not torch.equal(tensor, b[name]):
+            difference = (tensor.double() - b[name].double()).abs().max().item()
+            raise AssertionError(f"{name} differs by up to {difference:.3g}")
+
+
+def assert_observer(
+    observer: Callback | Phase, make_learner: Callable[[], Learner], *, epochs: int = 2
+) -> None:
+    """Assert that a callback or a phase only watches: training is the same to the bit without it.
+
+    Args:
+        observer: A callback, or a phase to run after each training epoch.
+        make_learner: Makes the same learner each time: seed what it draws.
+        epochs: How long to train.
+
+    Raises:
+        AssertionError: A weight or an optimizer state differs.
+        TypeError: `observer` is neither.
+
+    Example:
+        >>> from fluxloop import ValidationPhase
+        >>> assert_observer(EventRecorder(), toy_learner)
+        >>> assert_observer(ValidationPhase(), toy_learner)
+    """
+    plain, watched = make_learner(), make_learner()
+    phases: list[Phase] = [TrainingPhase()]
+    plain.fit(epochs, phases=phases)
+    if isinstance(observer, Phase):
+        watched.fit(epochs, phases=[*phases, observer])
+    elif isinstance(observer, Callback):
+        watched.add_callback(observer)
+        watched.fit(epochs, phases=phases)
+    else:
+        raise TypeError(f"{describe(observer)} was given; expected a callback or a phase")
+    assert_same_bits(plain, watched)

@@ -1,0 +1,323 @@
+"""Who owns which gradient: the update block, and the explicit backward and update under it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from attrs import define
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fluxloop.access import Path
+from fluxloop.errors import LossError, OptimizerError, describe, did_you_mean
+from fluxloop.events import BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd
+from fluxloop.optimizers import Models, Optimizers, owned_parameters, parameter_names
+from fluxloop.state import Gradients, StepState
+
+if TYPE_CHECKING:
+    from fluxloop.learner import Learner
+
+BACKWARD_BEGIN, BACKWARD_END = BackwardBegin(), BackwardEnd()
+
+
+@define(eq=False)
+class Slot:
+    """One optimizer, its parameters, and where its gradients stand.
+
+    Args:
+        name: Its name, None for the only optimizer of a learner with one.
+        optimizer: The optimizer.
+        parameters: Those in its groups, frozen ones too.
+        others: Those of the other optimizers.
+        begin: The event fired before it steps.
+        end: The event fired after.
+        consumed: Whether the gradients have been used by an update, and may be released.
+        window: The step in which the first gradient since the last update was computed.
+    """
+
+    name: str | None
+    optimizer: Optimizer
+    parameters: tuple[nn.Parameter, ...]
+    others: tuple[nn.Parameter, ...]
+    begin: UpdateBegin
+    end: UpdateEnd
+    consumed: bool = True
+    window: StepState | None = None
+
+    def release(self) -> None:
+        """Drop the gradients; memory is freed rather than set to zero."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.consumed = False
+
+    @property
+    def label(self) -> str:
+        """What it is called in messages."""
+        return "the optimizer" if self.name is None else f"optimizer {self.name!r}"
+
+
+class Updates:
+    """The optimizers of a learner and the gradients they own.
+
+    Args:
+        learner: The learner.
+        models: By name.
+        optimizers: By name; checked to own each trainable parameter once.
+    """
+
+    def __init__(self, learner: Learner, models: Models, optimizers: Optimizers) -> None:
+        self._learner = learner
+        self.names = parameter_names(models)
+        self.gradients = Gradients((name, parameter) for parameter, name in self.names.items())
+        owned = {name: tuple(owned_parameters(optimizer)) for name, optimizer in optimizers.items()}
+        self.slots = tuple(
+            Slot(
+                name=name,
+                optimizer=optimizer,
+                parameters=owned[name],
+                others=tuple(p for other in owned if other != name for p in owned[other]),
+                begin=UpdateBegin(name),
+                end=UpdateEnd(name),
+            )
+            for name, optimizer in optimizers.items()
+        )
+        self.block: UpdateBlock | None = None
+        self.findings: list[str] | None = None
+        """Where `check` collects what it finds while it runs a step."""
+
+    def find(self, name: str | int | None) -> Slot:
+        """Give the optimizer of a name; None stands for the only one.
+
+        Raises:
+            OptimizerError: There is no such optimizer, or no name was given and there are several.
+        """
+        if name is None and len(self.slots) == 1:
+            return self.slots[0]
+        for slot in self.slots:
+            if name is not None and slot.name == str(name):
+                return slot
+        names = [str(slot.name) for slot in self.slots if slot.name is not None]
+        if name is None:
+            raise OptimizerError(f"which of the optimizers {names}? Give its name: learner.optimizing({names[0]!r})")
+        raise OptimizerError(
+            f"there is no optimizer {name!r}; the learner has "
+            f"{names or 'a single one without a name: learner.optimizing()'}{did_you_mean(str(name), names)}"
+        )
+
+    def begin_step(self, state: StepState) -> None:
+        """Release what the last update consumed."""
+        for slot in self.slots:
+            if slot.consumed:
+                slot.release()
+
+    def abandon_step(self, state: StepState) -> None:
+        """Have the gradients of a step that ended early released, unless earlier steps share them."""
+        for slot in self.slots:
+            if slot.window is state:
+                slot.window = None
+                slot.consumed = True
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients of a scalar loss.
+
+        Inside an update block they are those of the block's optimizer alone; outside of one, of
+        every parameter that the loss reaches.
+
+        Raises:
+            LossError: Not a scalar tensor, or no gradient can be computed from it, or (inside a
+                block) it reaches none of the block's parameters, or (outside) this is the second
+                loss of a step with several optimizers, so that nobody knows whose it is.
+        """
+        learner, block = self._learner, self.block
+        _check_loss(loss, learner)
+        if block is not None:
+            slots: tuple[Slot, ...] = (block.slot,)
+        else:
+            slots = self.slots
+            if len(slots) > 1 and any(slot.window is learner.step for slot in slots):
+                raise LossError(
+                    "learner.backward was called twice in one step of a learner with the optimizers "
+                    f"{[slot.name for slot in slots]}: the gradients of both losses would reach all of them. "
+                    "Say whose loss it is:\n"
+                    f"    with learner.optimizing({slots[0].name!r}) as block:\n"
+                    "        block.loss = ..."
+                )
+        fresh = True
+        for slot in slots:
+            if slot.consumed:
+                slot.release()
+            if slot.window is None:
+                slot.window = learner.step
+            else:
+                fresh = False
+        if block is None:
+            learner.accelerator.backward(loss)
+        else:
+            slot = block.slot
+            learner.accelerator.backward(loss, [p for p in slot.parameters if p.requires_grad])
+            if fresh and all(p.grad is None for p in slot.parameters):
+                raise LossError(
+                    f"the loss of {slot.label} reaches none of its own parameters "
+                    f"({self.names[slot.parameters[0]]}, …); was their output detached, or computed for "
+                    "another optimizer?"
+                )
+        learner.step.grads = self.gradients
+
+    def update(self, name: str | int | None = None) -> None:
+        """Step one optimizer, the block's, or all of them in order, between its events.
+
+        Raises:
+            OptimizerError: There is no optimizer of that name, or it is not the block's.
+        """
+        learner, block = self._learner, self.block
+        if block is not None:
+            if name is not None and block.slot.name != str(name):
+                raise OptimizerError(
+                    f"learner.update({name!r}) was called inside the block of {block.slot.label}; "
+                    f"open a block of its own: learner.optimizing({name!r})"
+                )
+            slots: tuple[Slot, ...] = (block.slot,)
+        else:
+            slots = self.slots if name is None else (self.find(name),)
+        for slot in slots:
+            learner.fire(slot.begin)
+            learner.accelerator.update(slot.optimizer)
+            slot.consumed = True
+            slot.window = None
+            learner.fire(slot.end)
+
+    def explain(self, path: Path) -> Iterator[str]:
+        """Tell which optimizers write a path below ``model``, ``params`` or ``optimizer``."""
+        for slot in self.slots:
+            name = slot.name or ""
+            inside = any(".".join(path[1:]) in self.names[p] or not path[1:] for p in slot.parameters)
+            if (path[:1] == ("optimizer",) and path[1:] in ((), (name,))) or (
+                path[:1] in (("model",), ("params",)) and inside
+            ):
+                yield f"{slot.label} writes its parameters between UpdateBegin and UpdateEnd"
+
+
+class UpdateBlock:
+    """``with learner.optimizing(name) as block:`` says whose parameters may change.
+
+    Set ``block.loss``; on leaving, the gradients of this optimizer's parameters are computed and
+    it steps. Inside, the other optimizers' parameters require no gradient.
+
+    Attributes:
+        loss: The scalar loss of this optimizer; None makes no update.
+    """
+
+    __slots__ = ("_frozen", "_updates", "learner", "loss", "slot")
+
+    def __init__(self, learner: Learner, slot: Slot) -> None:
+        self.learner = learner
+        self._updates = learner.updates
+        self.slot = slot
+        self.loss: Tensor | None = None
+
+    def __enter__(self) -> UpdateBlock:
+        outer = self._updates.block
+        if outer is not None:
+            raise OptimizerError(
+                f"the block of {self.slot.label} was opened inside that of {outer.slot.label}; "
+                "close one before the next"
+            )
+        self._updates.block = self
+        self._frozen = [parameter for parameter in self.slot.others if parameter.requires_grad]
+        for parameter in self._frozen:
+            parameter.requires_grad = False
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is None and self.loss is not None:
+                self._finish()
+        except BaseException:
+            self._updates.abandon_step(self.learner.step)
+            raise
+        finally:
+            if error is not None:
+                self._updates.abandon_step(self.learner.step)
+            for parameter in self._frozen:
+                parameter.requires_grad = True
+            self._updates.block = None
+
+    def _finish(self) -> None:
+        """Keep the loss, compute its gradients, step; callbacks may replace the loss in between."""
+        learner, name = self.learner, self.slot.name
+        state = learner.step
+        losses = vars(state) if name is None else vars(state).setdefault("losses", {})
+        key = "loss" if name is None else name
+        losses[key] = self.loss
+        learner.fire(BACKWARD_BEGIN)
+        loss = losses[key]
+        if self._updates.findings is not None:
+            self._updates.findings.extend(leaks(self._updates, self.slot, loss, state))
+        self._updates.backward(loss)
+        losses[key] = loss.detach()
+        learner.fire(BACKWARD_END)
+        self._updates.update()
+
+
+def _check_loss(loss: object, learner: Learner) -> None:
+    """Raise `LossError` for a loss that has no gradient or is no scalar."""
+    if not isinstance(loss, Tensor):
+        raise LossError(f"the loss is {describe(loss)}; expected a tensor with one element")
+    if loss.numel() != 1:
+        raise LossError(
+            f"the loss has shape {tuple(loss.shape)}; expected a scalar: reduce it with .mean() or .sum(), "
+            "or give the loss function reduction='mean'"
+        )
+    if not loss.requires_grad:
+        why = (
+            "gradients are off here: is this a validation phase, or a torch.no_grad() block?"
+            if not torch.is_grad_enabled()
+            else "it was detached, computed from constants, or everything it depends on is frozen"
+        )
+        raise LossError(f"no gradient can be computed from the loss: {why}")
+
+
+def leaks(updates: Updates, slot: Slot, loss: Tensor, state: StepState) -> list[str]:
+    """Tell where a block's loss reaches the parameters of other optimizers.
+
+    Inside the block those are frozen, so it can only be through what was computed before it: an
+    entry that should have been detached.
+    """
+    reached = _reached(loss)
+    own = set(slot.parameters)
+    foreign = [p for p in reached if isinstance(p, nn.Parameter) and p in updates.names and p not in own]
+    if not foreign:
+        return []
+    owner = {p: other.label for other in updates.slots for p in other.parameters}
+    through = [
+        f"step.{name}"
+        for name, value in vars(state).items()
+        if isinstance(value, Tensor) and value is not loss and value.grad_fn in _nodes(loss)
+        and any(p in foreign for p in _reached(value))
+    ]
+    where = f" through {', '.join(through)}; write .detach() there" if through else "; detach it"
+    return [
+        f"the loss of {slot.label} also reaches {len(foreign)} parameters of {owner.get(foreign[0], 'no optimizer')} "
+        f"({updates.names[foreign[0]]}, …){where}: the extra gradients are not used, but cost a backward pass"
+    ]
+
+
+def _nodes(tensor: Tensor) -> set[object]:
+    """Collect the nodes of a tensor's autograd graph."""
+    todo, seen = [tensor.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo.extend(next_node for next_node, _ in node.next_functions)
+    return seen
+
+
+def _reached(tensor: Tensor) -> list[Tensor]:
+    """List the leaves that a tensor's gradient reaches."""
+    return [node.variable for node in _nodes(tensor) if hasattr(node, "variable")]
