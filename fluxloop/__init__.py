@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from fluxloop import errors, events, testing
 from fluxloop.accelerator import Accelerator
-from fluxloop.callback import Callback, NoConflict, RunFirst, UnsafeCallback, Unresolvable, on, resolve_conflict
+from fluxloop.callback import Callback, NoConflict, RunFirst, Unresolvable, UnsafeCallback, on, resolve_conflict
 from fluxloop.callbacks import (
     Check,
     ConditionalCallback,

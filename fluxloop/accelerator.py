@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxloop.nested import map_tensors
+from fluxloop.optimizers import step_optimizer
 
 
 class Accelerator:
@@ -53,7 +54,7 @@ class Accelerator:
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
         """Step an optimizer."""
-        optimizer.step()
+        step_optimizer(optimizer)
 
     def __repr__(self) -> str:
         return f"Accelerator(device={str(self.device)!r})"

@@ -250,6 +250,7 @@ class View:
     """
 
     __slots__ = ("_learner",)
+    _learner: Learner
 
     def __init__(self, learner: Learner) -> None:
         object.__setattr__(self, "_learner", learner)
@@ -269,8 +270,7 @@ def _generate(access: Access, path: Path, fetch: Callable[[Any], Any]) -> type[V
     for name, child in access.children(path).items():
         body[name] = _property(access, child, fetch)
     if path == ():
-        for name in SERVICES:
-            body[name] = property(lambda self, name=name: getattr(self._learner, name))
+        body |= {name: _service(name) for name in SERVICES}
 
     def missing(self: View, name: str) -> Any:
         if name.startswith("__"):
@@ -318,6 +318,10 @@ def _generate(access: Access, path: Path, fetch: Callable[[Any], Any]) -> type[V
         "__repr__": represent,
     }
     return type("View", (View,), body)
+
+
+def _service(name: str) -> property:
+    return property(lambda self: getattr(self._learner, name))
 
 
 def _property(access: Access, path: Path, fetch: Callable[[Any], Any]) -> property:

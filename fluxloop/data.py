@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from fluxloop.errors import DataError, describe
 from fluxloop.nested import map_tensors, tensors
-from fluxloop.randomness import Streams, stream_seed
+from fluxloop.randomness import Streams, start_torch, stream_seed
 
 
 def _as_tensors(data: Any) -> Any:
@@ -23,7 +23,7 @@ def _as_tensors(data: Any) -> Any:
     if isinstance(data, (tuple, list)):
         items = [_as_tensors(value) for value in data]
         return type(data)(*items) if hasattr(data, "_fields") else tuple(items)
-    if hasattr(data, "__array__") and getattr(data, "shape", ()):
+    if hasattr(data, "__array__") and len(getattr(data, "shape", ())) > 0:
         return torch.as_tensor(data)
     raise DataError(
         f"{describe(data)} was given as data; expected tensors or arrays, a tuple or dict of them, "
@@ -281,7 +281,7 @@ class Feed:
         set_epoch = getattr(self.source, "set_epoch", None)
         if set_epoch is not None:
             set_epoch(order.index)
-        order.start()
+        start_torch(order.next())
         batches = iter(self.source)
         fetch = None
         if getattr(self.source, "draws_at_fetch", not isinstance(self.source, (list, tuple))):
@@ -289,7 +289,7 @@ class Feed:
         count = 0
         while True:
             if fetch is not None:
-                fetch.start()
+                start_torch(fetch.next())
             try:
                 batch = next(batches)
             except StopIteration:

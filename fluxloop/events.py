@@ -31,7 +31,10 @@ class Event:
     """A cancel raised by a handler of such an event waits until the other handlers have run."""
 
     inside_step: ClassVar[bool] = True
-    """Whether random numbers drawn by a handler could reach the rest of the step (and are put back)."""
+    """Whether it is fired in the middle of a step, where a handler's draws are put back to the last bit."""
+
+    inside_epoch: ClassVar[bool] = True
+    """Whether it is fired between the epoch's begin and end, where a handler's draws are put back."""
 
 
 @frozen
@@ -39,6 +42,7 @@ class FitBegin(Event):
     """A fit starts. Fired once by ``fit``, with `FittingPhase`."""
 
     inside_step: ClassVar[bool] = False
+    inside_epoch: ClassVar[bool] = False
 
 
 @frozen
@@ -54,6 +58,7 @@ class FitEnd(Event):
 
     ends_scope: ClassVar[bool] = True
     inside_step: ClassVar[bool] = False
+    inside_epoch: ClassVar[bool] = False
     reason: str | None = None
     error: BaseException | None = None
 
@@ -63,6 +68,7 @@ class CycleBegin(Event):
     """One pass through the phases of a fit (train, then validate) starts."""
 
     inside_step: ClassVar[bool] = False
+    inside_epoch: ClassVar[bool] = False
 
 
 @frozen
@@ -71,6 +77,7 @@ class CycleEnd(Event):
 
     ends_scope: ClassVar[bool] = True
     inside_step: ClassVar[bool] = False
+    inside_epoch: ClassVar[bool] = False
 
 
 @frozen
@@ -78,6 +85,7 @@ class EpochBegin(Event):
     """One epoch of one phase starts. Fired by ``runepoch``."""
 
     inside_step: ClassVar[bool] = False
+    inside_epoch: ClassVar[bool] = False
 
 
 @frozen
@@ -86,6 +94,7 @@ class EpochEnd(Event):
 
     ends_scope: ClassVar[bool] = True
     inside_step: ClassVar[bool] = False
+    inside_epoch: ClassVar[bool] = False
 
 
 @frozen

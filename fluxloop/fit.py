@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +44,10 @@ INTERRUPTED = "interrupted (Ctrl+C)"
 class FitScope(Scope):
     """A running fit."""
 
-    __slots__ = ("handle",)
+    __slots__ = ()
 
     def __init__(self, learner: Learner) -> None:
-        phase = FittingPhase()
-        super().__init__(learner, phase)
-        self.handle = learner.callbacks.handle(learner, phase)
+        super().__init__(learner, FittingPhase())
 
 
 def fit(learner: Learner, epochs: int, data: Any, phases: Iterable[Phase] | None) -> History:
@@ -294,5 +292,3 @@ def predict(learner: Learner, data: Any, phase: Phase | None) -> Any:
             "stores state.preds"
         )
     return concatenate(collect.parts)
-
-

@@ -292,8 +292,7 @@ def check_producers(nodes: list[Node]) -> None:
             if path[:1] == ("cbstate",) and len(path) > 1 and not any(overlap(path, w) for w in written):
                 providers = " or ".join(sorted(_providers(path, Callback))) or "a callback that writes it"
                 raise MissingProducerError(
-                    f"{node.id} reads '{dotted(path)}', which no callback writes; add {providers} to the "
-                    "callbacks"
+                    f"{node.id} reads '{dotted(path)}', which no callback writes; add {providers} to the callbacks"
                 )
 
 
@@ -316,4 +315,3 @@ def touches(node: Node, path: Path) -> list[tuple[str, Path]]:
         for declared in paths
         if declared == EVERYTHING or path == EVERYTHING or covers(declared, path) or covers(path, declared)
     ]
-

@@ -25,6 +25,8 @@ class HostQueue:
         self._device = device
         self._asked: list[tuple[Tensor, Then]] = []
         self._travelling: list[tuple[Tensor, Any, list[Then]]] = []
+        self.busy = False
+        """Whether something was asked for and not yet delivered."""
 
     def request(self, tensor: Tensor, then: Then) -> None:
         """Call ``then(number)`` once the scalar `tensor` is on the host."""
@@ -32,19 +34,16 @@ class HostQueue:
             then(tensor.item())
         else:
             self._asked.append((tensor.detach(), then))
-
-    @property
-    def busy(self) -> bool:
-        """Whether something was asked for and not yet delivered."""
-        return bool(self._asked or self._travelling)
+            self.busy = True
 
     def send(self) -> None:
         """Start the copy of what was asked for, and deliver what has arrived."""
         if self._asked:
             numbers = torch.stack([tensor.reshape(()).to(torch.float32) for tensor, _ in self._asked])
             copy = numbers.to("cpu", non_blocking=True)
-            arrived = torch.cuda.Event() if self._device.type == "cuda" else None
-            if arrived is not None:
+            arrived: Any = None
+            if self._device.type == "cuda":
+                arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types there
                 arrived.record()
             self._travelling.append((copy, arrived, [then for _, then in self._asked]))
             self._asked = []
@@ -67,9 +66,10 @@ class HostQueue:
 
     def drop(self) -> None:
         """Forget what was asked for."""
-        self._asked, self._travelling = [], []
+        self._asked, self._travelling, self.busy = [], [], False
 
     def _deliver(self) -> None:
         copy, _, thens = self._travelling.pop(0)
+        self.busy = bool(self._asked or self._travelling)
         for number, then in zip(copy.tolist(), thens, strict=True):
             then(number)

@@ -232,9 +232,8 @@ class Learner:
 
     def fire(self, event: Event) -> None:
         """Fire an event with the running phase; without one, nobody hears it."""
-        handle = getattr(self.scope, "handle", None)
-        if handle is not None:
-            handle(event)
+        if self.scope is not None:
+            self.scope.handle(event)
 
     def defer(self, undo: Callable[[], object]) -> None:
         """Call `undo` when the running step, epoch or fit ends, whatever way it ends.
@@ -383,7 +382,7 @@ def named_models(model: Any) -> dict[str | None, nn.Module]:
         usable = isinstance(model, tuple) or (isinstance(name, str) and name.isidentifier() and name[0] != "_")
         if name is not None and not usable:
             raise ModelError(
-                f"a model is named {name!r}; expected a name that can stand behind 'learner.model.', such as 'generator'"
+                f"a model is named {name!r}; expected a name to stand behind 'learner.model.', such as 'generator'"
             )
     if len({id(module) for module in named.values()}) < len(named):
         raise ModelError(f"one module was given under two of the names {list(named)}; expected each once")
@@ -398,7 +397,7 @@ def like(model: Any, values: dict[str | None, Any]) -> Any:
         return model
     names = [str(name) for name in values]
     if all(name.isidentifier() and not name.startswith("_") for name in names):
-        return namedtuple("Named", names)(*values.values())  # type: ignore[misc]  # names known at run time
+        return namedtuple("Named", names)(*values.values())
     if all(name.isdigit() for name in names):
         return tuple(values.values())
     return State(dict(zip(names, values.values(), strict=True)))
@@ -419,9 +418,7 @@ def check_seed(seed: int) -> int:
 def listed(callbacks: Any) -> list[Any]:
     """Raise `CallbackTypeError` for a single callback where several belong."""
     if isinstance(callbacks, (Callback, type)):
-        raise CallbackTypeError(
-            f"callbacks={describe(callbacks)} was given; expected several: callbacks=[...]"
-        )
+        raise CallbackTypeError(f"callbacks={describe(callbacks)} was given; expected several: callbacks=[...]")
     return list(callbacks)
 
 

@@ -23,7 +23,7 @@ from fluxloop.errors import (
     describe,
 )
 from fluxloop.events import EpochBegin, EpochEnd, Event, StepBegin, StepEnd
-from fluxloop.randomness import preserved, start_generators
+from fluxloop.randomness import preserved, start_generators, start_step
 from fluxloop.state import StepState
 
 if TYPE_CHECKING:
@@ -38,19 +38,35 @@ EPOCH_BEGIN, EPOCH_END, STEP_BEGIN, STEP_END = EpochBegin(), EpochEnd(), StepBeg
 
 
 class Scope:
-    """A part of the training with a beginning and an end: a fit, an epoch or a step."""
+    """A part of the training with a beginning and an end: a fit, an epoch or a step.
 
-    __slots__ = ("_learner", "_undo", "parent", "phase")
+    Attributes:
+        phase: The phase whose events are fired in it.
+        parent: The scope around it, None for the outermost.
+        handle: Fires events for the phase.
+        stream: Where the phase's steps get their random numbers.
+    """
+
+    __slots__ = ("_learner", "_undo", "handle", "parent", "phase", "stream")
 
     def __init__(self, learner: Learner, phase: Phase) -> None:
-        if not hasattr(phase, "data_key") or isinstance(phase, type):
-            raise PhaseError(
-                f"{describe(phase)} was given as a phase; expected an instance, e.g. TrainingPhase()"
-            )
         self._learner = learner
         self.phase = phase
         self.parent: Scope | None = None
         self._undo: list[Callable[[], object]] | None = None
+        self._look_up()
+
+    def _look_up(self) -> None:
+        """Find the phase's handlers and stream.
+
+        Raises:
+            PhaseError: It is no phase.
+        """
+        phase = self.phase
+        if not hasattr(phase, "step_stream") or isinstance(phase, type):
+            raise PhaseError(f"{describe(phase)} was given as a phase; expected an instance, e.g. TrainingPhase()")
+        self.handle: Handle = self._learner.callbacks.handle(self._learner, phase)
+        self.stream = self._learner.streams[phase.step_stream]
 
     def defer(self, undo: Callable[[], object]) -> None:
         """Call `undo` when this scope ends, whatever way it ends; the last deferred goes first."""
@@ -90,7 +106,7 @@ class runstep(Scope):  # noqa: N801 - used like a function
     """Run one step: fire `StepBegin`, give ``(handle, state)``, fire `StepEnd`.
 
     The tensors in `entries` are moved to the accelerator's device, gradients are on or off as
-    the phase says, gradients consumed by the last update are released, and the step's random
+    the phase says, gradients consumed by the last update are released, and torch's random
     numbers start from ``(seed, "<data_key>/step", number of the step)``. ``state`` is
     ``learner.step`` from then on, and stays readable after the step.
 
@@ -104,48 +120,57 @@ class runstep(Scope):  # noqa: N801 - used like a function
         entries: Stored in ``state`` under their names.
     """
 
-    __slots__ = ("_grad_enabled", "handle", "state")
+    __slots__ = ("_grad_enabled", "state")
 
     def __init__(self, learner: Learner, phase: Phase, /, **entries: Any) -> None:
-        super().__init__(learner, phase)
+        self._learner = learner
+        self.phase = phase
         self.state = StepState(entries)
-        self.handle = learner.callbacks.handle(learner, phase)
 
     def __enter__(self) -> tuple[Handle, StepState]:
-        learner = self._learner
-        phase = self.phase
+        learner, phase, state = self._learner, self.phase, self.state
+        self.parent = outer = learner.scope
+        self._undo = None
+        if outer is not None and outer.phase is phase:  # the epoch has looked these up
+            self.handle, self.stream = outer.handle, outer.stream
+        else:
+            self._look_up()
+        gradients = phase.gradients
         self._grad_enabled = torch.is_grad_enabled()
-        if self._grad_enabled is not phase.gradients:
-            torch.set_grad_enabled(phase.gradients)
         try:
-            self.parent = learner.scope
             learner.scope = self
-            learner.accelerator.place(self.state.__dict__)
-            if phase.gradients:
-                learner.updates.begin_step(self.state)
-            learner.step = self.state
-            number = learner.streams[phase.step_stream].next()
+            if self._grad_enabled is not gradients:
+                torch.set_grad_enabled(gradients)
+            learner.accelerator.place(state.__dict__)
+            if gradients:
+                learner.updates.begin_step(state)
+            learner.step = state
+            number = self.stream.next()
             self.handle(STEP_BEGIN)
-            start_generators(number)
+            start_step(number)
         except BaseException as error:
             self._leave(error)
             raise
-        return self.handle, self.state
+        return self.handle, state
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         if error is None:
+            learner = self._learner
             try:
                 self.handle(STEP_END)
-                if self._learner.host_queue.busy:
-                    self._learner.host_queue.send()
+                if learner.host_queue.busy:
+                    learner.host_queue.send()
             except CancelStepException:
                 pass
             except BaseException as failure:
                 self._leave(failure)
                 raise
-            self._leave(None)
+            if self._undo is None and self._grad_enabled is self.phase.gradients:
+                learner.scope = self.parent  # nothing to undo
+            else:
+                self._leave(None)
             return False
         self._leave(error)
         return isinstance(error, CancelStepException)
@@ -176,11 +201,10 @@ class runepoch(Scope):  # noqa: N801 - used like a function
         phase: The running phase.
     """
 
-    __slots__ = ("handle",)
+    __slots__ = ()
 
     def __init__(self, learner: Learner, phase: Phase, /) -> None:
         super().__init__(learner, phase)
-        self.handle = learner.callbacks.handle(learner, phase)
 
     def __enter__(self) -> Handle:
         self.open()

@@ -66,7 +66,7 @@ class Phase:
         cls.epoch_stream, cls.step_stream = f"{owner}/epoch", f"{owner}/step"
         step = vars(cls).get("step")
         if step is not None and not hasattr(step, "__wrapped__"):
-            cls.step = _taking_cancels(step)  # type: ignore[method-assign]  # the class's own step, wrapped
+            setattr(cls, "step", _taking_cancels(step))  # noqa: B010 - the class's own step, wrapped
 
     def step(self, learner: Learner, batch: Any) -> Any:
         """Do one step on one batch. What a phase has to say.

@@ -14,7 +14,7 @@ from fluxloop.events import FIT_EVENTS, GRADIENT_EVENTS, Event, FitEnd, event_ty
 from fluxloop.graph import CallbackGraph, Node, touches
 from fluxloop.loop import locate
 from fluxloop.phase import FittingPhase, Phase
-from fluxloop.randomness import putting_back, with_own_stream
+from fluxloop.randomness import between_steps, putting_back, stream_seed, with_own_stream
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -61,8 +61,7 @@ class Callbacks:
         before = self._graph, self._views
         self._graph = graph
         self._views = {
-            node.id: make_view(node.access, self._learner) if node.is_safe else self._learner
-            for node in graph.nodes
+            node.id: make_view(node.access, self._learner) if node.is_safe else self._learner for node in graph.nodes
         }
         self.forget()
         try:
@@ -119,16 +118,18 @@ class Callbacks:
         for node in self._graph.nodes:
             call = node.callback.handler(event, phase)
             if call is not None:
-                bound.append((self._protect(call, node, event, phase), self._views[node.id], node.id))
+                bound.append((self._protect(call, node, event), self._views[node.id], node.id))
         return tuple(bound)
 
-    def _protect(self, call: Handler, node: Node, event: type[Event], phase: type[Phase]) -> Handler:
+    def _protect(self, call: Handler, node: Node, event: type[Event]) -> Handler:
         """Keep what a handler draws away from the training's random numbers."""
         draws = node.callback.draws
         if draws:
             return with_own_stream(call, lambda: self._learner.streams[f"callback/{node.id}"])
-        if draws is None and event.inside_step and phase.gradients:
+        if draws is None and event.inside_step:
             return putting_back(call)
+        if draws is None and event.inside_epoch:
+            return between_steps(call, stream_seed(self._learner.seed, f"callback/{node.id}"))
         return call
 
     # Explaining
@@ -178,7 +179,7 @@ class Callbacks:
             yield "because"
             yield from (f"  {edge}" for edge in edges)
         if told:
-            yield "Callbacks that nothing orders run in the order of their names; their place in the list plays no part."
+            yield "Callbacks that nothing orders run in the order of their names, not of the list."
 
     def _explain_path(self, path: str) -> Iterator[str]:
         wanted = parse(path, "explain")
@@ -217,8 +218,7 @@ class Callbacks:
         """Give one arrow per pair, with all its reasons."""
         pairs = dict.fromkeys((edge.before, edge.after) for edge in self._graph.edges)
         return [
-            (b, a, "\n".join(e.reason for e in self._graph.edges if (e.before, e.after) == (b, a)))
-            for b, a in pairs
+            (b, a, "\n".join(e.reason for e in self._graph.edges if (e.before, e.after) == (b, a))) for b, a in pairs
         ]
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
@@ -239,6 +239,7 @@ class Handle:
         self._learner = learner
 
     def __call__(self, event: Event) -> None:
+        """Fire an event."""
         bound = self._table[type(event)]
         if bound:
             deliver(bound, event, self.phase, self._learner)
@@ -317,4 +318,3 @@ class Explanation:
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         markdown = f"```text\n{self.text}\n```\n\n```mermaid\n{self.mermaid}\n```"
         return {"text/plain": self.text, "text/markdown": markdown}
-

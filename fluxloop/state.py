@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
@@ -39,9 +39,12 @@ class State(Container):
             raise AttributeError(name)
         entries = ", ".join(sorted(vars(self))) or "nothing"
         raise MissingEntryError(
-            f"{self.__kind__} has no entry {name!r}; it has: {entries}"
-            f"{did_you_mean(name, vars(self))}.{self.__hint__}"
+            f"{self.__kind__} has no entry {name!r}; it has: {entries}{did_you_mean(name, vars(self))}.{self.__hint__}"
         )
+
+    if TYPE_CHECKING:  # any attribute may be stored; at run time object's own __setattr__ does it
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
@@ -57,7 +60,7 @@ class State(Container):
 
 
 class StepState(State):
-    """The entries of one step, as the phase stores them: ``xs``, ``ys``, ``preds``, ``loss``, …"""
+    """The entries of one step, as the phase stores them, such as ``xs``, ``preds`` and ``loss``."""
 
     __kind__ = "The step"
     __hint__ = " A phase stores an entry with 'state.NAME = ...' or runstep(learner, self, NAME=...)."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def toy_learner(
     coefficient: float = 3.0,
     num_batches: int = 16,
     batch_size: int = 8,
-    optimizer: Any = partial(torch.optim.SGD, lr=0.001),
+    optimizer: Any = None,
     default_callbacks: bool = False,
     seed: int = 0,
     **options: Any,
@@ -57,7 +58,7 @@ def toy_learner(
         coefficient: What there is to learn.
         num_batches: Batches per epoch.
         batch_size: Rows per batch.
-        optimizer: As for `Learner`.
+        optimizer: As for `Learner`; left out, SGD with a learning rate of 0.001.
         default_callbacks: As for `Learner`.
         seed: Decides the data and the run.
         options: Further arguments of `Learner`.
@@ -75,7 +76,7 @@ def toy_learner(
         Coefficient(),
         nn.functional.l1_loss,
         **{"data": (batches, batches), **options},
-        optimizer=optimizer,
+        optimizer=partial(torch.optim.SGD, lr=0.001) if optimizer is None else optimizer,
         callbacks=[*given, *callbacks],
         default_callbacks=default_callbacks,
         seed=seed,
@@ -119,7 +120,7 @@ def assert_order(learner: Learner, *callbacks: type[Callback] | str) -> None:
     for id in ids:
         if id not in learner.callbacks.order:
             raise AssertionError(f"the learner has no callback {id!r}; it has {learner.callbacks.order}")
-    for before, after in zip(ids, ids[1:], strict=False):
+    for before, after in pairwise(ids):
         if not learner.callbacks.graph.reaches(before, after):
             edges = "\n".join(f"  {edge}" for edge in learner.callbacks.graph.edges) or "  none"
             raise AssertionError(f"nothing orders {before} before {after}; the edges are\n{edges}")
@@ -161,9 +162,7 @@ def assert_same_bits(first: Learner, second: Learner) -> None:
             raise AssertionError(f"{name} differs by up to {difference:.3g}")
 
 
-def assert_observer(
-    observer: Callback | Phase, make_learner: Callable[[], Learner], *, epochs: int = 2
-) -> None:
+def assert_observer(observer: Callback | Phase, make_learner: Callable[[], Learner], *, epochs: int = 2) -> None:
     """Assert that a callback or a phase only watches: training is the same to the bit without it.
 
     Args:

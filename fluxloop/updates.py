@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import define
@@ -297,7 +297,9 @@ def leaks(updates: Updates, slot: Slot, loss: Tensor, state: StepState) -> list[
     through = [
         f"step.{name}"
         for name, value in vars(state).items()
-        if isinstance(value, Tensor) and value is not loss and value.grad_fn in _nodes(loss)
+        if isinstance(value, Tensor)
+        and value is not loss
+        and value.grad_fn in _nodes(loss)
         and any(p in foreign for p in _reached(value))
     ]
     where = f" through {', '.join(through)}; write .detach() there" if through else "; detach it"
@@ -309,7 +311,8 @@ def leaks(updates: Updates, slot: Slot, loss: Tensor, state: StepState) -> list[
 
 def _nodes(tensor: Tensor) -> set[object]:
     """Collect the nodes of a tensor's autograd graph."""
-    todo, seen = [tensor.grad_fn], set()
+    todo: list[Any] = [tensor.grad_fn]
+    seen: set[object] = set()
     while todo:
         node = todo.pop()
         if node is not None and node not in seen:
@@ -320,4 +323,4 @@ def _nodes(tensor: Tensor) -> set[object]:
 
 def _reached(tensor: Tensor) -> list[Tensor]:
     """List the leaves that a tensor's gradient reaches."""
-    return [node.variable for node in _nodes(tensor) if hasattr(node, "variable")]
+    return [variable for node in _nodes(tensor) if (variable := getattr(node, "variable", None)) is not None]

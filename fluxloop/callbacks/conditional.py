@@ -122,6 +122,7 @@ class Every:
     _last: float | None = field(default=None, init=False)
 
     def __call__(self, event: Event, phase: Phase) -> bool:
+        """Tell whether to pass this event on."""
         if not isinstance(event, self.event):
             return True
         if self.freq is not None:

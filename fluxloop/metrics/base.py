@@ -73,6 +73,7 @@ class Averaged:
     name: str
 
     def __call__(self, *inputs: Any) -> Tensor:
+        """Compute the metric on one batch."""
         return self.finish(self.mean(*inputs))
 
 
@@ -110,10 +111,9 @@ class Metric:
                 + (f": {self.fn.__name__}(...)" if isinstance(self.fn, type) else "")
             )
         if not self.name:
-            name = getattr(self.fn, "name", None)
-            if not isinstance(name, str):
-                inner = getattr(self.fn, "func", self.fn)  # a functools.partial
-                name = getattr(inner, "__name__", type(self.fn).__name__)
+            inner = getattr(self.fn, "func", self.fn)  # a functools.partial
+            own = getattr(self.fn, "name", None)
+            name = own if isinstance(own, str) else str(getattr(inner, "__name__", type(self.fn).__name__))
             if name == "<lambda>":
                 raise MetricError("a lambda was given as a metric without a name; write Metric(f, name='...')")
             self.name = name

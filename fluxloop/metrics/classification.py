@@ -52,7 +52,10 @@ def binary_accuracy(preds: Tensor, ys: Tensor, threshold: float = 0.5, logits: b
         tensor(1.)
     """
     if preds.shape != ys.shape:
-        if preds.numel() != ys.numel() or {preds.ndim, ys.ndim} != {min(preds.ndim, ys.ndim), min(preds.ndim, ys.ndim) + 1}:
+        if preds.numel() != ys.numel() or {preds.ndim, ys.ndim} != {
+            min(preds.ndim, ys.ndim),
+            min(preds.ndim, ys.ndim) + 1,
+        }:
             raise MetricError(
                 f"binary_accuracy was given preds of shape {tuple(preds.shape)} and ys of shape "
                 f"{tuple(ys.shape)}; expected equal shapes"
