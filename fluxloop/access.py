@@ -8,6 +8,7 @@ can still be changed in place.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -254,6 +255,9 @@ class View:
 
     def __init__(self, learner: Learner) -> None:
         object.__setattr__(self, "_learner", learner)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> View:
+        return type(self)(copy.deepcopy(self._learner, memo))
 
 
 def make_view(access: Access, learner: Learner) -> Any:

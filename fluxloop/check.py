@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
 
 from fluxloop.fit import aside, check_phase, feed
 from fluxloop.loop import switch_modes
@@ -14,6 +17,12 @@ from fluxloop.randomness import preserved
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
+
+
+def _held(module: nn.Module) -> Iterator[Tensor]:
+    """Give a module's parameters and buffers, also those that are not saved."""
+    yield from module.parameters()
+    yield from module.buffers()
 
 
 def check(learner: Learner, batch: Any, phases: Iterable[Phase] | None) -> list[str]:
@@ -26,7 +35,7 @@ def check(learner: Learner, batch: Any, phases: Iterable[Phase] | None) -> list[
     updates = learner.updates
     findings: list[str] = []
     for phase in chosen:
-        weights = [copy.deepcopy(module.state_dict()) for module in learner.modules()]
+        weights = [(tensor, tensor.detach().clone()) for module in learner.modules() for tensor in _held(module)]
         states = [copy.deepcopy(slot.optimizer.state_dict()) for slot in updates.slots]
         gradients = [(p, p.grad) for p in updates.names]
         windows = [(slot, slot.consumed, slot.window) for slot in updates.slots]
@@ -41,8 +50,9 @@ def check(learner: Learner, batch: Any, phases: Iterable[Phase] | None) -> list[
             finally:
                 updates.findings = None
                 put_back()
-                for module, state in zip(learner.modules(), weights, strict=True):
-                    module.load_state_dict(state)
+                with torch.no_grad():
+                    for tensor, value in weights:
+                        tensor.copy_(value)
                 for slot, optimizer_state in zip(updates.slots, states, strict=True):
                     slot.optimizer.load_state_dict(optimizer_state)
                 for parameter, gradient in gradients:

@@ -85,7 +85,10 @@ def fit(learner: Learner, epochs: int, data: Any, phases: Iterable[Phase] | None
         except KeyboardInterrupt:
             history.stop_reason = INTERRUPTED
         except BaseException as failure:
-            error = failure
+            if learner.stop_requested and "DataLoader worker" in str(failure):
+                history.stop_reason = INTERRUPTED  # Ctrl+C reached the workers too, and ended them
+            else:
+                error = failure
         error = _finish(scope, history, error)
     learner.fitting = False
     learner.stop_requested = None
@@ -148,6 +151,8 @@ def run_epoch(learner: Learner, phase: Phase, data: Any, sources: State | None =
         pass  # raised by a handler of EpochBegin, after EpochEnd was fired
     finally:
         learner.num_batches = outer
+    if learner.stop_requested:  # by Ctrl+C, in a phase that has no steps to look at it
+        learner.stop()
 
 
 def feed(learner: Learner, phase: Phase, data: Any, sources: State) -> Feed:

@@ -34,7 +34,8 @@ class History(Container):
     """The history of a learner: ``learner.history``.
 
     ``history[TrainingPhase]`` gives the `Counts` of a phase, ``history.metrics[TrainingPhase]``
-    its epoch values by metric, ``history["validation/loss"]`` the values of one metric.
+    its epoch values by metric, ``history["validation/loss"]`` the values of one metric (of the
+    phase that came last, where several ran on the same data).
 
     Attributes:
         seed: The seed that decides the run's random numbers.

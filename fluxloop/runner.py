@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
@@ -26,13 +27,18 @@ Bound = tuple[Handler, Any, str]
 class Table(dict[type[Event], tuple[Bound, ...]]):
     """The handlers of one phase type by event type, resolved when an event is first fired."""
 
-    def __init__(self, resolve: Callable[[type[Event]], tuple[Bound, ...]]) -> None:
+    def __init__(self, callbacks: Callbacks, phase: type[Phase]) -> None:
         super().__init__()
-        self._resolve = resolve
+        self._callbacks = callbacks
+        self._phase = phase
 
     def __missing__(self, event: type[Event]) -> tuple[Bound, ...]:
-        bound = self[event] = self._resolve(event)
+        bound = self[event] = self._callbacks.resolve(event, self._phase)
         return bound
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Table:
+        """Copy no handler: they are bound to the callbacks of the original."""
+        return Table(copy.deepcopy(self._callbacks, memo), self._phase)
 
 
 class Callbacks:
@@ -46,7 +52,6 @@ class Callbacks:
         self._graph = CallbackGraph()
         self._views: dict[str, Any] = {}
         self._tables: dict[type[Phase], Table] = {}
-        watchers.add(self)
 
     # Managing
 
@@ -105,15 +110,16 @@ class Callbacks:
         """Give the handlers for a phase type, by event type."""
         table = self._tables.get(phase)
         if table is None:
-            table = self._tables[phase] = Table(lambda event: self._resolve(event, phase))
+            table = self._tables[phase] = Table(self, phase)
         return table
 
     def handle(self, learner: Learner, phase: Phase) -> Handle:
         """Give the function that fires events for `phase`."""
         return Handle(self.table(type(phase)), phase, learner)
 
-    def _resolve(self, event: type[Event], phase: type[Phase]) -> tuple[Bound, ...]:
+    def resolve(self, event: type[Event], phase: type[Phase]) -> tuple[Bound, ...]:
         """Find who handles an event of a phase, in order."""
+        watchers.add(self)
         bound: list[Bound] = []
         for node in self._graph.nodes:
             call = node.callback.handler(event, phase)

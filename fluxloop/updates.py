@@ -193,7 +193,8 @@ class Updates:
         """Tell which optimizers write a path below ``model``, ``params`` or ``optimizer``."""
         for slot in self.slots:
             name = slot.name or ""
-            inside = any(".".join(path[1:]) in self.names[p] or not path[1:] for p in slot.parameters)
+            below = ".".join(path[1:])
+            inside = any(not below or f"{self.names[p]}.".startswith(f"{below}.") for p in slot.parameters)
             if (path[:1] == ("optimizer",) and path[1:] in ((), (name,))) or (
                 path[:1] in (("model",), ("params",)) and inside
             ):

@@ -85,8 +85,9 @@ class TrainingPhase(AbstractTrainingPhase):
         return state
 
     def check(self, learner: Learner) -> None:
-        """Raise what is wrong with the learner for this phase."""
-        check_supervised(self, learner)
+        """Raise what is wrong with the learner for this phase's own step."""
+        if type(self).step is TrainingPhase.step:
+            check_supervised(self, learner)
 
 
 class ValidationPhase(AbstractValidationPhase):
@@ -110,8 +111,9 @@ class ValidationPhase(AbstractValidationPhase):
         return state
 
     def check(self, learner: Learner) -> None:
-        """Raise what is wrong with the learner for this phase."""
-        check_supervised(self, learner)
+        """Raise what is wrong with the learner for this phase's own step."""
+        if type(self).step is ValidationPhase.step:
+            check_supervised(self, learner)
 
 
 class PredictionPhase(AbstractValidationPhase):
@@ -129,8 +131,8 @@ class PredictionPhase(AbstractValidationPhase):
         return state
 
     def check(self, learner: Learner) -> None:
-        """Raise what is wrong with the learner for this phase."""
-        if not callable(learner.model):
+        """Raise what is wrong with the learner for this phase's own step."""
+        if type(self).step is PredictionPhase.step and not callable(learner.model):
             raise PhaseError(
                 f"predict runs one model, and the learner has {sorted(map(str, learner.models))}; write a phase "
                 "whose step stores state.preds: learner.predict(data, phase=MyPhase())"

@@ -1,0 +1,75 @@
+"""Every code block in the README, the docs and the docstrings runs."""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import importlib
+import io
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+
+import fluxloop
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+MODULES = sorted(module.name for module in pkgutil.walk_packages(fluxloop.__path__, "fluxloop."))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_code_of_a_page_runs_and_prints_what_it_says(page: Path) -> None:
+    namespace: dict[str, object] = {"__name__": "docs"}
+    printed = ""
+    for match in FENCE.finditer(page.read_text()):
+        language, code = match.groups()
+        if language == "python":
+            out = io.StringIO()
+            line = page.read_text()[: match.start()].count("\n") + 1
+            with contextlib.redirect_stdout(out):
+                exec(compile("\n" * line + code, str(page), "exec"), namespace)
+            printed = out.getvalue()
+        elif language == "output":
+            assert [line.rstrip() for line in printed.strip().splitlines()] == code.strip().splitlines()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_in_docstrings_run(name: str) -> None:
+    module = importlib.import_module(name)
+    names = {key: value for key, value in vars(fluxloop).items() if not key.startswith("__")}
+    globs = {**names, **vars(module), "torch": torch}
+    assert doctest.testmod(module, globs=globs, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
+
+
+@pytest.mark.parametrize("script", ["digits.py", "plain_digits.py"])
+def test_an_example_runs_and_writes_its_results(script: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "docs" / "examples" / script), "--epochs", "2", "--seed", "1"]
+    subprocess.run([*command, "--out", str(tmp_path)], check=True, capture_output=True, timeout=300)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["epochs"] == 2
+    assert result["seed"] == 1
+    assert result["accuracy"] > 0.9
+    assert matplotlib.image.imread(tmp_path / "history.png").std() > 0
+
+
+def test_the_file_tree_in_the_readme_names_every_module() -> None:
+    tree = (ROOT / "README.md").read_text().split("## The files")[1]
+    modules = {p.name for p in (ROOT / "fluxloop").glob("*.py")} - {"__init__.py"}
+    folders = {f"{p.parent.name}/" for p in (ROOT / "fluxloop").glob("*/__init__.py")}
+    assert {name for name in modules | folders if not re.search(rf"^  {re.escape(name)} ", tree, re.MULTILINE)} == set()
+    listed = set(re.findall(r"^  (\w+(?:\.py|/)) ", tree, re.MULTILINE))
+    assert listed == modules | folders
+
+
+def test_relative_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
