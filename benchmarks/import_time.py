@@ -27,9 +27,8 @@ def main() -> None:
         float(subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True).stdout)
         for _ in range(RUNS)
     ]
-    print(
-        f"importing fluxloop after torch: median {median(times):.1f} ms of {RUNS} runs ({min(times):.1f} … {max(times):.1f})"
-    )
+    low, high = min(times), max(times)
+    print(f"importing fluxloop after torch: median {median(times):.1f} ms of {RUNS} runs ({low:.1f} … {high:.1f})")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fluxloop.fit import aside, check_phase, feed
+from fluxloop.fit import check_phase, feed
+from fluxloop.inference import aside
 from fluxloop.loop import switch_modes
 from fluxloop.phase import Phase
 from fluxloop.phases.supervised import TrainingPhase

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from fluxloop.errors import DataError, describe
+from fluxloop.errors import DataError, annotate, describe
 from fluxloop.nested import map_tensors, tensors
 from fluxloop.randomness import Streams, start_torch, stream_seed
+from fluxloop.state import State
 
 
 def _as_tensors(data: Any) -> Any:
@@ -236,6 +237,43 @@ def split(data: Any, fraction: float, seed: int | None = None) -> tuple[Any, Any
 
 def _splittable(data: Any) -> bool:
     return isinstance(data, (Tensor, Mapping, tuple)) or hasattr(data, "__array__")
+
+
+def name_data(data: Any) -> State:
+    """Name what was given as data: ``(train,)``, ``(train, valid)``, a mapping, or training data alone.
+
+    What holds rows becomes a loader with batches of 32, shuffled for ``"training"``.
+
+    Raises:
+        DataError: A tuple of another length, or something that cannot be loaded.
+    """
+    if isinstance(data, dict):
+        named = dict(data)
+    elif isinstance(data, tuple):
+        if len(data) > 2:
+            raise DataError(
+                f"data is a tuple of {len(data)}; expected (train,), (train, valid), or a mapping of names to "
+                "data. For two tensors per row write data=((xs, ys), (valid_xs, valid_ys))"
+            )
+        named = dict(zip(("training", "validation"), data, strict=False))
+    else:
+        named = {"training": data}
+    for key, source in named.items():
+        if not isinstance(key, str):
+            raise DataError(f"data has the key {key!r}; expected a name such as 'training'")
+        try:
+            named[key] = as_dataloader(source, shuffle=key == "training" and holds_rows(source))
+        except DataError as error:
+            annotate(error, f"fluxloop: while loading data[{key!r}]")
+            raise
+    return State(named)
+
+
+def holds_rows(source: Any) -> bool:
+    """Tell whether `source` holds rows in a known order, to be cut into batches and shuffled."""
+    if isinstance(source, Dataset):
+        return not isinstance(source, IterableDataset)
+    return isinstance(source, (tuple, dict)) or hasattr(source, "__array__")
 
 
 class Feed:

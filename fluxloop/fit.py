@@ -1,4 +1,4 @@
-"""What a learner does: fit, run an epoch, evaluate, predict. Thin methods of `Learner` call these."""
+"""What a learner does when it trains: fit, and run an epoch. Thin methods of `Learner` call these."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fluxloop.callback import Callback, on
-from fluxloop.callbacks.metrics import Metrics
-from fluxloop.callbacks.progress import ProgressBar
-from fluxloop.callbacks.recorder import Recorder
-from fluxloop.data import Feed, as_dataloader
+from fluxloop.data import Feed, as_dataloader, name_data
 from fluxloop.errors import (
     CancelEpochException,
     CancelFittingException,
@@ -25,15 +21,12 @@ from fluxloop.errors import (
     describe,
     did_you_mean,
 )
-from fluxloop.events import CycleBegin, CycleEnd, FitBegin, FitEnd, StepEnd
+from fluxloop.events import CycleBegin, CycleEnd, FitBegin, FitEnd
 from fluxloop.history import History
 from fluxloop.loop import Scope
-from fluxloop.nested import concatenate, map_tensors
 from fluxloop.phase import FittingPhase, Phase
-from fluxloop.phases.supervised import PredictionPhase, TrainingPhase, ValidationPhase
-from fluxloop.randomness import Streams
-from fluxloop.runner import Callbacks
-from fluxloop.state import SharedState, State, StepState
+from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
+from fluxloop.state import State
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -175,45 +168,6 @@ def feed(learner: Learner, phase: Phase, data: Any, sources: State) -> Feed:
     return Feed(source, key or type(phase).__name__, learner.streams)
 
 
-def name_data(data: Any) -> State:
-    """Name what was given as data: ``(train,)``, ``(train, valid)``, a mapping, or training data alone.
-
-    What holds rows becomes a loader with batches of 32, shuffled for ``"training"``.
-
-    Raises:
-        DataError: A tuple of another length, or something that cannot be loaded.
-    """
-    if isinstance(data, dict):
-        named = dict(data)
-    elif isinstance(data, tuple):
-        if len(data) > 2:
-            raise DataError(
-                f"data is a tuple of {len(data)}; expected (train,), (train, valid), or a mapping of names to "
-                "data. For two tensors per row write data=((xs, ys), (valid_xs, valid_ys))"
-            )
-        named = dict(zip(("training", "validation"), data, strict=False))
-    else:
-        named = {"training": data}
-    for key, source in named.items():
-        if not isinstance(key, str):
-            raise DataError(f"data has the key {key!r}; expected a name such as 'training'")
-        try:
-            named[key] = as_dataloader(source, shuffle=key == "training" and holds_rows(source))
-        except DataError as error:
-            annotate(error, f"fluxloop: while loading data[{key!r}]")
-            raise
-    return State(named)
-
-
-def holds_rows(source: Any) -> bool:
-    """Tell whether `source` holds rows in a known order, to be cut into batches and shuffled."""
-    from torch.utils.data import Dataset, IterableDataset
-
-    if isinstance(source, Dataset):
-        return not isinstance(source, IterableDataset)
-    return isinstance(source, (tuple, dict)) or hasattr(source, "__array__")
-
-
 @contextmanager
 def interruptible(learner: Learner) -> Iterator[None]:
     """Make the first Ctrl+C end the fit after its running step; the second interrupts at once.
@@ -234,66 +188,3 @@ def interruptible(learner: Learner) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@contextmanager
-def aside(learner: Learner, owner: str, callbacks: list[Callback]) -> Iterator[None]:
-    """Run something with callbacks, history and random numbers of its own; put the learner's back after.
-
-    So that evaluation and prediction leave no trace: what the training sees is as before.
-    """
-    kept = learner.callbacks, learner.cbstate, learner.history, learner.streams, learner.step
-    try:
-        learner.cbstate = SharedState()
-        learner.history = History(learner.cbstate, learner.seed)
-        learner.streams = Streams(learner.seed, prefix=f"{owner}/")
-        learner.step = StepState()
-        learner.callbacks = Callbacks(learner)
-        learner.callbacks.set(callbacks)
-        yield
-    finally:
-        learner.callbacks, learner.cbstate, learner.history, learner.streams, learner.step = kept
-
-
-def _bar(learner: Learner) -> list[Callback]:
-    """Make a progress bar like the learner's, if it has one."""
-    bar = learner.callbacks.get(ProgressBar)
-    return [ProgressBar(bar.enabled, bar.interval, bar.file)] if isinstance(bar, ProgressBar) else []
-
-
-def evaluate(learner: Learner, data: Any, metrics: Iterable[Any] | None, phase: Phase | None) -> dict[str, float]:
-    """Compute metrics over one epoch of a validation phase; see `Learner.evaluate`."""
-    phase = ValidationPhase() if phase is None else phase
-    own = learner.callbacks.get(Metrics)
-    chosen = own.metrics if metrics is None and isinstance(own, Metrics) else list(metrics or ())
-    with aside(learner, "evaluate", [Recorder(), Metrics(*chosen), *_bar(learner)]):
-        run_epoch(learner, phase, data)
-        series = learner.history.metrics[phase]
-    return {name: values[-1] for name, values in series.items()}
-
-
-class _Collect(Callback):
-    """Collect the predictions of each step on the host."""
-
-    reads = ("step.preds",)
-    draws = False
-
-    def __init__(self) -> None:
-        self.parts: list[Any] = []
-
-    @on(StepEnd)
-    def collect(self, event: StepEnd, phase: Phase, learner: Any) -> None:
-        self.parts.append(map_tensors(lambda tensor: tensor.detach().cpu(), learner.step.preds))
-
-
-def predict(learner: Learner, data: Any, phase: Phase | None) -> Any:
-    """Run a phase over data and join its predictions; see `Learner.predict`."""
-    collect = _Collect()
-    with aside(learner, "predict", [collect, Recorder(), *_bar(learner)]):
-        run_epoch(learner, PredictionPhase() if phase is None else phase, data)
-    if not collect.parts:
-        raise PhaseError(
-            f"{phase!r} made no predictions: no step of it ended; expected a phase whose step runs runstep and "
-            "stores state.preds"
-        )
-    return concatenate(collect.parts)

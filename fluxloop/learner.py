@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from fluxloop import fit as loops
 from fluxloop.accelerator import Accelerator
 from fluxloop.callback import Callback
 from fluxloop.callbacks.defaults import with_defaults
 from fluxloop.check import check
+from fluxloop.data import name_data
 from fluxloop.errors import (
     CallbackTypeError,
     CancelFittingException,
     LossError,
-    ModelError,
     PhaseError,
     describe,
 )
 from fluxloop.events import Event
+from fluxloop.fit import fit, run_epoch
 from fluxloop.history import History
 from fluxloop.host import HostQueue
+from fluxloop.inference import evaluate, predict
 from fluxloop.loop import Scope
+from fluxloop.models import like, named_models
 from fluxloop.nested import batch_size
 from fluxloop.optimizers import build_optimizers
 from fluxloop.phase import FittingPhase, Phase
@@ -94,7 +95,7 @@ class Learner:
                 f"loss_fn={describe(loss_fn)} was given; expected a function (preds, ys) -> scalar, or a module{hint}"
             )
         self.models = named_models(model)
-        self.data: State = loops.name_data(data)
+        self.data: State = name_data(data)
         self.accelerator = Accelerator() if accelerator is None else accelerator
         for module in self.modules():
             self.accelerator.place_model(module)
@@ -146,7 +147,7 @@ class Learner:
             LossError: There is no loss function, no scalar, or no gradient.
             ReentrantFitError: Called while this learner is fitting.
         """
-        return loops.fit(self, epochs, data, phases)
+        return fit(self, epochs, data, phases)
 
     def epoch(self, phase: Phase, data: Any = None) -> None:
         """Run one epoch of any phase.
@@ -158,7 +159,7 @@ class Learner:
         Raises:
             CancelFittingException: Raised by a callback or phase: there is no fit to end.
         """
-        loops.run_epoch(self, phase, data)
+        run_epoch(self, phase, data)
 
     def evaluate(
         self, data: Any = None, *, metrics: Iterable[Any] | None = None, phase: Phase | None = None
@@ -173,7 +174,7 @@ class Learner:
         Returns:
             Values by the metrics' names: ``{"loss": 0.31, "accuracy": 0.92}``.
         """
-        return loops.evaluate(self, data, metrics, phase)
+        return evaluate(self, data, metrics, phase)
 
     def predict(self, data: Any, *, phase: Phase | None = None) -> Any:
         """Give the model's predictions for all rows, in the order of the data, on the CPU.
@@ -185,7 +186,7 @@ class Learner:
         Returns:
             What the model returns, joined over batches along the first dimension, leaf by leaf.
         """
-        return loops.predict(self, data, phase)
+        return predict(self, data, phase)
 
     # Inside a step
 
@@ -355,52 +356,6 @@ class Learner:
             f"  callbacks: {' → '.join(self.callbacks.order) or 'none'}",
         ]
         return "\n".join(lines)
-
-
-def named_models(model: Any) -> dict[str | None, nn.Module]:
-    """Name the models: None for a single one, else the mapping's or named tuple's names, or 0, 1, ….
-
-    Raises:
-        ModelError: Something is no module, the same module twice, or a name is no identifier.
-    """
-    if isinstance(model, nn.Module):
-        return {None: model}
-    if isinstance(model, Mapping):
-        named = dict(model)
-    elif isinstance(model, tuple):
-        names = getattr(model, "_fields", [str(index) for index in range(len(model))])
-        named = dict(zip(names, model, strict=True))
-    else:
-        named = {None: model}
-    if not named:
-        raise ModelError("no model was given; expected a torch.nn.Module, or several by name")
-    for name, module in named.items():
-        label = "model" if name is None else f"model[{name!r}]"
-        if not isinstance(module, nn.Module):
-            hint = f": {module.__name__}(...)" if isinstance(module, type) else ""
-            raise ModelError(f"{label} is {describe(module)}; expected a torch.nn.Module{hint}")
-        usable = isinstance(model, tuple) or (isinstance(name, str) and name.isidentifier() and name[0] != "_")
-        if name is not None and not usable:
-            raise ModelError(
-                f"a model is named {name!r}; expected a name to stand behind 'learner.model.', such as 'generator'"
-            )
-    if len({id(module) for module in named.values()}) < len(named):
-        raise ModelError(f"one module was given under two of the names {list(named)}; expected each once")
-    return named
-
-
-def like(model: Any, values: dict[str | None, Any]) -> Any:
-    """Arrange values by model as the models were given: alone, as a tuple, or as a named tuple."""
-    if tuple(values) == (None,):
-        return values[None]
-    if isinstance(model, tuple) and hasattr(model, "_fields") and tuple(model) == tuple(values.values()):
-        return model
-    names = [str(name) for name in values]
-    if all(name.isidentifier() and not name.startswith("_") for name in names):
-        return namedtuple("Named", names)(*values.values())
-    if all(name.isdigit() for name in names):
-        return tuple(values.values())
-    return State(dict(zip(names, values.values(), strict=True)))
 
 
 def draw_seed() -> int:

@@ -1,0 +1,88 @@
+"""Evaluate and predict, on the side: what the training sees is as before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fluxloop.callback import Callback, on
+from fluxloop.callbacks.metrics import Metrics
+from fluxloop.callbacks.progress import ProgressBar
+from fluxloop.callbacks.recorder import Recorder
+from fluxloop.errors import PhaseError
+from fluxloop.events import StepEnd
+from fluxloop.fit import run_epoch
+from fluxloop.history import History
+from fluxloop.nested import concatenate, map_tensors
+from fluxloop.phase import Phase
+from fluxloop.phases.supervised import PredictionPhase, ValidationPhase
+from fluxloop.randomness import Streams
+from fluxloop.runner import Callbacks
+from fluxloop.state import SharedState, StepState
+
+if TYPE_CHECKING:
+    from fluxloop.learner import Learner
+
+
+@contextmanager
+def aside(learner: Learner, owner: str, callbacks: list[Callback]) -> Iterator[None]:
+    """Run something with callbacks, history and random numbers of its own; put the learner's back after.
+
+    So that evaluation and prediction leave no trace: what the training sees is as before.
+    """
+    kept = learner.callbacks, learner.cbstate, learner.history, learner.streams, learner.step
+    try:
+        learner.cbstate = SharedState()
+        learner.history = History(learner.cbstate, learner.seed)
+        learner.streams = Streams(learner.seed, prefix=f"{owner}/")
+        learner.step = StepState()
+        learner.callbacks = Callbacks(learner)
+        learner.callbacks.set(callbacks)
+        yield
+    finally:
+        learner.callbacks, learner.cbstate, learner.history, learner.streams, learner.step = kept
+
+
+def _bar(learner: Learner) -> list[Callback]:
+    """Make a progress bar like the learner's, if it has one."""
+    bar = learner.callbacks.get(ProgressBar)
+    return [ProgressBar(bar.enabled, bar.interval, bar.file)] if isinstance(bar, ProgressBar) else []
+
+
+def evaluate(learner: Learner, data: Any, metrics: Iterable[Any] | None, phase: Phase | None) -> dict[str, float]:
+    """Compute metrics over one epoch of a validation phase; see `Learner.evaluate`."""
+    phase = ValidationPhase() if phase is None else phase
+    own = learner.callbacks.get(Metrics)
+    chosen = own.metrics if metrics is None and isinstance(own, Metrics) else list(metrics or ())
+    with aside(learner, "evaluate", [Recorder(), Metrics(*chosen), *_bar(learner)]):
+        run_epoch(learner, phase, data)
+        series = learner.history.metrics[phase]
+    return {name: values[-1] for name, values in series.items()}
+
+
+class _Collect(Callback):
+    """Collect the predictions of each step on the host."""
+
+    reads = ("step.preds",)
+    draws = False
+
+    def __init__(self) -> None:
+        self.parts: list[Any] = []
+
+    @on(StepEnd)
+    def collect(self, event: StepEnd, phase: Phase, learner: Any) -> None:
+        self.parts.append(map_tensors(lambda tensor: tensor.detach().cpu(), learner.step.preds))
+
+
+def predict(learner: Learner, data: Any, phase: Phase | None) -> Any:
+    """Run a phase over data and join its predictions; see `Learner.predict`."""
+    collect = _Collect()
+    with aside(learner, "predict", [collect, Recorder(), *_bar(learner)]):
+        run_epoch(learner, PredictionPhase() if phase is None else phase, data)
+    if not collect.parts:
+        raise PhaseError(
+            f"{phase!r} made no predictions: no step of it ended; expected a phase whose step runs runstep and "
+            "stores state.preds"
+        )
+    return concatenate(collect.parts)

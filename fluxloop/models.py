@@ -1,0 +1,58 @@
+"""Name the models of a learner, and arrange what belongs to each as the models were given."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from fluxloop.errors import ModelError, describe
+from fluxloop.state import State
+
+
+def named_models(model: Any) -> dict[str | None, nn.Module]:
+    """Name the models: None for a single one, else the mapping's or named tuple's names, or 0, 1, ….
+
+    Raises:
+        ModelError: Something is no module, the same module twice, or a name is no identifier.
+    """
+    if isinstance(model, nn.Module):
+        return {None: model}
+    if isinstance(model, Mapping):
+        named = dict(model)
+    elif isinstance(model, tuple):
+        names = getattr(model, "_fields", [str(index) for index in range(len(model))])
+        named = dict(zip(names, model, strict=True))
+    else:
+        named = {None: model}
+    if not named:
+        raise ModelError("no model was given; expected a torch.nn.Module, or several by name")
+    for name, module in named.items():
+        label = "model" if name is None else f"model[{name!r}]"
+        if not isinstance(module, nn.Module):
+            hint = f": {module.__name__}(...)" if isinstance(module, type) else ""
+            raise ModelError(f"{label} is {describe(module)}; expected a torch.nn.Module{hint}")
+        usable = isinstance(model, tuple) or (isinstance(name, str) and name.isidentifier() and name[0] != "_")
+        if name is not None and not usable:
+            raise ModelError(
+                f"a model is named {name!r}; expected a name to stand behind 'learner.model.', such as 'generator'"
+            )
+    if len({id(module) for module in named.values()}) < len(named):
+        raise ModelError(f"one module was given under two of the names {list(named)}; expected each once")
+    return named
+
+
+def like(model: Any, values: dict[str | None, Any]) -> Any:
+    """Arrange values by model as the models were given: alone, as a tuple, or as a named tuple."""
+    if tuple(values) == (None,):
+        return values[None]
+    if isinstance(model, tuple) and hasattr(model, "_fields") and tuple(model) == tuple(values.values()):
+        return model
+    names = [str(name) for name in values]
+    if all(name.isidentifier() and not name.startswith("_") for name in names):
+        return namedtuple("Named", names)(*values.values())
+    if all(name.isdigit() for name in names):
+        return tuple(values.values())
+    return State(dict(zip(names, values.values(), strict=True)))
