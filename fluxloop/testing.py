@@ -1,8 +1,9 @@
-"""For tests of phases and callbacks, users' and our own: a toy learner, an event recorder, assertions."""
+"""For tests of phases and callbacks, users' and our own: a toy learner, an event recorder, assertions, declarations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -11,13 +12,15 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
-from fluxloop.callback import Callback, on
+from fluxloop.access import SERVICES, Path, covers, dotted
+from fluxloop.callback import Callback, Handler, UnsafeCallback, on
 from fluxloop.data import TensorBatches
 from fluxloop.errors import describe
 from fluxloop.events import Event
 from fluxloop.learner import Learner
 from fluxloop.phase import Phase
 from fluxloop.phases.supervised import TrainingPhase
+from fluxloop.state import Container
 
 
 class Coefficient(nn.Module):
@@ -190,3 +193,110 @@ def assert_observer(observer: Callback | Phase, make_learner: Callable[[], Learn
     else:
         raise TypeError(f"{describe(observer)} was given; expected a callback or a phase")
     assert_same_bits(plain, watched)
+
+
+def infer_access(callback: Callback, learner: Learner, *, phases: Iterable[Phase] | None = None) -> tuple[Any, Any]:
+    """Find out what a callback reads and writes in one step, and print the declarations to paste.
+
+    Runs one batch of each phase on a copy of the learner; what happens only on other occasions
+    (another epoch, another branch) is not seen.
+
+    Args:
+        callback: The callback; its own declarations play no part.
+        learner: A learner it would run in; not changed.
+        phases: As for ``fit``.
+
+    Returns:
+        ``(reads, writes)``, tuples of paths.
+
+    Example:
+        >>> from fluxloop import Recorder
+        >>> infer_access(Recorder(), toy_learner())
+        reads = ()
+        writes = ('cbstate.history',)
+        ((), ('cbstate.history',))
+    """
+    trial = copy.deepcopy(learner)
+    others = [c for c in trial.callbacks.given() if type(c.unwrapped) is not type(callback.unwrapped)]
+    traced = _Traced(copy.deepcopy(callback), [type(other.unwrapped) for other in others])
+    trial.set_callbacks([*others, traced])
+    for key, source in list(vars(trial.data).items()):
+        setattr(trial.data, key, [next(iter(source))])
+    trial.fit(1, phases=phases)
+    writes = _shortest(traced.writes_seen)
+    reads = _shortest(path for path in traced.reads_seen if not any(covers(w, path) for w in traced.writes_seen))
+    print(f"reads = {reads!r}\nwrites = {writes!r}")
+    return reads, writes
+
+
+def _shortest(paths: Iterable[Path]) -> tuple[str, ...]:
+    """Write paths as users do, leaving out those that another one covers."""
+    found = set(paths)
+    return tuple(sorted(dotted(p) for p in found if not any(q != p and covers(q, p) for q in found)))
+
+
+class _Traced(UnsafeCallback):
+    """Runs a callback's handlers on a learner that notes what they touch."""
+
+    draws = None
+
+    def __init__(self, callback: Callback, after: list[type[Callback]]) -> None:
+        self.callback = callback
+        self.run_after = tuple(after)  # type: ignore[misc]  # computed per instance
+        self.reads_seen: set[Path] = set()
+        self.writes_seen: set[Path] = set()
+
+    def init(self, learner: Any) -> None:
+        self.callback.init(_Noting(learner, (), self))
+
+    def handles(self) -> list[tuple[type[Event], type[Phase]]]:
+        return self.callback.handles()
+
+    def handler(self, event: type[Event], phase: type[Phase]) -> Handler | None:
+        inner = self.callback.handler(event, phase)
+        if inner is None:
+            return None
+        return lambda event, phase, learner: inner(event, phase, _Noting(learner, (), self))
+
+
+class _Noting:
+    """Stands for a container on a path, and notes which paths below it are read and written."""
+
+    def __init__(self, value: Any, path: Path, traced: _Traced) -> None:
+        vars(self).update(_value=value, _path=path, _traced=traced)
+
+    def _enter(self, value: Any, name: str) -> Any:
+        path: Path = (*self._path, name)[:2]
+        if isinstance(value, (Container, dict)) and not isinstance(value, type):
+            if len(path) > 1 or name not in ("step", "cbstate", "data"):
+                self._traced.reads_seen.add(path)
+            return _Noting(value, path, self._traced)
+        self._traced.reads_seen.add(path)
+        return value
+
+    def __getattr__(self, name: str) -> Any:
+        if (not self._path and name in SERVICES) or name.startswith("__"):
+            return getattr(self._value, name)
+        return self._enter(getattr(self._value, name), name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._enter(self._value[key], str(key))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._traced.writes_seen.add((*self._path, name)[:2])
+        setattr(self._value, name, value)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._traced.writes_seen.add(self._path)
+        self._value[key] = value
+
+    def __contains__(self, key: object) -> bool:
+        self._traced.reads_seen.add((*self._path, str(key))[:2])
+        return key in self._value
+
+    def __iter__(self) -> Iterator[Any]:
+        self._traced.reads_seen.add(self._path)
+        return iter(self._value)
+
+    def __len__(self) -> int:
+        return len(self._value)
