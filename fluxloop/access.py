@@ -9,6 +9,7 @@ can still be changed in place.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -135,10 +136,17 @@ def guarded(value: Any, path: Path, access: Access) -> Any:
     """Give `value` as a reader may have it: containers read-only, anything else as it is."""
     if isinstance(value, Container):
         return ReadOnly(value, path, access)
-    if type(value) is dict:
+    kind = type(value)
+    if kind in (dict, OrderedDict, defaultdict):  # other dicts have attributes of their own, which a copy would lose
         return ReadOnlyDict(value, path, access)
-    if type(value) is list:
+    if kind is list:
         return ReadOnlyList(value, path, access)
+    if kind is set:
+        return ReadOnlySet(value, path, access)
+    if isinstance(value, tuple):
+        items = [guarded(item, path, access) for item in value]
+        if any(new is not old for new, old in zip(items, value, strict=True)):
+            return kind(*items) if hasattr(kind, "_fields") else kind(items)
     return value
 
 
@@ -215,6 +223,12 @@ class ReadOnlyDict(dict[Any, Any]):
     def __init__(self, value: dict[Any, Any], path: Path, access: Access) -> None:
         super().__init__((key, guarded(item, (*path, _name(key)), access)) for key, item in value.items())
         self._where = path, access
+        self._fills_in = isinstance(value, defaultdict)
+
+    def __missing__(self, key: Any) -> Any:
+        if self._fills_in:  # reading it would have written it
+            self._refuse()
+        raise KeyError(key)
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         path, access = self._where
@@ -236,6 +250,21 @@ class ReadOnlyList(list[Any]):
 
     __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse
     append = extend = insert = pop = remove = clear = sort = reverse = _refuse
+
+
+class ReadOnlySet(set[Any]):
+    """A copy of a set that says so when it is written to: still a set for whoever asks."""
+
+    def __init__(self, value: set[Any], path: Path, access: Access) -> None:
+        super().__init__(value)
+        self._where = path, access
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        path, access = self._where
+        raise access.refuse(path, "write")
+
+    __iand__ = __ior__ = __isub__ = __ixor__ = add = clear = discard = pop = remove = update = _refuse
+    difference_update = intersection_update = symmetric_difference_update = _refuse
 
 
 def _name(key: Any) -> str:

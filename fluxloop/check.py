@@ -46,7 +46,7 @@ def check(learner: Learner, batch: Any, phases: Iterable[Phase] | None) -> list[
                 updates.findings = findings
                 for parameter, _ in gradients:
                     parameter.grad = None
-                given = batch if batch is not None else next(iter(feed(learner, phase, None, learner.data)))
+                given = batch if batch is not None else next(iter(feed(learner, phase)))
                 phase.step(learner, given)
             finally:
                 updates.findings = None

@@ -25,7 +25,7 @@ def _as_tensors(data: Any) -> Any:
         items = [_as_tensors(value) for value in data]
         return type(data)(*items) if hasattr(data, "_fields") else tuple(items)
     if hasattr(data, "__array__") and len(getattr(data, "shape", ())) > 0:
-        return torch.as_tensor(data)
+        return torch.as_tensor(data.__array__())
     raise DataError(
         f"{describe(data)} was given as data; expected tensors or arrays, a tuple or dict of them, "
         "a Dataset, or an iterable of batches such as a DataLoader"
@@ -178,6 +178,9 @@ def as_dataloader(data: Any, batch_size: int = 32, shuffle: bool = False, **opti
                 "DataLoader's options give a Dataset, e.g. torch.utils.data.TensorDataset(xs, ys)"
             )
         return TensorBatches(data, batch_size=batch_size, shuffle=shuffle, **options)
+    rows = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not hasattr(data, "__iter__")
+    if rows:  # a map-style dataset that does not say so
+        return DataLoader(data, batch_size=batch_size, shuffle=shuffle, **options)
     if options or shuffle or batch_size != 32:
         raise DataError(
             f"options were given for {describe(data)}, which already makes batches; expected them "
@@ -185,8 +188,6 @@ def as_dataloader(data: Any, batch_size: int = 32, shuffle: bool = False, **opti
         )
     if isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
         return data
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (str, bytes)):
-        return DataLoader(data, batch_size=batch_size)
     raise DataError(
         f"{describe(data)} was given as data; expected tensors or arrays, a tuple or dict of them, "
         "a Dataset, or an iterable of batches such as a DataLoader"
@@ -262,11 +263,16 @@ def name_data(data: Any) -> State:
         if not isinstance(key, str):
             raise DataError(f"data has the key {key!r}; expected a name such as 'training'")
         try:
-            named[key] = as_dataloader(source, shuffle=key == "training" and holds_rows(source))
+            named[key] = load(source, key)
         except DataError as error:
             annotate(error, f"fluxloop: while loading data[{key!r}]")
             raise
     return State(named)
+
+
+def load(source: Any, key: str) -> Iterable[Any]:
+    """Make a loader of the data for a phase's key: rows are shuffled for ``"training"`` alone."""
+    return as_dataloader(source, shuffle=key == "training" and holds_rows(source))
 
 
 def holds_rows(source: Any) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fluxloop.data import Feed, as_dataloader, name_data
+from fluxloop.data import Feed, load, name_data
 from fluxloop.errors import (
     CancelEpochException,
     CancelFittingException,
@@ -51,13 +51,21 @@ def fit(learner: Learner, epochs: int, data: Any, phases: Iterable[Phase] | None
             "fit was called while this learner is fitting; wait until it returns, or run learner.epoch(phase) "
             "for a further epoch inside"
         )
-    sources = learner.data if data is None else name_data(data)
-    chosen = list(phases) if phases is not None else _default_phases(sources)
-    for phase in chosen:
-        check_phase(phase)
-        phase.check(learner)
-        feed(learner, phase, None, sources).check()
+    kept = learner.data
+    learner.data = kept if data is None else name_data(data)
+    try:
+        chosen = list(phases) if phases is not None else _default_phases(learner.data)
+        for phase in chosen:
+            check_phase(phase)
+            phase.check(learner)
+            feed(learner, phase).check()
+        return _run(learner, epochs, chosen)
+    finally:
+        learner.data = kept
 
+
+def _run(learner: Learner, epochs: int, phases: list[Phase]) -> History:
+    """Run a fit that nothing speaks against."""
     scope = FitScope(learner)
     history = learner.history
     history.stop_reason = None
@@ -69,8 +77,8 @@ def fit(learner: Learner, epochs: int, data: Any, phases: Iterable[Phase] | None
             scope.handle(FitBegin())
             for _ in range(epochs):
                 scope.handle(CycleBegin())
-                for phase in chosen:
-                    run_epoch(learner, phase, None, sources)
+                for phase in phases:
+                    run_epoch(learner, phase)
                 history.cycles += 1
                 scope.handle(CycleEnd())
         except CancelFittingException as cancel:
@@ -129,43 +137,41 @@ def check_phase(phase: object) -> None:
         raise PhaseError(f"{describe(phase)} was given as a phase; expected an instance: {name}()")
 
 
-def run_epoch(learner: Learner, phase: Phase, data: Any, sources: State | None = None) -> None:
+def run_epoch(learner: Learner, phase: Phase, data: Any = None) -> None:
     """Run one epoch of a phase; see `Learner.epoch`."""
     check_phase(phase)
     phase.check(learner)
-    batches = feed(learner, phase, data, learner.data if sources is None else sources)
-    batches.check()
-    outer = learner.num_batches
-    learner.num_batches = batches.num_batches
-    learner.phases[type(phase)] = phase
+    kept = learner.data, learner.num_batches
+    if data is not None:
+        learner.data = State({**vars(learner.data), phase.data_key: load(data, phase.data_key)})
     try:
+        batches = feed(learner, phase)
+        batches.check()
+        learner.num_batches = batches.num_batches
+        learner.phases[type(phase)] = phase
         phase.epoch(learner, batches)
     except CancelEpochException:
         pass  # raised by a handler of EpochBegin, after EpochEnd was fired
     finally:
-        learner.num_batches = outer
+        learner.data, learner.num_batches = kept
     if learner.stop_requested:  # by Ctrl+C, in a phase that has no steps to look at it
         learner.stop()
 
 
-def feed(learner: Learner, phase: Phase, data: Any, sources: State) -> Feed:
+def feed(learner: Learner, phase: Phase) -> Feed:
     """Find the data of a phase.
 
     Raises:
-        DataError: None was given, and the learner has none under the phase's key.
+        DataError: The learner has none under the phase's key.
     """
     key = phase.data_key
-    if data is not None:
-        source = as_dataloader(data)
-    elif key in sources:
-        source = vars(sources)[key]
-    else:
-        known = sorted(vars(sources))
+    if key not in learner.data:
+        known = sorted(vars(learner.data))
         raise DataError(
             f"{type(phase).__name__} runs on the {key!r} data, and there is {known or 'no data'}"
             f"{did_you_mean(key, known)}; give it to the learner, data={{{key!r}: ...}}, or to this call"
         )
-    return Feed(source, key or type(phase).__name__, learner.streams)
+    return Feed(vars(learner.data)[key], key or type(phase).__name__, learner.streams)
 
 
 @contextmanager

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 Step = Callable[[Any, "Learner", Any], Any]
 
 
+TAKES_CANCELS = "__takes_cancels__"
+
+
 def _taking_cancels(step: Step) -> Step:
     """Wrap a `step` so that it takes a cancel of its own StepBegin, and the fit's stop request."""
 
@@ -41,6 +44,7 @@ def _taking_cancels(step: Step) -> Step:
             learner.stop()
         return result
 
+    setattr(taking, TAKES_CANCELS, True)
     return taking
 
 
@@ -64,9 +68,8 @@ class Phase:
         super().__init_subclass__(**kwargs)
         owner = cls.data_key or cls.__name__
         cls.epoch_stream, cls.step_stream = f"{owner}/epoch", f"{owner}/step"
-        step = vars(cls).get("step")
-        if step is not None and not hasattr(step, "__wrapped__"):
-            setattr(cls, "step", _taking_cancels(step))  # noqa: B010 - the class's own step, wrapped
+        if not hasattr(cls.step, TAKES_CANCELS):
+            setattr(cls, "step", _taking_cancels(cls.step))  # noqa: B010 - mypy knows no other way
 
     def step(self, learner: Learner, batch: Any) -> Any:
         """Do one step on one batch. What a phase has to say.

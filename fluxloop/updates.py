@@ -254,6 +254,7 @@ class UpdateBlock:
         state = learner.step
         losses = vars(state) if name is None else vars(state).setdefault("losses", {})
         key = "loss" if name is None else name
+        losses.pop(key, None)  # so that the newest comes last
         losses[key] = self.loss
         learner.fire(BACKWARD_BEGIN)
         loss = losses[key]
@@ -289,19 +290,19 @@ def leaks(updates: Updates, slot: Slot, loss: Tensor, state: StepState) -> list[
     Inside the block those are frozen, so it can only be through what was computed before it: an
     entry that should have been detached.
     """
-    reached = _reached(loss)
-    own = set(slot.parameters)
-    foreign = [p for p in reached if isinstance(p, nn.Parameter) and p in updates.names and p not in own]
+    own, reached = set(slot.parameters), _reached(loss)
+    foreign = [p for p in updates.names if p in reached and p not in own]
     if not foreign:
         return []
     owner = {p: other.label for other in updates.slots for p in other.parameters}
+    nodes = _nodes(loss)
     through = [
         f"step.{name}"
         for name, value in vars(state).items()
         if isinstance(value, Tensor)
         and value is not loss
-        and value.grad_fn in _nodes(loss)
-        and any(p in foreign for p in _reached(value))
+        and value.grad_fn in nodes
+        and not _reached(value).isdisjoint(foreign)
     ]
     where = f" through {', '.join(through)}; write .detach() there" if through else "; detach it"
     return [
@@ -322,6 +323,6 @@ def _nodes(tensor: Tensor) -> set[object]:
     return seen
 
 
-def _reached(tensor: Tensor) -> list[Tensor]:
-    """List the leaves that a tensor's gradient reaches."""
-    return [variable for node in _nodes(tensor) if (variable := getattr(node, "variable", None)) is not None]
+def _reached(tensor: Tensor) -> set[Tensor]:
+    """Collect the leaves that a tensor's gradient reaches."""
+    return {leaf for node in _nodes(tensor) if (leaf := getattr(node, "variable", None)) is not None}

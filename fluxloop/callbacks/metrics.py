@@ -29,12 +29,22 @@ class PhaseMetrics(Container):
         self.epochs: dict[str, list[tuple[int, Any]]] = {}
         self.trackers: list[tuple[AnyMetric, Tracker]] = []
         """The metrics of the running epoch, or of the last one."""
+        self.started = False
+        """Whether an epoch has begun whose values are not yet recorded."""
 
     def running(self) -> dict[str, Any]:
-        """Compute the values of the epoch so far by name, on their device."""
-        return {
-            name: value for metric, tracker in self.trackers for name, value in _of(metric, tracker.compute).items()
-        }
+        """Compute the values of the epoch so far by name, on their device.
+
+        Raises:
+            MetricError: Two metrics gave a value of one name.
+        """
+        values: dict[str, Any] = {}
+        for metric, tracker in self.trackers:
+            for name, value in _of(metric, tracker.compute).items():
+                if name in values:
+                    raise MetricError(f"two metrics are called {name!r}; give one another name: Metric(f, name='...')")
+                values[name] = value
+        return values
 
     def latest(self) -> dict[str, Tensor]:
         """Give the last step's values by name, on their device; stateful metrics have none."""
@@ -99,6 +109,7 @@ class Metrics(Callback):
     def start(self, event: EpochBegin, phase: Phase, learner: Any) -> None:
         """Begin this phase's metrics anew."""
         metrics = learner.cbstate.metrics[phase]
+        metrics.started = True
         metrics.trackers = [(m, m.start()) for m in self.metrics if isinstance(phase, m.phase)]
 
     @on(StepEnd)
@@ -118,6 +129,9 @@ class Metrics(Callback):
     def publish(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
         """Record the epoch's values; a metric that saw no step has none."""
         metrics = learner.cbstate.metrics[phase]
+        if not metrics.started:  # the epoch was cancelled when it began
+            return
+        metrics.started = False
         epoch = learner.cbstate.history[phase].epochs
         with torch.no_grad():
             for name, value in metrics.running().items():

@@ -12,7 +12,7 @@ FOLD_AFTER = 128
 class Mean:
     """A weighted mean of scalars that stays on their device; nothing is computed per step but `add`."""
 
-    __slots__ = ("_pending", "_total", "_weight", "_weights")
+    __slots__ = ("_last", "_pending", "_total", "_weight", "_weights")
 
     def __init__(self) -> None:
         self._pending: list[Tensor] = []
@@ -22,10 +22,15 @@ class Mean:
 
     def add(self, value: Tensor, weight: int = 1) -> None:
         """Take one more value; it must not be changed in place afterwards."""
+        self._last = value
         self._pending.append(value)
         self._weights.append(weight)
         if len(self._pending) >= FOLD_AFTER:
             self._fold()
+
+    def latest(self) -> Tensor:
+        """Give the newest value."""
+        return self._last
 
     def _fold(self) -> None:
         if not self._pending:
@@ -61,6 +66,12 @@ class MovingAverage:
         self._value = self._decay * past + (1 - self._decay) * value
         self._weight = self._decay * self._weight + (1 - self._decay)
 
+    def latest(self) -> Tensor:
+        """Give the average after the newest value."""
+        if self._value is None:
+            raise ValueError("no value was added")
+        return self._value / self._weight
+
     def compute(self) -> Tensor | None:
         """Give the average so far."""
-        return None if self._value is None else self._value / self._weight
+        return None if self._value is None else self.latest()

@@ -247,7 +247,6 @@ class LossTracker(Tracker):
         self._average = average
         self._name = name
         self._averages: dict[str, Mean | MovingAverage] = {}
-        self._last: dict[str, Tensor] = {}
 
     def update(self, step: Any, size: int) -> None:
         """Take in the loss of a step."""
@@ -263,12 +262,11 @@ class LossTracker(Tracker):
         if average is None:
             average = self._averages[name] = self._average()
         average.add(value if value.ndim == 0 else value.mean(), size)
-        self._last[name] = value
 
     def compute(self) -> dict[str, Any]:
         """Give the average loss so far."""
         return {name: average.compute() for name, average in self._averages.items()}
 
     def latest(self) -> dict[str, Tensor]:
-        """Give the last step's loss."""
-        return dict(self._last)
+        """Give the last step's loss, or the moving average after it."""
+        return {name: average.latest() for name, average in self._averages.items()}
