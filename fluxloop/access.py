@@ -220,6 +220,8 @@ class ReadOnly:
 class ReadOnlyDict(dict[Any, Any]):
     """A copy of a dict that says so when it is written to: still a dict for whoever asks."""
 
+    __stands_for__ = dict
+
     def __init__(self, value: dict[Any, Any], path: Path, access: Access) -> None:
         super().__init__((key, guarded(item, (*path, _name(key)), access)) for key, item in value.items())
         self._where = path, access
@@ -239,6 +241,8 @@ class ReadOnlyDict(dict[Any, Any]):
 
 class ReadOnlyList(list[Any]):
     """A copy of a list that says so when it is written to: still a list for whoever asks."""
+
+    __stands_for__ = list
 
     def __init__(self, value: list[Any], path: Path, access: Access) -> None:
         super().__init__(guarded(item, path, access) for item in value)

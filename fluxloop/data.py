@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -292,12 +292,20 @@ class Feed:
         source: Any iterable of batches.
         owner: The phase's data key, which names the streams.
         streams: The learner's streams.
+        before_batch: Called before each batch is fetched.
     """
 
-    def __init__(self, source: Iterable[Any], owner: str, streams: Streams) -> None:
+    def __init__(
+        self,
+        source: Iterable[Any],
+        owner: str,
+        streams: Streams,
+        before_batch: Callable[[], object] = lambda: None,
+    ) -> None:
         self.source = source
         self._owner = owner
         self._streams = streams
+        self._before_batch = before_batch
 
     @property
     def num_batches(self) -> int | None:
@@ -332,6 +340,7 @@ class Feed:
             fetch = self._streams[f"{self._owner}/fetch"]
         count = 0
         while True:
+            self._before_batch()
             if fetch is not None:
                 start_torch(fetch.next())
             try:

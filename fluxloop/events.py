@@ -25,7 +25,7 @@ from attrs import frozen
 
 @frozen
 class Event:
-    """Base of all events. Subclass it (an ``attrs`` frozen class, or a plain class) for your own."""
+    """Base of all events. Subclass it for your own: an ``attrs.frozen`` class, or a plain one without fields."""
 
     ends_scope: ClassVar[bool] = False
     """A cancel raised by a handler of such an event waits until the other handlers have run."""
@@ -126,6 +126,8 @@ class BackwardBegin(Event):
 class BackwardEnd(Event):
     """The gradients are computed. Fired by the phase or its update block."""
 
+    ends_scope: ClassVar[bool] = True
+
 
 @frozen
 class UpdateBegin(Event):
@@ -146,6 +148,7 @@ class UpdateEnd(Event):
         name: Name of the optimizer, None for a learner with a single unnamed one.
     """
 
+    ends_scope: ClassVar[bool] = True
     name: str | None = None
 
 

@@ -13,7 +13,6 @@ from fluxloop.data import Feed, load, name_data
 from fluxloop.errors import (
     CancelEpochException,
     CancelFittingException,
-    CancelSignal,
     DataError,
     PhaseError,
     ReentrantFitError,
@@ -54,6 +53,9 @@ def fit(learner: Learner, epochs: int, data: Any, phases: Iterable[Phase] | None
     kept = learner.data
     learner.data = kept if data is None else name_data(data)
     try:
+        if isinstance(phases, (Phase, type)):
+            name = phases.__name__ if isinstance(phases, type) else type(phases).__name__
+            raise PhaseError(f"phases={describe(phases)} was given; expected a list of instances: phases=[{name}()]")
         chosen = list(phases) if phases is not None else _default_phases(learner.data)
         for phase in chosen:
             check_phase(phase)
@@ -102,7 +104,7 @@ def _finish(scope: FitScope, history: History, error: BaseException | None) -> B
     """Fire `FitEnd` and undo what was deferred; give the error that leaves the fit, if any."""
     try:
         scope.handle(FitEnd(history.stop_reason, error))
-    except CancelSignal as cancel:
+    except CancelFittingException as cancel:
         history.stop_reason = history.stop_reason or cancel.reason or "cancelled"
     except BaseException as failure:
         if error is None:
@@ -154,8 +156,7 @@ def run_epoch(learner: Learner, phase: Phase, data: Any = None) -> None:
         pass  # raised by a handler of EpochBegin, after EpochEnd was fired
     finally:
         learner.data, learner.num_batches = kept
-    if learner.stop_requested:  # by Ctrl+C, in a phase that has no steps to look at it
-        learner.stop()
+    learner.stop_if_requested()
 
 
 def feed(learner: Learner, phase: Phase) -> Feed:
@@ -171,7 +172,7 @@ def feed(learner: Learner, phase: Phase) -> Feed:
             f"{type(phase).__name__} runs on the {key!r} data, and there is {known or 'no data'}"
             f"{did_you_mean(key, known)}; give it to the learner, data={{{key!r}: ...}}, or to this call"
         )
-    return Feed(vars(learner.data)[key], key or type(phase).__name__, learner.streams)
+    return Feed(vars(learner.data)[key], key or type(phase).__name__, learner.streams, learner.stop_if_requested)
 
 
 @contextmanager

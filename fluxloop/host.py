@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxloop.errors import annotate
+
 Then = Callable[[Any], object]
 
 
@@ -39,7 +41,8 @@ class HostQueue:
     def send(self) -> None:
         """Start the copy of what was asked for, and deliver what has arrived."""
         if self._asked:
-            numbers = torch.stack([tensor.reshape(()).to(torch.float32) for tensor, _ in self._asked])
+            exact = torch.float32 if self._device.type == "mps" else torch.float64
+            numbers = torch.stack([tensor.reshape(()).to(exact) for tensor, _ in self._asked])
             copy = numbers.to("cpu", non_blocking=True)
             arrived: Any = None
             if self._device.type == "cuda":
@@ -71,5 +74,14 @@ class HostQueue:
     def _deliver(self) -> None:
         copy, _, thens = self._travelling.pop(0)
         self.busy = bool(self._asked or self._travelling)
+        first: BaseException | None = None
         for number, then in zip(copy.tolist(), thens, strict=True):
-            then(number)
+            try:
+                then(number)
+            except BaseException as error:
+                if first is None:
+                    first = error
+                else:
+                    annotate(first, f"fluxloop: another number was refused as well: {error!r}")
+        if first is not None:
+            raise first

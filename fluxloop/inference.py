@@ -10,10 +10,12 @@ from fluxloop.callback import Callback, on
 from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.progress import ProgressBar
 from fluxloop.callbacks.recorder import Recorder
+from fluxloop.data import as_dataloader
 from fluxloop.errors import PhaseError
 from fluxloop.events import StepEnd
 from fluxloop.fit import run_epoch
 from fluxloop.history import History
+from fluxloop.host import HostQueue
 from fluxloop.nested import concatenate, map_tensors
 from fluxloop.phase import Phase
 from fluxloop.phases.supervised import PredictionPhase, ValidationPhase
@@ -32,7 +34,10 @@ def aside(learner: Learner, owner: str, callbacks: list[Callback]) -> Iterator[N
     So that evaluation and prediction leave no trace: what the training sees is as before.
     """
     kept = learner.callbacks, learner.cbstate, learner.history, learner.streams, learner.step
+    kept_too = learner.host_queue, learner.phases
     try:
+        learner.host_queue = HostQueue(learner.accelerator.device)
+        learner.phases = dict(learner.phases)
         learner.cbstate = SharedState()
         learner.history = History(learner.cbstate, learner.seed)
         learner.streams = Streams(learner.seed, prefix=f"{owner}/")
@@ -42,6 +47,7 @@ def aside(learner: Learner, owner: str, callbacks: list[Callback]) -> Iterator[N
         yield
     finally:
         learner.callbacks, learner.cbstate, learner.history, learner.streams, learner.step = kept
+        learner.host_queue, learner.phases = kept_too
 
 
 def _bar(learner: Learner) -> list[Callback]:
@@ -56,7 +62,7 @@ def evaluate(learner: Learner, data: Any, metrics: Iterable[Any] | None, phase: 
     own = learner.callbacks.get(Metrics)
     chosen = own.metrics if metrics is None and isinstance(own, Metrics) else list(metrics or ())
     with aside(learner, "evaluate", [Recorder(), Metrics(*chosen), *_bar(learner)]):
-        run_epoch(learner, phase, data)
+        run_epoch(learner, phase, None if data is None else as_dataloader(data))
         series = learner.history.metrics[phase]
     return {name: values[-1] for name, values in series.items()}
 
@@ -79,7 +85,7 @@ def predict(learner: Learner, data: Any, phase: Phase | None) -> Any:
     """Run a phase over data and join its predictions; see `Learner.predict`."""
     collect = _Collect()
     with aside(learner, "predict", [collect, Recorder(), *_bar(learner)]):
-        run_epoch(learner, PredictionPhase() if phase is None else phase, data)
+        run_epoch(learner, PredictionPhase() if phase is None else phase, as_dataloader(data))
     if not collect.parts:
         raise PhaseError(
             f"{phase!r} made no predictions: no step of it ended; expected a phase whose step runs runstep and "

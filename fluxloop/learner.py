@@ -254,14 +254,15 @@ class Learner:
         """
         self.host_queue.request(tensor, then)
 
-    def stop(self) -> None:
-        """End the fit for the reason that was requested.
+    def stop_if_requested(self) -> None:
+        """End the fit where that was requested, as by Ctrl+C; asked before each batch.
 
         Raises:
-            CancelFittingException: Always.
+            CancelFittingException: With the reason.
         """
-        reason, self.stop_requested = self.stop_requested, None
-        raise CancelFittingException(reason or "stopped")
+        if self.stop_requested:
+            reason, self.stop_requested = self.stop_requested, None
+            raise CancelFittingException(reason)
 
     @property
     def batch_size(self) -> int:

@@ -86,7 +86,7 @@ class Scope:
         raised at the end where there is none.
         """
         self._learner.scope = self.parent
-        first = error
+        first = None if isinstance(error, CancelSignal) else error
         while self._undo:
             try:
                 self._undo.pop()()
@@ -239,21 +239,26 @@ class runepoch(Scope):  # noqa: N801 - used like a function
         torch.set_grad_enabled(self.phase.gradients)
 
     def _leave(self, error: BaseException | None, ends: bool) -> None:
-        if ends:
-            try:
-                self._learner.host_queue.flush()
+        learner = self._learner
+        try:
+            if ends:
+                try:
+                    learner.host_queue.flush()
+                except CancelEpochException:
+                    pass  # it ends here anyway
                 self.handle(EPOCH_END)
-            except CancelEpochException:
-                pass
-            except BaseException as failure:
-                error = failure
-                raise
-            finally:
-                self.close(error)
-        else:
-            if error is not None and not isinstance(error, CancelSignal):
-                locate(error, self._learner, self.phase)
-            self._learner.host_queue.drop()
+        except CancelEpochException:
+            pass
+        except BaseException as failure:
+            error = failure
+            raise
+        finally:
+            if not ends:
+                learner.updates.abandon_step(learner.step)
+                if not isinstance(self.parent, runstep):
+                    learner.host_queue.drop()
+                if error is not None and not isinstance(error, CancelSignal):
+                    locate(error, learner, self.phase)
             self.close(error)
 
 
@@ -261,8 +266,11 @@ def locate(error: BaseException, learner: Learner, phase: Phase) -> None:
     """Note on an exception in which phase, epoch and step it was raised, once."""
     if any(note.startswith("fluxloop: in ") for note in getattr(error, "__notes__", ())):
         return
-    epoch, step = learner.streams[phase.epoch_stream].index, learner.streams[phase.step_stream].index
-    annotate(error, f"fluxloop: in {phase!r}, epoch {epoch}, step {step} (both counted from 1)")
+    if phase.data_key:
+        epoch, step = learner.streams[phase.epoch_stream].index, learner.streams[phase.step_stream].index
+        annotate(error, f"fluxloop: in {phase!r}, epoch {epoch}, step {step} (both counted from 1)")
+    else:
+        annotate(error, f"fluxloop: in {phase!r}, after {learner.history.cycles} complete cycles")
 
 
 def switch_modes(models: list[nn.Module], train: bool) -> Callable[[], None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import attrs
 import torch
@@ -20,6 +20,11 @@ def _fields(value: Any) -> list[str] | None:
     if dataclasses.is_dataclass(value):
         return [field.name for field in dataclasses.fields(value) if field.init]
     return None
+
+
+def _kind(value: Any) -> Any:
+    """Give the type that a changed copy of a container has: its own, or the one a read-only copy stands for."""
+    return getattr(value, "__stands_for__", type(value))
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -39,12 +44,12 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
             return value
         if hasattr(value, "_fields"):
             return type(value)(*items)
-        return type(value)(items)
+        return _kind(value)(items)
     if isinstance(value, Mapping):
         changed = {key: map_tensors(change, item) for key, item in value.items()}
         if all(changed[key] is value[key] for key in changed):
             return value
-        return changed if type(value) is dict else cast(Any, type(value))(changed)
+        return _kind(value)(changed)
     names = _fields(value)
     if names is not None:
         new = {name: map_tensors(change, getattr(value, name)) for name in names}
@@ -85,10 +90,9 @@ def concatenate(parts: list[Any]) -> Any:
         return torch.stack(parts) if first.ndim == 0 else torch.cat(parts)
     if isinstance(first, (tuple, list)):
         items = [concatenate(list(column)) for column in zip(*parts, strict=True)]
-        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
+        return type(first)(*items) if hasattr(first, "_fields") else _kind(first)(items)
     if isinstance(first, Mapping):
-        joined = {key: concatenate([part[key] for part in parts]) for key in first}
-        return joined if type(first) is dict else cast(Any, type(first))(joined)
+        return _kind(first)({key: concatenate([part[key] for part in parts]) for key in first})
     names = _fields(first)
     if names is not None:
         new = {name: concatenate([getattr(part, name) for part in parts]) for name in names}

@@ -16,7 +16,8 @@ phase act on it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import wraps
+from functools import update_wrapper
+from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fluxloop.errors import CancelStepException, PhaseError
@@ -25,27 +26,32 @@ from fluxloop.loop import runepoch
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
 
-Step = Callable[[Any, "Learner", Any], Any]
 
+class Step:
+    """The `step` of a phase class: it takes a cancel that a handler of its StepBegin raised.
 
-TAKES_CANCELS = "__takes_cancels__"
+    Such a cancel leaves the ``with runstep(...)`` of the step, which cannot skip its own body;
+    here the step ends, whoever called it.
+    """
 
+    def __init__(self, function: Callable[[Any, Learner, Any], Any]) -> None:
+        update_wrapper(self, function)
+        self.function = function
 
-def _taking_cancels(step: Step) -> Step:
-    """Wrap a `step` so that it takes a cancel of its own StepBegin, and the fit's stop request."""
+    @property
+    def __closure__(self) -> Any:
+        """The function's: where ``attrs`` repairs ``super()`` in a class that it makes anew."""
+        return getattr(self.function, "__closure__", None)
 
-    @wraps(step)
-    def taking(self: Phase, learner: Learner, batch: Any) -> Any:
+    def __get__(self, phase: Phase | None, owner: type) -> Any:
+        return self if phase is None else MethodType(self, phase)
+
+    def __call__(self, phase: Phase, learner: Learner, batch: Any) -> Any:
+        """Run the step; give what it returns, or the step's state where it was cancelled."""
         try:
-            result = step(self, learner, batch)
+            return self.function(phase, learner, batch)
         except CancelStepException:
-            result = learner.step
-        if learner.stop_requested:
-            learner.stop()
-        return result
-
-    setattr(taking, TAKES_CANCELS, True)
-    return taking
+            return learner.step
 
 
 class Phase:
@@ -68,8 +74,8 @@ class Phase:
         super().__init_subclass__(**kwargs)
         owner = cls.data_key or cls.__name__
         cls.epoch_stream, cls.step_stream = f"{owner}/epoch", f"{owner}/step"
-        if not hasattr(cls.step, TAKES_CANCELS):
-            setattr(cls, "step", _taking_cancels(cls.step))  # noqa: B010 - mypy knows no other way
+        if not isinstance(cls.step, Step):
+            setattr(cls, "step", Step(cls.step))  # noqa: B010 - mypy knows no other way
 
     def step(self, learner: Learner, batch: Any) -> Any:
         """Do one step on one batch. What a phase has to say.
