@@ -16,7 +16,8 @@ A callback is a class that declares what it reads and writes and has methods mar
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from types import MethodType
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
@@ -80,9 +81,10 @@ def on(event: type[Event], phase: type[Phase] = Phase, callback: type[Callback] 
             f"@on was given {describe(event)} as an event; expected an event type, e.g. @on(StepEnd){hint}"
         )
     if not (isinstance(phase, type) and issubclass(phase, Phase)):
+        hint = did_you_mean(phase, phase_names()) if isinstance(phase, str) else ""
         raise HandlerError(
             f"@on({event.__name__}, …) was given {describe(phase)} as a phase; expected a phase type, "
-            f"e.g. @on({event.__name__}, AbstractTrainingPhase)"
+            f"e.g. @on({event.__name__}, AbstractTrainingPhase){hint}"
         )
     if callback is not None and not (isinstance(callback, type) and issubclass(callback, Callback)):
         raise HandlerError(
@@ -104,6 +106,11 @@ def on(event: type[Event], phase: type[Phase] = Phase, callback: type[Callback] 
     return register
 
 
+def phase_names(cls: type[Phase] = Phase) -> list[str]:
+    """List the names of the phase types that exist."""
+    return [cls.__name__, *(name for sub in cls.__subclasses__() for name in phase_names(sub))]
+
+
 def registrations(cls: type) -> dict[Signature, _Registration]:
     """Collect the handlers of a callback class: its own, inherited, and taught from outside.
 
@@ -115,7 +122,7 @@ def registrations(cls: type) -> dict[Signature, _Registration]:
         for name, member in vars(base).items():
             marks = getattr(member, MARK, ())
             if marks:  # a method registered anew no longer stands for what it stood for
-                found = {key: reg for key, reg in found.items() if reg.name != name}
+                found = {key: reg for key, reg in found.items() if reg.function or reg.name != name}
             for event, phase in marks:
                 known = found.get((event, phase, base))
                 if known is not None:
@@ -125,13 +132,37 @@ def registrations(cls: type) -> dict[Signature, _Registration]:
                     )
                 found[event, phase, base] = _Registration(name, None)
         for (event, phase), function in _from_outside.get(base, {}).items():
-            found[event, phase, base] = _Registration(function.__name__, function)
+            found[event, phase, base] = _Registration(getattr(function, "__name__", repr(function)), function)
     return found
+
+
+def _meet(a: type, b: type) -> type | None:
+    """Give the more specific of two types, None where neither is a subclass of the other."""
+    return a if issubclass(a, b) else b if issubclass(b, a) else None
 
 
 def _show(signature: Signature) -> str:
     event, phase, owner = signature
     return f"@on({event.__name__}, {phase.__name__}) of {owner.__name__}"
+
+
+def most_specific(name: str, found: Mapping[Any, Any], given: tuple[type, ...], show: Callable[[Any], str]) -> Any:
+    """Give what is registered under the most specific of the signatures that fit `given`, or None.
+
+    Raises:
+        AmbiguousHandlerError: Several fit equally well.
+    """
+    fitting = [signature for signature in found if all(map(issubclass, given, signature))]
+    best = [s for s in fitting if all(s == other or supercedes(s, other) for other in fitting)]
+    if fitting and not best:
+        rivals = [s for s in fitting if not any(o != s and supercedes(o, s) for o in fitting)]
+        first, second = sorted(rivals, key=str)[:2]
+        types = ", ".join(cls.__name__ for cls in given[:2])
+        raise AmbiguousHandlerError(
+            f"{name} has two that fit ({types}) equally well: {show(first)} and {show(second)}; "
+            f"add one for exactly ({types})"
+        )
+    return found[best[0]] if best else None
 
 
 class Handlers:
@@ -144,36 +175,20 @@ class Handlers:
     def __init__(self, cls: type) -> None:
         self.cls = cls
         self._found = registrations(cls)
-        self._dispatcher = Dispatcher(cls.__name__)
-        for signature, registration in self._found.items():
-            self._dispatcher.add(signature, registration)
-        self._dispatcher.reorder(on_ambiguity=self._refuse)
-
-    def _refuse(self, dispatcher: Dispatcher, pairs: set[tuple[Signature, Signature]]) -> None:
-        first, second = sorted(min(pairs, key=str), key=str)
-        event = first[0] if issubclass(first[0], second[0]) else second[0]
-        phase = first[1] if issubclass(first[1], second[1]) else second[1]
-        raise AmbiguousHandlerError(
-            f"{self.cls.__name__} has two handlers that fit ({event.__name__}, {phase.__name__}) equally "
-            f"well: {_show(first)} and {_show(second)}; add one for exactly that to {self.cls.__name__}: "
-            f"@on({event.__name__}, {phase.__name__})"
-        )
+        for (event, phase, _), (other_event, other_phase, _) in combinations(self._found, 2):
+            related = [_meet(event, other_event), _meet(phase, other_phase)]
+            if all(related):
+                self.find(*related)  # type: ignore[arg-type]  # both are there: the line above
 
     def find(self, event: type[Event], phase: type[Phase]) -> _Registration | None:
         """Give the most specific handler for an event type and a phase type, or None.
 
         Raises:
-            AmbiguousHandlerError: Several fit equally well (types with several bases).
+            AmbiguousHandlerError: Several fit equally well.
         """
-        given = (event, phase, self.cls)
-        best: _Registration | None = self._dispatcher.dispatch(*given)
-        if best is not None:
-            fitting = [s for s in self._found if all(map(issubclass, given, s))]
-            chosen = next(s for s in fitting if self._found[s] is best)
-            rivals = [s for s in fitting if s != chosen and not supercedes(chosen, s)]
-            if rivals:
-                self._refuse(self._dispatcher, {(chosen, rivals[0])})
-        return best
+        key = (event, phase, self.cls)
+        found: _Registration | None = most_specific(self.cls.__name__, self._found, key, _show)
+        return found
 
     @property
     def signatures(self) -> list[tuple[type[Event], type[Phase]]]:
@@ -219,7 +234,8 @@ class Callback:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name, member in vars(cls).items():
-            if name.startswith("on_") and callable(member) and not hasattr(member, MARK):
+            registered = any(hasattr(vars(base).get(name), MARK) for base in cls.__mro__)
+            if name.startswith("on_") and callable(member) and not registered:
                 raise HandlerError(
                     f"{cls.__name__}.{name} looks like a handler but nothing calls it; expected "
                     f"@on(Event, Phase) above it, e.g. @on(StepEnd) (or a name without 'on_')"
@@ -314,14 +330,23 @@ def _not_said(a: Callback, b: Callback) -> None:
     """Nothing was said about these two."""
 
 
+def _show_pair(signature: tuple[type, ...]) -> str:
+    return f"@resolve_conflict.register({', '.join(cls.__name__ for cls in signature)})"
+
+
 def resolution(a: Callback, b: Callback) -> Resolution | None:
     """Ask `resolve_conflict` about two callbacks in both directions; None where nothing was said.
 
     Raises:
         HandlerError: The two directions contradict each other, or the answer is no resolution.
+        AmbiguousHandlerError: Two rules fit the pair equally well.
     """
     a, b = a.unwrapped, b.unwrapped
-    answers = [resolve_conflict(a, b), resolve_conflict(b, a)]
+    answers = []
+    for first, second in ((a, b), (b, a)):
+        types = (type(first), type(second))
+        rule = most_specific("resolve_conflict", resolve_conflict.funcs, types, _show_pair)
+        answers.append(rule(first, second))
     said = [answer for answer in answers if answer is not None]
     for answer in said:
         named = answer.callback if isinstance(answer, RunFirst) else None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fluxloop.errors import DataError
 from fluxloop.fit import check_phase, feed
 from fluxloop.inference import aside
 from fluxloop.loop import switch_modes
@@ -18,6 +19,20 @@ from fluxloop.randomness import preserved
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
+
+
+def _first(learner: Learner, phase: Phase) -> Any:
+    """Give the first batch of a phase's data.
+
+    Raises:
+        DataError: The data can be iterated once only: its first batch would be lost.
+    """
+    data = feed(learner, phase)
+    if hasattr(data.source, "__next__"):
+        raise DataError(
+            f"the {phase.data_key!r} data can be iterated once only; give a batch to look at: learner.check(batch)"
+        )
+    return next(iter(data))
 
 
 def _held(module: nn.Module) -> Iterator[Tensor]:
@@ -46,8 +61,7 @@ def check(learner: Learner, batch: Any, phases: Iterable[Phase] | None) -> list[
                 updates.findings = findings
                 for parameter, _ in gradients:
                     parameter.grad = None
-                given = batch if batch is not None else next(iter(feed(learner, phase)))
-                phase.step(learner, given)
+                phase.step(learner, _first(learner, phase) if batch is None else batch)
             finally:
                 updates.findings = None
                 put_back()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +26,10 @@ def _as_tensors(data: Any) -> Any:
         items = [_as_tensors(value) for value in data]
         return type(data)(*items) if hasattr(data, "_fields") else tuple(items)
     if hasattr(data, "__array__") and len(getattr(data, "shape", ())) > 0:
-        return torch.as_tensor(data.__array__())
+        try:
+            return torch.as_tensor(data.__array__())
+        except TypeError as error:
+            raise DataError(f"{describe(data)} of {data.dtype} was given as data; expected numbers: {error}") from error
     raise DataError(
         f"{describe(data)} was given as data; expected tensors or arrays, a tuple or dict of them, "
         "a Dataset, or an iterable of batches such as a DataLoader"
@@ -161,15 +165,15 @@ def as_dataloader(data: Any, batch_size: int = 32, shuffle: bool = False, **opti
         >>> len(as_dataloader((xs, ys))), len(as_dataloader((xs, ys), batch_size=10))
         (4, 10)
     """
+    if isinstance(data, IterableDataset):
+        if shuffle:
+            raise DataError(
+                "shuffle=True was given for an IterableDataset; its order is its own: shuffle inside it, "
+                "and leave shuffle out"
+            )
+        return _loader(data, batch_size=batch_size, **options)
     if isinstance(data, Dataset):
-        if isinstance(data, IterableDataset):
-            if shuffle:
-                raise DataError(
-                    "shuffle=True was given for an IterableDataset; its order is its own: "
-                    "shuffle inside it, and leave shuffle out"
-                )
-            return DataLoader(data, batch_size=batch_size, **options)
-        return DataLoader(data, batch_size=batch_size, shuffle=shuffle, **options)
+        return _loader(data, batch_size=batch_size, shuffle=shuffle, **options)
     if isinstance(data, (Tensor, Mapping, tuple)) or hasattr(data, "__array__"):
         unknown = sorted(set(options) - {"drop_last", "seed"})
         if unknown:
@@ -180,7 +184,7 @@ def as_dataloader(data: Any, batch_size: int = 32, shuffle: bool = False, **opti
         return TensorBatches(data, batch_size=batch_size, shuffle=shuffle, **options)
     rows = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not hasattr(data, "__iter__")
     if rows:  # a map-style dataset that does not say so
-        return DataLoader(data, batch_size=batch_size, shuffle=shuffle, **options)
+        return _loader(data, batch_size=batch_size, shuffle=shuffle, **options)
     if options or shuffle or batch_size != 32:
         raise DataError(
             f"options were given for {describe(data)}, which already makes batches; expected them "
@@ -192,6 +196,14 @@ def as_dataloader(data: Any, batch_size: int = 32, shuffle: bool = False, **opti
         f"{describe(data)} was given as data; expected tensors or arrays, a tuple or dict of them, "
         "a Dataset, or an iterable of batches such as a DataLoader"
     )
+
+
+def _loader(data: Any, **options: Any) -> Iterable[Any]:
+    """Make a DataLoader; options it does not know are told."""
+    try:
+        return DataLoader(data, **options)
+    except TypeError as error:
+        raise DataError(f"{describe(data)} was given with options that DataLoader does not take: {error}") from error
 
 
 def split(data: Any, fraction: float, seed: int | None = None) -> tuple[Any, Any]:
@@ -217,7 +229,12 @@ def split(data: Any, fraction: float, seed: int | None = None) -> tuple[Any, Any
     """
     if not isinstance(fraction, float) or not 0 < fraction < 1:
         raise DataError(f"fraction={fraction!r} was given; expected a share above 0 and below 1, e.g. 0.2")
-    dataset = isinstance(data, Dataset) and hasattr(data, "__getitem__") and isinstance(data, Sized)
+    dataset = (
+        isinstance(data, Dataset)
+        and not isinstance(data, IterableDataset)
+        and hasattr(data, "__getitem__")
+        and isinstance(data, Sized)
+    )
     if not dataset and (isinstance(data, (DataLoader, TensorBatches, Dataset)) or not _splittable(data)):
         raise DataError(
             f"{describe(data)} cannot be split by rows; expected tensors, arrays, a tuple or dict of "
@@ -282,6 +299,27 @@ def holds_rows(source: Any) -> bool:
     return isinstance(source, (tuple, dict)) or hasattr(source, "__array__")
 
 
+@contextmanager
+def untouched(source: Any) -> Iterator[None]:
+    """Put a loader's own generator, its waiting workers and its place among epochs back on leaving."""
+    generator, workers = getattr(source, "generator", None), getattr(source, "_iterator", None)
+    state = generator.get_state() if isinstance(generator, torch.Generator) else None
+    epoch = source.epoch if isinstance(source, TensorBatches) else 0
+    if workers is not None:  # persistent workers go on drawing from where they are
+        source._iterator = None
+    try:
+        yield
+    finally:
+        if isinstance(generator, torch.Generator) and state is not None:
+            generator.set_state(state)
+        if workers is not None:
+            source._iterator = workers
+        elif getattr(source, "_iterator", None) is not None:
+            source._iterator = None
+        if isinstance(source, TensorBatches):
+            source.epoch = epoch
+
+
 class Feed:
     """The data of one epoch, with its random numbers where they belong; what `Phase.epoch` iterates.
 
@@ -329,6 +367,16 @@ class Feed:
         )
 
     def __iter__(self) -> Iterator[Any]:
+        if not self._streams.prefix:
+            return self._batches()
+        return self._aside()
+
+    def _aside(self) -> Iterator[Any]:
+        """Iterate for an evaluation, a prediction or a check: the source is left as it was."""
+        with untouched(self.source):
+            yield from self._batches()
+
+    def _batches(self) -> Iterator[Any]:
         order = self._streams[f"{self._owner}/data"]
         set_epoch = getattr(self.source, "set_epoch", None)
         if set_epoch is not None:
@@ -341,7 +389,9 @@ class Feed:
         count = 0
         while True:
             self._before_batch()
-            if fetch is not None:
+            if (
+                fetch is not None and count
+            ):  # the first goes on from the order's: loaders draw the order when first asked
                 start_torch(fetch.next())
             try:
                 batch = next(batches)

@@ -196,15 +196,16 @@ def describe(value: object) -> str:
     'a list of length 2'
     """
     shape = getattr(value, "shape", None)
+    name = getattr(type(value), "__stands_for__", type(value)).__name__
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if shape is not None:
-        return f"a {type(value).__name__} of shape {tuple(shape)}"
+        return f"a {name} of shape {tuple(shape)}"
     if isinstance(value, (list, tuple, dict, set)):
-        return f"a {type(value).__name__} of length {len(value)}"
+        return f"a {name} of length {len(value)}"
     if value is None or isinstance(value, (str, bytes, int, float, bool)):
         return repr(value)
-    return f"a {type(value).__name__}"
+    return f"a {name}"
 
 
 def annotate(error: BaseException, note: str) -> None:

@@ -99,6 +99,12 @@ def make_nodes(callbacks: Iterable[object]) -> list[Node]:
                     f"the same {type(callback.unwrapped).__name__} was given twice, as callbacks[{earlier}] "
                     f"and callbacks[{position}]; give it once, or make a second instance"
                 )
+        for cls in _run_after(callback):
+            if not (isinstance(cls, type) and issubclass(cls, Callback)):
+                raise CallbackTypeError(
+                    f"{type(callback.unwrapped).__name__} declares run_after = {callback.run_after!r}; expected a "
+                    "tuple of callback types: run_after = (Recorder,)"
+                )
         checked.append(callback)
 
     labels: dict[tuple[str, str, str], Callback] = {}
@@ -126,6 +132,11 @@ def make_nodes(callbacks: Iterable[object]) -> list[Node]:
         callback.handles()
         nodes.append(Node(callback, id, key, access))
     return sorted(nodes, key=lambda node: node.key)
+
+
+def _run_after(callback: Callback) -> tuple[object, ...]:
+    declared = callback.run_after
+    return tuple(declared) if isinstance(declared, (tuple, list)) else (declared,)
 
 
 def _name_of(callback: Callback) -> tuple[str, str]:
@@ -226,9 +237,16 @@ def _access_edges(nodes: list[Node], edges: list[Edge]) -> Iterator[tuple[Node, 
 
 def _conflict(a: Node, b: Node, p: Path, q: Path) -> CallbackConflictError:
     first, second = type(a.callback.unwrapped).__name__, type(b.callback.unwrapped).__name__
+    problem = f"{a.id} writes '{dotted(p)}' and {b.id} writes '{dotted(q)}', and nothing says which goes first.\n"
+    if first == second:
+        return CallbackConflictError(
+            f"{problem}  Say for the class whether that matters:\n"
+            f"    @resolve_conflict.register({first}, {first})\n"
+            "    def _(a, b):\n"
+            "        return NoConflict()   # or RunFirst(min(a, b, key=lambda callback: callback.name))"
+        )
     return CallbackConflictError(
-        f"{a.id} writes '{dotted(p)}' and {b.id} writes '{dotted(q)}', and nothing says which goes first.\n"
-        f"  Say so in one of the classes:   run_after = ({first},)   # in {second}\n"
+        problem + f"  Say so in one of the classes:   run_after = ({first},)   # in {second}\n"
         "  or for the pair:\n"
         f"    @resolve_conflict.register({first}, {second})\n"
         "    def _(a, b):\n"
@@ -290,20 +308,22 @@ def check_producers(nodes: list[Node]) -> None:
     for node in nodes:
         for path in node.access.reads:
             if path[:1] == ("cbstate",) and len(path) > 1 and not any(overlap(path, w) for w in written):
-                providers = " or ".join(sorted(_providers(path, Callback))) or "a callback that writes it"
+                known = set(_providers(path, Callback))
+                ours = sorted(name for name, builtin in known if builtin) or sorted(name for name, _ in known)
+                providers = " or ".join(ours) or "a callback that writes it"
                 raise MissingProducerError(
                     f"{node.id} reads '{dotted(path)}', which no callback writes; add {providers} to the callbacks"
                 )
 
 
-def _providers(path: Path, cls: type[Callback]) -> Iterator[str]:
-    """Give the names of the callback classes that declare to write `path`."""
+def _providers(path: Path, cls: type[Callback]) -> Iterator[tuple[str, bool]]:
+    """Give the names of the callback classes that declare to write `path`, and whether they are fluxloop's."""
     for sub in cls.__subclasses__():
         writes = vars(sub).get("writes")
         if isinstance(writes, tuple) and any(
             overlap(tuple(w.split(".")), path) for w in writes if w != "*" and w != "cbstate"
         ):
-            yield f"{sub.__name__}()"
+            yield f"{sub.__name__}()", sub.__module__.startswith("fluxloop.")
         yield from _providers(path, sub)
 
 

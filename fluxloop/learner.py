@@ -105,7 +105,7 @@ class Learner:
         self.model: Any = like(model, self.models)
         self.params: Any = like(model, {k: tuple(m.parameters()) for k, m in self.models.items()})
         optimizers = build_optimizers(self.models, optimizer)
-        self.optimizer: Any = like(None, optimizers)
+        self.optimizer: Any = like(model, optimizers)
         self.seed = draw_seed() if seed is None else check_seed(seed)
         self.streams = Streams(self.seed)
         self.host_queue = HostQueue(self.accelerator.device)

@@ -23,7 +23,7 @@ from fluxloop.errors import (
     describe,
 )
 from fluxloop.events import EpochBegin, EpochEnd, Event, StepBegin, StepEnd
-from fluxloop.randomness import preserved, start_generators, start_step
+from fluxloop.randomness import forget_normal, preserved, start_generators, start_step
 from fluxloop.state import StepState
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ class runstep(Scope):  # noqa: N801 - used like a function
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
+        forget_normal()
         if error is None:
             learner = self._learner
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Mapping
+from keyword import iskeyword
 from typing import Any
 
 from torch import nn
@@ -34,8 +35,7 @@ def named_models(model: Any) -> dict[str | None, nn.Module]:
         if not isinstance(module, nn.Module):
             hint = f": {module.__name__}(...)" if isinstance(module, type) else ""
             raise ModelError(f"{label} is {describe(module)}; expected a torch.nn.Module{hint}")
-        usable = isinstance(model, tuple) or (isinstance(name, str) and name.isidentifier() and name[0] != "_")
-        if name is not None and not usable:
+        if name is not None and not isinstance(model, tuple) and not is_name(name):
             raise ModelError(
                 f"a model is named {name!r}; expected a name to stand behind 'learner.model.', such as 'generator'"
             )
@@ -44,15 +44,23 @@ def named_models(model: Any) -> dict[str | None, nn.Module]:
     return named
 
 
+def is_name(name: object) -> bool:
+    """Tell whether a name can be that of a named tuple's field."""
+    return isinstance(name, str) and name.isidentifier() and not iskeyword(name) and not name.startswith("_")
+
+
 def like(model: Any, values: dict[str | None, Any]) -> Any:
-    """Arrange values by model as the models were given: alone, as a tuple, or as a named tuple."""
+    """Arrange values by model as the models were given: alone, as a tuple, or as a named tuple.
+
+    A tuple has None where a model has no value (a frozen one has no optimizer).
+    """
     if tuple(values) == (None,):
         return values[None]
     if isinstance(model, tuple) and hasattr(model, "_fields") and tuple(model) == tuple(values.values()):
         return model
     names = [str(name) for name in values]
-    if all(name.isidentifier() and not name.startswith("_") for name in names):
+    if isinstance(model, tuple) and not hasattr(model, "_fields") and set(names) <= set(map(str, range(len(model)))):
+        return tuple(values.get(str(index)) for index in range(len(model)))
+    if all(map(is_name, names)):
         return namedtuple("Named", names)(*values.values())
-    if all(name.isdigit() for name in names):
-        return tuple(values.values())
     return State(dict(zip(names, values.values(), strict=True)))

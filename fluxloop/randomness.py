@@ -7,9 +7,10 @@ from the run's seed and the owner's name:
 - an epoch of a phase starts all three from ``(seed, "<data_key>/epoch", epochs begun)``, and they
   are put back as they were before when it ends;
 - its step i starts torch's from ``(seed, "<data_key>/step", steps begun)``; NumPy's and Python's
-  go on from step to step (a normal number that NumPy has in store is dropped);
-- the order of the data starts torch's from ``(seed, "<data_key>/data", epochs begun)``, the fetch
-  of a batch from ``(seed, "<data_key>/fetch", batches fetched)``;
+  go on from step to step (a normal number that NumPy has in store is dropped when a step begins
+  and when it ends);
+- the order of the data and its first batch start torch's from ``(seed, "<data_key>/data", epochs
+  begun)``, each further fetch from ``(seed, "<data_key>/fetch", further fetches)``;
 - a callback that says it draws has ``(seed, "callback/<id>", times called)`` for all three; what
   any other handler draws inside an epoch is put back.
 
@@ -79,13 +80,18 @@ def start_generators(number: int) -> None:
     random.seed(number)
 
 
-def start_step(number: int) -> None:
-    """Start torch's global generators from `number`; NumPy forgets the normal number it has in store."""
-    start_torch(number)
+def forget_normal() -> None:
+    """Have NumPy's global generator drop the normal number it has in store, if any."""
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         generator = numpy.random
         generator.set_bit_generator(generator.get_bit_generator())
+
+
+def start_step(number: int) -> None:
+    """Start torch's global generators from `number`; NumPy forgets the normal number it has in store."""
+    start_torch(number)
+    forget_normal()
 
 
 def seed_everything(seed: int) -> int:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from fluxloop.access import dotted, make_view, parse
+from fluxloop.access import dotted, parse
 from fluxloop.callback import Callback, Handler, watchers
 from fluxloop.errors import CancelEpochException, CancelFittingException, CancelSignal, StateAccessError, annotate
 from fluxloop.events import FIT_EVENTS, GRADIENT_EVENTS, Event, FitEnd, event_types
 from fluxloop.graph import CallbackGraph, Node, touches
 from fluxloop.loop import locate
 from fluxloop.phase import FittingPhase, Phase
-from fluxloop.randomness import between_steps, putting_back, stream_seed, with_own_stream
+from fluxloop.randomness import Stream, between_steps, putting_back, stream_seed, with_own_stream
+from fluxloop.view import make_view
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -64,6 +65,7 @@ class Callbacks:
         graph = CallbackGraph(callbacks)
         known = [id(node.callback.unwrapped) for node in self._graph.nodes]
         before = self._graph, self._views
+        shared = dict(vars(self._learner.cbstate))
         self._graph = graph
         self._views = {
             node.id: make_view(node.access, self._learner) if node.is_safe else self._learner for node in graph.nodes
@@ -75,12 +77,20 @@ class Callbacks:
                     self._init(node)
         except BaseException:
             self._graph, self._views = before
+            vars(self._learner.cbstate).clear()
+            vars(self._learner.cbstate).update(shared)
             self.forget()
             raise
 
     def _init(self, node: Node) -> None:
+        init: Callable[..., None] = node.callback.init
+        if node.callback.draws:
+            stream = Stream(self._learner.seed, f"callback/{node.id}/init")
+            init = with_own_stream(init, lambda: stream)
+        elif node.callback.draws is None:
+            init = putting_back(init)
         try:
-            node.callback.init(self._views[node.id])
+            init(self._views[node.id])
         except StateAccessError as error:
             error.event = "init"
             raise
@@ -132,7 +142,7 @@ class Callbacks:
         draws = node.callback.draws
         if draws:
             return with_own_stream(call, lambda: self._learner.streams[f"callback/{node.id}"])
-        if draws is None and event.inside_step:
+        if draws is None and (event.inside_step or event in FIT_EVENTS):
             return putting_back(call)
         if draws is None and event.inside_epoch:
             return between_steps(call, stream_seed(self._learner.seed, f"callback/{node.id}"))
@@ -205,19 +215,19 @@ class Callbacks:
         """Draw the graph in Mermaid's language (GitHub, notebooks and most documentation show it)."""
         lines = ["flowchart TD"]
         number = {node.id: f"n{index}" for index, node in enumerate(self._graph.nodes)}
-        lines += [f'    {number[node.id]}["{node.id}"]' for node in self._graph.nodes]
+        lines += [f'    {number[node.id]}["{_label(node.id)}"]' for node in self._graph.nodes]
         for before, after, reason in self._joined_edges():
-            text = reason.replace('"', "'").replace("\n", "<br/>")
+            text = _label(reason).replace("\n", "<br/>")
             lines.append(f'    {number[before]} -->|"{text}"| {number[after]}')
         return "\n".join(lines)
 
     def to_dot(self) -> str:
         """Draw the graph in Graphviz' language."""
         lines = ["digraph callbacks {"]
-        lines += [f'    "{node.id}";' for node in self._graph.nodes]
+        lines += [f'    "{_label(node.id)}";' for node in self._graph.nodes]
         for before, after, reason in self._joined_edges():
-            text = reason.replace('"', "'").replace("\n", "\\n")
-            lines.append(f'    "{before}" -> "{after}" [label="{text}"];')
+            text = _label(reason).replace("\n", "\\n")
+            lines.append(f'    "{_label(before)}" -> "{_label(after)}" [label="{text}"];')
         return "\n".join([*lines, "}"])
 
     def _joined_edges(self) -> list[tuple[str, str, str]]:
@@ -296,6 +306,11 @@ def _locate_handler(error: BaseException, id: str, event: Event, phase: Phase, l
         return
     annotate(error, f"fluxloop: raised by {id} at {name} of {phase!r}")
     locate(error, learner, phase)
+
+
+def _label(text: str) -> str:
+    """Give a text as a diagram may quote it."""
+    return text.replace('"', "'")
 
 
 def fired_with(phase: type[Phase]) -> list[type[Event]]:

@@ -12,7 +12,7 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
-from fluxloop.access import SERVICES, Path, covers, dotted
+from fluxloop.access import Path, covers, dotted
 from fluxloop.callback import Callback, Handler, UnsafeCallback, on
 from fluxloop.data import TensorBatches
 from fluxloop.errors import describe
@@ -21,6 +21,7 @@ from fluxloop.learner import Learner
 from fluxloop.phase import Phase
 from fluxloop.phases.supervised import TrainingPhase
 from fluxloop.state import Container
+from fluxloop.view import SERVICES
 
 
 class Coefficient(nn.Module):

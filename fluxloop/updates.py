@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fluxloop.access import Path
-from fluxloop.errors import LossError, OptimizerError, describe, did_you_mean
+from fluxloop.errors import LossError, OptimizerError, PhaseError, describe, did_you_mean
 from fluxloop.events import BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd
 from fluxloop.optimizers import Models, Optimizers, owned_parameters, parameter_names
 from fluxloop.state import Gradients, StepState
@@ -34,6 +34,7 @@ class Slot:
         others: Those of the other optimizers.
         begin: The event fired before it steps.
         end: The event fired after.
+        num_groups: How many parameter groups the optimizer had when `parameters` was read.
         consumed: Whether the gradients have been used by an update, and may be released.
         window: The step in which the first gradient since the last update was computed.
     """
@@ -44,6 +45,7 @@ class Slot:
     others: tuple[nn.Parameter, ...]
     begin: UpdateBegin
     end: UpdateEnd
+    num_groups: int
     consumed: bool = True
     window: StepState | None = None
 
@@ -72,19 +74,14 @@ class Updates:
         self._learner = learner
         self.names = parameter_names(models)
         self.gradients = Gradients((name, parameter) for parameter, name in self.names.items())
-        owned = {name: tuple(owned_parameters(optimizer)) for name, optimizer in optimizers.items()}
         self.slots = tuple(
-            Slot(
-                name=name,
-                optimizer=optimizer,
-                parameters=owned[name],
-                others=tuple(p for other in owned if other != name for p in owned[other]),
-                begin=UpdateBegin(name),
-                end=UpdateEnd(name),
-            )
+            Slot(name, optimizer, (), (), UpdateBegin(name), UpdateEnd(name), num_groups=0)
             for name, optimizer in optimizers.items()
         )
+        self._read_parameters()
         self.block: UpdateBlock | None = None
+        self._explicit: StepState | None = None
+        """The last step in which `backward` was called outside of a block."""
         self.findings: list[str] | None = None
         """Where `check` collects what it finds while it runs a step."""
 
@@ -107,9 +104,19 @@ class Updates:
             f"{names or 'a single one without a name: learner.optimizing()'}{did_you_mean(str(name), names)}"
         )
 
+    def _read_parameters(self) -> None:
+        """Read which parameters the optimizers own; a group may be added while training."""
+        for slot in self.slots:
+            slot.parameters = tuple(owned_parameters(slot.optimizer))
+            slot.num_groups = len(slot.optimizer.param_groups)
+        for slot in self.slots:
+            slot.others = tuple(p for other in self.slots if other is not slot for p in other.parameters)
+
     def begin_step(self, state: StepState) -> None:
         """Release what the last update consumed."""
         for slot in self.slots:
+            if slot.num_groups != len(slot.optimizer.param_groups):
+                self._read_parameters()
             if slot.consumed:
                 slot.release()
 
@@ -127,24 +134,20 @@ class Updates:
         every parameter that the loss reaches.
 
         Raises:
-            LossError: Not a scalar tensor, or no gradient can be computed from it, or (inside a
-                block) it reaches none of the block's parameters, or (outside) this is the second
-                loss of a step with several optimizers, so that nobody knows whose it is.
+            LossError: Not a scalar tensor, or no gradient can be computed from it, or it reaches
+                none of the parameters, or (outside a block, with several optimizers) gradients of
+                another loss wait, so that nobody knows whose it is.
         """
         learner, block = self._learner, self.block
-        _check_loss(loss, learner)
-        if block is not None:
-            slots: tuple[Slot, ...] = (block.slot,)
-        else:
+        _check_loss(loss)
+        if block is None:
             slots = self.slots
-            if len(slots) > 1 and any(slot.window is learner.step for slot in slots):
-                raise LossError(
-                    "learner.backward was called twice in one step of a learner with the optimizers "
-                    f"{[slot.name for slot in slots]}: the gradients of both losses would reach all of them. "
-                    "Say whose loss it is:\n"
-                    f"    with learner.optimizing({slots[0].name!r}) as block:\n"
-                    "        block.loss = ..."
-                )
+            self._check_owner()
+        else:
+            slots = (block.slot,)
+        own = None if block is None else [p for p in block.slot.parameters if p.requires_grad]
+        if own == []:
+            raise LossError(f"{slots[0].label} has nothing to train: all of its parameters are frozen")
         fresh = True
         for slot in slots:
             if slot.consumed:
@@ -153,26 +156,43 @@ class Updates:
                 slot.window = learner.step
             else:
                 fresh = False
-        if block is None:
-            learner.accelerator.backward(loss)
-        else:
-            slot = block.slot
-            learner.accelerator.backward(loss, [p for p in slot.parameters if p.requires_grad])
-            if fresh and all(p.grad is None for p in slot.parameters):
-                raise LossError(
-                    f"the loss of {slot.label} reaches none of its own parameters "
-                    f"({self.names[slot.parameters[0]]}, …); was their output detached, or computed for "
-                    "another optimizer?"
-                )
+        learner.accelerator.backward(loss, own)
+        if fresh and all(p.grad is None for slot in slots for p in slot.parameters):
+            raise LossError(
+                f"the loss reaches none of the parameters of {' and '.join(slot.label for slot in slots)} "
+                f"({self.names.get(slots[0].parameters[0])}, …); was their output detached, or was it computed "
+                "by another model?"
+            )
         learner.step.grads = self.gradients
+
+    def _check_owner(self) -> None:
+        """Raise for a loss that nobody knows the owner of: several optimizers, and another loss before it.
+
+        Raises:
+            LossError: The gradients of two losses would reach the same optimizers.
+        """
+        pending = [slot.window is not None for slot in self.slots]
+        second = self._explicit is self._learner.step and any(pending)
+        self._explicit = self._learner.step
+        if len(self.slots) > 1 and (second or any(pending) != all(pending)):
+            raise LossError(
+                "learner.backward was called for a second loss while gradients of a first one wait in some of the "
+                f"optimizers {[slot.name for slot in self.slots]}: both would reach all of them. Say whose loss it is:\n"
+                f"    with learner.optimizing({self.slots[0].name!r}) as block:\n"
+                "        block.loss = ..."
+            )
 
     def update(self, name: str | int | None = None) -> None:
         """Step one optimizer, the block's, or all of them in order, between its events.
 
         Raises:
             OptimizerError: There is no optimizer of that name, or it is not the block's.
+            PhaseError: The running phase has no gradients.
         """
         learner, block = self._learner, self.block
+        phase = None if learner.scope is None else learner.scope.phase
+        if phase is not None and phase.data_key and not phase.gradients:
+            raise PhaseError(f"learner.update was called in {phase!r}; a validation phase changes no weights")
         if block is not None:
             if name is not None and block.slot.name != str(name):
                 raise OptimizerError(
@@ -266,7 +286,7 @@ class UpdateBlock:
         self._updates.update()
 
 
-def _check_loss(loss: object, learner: Learner) -> None:
+def _check_loss(loss: object) -> None:
     """Raise `LossError` for a loss that has no gradient or is no scalar."""
     if not isinstance(loss, Tensor):
         raise LossError(f"the loss is {describe(loss)}; expected a tensor with one element")
@@ -275,6 +295,8 @@ def _check_loss(loss: object, learner: Learner) -> None:
             f"the loss has shape {tuple(loss.shape)}; expected a scalar: reduce it with .mean() or .sum(), "
             "or give the loss function reduction='mean'"
         )
+    if loss.is_complex():
+        raise LossError(f"the loss is complex ({loss.dtype}); expected a real number: loss.abs() or loss.real")
     if not loss.requires_grad:
         why = (
             "gradients are off here: is this a validation phase, or a torch.no_grad() block?"

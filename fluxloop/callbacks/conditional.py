@@ -71,10 +71,13 @@ class ConditionalCallback(Callback):
     @property
     def draws(self) -> bool | None:  # type: ignore[override]  # the wrapped callback's
         """Whether the wrapped callback draws random numbers."""
-        return self.callback.draws
+        draws = self.callback.draws
+        return None if draws is False and not isinstance(self.condition, Every) else draws
 
     def init(self, learner: Any) -> None:
-        """Set the wrapped callback up."""
+        """Set the wrapped callback up; counting begins anew."""
+        if isinstance(self.condition, Every):
+            self.condition.reset()
         self.callback.init(learner)
 
     def handles(self) -> list[tuple[type[Event], type[Phase]]]:
@@ -120,6 +123,10 @@ class Every:
     seconds: float | None = None
     _count: int = field(default=0, init=False)
     _last: float | None = field(default=None, init=False)
+
+    def reset(self) -> None:
+        """Begin counting anew."""
+        self._count, self._last = 0, None
 
     def __call__(self, event: Event, phase: Phase) -> bool:
         """Tell whether to pass this event on."""

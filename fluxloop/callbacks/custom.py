@@ -23,7 +23,7 @@ class CustomCallback(Callback):
         reads: Paths it reads; None: everything.
         writes: Paths it writes.
         run_after: Callback types that run before it.
-        name: Tells two of them apart; left out: the function's name.
+        name: Tells two of them apart.
 
     Raises:
         CallbackTypeError: `f` cannot be called.
@@ -54,8 +54,8 @@ class CustomCallback(Callback):
         self.f = f
         self.event = event
         self.phase = phase
-        self.reads = ("*",) if reads is None else tuple(reads)  # type: ignore[misc]  # computed per instance
-        self.writes = tuple(writes)  # type: ignore[misc]  # computed per instance
+        self.reads = ("*",) if reads is None else _paths(reads)  # type: ignore[misc]  # computed per instance
+        self.writes = _paths(writes)  # type: ignore[misc]  # computed per instance
         self.run_after = tuple(run_after)  # type: ignore[misc]  # computed per instance
 
     def handles(self) -> list[tuple[type[Event], type[Phase]]]:
@@ -71,6 +71,11 @@ class CustomCallback(Callback):
     def __repr__(self) -> str:
         name = getattr(self.f, "__qualname__", type(self.f).__name__)
         return f"CustomCallback({name}, {self.event.__name__}, {self.phase.__name__})"
+
+
+def _paths(paths: Any) -> Any:
+    """Keep a bare string as it is: the graph says what is wrong with it."""
+    return paths if isinstance(paths, str) else tuple(paths)
 
 
 def _call(f: Callable[[Any], object], learner: Any) -> None:

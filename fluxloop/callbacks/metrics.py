@@ -85,13 +85,13 @@ class Metrics(Callback):
     reads = ("step", "batch_size", "cbstate.history")
     writes = ("cbstate.metrics",)
     run_after = (Recorder,)
-    draws = False
 
     def __init__(self, *metrics: Any, name: str | None = None) -> None:
         super().__init__(name=name)
         given: list[AnyMetric] = [m if isinstance(m, (Loss, SmoothLoss, Metric)) else Metric(m) for m in metrics]
         if not any(isinstance(metric, Loss) for metric in given):
             given.insert(0, Loss())
+        given.sort(key=lambda metric: not isinstance(metric, Loss))
         self.metrics = given
         names = [metric.name for metric in given]
         for metric_name in names:
@@ -99,6 +99,11 @@ class Metrics(Callback):
                 raise MetricError(
                     f"two metrics are called {metric_name!r}; give one another name: Metric(f, name='...')"
                 )
+
+    @property
+    def draws(self) -> bool | None:  # type: ignore[override]  # depends on the metrics
+        """False where all metrics are known not to draw; a user's function may."""
+        return False if all(isinstance(m, (Loss, SmoothLoss)) or m.is_known for m in self.metrics) else None
 
     def init(self, learner: Any) -> None:
         """Publish the metrics, once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from time import monotonic
 from typing import Any, TextIO
 
@@ -10,7 +11,7 @@ from attrs import define, field
 from tqdm.auto import tqdm
 
 from fluxloop.callback import Callback, on
-from fluxloop.events import EpochBegin, StepEnd
+from fluxloop.events import EpochBegin, EpochEnd, StepEnd
 from fluxloop.phase import Phase
 
 
@@ -39,6 +40,7 @@ class ProgressBar(Callback):
     interval: float = 0.1
     file: TextIO | None = field(default=None, repr=False)
     _bars: list[Any] = field(factory=list, init=False, repr=False)
+    _numbers: dict[int, dict[str, str]] = field(factory=dict, init=False, repr=False)
     _seen: int = field(default=0, init=False, repr=False)
     _due: float = field(default=0.0, init=False, repr=False)
 
@@ -51,6 +53,10 @@ class ProgressBar(Callback):
             return self.enabled
         return in_notebook() or (self.file or sys.stderr).isatty()
 
+    def _options(self) -> dict[str, Any]:
+        """Give tqdm's options: refreshing when told, where the bar is shown."""
+        return {"file": self.file or sys.stderr, "mininterval": 0, "miniters": 1}
+
     @on(EpochBegin)
     def open(self, event: EpochBegin, phase: Phase, learner: Any) -> None:
         """Open a bar, to be closed when the epoch ends."""
@@ -58,14 +64,16 @@ class ProgressBar(Callback):
             return
         epoch = learner.cbstate.history[phase].epochs + 1 if "history" in learner.cbstate else None
         title = type(phase).__name__ + (f" {epoch}" if epoch else "")
-        bar = tqdm(total=learner.num_batches, desc=title, leave=False, file=self.file or sys.stderr, unit="batch")
+        bar = tqdm(total=learner.num_batches, desc=title, leave=False, unit="batch", **self._options())
         outer = self._seen, self._due
         self._bars.append(bar)
         self._seen, self._due = 0, monotonic() + self.interval
 
         def close() -> None:
-            self._bars.remove(bar)
-            bar.close()
+            if bar in self._bars:
+                self._bars.remove(bar)
+                self._numbers.pop(id(bar), None)
+                bar.close()
             self._seen, self._due = outer
 
         learner.defer(close)
@@ -78,11 +86,23 @@ class ProgressBar(Callback):
             self._refresh(self._bars[-1], phase, learner)
 
     def _refresh(self, bar: Any, phase: Phase, learner: Any) -> None:
-        numbers: dict[str, str] = {}
         if "metrics" in learner.cbstate:
             for name, value in learner.cbstate.metrics[phase].running().items():
                 if getattr(value, "numel", lambda: 0)() == 1:
-                    learner.host(value, lambda number, name=name: numbers.update({name: f"{number:.4g}"}))
-        bar.set_postfix(numbers, refresh=False)
+                    learner.host(value, partial(self._note, bar, name))
+        bar.set_postfix(self._numbers.get(id(bar), {}), refresh=False)
         bar.update(self._seen - bar.n)
         self._due = monotonic() + self.interval
+
+    def _note(self, bar: Any, name: str, number: float) -> None:
+        """Keep a number for the bar's next refresh; from a device it comes later than it was asked for."""
+        self._numbers.setdefault(id(bar), {})[name] = f"{number:.4g}"
+
+    @on(EpochEnd)
+    def close(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
+        """Take the bar away before others print about the epoch."""
+        if self._bars:
+            bar = self._bars.pop()
+            self._numbers.pop(id(bar), None)
+            bar.update(self._seen - bar.n)
+            bar.close()

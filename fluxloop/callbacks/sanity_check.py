@@ -11,7 +11,8 @@ from attrs import field, frozen
 from torch import Tensor, nn
 
 from fluxloop.callback import Callback, on
-from fluxloop.errors import SanityCheckError
+from fluxloop.data import untouched
+from fluxloop.errors import SanityCheckError, describe
 from fluxloop.events import EpochBegin
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.randomness import preserved
@@ -63,12 +64,15 @@ class SanityCheck(Callback):
         self.checks = (*(default_checks() if defaults else ()), *checks)
         self._done = False
 
+    def init(self, learner: Any) -> None:
+        """Check this learner anew."""
+        self._done = False
+
     @on(EpochBegin, AbstractTrainingPhase)
     def check(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Run the checks, the first time."""
         if self._done:
             return
-        self._done = True
         failed: list[str] = []
         fatal = False
         for check in self.checks:
@@ -81,6 +85,7 @@ class SanityCheck(Callback):
         report = "sanity check before the first step:\n" + "\n".join(f"  {line}" for line in failed)
         if fatal:
             raise SanityCheckError(report)
+        self._done = True
         if failed:
             warnings.warn(report, stacklevel=2)
 
@@ -125,11 +130,12 @@ def _one_batch(learner: Any) -> None:
     if isinstance(model, tuple) or loss_fn is None or "training" not in learner.data:
         return
     data = learner.data["training"]
-    if iter(data) is data:
+    if hasattr(data, "__next__"):
         return
-    batch = next(iter(data))
+    with untouched(data):
+        batch = next(iter(data))
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise ValueError(f"a batch is a {type(batch).__name__}, not a pair (xs, ys)")
+        raise ValueError(f"a batch is {describe(batch)}, not a pair (xs, ys)")
     entries = {"xs": batch[0], "ys": batch[1]}
     learner.accelerator.place(entries)
     modes = [(module, module.training) for module in model.modules()]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fluxloop.callback import Callback, on
+from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.events import StepEnd
 from fluxloop.phase import Phase
@@ -24,7 +24,7 @@ class Traces(Callback):
         functions: By name. Each is called with a view of the learner.
         phase: The phase type to trace.
         reads: What the functions read; left out: everything, so that it runs last.
-        name: Tells two of them apart.
+        name: Tells two of them apart; they may trace side by side, under different names.
 
     Raises:
         ValueError: There is no function.
@@ -56,11 +56,12 @@ class Traces(Callback):
             )
         self.functions = dict(functions)
         self.phase = phase
-        self.reads = tuple(reads)  # type: ignore[misc]  # computed per instance
+        self.reads = reads if isinstance(reads, str) else tuple(reads)  # type: ignore[misc]  # computed per instance
         self._steps: PhaseDict[int] = PhaseDict(int)
 
     def init(self, learner: Any) -> None:
-        """Publish the traces, once."""
+        """Publish the traces, once; steps are counted anew."""
+        self._steps = PhaseDict(int)
         if "traces" not in learner.cbstate:
             learner.cbstate.traces = PhaseDict(dict)
 
@@ -78,3 +79,16 @@ class Traces(Callback):
 
     def __repr__(self) -> str:
         return f"Traces({', '.join(self.functions)})"
+
+
+@resolve_conflict.register(Traces, Traces)  # type: ignore[untyped-decorator]  # multipledispatch has no types
+def _side_by_side(a: Traces, b: Traces) -> NoConflict:
+    """Two traces write different names of one table.
+
+    Raises:
+        ValueError: They share a name.
+    """
+    shared = sorted(a.functions.keys() & b.functions.keys())
+    if shared:
+        raise ValueError(f"two Traces trace {shared}; expected different names")
+    return NoConflict()

@@ -37,6 +37,13 @@ class Averaged:
         return self.finish(self.mean(*inputs))
 
 
+def _names(inputs: Any) -> tuple[str, ...]:
+    """Raise `MetricError` for anything but several names."""
+    if isinstance(inputs, str):
+        raise MetricError(f"Metric(inputs={inputs!r}) was given; expected several names: inputs=({inputs!r},)")
+    return tuple(inputs)
+
+
 @define
 class Metric:
     """A metric, with its name, its inputs and the phases it is computed in.
@@ -61,7 +68,7 @@ class Metric:
     fn: Any
     name: str = ""
     phase: type[Phase] = Phase
-    inputs: tuple[str, ...] = field(default=("preds", "ys"), converter=tuple)
+    inputs: tuple[str, ...] = field(default=("preds", "ys"), converter=_names)
 
     def __attrs_post_init__(self) -> None:
         if isinstance(self.fn, type) or not (callable(self.fn) or is_stateful(self.fn)):
@@ -69,6 +76,10 @@ class Metric:
                 f"{describe(self.fn)} was given as a metric; expected a function (preds, ys) -> scalar, or an "
                 "object with update, compute and reset"
                 + (f": {self.fn.__name__}(...)" if isinstance(self.fn, type) else "")
+            )
+        if not (isinstance(self.phase, type) and issubclass(self.phase, Phase)):
+            raise MetricError(
+                f"Metric(phase={describe(self.phase)}) was given; expected a phase type, e.g. phase=ValidationPhase"
             )
         if not self.name:
             inner = getattr(self.fn, "func", self.fn)  # a functools.partial
@@ -78,6 +89,13 @@ class Metric:
                 raise MetricError("a lambda was given as a metric without a name; write Metric(f, name='...')")
             self.name = name
         self.name = self.name.lower()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it is fluxloop's or torchmetrics' own, and draws no random numbers."""
+        fn = getattr(self.fn, "func", self.fn)
+        module = getattr(fn, "__module__", None) or type(fn).__module__
+        return isinstance(module, str) and module.split(".")[0] in ("fluxloop", "torchmetrics")
 
     def start(self) -> Tracker:
         """Begin an epoch: give what follows this metric through it."""

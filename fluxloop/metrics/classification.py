@@ -10,8 +10,24 @@ from fluxloop.errors import MetricError
 
 
 def _classes(ys: Tensor, preds: Tensor) -> Tensor:
-    """Give class indices, from indices or from one-hot (or soft) targets of the shape of `preds`."""
-    return ys.argmax(1) if ys.shape == preds.shape and preds.ndim > 1 else ys
+    """Give class indices, from indices or from one-hot (or soft) targets of the shape of `preds`.
+
+    Raises:
+        MetricError: The shapes do not match, or there is one class only.
+    """
+    if preds.ndim < 2 or preds.shape[1] < 2:
+        raise MetricError(
+            f"preds of shape {tuple(preds.shape)} were given; expected scores of shape (N, C) with two classes or "
+            "more: for one score per row use binary_accuracy"
+        )
+    if ys.shape == preds.shape:
+        return ys.argmax(1)
+    if ys.shape != preds.shape[:1] + preds.shape[2:]:
+        raise MetricError(
+            f"preds of shape {tuple(preds.shape)} were compared with ys of shape {tuple(ys.shape)}; expected class "
+            f"indices of shape {tuple(preds.shape[:1] + preds.shape[2:])}, or targets of the shape of preds"
+        )
+    return ys
 
 
 def accuracy(preds: Tensor, ys: Tensor) -> Tensor:
@@ -23,6 +39,9 @@ def accuracy(preds: Tensor, ys: Tensor) -> Tensor:
 
     Returns:
         A scalar in [0, 1].
+
+    Raises:
+        MetricError: The shapes do not match, or there is one class only.
 
     Example:
         >>> accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]))
@@ -52,10 +71,7 @@ def binary_accuracy(preds: Tensor, ys: Tensor, threshold: float = 0.5, logits: b
         tensor(1.)
     """
     if preds.shape != ys.shape:
-        if preds.numel() != ys.numel() or {preds.ndim, ys.ndim} != {
-            min(preds.ndim, ys.ndim),
-            min(preds.ndim, ys.ndim) + 1,
-        }:
+        if preds.squeeze(-1).shape != ys.squeeze(-1).shape or abs(preds.ndim - ys.ndim) != 1:
             raise MetricError(
                 f"binary_accuracy was given preds of shape {tuple(preds.shape)} and ys of shape "
                 f"{tuple(ys.shape)}; expected equal shapes"

@@ -1,0 +1,143 @@
+"""The view of the learner that a handler gets: what its callback declared, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from fluxloop.access import Access, Path, covers, dotted
+from fluxloop.readonly import guarded
+
+if TYPE_CHECKING:
+    from fluxloop.learner import Learner
+
+
+class View:
+    """What a handler gets as ``learner``: the declared paths, and nothing else.
+
+    Everybody may call the services: ``defer(undo)`` (undo something when the running step, epoch
+    or fit ends) and ``host(tensor, then)`` (have a number on the host without waiting for the
+    device).
+    """
+
+    __slots__ = ("_learner",)
+    _learner: Learner
+
+    def __init__(self, learner: Learner) -> None:
+        object.__setattr__(self, "_learner", learner)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> View:
+        return type(self)(copy.deepcopy(self._learner, memo))
+
+
+def make_view(access: Access, learner: Learner) -> Any:
+    """Make the view of `learner` for one callback: a class generated once from its declaration."""
+    return _generate(access, (), lambda learner: learner)(learner)
+
+
+def look_up(value: Any, name: str) -> Any:
+    """Get an attribute, or the item of a dict or tuple that a path calls `name`."""
+    try:
+        return getattr(value, name)
+    except AttributeError:
+        if isinstance(value, dict) and name in value:
+            return value[name]
+        if isinstance(value, tuple) and name.isdigit() and int(name) < len(value):
+            return value[int(name)]
+        raise
+
+
+SERVICES = ("defer", "host")
+
+
+def _generate(access: Access, path: Path, fetch: Callable[[Any], Any]) -> type[View]:
+    """Generate the class of the view at `path`; `fetch` gets the viewed object from the learner."""
+    body: dict[str, Any] = {"__slots__": ()}
+    for name, child in access.children(path).items():
+        body[name] = _property(access, child, fetch)
+    if path == ():
+        body |= {name: _service(name) for name in SERVICES}
+
+    def missing(self: View, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        whole = (*path, name)
+        if not access.allows(whole, "read"):
+            raise access.refuse(whole, "read")
+        value = look_up(fetch(self._learner), name)
+        return value if access.allows(whole, "write") else guarded(value, whole, access)
+
+    def assign(self: View, name: str, value: Any) -> None:
+        whole = (*path, name)
+        if not access.allows(whole, "write"):
+            raise access.refuse(whole, "write")
+        setattr(fetch(self._learner), name, value)
+
+    def remove(self: View, name: str) -> None:
+        whole = (*path, name)
+        if not access.allows(whole, "write"):
+            raise access.refuse(whole, "write")
+        delattr(fetch(self._learner), name)
+
+    def item(self: View, key: Any) -> Any:
+        return getattr(self, str(key))
+
+    def assign_item(self: View, key: Any, value: Any) -> None:
+        whole = (*path, str(key))
+        if not access.allows(whole, "write"):
+            raise access.refuse(whole, "write")
+        fetch(self._learner)[key] = value
+
+    def remove_item(self: View, key: Any) -> None:
+        whole = (*path, str(key))
+        if not access.allows(whole, "write"):
+            raise access.refuse(whole, "write")
+        del fetch(self._learner)[key]
+
+    def names(self: View) -> Iterator[Any]:
+        if not access.allows(path, "read"):
+            raise access.refuse(path, "read")
+        return iter(fetch(self._learner))
+
+    def contains(self: View, name: object) -> bool:
+        whole = (*path, str(name))
+        if not access.allows(whole, "read"):
+            raise access.refuse(whole, "read")
+        value = fetch(self._learner)
+        return hasattr(value, str(name)) if path == () else name in value
+
+    def represent(self: View) -> str:
+        return f"<{access.callback}'s view of {dotted(path) if path else 'the learner'}>"
+
+    body |= {
+        "__getattr__": missing,
+        "__setattr__": assign,
+        "__delattr__": remove,
+        "__getitem__": item,
+        "__setitem__": assign_item,
+        "__delitem__": remove_item,
+        "__iter__": names,
+        "__contains__": contains,
+        "__repr__": represent,
+    }
+    return type("View", (View,), body)
+
+
+def _service(name: str) -> property:
+    return property(lambda self: getattr(self._learner, name))
+
+
+def _property(access: Access, path: Path, fetch: Callable[[Any], Any]) -> property:
+    """Generate the property of a view that gives what lies at `path`."""
+    name = path[-1]
+
+    def get(learner: Any) -> Any:
+        return look_up(fetch(learner), name)
+
+    if access.allows(path, "write"):
+        return property(lambda self: get(self._learner))
+    if access.allows(path, "read") and not any(len(w) > len(path) and covers(path, w) for w in access.writes):
+        return property(lambda self: guarded(get(self._learner), path, access))
+    nested = _generate(access, path, get)
+    return property(lambda self: nested(self._learner))
