@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -69,12 +69,19 @@ def _choose(device: str | torch.device) -> torch.device:
             device = "mps"
         else:
             device = "cpu"
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={str(device)!r} was given, but CUDA is not available; expected 'auto' or 'cpu'")
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"device={str(device)!r} was given, but MPS is not available; expected 'auto' or 'cpu'")
+    expected = "expected 'auto' or 'cpu', or a device that this machine has"
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r} was given; {expected}") from error
+    available: dict[str, Callable[[], bool]]
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "xpu": torch.xpu.is_available}
+    if chosen.type in available and not available[chosen.type]():
+        raise ValueError(f"device={str(device)!r} was given, but {chosen.type.upper()} is not available; {expected}")
+    if chosen.type == "cuda" and chosen.index is not None and chosen.index >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={str(device)!r} was given, and there are {torch.cuda.device_count()} GPUs; {expected}"
+        )
     if chosen.index is None and chosen.type in ("cuda", "mps"):
-        index = torch.cuda.current_device() if chosen.type == "cuda" else 0
-        chosen = torch.device(chosen.type, index)
+        chosen = torch.device(chosen.type, torch.cuda.current_device() if chosen.type == "cuda" else 0)
     return chosen

@@ -146,7 +146,7 @@ def _show(signature: Signature) -> str:
     return f"@on({event.__name__}, {phase.__name__}) of {owner.__name__}"
 
 
-def most_specific(name: str, found: Mapping[Any, Any], given: tuple[type, ...], show: Callable[[Any], str]) -> Any:
+def most_specific(whose: str, found: Mapping[Any, Any], given: tuple[type, ...], show: Callable[[Any], str]) -> Any:
     """Give what is registered under the most specific of the signatures that fit `given`, or None.
 
     Raises:
@@ -159,8 +159,8 @@ def most_specific(name: str, found: Mapping[Any, Any], given: tuple[type, ...], 
         first, second = sorted(rivals, key=str)[:2]
         types = ", ".join(cls.__name__ for cls in given[:2])
         raise AmbiguousHandlerError(
-            f"{name} has two that fit ({types}) equally well: {show(first)} and {show(second)}; "
-            f"add one for exactly ({types})"
+            f"{whose} that fit ({types}) equally well: {show(first)} and {show(second)}; add one for exactly "
+            f"that: {show(given)}"
         )
     return found[best[0]] if best else None
 
@@ -187,7 +187,7 @@ class Handlers:
             AmbiguousHandlerError: Several fit equally well.
         """
         key = (event, phase, self.cls)
-        found: _Registration | None = most_specific(self.cls.__name__, self._found, key, _show)
+        found: _Registration | None = most_specific(f"{self.cls.__name__} has two handlers", self._found, key, _show)
         return found
 
     @property
@@ -345,7 +345,7 @@ def resolution(a: Callback, b: Callback) -> Resolution | None:
     answers = []
     for first, second in ((a, b), (b, a)):
         types = (type(first), type(second))
-        rule = most_specific("resolve_conflict", resolve_conflict.funcs, types, _show_pair)
+        rule = most_specific("resolve_conflict has two rules", resolve_conflict.funcs, types, _show_pair)
         answers.append(rule(first, second))
     said = [answer for answer in answers if answer is not None]
     for answer in said:

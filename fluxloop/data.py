@@ -29,7 +29,10 @@ def _as_tensors(data: Any) -> Any:
         try:
             return torch.as_tensor(data.__array__())
         except TypeError as error:
-            raise DataError(f"{describe(data)} of {data.dtype} was given as data; expected numbers: {error}") from error
+            raise DataError(
+                f"{describe(data)} of {data.dtype} was given as data; expected tensors or arrays, a tuple or dict of "
+                f"them, all of numbers: {error}"
+            ) from error
     raise DataError(
         f"{describe(data)} was given as data; expected tensors or arrays, a tuple or dict of them, "
         "a Dataset, or an iterable of batches such as a DataLoader"
@@ -389,9 +392,7 @@ class Feed:
         count = 0
         while True:
             self._before_batch()
-            if (
-                fetch is not None and count
-            ):  # the first goes on from the order's: loaders draw the order when first asked
+            if fetch is not None and count:  # not the first: loaders draw the order when they are first asked
                 start_torch(fetch.next())
             try:
                 batch = next(batches)

@@ -99,7 +99,7 @@ def make_nodes(callbacks: Iterable[object]) -> list[Node]:
                     f"the same {type(callback.unwrapped).__name__} was given twice, as callbacks[{earlier}] "
                     f"and callbacks[{position}]; give it once, or make a second instance"
                 )
-        for cls in _run_after(callback):
+        for cls in callback.run_after if isinstance(callback.run_after, (tuple, list)) else (None,):
             if not (isinstance(cls, type) and issubclass(cls, Callback)):
                 raise CallbackTypeError(
                     f"{type(callback.unwrapped).__name__} declares run_after = {callback.run_after!r}; expected a "
@@ -132,11 +132,6 @@ def make_nodes(callbacks: Iterable[object]) -> list[Node]:
         callback.handles()
         nodes.append(Node(callback, id, key, access))
     return sorted(nodes, key=lambda node: node.key)
-
-
-def _run_after(callback: Callback) -> tuple[object, ...]:
-    declared = callback.run_after
-    return tuple(declared) if isinstance(declared, (tuple, list)) else (declared,)
 
 
 def _name_of(callback: Callback) -> tuple[str, str]:

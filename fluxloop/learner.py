@@ -31,7 +31,7 @@ from fluxloop.nested import batch_size
 from fluxloop.optimizers import build_optimizers
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
-from fluxloop.randomness import MASK, Streams
+from fluxloop.randomness import Streams, check_seed, draw_seed
 from fluxloop.runner import Callbacks
 from fluxloop.state import SharedState, State, StepState
 from fluxloop.updates import UpdateBlock, Updates
@@ -96,6 +96,10 @@ class Learner:
             )
         self.models = named_models(model)
         self.data: State = name_data(data)
+        if accelerator is not None and not isinstance(accelerator, Accelerator):
+            raise TypeError(
+                f"accelerator={accelerator!r} was given; expected an Accelerator: accelerator=Accelerator('cpu')"
+            )
         self.accelerator = Accelerator() if accelerator is None else accelerator
         for module in self.modules():
             self.accelerator.place_model(module)
@@ -359,23 +363,16 @@ class Learner:
         return "\n".join(lines)
 
 
-def draw_seed() -> int:
-    """Draw a seed from torch's global generator."""
-    return int(torch.empty((), dtype=torch.int64).random_(0, MASK + 1))
-
-
-def check_seed(seed: int) -> int:
-    """Raise `ValueError` for a seed out of range."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MASK:
-        raise ValueError(f"seed={seed!r} was given; expected a whole number from 0 to {MASK}, e.g. seed=0")
-    return seed
-
-
 def listed(callbacks: Any) -> list[Any]:
     """Raise `CallbackTypeError` for a single callback where several belong."""
     if isinstance(callbacks, (Callback, type)):
         raise CallbackTypeError(f"callbacks={describe(callbacks)} was given; expected several: callbacks=[...]")
-    return list(callbacks)
+    try:
+        return list(callbacks)
+    except TypeError as error:
+        raise CallbackTypeError(
+            f"callbacks={describe(callbacks)} was given; expected several: callbacks=[...]"
+        ) from error
 
 
 def _class(cls: object) -> Any:

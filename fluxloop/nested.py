@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from operator import is_
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 
-def _fields(value: Any) -> list[str] | None:
-    """Names of the init fields of a dataclass or attrs instance; None for anything else."""
+def _fields(value: Any) -> dict[str, str] | None:
+    """Name the init fields of a dataclass or attrs instance and their arguments; None for anything else."""
     if isinstance(value, type):
         return None
     if attrs.has(type(value)):
-        return [field.name for field in attrs.fields(type(value)) if field.init]
+        return {field.name: field.alias or field.name for field in attrs.fields(type(value)) if field.init}
     if dataclasses.is_dataclass(value):
-        return [field.name for field in dataclasses.fields(value) if field.init]
+        return {field.name: field.name for field in dataclasses.fields(value) if field.init}
     return None
 
 
-def _kind(value: Any) -> Any:
-    """Give the type that a changed copy of a container has: its own, or the one a read-only copy stands for."""
-    return getattr(value, "__stands_for__", type(value))
+def _with_fields(value: Any, new: dict[str, Any]) -> Any:
+    """Copy a dataclass or attrs instance with other values for its fields."""
+    return attrs.evolve(value, **new) if attrs.has(type(value)) else dataclasses.replace(value, **new)
+
+
+def _with_items(value: Any, items: Any) -> Any:
+    """Copy a tuple, list or mapping with other items; a read-only copy becomes what it stands for."""
+    if isinstance(value, dict):
+        new = copy.copy(value)
+        new.update(items)
+        return new
+    kind = getattr(value, "__stands_for__", type(value))
+    return kind(*items) if hasattr(kind, "_fields") else kind(items)
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -38,26 +51,20 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     """
     if isinstance(value, Tensor):
         return change(value)
+    if isinstance(value, PackedSequence):  # its batch sizes stay on the CPU
+        orders = (value.sorted_indices, value.unsorted_indices)
+        return PackedSequence(change(value.data), value.batch_sizes, *(map_tensors(change, order) for order in orders))
     if isinstance(value, (tuple, list)):
         items = [map_tensors(change, item) for item in value]
-        if all(new is old for new, old in zip(items, value, strict=True)):
-            return value
-        if hasattr(value, "_fields"):
-            return type(value)(*items)
-        return _kind(value)(items)
+        return value if all(map(is_, items, value)) else _with_items(value, items)
     if isinstance(value, Mapping):
         changed = {key: map_tensors(change, item) for key, item in value.items()}
-        if all(changed[key] is value[key] for key in changed):
-            return value
-        return _kind(value)(changed)
-    names = _fields(value)
-    if names is not None:
-        new = {name: map_tensors(change, getattr(value, name)) for name in names}
-        if all(new[name] is getattr(value, name) for name in names):
-            return value
-        if attrs.has(type(value)):
-            return attrs.evolve(value, **{name.lstrip("_"): item for name, item in new.items()})
-        return dataclasses.replace(value, **new)
+        return value if all(changed[key] is value[key] for key in changed) else _with_items(value, changed)
+    fields = _fields(value)
+    if fields is not None:
+        new = {name: map_tensors(change, getattr(value, name)) for name in fields}
+        if any(new[name] is not getattr(value, name) for name in fields):
+            return _with_fields(value, {argument: new[name] for name, argument in fields.items()})
     return value
 
 
@@ -89,16 +96,14 @@ def concatenate(parts: list[Any]) -> Any:
     if isinstance(first, Tensor):
         return torch.stack(parts) if first.ndim == 0 else torch.cat(parts)
     if isinstance(first, (tuple, list)):
-        items = [concatenate(list(column)) for column in zip(*parts, strict=True)]
-        return type(first)(*items) if hasattr(first, "_fields") else _kind(first)(items)
+        return _with_items(first, [concatenate(list(column)) for column in zip(*parts, strict=True)])
     if isinstance(first, Mapping):
-        return _kind(first)({key: concatenate([part[key] for part in parts]) for key in first})
-    names = _fields(first)
-    if names is not None:
-        new = {name: concatenate([getattr(part, name) for part in parts]) for name in names}
-        if attrs.has(type(first)):
-            return attrs.evolve(first, **{name.lstrip("_"): item for name, item in new.items()})
-        return dataclasses.replace(first, **new)
+        return _with_items(first, {key: concatenate([part[key] for part in parts]) for key in first})
+    fields = _fields(first)
+    if fields is not None:
+        return _with_fields(
+            first, {arg: concatenate([getattr(part, name) for part in parts]) for name, arg in fields.items()}
+        )
     return parts
 
 

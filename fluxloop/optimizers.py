@@ -43,7 +43,7 @@ def build_optimizers(models: Models, optimizer: Any) -> Optimizers:
         built: Optimizers = {name: _build(models, name, value) for name, value in optimizer.items()}
     elif isinstance(optimizer, Optimizer):
         built = {None: optimizer}
-    elif callable(optimizer):
+    elif _is_factory(optimizer):
         built = {
             name: _call(optimizer, model, name)
             for name, model in models.items()
@@ -63,7 +63,7 @@ def _build(models: Models, name: Any, value: Any) -> Optimizer:
         raise OptimizerError(f"an optimizer is named {name!r}; expected a name such as 'generator'")
     if isinstance(value, Optimizer):
         return value
-    if not callable(value):
+    if not _is_factory(value):
         raise OptimizerError(
             f"optimizer[{name!r}] is {describe(value)}; expected a factory such as torch.optim.Adam, or an optimizer"
         )
@@ -81,6 +81,13 @@ def _build(models: Models, name: Any, value: Any) -> Optimizer:
         f"optimizer[{name!r}] is a factory, but no model or submodule is called {name!r}; expected one of "
         f"{sorted(known)}{did_you_mean(name, known)}, or an optimizer over given parameters"
     )
+
+
+def _is_factory(value: object) -> bool:
+    """Tell whether a value may make optimizers: a function, a partial, or an optimizer's class."""
+    if isinstance(value, type):
+        return issubclass(value, Optimizer)
+    return callable(value) and not isinstance(value, nn.Module)
 
 
 def _call(factory: Factory, model: nn.Module, name: str | None) -> Optimizer:

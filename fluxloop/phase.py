@@ -119,3 +119,7 @@ class AbstractValidationPhase(Phase):
 
 class FittingPhase(Phase):
     """The fit itself. `FitBegin`, `CycleBegin`, `CycleEnd` and `FitEnd` are fired with it."""
+
+    def check(self, learner: Learner) -> None:
+        """Raise: it has no epochs of its own."""
+        raise PhaseError("FittingPhase is the fit itself and has no epochs; expected a phase such as TrainingPhase()")

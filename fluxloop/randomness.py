@@ -23,6 +23,7 @@ restoring them costs 1, 70 and 12 µs; swapping NumPy's bit generator instead of
 
 from __future__ import annotations
 
+import operator
 import random
 import sys
 from collections.abc import Callable
@@ -94,6 +95,26 @@ def start_step(number: int) -> None:
     forget_normal()
 
 
+def draw_seed() -> int:
+    """Draw a seed from torch's global generator."""
+    return int(torch.empty((), dtype=torch.int64).random_(0, MASK + 1))
+
+
+def check_seed(seed: Any) -> int:
+    """Give a seed as an int.
+
+    Raises:
+        ValueError: It is no whole number from 0 to 2**32 - 1 (NumPy takes no other).
+    """
+    try:
+        number = -1 if isinstance(seed, bool) else operator.index(seed)
+    except TypeError:
+        number = -1
+    if not 0 <= number <= MASK:
+        raise ValueError(f"seed={seed!r} was given; expected a whole number from 0 to {MASK}, e.g. seed=0")
+    return number
+
+
 def seed_everything(seed: int) -> int:
     """Seed the global generators of torch (every device), NumPy and Python; return the seed.
 
@@ -101,10 +122,9 @@ def seed_everything(seed: int) -> int:
     own draws it from torch's generator, so this decides the whole run.
 
     Raises:
-        ValueError: The seed does not lie in 0 … 2**32 - 1 (NumPy takes no other).
+        ValueError: The seed is no whole number from 0 to 2**32 - 1.
     """
-    if not 0 <= seed <= MASK:
-        raise ValueError(f"seed {seed} was given; expected a number from 0 to {MASK}, e.g. seed_everything(0)")
+    seed = check_seed(seed)
     torch.manual_seed(seed)
     numpy = sys.modules.get("numpy")
     if numpy is not None:

@@ -50,6 +50,10 @@ class ReadOnly:
         object.__setattr__(self, "_path", path)
         object.__setattr__(self, "_access", access)
 
+    @property
+    def __dict__(self) -> Any:  # type: ignore[override]  # for vars()
+        return guarded(dict(vars(self._value)), self._path, self._access)
+
     def _below(self, key: Any) -> Path:
         """Where an entry lies: a state's entries have paths of their own, those of other containers the container's."""
         return (*self._path, str(key)) if isinstance(self._value, State) else self._path

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
 from fluxloop.errors import MissingEntryError, PhaseError, describe, did_you_mean
+from fluxloop.nested import map_tensors
 
 V = TypeVar("V")
 
@@ -61,6 +63,12 @@ class State(Container):
 
 class StepState(State):
     """The entries of one step, as the phase stores them, such as ``xs``, ``preds`` and ``loss``."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepState:
+        """Copy the entries without the graphs that made them: torch copies leaves alone."""
+        entries = {name: map_tensors(Tensor.detach, entry) for name, entry in vars(self).items()}
+        copied = memo[id(self)] = StepState(copy.deepcopy(entries, memo))
+        return copied
 
     __kind__ = "The step"
     __hint__ = " A phase stores an entry with 'state.NAME = ...' or runstep(learner, self, NAME=...)."

@@ -151,6 +151,11 @@ def bits(learner: Learner) -> dict[str, Tensor]:
     return found
 
 
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Compare bytes: a NaN equals the same NaN."""
+    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+
+
 def assert_same_bits(first: Learner, second: Learner) -> None:
     """Assert that two learners have the same weights and optimizer states, to the bit.
 
@@ -161,7 +166,11 @@ def assert_same_bits(first: Learner, second: Learner) -> None:
     if a.keys() != b.keys():
         raise AssertionError(f"the learners hold different tensors: {sorted(a.keys() ^ b.keys())}")
     for name, tensor in a.items():
-        if not torch.equal(tensor, b[name]):
+        if tensor.shape != b[name].shape or tensor.dtype != b[name].dtype:
+            raise AssertionError(
+                f"{name} is {describe(tensor)} ({tensor.dtype}) and {describe(b[name])} ({b[name].dtype})"
+            )
+        if not _same_bits(tensor, b[name]):
             difference = (tensor.double() - b[name].double()).abs().max().item()
             raise AssertionError(f"{name} differs by up to {difference:.3g}")
 
@@ -203,7 +212,7 @@ def infer_access(callback: Callback, learner: Learner, *, phases: Iterable[Phase
     (another epoch, another branch) is not seen.
 
     Args:
-        callback: The callback; its own declarations play no part.
+        callback: The callback; its own declarations only say when it runs.
         learner: A learner it would run in; not changed.
         phases: As for ``fit``.
 
@@ -243,7 +252,10 @@ class _Traced(UnsafeCallback):
 
     def __init__(self, callback: Callback, after: list[type[Callback]]) -> None:
         self.callback = callback
-        self.run_after = tuple(after)  # type: ignore[misc]  # computed per instance
+        known = callback.reads or callback.writes or callback.run_after  # so that others find what it provides
+        self.reads = tuple(callback.reads)  # type: ignore[misc]  # computed per instance
+        self.writes = tuple(callback.writes)  # type: ignore[misc]  # computed per instance
+        self.run_after = tuple(callback.run_after) if known else tuple(after)  # type: ignore[misc]  # computed, too
         self.reads_seen: set[Path] = set()
         self.writes_seen: set[Path] = set()
 
@@ -260,6 +272,12 @@ class _Traced(UnsafeCallback):
         return lambda event, phase, learner: inner(event, phase, _Noting(learner, (), self))
 
 
+MUTATORS = frozenset(
+    "add append clear discard extend insert pop popitem remove reverse setdefault sort update".split()  # noqa: SIM905
+)
+"""Methods that change a container in place."""
+
+
 class _Noting:
     """Stands for a container on a path, and notes which paths below it are read and written."""
 
@@ -268,7 +286,10 @@ class _Noting:
 
     def _enter(self, value: Any, name: str) -> Any:
         path: Path = (*self._path, name)[:2]
-        if isinstance(value, (Container, dict)) and not isinstance(value, type):
+        if name in MUTATORS and callable(value):
+            self._traced.writes_seen.add(self._path)
+            return value
+        if isinstance(value, (Container, dict, list, set)):
             if len(path) > 1 or name not in ("step", "cbstate", "data"):
                 self._traced.reads_seen.add(path)
             return _Noting(value, path, self._traced)

@@ -158,10 +158,10 @@ class Updates:
                 fresh = False
         learner.accelerator.backward(loss, own)
         if fresh and all(p.grad is None for slot in slots for p in slot.parameters):
+            whose = f"of {slots[0].label} " if len(slots) == 1 else ""
             raise LossError(
-                f"the loss reaches none of the parameters of {' and '.join(slot.label for slot in slots)} "
-                f"({self.names.get(slots[0].parameters[0])}, …); was their output detached, or was it computed "
-                "by another model?"
+                f"the loss {whose}reaches none of its own parameters ({self.names.get(slots[0].parameters[0])}, …); "
+                "was their output detached, or was it computed by another model?"
             )
         learner.step.grads = self.gradients
 
@@ -175,10 +175,12 @@ class Updates:
         second = self._explicit is self._learner.step and any(pending)
         self._explicit = self._learner.step
         if len(self.slots) > 1 and (second or any(pending) != all(pending)):
+            names = [slot.name for slot in self.slots]
+            what = "called twice in one step" if second else "called while gradients of another loss wait"
             raise LossError(
-                "learner.backward was called for a second loss while gradients of a first one wait in some of the "
-                f"optimizers {[slot.name for slot in self.slots]}: both would reach all of them. Say whose loss it is:\n"
-                f"    with learner.optimizing({self.slots[0].name!r}) as block:\n"
+                f"learner.backward was {what}, and the learner has the optimizers {names}: both losses would reach "
+                "all of them. Say whose loss it is:\n"
+                f"    with learner.optimizing({names[0]!r}) as block:\n"
                 "        block.loss = ..."
             )
 

@@ -657,9 +657,7 @@ def test_d_lz_14_options_of_a_loader_hold_for_every_kind_of_data_or_are_refused(
         as_dataloader(RowStream(), shuffle=True)
 
 
-@pytest.mark.parametrize(
-    "options", [{"batch_size": 4}, {"shuffle": True}, {"drop_last": True}]
-)
+@pytest.mark.parametrize("options", [{"batch_size": 4}, {"shuffle": True}, {"drop_last": True}])
 def test_d_lz_14_options_for_what_makes_batches_already_are_refused(options: dict[str, Any]) -> None:
     rows = TensorDataset(torch.ones(10, 1))
     for loader in (DataLoader(rows, batch_size=5, shuffle=True), [torch.ones(5, 1)]):

@@ -8,6 +8,7 @@ from attrs import define
 
 from fluxloop.callback import Callback, on
 from fluxloop.callbacks.metrics import Metrics
+from fluxloop.callbacks.progress import ProgressBar
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.events import EpochEnd
 from fluxloop.phase import Phase
@@ -21,13 +22,13 @@ class MetricsPrinter(Callback):
         digits: Significant digits.
 
     Reads: cbstate.history, cbstate.metrics
-    Runs after: Recorder, Metrics
+    Runs after: Recorder, Metrics, ProgressBar
     """
 
     digits: int = 4
 
     reads = ("cbstate.history", "cbstate.metrics")
-    run_after = (Recorder, Metrics)
+    run_after = (Recorder, Metrics, ProgressBar)
     draws = False
 
     @on(EpochEnd)

@@ -39,8 +39,9 @@ class Averaged:
 
 def _names(inputs: Any) -> tuple[str, ...]:
     """Raise `MetricError` for anything but several names."""
-    if isinstance(inputs, str):
-        raise MetricError(f"Metric(inputs={inputs!r}) was given; expected several names: inputs=({inputs!r},)")
+    if isinstance(inputs, str) or not all(isinstance(name, str) for name in inputs):
+        meant = (inputs,) if isinstance(inputs, str) else ("preds", "ys")
+        raise MetricError(f"Metric(inputs={inputs!r}) was given; expected names: inputs={meant!r}")
     return tuple(inputs)
 
 

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fluxloop import (
+    CancelFittingException,
+    CustomCallback,
+    Learner,
+    Metric,
+    Metrics,
+    MetricsPrinter,
+    MissingProducerError,
+    Recorder,
+    StepEnd,
+    TrainingPhase,
+    ValidationPhase,
+    runstep,
+)
+from fluxloop.testing import Coefficient, assert_observer, assert_order, toy_learner
+
+
+class Probe(ValidationPhase):
+    def step(self, learner: Learner, batch: Any) -> None:
+        with runstep(learner, self, xs=batch[0]) as (_, state):
+            state.preds = state.xs
+
+
+def number(value: float, name: str, **options: Any) -> Metric:
+    return Metric(lambda preds: torch.tensor(value, dtype=torch.float64), name=name, inputs=("preds",), **options)
+
+
+def still_learner(*metrics: Any, printer: MetricsPrinter | None = None) -> Learner:
+    """Loss 0.125 in each epoch."""
+    xs = torch.ones(2, 1)
+    return Learner(
+        Coefficient(0.125),
+        lambda preds, ys: preds.mean() + 0 * ys.mean(),
+        data=([(xs, xs)], [(xs, xs)]),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0),
+        callbacks=[Recorder(), Metrics(*metrics), printer or MetricsPrinter()],
+        default_callbacks=False,
+    )
+
+
+def test_a_line_per_epoch_and_phase_with_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
+    still_learner(number(2 / 3, "level"), number(12345678.0, "size")).fit(2)
+    assert capsys.readouterr().out == (
+        "TrainingPhase      epoch 1    loss 0.125   level 0.6667   size 1.235e+07\n"
+        "ValidationPhase    epoch 1    loss 0.125   level 0.6667   size 1.235e+07\n"
+        "TrainingPhase      epoch 2    loss 0.125   level 0.6667   size 1.235e+07\n"
+        "ValidationPhase    epoch 2    loss 0.125   level 0.6667   size 1.235e+07\n"
+    )
+
+
+def test_the_number_of_digits_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    still_learner(number(2 / 3, "level"), printer=MetricsPrinter(digits=2)).fit(1, phases=[TrainingPhase()])
+    assert capsys.readouterr().out == "TrainingPhase      epoch 1    loss 0.12   level 0.67\n"
+
+
+def test_a_phase_without_metrics_prints_its_epoch(capsys: pytest.CaptureFixture[str]) -> None:
+    still_learner().fit(1, phases=[Probe()])
+    assert capsys.readouterr().out == "Probe              epoch 1\n"
+
+
+def test_values_that_are_no_numbers_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    class Confusion:
+        def reset(self) -> None: ...
+
+        def update(self, preds: torch.Tensor, ys: torch.Tensor) -> None: ...
+
+        def compute(self) -> torch.Tensor:
+            return torch.zeros(2, 2)
+
+    still_learner(Metric(Confusion(), name="confusion")).fit(1, phases=[TrainingPhase()])
+    assert capsys.readouterr().out == "TrainingPhase      epoch 1    loss 0.125\n"
+
+
+def test_metrics_of_one_phase_are_printed_there_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    still_learner(number(1.0, "hits", phase=ValidationPhase)).fit(1)
+    assert capsys.readouterr().out == (
+        "TrainingPhase      epoch 1    loss 0.125\nValidationPhase    epoch 1    loss 0.125   hits 1\n"
+    )
+
+
+def test_an_epoch_that_did_not_end_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(learner: Any) -> None:
+        raise CancelFittingException("enough")
+
+    toy_learner(Recorder(), Metrics(), MetricsPrinter(), CustomCallback(stop, StepEnd)).fit(1)
+    assert capsys.readouterr().out == ""
+
+
+def test_e12_epochs_go_on_counting_in_the_next_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    learner = still_learner()
+    learner.fit(1, phases=[TrainingPhase()])
+    learner.fit(1, phases=[TrainingPhase()])
+    assert [line.split("loss")[0].split() for line in capsys.readouterr().out.splitlines()] == [
+        ["TrainingPhase", "epoch", "1"],
+        ["TrainingPhase", "epoch", "2"],
+    ]
+
+
+def test_it_runs_after_what_it_prints_and_says_what_is_missing() -> None:
+    assert_order(toy_learner(MetricsPrinter(), Metrics(), Recorder()), Recorder, Metrics, MetricsPrinter)
+    with pytest.raises(MissingProducerError, match=r"MetricsPrinter reads 'cbstate\.metrics'.*add Metrics\(\)"):
+        toy_learner(Recorder(), MetricsPrinter())
+
+
+def test_printing_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert_observer(MetricsPrinter(), lambda: toy_learner(Recorder(), Metrics()))
+    assert "TrainingPhase      epoch 2" in capsys.readouterr().out
+
+
+def test_evaluate_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    learner = Learner(Coefficient(), nn.functional.l1_loss, default_callbacks=True)
+    learner.evaluate((torch.ones(4, 1), torch.ones(4, 1)))
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from fluxloop import (
+    AbstractTrainingPhase,
+    CancelEpochException,
+    CancelFittingException,
+    CancelStepException,
+    Counts,
+    CustomCallback,
+    EpochBegin,
+    EpochEnd,
+    Learner,
+    Metrics,
+    MetricsPrinter,
+    Recorder,
+    StepBegin,
+    StepEnd,
+    TrainingPhase,
+    UpdateEnd,
+    ValidationPhase,
+    runepoch,
+    runstep,
+)
+from fluxloop.testing import Coefficient, assert_observer, assert_order, toy_learner
+
+
+class FiveCriticSteps(AbstractTrainingPhase):
+    def step(self, learner: Learner, batch: Any) -> None:
+        with runstep(learner, self, xs=batch) as (_, state):
+            for name in ["critic"] * 5 + ["generator"]:
+                with learner.optimizing(name) as block:
+                    block.loss = getattr(learner.model, name)(state.xs).mean()
+
+
+class Quiet(AbstractTrainingPhase):
+    def step(self, learner: Learner, batch: Any) -> None:
+        pass
+
+
+def test_counts_are_zero_before_and_complete_after() -> None:
+    learner = toy_learner(Recorder())
+    assert learner.cbstate.history[TrainingPhase] == Counts(0, 0, 0, {})
+    learner.fit(10)
+    assert learner.cbstate.history[TrainingPhase] == Counts(epochs=10, steps=160, steps_epoch=16, updates={None: 160})
+    assert learner.cbstate.history[ValidationPhase] == Counts(epochs=10, steps=160, steps_epoch=16, updates={})
+
+
+def test_e21_epochs_run_one_by_one_add_up() -> None:
+    learner = toy_learner(Recorder())
+    for _ in range(10):
+        learner.epoch(TrainingPhase())
+    assert learner.history[TrainingPhase] == Counts(10, 160, 16, {None: 160})
+
+
+def test_updates_are_counted_by_the_optimizers_name() -> None:
+    learner = Learner(
+        {"generator": Coefficient(), "critic": Coefficient()},
+        data=([torch.ones(2, 1)] * 3,),
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        callbacks=[Recorder()],
+        default_callbacks=False,
+    )
+    learner.fit(2, phases=[FiveCriticSteps()])
+    assert learner.history[FiveCriticSteps].updates == {"critic": 30, "generator": 6}
+    assert learner.history[FiveCriticSteps].steps == 6
+
+
+def test_d_ft_15_cancelled_steps_are_not_counted() -> None:
+    begun: list[int] = []
+
+    def cancel_every_second(learner: Any) -> None:
+        begun.append(1)
+        if len(begun) % 2 == 0:
+            raise CancelStepException
+
+    learner = toy_learner(Recorder(), CustomCallback(cancel_every_second, StepBegin))
+    learner.fit(1, phases=[TrainingPhase()])
+    assert len(begun) == 16
+    assert learner.history[TrainingPhase] == Counts(epochs=1, steps=8, steps_epoch=8, updates={None: 8})
+
+
+@pytest.mark.parametrize(
+    ("signal", "epochs"), [(CancelEpochException, 1), (CancelFittingException, 0), (RuntimeError, 0)]
+)
+def test_an_epoch_counts_when_it_ends_also_when_it_was_cancelled(signal: type[Exception], epochs: int) -> None:
+    def cancel(learner: Any) -> None:
+        if learner.cbstate.history[TrainingPhase].steps == 5:
+            raise signal("enough")
+
+    learner = toy_learner(Recorder(), CustomCallback(cancel, StepBegin))
+    with pytest.raises(RuntimeError, match="enough") if signal is RuntimeError else nullcontext():
+        learner.fit(1, phases=[TrainingPhase()])
+    assert learner.history[TrainingPhase] == Counts(epochs=epochs, steps=5, steps_epoch=5, updates={None: 5})
+
+
+def test_a_step_that_a_later_handler_cancels_at_its_end_is_counted() -> None:
+    def cancel(learner: Any) -> None:
+        raise CancelFittingException("low loss")
+
+    learner = toy_learner(Recorder(), CustomCallback(cancel, StepEnd))
+    learner.fit(1)
+    assert learner.history[TrainingPhase] == Counts(epochs=0, steps=1, steps_epoch=1, updates={None: 1})
+
+
+def test_the_steps_of_an_epoch_are_counted_from_zero() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def look(learner: Any) -> None:
+        counts = learner.cbstate.history[TrainingPhase]
+        seen.append((counts.steps, counts.steps_epoch))
+
+    learner = toy_learner(Recorder(), *(CustomCallback(look, event, TrainingPhase) for event in (EpochBegin, EpochEnd)))
+    learner.fit(2, phases=[TrainingPhase()])
+    assert seen == [(0, 0), (16, 16), (16, 0), (32, 16)]
+
+
+def test_an_epoch_inside_another_is_counted_apart() -> None:
+    class ValidatesOften(TrainingPhase):
+        def epoch(self, learner: Learner, data: Any) -> None:
+            with runepoch(learner, self):
+                for batch in data:
+                    self.step(learner, batch)
+                    learner.epoch(ValidationPhase())
+
+    learner = toy_learner(Recorder(), num_batches=4)
+    learner.fit(1, phases=[ValidatesOften()])
+    assert learner.history[ValidatesOften] == Counts(1, 4, 4, {None: 4})
+    assert learner.history[ValidationPhase] == Counts(4, 16, 4, {})
+
+
+def test_e18_a_phase_without_step_events_has_epochs_and_no_steps() -> None:
+    learner = toy_learner(Recorder())
+    learner.fit(3, phases=[Quiet()])
+    assert learner.history[Quiet] == Counts(epochs=3, steps=0, steps_epoch=0, updates={})
+
+
+def test_whoever_reads_the_counts_runs_after_they_were_made() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def look(learner: Any) -> None:
+        counts = learner.cbstate.history[TrainingPhase]
+        seen.append((counts.steps, counts.updates.get(None, 0)))
+
+    learner = toy_learner(
+        CustomCallback(look, StepEnd, TrainingPhase, reads=("cbstate.history",), name="a reader"),
+        CustomCallback(look, UpdateEnd, TrainingPhase, reads=("cbstate.history",), name="b reader"),
+        MetricsPrinter(),
+        Metrics(),
+        Recorder(),
+        num_batches=2,
+    )
+    assert_order(learner, Recorder, Metrics, MetricsPrinter)
+    assert_order(learner, Recorder, "a reader")
+    learner.fit(1, phases=[TrainingPhase()])
+    assert seen == [(0, 1), (1, 1), (1, 2), (2, 2)]
+
+
+def test_counting_changes_nothing() -> None:
+    assert_observer(Recorder(), toy_learner)

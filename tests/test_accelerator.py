@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+from collections import namedtuple
+from functools import partial
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from torch import nn
+
+from fluxloop import AbstractTrainingPhase, Accelerator, Learner, runstep
+from fluxloop.nested import tensors
+from fluxloop.testing import Coefficient, assert_same_bits, toy_learner
+
+Pair = namedtuple("Pair", ["left", "right"])
+
+
+@attrs.define
+class Views:
+    first: torch.Tensor
+    others: list[torch.Tensor]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def pretend(*, gpus: int = 0, mps: bool = False) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("gpus", "mps", "device"),
+    [(0, False, "cpu"), (0, True, "mps:0"), (2, False, "cuda:0"), (1, True, "cuda:0")],
+)
+def test_auto_takes_the_fastest_device_of_the_machine(machine: Any, gpus: int, mps: bool, device: str) -> None:
+    machine(gpus=gpus, mps=mps)
+    assert Accelerator().device == torch.device(device)
+    assert Accelerator("auto").device == torch.device(device)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device"),
+    [("cpu", "cpu"), (torch.device("cpu"), "cpu"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1"), ("mps", "mps:0")],
+)
+def test_a_device_asked_for_is_taken_with_the_index_that_its_tensors_have(
+    machine: Any, asked: Any, device: str
+) -> None:
+    machine(gpus=2, mps=True)
+    assert Accelerator(asked).device == torch.device(device)
+    assert repr(Accelerator(asked)) == f"Accelerator(device={device!r})"
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("cuda", "device='cuda' was given, but CUDA is not available; expected 'auto' or 'cpu'"),
+        ("cuda:1", "device='cuda:1' was given, but CUDA is not available"),
+        (torch.device("cuda"), "device='cuda' was given, but CUDA is not available"),
+        ("mps", "device='mps' was given, but MPS is not available; expected 'auto' or 'cpu'"),
+        ("xpu", "device='xpu' was given.*not available"),
+        ("gpu", "'gpu'.*was given.*'auto'"),
+        ("", "''.*was given.*'auto'"),
+        (None, "None.*was given.*'auto'"),
+    ],
+    ids=["cuda", "cuda:1", "device", "mps", "xpu", "unknown", "empty", "None"],
+)
+def test_a_device_that_is_not_there_is_an_error_that_names_it(machine: Any, asked: Any, words: str) -> None:
+    machine()
+    with pytest.raises(ValueError, match=words):
+        Accelerator(asked)
+
+
+def test_a_gpu_beyond_those_of_the_machine_is_an_error_that_names_it(machine: Any) -> None:
+    machine(gpus=2)
+    with pytest.raises(ValueError, match=r"device='cuda:5' was given.*2"):
+        Accelerator("cuda:5")
+
+
+def test_entries_are_placed_in_nested_containers_too() -> None:
+    entries: dict[str, Any] = {
+        "xs": torch.zeros(2),
+        "views": (torch.zeros(2), [torch.zeros(2)], {"a": torch.zeros(2)}),
+        "pair": Pair(torch.zeros(2), None),
+        "object": Views(torch.zeros(2), [torch.zeros(2)]),
+        "weights": nn.Parameter(torch.zeros(2)),
+        "names": ["a", "b"],
+        "count": 3,
+    }
+    names = entries["names"]
+    Accelerator("meta").place(entries)
+    placed = list(tensors(entries))
+    assert len(placed) == 8
+    assert {tensor.device.type for tensor in placed} == {"meta"}
+    assert isinstance(entries["pair"], Pair)
+    assert isinstance(entries["object"], Views)
+    assert entries["names"] is names
+    assert entries["count"] == 3
+
+
+def test_what_lies_on_the_device_already_is_not_copied() -> None:
+    given = {"xs": torch.zeros(2), "nest": (torch.zeros(2), {"a": torch.zeros(1)}), "pair": Pair(torch.zeros(2), 1)}
+    entries = dict(given)
+    Accelerator("cpu").place(entries)
+    assert all(entries[name] is given[name] for name in given)
+
+
+def test_a_batch_is_not_changed_by_being_placed() -> None:
+    views = [torch.zeros(2), torch.zeros(2)]
+    Accelerator("meta").place({"views": views})
+    assert [view.device.type for view in views] == ["cpu", "cpu"]
+
+
+def test_a_packed_sequence_is_placed_with_its_batch_sizes_left_on_the_cpu() -> None:
+    entries = {"xs": nn.utils.rnn.pack_sequence([torch.zeros(3, 1), torch.zeros(2, 1)])}
+    Accelerator("meta").place(entries)
+    assert entries["xs"].data.device.type == "meta"
+    assert entries["xs"].batch_sizes.device.type == "cpu"
+
+
+class LooksAround(AbstractTrainingPhase):
+    devices: set[str]
+
+    def step(self, learner: Learner, batch: Any) -> None:
+        with runstep(learner, self, batch=batch, more={"views": [batch, batch]}) as (_, state):
+            self.devices = {tensor.device.type for tensor in tensors(vars(state))}
+
+
+def test_a_step_gets_its_entries_on_the_device() -> None:
+    learner = Learner(Coefficient(), data=([torch.zeros(2, 1)],), accelerator=Accelerator("meta"), seed=0)
+    phase = LooksAround()
+    learner.epoch(phase)
+    assert phase.devices == {"meta"}
+
+
+def test_models_and_a_loss_module_are_moved_in_place() -> None:
+    models = {"a": nn.Linear(2, 2), "b": nn.BatchNorm1d(2)}
+    loss = nn.CrossEntropyLoss(weight=torch.ones(2))
+    learner = Learner(models, loss, accelerator=Accelerator("meta"))
+    assert learner.model.a is models["a"]
+    assert learner.loss_fn is loss
+    moved = [*models["a"].parameters(), *models["b"].buffers(), loss.weight]
+    assert {tensor.device.type for tensor in moved} == {"meta"}
+
+
+def test_the_optimizer_holds_the_parameters_of_the_moved_model() -> None:
+    model = nn.Linear(2, 2)
+    learner = Learner(model, nn.functional.mse_loss, accelerator=Accelerator("meta"))
+    held = learner.optimizer.param_groups[0]["params"]
+    assert [id(parameter) for parameter in held] == [id(parameter) for parameter in model.parameters()]
+
+
+def test_backward_adds_the_gradients_of_the_given_parameters_alone() -> None:
+    a, b = Coefficient(2.0), Coefficient(3.0)
+    loss = (a(torch.ones(1, 1)) * b(torch.ones(1, 1))).sum()
+    Accelerator("cpu").backward(loss, [a.value])
+    assert a.value.grad is not None
+    assert a.value.grad.item() == 3.0
+    assert b.value.grad is None
+
+
+def test_backward_adds_the_gradients_of_all_that_the_loss_reaches() -> None:
+    a, b = Coefficient(2.0), Coefficient(3.0)
+    for _ in range(2):
+        Accelerator("cpu").backward((a(torch.ones(1, 1)) * b(torch.ones(1, 1))).sum())
+    assert (a.value.grad.item(), b.value.grad.item()) == (6.0, 4.0)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, partial(torch.optim.SGD, momentum=0.9)])
+def test_an_update_is_the_optimizers_own_step(make: Any) -> None:
+    ours, reference = Coefficient(1.0), Coefficient(1.0)
+    optimizer, plain = make(ours.parameters(), lr=0.1), make(reference.parameters(), lr=0.1)
+    for gradient in (1.0, -2.0, 0.5):
+        ours.value.grad = torch.tensor([gradient])
+        reference.value.grad = torch.tensor([gradient])
+        Accelerator("cpu").update(optimizer)
+        plain.step()
+        assert torch.equal(ours.value, reference.value)
+
+
+def test_the_device_is_chosen_when_none_is_given(machine: Any) -> None:
+    machine()
+    chosen, plain = toy_learner(accelerator=Accelerator("cpu")), toy_learner()
+    assert plain.accelerator.device == torch.device("cpu")
+    chosen.fit(1)
+    plain.fit(1)
+    assert_same_bits(chosen, plain)

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from fluxloop import (
+    CancelFittingException,
+    Counts,
+    CustomCallback,
+    EpochEnd,
+    Metric,
+    MetricError,
+    Metrics,
+    PhaseError,
+    Recorder,
+    StepEnd,
+    TrainingPhase,
+    ValidationPhase,
+    mae,
+)
+from fluxloop.testing import toy_learner
+
+
+def recorded(epochs: int = 3, *metrics: Any) -> Any:
+    learner = toy_learner(Recorder(), Metrics(*metrics))
+    learner.fit(epochs)
+    return learner.history
+
+
+def test_counts_are_kept_per_phase_and_found_by_class_or_instance() -> None:
+    history = recorded(3)
+    assert history[TrainingPhase] == Counts(epochs=3, steps=48, steps_epoch=16, updates={None: 48})
+    assert history[ValidationPhase] == Counts(epochs=3, steps=48, steps_epoch=16, updates={})
+    assert history[TrainingPhase()] is history[TrainingPhase]
+
+
+def test_a_phase_that_has_not_run_has_counts_of_zero() -> None:
+    assert toy_learner(Recorder()).history[TrainingPhase] == Counts()
+    assert toy_learner().history[ValidationPhase] == Counts()
+
+
+def test_fit_returns_the_history_and_it_is_in_cbstate_too() -> None:
+    learner = toy_learner(Recorder(), Metrics())
+    assert learner.fit(1) is learner.history
+    assert learner.cbstate.history[TrainingPhase] is learner.history[TrainingPhase]
+    assert [value for _, value in learner.cbstate.metrics[TrainingPhase].epochs["loss"]] == learner.history[
+        "training/loss"
+    ]
+
+
+def test_metrics_are_found_by_data_key_and_name() -> None:
+    history = recorded(3, mae)
+    for monitor in ("training/loss", "validation/loss", "training/mae", "validation/mae"):
+        values = history[monitor]
+        assert len(values) == 3
+        assert all(isinstance(value, float) for value in values)
+    assert history["validation/loss"] == history.metrics[ValidationPhase]["loss"]
+    assert history["validation/loss"] != history["training/loss"]
+    assert list(history.metrics) == [TrainingPhase, ValidationPhase]
+
+
+def test_an_unknown_monitor_says_what_there_is_and_what_was_probably_meant() -> None:
+    history = recorded(1)
+    with pytest.raises(
+        MetricError,
+        match=r"no metric 'validaton/loss' was recorded; there are \['training/loss', 'validation/loss'\]"
+        r"; did you mean 'validation/loss'\?",
+    ):
+        history["validaton/loss"]
+    with pytest.raises(MetricError, match=r"no metric 'training/loss' was recorded; there are \[\]"):
+        toy_learner().history["training/loss"]
+
+
+def test_a_key_that_is_no_phase_is_refused() -> None:
+    with pytest.raises(PhaseError, match=r"3 was used as a key; expected a phase or its class, e\.g\."):
+        recorded(1)[3]
+
+
+def test_rows_hold_every_value_with_phase_metric_and_epoch() -> None:
+    history = recorded(2)
+    rows = history.rows()
+    assert [(row["phase"], row["metric"], row["epoch"]) for row in rows] == [
+        ("TrainingPhase", "loss", 1),
+        ("TrainingPhase", "loss", 2),
+        ("ValidationPhase", "loss", 1),
+        ("ValidationPhase", "loss", 2),
+    ]
+    assert [row["value"] for row in rows] == history["training/loss"] + history["validation/loss"]
+    assert toy_learner().history.rows() == []
+
+
+def test_fits_add_up() -> None:
+    learner = toy_learner(Recorder(), Metrics())
+    learner.fit(2)
+    learner.fit(1)
+    assert learner.history.cycles == 3
+    assert learner.history[TrainingPhase].epochs == 3
+    assert [row["epoch"] for row in learner.history.rows()[:3]] == [1, 2, 3]
+
+
+def test_the_reason_of_a_stop_is_kept_until_the_next_fit() -> None:
+    def stop(learner: Any) -> None:
+        if len(stops) < 1:
+            stops.append(1)
+            raise CancelFittingException("low loss reached")
+
+    stops: list[int] = []
+    learner = toy_learner(CustomCallback(stop, EpochEnd))
+    assert learner.history.stop_reason is None
+    assert learner.fit(3).stop_reason == "low loss reached"
+    assert "stopped: low loss reached" in repr(learner.history)
+    assert learner.fit(1).stop_reason is None
+
+
+def test_cancelled_cycles_are_not_counted() -> None:
+    def stop(learner: Any) -> None:
+        raise CancelFittingException("enough")
+
+    learner = toy_learner(CustomCallback(stop, StepEnd, ValidationPhase))
+    assert learner.fit(3).cycles == 0
+
+
+def test_repr_tells_counts_newest_values_and_seed() -> None:
+    text = repr(recorded(2))
+    assert "TrainingPhase: 2 epochs, 32 steps" in text
+    assert "ValidationPhase: 2 epochs, 32 steps" in text
+    assert "training/loss: " in text
+    assert "seed 0" in text
+
+
+# Tables and figures
+
+
+class FakePandas:
+    @staticmethod
+    def DataFrame(rows: list[dict[str, Any]], columns: list[str]) -> tuple[Any, Any]:  # noqa: N802 - pandas' name
+        return rows, columns
+
+
+def test_to_frame_gives_pandas_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", FakePandas)
+    history = recorded(2)
+    rows, columns = history.to_frame()
+    assert rows == history.rows()
+    assert columns == ["phase", "metric", "epoch", "value"]
+
+
+def test_without_pandas_to_frame_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"history\.to_frame\(\) needs pandas: pip install pandas"):
+        recorded(1).to_frame()
+
+
+def test_plot_draws_a_panel_per_metric_and_a_line_per_phase() -> None:
+    history = recorded(3, mae, Metric(lambda preds, ys: preds.mean(), name="level", phase=TrainingPhase))
+    figure = history.plot()
+    assert isinstance(figure, Figure)
+    lines = {
+        axes.get_title(): {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+        for axes in figure.axes
+    }
+    assert lines == {
+        "loss": {"TrainingPhase": history["training/loss"], "ValidationPhase": history["validation/loss"]},
+        "mae": {"TrainingPhase": history["training/mae"], "ValidationPhase": history["validation/mae"]},
+        "level": {"TrainingPhase": history["training/level"]},
+    }
+    assert list(figure.axes[0].get_lines()[0].get_xdata()) == [1, 2, 3]
+
+
+def test_plot_can_be_saved(tmp_path: Any) -> None:
+    path = tmp_path / "history.png"
+    recorded(2).plot().savefig(path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_leaves_out_values_that_are_no_numbers() -> None:
+    class Confusion:
+        def update(self, preds: torch.Tensor, ys: torch.Tensor) -> None: ...
+
+        def compute(self) -> torch.Tensor:
+            return torch.zeros(2, 2)
+
+        def reset(self) -> None: ...
+
+    history = recorded(1, Metric(Confusion(), name="confusion"))
+    assert history["training/confusion"][0].shape == (2, 2)
+    assert [axes.get_title() for axes in history.plot().axes] == ["loss"]
+
+
+def test_without_matplotlib_plot_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"needs matplotlib: pip install 'torch-fluxloop\[plot\]'"):
+        recorded(1).plot()
+
+
+def test_plot_without_anything_recorded_says_what_is_missing() -> None:
+    learner = toy_learner(Recorder())
+    learner.fit(1)
+    with pytest.raises(MetricError, match="no metric was recorded; fit with the Metrics callback"):
+        learner.history.plot()
+
+
+def test_one_name_in_two_phases_is_one_panel() -> None:
+    figure = recorded(1, Metric(mae, name="hits")).plot()
+    assert [axes.get_title() for axes in figure.axes] == ["loss", "hits"]

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict, defaultdict, namedtuple
+from types import MappingProxyType
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fluxloop.nested import batch_size, concatenate, map_tensors, tensors
+
+Pair = namedtuple("Pair", ["xs", "ys"])
+
+
+@dataclasses.dataclass
+class Data:
+    xs: Any
+    ys: Any
+
+
+@attrs.define
+class Entry:
+    xs: Any
+    _ys: Any
+
+
+@attrs.frozen
+class Aliased:
+    xs: Any = attrs.field(alias="inputs")
+
+
+def same(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, Data):
+        return same((a.xs, a.ys), (b.xs, b.ys))
+    if isinstance(a, Entry):
+        return same((a.xs, a._ys), (b.xs, b._ys))
+    return bool(a == b)
+
+
+def containers(inside: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    two = st.tuples(inside, inside)
+    return st.one_of(
+        st.lists(inside, min_size=1, max_size=3),
+        st.lists(inside, min_size=1, max_size=3).map(tuple),
+        st.dictionaries(st.sampled_from("abc"), inside, min_size=1, max_size=3),
+        st.dictionaries(st.sampled_from("abc"), inside, min_size=1, max_size=3).map(OrderedDict),
+        two.map(lambda pair: Pair(*pair)),
+        two.map(lambda pair: Data(*pair)),
+        two.map(lambda pair: Entry(*pair)),
+    )
+
+
+def rows(count: int) -> st.SearchStrategy[Tensor]:
+    return st.lists(st.integers(-9, 9), min_size=count, max_size=count).map(lambda v: torch.tensor(v).reshape(count, 1))
+
+
+leaves = st.one_of(rows(3), st.integers(), st.text(max_size=2), st.none())
+anything = st.recursive(leaves, containers, max_leaves=8)
+tensors_alone = st.recursive(rows(5), containers, max_leaves=8)
+quick = settings(deadline=None, max_examples=50)
+
+
+@quick
+@given(anything)
+def test_changing_every_tensor_and_changing_it_back_gives_the_same_nest(nest: Any) -> None:
+    there = map_tensors(lambda tensor: tensor + 1, nest)
+    assert same(map_tensors(lambda tensor: tensor - 1, there), nest)
+
+
+@quick
+@given(anything)
+def test_a_nest_in_which_nothing_changes_is_returned_as_it_is(nest: Any) -> None:
+    assert map_tensors(lambda tensor: tensor, nest) is nest
+
+
+@quick
+@given(anything)
+def test_tensors_come_in_the_order_in_which_they_are_changed(nest: Any) -> None:
+    seen: list[Tensor] = []
+    map_tensors(lambda tensor: seen.append(tensor) or tensor, nest)
+    assert [id(tensor) for tensor in tensors(nest)] == [id(tensor) for tensor in seen]
+
+
+@quick
+@given(tensors_alone, st.integers(1, 4))
+def test_what_was_cut_into_batches_is_joined_again(nest: Any, cut: int) -> None:
+    parts = [map_tensors(lambda tensor, s=s: tensor[s], nest) for s in (slice(0, cut), slice(cut, 5))]
+    assert same(concatenate(parts), nest)
+
+
+@pytest.mark.parametrize(
+    "nest",
+    [
+        (torch.zeros(2), "a"),
+        [torch.zeros(2), 1],
+        {"xs": torch.zeros(2), "name": "a"},
+        OrderedDict(xs=torch.zeros(2), name="a"),
+        MappingProxyType({"xs": torch.zeros(2)}),
+        Pair(torch.zeros(2), None),
+        Data(torch.zeros(2), [torch.zeros(1)]),
+        Entry(torch.zeros(2), {"a": torch.zeros(1)}),
+    ],
+    ids=lambda nest: type(nest).__name__,
+)
+def test_containers_keep_their_type_and_what_is_no_tensor(nest: Any) -> None:
+    changed = map_tensors(lambda tensor: tensor + 1, nest)
+    assert type(changed) is type(nest)
+    assert all(torch.equal(tensor, torch.ones_like(tensor)) for tensor in tensors(changed))
+    assert all(torch.equal(tensor, torch.zeros_like(tensor)) for tensor in tensors(nest)), "the original was changed"
+
+
+def test_a_defaultdict_keeps_its_tensors_and_its_default() -> None:
+    nest = defaultdict(list, xs=torch.zeros(2))
+    changed = map_tensors(lambda tensor: tensor + 1, nest)
+    assert changed["xs"].tolist() == [1, 1]
+    joined = concatenate([nest, changed])
+    assert joined["xs"].tolist() == [0, 0, 1, 1]
+
+
+def test_an_attrs_class_whose_field_has_an_alias_is_rebuilt() -> None:
+    assert map_tensors(lambda tensor: tensor + 1, Aliased(torch.zeros(1))).xs.tolist() == [1]
+
+
+def test_scalars_are_stacked_and_other_leaves_collected_when_batches_are_joined() -> None:
+    joined = concatenate([{"loss": torch.tensor(1.0), "id": "a"}, {"loss": torch.tensor(2.0), "id": "b"}])
+    assert joined["loss"].tolist() == [1.0, 2.0]
+    assert joined["id"] == ["a", "b"]
+
+
+def test_batches_of_different_structure_are_not_joined() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        concatenate([(torch.zeros(1), torch.zeros(1)), (torch.zeros(1),)])
+
+
+def test_classes_are_no_containers() -> None:
+    assert map_tensors(lambda tensor: tensor + 1, Data) is Data
+    assert list(tensors(Entry)) == []
+
+
+@pytest.mark.parametrize(
+    ("entries", "size"),
+    [
+        ({"xs": torch.zeros(7, 2), "ys": torch.zeros(3)}, 7),
+        ({"name": "a", "xs": {"left": torch.zeros(4, 2)}}, 4),
+        ({"loss": torch.tensor(1.0), "views": (torch.zeros(5, 2), torch.zeros(5, 2))}, 5),
+        ({"pair": Pair(None, torch.zeros(6))}, 6),
+        ({"empty": torch.zeros(0, 2)}, 0),
+        ({"loss": torch.tensor(1.0), "name": "a"}, 1),
+        ({}, 1),
+    ],
+)
+def test_the_batch_size_is_the_length_of_the_first_tensor_with_rows(entries: dict[str, Any], size: int) -> None:
+    assert batch_size(entries) == size

@@ -1,0 +1,447 @@
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fluxloop import Learner, ModelError, OptimizerError, TensorBatches, TrainingPhase, runstep
+from fluxloop.optimizers import build_optimizers, owned_parameters, parameter_names, step_optimizer
+
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+class Networks(NamedTuple):
+    generator: nn.Module
+    critic: nn.Module
+
+
+class Two(nn.Module):
+    """A model with two named parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(2, 3)
+        self.head = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+
+    def forward(self, xs: Tensor) -> Tensor:
+        return self.head(self.encoder(xs))
+
+
+def linear(frozen: bool = False) -> nn.Module:
+    return nn.Linear(2, 3).requires_grad_(not frozen)
+
+
+def held(optimizer: torch.optim.Optimizer) -> list[int]:
+    return [id(parameter) for parameter in owned_parameters(optimizer)]
+
+
+def ids(*modules: nn.Module) -> list[int]:
+    return [id(parameter) for module in modules for parameter in module.parameters()]
+
+
+def message(model: Any, optimizer: Any, error: type[Exception] = OptimizerError) -> str:
+    with pytest.raises(error) as raised:
+        Learner(model, optimizer=optimizer)
+    return str(raised.value)
+
+
+# What may be given
+
+
+@pytest.mark.parametrize(
+    ("factory", "expected"),
+    [
+        (torch.optim.Adam, torch.optim.Adam),
+        (SGD, torch.optim.SGD),
+        (lambda ps: torch.optim.AdamW(ps, 0.1), torch.optim.AdamW),
+    ],
+    ids=["class", "partial", "function"],
+)
+def test_a_factory_makes_the_optimizer_of_a_single_model(factory: Any, expected: type) -> None:
+    model = linear()
+    learner = Learner(model, optimizer=factory)
+    assert type(learner.optimizer) is expected
+    assert held(learner.optimizer) == ids(model)
+    assert learner.optimizer_names == (None,)
+
+
+def test_a_factory_is_called_with_the_trainable_parameters_alone() -> None:
+    model = Two()
+    model.encoder.requires_grad_(False)
+    learner = Learner(model, optimizer=SGD)
+    assert held(learner.optimizer) == ids(model.head)
+
+
+def test_a_factory_makes_one_optimizer_per_model() -> None:
+    generator, critic = linear(), linear()
+    learner = Learner({"generator": generator, "critic": critic}, optimizer=SGD)
+    assert learner.optimizer_names == ("generator", "critic")
+    assert held(learner.optimizer.generator) == ids(generator)
+    assert held(learner.optimizer.critic) == ids(critic)
+    assert learner.optimizer.generator is not learner.optimizer.critic
+
+
+def test_an_optimizer_is_used_as_it_is_with_its_groups() -> None:
+    model = Two()
+    groups = [{"params": model.head.parameters(), "lr": 0.5}, {"params": model.encoder.parameters()}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    learner = Learner(model, optimizer=optimizer)
+    assert learner.optimizer is optimizer
+    assert [group["lr"] for group in learner.optimizer.param_groups] == [0.5, 0.1]
+
+
+def test_one_optimizer_may_hold_the_parameters_of_several_models() -> None:
+    generator, critic = linear(), linear()
+    optimizer = SGD([*generator.parameters(), *critic.parameters()])
+    learner = Learner({"generator": generator, "critic": critic}, optimizer=optimizer)
+    assert learner.optimizer is optimizer
+    assert learner.optimizer_names == (None,)
+
+
+def test_a_mapping_may_mix_factories_partials_and_optimizers() -> None:
+    one, two, three = linear(), linear(), linear()
+    given = {"one": torch.optim.Adam, "two": SGD, "three": torch.optim.AdamW(three.parameters(), lr=0.3)}
+    learner = Learner({"one": one, "two": two, "three": three}, optimizer=given)
+    assert [type(optimizer).__name__ for optimizer in learner.optimizer] == ["Adam", "SGD", "AdamW"]
+    assert learner.optimizer.three is given["three"]
+    assert [held(optimizer) for optimizer in learner.optimizer] == [ids(one), ids(two), ids(three)]
+
+
+def test_the_order_of_a_mapping_is_the_order_of_the_optimizers() -> None:
+    models = {"one": linear(), "two": linear()}
+    assert Learner(models, optimizer={"two": SGD, "one": SGD}).optimizer_names == ("two", "one")
+
+
+def test_a_factorys_name_may_be_that_of_a_submodule_of_a_single_model() -> None:
+    model = Two()
+    learner = Learner(model, optimizer={"encoder": SGD, "head": torch.optim.Adam})
+    assert held(learner.optimizer.encoder) == ids(model.encoder)
+    assert held(learner.optimizer.head) == ids(model.head)
+
+
+def test_a_factorys_name_may_be_the_path_of_a_submodule_of_one_of_several_models() -> None:
+    model, critic = Two(), linear()
+    given = {"G.encoder": SGD, "G.head.0": SGD, "G.head.1": SGD, "D": torch.optim.Adam}
+    learner = Learner({"G": model, "D": critic}, optimizer=given)
+    assert learner.optimizer_names == tuple(given)
+    assert held(learner.optimizer["G.encoder"]) == ids(model.encoder)
+    assert held(learner.optimizer["G.head.1"]) == ids(model.head[1])
+    assert held(learner.optimizer["D"]) == ids(critic)
+    with learner.optimizing("G.head.0") as block:
+        assert held(block.slot.optimizer) == ids(model.head[0])
+
+
+def test_names_of_optimizers_over_given_parameters_are_free() -> None:
+    model = Two()
+    given = {"slow": SGD(model.encoder.parameters()), "fast": SGD(model.head.parameters())}
+    learner = Learner(model, optimizer=given)
+    assert learner.optimizer.slow is given["slow"]
+    assert learner.optimizer.fast is given["fast"]
+
+
+def test_optimizers_over_one_model_are_found_under_the_names_they_were_given() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    learner = Learner(model, optimizer={"0": SGD, "2": torch.optim.Adam})
+    assert learner.optimizer_names == ("0", "2")
+    assert held(learner.optimizing("2").slot.optimizer) == held(learner.optimizing(2).slot.optimizer) == ids(model[2])
+
+
+def test_an_optimizer_may_hold_frozen_parameters_too() -> None:
+    model = Two()
+    model.encoder.requires_grad_(False)
+    learner = Learner(model, optimizer=SGD(model.parameters()))
+    assert held(learner.optimizer) == ids(model)
+
+
+# Frozen models
+
+
+def test_a_frozen_model_gets_no_optimizer() -> None:
+    learner = Learner({"teacher": linear(frozen=True), "student": linear()}, optimizer=SGD)
+    assert learner.optimizer_names == ("student",)
+    assert held(learner.optimizer.student) == ids(learner.model.student)
+    assert not hasattr(learner.optimizer, "teacher")
+    with pytest.raises(OptimizerError, match=r"no optimizer 'teacher'.*\['student'\]"):
+        learner.optimizing("teacher")
+
+
+def test_a_learner_whose_models_are_all_frozen_has_no_optimizer_and_can_evaluate() -> None:
+    model = linear(frozen=True)
+    learner = Learner(model, nn.functional.mse_loss, optimizer=SGD, default_callbacks=False)
+    assert learner.optimizer_names == ()
+    assert len(learner.optimizer) == 0
+    xs = torch.zeros(4, 2)
+    expected = nn.functional.mse_loss(model(xs), torch.zeros(4, 3)).item()
+    assert learner.evaluate((xs, torch.zeros(4, 3)))["loss"] == pytest.approx(expected)
+
+
+def test_the_only_trained_one_of_several_models_may_be_left_unnamed_in_a_block() -> None:
+    learner = Learner({"teacher": linear(frozen=True), "student": linear()}, optimizer=SGD)
+    with learner.optimizing() as block:
+        assert block.slot.name == "student"
+
+
+def test_a_factory_for_a_frozen_model_is_an_error_that_names_it() -> None:
+    text = message({"teacher": linear(frozen=True), "student": linear()}, {"teacher": SGD, "student": SGD})
+    assert "optimizer['teacher'] would get no parameter" in text
+    assert "none of Linear requires a gradient" in text
+
+
+# What is reported by name
+
+
+def test_parameters_in_no_optimizer_are_named() -> None:
+    model = Two()
+    text = message(model, SGD(model.head.parameters()))
+    assert "trainable parameters are in no optimizer: encoder.weight, encoder.bias;" in text
+    assert "requires_grad_(False)" in text
+
+
+def test_parameters_in_no_optimizer_are_named_with_their_model_and_counted_where_there_are_many() -> None:
+    text = message({"G": nn.Sequential(*(linear() for _ in range(4))), "D": linear()}, {"D": SGD})
+    assert "G.0.weight, G.0.bias, G.1.weight, G.1.bias, G.2.weight and 3 more" in text
+    assert "D." not in text
+
+
+def test_a_parameter_in_two_optimizers_is_named_with_both() -> None:
+    model = Two()
+    text = message(model, {"all": SGD(model.parameters()), "head": SGD(model.head[0].parameters())})
+    assert "parameters are held more than once" in text
+    assert "head.0.weight (in optimizer['all'] and optimizer['head'])" in text
+    assert "head.0.bias (in optimizer['all'] and optimizer['head'])" in text
+    assert "encoder" not in text
+
+
+def test_overlapping_submodules_are_reported() -> None:
+    text = message(Two(), {"head": SGD, "head.1": SGD, "encoder": SGD})
+    assert "head.1.weight (in optimizer['head'] and optimizer['head.1'])" in text
+
+
+def test_foreign_parameters_are_counted_with_their_shapes() -> None:
+    model = linear()
+    text = message(model, SGD([*model.parameters(), nn.Parameter(torch.zeros(7, 5))]))
+    assert "the optimizer holds 1 parameters that belong to no model (shapes (7, 5))" in text
+
+
+def test_an_optimizer_of_another_copy_of_the_model_is_foreign() -> None:
+    text = message(linear(), SGD(linear().parameters()))
+    assert "holds 2 parameters that belong to no model (shapes (3, 2), (3,))" in text
+
+
+def test_many_foreign_parameters_are_shown_in_part() -> None:
+    text = message({"D": linear()}, {"D": SGD(nn.Parameter(torch.zeros(i)) for i in range(1, 6))})
+    assert "optimizer['D'] holds 5 parameters" in text
+    assert "(shapes (1,), (2,), (3,), …)" in text
+
+
+def test_a_parameter_shared_by_two_models_is_named_and_can_be_given_to_one_optimizer() -> None:
+    one, two = linear(), linear()
+    two.weight = one.weight
+    models = {"one": one, "two": two}
+    text = message(models, SGD)
+    assert "one.weight (in optimizer['one'] and optimizer['two'])" in text
+    assert "give the optimizers themselves" in text
+    given = {"one": SGD(one.parameters()), "two": SGD([two.bias])}
+    assert held(Learner(models, optimizer=given).optimizer.two) == [id(two.bias)]
+
+
+def test_a_shared_parameter_inside_one_model_has_one_name() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    assert list(parameter_names({None: model}).values()) == ["0.weight", "0.bias", "1.bias"]
+    assert held(Learner(model, optimizer=SGD).optimizer) == ids(model)
+
+
+# What cannot be used
+
+
+def test_a_name_that_is_no_model_or_submodule_is_an_error_with_the_nearest_one() -> None:
+    text = message(Two(), {"encodr": SGD, "head": SGD})
+    assert "optimizer['encodr'] is a factory, but no model or submodule is called 'encodr'" in text
+    assert "['encoder', 'head']" in text
+    assert "did you mean 'encoder'?" in text
+
+
+def test_a_name_that_is_no_model_lists_models_and_their_parts() -> None:
+    text = message({"G": Two(), "D": linear()}, {"generator": SGD, "D": SGD})
+    assert "no model or submodule is called 'generator'" in text
+    assert "'D', 'G'" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (0.1, "optimizer=0.1 was given; expected a factory that takes parameters"),
+        ("adam", "optimizer='adam' was given; expected a factory"),
+        (None, "optimizer=None was given"),
+        ([torch.optim.Adam], "optimizer=a list of length 1 was given"),
+    ],
+)
+def test_something_that_is_no_optimizer_is_an_error(given: Any, words: str) -> None:
+    text = message(linear(), given)
+    assert words in text
+    assert "partial(torch.optim.SGD, lr=0.1)" in text
+
+
+def test_something_in_a_mapping_that_is_no_optimizer_is_an_error() -> None:
+    assert "optimizer['head'] is 0.1; expected a factory" in message(Two(), {"encoder": SGD, "head": 0.1})
+
+
+@pytest.mark.parametrize("name", [1, "", None])
+def test_an_optimizer_needs_a_name(name: Any) -> None:
+    assert f"an optimizer is named {name!r}" in message(Two(), {name: SGD})
+
+
+def test_an_empty_mapping_leaves_every_parameter_without_optimizer() -> None:
+    assert "in no optimizer: weight, bias" in message(linear(), {})
+
+
+def test_a_factory_that_makes_no_optimizer_is_an_error() -> None:
+    text = message(linear(), lambda parameters: list(parameters))
+    assert "the factory optimizer made a list of length 2; expected a torch.optim.Optimizer" in text
+    text = message({"G": linear()}, {"G": lambda parameters: None})
+    assert "the factory optimizer['G'] made None" in text
+
+
+def test_an_error_of_a_factory_is_its_own() -> None:
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        Learner(linear(), optimizer=partial(torch.optim.Adam, lr=-1.0))
+
+
+# The structures of model, params and optimizer
+
+
+def test_a_single_model_its_parameters_and_its_optimizer_stand_alone() -> None:
+    model = linear()
+    learner = Learner(model, optimizer=SGD)
+    assert learner.model is model
+    assert [id(p) for p in learner.params] == ids(model)
+    assert isinstance(learner.optimizer, torch.optim.SGD)
+
+
+@pytest.mark.parametrize("given", ["dict", "named tuple"])
+def test_named_models_give_their_names_to_parameters_and_optimizers(given: str) -> None:
+    generator, critic = linear(), nn.Linear(3, 1)
+    models: Any = Networks(generator, critic) if given == "named tuple" else {"generator": generator, "critic": critic}
+    learner = Learner(models, optimizer=SGD)
+    assert learner.model.generator is generator
+    assert [id(p) for p in learner.params.critic] == ids(critic)
+    assert held(learner.optimizer.critic) == ids(critic)
+    assert [module is expected for module, expected in zip(learner.model, (generator, critic), strict=True)] == [
+        True
+    ] * 2
+    first, second = learner.params
+    assert [id(p) for p in (*first, *second)] == ids(generator, critic)
+    assert isinstance(learner.model, Networks) is (given == "named tuple")
+
+
+def test_models_in_a_tuple_are_found_by_their_place() -> None:
+    one, two = linear(), linear()
+    learner = Learner((one, two), optimizer=SGD)
+    assert learner.model == (one, two)
+    assert [[id(p) for p in params] for params in learner.params] == [ids(one), ids(two)]
+    assert [held(optimizer) for optimizer in learner.optimizer] == [ids(one), ids(two)]
+    assert learner.optimizer_names == ("0", "1")
+    assert held(learner.optimizing(1).slot.optimizer) == held(learner.optimizing("1").slot.optimizer) == ids(two)
+
+
+def test_the_optimizer_of_a_model_in_a_tuple_stands_at_the_models_place_although_another_is_frozen() -> None:
+    teacher, student = linear(frozen=True), linear()
+    learner = Learner((teacher, student), optimizer=SGD)
+    assert learner.optimizer_names == ("1",)
+    assert held(learner.optimizer[1]) == ids(student)
+
+
+def test_a_mapping_with_one_model_keeps_its_name() -> None:
+    model = linear()
+    learner = Learner({"encoder": model}, optimizer=SGD)
+    assert learner.model.encoder is model
+    assert learner.optimizer_names == ("encoder",)
+    assert held(learner.optimizer.encoder) == ids(model)
+    assert list(learner.updates.gradients) == ["encoder.weight", "encoder.bias"]
+
+
+@pytest.mark.parametrize("name", ["class", "lambda", "def"])
+def test_a_model_named_with_a_keyword_is_an_error_that_says_so(name: str) -> None:
+    text = message({name: linear()}, SGD, ModelError)
+    assert repr(name) in text
+
+
+@pytest.mark.parametrize("name", ["class", "lambda"])
+def test_an_optimizer_named_with_a_keyword_can_be_used_by_name(name: str) -> None:
+    model = linear()
+    learner = Learner(model, optimizer={name: SGD(model.parameters())})
+    assert held(learner.optimizer[name]) == ids(model)
+
+
+@pytest.mark.parametrize("name", ["count", "index"])
+def test_a_model_may_be_named_as_a_method_of_tuples(name: str) -> None:
+    model = linear()
+    learner = Learner({name: model, "other": linear()}, optimizer=SGD)
+    assert getattr(learner.model, name) is model
+    assert held(getattr(learner.optimizer, name)) == ids(model)
+
+
+# Building and stepping
+
+
+def test_build_optimizers_gives_them_by_name() -> None:
+    built = build_optimizers({"G": linear(), "D": linear()}, {"D": SGD, "G": torch.optim.Adam})
+    assert [(name, type(optimizer).__name__) for name, optimizer in built.items()] == [("D", "SGD"), ("G", "Adam")]
+    assert list(build_optimizers({None: linear()}, SGD)) == [None]
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        SGD,
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        torch.optim.Adam,
+        torch.optim.AdamW,
+        torch.optim.RMSprop,
+        torch.optim.Adagrad,
+        torch.optim.NAdam,
+        partial(torch.optim.Adam, foreach=True),
+        partial(torch.optim.Adam, fused=True),
+        partial(torch.optim.Adam, amsgrad=True, maximize=True),
+    ],
+)
+def test_stepping_an_optimizer_gives_the_bits_of_its_own_step(factory: Any) -> None:
+    trained = []
+    for step in (step_optimizer, lambda optimizer: optimizer.step()):
+        torch.manual_seed(0)
+        model = Two()
+        optimizer = factory(model.parameters())
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(4, 2)).square().mean().backward()
+            step(optimizer)
+        trained.append([*model.parameters(), *(v for s in optimizer.state.values() for v in s.values())])
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*trained, strict=True))
+
+
+def test_stepping_an_optimizer_records_no_graph() -> None:
+    model = linear()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    step_optimizer(optimizer)
+    assert all(p.is_leaf and p.grad_fn is None for p in model.parameters())
+    assert torch.is_grad_enabled()
+
+
+def test_the_names_of_the_gradients_are_those_of_the_models_parameters() -> None:
+    class Both(TrainingPhase):
+        def step(self, learner: Learner, batch: Any) -> Any:
+            with runstep(learner, self, xs=batch) as (_, state):
+                for name in ("G", "D"):
+                    with learner.optimizing(name) as block:
+                        block.loss = learner.models[name](state.xs).square().mean()
+
+    batches = TensorBatches(torch.ones(4, 2), batch_size=4)
+    learner = Learner({"G": linear(), "D": linear()}, data=(batches,), optimizer=SGD, default_callbacks=False)
+    learner.epoch(Both())
+    assert list(learner.step.grads) == ["G.weight", "G.bias", "D.weight", "D.bias"]
+    assert learner.step.grads["D.bias"] is learner.model.D.bias.grad

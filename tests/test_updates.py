@@ -1,0 +1,1254 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from attrs import define, field
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from fluxloop import (
+    AbstractValidationPhase,
+    BackwardBegin,
+    BackwardEnd,
+    CancelEpochException,
+    CancelFittingException,
+    CancelStepException,
+    CustomCallback,
+    Event,
+    Learner,
+    LossBegin,
+    LossError,
+    OptimizerError,
+    Phase,
+    PhaseError,
+    Recorder,
+    StepBegin,
+    StepEnd,
+    TensorBatches,
+    TrainingPhase,
+    UnsafeCallback,
+    UpdateBegin,
+    UpdateEnd,
+    on,
+    runstep,
+)
+from fluxloop.testing import EventRecorder, assert_same_bits, bits, toy_learner
+
+SGD = partial(torch.optim.SGD, lr=0.1)
+ADAM = partial(torch.optim.Adam, lr=0.01)
+
+BODY = "body"
+BLOCK_EVENTS = [BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd]
+BEFORE_THE_UPDATE = [BODY, BackwardBegin, BackwardEnd, UpdateBegin]
+
+
+class Pair(TrainingPhase):
+    """A small GAN step: the critic on real rows and fakes, then the generator; `inside` is called in each block."""
+
+    def __init__(self, inside: Callable[[Learner, str], object] = lambda learner, name: None) -> None:
+        self.inside = inside
+
+    def step(self, learner: Learner, batch: Any) -> Any:
+        gen, dis = learner.model
+        with runstep(learner, self, real=batch) as (_, state):
+            state.fake = gen(state.real)
+            with learner.optimizing("D") as block:
+                block.loss = critic_loss(dis, state.real, state.fake)
+                self.inside(learner, "D")
+            with learner.optimizing("G") as block:
+                block.loss = generator_loss(dis, state.fake)
+                self.inside(learner, "G")
+
+
+def critic_loss(dis: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    return softplus(-dis(real)).mean() + softplus(dis(fake.detach())).mean()
+
+
+def generator_loss(dis: nn.Module, fake: Tensor) -> Tensor:
+    return softplus(-dis(fake)).mean()
+
+
+def images(rows: int = 12) -> TensorBatches:
+    generator = torch.Generator().manual_seed(0)
+    return TensorBatches(torch.randn(rows, 3, generator=generator), batch_size=3)
+
+
+def models() -> dict[str, nn.Module]:
+    torch.manual_seed(1)
+    return {"G": nn.Linear(3, 3), "D": nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))}
+
+
+def gan(*callbacks: Any, optimizer: Any = SGD, data: Any = None) -> Learner:
+    return Learner(
+        models(),
+        data=(images() if data is None else data,),
+        optimizer=optimizer,
+        callbacks=callbacks,
+        default_callbacks=False,
+        seed=0,
+    )
+
+
+def train_by_hand(skipped: tuple[int, ...] = (), epochs: int = 1, optimizer: Any = SGD) -> dict[str, nn.Module]:
+    """Train the same GAN in plain PyTorch, leaving out the steps of these numbers."""
+    both = models()
+    gen, dis = both["G"], both["D"]
+    step_g, step_d = optimizer(gen.parameters()), optimizer(dis.parameters())
+    number = 0
+    for _ in range(epochs):
+        for real in images():
+            if number not in skipped:
+                fake = gen(real)
+                step_d.zero_grad()
+                critic_loss(dis, real, fake).backward()
+                step_d.step()
+                step_g.zero_grad()
+                generator_loss(dis, fake).backward()
+                step_g.step()
+            number += 1
+    return both
+
+
+def weights(learner: Learner) -> list[Tensor]:
+    return [p.detach().clone() for model in learner.modules() for p in model.parameters()]
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def assert_equals(learner: Learner, expected: dict[str, nn.Module]) -> None:
+    for name, model in expected.items():
+        assert same(list(learner.models[name].parameters()), list(model.parameters())), f"{name} differs"
+
+
+def one_step(learner: Learner, phase: Phase | None = None) -> None:
+    """Run the first step of an epoch."""
+    learner.epoch(Pair() if phase is None else phase, [next(iter(images()))])
+
+
+def trainable(learner: Learner) -> list[bool]:
+    return [p.requires_grad for model in learner.modules() for p in model.parameters()]
+
+
+def reached(loss: Tensor) -> set[Tensor]:
+    """Collect the leaves at the end of a loss's graph."""
+    found: set[Tensor] = set()
+    todo, seen = [loss.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        todo.extend(following for following, _ in node.next_functions)
+    return found
+
+
+# Whose gradients
+
+
+def test_inside_a_block_the_other_optimizers_parameters_require_no_gradient() -> None:
+    seen: dict[str, list[bool]] = {}
+    learner = gan()
+    one_step(learner, Pair(lambda learner, name: seen.update({name: trainable(learner)})))
+    assert seen == {"D": [False, False, True, True, True, True], "G": [True, True, False, False, False, False]}
+    assert all(trainable(learner))
+
+
+def test_in_a_generators_block_no_gradient_is_computed_for_the_critic() -> None:
+    computed: list[str] = []
+    leaves: dict[str, set[Tensor]] = {}
+    learner = gan()
+    for name, parameter in [*learner.model.G.named_parameters("G"), *learner.model.D.named_parameters("D")]:
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: computed.append(name[0]))
+
+    def inside(learner: Learner, name: str) -> None:
+        computed.append(f"{name}:")
+
+    class Look(UnsafeCallback):
+        @on(BackwardBegin)
+        def look(self, event: Event, phase: Phase, learner: Any) -> None:
+            name = next(reversed(learner.step.losses))
+            leaves[name] = reached(learner.step.losses[name])
+
+    learner.add_callback(Look())
+    one_step(learner, Pair(inside))
+    assert computed == ["D:", "D", "D", "D", "D", "G:", "G", "G"]
+    assert leaves["G"] == set(learner.model.G.parameters())
+    assert leaves["D"] == set(learner.model.D.parameters())
+
+
+def test_a_block_computes_its_own_gradients_alone_whatever_its_loss_was_computed_from() -> None:
+    class ComputedBefore(TrainingPhase):
+        def step(self, learner: Learner, batch: Any) -> Any:
+            gen, dis = learner.model
+            with runstep(learner, self, real=batch) as (_, state):
+                loss = generator_loss(dis, gen(state.real))
+                with learner.optimizing("G") as block:
+                    block.loss = loss
+
+    learner = gan()
+    before = weights(learner)
+    one_step(learner, ComputedBefore())
+    assert all(p.grad is None for p in learner.model.D.parameters())
+    assert all(p.grad is not None for p in learner.model.G.parameters())
+    assert same(weights(learner)[2:], before[2:])
+    assert not same(weights(learner)[:2], before[:2])
+
+
+def test_frozen_parameters_of_the_others_stay_frozen_after_a_block() -> None:
+    learner = gan()
+    learner.model.D[0].weight.requires_grad_(False)
+    one_step(learner)
+    assert [p.requires_grad for p in learner.model.D.parameters()] == [False, True, True, True]
+    assert all(p.requires_grad for p in learner.model.G.parameters())
+
+
+# Events and losses
+
+
+def test_a_block_fires_its_events_around_the_gradients_and_the_update() -> None:
+    recorder = EventRecorder()
+    one_step(gan(recorder))
+    around = ["BackwardBegin", "BackwardEnd", "UpdateBegin", "UpdateEnd"]
+    assert recorder.events == ["EpochBegin", "StepBegin", *around, *around, "StepEnd", "EpochEnd"]
+    assert {phase for _, phase in recorder.trace} == {"Pair"}
+
+
+def test_update_events_carry_the_optimizers_name() -> None:
+    names: list[tuple[str, str | None]] = []
+
+    class Names(UnsafeCallback):
+        @on(UpdateBegin)
+        @on(UpdateEnd)
+        def note(self, event: Any, phase: Phase, learner: Any) -> None:
+            names.append((type(event).__name__, event.name))
+
+    one_step(gan(Names()))
+    assert names == [("UpdateBegin", "D"), ("UpdateEnd", "D"), ("UpdateBegin", "G"), ("UpdateEnd", "G")]
+    names.clear()
+    toy_learner(Names(), num_batches=1).epoch(TrainingPhase())
+    assert names == [("UpdateBegin", None), ("UpdateEnd", None)]
+
+
+def test_weights_change_between_update_begin_and_update_end_alone() -> None:
+    changed: list[str] = []
+
+    class Watch(UnsafeCallback):
+        last: list[Tensor] | None = None
+
+        @on(Event)
+        def look(self, event: Event, phase: Phase, learner: Any) -> None:
+            now = weights(learner)
+            if self.last is not None and not same(now, self.last):
+                changed.append(f"{type(event).__name__} {getattr(event, 'name', '')}")
+            self.last = now
+
+    one_step(gan(Watch()))
+    assert changed == ["UpdateEnd D", "UpdateEnd G"]
+
+
+def test_losses_are_stored_by_name_and_detached() -> None:
+    attached: list[bool] = []
+
+    class Look(UnsafeCallback):
+        @on(BackwardBegin)
+        @on(BackwardEnd)
+        def look(self, event: Event, phase: Phase, learner: Any) -> None:
+            attached.append(next(reversed(learner.step.losses.values())).requires_grad)
+
+    learner = gan(Look())
+    expected = models()
+    real = next(iter(images()))
+    loss_d = critic_loss(expected["D"], real, expected["G"](real))
+    one_step(learner)
+    assert list(learner.step.losses) == ["D", "G"]
+    assert torch.equal(learner.step.losses["D"], loss_d)
+    assert not any(loss.requires_grad for loss in learner.step.losses.values())
+    assert attached == [True, False, True, False]
+    assert "loss" not in learner.step
+
+
+def test_the_loss_of_a_single_unnamed_optimizer_is_stored_as_the_loss() -> None:
+    class InABlock(TrainingPhase):
+        def step(self, learner: Learner, batch: Any) -> Any:
+            with runstep(learner, self, xs=batch[0], ys=batch[1]) as (_, state), learner.optimizing() as block:
+                block.loss = learner.loss_fn(learner.model(state.xs), state.ys)
+
+    learner = toy_learner(num_batches=1)
+    learner.epoch(InABlock())
+    assert learner.step.loss.shape == ()
+    assert not learner.step.loss.requires_grad
+    assert "losses" not in learner.step
+
+
+def test_a_callback_may_replace_a_blocks_loss_before_its_gradients_are_computed() -> None:
+    def double(learner: Any) -> None:
+        name = next(reversed(learner.step.losses))
+        if name == "D":
+            learner.step.losses["D"] = 2 * learner.step.losses["D"]
+
+    learner = gan(CustomCallback(double, BackwardBegin, writes=("step.losses",), reads=()))
+    one_step(learner)
+    both = models()
+    gen, dis = both["G"], both["D"]
+    real = next(iter(images()))
+    fake = gen(real)
+    loss = 2 * critic_loss(dis, real, fake)
+    loss.backward()
+    SGD(dis.parameters()).step()
+    generator_loss(dis, fake).backward()
+    SGD(gen.parameters()).step()
+    assert_equals(learner, both)
+    assert torch.equal(learner.step.losses["D"], loss.detach())
+
+
+def test_a_callback_may_replace_the_loss_of_a_block_without_a_name() -> None:
+    class InABlock(TrainingPhase):
+        def step(self, learner: Learner, batch: Any) -> Any:
+            with runstep(learner, self, xs=batch[0], ys=batch[1]) as (_, state), learner.optimizing() as block:
+                block.loss = learner.loss_fn(learner.model(state.xs), state.ys)
+
+    def halve(learner: Any) -> None:
+        learner.step.loss = learner.step.loss / 2
+
+    plain = toy_learner(optimizer=partial(torch.optim.SGD, lr=0.0005))
+    halved = toy_learner(CustomCallback(halve, BackwardBegin, writes=("step.loss",), reads=()))
+    plain.fit(1, phases=[InABlock()])
+    halved.fit(1, phases=[InABlock()])
+    assert torch.allclose(plain.model.value, halved.model.value, rtol=1e-5)
+    assert plain.model.value.item() != 0
+
+
+def test_a_block_without_a_loss_makes_no_update() -> None:
+    class Nothing(TrainingPhase):
+        def step(self, learner: Learner, batch: Any) -> Any:
+            with runstep(learner, self, real=batch), learner.optimizing("D"):
+                pass
+
+    recorder = EventRecorder()
+    learner = gan(recorder)
+    before = weights(learner)
+    one_step(learner, Nothing())
+    assert recorder.events == ["EpochBegin", "StepBegin", "StepEnd", "EpochEnd"]
+    assert same(weights(learner), before)
+
+
+# Left by an exception
+
+
+@define
+class RaiseAt(UnsafeCallback):
+    """Raises at an event of one optimizer's block, in the step of one number."""
+
+    event: type[Event]
+    error: Callable[[], Exception]
+    block: str = "D"
+    number: int = 1
+    steps: int = field(default=-1, init=False)
+
+    @on(StepBegin)
+    def count(self, event: Event, phase: Phase, learner: Any) -> None:
+        self.steps += 1
+
+    @on(Event)
+    def raise_at(self, event: Event, phase: Phase, learner: Any) -> None:
+        if type(event) is self.event and self.steps == self.number and self.block in vars(learner.step)["losses"]:
+            raise self.error()
+
+
+class Leaves(Pair):
+    """Raises in the body of one optimizer's block, in the step of one number."""
+
+    def __init__(self, error: Callable[[], Exception], block: str = "D", number: int = 1) -> None:
+        super().__init__(self.leave)
+        self.error, self.block, self.number, self.steps = error, block, number, -1
+
+    def leave(self, learner: Learner, name: str) -> None:
+        self.steps += name == "D"
+        if name == self.block and self.steps == self.number:
+            raise self.error()
+
+
+def leaving(where: Any, error: Callable[[], Exception], block: str = "D") -> tuple[Learner, Phase]:
+    if where == BODY:
+        return gan(Recorder(), optimizer=ADAM), Leaves(error, block)
+    return gan(Recorder(), RaiseAt(where, error, block), optimizer=ADAM), Pair()
+
+
+@pytest.mark.parametrize("where", BEFORE_THE_UPDATE)
+@pytest.mark.parametrize("error", [KeyError, CancelStepException, CancelEpochException, CancelFittingException])
+def test_a_block_left_by_an_exception_changes_no_parameter(where: Any, error: type[Exception]) -> None:
+    expected = gan(optimizer=ADAM)
+    one_step(expected)
+    learner, phase = leaving(where, error)
+    outcome: type[Exception] | None = None
+    try:
+        learner.epoch(phase, [*images()][:2])
+    except (KeyError, CancelFittingException) as raised:
+        outcome = type(raised)
+    assert outcome is (error if error in (KeyError, CancelFittingException) else None)
+    assert_same_bits(learner, expected)
+    assert all(trainable(learner))
+    assert learner.updates.block is None
+    assert learner.history[type(phase)].updates == {"D": 1, "G": 1}
+
+
+@pytest.mark.parametrize("where", BEFORE_THE_UPDATE)
+@pytest.mark.parametrize("error", [KeyError, CancelStepException])
+def test_a_block_left_by_an_exception_leaves_no_gradient_for_the_next_step(where: Any, error: type[Exception]) -> None:
+    learner, phase = leaving(where, error)
+    batches = [*images()]
+    if error is KeyError:
+        with pytest.raises(KeyError):
+            learner.epoch(phase, batches[:2])
+        learner.epoch(phase, batches[2:])
+    else:
+        learner.epoch(phase, batches)
+    assert_equals(learner, train_by_hand(skipped=(1,), optimizer=ADAM))
+    assert learner.history[type(phase)].updates == {"D": 3, "G": 3}
+
+
+@pytest.mark.parametrize("where", BEFORE_THE_UPDATE)
+def test_the_second_block_left_by_a_cancel_keeps_the_update_of_the_first(where: Any) -> None:
+    learner, phase = leaving(where, CancelStepException, "G")
+    learner.epoch(phase, images())
+
+    both = models()
+    gen, dis = both["G"], both["D"]
+    step_g, step_d = ADAM(gen.parameters()), ADAM(dis.parameters())
+    for number, real in enumerate(images()):
+        fake = gen(real)
+        step_d.zero_grad()
+        critic_loss(dis, real, fake).backward()
+        step_d.step()
+        if number != 1:
+            step_g.zero_grad()
+            generator_loss(dis, fake).backward()
+            step_g.step()
+    assert_equals(learner, both)
+    assert learner.history[type(phase)].updates == {"D": 4, "G": 3}
+
+
+@pytest.mark.parametrize("error", [KeyError, CancelStepException])
+def test_an_exception_at_update_end_finds_the_update_made_and_everything_unfrozen(error: type[Exception]) -> None:
+    learner, phase = leaving(UpdateEnd, error)
+    before = weights(learner)
+    try:
+        learner.epoch(phase, [*images()][:2])
+    except KeyError:
+        assert error is KeyError
+    assert not same(weights(learner), before)
+    assert all(trainable(learner))
+    learner.epoch(phase, [*images()][2:])
+    assert all(trainable(learner))
+
+
+@pytest.mark.parametrize("where", BEFORE_THE_UPDATE)
+def test_an_error_caught_inside_the_step_leaves_no_gradient_for_the_next_block(where: Any) -> None:
+    class Retries(Pair):
+        """Tries the critic's block once more where it was left by an error, as it is in every step."""
+
+        attempt = 0
+
+        def step(self, learner: Learner, batch: Any) -> Any:
+            gen, dis = learner.model
+            with runstep(learner, self, real=batch) as (_, state):
+                state.fake = gen(state.real)
+                for self.attempt in range(2):
+                    try:
+                        with learner.optimizing("D") as block:
+                            block.loss = critic_loss(dis, state.real, state.fake) * (1 if self.attempt else 100)
+                            if where == BODY and self.attempt == 0:
+                                raise KeyError
+                    except KeyError:
+                        assert all(trainable(learner))
+                with learner.optimizing("G") as block:
+                    block.loss = generator_loss(dis, state.fake)
+
+    class FailsFirst(UnsafeCallback):
+        @on(Event, Retries)
+        def fail(self, event: Event, phase: Retries, learner: Any) -> None:
+            if type(event) is where and phase.attempt == 0:
+                raise KeyError
+
+    learner = gan(FailsFirst(), optimizer=ADAM)
+    learner.epoch(Retries(), images())
+    assert_equals(learner, train_by_hand(optimizer=ADAM))
+
+
+@pytest.mark.parametrize("event", [BackwardBegin, BackwardEnd, UpdateBegin])
+def test_a_cancel_drops_the_gradients_of_explicit_calls_too(event: type[Event]) -> None:
+    class CancelSecond(UnsafeCallback):
+        count = 0
+
+        @on(Event)
+        def cancel(self, fired: Event, phase: Phase, learner: Any) -> None:
+            if type(fired) is event:
+                self.count += 1
+                if self.count == 2:
+                    raise CancelStepException
+
+    learner = toy_learner(CancelSecond(), num_batches=4, optimizer=partial(torch.optim.Adam, lr=0.1))
+    learner.epoch(TrainingPhase())
+    assert_same_bits(learner, toy_without_step(1))
+
+
+def toy_without_step(skipped: int) -> Learner:
+    learner = toy_learner(num_batches=4, optimizer=partial(torch.optim.Adam, lr=0.1))
+    kept = [batch for number, batch in enumerate(learner.data.training) if number != skipped]
+    learner.epoch(TrainingPhase(), kept)
+    return learner
+
+
+def test_a_cancel_between_backward_and_update_drops_the_gradient() -> None:
+    class CancelsBetween(TrainingPhase):
+        count = 0
+
+        def step(self, learner: Learner, batch: Any) -> Any:
+            with runstep(learner, self, xs=batch[0], ys=batch[1]) as (_, state):
+                state.loss = learner.loss_fn(learner.model(state.xs), state.ys)
+                learner.backward(state.loss)
+                self.count += 1
+                if self.count == 2:
+                    raise CancelStepException
+                learner.update()
+
+    learner = toy_learner(num_batches=4, optimizer=partial(torch.optim.Adam, lr=0.1))
+    learner.epoch(CancelsBetween())
+    assert_same_bits(learner, toy_without_step(1))
+
+
+# Misuse: each an error that says what to do, and nothing changed
+
+
+class Misuse(TrainingPhase):
+    """A step that does one thing wrong in the middle of a GAN step."""
+
+    def __init__(self, wrong: Callable[[Learner, Any], object]) -> None:
+        self.wrong = wrong
+
+    def step(self, learner: Learner, batch: Any) -> Any:
+        with runstep(learner, self, real=batch) as (_, state):
+            state.fake = learner.model.G(state.real)
+            self.wrong(learner, state)
+
+
+def nested(learner: Learner, state: Any) -> None:
+    with learner.optimizing("D") as block:
+        block.loss = critic_loss(learner.model.D, state.real, state.fake)
+        with learner.optimizing("G") as inner:
+            inner.loss = generator_loss(learner.model.D, state.fake)
+
+
+def nested_in_itself(learner: Learner, state: Any) -> None:
+    with learner.optimizing("D"), learner.optimizing("D") as block:
+        block.loss = critic_loss(learner.model.D, state.real, state.fake)
+
+
+def unknown_name(learner: Learner, state: Any) -> None:
+    with learner.optimizing("g"):
+        pass
+
+
+def no_name(learner: Learner, state: Any) -> None:
+    with learner.optimizing():
+        pass
+
+
+def another_in_the_block(learner: Learner, state: Any) -> None:
+    with learner.optimizing("D"):
+        learner.backward(critic_loss(learner.model.D, state.real, state.fake))
+        learner.update("G")
+
+
+def reaches_nothing(learner: Learner, state: Any) -> None:
+    with learner.optimizing("D") as block:
+        block.loss = state.fake.sum()
+
+
+def reaches_nothing_explicitly(learner: Learner, state: Any) -> None:
+    with learner.optimizing("D"):
+        learner.backward(state.fake.sum())
+        learner.update()
+
+
+def detached(learner: Learner, state: Any) -> None:
+    with learner.optimizing("G") as block:
+        block.loss = generator_loss(learner.model.D, state.fake.detach())
+
+
+def not_scalar(learner: Learner, state: Any) -> None:
+    with learner.optimizing("D") as block:
+        block.loss = learner.model.D(state.real)
+
+
+def no_tensor(learner: Learner, state: Any) -> None:
+    with learner.optimizing("D") as block:
+        block.loss = 0.5
+
+
+def constant(learner: Learner, state: Any) -> None:
+    with learner.optimizing("D") as block:
+        block.loss = torch.tensor(1.0)
+
+
+def without_gradients(learner: Learner, state: Any) -> None:
+    with torch.no_grad(), learner.optimizing("D") as block:
+        block.loss = critic_loss(learner.model.D, state.real, state.fake)
+
+
+def unknown_update(learner: Learner, state: Any) -> None:
+    learner.backward(generator_loss(learner.model.D, state.fake))
+    learner.update("critic")
+
+
+def all_frozen(learner: Learner, state: Any) -> None:
+    learner.model.D.requires_grad_(False)
+    with learner.optimizing("D") as block:
+        block.loss = generator_loss(learner.model.D, state.fake)
+
+
+MISUSES: list[tuple[Callable[[Learner, Any], object], type[Exception], list[str]]] = [
+    (nested, OptimizerError, ["the block of optimizer 'G' was opened inside that of optimizer 'D'", "close one"]),
+    (nested_in_itself, OptimizerError, ["the block of optimizer 'D' was opened inside that of optimizer 'D'"]),
+    (unknown_name, OptimizerError, ["there is no optimizer 'g'", "['G', 'D']"]),
+    (no_name, OptimizerError, ["which of the optimizers ['G', 'D']", "learner.optimizing('G')"]),
+    (
+        another_in_the_block,
+        OptimizerError,
+        ["learner.update('G') was called inside the block of optimizer 'D'", "learner.optimizing('G')"],
+    ),
+    (reaches_nothing, LossError, ["the loss of optimizer 'D' reaches none of its own parameters", "D.0.weight"]),
+    (reaches_nothing_explicitly, LossError, ["the loss of optimizer 'D' reaches none of its own parameters"]),
+    (detached, LossError, ["no gradient can be computed from the loss", "detached"]),
+    (not_scalar, LossError, ["the loss has shape (3, 1)", "expected a scalar", ".mean()"]),
+    (no_tensor, LossError, ["the loss is 0.5", "expected a tensor"]),
+    (constant, LossError, ["no gradient can be computed from the loss", "constants"]),
+    (without_gradients, LossError, ["no gradient can be computed from the loss", "no_grad"]),
+    (unknown_update, OptimizerError, ["there is no optimizer 'critic'", "['G', 'D']"]),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "words"), MISUSES, ids=[wrong.__name__ for wrong, *_ in MISUSES])
+def test_misuse_says_what_is_wrong_and_changes_nothing(
+    wrong: Callable[[Learner, Any], object], error: type[Exception], words: list[str]
+) -> None:
+    learner = gan()
+    one_step(learner)
+    before = bits(learner)
+    with pytest.raises(error) as raised:
+        learner.epoch(Misuse(wrong), [[*images()][1]])
+    assert [word for word in words if word not in str(raised.value)] == []
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bits(learner).items())
+    assert all(trainable(learner))
+    assert learner.updates.block is None
+
+    untouched = gan()
+    one_step(untouched)
+    for again in (learner, untouched):
+        again.epoch(Pair(), [*images()][2:])
+    assert_same_bits(learner, untouched)
+
+
+def test_a_block_whose_parameters_are_all_frozen_says_so() -> None:
+    learner = gan()
+    before = weights(learner)
+    with pytest.raises(LossError, match=r"optimizer 'D'"):
+        one_step(learner, Misuse(all_frozen))
+    assert same(weights(learner), before)
+
+
+def test_a_name_that_no_optimizer_has_is_reported_for_a_learner_with_a_single_unnamed_one() -> None:
+    with pytest.raises(OptimizerError, match=r"no optimizer 'D'.*a single one without a name: learner.optimizing\(\)"):
+        toy_learner().optimizing("D")
+
+
+class Validate(AbstractValidationPhase):
+    def __init__(self, wrong: Callable[[Learner, Any], object]) -> None:
+        self.wrong = wrong
+
+    def step(self, learner: Learner, batch: Any) -> Any:
+        with runstep(learner, self, real=batch) as (_, state):
+            state.fake = learner.model.G(state.real)
+            self.wrong(learner, state)
+
+
+def block_in_validation(learner: Learner, state: Any) -> None:
+    with learner.optimizing("D") as block:
+        block.loss = critic_loss(learner.model.D, state.real, state.fake)
+
+
+def backward_in_validation(learner: Learner, state: Any) -> None:
+    learner.backward(critic_loss(learner.model.D, state.real, state.fake))
+
+
+@pytest.mark.parametrize("wrong", [block_in_validation, backward_in_validation])
+def test_a_loss_in_a_validation_phase_has_no_gradient_and_says_why(wrong: Callable[[Learner, Any], object]) -> None:
+    learner = gan()
+    one_step(learner)
+    before = bits(learner)
+    with pytest.raises(LossError, match=r"gradients are off here: is this a validation phase"):
+        learner.epoch(Validate(wrong), images())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bits(learner).items())
+    assert all(trainable(learner))
+
+
+def test_an_update_in_a_validation_phase_is_refused_and_changes_nothing() -> None:
+    learner = gan(optimizer=ADAM)
+    one_step(learner)
+    before = bits(learner)
+    with pytest.raises(PhaseError, match="validation"):
+        learner.epoch(Validate(lambda learner, state: learner.update()), images())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bits(learner).items())
+
+
+# Explicit calls
+
+
+class Explicit(TrainingPhase):
+    def step(self, learner: Learner, batch: Any) -> Any:
+        gen, dis = learner.model
+        with runstep(learner, self, real=batch) as (handle, state):
+            state.fake = gen(state.real)
+            for name, loss in (("D", critic_loss), ("G", lambda dis, real, fake: generator_loss(dis, fake))):
+                with learner.optimizing(name):
+                    state.loss = loss(dis, state.real, state.fake)
+                    handle(BackwardBegin())
+                    learner.backward(state.loss)
+                    handle(BackwardEnd())
+                    learner.update()
+
+
+def test_explicit_calls_inside_a_block_act_for_its_optimizer_alone() -> None:
+    recorder = EventRecorder()
+    learner = gan(recorder, Recorder(), optimizer=ADAM)
+    learner.epoch(Explicit(), images())
+    assert_equals(learner, train_by_hand(optimizer=ADAM))
+    assert recorder.events.count("BackwardBegin") == recorder.events.count("UpdateEnd") == 8
+    assert learner.history[Explicit].updates == {"D": 4, "G": 4}
+
+
+def test_an_update_may_name_the_optimizer_of_its_block() -> None:
+    def update_by_name(learner: Learner, state: Any) -> None:
+        with learner.optimizing("D"):
+            learner.backward(critic_loss(learner.model.D, state.real, state.fake))
+            learner.update("D")
+
+    learner = gan(Recorder())
+    one_step(learner, Misuse(update_by_name))
+    assert learner.history[Misuse].updates == {"D": 1}
+
+
+def test_an_update_without_a_name_steps_every_optimizer_in_order() -> None:
+    def update_all(learner: Learner, state: Any) -> None:
+        learner.backward(generator_loss(learner.model.D, state.fake))
+        learner.update()
+
+    recorder = EventRecorder()
+    learner = gan(recorder, Recorder())
+    before = weights(learner)
+    one_step(learner, Misuse(update_all))
+    assert not any(torch.equal(a, b) for a, b in zip(weights(learner), before, strict=True))
+    assert learner.history[Misuse].updates == {"G": 1, "D": 1}
+    assert recorder.events.count("UpdateBegin") == 2
+
+
+def test_an_update_by_name_steps_that_optimizer_alone() -> None:
+    def update_one(learner: Learner, state: Any) -> None:
+        learner.backward(generator_loss(learner.model.D, state.fake))
+        learner.update("G")
+
+    learner = gan()
+    before = weights(learner)
+    one_step(learner, Misuse(update_one))
+    assert not same(weights(learner)[:2], before[:2])
+    assert same(weights(learner)[2:], before[2:])
+
+
+def test_gradients_are_readable_when_the_step_ends_and_released_at_the_next() -> None:
+    seen: list[tuple[str, list[bool]]] = []
+
+    def look(name: str) -> Callable[[Any], None]:
+        def note(learner: Any) -> None:
+            grads = [p.grad is not None for params in learner.params for p in params]
+            seen.append((name, grads))
+
+        return note
+
+    learner = gan(
+        *(CustomCallback(look(event.__name__), event, reads=("params",), name=event.__name__) for event in EVENTS)
+    )
+    learner.epoch(Pair(), [*images()][:2])
+    nothing, critic, both = [False] * 6, [False] * 2 + [True] * 4, [True] * 6
+    one = [("BackwardBegin", nothing), ("UpdateEnd", critic), ("BackwardBegin", critic), ("UpdateEnd", both)]
+    step = [("StepBegin", nothing), *one, ("StepEnd", both)]
+    assert seen == step + step
+
+
+EVENTS = [StepBegin, BackwardBegin, UpdateEnd, StepEnd]
+
+
+def test_the_gradients_of_a_step_are_its_own() -> None:
+    grads: list[Tensor] = []
+    learner = toy_learner(
+        CustomCallback(lambda learner: grads.append(learner.step.grads["value"].clone()), StepEnd, TrainingPhase),
+        num_batches=3,
+    )
+    learner.epoch(TrainingPhase())
+    expected = []
+    for xs, ys in toy_learner(num_batches=3).data.training:
+        value = torch.zeros(1, requires_grad=True)
+        nn.functional.l1_loss(xs * value, ys).backward()
+        expected.append(value.grad)
+    assert same(grads, expected)
+
+
+def test_gradients_of_two_backward_calls_before_one_update_are_added_up() -> None:
+    class Twice(TrainingPhase):
+        def step(self, learner: Learner, batch: Any) -> Any:
+            with runstep(learner, self, xs=batch[0], ys=batch[1]) as (_, state):
+                half = len(state.xs) // 2
+                for rows in (slice(None, half), slice(half, None)):
+                    learner.backward(learner.loss_fn(learner.model(state.xs[rows]), state.ys[rows]) / 2)
+                learner.update()
+
+    twice, once = toy_learner(), toy_learner()
+    twice.fit(1, phases=[Twice()])
+    once.fit(1, phases=[TrainingPhase()])
+    assert torch.allclose(twice.model.value, once.model.value, rtol=1e-6)
+    assert once.model.value.item() != 0
+
+
+def test_gradients_are_added_up_over_steps_until_an_update_is_made() -> None:
+    class EverySecond(TrainingPhase):
+        count = 0
+
+        def step(self, learner: Learner, batch: Any) -> Any:
+            with runstep(learner, self, xs=batch[0], ys=batch[1]) as (_, state):
+                learner.backward(learner.loss_fn(learner.model(state.xs), state.ys))
+                self.count += 1
+                if self.count % 2 == 0:
+                    learner.update()
+
+    learner = toy_learner(num_batches=6)
+    learner.epoch(EverySecond())
+    by_hand = toy_learner(num_batches=6)
+    model, optimizer = by_hand.model, by_hand.optimizer
+    for number, (xs, ys) in enumerate(by_hand.data.training):
+        nn.functional.l1_loss(model(xs), ys).backward()
+        if number % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch.equal(learner.model.value, model.value)
+
+
+def test_gradients_from_before_the_learner_are_not_used() -> None:
+    both = models()
+    for model in both.values():
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 100.0)
+    learner = Learner(both, data=(images(),), optimizer=ADAM, default_callbacks=False, seed=0)
+    learner.epoch(Pair())
+    assert_equals(learner, train_by_hand(optimizer=ADAM))
+
+
+def test_gradients_computed_by_hand_between_two_epochs_are_not_used() -> None:
+    learner = gan(optimizer=ADAM)
+    learner.epoch(Pair())
+    for model in learner.modules():
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 100.0)
+    learner.epoch(Pair())
+    assert_equals(learner, train_by_hand(epochs=2, optimizer=ADAM))
+
+
+def test_a_block_works_outside_of_a_step_too() -> None:
+    learner = gan(optimizer=ADAM)
+    gen, dis = learner.model
+    for real in images():
+        fake = gen(real)
+        with learner.optimizing("D") as block:
+            block.loss = critic_loss(dis, real, fake)
+        with learner.optimizing("G") as block:
+            block.loss = generator_loss(dis, fake)
+    assert_equals(learner, train_by_hand(optimizer=ADAM))
+
+
+# By hand: exactly what PyTorch does
+
+
+class ByHand(TrainingPhase):
+    """Zeroes nothing, as the loop it is compared with."""
+
+    def step(self, learner: Learner, batch: Any) -> Any:
+        gen, dis = learner.model
+        with runstep(learner, self, real=batch) as (_, state):
+            fake = gen(state.real)
+            (critic_loss(dis, state.real, fake) + generator_loss(dis, fake)).backward()
+            learner.optimizer.D.step()
+            learner.optimizer.G.step()
+
+
+def test_hand_called_backward_and_step_do_exactly_what_pytorch_does() -> None:
+    learner = gan(EventRecorder(), Recorder(), optimizer=ADAM)
+    learner.fit(2, phases=[ByHand()])
+
+    both = models()
+    gen, dis = both["G"], both["D"]
+    step_g, step_d = ADAM(gen.parameters()), ADAM(dis.parameters())
+    for _ in range(2):
+        for real in images():
+            fake = gen(real)
+            (critic_loss(dis, real, fake) + generator_loss(dis, fake)).backward()
+            step_d.step()
+            step_g.step()
+    assert_equals(learner, both)
+    for name, model in both.items():
+        for found, wanted in zip(learner.models[name].parameters(), model.parameters(), strict=True):
+            assert torch.equal(found.grad, wanted.grad)
+    assert learner.history[ByHand].updates == {}
+
+
+# The wiring that trains a critic on the generator's gradients
+
+
+class AllTogether(TrainingPhase):
+    """Both losses, then both backwards, then both updates, with explicit calls."""
+
+    def step(self, learner: Learner, batch: Any) -> Any:
+        gen, dis = learner.model
+        with runstep(learner, self, real=batch) as (_, state):
+            fake = gen(state.real)
+            loss_d, loss_g = critic_loss(dis, state.real, fake), generator_loss(dis, fake)
+            learner.backward(loss_d)
+            learner.backward(loss_g)
+            learner.update("D")
+            learner.update("G")
+
+
+def test_both_losses_then_both_backwards_then_both_updates_is_refused() -> None:
+    learner = gan()
+    before = weights(learner)
+    with pytest.raises(LossError, match="called twice in one step") as raised:
+        one_step(learner, AllTogether())
+    message = str(raised.value)
+    assert "['G', 'D']" in message
+    assert "both losses would reach all of them" in message
+    assert "with learner.optimizing('G') as block:" in message
+    assert same(weights(learner), before)
+    learner.epoch(Pair(), images())
+    assert_equals(learner, train_by_hand())
+
+
+def test_an_update_between_the_two_backwards_does_not_let_the_generators_gradient_through() -> None:
+    class OneAfterTheOther(TrainingPhase):
+        def step(self, learner: Learner, batch: Any) -> Any:
+            gen, dis = learner.model
+            with runstep(learner, self, real=batch) as (_, state):
+                fake = gen(state.real)
+                learner.backward(critic_loss(dis, state.real, fake))
+                learner.update("D")
+                learner.backward(generator_loss(dis, fake))
+                learner.update("G")
+
+    learner = gan()
+    with pytest.raises(LossError, match="called twice in one step"):
+        learner.epoch(OneAfterTheOther(), images())
+
+
+class Planned(TrainingPhase):
+    """Explicit calls as planned for each step: "d" and "g" for the backward of a loss, "D" and "G" for an update.
+
+    `used` collects the gradients of the critic's first weight with which it was stepped, and those of its own loss.
+    """
+
+    def __init__(self, plan: list[str]) -> None:
+        self.plan = iter(plan)
+        self.own: Tensor | None = None
+        self.used: list[tuple[Tensor, Tensor]] = []
+
+    def step(self, learner: Learner, batch: Any) -> Any:
+        gen, dis = learner.model
+        weight = dis[0].weight
+        with runstep(learner, self, real=batch) as (_, state):
+            fake = gen(state.real)
+            for action in next(self.plan):
+                if action == "d":
+                    loss = critic_loss(dis, state.real, fake)
+                    (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True)
+                    self.own = gradient if self.own is None else self.own + gradient
+                    learner.backward(loss)
+                elif action == "g":
+                    learner.backward(generator_loss(dis, fake))
+                else:
+                    if action == "D":
+                        self.used.append((weight.grad.clone(), self.own))
+                        self.own = None
+                    learner.update(action)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(["dgDG"] * 4, id="both backwards, then both updates"),
+        pytest.param(["dDgG"] * 4, id="one after the other"),
+        pytest.param(["dD", "dD", "dDgG", "dD"], id="the generator on every third batch"),
+        pytest.param(["dD", "gG", "dD", "gG"], id="in turns"),
+        pytest.param(["d", "dgDG", "dD", "dD"], id="a gradient kept over the first step"),
+    ],
+)
+def test_explicit_calls_never_step_a_critic_on_the_gradient_of_the_generators_loss(plan: list[str]) -> None:
+    learner, phase = gan(), Planned(plan)
+    refused = ""
+    try:
+        learner.epoch(phase, images())
+    except (LossError, OptimizerError) as error:
+        refused = str(error)
+    assert refused == "" or "learner.optimizing(" in refused
+    for used, own in phase.used:
+        assert torch.equal(used, own), "the critic was stepped on more than the gradient of its own loss"
+
+
+def test_with_blocks_a_critic_steps_on_the_gradient_of_its_own_loss_alone() -> None:
+    class LossesFirst(TrainingPhase):
+        """Both losses before the blocks: the critic's parameters are in the generator's graph."""
+
+        def step(self, learner: Learner, batch: Any) -> Any:
+            gen, dis = learner.model
+            with runstep(learner, self, real=batch) as (_, state):
+                fake = gen(state.real)
+                losses = {"D": critic_loss(dis, state.real, fake), "G": generator_loss(dis, fake)}
+                with learner.optimizing("G") as block:
+                    block.loss = losses["G"]
+                with learner.optimizing("D") as block:
+                    block.loss = losses["D"]
+
+    used: list[list[Tensor]] = []
+    both = models()
+    real = next(iter(images()))
+    own = torch.autograd.grad(critic_loss(both["D"], real, both["G"](real)), list(both["D"].parameters()))
+
+    def note(learner: Any) -> None:
+        used.append([p.grad.clone() for p in learner.params.D if p.grad is not None])
+
+    learner = gan(CustomCallback(note, UpdateBegin, reads=("params.D",)))
+    before = weights(learner)
+    one_step(learner, LossesFirst())
+    assert not used[0], "the generator's block computes nothing for the critic"
+    assert same(used[1], list(own))
+    expected = [weight.add(gradient, alpha=-0.1) for weight, gradient in zip(before[2:], own, strict=True)]
+    assert same(weights(learner)[2:], expected)
+
+
+# Frozen and unfrozen while training
+
+
+def two_layers() -> nn.Sequential:
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+class InABlock(TrainingPhase):
+    def step(self, learner: Learner, batch: Any) -> Any:
+        with runstep(learner, self, xs=batch) as (_, state), learner.optimizing() as block:
+            block.loss = (learner.model(state.xs) - state.xs).square().mean()
+
+
+class WithCalls(TrainingPhase):
+    def step(self, learner: Learner, batch: Any) -> Any:
+        with runstep(learner, self, xs=batch) as (handle, state):
+            state.preds = learner.model(state.xs)
+            handle(LossBegin())
+            state.loss = (state.preds - state.xs).square().mean()
+            learner.backward(state.loss)
+            learner.update()
+
+
+@pytest.mark.parametrize("phase", [InABlock, WithCalls])
+@pytest.mark.parametrize("plan", [(True, False, True), (False, True, True), (False, True, False)])
+def test_a_layer_frozen_or_unfrozen_while_training_trains_as_in_a_hand_written_loop(
+    phase: type[Phase], plan: tuple[bool, ...]
+) -> None:
+    factory = partial(torch.optim.Adam, lr=0.05, weight_decay=0.1)
+    by_hand = two_layers()
+    optimizer = factory(by_hand.parameters())
+    trained = two_layers()
+    learner = Learner(
+        trained, data=(images(),), optimizer=factory(trained.parameters()), default_callbacks=False, seed=0
+    )
+    for trains in plan:
+        by_hand[0].requires_grad_(trains)
+        for xs in images():
+            optimizer.zero_grad()
+            (by_hand(xs) - xs).square().mean().backward()
+            optimizer.step()
+        trained[0].requires_grad_(trains)
+        learner.epoch(phase())
+        assert same(list(trained.parameters()), list(by_hand.parameters()))
+
+
+@pytest.mark.parametrize("phase", [InABlock, WithCalls])
+def test_a_layer_unfrozen_and_added_to_the_optimizer_while_training_trains_as_in_a_hand_written_loop(
+    phase: type[Phase],
+) -> None:
+    by_hand = two_layers()
+    optimizer = SGD(by_hand[2].parameters())
+    trained = two_layers()
+    trained[0].requires_grad_(False)
+    learner = Learner(trained, data=(images(),), optimizer=SGD, default_callbacks=False, seed=0)
+    for unfrozen in (False, True):
+        by_hand[0].requires_grad_(unfrozen)
+        trained[0].requires_grad_(unfrozen)
+        if unfrozen:
+            optimizer.add_param_group({"params": by_hand[0].parameters(), "lr": 0.01})
+            learner.optimizer.add_param_group({"params": trained[0].parameters(), "lr": 0.01})
+        for xs in images():
+            optimizer.zero_grad()
+            (by_hand(xs) - xs).square().mean().backward()
+            optimizer.step()
+        learner.epoch(phase())
+        assert same(list(trained.parameters()), list(by_hand.parameters()))
+
+
+def test_a_layer_frozen_by_a_callback_at_the_end_of_a_step_no_longer_moves() -> None:
+    seen: list[Tensor] = []
+
+    class Freeze(UnsafeCallback):
+        @on(StepEnd)
+        def freeze(self, event: Event, phase: Phase, learner: Any) -> None:
+            learner.model[0].requires_grad_(False)
+            seen.append(learner.model[0].weight.detach().clone())
+
+    learner = Learner(
+        two_layers(), data=(images(),), optimizer=ADAM, callbacks=[Freeze()], default_callbacks=False, seed=0
+    )
+    learner.epoch(InABlock())
+    assert not torch.equal(seen[0], two_layers()[0].weight)
+    assert same(seen, [seen[0]] * 4)
+
+
+# The optimizer's step is seen by whoever listens to PyTorch
+
+
+def plain_bits(optimizer: Any = ADAM) -> Learner:
+    learner = gan(optimizer=optimizer)
+    learner.epoch(Pair())
+    return learner
+
+
+@pytest.mark.parametrize("register", ["register_step_pre_hook", "register_step_post_hook"])
+def test_a_hook_on_an_optimizer_sees_each_of_its_steps_and_changes_no_bit(register: str) -> None:
+    calls: list[Any] = []
+    learner = gan(optimizer=ADAM)
+    getattr(learner.optimizer.D, register)(lambda optimizer, args, kwargs: calls.append(optimizer))
+    learner.epoch(Pair())
+    assert calls == [learner.optimizer.D] * 4
+    assert_same_bits(learner, plain_bits())
+
+
+@pytest.mark.parametrize("register", [register_optimizer_step_pre_hook, register_optimizer_step_post_hook])
+def test_a_hook_on_every_optimizer_sees_each_step_and_changes_no_bit(register: Any) -> None:
+    calls: list[Any] = []
+    learner = gan(optimizer=ADAM)
+    handle = register(lambda optimizer, args, kwargs: calls.append(optimizer))
+    try:
+        learner.epoch(Pair())
+    finally:
+        handle.remove()
+    assert calls == [learner.optimizer.D, learner.optimizer.G] * 4
+    assert_same_bits(learner, plain_bits())
+
+
+def test_a_hook_that_is_removed_is_called_no_more() -> None:
+    calls: list[Any] = []
+    learner = gan()
+    handle = learner.optimizer.D.register_step_pre_hook(lambda optimizer, args, kwargs: calls.append(optimizer))
+    one_step(learner)
+    handle.remove()
+    one_step(learner)
+    assert len(calls) == 1
+
+
+def test_a_scheduler_of_torch_counts_the_steps_and_sets_the_rate() -> None:
+    learner = gan()
+    schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5) for optimizer in learner.optimizer]
+    both = models()
+    gen, dis = both["G"], both["D"]
+    step_g, step_d = SGD(gen.parameters()), SGD(dis.parameters())
+    by_hand = [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5) for optimizer in (step_g, step_d)]
+    for _ in range(3):
+        learner.epoch(Pair())
+        for scheduler in schedulers:
+            scheduler.step()  # warns, which is an error here, where the optimizer was not seen to step
+        for real in images():
+            fake = gen(real)
+            step_d.zero_grad()
+            critic_loss(dis, real, fake).backward()
+            step_d.step()
+            step_g.zero_grad()
+            generator_loss(dis, fake).backward()
+            step_g.step()
+        for scheduler in by_hand:
+            scheduler.step()
+    assert [group["lr"] for optimizer in learner.optimizer for group in optimizer.param_groups] == [0.0125, 0.0125]
+    assert_equals(learner, both)
+
+
+def test_a_step_replaced_on_an_optimizer_is_the_one_that_is_called() -> None:
+    learner = gan(optimizer=ADAM)
+    original, calls = learner.optimizer.G.step, []
+
+    def step() -> None:
+        calls.append(1)
+        original()
+
+    learner.optimizer.G.step = step
+    learner.epoch(Pair())
+    assert calls == [1] * 4
+    assert_same_bits(learner, plain_bits())
+
+
+def test_a_profiler_sees_the_steps_of_the_optimizers() -> None:
+    learner = gan(optimizer=ADAM)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        learner.epoch(Pair())
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    assert counts["Optimizer.step#Adam.step"] == 8
+    assert_same_bits(learner, plain_bits())
+
+
+class Sign(torch.optim.Optimizer):
+    """An optimizer of one's own, whose step returns to nobody."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter -= group["lr"] * parameter.grad.sign()
+
+
+class LoudSign(Sign):
+    calls = 0
+
+    def step(self, closure: Any = None) -> None:
+        type(self).calls += 1
+        super().step()
+
+
+@pytest.mark.parametrize("optimizer", [Sign, LoudSign])
+def test_an_optimizer_of_ones_own_steps_as_in_a_hand_written_loop(optimizer: Any) -> None:
+    LoudSign.calls = 0
+    assert_equals(plain_bits(optimizer), train_by_hand(optimizer=optimizer))
+    assert LoudSign.calls == (16 if optimizer is LoudSign else 0)
