@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from importlib import import_module as _import_module
+from typing import Any as _Any
 
-from fluxloop import errors, events, testing
+from fluxloop import errors, events
 from fluxloop.accelerator import Accelerator
 from fluxloop.callback import Callback, NoConflict, RunFirst, Unresolvable, UnsafeCallback, on, resolve_conflict
 from fluxloop.callbacks import (
@@ -174,5 +175,8 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> NoReturn:
+def __getattr__(name: str) -> _Any:
+    """Load `fluxloop.testing` when it is asked for; say what else is not there."""
+    if name == "testing":
+        return _import_module("fluxloop.testing")
     raise AttributeError(f"fluxloop has no {name!r}{errors.did_you_mean(name, __all__)}")

@@ -37,7 +37,6 @@ class Event:
     """Whether it is fired between the epoch's begin and end, where a handler's draws are put back."""
 
 
-@frozen
 class FitBegin(Event):
     """A fit starts. Fired once by ``fit``, with `FittingPhase`."""
 
@@ -63,7 +62,6 @@ class FitEnd(Event):
     error: BaseException | None = None
 
 
-@frozen
 class CycleBegin(Event):
     """One pass through the phases of a fit (train, then validate) starts."""
 
@@ -71,7 +69,6 @@ class CycleBegin(Event):
     inside_epoch: ClassVar[bool] = False
 
 
-@frozen
 class CycleEnd(Event):
     """One pass through the phases of a fit is complete."""
 
@@ -80,7 +77,6 @@ class CycleEnd(Event):
     inside_epoch: ClassVar[bool] = False
 
 
-@frozen
 class EpochBegin(Event):
     """One epoch of one phase starts. Fired by ``runepoch``."""
 
@@ -88,7 +84,6 @@ class EpochBegin(Event):
     inside_epoch: ClassVar[bool] = False
 
 
-@frozen
 class EpochEnd(Event):
     """One epoch of one phase ends, also when it was cancelled. Fired by ``runepoch``."""
 
@@ -97,14 +92,12 @@ class EpochEnd(Event):
     inside_epoch: ClassVar[bool] = False
 
 
-@frozen
 class StepBegin(Event):
     """One step starts; the batch is on the device. Fired by ``runstep``."""
 
     inside_step: ClassVar[bool] = False
 
 
-@frozen
 class StepEnd(Event):
     """One step is complete. Fired by ``runstep``, unless the step was cancelled or failed."""
 
@@ -112,17 +105,14 @@ class StepEnd(Event):
     inside_step: ClassVar[bool] = False
 
 
-@frozen
 class LossBegin(Event):
     """The forward pass is done, the loss is not yet computed. Fired by the phase."""
 
 
-@frozen
 class BackwardBegin(Event):
     """The loss is computed, its gradients are not. Fired by the phase or its update block."""
 
 
-@frozen
 class BackwardEnd(Event):
     """The gradients are computed. Fired by the phase or its update block."""
 

@@ -10,6 +10,8 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from fluxloop.access import Access, Path
 from fluxloop.state import Container, State
 
@@ -61,7 +63,8 @@ class ReadOnly:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return guarded(getattr(self._value, name), self._below(name), self._access)
+        value = getattr(self._value, name)
+        return value if type(value) is Tensor else guarded(value, self._below(name), self._access)
 
     def __getitem__(self, key: Any) -> Any:
         return guarded(self._value[key], self._below(key), self._access)

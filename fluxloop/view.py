@@ -100,10 +100,13 @@ def _generate(access: Access, path: Path, fetch: Callable[[Any], Any]) -> type[V
             raise access.refuse(path, "read")
         return iter(fetch(self._learner))
 
+    readable: dict[object, bool] = {}
+
     def contains(self: View, name: object) -> bool:
-        whole = (*path, str(name))
-        if not access.allows(whole, "read"):
-            raise access.refuse(whole, "read")
+        if name not in readable:
+            readable[name] = access.allows((*path, str(name)), "read")
+        if not readable[name]:
+            raise access.refuse((*path, str(name)), "read")
         value = fetch(self._learner)
         return hasattr(value, str(name)) if path == () else name in value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -64,13 +65,20 @@ class StopOnNaNLoss(Callback):
                 self._look(learner, step.loss, "the loss")
 
     def _look(self, learner: Any, loss: Any, name: str) -> None:
-        def check(number: float) -> None:
-            if not isfinite(number):
-                raise CancelFittingException(f"{name} became {number}")
-
         if not isinstance(loss, Tensor):
-            check(float(loss))
-        elif self.wait:
-            check(loss.item())
+            stop_unless_finite(name, float(loss))
         elif loss.numel() == 1:
-            learner.host(loss, check)
+            if loss.is_cpu or self.wait:
+                stop_unless_finite(name, loss.item())
+            else:
+                learner.host(loss, partial(stop_unless_finite, name))
+
+
+def stop_unless_finite(name: str, number: float) -> None:
+    """End the fit for a number that is NaN or infinite.
+
+    Raises:
+        CancelFittingException: Says what became what.
+    """
+    if not isfinite(number):
+        raise CancelFittingException(f"{name} became {number}")

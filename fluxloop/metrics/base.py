@@ -150,7 +150,8 @@ class MeanTracker(Tracker):
                 f"the metric {self.metric.name!r} gave {describe(value)}; expected a scalar: take its mean, "
                 "or use an object with update, compute and reset"
             )
-        self._last = value.detach().reshape(())
+        value = value.detach() if value.requires_grad else value
+        self._last = value if value.ndim == 0 else value.reshape(())
         self._mean.add(self._last, size)
 
     def compute(self) -> dict[str, Any]:
@@ -178,7 +179,7 @@ class ObjectTracker(Tracker):
 
     def update(self, step: Any, size: int) -> None:
         """Update the object with this step's entries."""
-        inputs = inputs_of(self.metric, step)
+        inputs = [value.detach() if isinstance(value, Tensor) else value for value in inputs_of(self.metric, step)]
         if not self._updated and hasattr(self._object, "to") and isinstance(inputs[0], Tensor):
             self._object = self._object.to(inputs[0].device)
         self._object.update(*inputs)
@@ -195,13 +196,13 @@ class ObjectTracker(Tracker):
 
 
 def inputs_of(metric: Metric, step: Any) -> list[Any]:
-    """Read a metric's inputs from the step, without their graph.
+    """Read a metric's inputs from the step.
 
     Raises:
         MissingEntryError: The phase does not store one of them.
     """
     try:
-        values = [getattr(step, name) for name in metric.inputs]
+        return [getattr(step, name) for name in metric.inputs]
     except AttributeError as error:
         annotate(
             error,
@@ -209,7 +210,6 @@ def inputs_of(metric: Metric, step: Any) -> list[Any]:
             "Metric(..., phase=...) or name entries that the phase stores with Metric(..., inputs=(...))",
         )
         raise
-    return [value.detach() if isinstance(value, Tensor) else value for value in values]
 
 
 class Loss:
