@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fluxloop.data import Feed, load, name_data
+from fluxloop.data import load, name_data
 from fluxloop.errors import (
     CancelEpochException,
     CancelFittingException,
@@ -21,6 +21,7 @@ from fluxloop.errors import (
     did_you_mean,
 )
 from fluxloop.events import CycleBegin, CycleEnd, FitBegin, FitEnd
+from fluxloop.feed import Feed
 from fluxloop.history import History
 from fluxloop.loop import Scope
 from fluxloop.phase import FittingPhase, Phase

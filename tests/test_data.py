@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from fluxloop import DataError, TensorBatches, ValidationPhase, as_dataloader, split, stream_seed
-from fluxloop.data import Feed
+from fluxloop.feed import Feed
 from fluxloop.nested import tensors
 from fluxloop.randomness import Streams
 from fluxloop.testing import EventRecorder, toy_learner

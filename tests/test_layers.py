@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "updates",
     ),
     (
+        "feed",
         "phase",
         "view",
     ),
@@ -75,8 +76,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("inference",),
     ("check",),
     ("learner",),
-    ("testing",),
-    ("",),
+    (
+        "",
+        "testing",
+    ),
 )
 """The modules in reading order: each may import those of lower layers alone. "" is the package itself."""
 

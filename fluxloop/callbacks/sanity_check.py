@@ -11,9 +11,9 @@ from attrs import field, frozen
 from torch import Tensor, nn
 
 from fluxloop.callback import Callback, on
-from fluxloop.data import untouched
 from fluxloop.errors import SanityCheckError, describe
 from fluxloop.events import EpochBegin
+from fluxloop.feed import untouched
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.randomness import preserved
 

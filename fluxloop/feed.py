@@ -1,0 +1,121 @@
+"""The data of one epoch, batch by batch, with its random numbers where they belong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from fluxloop.data import TensorBatches
+from fluxloop.errors import DataError, describe
+from fluxloop.randomness import Streams, start_torch
+
+
+@contextmanager
+def untouched(source: Any) -> Iterator[None]:
+    """Put a loader's own generator, its waiting workers and its place among epochs back on leaving."""
+    generator, workers = getattr(source, "generator", None), getattr(source, "_iterator", None)
+    state = generator.get_state() if isinstance(generator, torch.Generator) else None
+    epoch = source.epoch if isinstance(source, TensorBatches) else 0
+    if workers is not None:  # persistent workers go on drawing from where they are
+        source._iterator = None
+    try:
+        yield
+    finally:
+        if isinstance(generator, torch.Generator) and state is not None:
+            generator.set_state(state)
+        if workers is not None:
+            source._iterator = workers
+        elif getattr(source, "_iterator", None) is not None:
+            source._iterator = None
+        if isinstance(source, TensorBatches):
+            source.epoch = epoch
+
+
+class Feed:
+    """The data of one epoch, with its random numbers where they belong; what `Phase.epoch` iterates.
+
+    The order of the data, and whatever a dataset draws while a batch is fetched, come from
+    streams of the data's own, so that nothing that happens between two steps changes them.
+
+    Args:
+        source: Any iterable of batches.
+        owner: The phase's data key, which names the streams.
+        streams: The learner's streams.
+        before_batch: Called before each batch is fetched.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Any],
+        owner: str,
+        streams: Streams,
+        before_batch: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.source = source
+        self._owner = owner
+        self._streams = streams
+        self._before_batch = before_batch
+
+    @property
+    def num_batches(self) -> int | None:
+        """Number of batches, None where the source does not know it."""
+        if not isinstance(self.source, Sized):
+            return None
+        try:
+            return len(self.source)
+        except TypeError:  # a DataLoader over an IterableDataset has a __len__ that raises
+            return None
+
+    def check(self) -> None:
+        """Raise `DataError` for a source known to be empty."""
+        if self.num_batches == 0:
+            raise self._empty()
+
+    def _empty(self) -> DataError:
+        return DataError(
+            f"the {self._owner} data ({describe(self.source)}) gave no batch; expected at least one: fewer "
+            "rows than batch_size with drop_last=True, or an iterator that was used up before?"
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self._streams.prefix:
+            return self._batches()
+        return self._aside()
+
+    def _aside(self) -> Iterator[Any]:
+        """Iterate for an evaluation, a prediction or a check: the source is left as it was."""
+        with untouched(self.source):
+            yield from self._batches()
+
+    def _batches(self) -> Iterator[Any]:
+        order = self._streams[f"{self._owner}/data"]
+        set_epoch = getattr(self.source, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(order.index)
+        start_torch(order.next())
+        batches = iter(self.source)
+        fetch = None
+        if getattr(self.source, "draws_at_fetch", not isinstance(self.source, (list, tuple))):
+            fetch = self._streams[f"{self._owner}/fetch"]
+        count = 0
+        while True:
+            self._before_batch()
+            if fetch is not None and count:  # not the first: loaders draw the order when they are first asked
+                start_torch(fetch.next())
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            count += 1
+            yield batch
+        if count == 0:
+            raise self._empty()
+
+    def __len__(self) -> int:
+        length = self.num_batches
+        if length is None:
+            raise TypeError(f"{describe(self.source)} has no length")
+        return length
