@@ -16,7 +16,7 @@ class Accelerator:
     """Places models and batches on a device; computes gradients and steps optimizers there.
 
     ``runstep`` places a step's entries, ``learner.backward`` computes gradients and
-    ``learner.update`` steps an optimizer through it; nothing else in fluxloop knows the device.
+    ``learner.update`` steps an optimizer through it: the three doors for what is to come.
 
     Args:
         device: ``"auto"`` (CUDA, else MPS, else the CPU), or anything ``torch.device`` takes.

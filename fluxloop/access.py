@@ -65,9 +65,18 @@ def covers(prefix: Path, path: Path) -> bool:
     return path[: len(prefix)] == prefix
 
 
+def places(path: Path) -> list[Path]:
+    """Give where else the learner keeps what a path shows: the history is what callbacks publish, and so on."""
+    if path[:1] == ("history",):
+        return [path, ("cbstate", "history"), ("cbstate", "metrics")]
+    if path[:1] == ("params",):
+        return [("model", *path[1:])]
+    return [("step",)] if path == ("batch_size",) else [path]
+
+
 def overlap(a: Path, b: Path) -> bool:
-    """Tell whether one of two paths lies at or below the other."""
-    return covers(a, b) or covers(b, a)
+    """Tell whether two paths show the same thing, or one a part of the other."""
+    return any(covers(p, q) or covers(q, p) for p in places(a) for q in places(b))
 
 
 @frozen

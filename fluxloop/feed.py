@@ -15,16 +15,23 @@ from fluxloop.randomness import Streams, start_torch
 
 @contextmanager
 def untouched(source: Any) -> Iterator[None]:
-    """Put a loader's own generator, its waiting workers and its place among epochs back on leaving."""
-    generator, workers = getattr(source, "generator", None), getattr(source, "_iterator", None)
-    state = generator.get_state() if isinstance(generator, torch.Generator) else None
+    """Put a loader's own generators, its waiting workers and its place among epochs back on leaving.
+
+    Its own are those of the loader, its sampler and its batch sampler; what a dataset keeps for
+    itself cannot be known.
+    """
+    sampler, batch_sampler = getattr(source, "sampler", None), getattr(source, "batch_sampler", None)
+    owners = (source, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+    own = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
+    states = [(generator, generator.get_state()) for generator in own.values()]
+    workers = getattr(source, "_iterator", None)
     epoch = source.epoch if isinstance(source, TensorBatches) else 0
     if workers is not None:  # persistent workers go on drawing from where they are
         source._iterator = None
     try:
         yield
     finally:
-        if isinstance(generator, torch.Generator) and state is not None:
+        for generator, state in states:
             generator.set_state(state)
         if workers is not None:
             source._iterator = workers

@@ -113,7 +113,7 @@ def make_nodes(callbacks: Iterable[object]) -> list[Node]:
         label = (type(inner).__name__, getattr(inner, "name", None) or "", "")
         rivals = [c.unwrapped for c in checked if c is not callback and _name_of(c) == label[:2]]
         if rivals:
-            label = (*label[:2], callback.identity)
+            label = (*label[:2], vars(inner).setdefault("__identity__", callback.identity))  # state may change, ids not
         if label in labels:
             raise DuplicateCallbackError(
                 f"two {label[0]} callbacks cannot be told apart: {inner!r}; give each a name of its own: "
@@ -121,12 +121,15 @@ def make_nodes(callbacks: Iterable[object]) -> list[Node]:
             )
         labels[label] = callback
 
-    ids: dict[str, int] = {}
+    ids: set[str] = set()
     nodes: list[Node] = []
     for (cls, name, identity), callback in sorted(labels.items(), key=lambda item: item[0]):
-        stem = name or cls
-        ids[stem] = ids.get(stem, 0) + 1
-        id = stem if ids[stem] == 1 else f"{stem}-{ids[stem]}"
+        stem = id = name or cls
+        number = 1
+        while id in ids:
+            number += 1
+            id = f"{stem}-{number}"
+        ids.add(id)
         access = Access.declared(id, callback.reads, callback.writes)
         key = (access.reads_everything, cls, name, identity)
         callback.handles()

@@ -34,8 +34,8 @@ class History(Container):
     """The history of a learner: ``learner.history``.
 
     ``history[TrainingPhase]`` gives the `Counts` of a phase, ``history.metrics[TrainingPhase]``
-    its epoch values by metric, ``history["validation/loss"]`` the values of one metric (of the
-    phase that came last, where several ran on the same data).
+    its epoch values by metric, ``history["validation/loss"]`` the values of one metric (where
+    several phases ran on the same data, of the one that was used first last).
 
     Attributes:
         seed: The seed that decides the run's random numbers.
@@ -53,7 +53,7 @@ class History(Container):
         if isinstance(key, str):
             return self._series(key)
         counts = vars(self._shared).get("history")
-        return counts[key] if counts is not None else Counts()
+        return counts.peek(key) if counts is not None else Counts()
 
     @property
     def metrics(self) -> PhaseDict[dict[str, list[Any]]]:

@@ -13,7 +13,7 @@ from fluxloop.callbacks.recorder import Recorder
 from fluxloop.data import as_dataloader
 from fluxloop.errors import PhaseError
 from fluxloop.events import StepEnd
-from fluxloop.fit import run_epoch
+from fluxloop.fit import check_phase, run_epoch
 from fluxloop.history import History
 from fluxloop.host import HostQueue
 from fluxloop.nested import concatenate, map_tensors
@@ -59,12 +59,27 @@ def _bar(learner: Learner) -> list[Callback]:
 def evaluate(learner: Learner, data: Any, metrics: Iterable[Any] | None, phase: Phase | None) -> dict[str, float]:
     """Compute metrics over one epoch of a validation phase; see `Learner.evaluate`."""
     phase = ValidationPhase() if phase is None else phase
+    check_watches(phase)
     own = learner.callbacks.get(Metrics)
     chosen = own.metrics if metrics is None and isinstance(own, Metrics) else list(metrics or ())
     with aside(learner, "evaluate", [Recorder(), Metrics(*chosen), *_bar(learner)]):
         run_epoch(learner, phase, None if data is None else as_dataloader(data))
         series = learner.history.metrics[phase]
     return {name: values[-1] for name, values in series.items()}
+
+
+def check_watches(phase: Phase) -> None:
+    """Raise for a phase that would train.
+
+    Raises:
+        PhaseError: It has gradients, or is no phase.
+    """
+    check_phase(phase)
+    if phase.gradients:
+        raise PhaseError(
+            f"{phase!r} was given to evaluate or predict, and it trains; expected a validation phase, such as "
+            "ValidationPhase()"
+        )
 
 
 class _Collect(Callback):
@@ -83,9 +98,11 @@ class _Collect(Callback):
 
 def predict(learner: Learner, data: Any, phase: Phase | None) -> Any:
     """Run a phase over data and join its predictions; see `Learner.predict`."""
+    phase = PredictionPhase() if phase is None else phase
+    check_watches(phase)
     collect = _Collect()
     with aside(learner, "predict", [collect, Recorder(), *_bar(learner)]):
-        run_epoch(learner, PredictionPhase() if phase is None else phase, as_dataloader(data))
+        run_epoch(learner, phase, as_dataloader(data))
     if not collect.parts:
         raise PhaseError(
             f"{phase!r} made no predictions: no step of it ended; expected a phase whose step runs runstep and "

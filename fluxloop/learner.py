@@ -310,7 +310,10 @@ class Learner:
         """
         if not isinstance(callback, Callback):
             self.callbacks.set([*self.callbacks.given(), callback])  # raises, and says what was expected
-        old = self.callbacks.get(type(callback.unwrapped))
+        kind = type(callback.unwrapped)
+        old = self.callbacks.get(kind) or next(
+            (c for c in self.callbacks if isinstance(callback.unwrapped, type(c))), None
+        )
         self.callbacks.set([*(c for c in self.callbacks.given() if c.unwrapped is not old), callback])
         return old
 

@@ -8,6 +8,7 @@ out: normal, cancelled, or by an error.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -183,7 +184,8 @@ class runstep(Scope):  # noqa: N801 - used like a function
             self._learner.updates.abandon_step(self.state)
             if not isinstance(error, CancelSignal):
                 locate(error, self._learner, self.phase)
-        self.close(error)
+        with preserved() if self._undo else nullcontext():
+            self.close(error)
 
 
 class runepoch(Scope):  # noqa: N801 - used like a function

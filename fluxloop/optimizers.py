@@ -151,6 +151,7 @@ try:  # private names: without them the optimizer's step is called as everybody 
     )
 
     _profiling: Callable[[], bool] | None = torch._C._autograd._profiler_enabled
+    _torch_wrapper = Optimizer.profile_hook_step(lambda self: None).__code__
 except (ImportError, AttributeError):  # pragma: no cover - a torch that has renamed them
     _profiling = None
 
@@ -159,13 +160,13 @@ def step_optimizer(optimizer: Optimizer) -> None:
     """Step an optimizer, without torch's wrapper for hooks and profiling while there is neither.
 
     The wrapper costs about 15 µs per step; what it wraps does the same arithmetic. With a hook
-    registered, a profiler running, or ``step`` replaced on the instance (as
-    ``torch.optim.lr_scheduler`` does), ``optimizer.step()`` is called.
+    registered, a profiler running, or ``step`` wrapped or replaced by anybody else (on the class,
+    or on the instance as ``torch.optim.lr_scheduler`` does), ``optimizer.step()`` is called.
     """
     wrapper = type(optimizer).step
     if (
         _profiling is not None
-        and getattr(wrapper, "hooked", False)
+        and getattr(wrapper, "__code__", None) is _torch_wrapper
         and "step" not in optimizer.__dict__
         and not _before_any
         and not _after_any

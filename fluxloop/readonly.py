@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from fluxloop.access import Access, Path
-from fluxloop.state import Container, State
+from fluxloop.state import Container, PhaseDict, State
 
 
 def guarded(value: Any, path: Path, access: Access) -> Any:
@@ -67,7 +67,8 @@ class ReadOnly:
         return value if type(value) is Tensor else guarded(value, self._below(name), self._access)
 
     def __getitem__(self, key: Any) -> Any:
-        return guarded(self._value[key], self._below(key), self._access)
+        value = self._value.peek(key) if isinstance(self._value, PhaseDict) else self._value[key]
+        return guarded(value, self._below(key), self._access)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise self._access.refuse(self._below(name), "write")
@@ -152,17 +153,33 @@ class ReadOnlyDict(_Copied, dict[Any, Any]):
     __stands_for__ = dict
 
     def __init__(self, value: dict[Any, Any], path: Path, access: Access) -> None:
-        super().__init__((key, guarded(item, (*path, str(key)), access)) for key, item in value.items())
+        super().__init__(value)
         self._where = path, access
         self._fills_in = isinstance(value, defaultdict)
+
+    def __getitem__(self, key: Any) -> Any:
+        path, access = self._where
+        return guarded(super().__getitem__(key), (*path, str(key)), access)
 
     def __missing__(self, key: Any) -> Any:
         if self._fills_in:  # reading it would have written it
             self._refuse()
         raise KeyError(key)
 
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Read an item, or `default`."""
+        return self[key] if key in self else default  # noqa: SIM401 - this is get
+
+    def values(self) -> Any:
+        """Give the values, read-only."""
+        return [self[key] for key in self]
+
+    def items(self) -> Any:
+        """Give the items, read-only."""
+        return [(key, self[key]) for key in self]
+
     def __reduce_ex__(self, protocol: object) -> Any:
-        return dict, (list(self.items()),)
+        return dict, (list(dict.items(self)),)
 
     __setitem__ = __delitem__ = __ior__ = _Copied._refuse
     clear = pop = popitem = setdefault = update = _Copied._refuse
@@ -174,11 +191,19 @@ class ReadOnlyList(_Copied, list[Any]):
     __stands_for__ = list
 
     def __init__(self, value: list[Any], path: Path, access: Access) -> None:
-        super().__init__(guarded(item, path, access) for item in value)
+        super().__init__(value)
         self._where = path, access
 
+    def __getitem__(self, index: Any) -> Any:
+        path, access = self._where
+        return guarded(super().__getitem__(index), path, access)
+
+    def __iter__(self) -> Iterator[Any]:
+        path, access = self._where
+        return (guarded(item, path, access) for item in super().__iter__())
+
     def __reduce_ex__(self, protocol: object) -> Any:
-        return list, (tuple(self),)
+        return list, (tuple(list.__iter__(self)),)
 
     __setitem__ = __delitem__ = __iadd__ = __imul__ = _Copied._refuse
     append = clear = extend = insert = pop = remove = reverse = sort = _Copied._refuse

@@ -91,8 +91,10 @@ class Callbacks:
             init = putting_back(init)
         try:
             init(self._views[node.id])
-        except StateAccessError as error:
-            error.event = "init"
+        except BaseException as error:
+            if isinstance(error, StateAccessError):
+                error.event = "init"
+            annotate(error, f"fluxloop: raised by {node.id} in init")
             raise
 
     def forget(self) -> None:
@@ -199,17 +201,14 @@ class Callbacks:
 
     def _explain_path(self, path: str) -> Iterator[str]:
         wanted = parse(path, "explain")
-        yield f"'{path}' is touched by:"
-        found = False
+        found = list(self._learner.updates.explain(wanted))
         for node in self._graph.nodes:
-            for mode, declared in touches(node, wanted):
-                found = True
-                when = ", ".join(sorted({f"{e.__name__} ({p.__name__})" for e, p in node.callback.handles()}))
-                yield f"  {node.id} {mode} '{dotted(declared)}' at {when or 'init'}"
-        if not found:
-            yield "  no callback"
-        for line in self._learner.updates.explain(wanted):
-            yield f"  {line}"
+            when = ", ".join(sorted({f"{e.__name__} ({p.__name__})" for e, p in node.callback.handles()})) or "init"
+            found += [f"{node.id} {mode} '{dotted(declared)}' at {when}" for mode, declared in touches(node, wanted)]
+            if not node.is_safe:
+                found.append(f"{node.id} may touch anything (unsafe) at {when}")
+        yield f"'{path}' is touched by:"
+        yield from (f"  {line}" for line in found or ["nobody"])
 
     def to_mermaid(self) -> str:
         """Draw the graph in Mermaid's language (GitHub, notebooks and most documentation show it)."""

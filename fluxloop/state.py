@@ -107,6 +107,11 @@ class PhaseDict(Container, MutableMapping[Any, V], Generic[V]):
             self._entries[cls] = self._default()
         return self._entries[cls]
 
+    def peek(self, phase: Any) -> V:
+        """Give the entry of a phase, or a new one that is not kept."""
+        cls = self._key(phase)
+        return self._entries[cls] if cls in self._entries else self._default()
+
     def __setitem__(self, phase: Any, value: V) -> None:
         self._entries[self._key(phase)] = value
 

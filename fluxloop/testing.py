@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from fluxloop.access import Path, covers, dotted
 from fluxloop.callback import Callback, Handler, UnsafeCallback, on
 from fluxloop.data import TensorBatches
-from fluxloop.errors import describe
+from fluxloop.errors import DataError, describe
 from fluxloop.events import Event
+from fluxloop.feed import untouched
 from fluxloop.learner import Learner
 from fluxloop.phase import Phase
 from fluxloop.phases.supervised import TrainingPhase
-from fluxloop.state import Container
+from fluxloop.randomness import preserved
+from fluxloop.state import Container, State
 from fluxloop.view import SERVICES
 
 
@@ -226,17 +228,30 @@ def infer_access(callback: Callback, learner: Learner, *, phases: Iterable[Phase
         writes = ('cbstate.history',)
         ((), ('cbstate.history',))
     """
-    trial = copy.deepcopy(learner)
+    trial = copy.deepcopy(learner, {id(learner.data): State(_first_batches(learner))})
     others = [c for c in trial.callbacks.given() if type(c.unwrapped) is not type(callback.unwrapped)]
     traced = _Traced(copy.deepcopy(callback), [type(other.unwrapped) for other in others])
     trial.set_callbacks([*others, traced])
-    for key, source in list(vars(trial.data).items()):
-        setattr(trial.data, key, [next(iter(source))])
     trial.fit(1, phases=phases)
     writes = _shortest(traced.writes_seen)
     reads = _shortest(path for path in traced.reads_seen if not any(covers(w, path) for w in traced.writes_seen))
     print(f"reads = {reads!r}\nwrites = {writes!r}")
     return reads, writes
+
+
+def _first_batches(learner: Learner) -> dict[str, list[Any]]:
+    """Give data with one batch each.
+
+    Raises:
+        DataError: Some can be iterated once only.
+    """
+    batches = {}
+    for key, source in vars(learner.data).items():
+        if hasattr(source, "__next__"):
+            raise DataError(f"the {key!r} data can be iterated once only; infer with data that can be iterated again")
+        with untouched(source), preserved():
+            batches[key] = [next(iter(source))]
+    return batches
 
 
 def _shortest(paths: Iterable[Path]) -> tuple[str, ...]:

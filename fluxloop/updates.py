@@ -37,6 +37,7 @@ class Slot:
         num_groups: How many parameter groups the optimizer had when `parameters` was read.
         consumed: Whether the gradients have been used by an update, and may be released.
         window: The step in which the first gradient since the last update was computed.
+        in_block: Whether that was in the optimizer's own block.
     """
 
     name: str | None
@@ -48,6 +49,7 @@ class Slot:
     num_groups: int
     consumed: bool = True
     window: StepState | None = None
+    in_block: bool = False
 
     def release(self) -> None:
         """Drop the gradients; memory is freed rather than set to zero."""
@@ -150,10 +152,15 @@ class Updates:
             raise LossError(f"{slots[0].label} has nothing to train: all of its parameters are frozen")
         fresh = True
         for slot in slots:
-            if slot.consumed:
-                slot.release()
+            if block is not None and slot.window is not None and not slot.in_block:
+                raise LossError(
+                    f"the block of {slot.label} would add to gradients that learner.backward computed outside of a "
+                    "block, and those may be of another loss; give each loss a block of its own"
+                )
+            if slot.consumed or (block is not None and slot.window is None):
+                slot.release()  # a block starts from no gradient, whoever left one there
             if slot.window is None:
-                slot.window = learner.step
+                slot.window, slot.in_block = learner.step, block is not None
             else:
                 fresh = False
         learner.accelerator.backward(loss, own)
@@ -217,9 +224,9 @@ class Updates:
             name = slot.name or ""
             below = ".".join(path[1:])
             inside = any(not below or f"{self.names[p]}.".startswith(f"{below}.") for p in slot.parameters)
-            if (path[:1] == ("optimizer",) and path[1:] in ((), (name,))) or (
-                path[:1] in (("model",), ("params",)) and inside
-            ):
+            if path[:1] == ("optimizer",) and path[1:] in ((), (name,)):
+                yield f"{slot.label} writes its own state between UpdateBegin and UpdateEnd"
+            if path[:1] in (("model",), ("params",)) and inside:
                 yield f"{slot.label} writes its parameters between UpdateBegin and UpdateEnd"
 
 

@@ -1,18 +1,12 @@
 from __future__ import annotations
 
 import ast
-import copy
-import json
-import pickle
 import re
-from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fluxloop import (
     AbstractTrainingPhase,
@@ -20,13 +14,9 @@ from fluxloop import (
     Callback,
     CallbackConflictError,
     CallbackError,
-    Counts,
     CustomCallback,
     EpochEnd,
-    FitBegin,
     Learner,
-    Metric,
-    Metrics,
     MissingEntryError,
     Recorder,
     StateAccessError,
@@ -34,14 +24,10 @@ from fluxloop import (
     StepEnd,
     TrainingPhase,
     UnsafeCallback,
-    ValidationPhase,
     on,
-    runstep,
 )
-from fluxloop.access import Access
 from fluxloop.state import State
-from fluxloop.testing import EventRecorder, toy_learner
-from fluxloop.view import make_view
+from fluxloop.testing import toy_learner
 
 Use = Callable[[Any], object]
 
@@ -141,13 +127,6 @@ def test_protect_jl_of_a_nested_path_only_the_named_leaf_is_writable() -> None:
 # Reading
 
 
-def test_a_declared_read_gives_the_object_itself() -> None:
-    found: list[Any] = []
-    learner = run(lambda view: found.extend([view.model, view.step.loss]), reads=("model", "step.loss"))
-    assert found[0] is learner.model
-    assert found[1] is learner.step.loss
-
-
 def test_a_prefix_covers_everything_below_it() -> None:
     assert sorted(get(lambda learner: [n for n in ("xs", "loss") if learner.step[n] is not None], ("step",))) == [
         "loss",
@@ -171,43 +150,6 @@ def test_writing_implies_reading() -> None:
 
 def test_a_sibling_of_a_declared_entry_raises() -> None:
     assert refused(lambda learner: learner.step.xs, reads=("step.loss",)).path == "step.xs"
-
-
-def test_items_are_declared_as_attributes_are() -> None:
-    assert get(lambda learner: learner.step["loss"] is learner.step.loss, ("step.loss",)) is True
-    assert refused(lambda learner: learner.step["xs"], ("step.loss",)).path == "step.xs"
-
-
-def test_a_key_of_a_dict_can_be_declared_by_itself() -> None:
-    assert get(lambda learner: learner.cbstate.table["a"], ("cbstate.table.a",), (), Publisher()) == 1
-    error = refused(lambda learner: learner.cbstate.table["b"], ("cbstate.table.a",), (), Publisher())
-    assert error.path == "cbstate.table.b"
-
-
-def test_in_tells_of_a_declared_entry_whether_it_is_there() -> None:
-    def use(learner: Any) -> tuple[bool, bool]:
-        return "loss" in learner.step, "mark" in learner.step
-
-    assert get(use, ("step.loss", "step.mark")) == (True, False)
-    assert get(use, ("step",)) == (True, False)
-
-
-def test_in_of_an_undeclared_entry_raises() -> None:
-    assert refused(lambda learner: "xs" in learner.step, ("step.loss",)).path == "step.xs"
-
-
-def test_hasattr_of_an_undeclared_path_raises_instead_of_saying_no() -> None:
-    assert refused(lambda learner: hasattr(learner.step, "xs"), ("step.loss",)).path == "step.xs"
-    assert refused(lambda learner: hasattr(learner, "model"), ("step.loss",)).path == "model"
-
-
-def test_getattr_with_a_default_raises_for_an_undeclared_path() -> None:
-    assert refused(lambda learner: getattr(learner.step, "xs", None), ("step.loss",)).path == "step.xs"
-
-
-def test_hasattr_of_a_declared_entry_tells_whether_it_is_there() -> None:
-    assert get(lambda learner: hasattr(learner.step, "loss"), ("step.loss",)) is True
-    assert get(lambda learner: hasattr(learner.step, "mark"), ("step.mark",)) is False
 
 
 def test_reading_everything_gives_every_entry_and_allows_no_write() -> None:
@@ -238,20 +180,6 @@ def test_one_may_read_a_whole_and_write_a_part_of_it() -> None:
     assert refused(lambda learner: store(learner, loss=0), ("step",), ("step.mark",)).path == "step.loss"
 
 
-def test_a_whole_that_is_read_and_of_which_a_part_is_written_can_be_iterated() -> None:
-    assert get(lambda learner: "xs" in set(learner.step), ("step",), ("step.mark",)) is True
-
-
-def test_keys_of_a_dict_can_be_read_where_one_of_them_is_written() -> None:
-    class Later(Touch):
-        run_after = (Publisher,)
-
-    found: list[int] = []
-    use = Later(lambda learner: found.append(learner.cbstate.table["a"]), ("cbstate.table",), ("cbstate.table.b",))
-    toy_learner(use, Publisher(), num_batches=1).fit(1)
-    assert found == [1]
-
-
 def test_two_declared_paths_below_one_branch_add_up() -> None:
     """FluxTraining merges permissions shallowly, so that the second replaces the first (D-FT-07)."""
 
@@ -262,293 +190,11 @@ def test_two_declared_paths_below_one_branch_add_up() -> None:
     assert get(use, ("step.loss", "step.xs"), ("step.first", "step.second")) == (1, 2)
 
 
-def test_named_models_and_optimizers_are_paths_of_their_own() -> None:
-    found: list[Any] = []
-
-    class Read(Callback):
-        reads = ("model.G", "params.G", "optimizer.G")
-
-        @on(FitBegin)
-        def look(self, event: Any, phase: Any, learner: Any) -> None:
-            found.extend([learner.model.G, learner.params.G, learner.optimizer.G])
-            with pytest.raises(StateAccessError, match=r"'model\.D'"):
-                _ = learner.model.D
-
-    models = {"G": torch.nn.Linear(1, 1), "D": torch.nn.Linear(1, 1)}
-    learner = Learner(models, callbacks=[Read()], default_callbacks=False)
-    learner.fit(0, phases=[])
-    assert found[0] is learner.model.G
-    assert found[1] is learner.params.G
-    assert found[2] is learner.optimizer.G
-
-
-def test_models_of_a_tuple_are_paths_by_position() -> None:
-    found: list[Any] = []
-    read = CustomCallback(lambda learner: found.append(learner.model[1]), FitBegin, reads=("model.1",))
-    models = (torch.nn.Linear(1, 1), torch.nn.Linear(2, 1))
-    learner = Learner(models, callbacks=[read], default_callbacks=False)
-    learner.fit(0, phases=[])
-    assert found == [learner.model[1]]
-
-
 # Read-only containers
-
-
-def reader_of(use: Use) -> None:
-    run(use, ("step", "cbstate", "history", "data"), (), Publisher(), Recorder())
-
-
-MUTATIONS: dict[str, Use] = {
-    "set an entry of the step": lambda learner: setattr(learner.step, "loss", 1),
-    "add an entry to the step": lambda learner: setattr(learner.step, "mark", 1),
-    "delete an entry of the step": lambda learner: delattr(learner.step, "loss"),
-    "set through vars": lambda learner: vars(learner.step).__setitem__("loss", 1),
-    "set an entry of cbstate": lambda learner: setattr(learner.cbstate, "table", 1),
-    "set a nested entry": lambda learner: setattr(learner.cbstate.box.inner, "x", 1),
-    "set data": lambda learner: setattr(learner.data, "training", 1),
-    "set a count": lambda learner: setattr(learner.cbstate.history[TrainingPhase], "steps", 0),
-    "add to a count": lambda learner: add_step(learner.cbstate.history[TrainingPhase]),
-    "set a count by optimizer": lambda learner: learner.cbstate.history[TrainingPhase].updates.update(G=1),
-    "set a count through history": lambda learner: setattr(learner.history[TrainingPhase], "epochs", 9),
-    "set the stop reason": lambda learner: setattr(learner.history, "stop_reason", "no"),
-    "set a phase": lambda learner: learner.cbstate.history.__setitem__(TrainingPhase, Counts()),
-    "delete a phase": lambda learner: learner.cbstate.history.__delitem__(TrainingPhase),
-    "pop a phase": lambda learner: learner.cbstate.history.pop(TrainingPhase),
-    "popitem": lambda learner: learner.cbstate.history.popitem(),
-    "clear phases": lambda learner: learner.cbstate.history.clear(),
-    "update phases": lambda learner: learner.cbstate.history.update({TrainingPhase: Counts()}),
-    "setdefault": lambda learner: learner.cbstate.history.setdefault(ValidationPhase, Counts()),
-    "count of items()": lambda learner: setattr(next(iter(learner.cbstate.history.items()))[1], "steps", 0),
-    "count of values()": lambda learner: setattr(next(iter(learner.cbstate.history.values())), "steps", 0),
-    "count of get()": lambda learner: setattr(learner.cbstate.history.get(TrainingPhase), "steps", 0),
-    "set a gradient": lambda learner: learner.step.grads.__setitem__("value", None),
-    "dict: set": lambda learner: learner.cbstate.table.__setitem__("a", 2),
-    "dict: delete": lambda learner: learner.cbstate.table.__delitem__("a"),
-    "dict: pop": lambda learner: learner.cbstate.table.pop("a"),
-    "dict: popitem": lambda learner: learner.cbstate.table.popitem(),
-    "dict: clear": lambda learner: learner.cbstate.table.clear(),
-    "dict: update": lambda learner: learner.cbstate.table.update(a=2),
-    "dict: setdefault": lambda learner: learner.cbstate.table.setdefault("z", 2),
-    "dict: |=": lambda learner: learner.cbstate.table.__ior__({"a": 2}),
-    "dict in a dict": lambda learner: learner.cbstate.table["b"].update(c=2),
-    "list in a dict in a dict": lambda learner: learner.cbstate.table["b"]["c"].append(3),
-    "dict of values()": lambda learner: list(learner.cbstate.table.values())[1].clear(),
-    "list: set": lambda learner: learner.cbstate.series.__setitem__(0, 2),
-    "list: set a slice": lambda learner: learner.cbstate.series.__setitem__(slice(0, 1), [2]),
-    "list: delete": lambda learner: learner.cbstate.series.__delitem__(0),
-    "list: append": lambda learner: learner.cbstate.series.append(2),
-    "list: extend": lambda learner: learner.cbstate.series.extend([2]),
-    "list: insert": lambda learner: learner.cbstate.series.insert(0, 2),
-    "list: pop": lambda learner: learner.cbstate.series.pop(),
-    "list: remove": lambda learner: learner.cbstate.series.remove(3),
-    "list: clear": lambda learner: learner.cbstate.series.clear(),
-    "list: sort": lambda learner: learner.cbstate.series.sort(),
-    "list: reverse": lambda learner: learner.cbstate.series.reverse(),
-    "list: +=": lambda learner: learner.cbstate.series.__iadd__([2]),
-    "list: *=": lambda learner: learner.cbstate.series.__imul__(2),
-    "dict in a list": lambda learner: learner.cbstate.series[2].update(d=1),
-}
 
 
 def add_step(counts: Any) -> None:
     counts.steps += 1
-
-
-def published(learner: Learner) -> dict[str, Any]:
-    shared = learner.cbstate
-    return {
-        "table": copy.deepcopy(shared.table),
-        "series": copy.deepcopy(shared.series),
-        "x": shared.box.inner.x,
-        "counts": copy.deepcopy(shared.history[TrainingPhase]),
-        "phases": list(shared.history),
-        "entries": sorted(vars(shared)),
-    }
-
-
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_d_ft_08_no_container_that_is_only_read_can_be_changed_through_the_view(mutation: str) -> None:
-    touch = Touch(MUTATIONS[mutation], ("step", "cbstate", "history", "data"))
-    learner = toy_learner(touch, Publisher(), Recorder(), num_batches=1)
-    with pytest.raises(StateAccessError, match="Touch tried to write") as caught:
-        learner.fit(1, phases=[TrainingPhase()])
-    assert caught.value.mode == "write"
-    assert published(learner) == {
-        "table": {"a": 1, "b": {"c": [1, 2]}},
-        "series": [3, 1, {"d": 2}],
-        "x": 1,
-        "counts": Counts(epochs=0, steps=1, steps_epoch=1, updates={None: 1}),
-        "phases": [TrainingPhase],
-        "entries": ["box", "history", "series", "special", "table"],
-    }
-
-
-def test_read_only_dicts_and_lists_are_real_ones() -> None:
-    def use(learner: Any) -> None:
-        table, series = learner.cbstate.table, learner.cbstate.series
-        assert isinstance(table, dict)
-        assert isinstance(series, list)
-        assert isinstance(table["b"], dict)
-        assert table == {"a": 1, "b": {"c": [1, 2]}}
-        assert series == [3, 1, {"d": 2}]
-        assert json.loads(json.dumps(table)) == table
-        assert {**table} == table
-        assert [*series, 4] == [3, 1, {"d": 2}, 4]
-        assert table | {"z": 1} == {"a": 1, "b": {"c": [1, 2]}, "z": 1}
-        assert sorted(table) == ["a", "b"]
-        assert series.index(1) == 1
-
-    reader_of(use)
-
-
-def test_a_copy_of_a_read_only_dict_or_list_is_the_reader_s_own() -> None:
-    def use(learner: Any) -> None:
-        table, series = dict(learner.cbstate.table), list(learner.cbstate.series)
-        table["mine"] = 1
-        series.append(1)
-        learner.cbstate.table.copy()["mine"] = 1
-        learner.cbstate.series[:].append(1)
-        assert "mine" not in learner.cbstate.table
-        assert len(learner.cbstate.series) == 3
-
-    reader_of(use)
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, lambda value: pickle.loads(pickle.dumps(value))])
-def test_a_snapshot_of_a_read_only_dict_or_list_can_be_taken(duplicate: Callable[[Any], Any]) -> None:
-    def use(learner: Any) -> None:
-        table, series = duplicate(learner.cbstate.table), duplicate(learner.cbstate.series)
-        assert table == {"a": 1, "b": {"c": [1, 2]}}
-        assert series == [3, 1, {"d": 2}]
-        table["mine"] = 1
-        series.append(1)
-
-    reader_of(use)
-
-
-def test_a_snapshot_of_read_only_counts_can_be_taken() -> None:
-    def use(learner: Any) -> None:
-        counts = copy.deepcopy(learner.cbstate.history[TrainingPhase])
-        assert (counts.steps, counts.updates) == (1, {None: 1})
-
-    reader_of(use)
-
-
-def test_read_only_containers_read_as_the_containers_do() -> None:
-    def use(learner: Any) -> None:
-        history = learner.cbstate.history
-        assert history[TrainingPhase].steps == history.get(TrainingPhase).steps == 1
-        assert TrainingPhase in history
-        assert ValidationPhase not in history
-        assert history.get(ValidationPhase, "none") == "none"
-        assert list(history) == list(history.keys()) == [TrainingPhase]
-        assert len(history) == 1
-        assert [counts.steps for _, counts in history.items()] == [1]
-        assert [counts.steps for counts in history.values()] == [1]
-        assert history[TrainingPhase] == Counts(epochs=0, steps=1, steps_epoch=1, updates={None: 1})
-        assert "xs" in learner.step
-        assert {"xs", "ys", "preds", "loss", "grads"} <= set(learner.step)
-        assert learner.step["xs"] is learner.step.xs
-
-    reader_of(use)
-
-
-@pytest.mark.parametrize("name", ["values", "items", "keys", "get", "update", "pop", "clear", "copy"])
-def test_a_step_entry_may_be_named_like_a_method_of_a_dict(name: str) -> None:
-    """A critic's ``values``, say: any entry may be stored."""
-
-    class Storing(TrainingPhase):
-        def step(self, learner: Any, batch: Any) -> None:
-            with runstep(learner, self, **{name: batch[0]}):
-                pass
-
-    found: list[Any] = []
-    watch = Touch(lambda learner: found.append(getattr(learner.step, name)), ("step",))
-    metric = Metric(torch.mean, name="mean", inputs=(name,))
-    learner = toy_learner(watch, Metrics(metric), Recorder(), num_batches=1)
-    learner.fit(1, phases=[Storing()])
-    assert found[0] is getattr(learner.step, name)
-    assert learner.history["training/mean"] == [found[0].mean().item()]
-
-
-@pytest.mark.parametrize(
-    ("value", "mutate"),
-    [
-        (OrderedDict(a=1), lambda value: value.update(a=2)),
-        (defaultdict(list), lambda value: value["new"]),
-        ({1, 2}, lambda value: value.add(3)),
-        (({"a": 1}, [1]), lambda value: value[0].update(a=2)),
-        (({"a": 1}, [1]), lambda value: value[1].append(2)),
-    ],
-    ids=["OrderedDict", "defaultdict", "set", "dict in a tuple", "list in a tuple"],
-)
-def test_d_ft_08_other_containers_that_are_only_read_stay_as_they_are(value: Any, mutate: Use) -> None:
-    class Owner(Callback):
-        writes = ("cbstate.owned",)
-
-        def init(self, learner: Any) -> None:
-            learner.cbstate.owned = value
-
-    before = copy.deepcopy(value)
-
-    def use(learner: Any) -> None:
-        try:
-            mutate(learner.cbstate.owned)
-        except (StateAccessError, AttributeError, KeyError):
-            pass  # refused; whatever is not refused must have changed the reader's own copy
-
-    run(use, ("cbstate.owned",), (), Owner())
-    assert value == before
-
-
-# Deleting, items
-
-
-def test_an_entry_that_is_declared_as_written_can_be_deleted() -> None:
-    def use(learner: Any) -> None:
-        learner.step.mark = 1
-        del learner.step.mark
-
-    assert "mark" not in run(use, writes=("step.mark",)).step
-    assert "mark" not in run(use, writes=("step",)).step
-
-
-def test_an_entry_that_is_not_declared_as_written_cannot_be_deleted() -> None:
-    for reads in (("step",), ("step.loss",), ("*",), ()):
-        error = refused(lambda learner: delattr(learner.step, "loss"), reads)
-        assert (error.callback, error.event) == ("Touch", "StepEnd")
-        assert error.mode == ("write" if reads else "read")
-
-
-def test_a_key_of_a_dict_declared_as_written_can_be_set_and_no_other() -> None:
-    class Later(Touch):
-        run_after = (Publisher,)
-
-    def use(learner: Any) -> None:
-        learner.cbstate.table["a"] = 5
-        with pytest.raises(StateAccessError, match=r"'cbstate\.table\.b'"):
-            learner.cbstate.table["b"] = 5
-
-    learner = toy_learner(Later(use, writes=("cbstate.table.a",)), Publisher(), num_batches=1)
-    learner.fit(1)
-    assert learner.cbstate.table["a"] == 5
-
-
-def test_what_lies_below_a_written_path_can_be_changed_freely() -> None:
-    class Owner(Callback):
-        writes = ("cbstate.mine",)
-
-        def init(self, learner: Any) -> None:
-            learner.cbstate.mine = {"list": [1]}
-
-        @on(EpochEnd)
-        def grow(self, event: Any, phase: Any, learner: Any) -> None:
-            learner.cbstate.mine["list"].append(2)
-            learner.cbstate.mine["new"] = 3
-
-    learner = toy_learner(Owner(), num_batches=1)
-    learner.fit(1, phases=[TrainingPhase()])
-    assert learner.cbstate.mine == {"list": [1, 2], "new": 3}
 
 
 # Messages
@@ -733,27 +379,6 @@ def test_an_instance_may_compute_what_it_writes_and_conflicts_follow() -> None:
 # Who gets what
 
 
-def test_an_unsafe_callback_gets_the_learner_itself() -> None:
-    class Raw(UnsafeCallback):
-        writes = ("cbstate.raw",)
-
-        def init(self, learner: Any) -> None:
-            self.given = [learner]
-
-        @on(StepEnd)
-        def look(self, event: Any, phase: Any, learner: Any) -> None:
-            self.given.append(learner)
-            learner.step.undeclared = 1
-            learner.cbstate.raw = learner.step.loss
-
-    raw = Raw()
-    learner = toy_learner(raw, num_batches=1)
-    learner.fit(1, phases=[TrainingPhase()])
-    assert all(given is learner for given in raw.given)
-    assert len(raw.given) == 2
-    assert learner.step.undeclared == 1
-
-
 def test_what_an_unsafe_callback_declares_still_orders_it() -> None:
     class Raw(UnsafeCallback):
         writes = ("step.loss",)
@@ -762,117 +387,3 @@ def test_what_an_unsafe_callback_declares_still_orders_it() -> None:
         reads = ("step.loss",)
 
     assert toy_learner(After(), Raw()).callbacks.order == ["Raw", "After"]
-
-
-def test_a_view_is_made_once_per_callback_and_not_per_event() -> None:
-    views: list[Any] = []
-    hook = CustomCallback(views.append, StepEnd, reads=("step",))
-    learner = toy_learner(hook, num_batches=3)
-    learner.fit(2)
-    assert len(views) == 12
-    assert all(view is views[0] for view in views)
-
-
-def test_everybody_may_defer_and_ask_for_numbers_on_the_host() -> None:
-    trace: list[Any] = []
-
-    class Serve(Callback):
-        reads = ("step.loss",)
-
-        @on(StepEnd, AbstractTrainingPhase)
-        def ask(self, event: Any, phase: Any, learner: Any) -> None:
-            learner.host(learner.step.loss, trace.append)
-            learner.defer(lambda: trace.append("undone"))
-
-    learner = toy_learner(Serve(), num_batches=1)
-    learner.fit(1, phases=[TrainingPhase()])
-    assert trace == [learner.step.loss.item(), "undone"]
-
-
-def test_a_view_says_whose_it_is() -> None:
-    assert get(repr) == "<Touch's view of the learner>"
-
-
-def test_callbacks_without_declarations_may_watch_events_and_touch_nothing() -> None:
-    recorder = EventRecorder()
-    learner = toy_learner(recorder, num_batches=1)
-    learner.fit(1, phases=[TrainingPhase()])
-    assert recorder.events.count("StepEnd") == 1
-    assert refused(lambda view: view.seed).path == "seed"
-
-
-# Against an oracle: an access is allowed exactly where a declared path is a prefix of it
-
-NAMES = ("a", "b", "c")
-paths = st.lists(st.sampled_from(NAMES), min_size=0, max_size=3).map(lambda names: ("cbstate", *names))
-leaves = st.tuples(*[st.sampled_from(NAMES)] * 3).map(lambda names: ("cbstate", *names))
-declared = st.lists(paths, max_size=4)
-
-
-def tree(depth: int) -> State:
-    inner: Callable[[], Any] = (lambda: tree(depth - 1)) if depth > 1 else (lambda: 0)
-    return State({name: inner() for name in NAMES})
-
-
-class Root:
-    """Stands for a learner."""
-
-    def __init__(self) -> None:
-        self.cbstate = tree(3)
-
-
-def covered(path: tuple[str, ...], by: Sequence[tuple[str, ...]]) -> bool:
-    return any(path[: len(prefix)] == prefix for prefix in by)
-
-
-def expected(
-    reads: Sequence[tuple[str, ...]], writes: Sequence[tuple[str, ...]], path: tuple[str, ...], mode: str
-) -> tuple[str, str] | None:
-    """Give (path, mode) of the refusal, or None: each part on the way must lead to something declared."""
-    both = [*reads, *writes]
-    for length in range(1, len(path)):
-        part = path[:length]
-        if not covered(part, both) and not any(p[:length] == part for p in both):
-            return ".".join(part), "read"
-    if not covered(path, writes if mode == "write" else both):
-        return ".".join(path), mode
-    return None
-
-
-def access(view: Any, path: tuple[str, ...], mode: str, by_item: bool) -> tuple[str, str] | None:
-    try:
-        for name in path[:-1]:
-            view = view[name] if by_item and view is not None and name != "cbstate" else getattr(view, name)
-        if mode == "write":
-            setattr(view, path[-1], 1)
-        elif mode == "in":
-            assert path[-1] in view
-        else:
-            assert (view[path[-1]] if by_item else getattr(view, path[-1])) == 0
-    except StateAccessError as error:
-        return error.path, error.mode
-    return None
-
-
-@settings(deadline=None, max_examples=60)
-@given(reads=declared, writes=declared, everything=st.booleans(), leaf=leaves, by_item=st.booleans())
-def test_reads_and_writes_are_allowed_exactly_below_the_declared_paths(
-    reads: list[tuple[str, ...]],
-    writes: list[tuple[str, ...]],
-    everything: bool,
-    leaf: tuple[str, ...],
-    by_item: bool,
-) -> None:
-    given_reads = [".".join(path) for path in reads] + (["*"] if everything else [])
-    prefixes = [*reads, *([()] if everything else [])]
-    root = Root()
-    view = make_view(Access.declared("someone", given_reads, [".".join(path) for path in writes]), root)  # type: ignore[arg-type]
-    assert access(view, leaf, "read", by_item) == expected(prefixes, writes, leaf, "read")
-    refused_in = expected(prefixes, writes, leaf, "read")
-    assert access(view, leaf, "in", by_item) == refused_in
-    refused_write = expected(prefixes, writes, leaf, "write")
-    assert access(view, leaf, "write", by_item) == refused_write
-    value: Any = root
-    for name in leaf:
-        value = getattr(value, name)
-    assert value == (0 if refused_write else 1)

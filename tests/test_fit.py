@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +13,6 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fluxloop import (
     AbstractTrainingPhase,
-    AbstractValidationPhase,
-    BackwardBegin,
     BackwardEnd,
     BatchError,
     Callback,
@@ -32,11 +28,9 @@ from fluxloop import (
     Learner,
     LossBegin,
     LossError,
-    Metric,
     Metrics,
     Phase,
     PhaseError,
-    PredictionPhase,
     Recorder,
     ReentrantFitError,
     StepBegin,
@@ -48,10 +42,7 @@ from fluxloop import (
     UpdateEnd,
     ValidationPhase,
     mae,
-    mse,
     on,
-    rmse,
-    runstep,
 )
 from fluxloop.testing import EventRecorder, assert_same_bits, toy_learner
 
@@ -468,324 +459,3 @@ def test_a_failed_epoch_outside_a_fit_leaves_the_learner_as_usable():
     learner.epoch(TrainingPhase())
     assert learner.history[TrainingPhase].epochs == 1
     assert learner.scope is None
-
-
-# Evaluate
-
-
-class Half(nn.Module):
-    """Gives half of its input; has a parameter that plays no part."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unused = nn.Parameter(torch.ones(1))
-
-    def forward(self, xs: Tensor) -> Tensor:
-        return xs / 2 + 0 * self.unused
-
-
-def half_learner(*callbacks: Callback, **options: Any) -> Learner:
-    xs = torch.tensor([1.0, 2, 3, 4, 50]).reshape(5, 1)
-    data = (TensorBatches(xs, xs, batch_size=2), TensorBatches(xs, 0 * xs, batch_size=2))
-    return Learner(
-        Half(), nn.functional.l1_loss, **{"data": data, **options}, callbacks=callbacks, default_callbacks=False
-    )
-
-
-def test_d_lz_15_evaluate_weighs_a_ragged_last_batch_by_its_rows():
-    learner = half_learner(Recorder(), Metrics(mse, rmse, mae))
-    values = learner.evaluate()
-    mean, square = (0.5 + 1 + 1.5 + 2 + 25) / 5, (0.25 + 1 + 2.25 + 4 + 625) / 5
-    assert values == pytest.approx({"loss": mean, "mse": square, "rmse": square**0.5, "mae": mean}, rel=1e-6)
-    assert all(type(value) is float for value in values.values())
-
-
-def test_evaluate_takes_other_data_metrics_and_another_phase():
-    class Twice(AbstractValidationPhase):
-        def step(self, learner: Learner, batch: Any) -> None:
-            with runstep(learner, self, xs=batch[0]) as (_, state):
-                state.z = 2 * state.xs
-                state.loss = state.z.mean()
-
-    learner = half_learner()
-    assert learner.evaluate() == {"loss": 6.0}
-    assert learner.evaluate(torch.ones(3, 1), phase=Twice()) == {"loss": 2.0}
-    largest = Metric(lambda z: z.max(), name="largest", inputs=("z",))
-    assert learner.evaluate([[torch.ones(3, 1)]], metrics=[largest], phase=Twice()) == {"loss": 2.0, "largest": 2.0}
-    assert learner.evaluate((torch.ones(3, 1), torch.zeros(3, 1))) == {"loss": 0.5}
-
-
-def test_metrics_given_to_evaluate_are_used_once():
-    metrics = Metrics(mae)
-    learner = half_learner(Recorder(), metrics)
-    assert set(learner.evaluate(metrics=[mse])) == {"loss", "mse"}
-    assert set(learner.evaluate(metrics=[])) == {"loss"}
-    assert set(learner.evaluate()) == {"loss", "mae"}
-    assert learner.get_callback(Metrics) is metrics
-
-
-def test_evaluate_without_data_says_which_is_missing():
-    with pytest.raises(DataError, match="ValidationPhase runs on the 'validation' data, and there is no data"):
-        half_learner(data=()).evaluate()
-
-
-def surroundings(learner: Learner) -> dict[str, Any]:
-    """All that evaluating and predicting must leave as it was."""
-    return {
-        "history": repr(learner.history),
-        "rows": learner.history.rows(),
-        "cbstate": sorted(vars(learner.cbstate)),
-        "objects": [id(thing) for thing in (learner.history, learner.cbstate, learner.step, learner.callbacks)],
-        "step": list(learner.step),
-        "streams": learner.streams.positions(),
-        "modes": [module.training for module in learner.model.modules()],
-        "weights": [tensor.tolist() for tensor in learner.model.state_dict().values()],
-        "gradients": [None if p.grad is None else p.grad.tolist() for p in learner.model.parameters()],
-        "numbers": (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()),
-        "running": (learner.fitting, learner.scope, learner.num_batches),
-    }
-
-
-LOOKS = {
-    "evaluate": lambda learner: learner.evaluate(),
-    "evaluate on training data": lambda learner: learner.evaluate(learner.data.training),
-    "predict": lambda learner: learner.predict(torch.ones(5, 3)),
-}
-
-
-@pytest.mark.parametrize("look", LOOKS)
-@pytest.mark.parametrize("epochs", [0, 1])
-def test_evaluating_and_predicting_leave_no_trace(look, epochs):
-    recorder = EventRecorder()
-    learner = noisy_learner(recorder, Recorder(), Metrics(mae))
-    learner.model[1].eval()
-    learner.fit(epochs)
-    before, events = surroundings(learner), len(recorder.events)
-    LOOKS[look](learner)
-    after = surroundings(learner)
-    for name, value in before.items():
-        assert after[name] == value, name
-    assert len(recorder.events) == events, "the learner's callbacks do not hear of it"
-
-
-@pytest.mark.parametrize("look", LOOKS)
-def test_what_is_explained_of_the_callbacks_does_not_change_by_evaluating_and_predicting(look):
-    learner = noisy_learner(Recorder(), Metrics(mae))
-    before = str(learner.callbacks.explain())
-    LOOKS[look](learner)
-    assert str(learner.callbacks.explain()) == before
-    assert "TrainingPhase" in before
-
-
-@pytest.mark.parametrize("look", LOOKS)
-def test_evaluating_and_predicting_that_fail_leave_no_trace_either(look):
-    learner = noisy_learner(Recorder(), Metrics(mae))
-    learner.fit(1)
-    before, forward = surroundings(learner), learner.model[3].forward
-    calls = 0
-
-    def fail_late(xs: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 1 + (look != "predict"):
-            raise BrokenError
-        return forward(xs)
-
-    learner.model[3].forward = fail_late
-    with pytest.raises(BrokenError):
-        LOOKS[look](learner)
-    del learner.model[3].forward
-    assert surroundings(learner) == before
-
-
-@pytest.mark.parametrize("look", LOOKS)
-def test_evaluating_and_predicting_again_gives_the_same_and_changes_no_later_training(look):
-    learner, plain = noisy_learner(Recorder()), noisy_learner(Recorder())
-    learner.fit(1)
-    first, second = LOOKS[look](learner), LOOKS[look](learner)
-    assert torch.equal(first, second) if isinstance(first, Tensor) else first == second
-    learner.fit(1)
-    plain.fit(2)
-    assert_same_bits(learner, plain)
-
-
-@pytest.mark.parametrize(
-    ("event", "phase"),
-    [
-        *((event, TrainingPhase) for event in (StepBegin, BackwardBegin, UpdateEnd, StepEnd, EpochEnd)),
-        (StepEnd, ValidationPhase),
-        (CycleEnd, Phase),
-        (FitEnd, Phase),
-    ],
-    ids=lambda cls: cls.__name__,
-)
-def test_a_handler_may_evaluate_and_predict_while_fitting(event, phase):
-    found: list[tuple[dict[str, float], Tensor]] = []
-    same: list[bool] = []
-
-    def look(learner: Learner) -> None:
-        before = surroundings(learner)
-        found.append((learner.evaluate(metrics=[mae]), learner.predict(torch.ones(5, 3))))
-        same.append(surroundings(learner) == before)
-
-    watched = noisy_learner(Recorder(), Metrics(mse), Do(look, event, phase))
-    plain = noisy_learner(Recorder(), Metrics(mse))
-    watched.fit(2)
-    plain.fit(2)
-    assert same
-    assert all(same)
-    assert_same_bits(watched, plain)
-    assert watched.history.rows() == plain.history.rows()
-    if event is FitEnd:
-        assert found[0][0] == watched.evaluate(metrics=[mae])
-        assert torch.equal(found[0][1], watched.predict(torch.ones(5, 3)))
-
-
-# Predict
-
-
-def test_e08_predictions_are_those_of_the_model_in_eval_mode_in_the_order_of_the_data():
-    learner = noisy_learner()
-    learner.fit(1)
-    xs = torch.randn(70, 3)
-    predictions = learner.predict(xs)
-    learner.model.eval()
-    with torch.no_grad():
-        assert torch.equal(predictions, torch.cat([learner.model(batch) for batch in xs.split(32)]))
-    learner.model.train()
-    assert predictions.shape == (70, 1)
-    assert not predictions.requires_grad
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        torch.arange(6.0).reshape(6, 1),
-        np.arange(6, dtype=np.float32).reshape(6, 1),
-        (torch.arange(6.0).reshape(6, 1), torch.zeros(6)),
-        [torch.arange(4.0).reshape(4, 1), torch.tensor([[4.0], [5]])],
-        [(torch.arange(4.0).reshape(4, 1), "targets"), [torch.tensor([[4.0], [5]])]],
-        TensorBatches(torch.arange(6.0).reshape(6, 1), batch_size=4),
-        TensorDataset(torch.arange(6.0).reshape(6, 1)),
-        DataLoader(TensorDataset(torch.arange(6.0).reshape(6, 1), torch.zeros(6)), batch_size=4),
-    ],
-    ids=["tensor", "array", "pair", "batches", "pairs and lists", "tensor batches", "dataset", "loader"],
-)
-def test_predict_takes_inputs_in_any_form_and_leaves_targets_out(data):
-    assert torch.equal(half_learner().predict(data), torch.arange(6.0).reshape(6, 1) / 2)
-
-
-def test_predict_gives_a_dict_of_inputs_to_the_model_as_it_is():
-    class Sum(nn.Module):
-        def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-            return inputs["a"] + inputs["b"]
-
-    predictions = Learner(Sum(), default_callbacks=False).predict({"a": torch.arange(40), "b": torch.ones(40)})
-    assert torch.equal(predictions, torch.arange(40) + 1.0)
-
-
-class Named(NamedTuple):
-    mean: Tensor
-    spread: Tensor
-
-
-@dataclass
-class Data:
-    mean: Tensor
-    inner: tuple[Tensor, str]
-
-
-STRUCTURES: dict[str, Any] = {
-    "tuple": lambda xs: (xs, xs + 1),
-    "list": lambda xs: [xs, xs + 1],
-    "dict": lambda xs: {"a": xs, "b": {"c": xs + 1}},
-    "named tuple": lambda xs: Named(xs, xs + 1),
-    "dataclass": lambda xs: Data(xs, (xs + 1, "label")),
-}
-
-EXPECTED: dict[str, Any] = {**STRUCTURES, "dataclass": lambda xs: Data(xs, (xs + 1, ["label", "label"]))}
-
-
-def flat(value: Any) -> list[Any]:
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, Data):
-        return ["Data", flat(value.mean), flat(value.inner)]
-    if isinstance(value, dict):
-        return ["dict", *((key, flat(item)) for key, item in value.items())]
-    if isinstance(value, (tuple, list)):
-        return [type(value).__name__, *map(flat, value)]
-    return value
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_d_lz_29_structured_predictions_are_joined_leaf_by_leaf(structure):
-    class Structured(nn.Module):
-        def forward(self, xs: Tensor) -> Any:
-            return STRUCTURES[structure](xs)
-
-    xs = torch.arange(50.0).reshape(50, 1)
-    predictions = Learner(Structured(), default_callbacks=False).predict(xs)
-    assert flat(predictions) == flat(EXPECTED[structure](xs))
-
-
-def test_a_model_that_says_how_it_predicts_is_asked_through_that():
-    class Classes(Half):
-        def predict(self, xs: Tensor) -> Tensor:
-            assert not self.training
-            return self(xs) > 1
-
-    learner = Learner(Classes(), nn.functional.l1_loss, default_callbacks=False)
-    assert learner.predict(torch.tensor([[1.0], [3.0]])).tolist() == [[False], [True]]
-
-
-def test_a_custom_phase_says_what_is_predicted():
-    class Embed(AbstractValidationPhase):
-        def step(self, learner: Learner, batch: Any) -> None:
-            with runstep(learner, self, xs=batch) as (_, state):
-                state.preds = {"z": learner.model.a(state.xs) + learner.model.b(state.xs)}
-
-    learner = Learner({"a": Half(), "b": Half()}, default_callbacks=False)
-    assert torch.equal(learner.predict(torch.ones(40, 2), phase=Embed())["z"], torch.ones(40, 2))
-
-
-def test_predictions_keep_the_order_of_the_rows_in_a_phase_on_training_data_too():
-    class OnTraining(PredictionPhase):
-        data_key = "training"
-
-    xs = torch.arange(50.0).reshape(50, 1)
-    assert torch.equal(half_learner().predict(xs, phase=OnTraining()), xs / 2)
-
-
-def test_predicting_with_several_models_needs_a_phase_and_says_so():
-    learner = Learner({"a": Half(), "b": Half()}, default_callbacks=False)
-    with pytest.raises(PhaseError, match=r"predict runs one model.*\['a', 'b'\].*predict\(data, phase=MyPhase\(\)\)"):
-        learner.predict(torch.ones(3, 1))
-
-
-def test_a_phase_that_makes_no_predictions_says_so():
-    class Silent(AbstractValidationPhase):
-        def step(self, learner: Learner, batch: Any) -> None:
-            pass
-
-    with pytest.raises(PhaseError, match=r"Silent\(\) made no predictions.*stores state\.preds"):
-        half_learner().predict(torch.ones(3, 1), phase=Silent())
-
-
-def test_predicting_without_rows_is_an_error():
-    for nothing in ([], torch.ones(0, 1)):
-        with pytest.raises(DataError, match=r"no batch|no rows"):
-            half_learner().predict(nothing)
-
-
-def test_a_model_that_draws_predicts_the_same_each_time_and_leaves_the_generator():
-    class Sampler(nn.Module):
-        def forward(self, xs: Tensor) -> Tensor:
-            return xs + torch.rand_like(xs)
-
-    learner = Learner(Sampler(), default_callbacks=False, seed=1)
-    before = torch.get_rng_state()
-    first = learner.predict(torch.ones(40, 1))
-    assert torch.equal(first, learner.predict(torch.ones(40, 1)))
-    assert len(first.unique()) > 30
-    assert torch.equal(torch.get_rng_state(), before)

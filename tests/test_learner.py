@@ -4,10 +4,8 @@ import copy
 import gc
 import weakref
 from collections import namedtuple
-from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from attrs import define
@@ -57,41 +55,6 @@ def classes(learner: Learner) -> list[str]:
 # Models, parameters, optimizers
 
 
-def test_a_single_model_stands_for_itself() -> None:
-    model = nn.Linear(2, 3)
-    learner = Learner(model)
-    assert learner.model is model
-    assert [id(p) for p in learner.params] == [id(p) for p in model.parameters()]
-    assert isinstance(learner.optimizer, torch.optim.Adam)
-    assert learner.optimizer_names == (None,)
-    assert learner.modules() == [model]
-
-
-@pytest.mark.parametrize("as_named_tuple", [False, True])
-def test_named_models_have_their_parameters_and_optimizers_under_their_names(as_named_tuple: bool) -> None:
-    generator, critic = nn.Linear(2, 3), nn.Linear(3, 1)
-    models = Networks(generator, critic) if as_named_tuple else {"generator": generator, "critic": critic}
-    learner = Learner(models, optimizer=partial(torch.optim.SGD, lr=0.1))
-    assert learner.model.generator is generator
-    assert learner.model.critic is critic
-    assert isinstance(learner.model, Networks) is as_named_tuple
-    assert [id(p) for p in learner.params.critic] == [id(p) for p in critic.parameters()]
-    held = learner.optimizer.generator.param_groups[0]["params"]
-    assert [id(p) for p in held] == [id(p) for p in generator.parameters()]
-    assert learner.optimizer_names == ("generator", "critic")
-    a, b = learner.model
-    assert (a, b) == (generator, critic)
-
-
-def test_a_tuple_of_models_stays_a_tuple() -> None:
-    first, second = nn.Linear(1, 1), nn.Linear(1, 1)
-    learner = Learner((first, second))
-    assert learner.model[0] is first
-    assert learner.model[1] is second
-    assert isinstance(learner.optimizer[1], torch.optim.Adam)
-    assert learner.optimizing(1).slot.optimizer is learner.optimizer[1]
-
-
 def test_a_model_without_trainable_parameters_gets_no_optimizer() -> None:
     learner = Learner({"student": nn.Linear(1, 1), "teacher": nn.Linear(1, 1).requires_grad_(False), "act": nn.ReLU()})
     assert learner.optimizer_names == ("student",)
@@ -118,12 +81,6 @@ def test_two_optimizers_over_one_model_have_names_of_their_own() -> None:
     assert learner.optimizer.last is head
     held = learner.optimizer.encoder.param_groups[0]["params"]
     assert [id(p) for p in held] == [id(p) for p in model.encoder.parameters()]
-
-
-def test_names_that_are_no_identifiers_are_items() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 1)))
-    learner = Learner(model, optimizer={"0": torch.optim.Adam, "1.0": torch.optim.SGD})
-    assert isinstance(learner.optimizer["1.0"], torch.optim.SGD)
 
 
 def test_a_loss_module_is_moved_to_the_device_and_a_function_used_as_it_is() -> None:
@@ -524,37 +481,6 @@ def test_check_leaves_weights_and_the_order_of_the_data_as_they_were(own_generat
     plain.fit(1)
     checked.fit(1)
     assert_same_bits(plain, checked)
-
-
-def test_e8_predictions_come_in_the_order_of_the_rows() -> None:
-    model = nn.Linear(1, 1)
-    learner = Learner(model, nn.functional.mse_loss, seed=0)
-    predictions = learner.predict((XS,))
-    with torch.no_grad():
-        expected = torch.cat([model(part) for part in XS.split(32)])
-    assert torch.equal(predictions, expected)
-    assert not predictions.requires_grad
-    assert torch.equal(learner.predict((XS, YS)), expected)
-    assert torch.equal(learner.predict(XS), expected)
-    assert torch.equal(learner.predict(np.asarray(XS)), expected)
-
-
-@pytest.mark.parametrize("data", [None, 3, "rows"])
-def test_predict_wants_data(data: Any) -> None:
-    with pytest.raises(DataError, match="was given as data; expected tensors or arrays"):
-        toy_learner().predict(data)
-
-
-def test_e11_evaluate_gives_values_by_name_and_leaves_no_trace() -> None:
-    learner = toy_learner(Recorder(), Metrics())
-    learner.fit(1)
-    before = bits(learner), learner.history.rows(), learner.streams.positions(), learner.step
-    values = learner.evaluate((XS, 3 * XS))
-    expected = (XS.double() * learner.model.value.double() - 3 * XS.double()).abs().mean().item()
-    assert values == {"loss": pytest.approx(expected)}
-    assert learner.evaluate() == {"loss": learner.history["validation/loss"][-1]}
-    assert all(torch.equal(bits(learner)[name], tensor) for name, tensor in before[0].items())
-    assert (learner.history.rows(), learner.streams.positions(), learner.step) == before[1:]
 
 
 def test_hooks_at_the_beginning_of_a_step_see_the_batch() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fluxloop import Learner, ModelError, OptimizerError, TensorBatches, TrainingPhase, runstep
+from fluxloop import Learner, OptimizerError, TensorBatches, TrainingPhase, runstep
 from fluxloop.optimizers import build_optimizers, owned_parameters, parameter_names, step_optimizer
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -309,80 +309,6 @@ def test_a_factory_that_makes_no_optimizer_is_an_error() -> None:
 def test_an_error_of_a_factory_is_its_own() -> None:
     with pytest.raises(ValueError, match="Invalid learning rate"):
         Learner(linear(), optimizer=partial(torch.optim.Adam, lr=-1.0))
-
-
-# The structures of model, params and optimizer
-
-
-def test_a_single_model_its_parameters_and_its_optimizer_stand_alone() -> None:
-    model = linear()
-    learner = Learner(model, optimizer=SGD)
-    assert learner.model is model
-    assert [id(p) for p in learner.params] == ids(model)
-    assert isinstance(learner.optimizer, torch.optim.SGD)
-
-
-@pytest.mark.parametrize("given", ["dict", "named tuple"])
-def test_named_models_give_their_names_to_parameters_and_optimizers(given: str) -> None:
-    generator, critic = linear(), nn.Linear(3, 1)
-    models: Any = Networks(generator, critic) if given == "named tuple" else {"generator": generator, "critic": critic}
-    learner = Learner(models, optimizer=SGD)
-    assert learner.model.generator is generator
-    assert [id(p) for p in learner.params.critic] == ids(critic)
-    assert held(learner.optimizer.critic) == ids(critic)
-    assert [module is expected for module, expected in zip(learner.model, (generator, critic), strict=True)] == [
-        True
-    ] * 2
-    first, second = learner.params
-    assert [id(p) for p in (*first, *second)] == ids(generator, critic)
-    assert isinstance(learner.model, Networks) is (given == "named tuple")
-
-
-def test_models_in_a_tuple_are_found_by_their_place() -> None:
-    one, two = linear(), linear()
-    learner = Learner((one, two), optimizer=SGD)
-    assert learner.model == (one, two)
-    assert [[id(p) for p in params] for params in learner.params] == [ids(one), ids(two)]
-    assert [held(optimizer) for optimizer in learner.optimizer] == [ids(one), ids(two)]
-    assert learner.optimizer_names == ("0", "1")
-    assert held(learner.optimizing(1).slot.optimizer) == held(learner.optimizing("1").slot.optimizer) == ids(two)
-
-
-def test_the_optimizer_of_a_model_in_a_tuple_stands_at_the_models_place_although_another_is_frozen() -> None:
-    teacher, student = linear(frozen=True), linear()
-    learner = Learner((teacher, student), optimizer=SGD)
-    assert learner.optimizer_names == ("1",)
-    assert held(learner.optimizer[1]) == ids(student)
-
-
-def test_a_mapping_with_one_model_keeps_its_name() -> None:
-    model = linear()
-    learner = Learner({"encoder": model}, optimizer=SGD)
-    assert learner.model.encoder is model
-    assert learner.optimizer_names == ("encoder",)
-    assert held(learner.optimizer.encoder) == ids(model)
-    assert list(learner.updates.gradients) == ["encoder.weight", "encoder.bias"]
-
-
-@pytest.mark.parametrize("name", ["class", "lambda", "def"])
-def test_a_model_named_with_a_keyword_is_an_error_that_says_so(name: str) -> None:
-    text = message({name: linear()}, SGD, ModelError)
-    assert repr(name) in text
-
-
-@pytest.mark.parametrize("name", ["class", "lambda"])
-def test_an_optimizer_named_with_a_keyword_can_be_used_by_name(name: str) -> None:
-    model = linear()
-    learner = Learner(model, optimizer={name: SGD(model.parameters())})
-    assert held(learner.optimizer[name]) == ids(model)
-
-
-@pytest.mark.parametrize("name", ["count", "index"])
-def test_a_model_may_be_named_as_a_method_of_tuples(name: str) -> None:
-    model = linear()
-    learner = Learner({name: model, "other": linear()}, optimizer=SGD)
-    assert getattr(learner.model, name) is model
-    assert held(getattr(learner.optimizer, name)) == ids(model)
 
 
 # Building and stepping

@@ -670,7 +670,7 @@ def test_explain_of_one_model_does_not_name_the_optimizer_of_another_with_such_a
 
 
 def test_explain_of_a_path_that_nobody_touches_says_so() -> None:
-    assert "no callback" in str(toy_learner(Recorder()).callbacks.explain("step.loss"))
+    assert "nobody" in str(toy_learner(Recorder()).callbacks.explain("step.loss"))
 
 
 def test_explain_of_an_unknown_root_suggests_a_known_one() -> None:

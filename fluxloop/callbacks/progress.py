@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from fluxloop.callback import Callback, on
 from fluxloop.events import EpochBegin, EpochEnd, StepEnd
 from fluxloop.phase import Phase
+from fluxloop.randomness import preserved
 
 
 def in_notebook() -> bool:
@@ -87,7 +88,9 @@ class ProgressBar(Callback):
 
     def _refresh(self, bar: Any, phase: Phase, learner: Any) -> None:
         if "metrics" in learner.cbstate:
-            for name, value in learner.cbstate.metrics[phase].running().items():
+            with preserved():  # a metric may draw when it is computed, and when that is depends on the clock
+                values = learner.cbstate.metrics[phase].running()
+            for name, value in values.items():
                 if getattr(value, "numel", lambda: 0)() == 1:
                     learner.host(value, partial(self._note, bar, name))
         bar.set_postfix(self._numbers.get(id(bar), {}), refresh=False)

@@ -14,6 +14,7 @@ from fluxloop.callback import Callback, on
 from fluxloop.errors import SanityCheckError, describe
 from fluxloop.events import EpochBegin
 from fluxloop.feed import untouched
+from fluxloop.nested import map_tensors
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.randomness import preserved
 
@@ -53,10 +54,10 @@ class SanityCheck(Callback):
         defaults: Whether to run the default checks too.
         name: Tells two of them apart.
 
-    Reads: data, model, loss_fn, accelerator
+    Reads: data, model, loss_fn
     """
 
-    reads = ("data", "model", "loss_fn", "accelerator")
+    reads = ("data", "model", "loss_fn")
     draws = False
 
     def __init__(self, *checks: Check, defaults: bool = True, name: str | None = None) -> None:
@@ -136,13 +137,13 @@ def _one_batch(learner: Any) -> None:
         batch = next(iter(data))
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise ValueError(f"a batch is {describe(batch)}, not a pair (xs, ys)")
-    entries = {"xs": batch[0], "ys": batch[1]}
-    learner.accelerator.place(entries)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    xs, ys = map_tensors(lambda tensor: tensor.to(device), (batch[0], batch[1]))
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         with torch.no_grad():
-            loss = loss_fn(model(entries["xs"]), entries["ys"])
+            loss = loss_fn(model(xs), ys)
     finally:
         for module, mode in modes:
             module.training = mode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from math import isfinite
 from typing import Any
@@ -44,25 +45,23 @@ class StopOnNaNLoss(Callback):
 
     @on(BackwardBegin, AbstractTrainingPhase)
     def look_before(self, event: BackwardBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
-        """Look at the loss whose gradients are about to be computed."""
+        """Look at the losses before gradients are computed."""
         self._looked = True
-        step = learner.step
-        if "losses" in step:
-            name, loss = next(reversed(step.losses.items()))
-            self._look(learner, loss, f"the loss of {name!r}")
-        elif "loss" in step:
-            self._look(learner, step.loss, "the loss")
+        self._look_at_all(learner)
 
     @on(StepEnd, AbstractTrainingPhase)
     def look_after(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Look at the loss of a phase that says nothing before its backward."""
         if not self._looked:
-            step = learner.step
-            if "losses" in step:
-                for name, loss in step.losses.items():
-                    self._look(learner, loss, f"the loss of {name!r}")
-            if "loss" in step:
-                self._look(learner, step.loss, "the loss")
+            self._look_at_all(learner)
+
+    def _look_at_all(self, learner: Any) -> None:
+        step = learner.step
+        if "losses" in step and isinstance(step.losses, Mapping):
+            for name, loss in step.losses.items():
+                self._look(learner, loss, f"the loss of {name!r}")
+        if "loss" in step:
+            self._look(learner, step.loss, "the loss")
 
     def _look(self, learner: Any, loss: Any, name: str) -> None:
         if not isinstance(loss, Tensor):

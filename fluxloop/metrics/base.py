@@ -137,12 +137,14 @@ class MeanTracker(Tracker):
         averaged = metric.fn if isinstance(metric.fn, Averaged) else None
         self._fn = averaged.mean if averaged else metric.fn
         self._finish = averaged.finish if averaged else None
+        self._is_known = metric.is_known
         self._mean = Mean()
         self._last: Tensor | None = None
 
     def update(self, step: Any, size: int) -> None:
         """Compute the function on this step's entries."""
-        value = self._fn(*inputs_of(self.metric, step))
+        inputs = inputs_of(self.metric, step)
+        value = self._fn(*(inputs if self._is_known else without_graph(inputs)))
         if not isinstance(value, Tensor):
             value = torch.as_tensor(value)
         if value.numel() != 1:
@@ -179,7 +181,7 @@ class ObjectTracker(Tracker):
 
     def update(self, step: Any, size: int) -> None:
         """Update the object with this step's entries."""
-        inputs = [value.detach() if isinstance(value, Tensor) else value for value in inputs_of(self.metric, step)]
+        inputs = without_graph(inputs_of(self.metric, step))
         if not self._updated and hasattr(self._object, "to") and isinstance(inputs[0], Tensor):
             self._object = self._object.to(inputs[0].device)
         self._object.update(*inputs)
@@ -210,6 +212,11 @@ def inputs_of(metric: Metric, step: Any) -> list[Any]:
             "Metric(..., phase=...) or name entries that the phase stores with Metric(..., inputs=(...))",
         )
         raise
+
+
+def without_graph(values: list[Any]) -> list[Any]:
+    """Detach the tensors among a metric's inputs."""
+    return [value.detach() if isinstance(value, Tensor) else value for value in values]
 
 
 class Loss:
@@ -271,7 +278,7 @@ class LossTracker(Tracker):
         """Take in the loss of a step."""
         if "loss" in step:
             self._add(self._name, step.loss, size)
-        if "losses" in step:
+        if "losses" in step and isinstance(step.losses, Mapping):
             for name, loss in step.losses.items():
                 self._add(f"{self._name}_{name}".lower(), loss, size)
 

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fluxloop.metrics.averages import FOLD_AFTER, Mean, MovingAverage
+
+quick = settings(deadline=None, max_examples=40)
+
+# Mean
+
+
+@quick
+@given(
+    st.lists(st.tuples(st.floats(-1e3, 1e3, width=32), st.integers(1, 100)), min_size=1, max_size=FOLD_AFTER * 2 + 10)
+)
+def test_a_mean_is_that_of_all_values_with_their_weights(pairs: list[tuple[float, int]]) -> None:
+    mean = Mean()
+    for value, weight in pairs:
+        mean.add(torch.tensor(value), weight)
+    expected = sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
+    result = mean.compute()
+    assert result is not None
+    assert result.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("count", [1, FOLD_AFTER - 1, FOLD_AFTER, FOLD_AFTER + 1, 3 * FOLD_AFTER])
+def test_a_mean_may_be_asked_for_at_any_time(count: int) -> None:
+    mean = Mean()
+    for number in range(count):
+        mean.add(torch.tensor(float(number)))
+        if number % 50 == 0:
+            mean.compute()
+    assert mean.compute().item() == (count - 1) / 2
+
+
+def test_a_mean_of_many_small_steps_is_exact() -> None:
+    mean = Mean()
+    for _ in range(1000):
+        mean.add(torch.tensor(0.1), 3)
+    assert mean.compute().item() == pytest.approx(torch.tensor(0.1).double().item(), rel=1e-14)
+
+
+def test_without_values_there_is_no_mean() -> None:
+    assert Mean().compute() is None
+    assert MovingAverage(0.9).compute() is None
+
+
+# MovingAverage
+
+
+def test_smoothloss_is_smooth() -> None:
+    average = MovingAverage(0.98)
+    for _ in range(200):
+        average.add(torch.tensor(1.0))
+    average.add(torch.tensor(11.0))
+    assert average.compute().item() == pytest.approx(1 + 10 * 0.02, rel=0.02)

@@ -1,0 +1,356 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fluxloop import (
+    AbstractTrainingPhase,
+    Callback,
+    CustomCallback,
+    EpochEnd,
+    FitBegin,
+    Learner,
+    StateAccessError,
+    StepEnd,
+    TrainingPhase,
+    UnsafeCallback,
+    on,
+)
+from fluxloop.access import Access
+from fluxloop.state import State
+from fluxloop.testing import EventRecorder, toy_learner
+from fluxloop.view import make_view
+
+Use = Callable[[Any], object]
+
+
+class Touch(Callback):
+    """Does `use(learner)` at the end of each training step."""
+
+    def __init__(self, use: Use, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> None:
+        self.use = use
+        self.reads = reads
+        self.writes = writes
+
+    @on(StepEnd, AbstractTrainingPhase)
+    def run(self, event: Any, phase: Any, learner: Any) -> None:
+        self.use(learner)
+
+
+class Publisher(Callback):
+    """Publishes containers of each kind for others to read."""
+
+    writes = ("cbstate.table", "cbstate.series", "cbstate.box", "cbstate.special")
+
+    def init(self, learner: Any) -> None:
+        learner.cbstate.table = {"a": 1, "b": {"c": [1, 2]}}
+        learner.cbstate.series = [3, 1, {"d": 2}]
+        learner.cbstate.box = State({"inner": State({"x": 1}), "values": 7})
+        learner.cbstate.special = {}
+
+
+def run(use: Use, reads: Sequence[str] = (), writes: Sequence[str] = (), *others: Callback) -> Learner:
+    """Run one step with a callback that does `use(learner)` at its end; give the learner."""
+    learner = toy_learner(Touch(use, reads, writes), *others, num_batches=1)
+    learner.fit(1, phases=[TrainingPhase()])
+    return learner
+
+
+def get(use: Use, reads: Sequence[str] = (), writes: Sequence[str] = (), *others: Callback) -> Any:
+    """Give what `use(learner)` gives at the end of a step."""
+    found: list[object] = []
+    run(lambda learner: found.append(use(learner)), reads, writes, *others)
+    return found[0]
+
+
+def refused(use: Use, reads: Sequence[str] = (), writes: Sequence[str] = (), *others: Callback) -> StateAccessError:
+    """Give the error with which `use(learner)` is refused."""
+    with pytest.raises(StateAccessError) as caught:
+        run(use, reads, writes, *others)
+    return caught.value
+
+
+# Reading
+
+
+def test_a_declared_read_gives_the_object_itself() -> None:
+    found: list[Any] = []
+    learner = run(lambda view: found.extend([view.model, view.step.loss]), reads=("model", "step.loss"))
+    assert found[0] is learner.model
+    assert found[1] is learner.step.loss
+
+
+def test_items_are_declared_as_attributes_are() -> None:
+    assert get(lambda learner: learner.step["loss"] is learner.step.loss, ("step.loss",)) is True
+    assert refused(lambda learner: learner.step["xs"], ("step.loss",)).path == "step.xs"
+
+
+def test_a_key_of_a_dict_can_be_declared_by_itself() -> None:
+    assert get(lambda learner: learner.cbstate.table["a"], ("cbstate.table.a",), (), Publisher()) == 1
+    error = refused(lambda learner: learner.cbstate.table["b"], ("cbstate.table.a",), (), Publisher())
+    assert error.path == "cbstate.table.b"
+
+
+def test_in_tells_of_a_declared_entry_whether_it_is_there() -> None:
+    def use(learner: Any) -> tuple[bool, bool]:
+        return "loss" in learner.step, "mark" in learner.step
+
+    assert get(use, ("step.loss", "step.mark")) == (True, False)
+    assert get(use, ("step",)) == (True, False)
+
+
+def test_in_of_an_undeclared_entry_raises() -> None:
+    assert refused(lambda learner: "xs" in learner.step, ("step.loss",)).path == "step.xs"
+
+
+def test_hasattr_of_an_undeclared_path_raises_instead_of_saying_no() -> None:
+    assert refused(lambda learner: hasattr(learner.step, "xs"), ("step.loss",)).path == "step.xs"
+    assert refused(lambda learner: hasattr(learner, "model"), ("step.loss",)).path == "model"
+
+
+def test_getattr_with_a_default_raises_for_an_undeclared_path() -> None:
+    assert refused(lambda learner: getattr(learner.step, "xs", None), ("step.loss",)).path == "step.xs"
+
+
+def test_hasattr_of_a_declared_entry_tells_whether_it_is_there() -> None:
+    assert get(lambda learner: hasattr(learner.step, "loss"), ("step.loss",)) is True
+    assert get(lambda learner: hasattr(learner.step, "mark"), ("step.mark",)) is False
+
+
+def test_a_whole_that_is_read_and_of_which_a_part_is_written_can_be_iterated() -> None:
+    assert get(lambda learner: "xs" in set(learner.step), ("step",), ("step.mark",)) is True
+
+
+def test_keys_of_a_dict_can_be_read_where_one_of_them_is_written() -> None:
+    class Later(Touch):
+        run_after = (Publisher,)
+
+    found: list[int] = []
+    use = Later(lambda learner: found.append(learner.cbstate.table["a"]), ("cbstate.table",), ("cbstate.table.b",))
+    toy_learner(use, Publisher(), num_batches=1).fit(1)
+    assert found == [1]
+
+
+def test_named_models_and_optimizers_are_paths_of_their_own() -> None:
+    found: list[Any] = []
+
+    class Read(Callback):
+        reads = ("model.G", "params.G", "optimizer.G")
+
+        @on(FitBegin)
+        def look(self, event: Any, phase: Any, learner: Any) -> None:
+            found.extend([learner.model.G, learner.params.G, learner.optimizer.G])
+            with pytest.raises(StateAccessError, match=r"'model\.D'"):
+                _ = learner.model.D
+
+    models = {"G": torch.nn.Linear(1, 1), "D": torch.nn.Linear(1, 1)}
+    learner = Learner(models, callbacks=[Read()], default_callbacks=False)
+    learner.fit(0, phases=[])
+    assert found[0] is learner.model.G
+    assert found[1] is learner.params.G
+    assert found[2] is learner.optimizer.G
+
+
+def test_models_of_a_tuple_are_paths_by_position() -> None:
+    found: list[Any] = []
+    read = CustomCallback(lambda learner: found.append(learner.model[1]), FitBegin, reads=("model.1",))
+    models = (torch.nn.Linear(1, 1), torch.nn.Linear(2, 1))
+    learner = Learner(models, callbacks=[read], default_callbacks=False)
+    learner.fit(0, phases=[])
+    assert found == [learner.model[1]]
+
+
+# Deleting, items
+
+
+def test_an_entry_that_is_declared_as_written_can_be_deleted() -> None:
+    def use(learner: Any) -> None:
+        learner.step.mark = 1
+        del learner.step.mark
+
+    assert "mark" not in run(use, writes=("step.mark",)).step
+    assert "mark" not in run(use, writes=("step",)).step
+
+
+def test_an_entry_that_is_not_declared_as_written_cannot_be_deleted() -> None:
+    for reads in (("step",), ("step.loss",), ("*",), ()):
+        error = refused(lambda learner: delattr(learner.step, "loss"), reads)
+        assert (error.callback, error.event) == ("Touch", "StepEnd")
+        assert error.mode == ("write" if reads else "read")
+
+
+def test_a_key_of_a_dict_declared_as_written_can_be_set_and_no_other() -> None:
+    class Later(Touch):
+        run_after = (Publisher,)
+
+    def use(learner: Any) -> None:
+        learner.cbstate.table["a"] = 5
+        with pytest.raises(StateAccessError, match=r"'cbstate\.table\.b'"):
+            learner.cbstate.table["b"] = 5
+
+    learner = toy_learner(Later(use, writes=("cbstate.table.a",)), Publisher(), num_batches=1)
+    learner.fit(1)
+    assert learner.cbstate.table["a"] == 5
+
+
+def test_what_lies_below_a_written_path_can_be_changed_freely() -> None:
+    class Owner(Callback):
+        writes = ("cbstate.mine",)
+
+        def init(self, learner: Any) -> None:
+            learner.cbstate.mine = {"list": [1]}
+
+        @on(EpochEnd)
+        def grow(self, event: Any, phase: Any, learner: Any) -> None:
+            learner.cbstate.mine["list"].append(2)
+            learner.cbstate.mine["new"] = 3
+
+    learner = toy_learner(Owner(), num_batches=1)
+    learner.fit(1, phases=[TrainingPhase()])
+    assert learner.cbstate.mine == {"list": [1, 2], "new": 3}
+
+
+# Who gets what
+
+
+def test_an_unsafe_callback_gets_the_learner_itself() -> None:
+    class Raw(UnsafeCallback):
+        writes = ("cbstate.raw",)
+
+        def init(self, learner: Any) -> None:
+            self.given = [learner]
+
+        @on(StepEnd)
+        def look(self, event: Any, phase: Any, learner: Any) -> None:
+            self.given.append(learner)
+            learner.step.undeclared = 1
+            learner.cbstate.raw = learner.step.loss
+
+    raw = Raw()
+    learner = toy_learner(raw, num_batches=1)
+    learner.fit(1, phases=[TrainingPhase()])
+    assert all(given is learner for given in raw.given)
+    assert len(raw.given) == 2
+    assert learner.step.undeclared == 1
+
+
+def test_a_view_is_made_once_per_callback_and_not_per_event() -> None:
+    views: list[Any] = []
+    hook = CustomCallback(views.append, StepEnd, reads=("step",))
+    learner = toy_learner(hook, num_batches=3)
+    learner.fit(2)
+    assert len(views) == 12
+    assert all(view is views[0] for view in views)
+
+
+def test_everybody_may_defer_and_ask_for_numbers_on_the_host() -> None:
+    trace: list[Any] = []
+
+    class Serve(Callback):
+        reads = ("step.loss",)
+
+        @on(StepEnd, AbstractTrainingPhase)
+        def ask(self, event: Any, phase: Any, learner: Any) -> None:
+            learner.host(learner.step.loss, trace.append)
+            learner.defer(lambda: trace.append("undone"))
+
+    learner = toy_learner(Serve(), num_batches=1)
+    learner.fit(1, phases=[TrainingPhase()])
+    assert trace == [learner.step.loss.item(), "undone"]
+
+
+def test_a_view_says_whose_it_is() -> None:
+    assert get(repr) == "<Touch's view of the learner>"
+
+
+def test_callbacks_without_declarations_may_watch_events_and_touch_nothing() -> None:
+    recorder = EventRecorder()
+    learner = toy_learner(recorder, num_batches=1)
+    learner.fit(1, phases=[TrainingPhase()])
+    assert recorder.events.count("StepEnd") == 1
+    assert refused(lambda view: view.seed).path == "seed"
+
+
+# Against an oracle: an access is allowed exactly where a declared path is a prefix of it
+
+NAMES = ("a", "b", "c")
+
+paths = st.lists(st.sampled_from(NAMES), min_size=0, max_size=3).map(lambda names: ("cbstate", *names))
+
+leaves = st.tuples(*[st.sampled_from(NAMES)] * 3).map(lambda names: ("cbstate", *names))
+
+declared = st.lists(paths, max_size=4)
+
+
+def tree(depth: int) -> State:
+    inner: Callable[[], Any] = (lambda: tree(depth - 1)) if depth > 1 else (lambda: 0)
+    return State({name: inner() for name in NAMES})
+
+
+class Root:
+    """Stands for a learner."""
+
+    def __init__(self) -> None:
+        self.cbstate = tree(3)
+
+
+def covered(path: tuple[str, ...], by: Sequence[tuple[str, ...]]) -> bool:
+    return any(path[: len(prefix)] == prefix for prefix in by)
+
+
+def expected(
+    reads: Sequence[tuple[str, ...]], writes: Sequence[tuple[str, ...]], path: tuple[str, ...], mode: str
+) -> tuple[str, str] | None:
+    """Give (path, mode) of the refusal, or None: each part on the way must lead to something declared."""
+    both = [*reads, *writes]
+    for length in range(1, len(path)):
+        part = path[:length]
+        if not covered(part, both) and not any(p[:length] == part for p in both):
+            return ".".join(part), "read"
+    if not covered(path, writes if mode == "write" else both):
+        return ".".join(path), mode
+    return None
+
+
+def access(view: Any, path: tuple[str, ...], mode: str, by_item: bool) -> tuple[str, str] | None:
+    try:
+        for name in path[:-1]:
+            view = view[name] if by_item and view is not None and name != "cbstate" else getattr(view, name)
+        if mode == "write":
+            setattr(view, path[-1], 1)
+        elif mode == "in":
+            assert path[-1] in view
+        else:
+            assert (view[path[-1]] if by_item else getattr(view, path[-1])) == 0
+    except StateAccessError as error:
+        return error.path, error.mode
+    return None
+
+
+@settings(deadline=None, max_examples=60)
+@given(reads=declared, writes=declared, everything=st.booleans(), leaf=leaves, by_item=st.booleans())
+def test_reads_and_writes_are_allowed_exactly_below_the_declared_paths(
+    reads: list[tuple[str, ...]],
+    writes: list[tuple[str, ...]],
+    everything: bool,
+    leaf: tuple[str, ...],
+    by_item: bool,
+) -> None:
+    given_reads = [".".join(path) for path in reads] + (["*"] if everything else [])
+    prefixes = [*reads, *([()] if everything else [])]
+    root = Root()
+    view = make_view(Access.declared("someone", given_reads, [".".join(path) for path in writes]), root)  # type: ignore[arg-type]
+    assert access(view, leaf, "read", by_item) == expected(prefixes, writes, leaf, "read")
+    refused_in = expected(prefixes, writes, leaf, "read")
+    assert access(view, leaf, "in", by_item) == refused_in
+    refused_write = expected(prefixes, writes, leaf, "write")
+    assert access(view, leaf, "write", by_item) == refused_write
+    value: Any = root
+    for name in leaf:
+        value = getattr(value, name)
+    assert value == (0 if refused_write else 1)
