@@ -45,12 +45,14 @@ class Accelerator:
     def _move(self, tensor: Tensor) -> Tensor:
         return tensor if tensor.device == self.device else tensor.to(self.device, non_blocking=True)
 
-    def backward(self, loss: Tensor, parameters: Sequence[nn.Parameter] | None = None) -> None:
+    def backward(
+        self, loss: Tensor, parameters: Sequence[nn.Parameter] | None = None, retain_graph: bool = False
+    ) -> None:
         """Add the gradients of a scalar loss to ``grad``: of `parameters` alone, or of all it reaches."""
         if parameters is None:
-            torch.autograd.backward(loss)
+            torch.autograd.backward(loss, retain_graph=retain_graph)
         else:
-            torch.autograd.backward(loss, inputs=parameters)
+            torch.autograd.backward(loss, retain_graph=retain_graph, inputs=parameters)
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
         """Step an optimizer."""

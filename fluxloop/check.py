@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
-from fluxloop.errors import DataError
+from fluxloop.errors import DataError, PhaseError
+from fluxloop.feed import untouched
 from fluxloop.fit import check_phase, feed
 from fluxloop.inference import aside
 from fluxloop.loop import switch_modes
@@ -19,6 +22,28 @@ from fluxloop.randomness import preserved
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
+
+
+def _kept(optimizer: Optimizer) -> Callable[[], None]:
+    """Keep an optimizer's state and options; return what puts them back, bit for bit."""
+    state = {
+        parameter: {name: (value, copy.deepcopy(value)) for name, value in entries.items()}
+        for parameter, entries in optimizer.state.items()
+    }
+    options = [{k: copy.deepcopy(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+    def put_back() -> None:
+        optimizer.state.clear()
+        for parameter, entries in state.items():
+            for name, (value, copied) in entries.items():
+                if isinstance(value, Tensor):
+                    with torch.no_grad():
+                        value.copy_(copied)
+                optimizer.state[parameter][name] = value if isinstance(value, Tensor) else copied
+        for group, kept in zip(optimizer.param_groups, options, strict=True):
+            group.update(kept)
+
+    return put_back
 
 
 def _first(learner: Learner, phase: Phase) -> Any:
@@ -32,7 +57,8 @@ def _first(learner: Learner, phase: Phase) -> Any:
         raise DataError(
             f"the {phase.data_key!r} data can be iterated once only; give a batch to look at: learner.check(batch)"
         )
-    return next(iter(data))
+    with untouched(data.source):
+        return next(iter(data))
 
 
 def _held(module: nn.Module) -> Iterator[Tensor]:
@@ -48,11 +74,13 @@ def check(learner: Learner, batch: Any, phases: Iterable[Phase] | None) -> list[
     for phase in chosen:
         check_phase(phase)
         phase.check(learner)
+    if any(is_lazy(parameter) for module in learner.modules() for parameter in module.parameters()):
+        raise PhaseError("learner.check cannot look at lazy modules that have seen no batch; run one step first")
     updates = learner.updates
     findings: list[str] = []
     for phase in chosen:
         weights = [(tensor, tensor.detach().clone()) for module in learner.modules() for tensor in _held(module)]
-        states = [copy.deepcopy(slot.optimizer.state_dict()) for slot in updates.slots]
+        states = [_kept(slot.optimizer) for slot in updates.slots]
         gradients = [(p, p.grad) for p in updates.names]
         windows = [(slot, slot.consumed, slot.window) for slot in updates.slots]
         with preserved(), aside(learner, "check", []):
@@ -68,8 +96,8 @@ def check(learner: Learner, batch: Any, phases: Iterable[Phase] | None) -> list[
                 with torch.no_grad():
                     for tensor, value in weights:
                         tensor.copy_(value)
-                for slot, optimizer_state in zip(updates.slots, states, strict=True):
-                    slot.optimizer.load_state_dict(optimizer_state)
+                for put_back_state in states:
+                    put_back_state()
                 for parameter, gradient in gradients:
                     parameter.grad = gradient
                 for slot, consumed, window in windows:

@@ -14,11 +14,16 @@ from fluxloop.randomness import Streams, start_torch
 
 
 @contextmanager
-def untouched(source: Any) -> Iterator[None]:
+def untouched(source: Any, workers_too: bool = True) -> Iterator[None]:
     """Put a loader's own generators, its waiting workers and its place among epochs back on leaving.
 
     Its own are those of the loader, its sampler and its batch sampler; what a dataset keeps for
     itself cannot be known.
+
+    Args:
+        source: A loader, or anything.
+        workers_too: Whether persistent workers, which go on drawing from where they are, are left
+            out meanwhile.
     """
     sampler, batch_sampler = getattr(source, "sampler", None), getattr(source, "batch_sampler", None)
     owners = (source, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
@@ -26,17 +31,15 @@ def untouched(source: Any) -> Iterator[None]:
     states = [(generator, generator.get_state()) for generator in own.values()]
     workers = getattr(source, "_iterator", None)
     epoch = source.epoch if isinstance(source, TensorBatches) else 0
-    if workers is not None:  # persistent workers go on drawing from where they are
+    if workers is not None and workers_too:
         source._iterator = None
     try:
         yield
     finally:
         for generator, state in states:
             generator.set_state(state)
-        if workers is not None:
+        if workers_too and hasattr(source, "_iterator"):
             source._iterator = workers
-        elif getattr(source, "_iterator", None) is not None:
-            source._iterator = None
         if isinstance(source, TensorBatches):
             source.epoch = epoch
 
@@ -49,8 +52,9 @@ class Feed:
 
     Args:
         source: Any iterable of batches.
-        owner: The phase's data key, which names the streams.
+        owner: Names the streams: the phase's owner.
         streams: The learner's streams.
+        name: What the data is called in messages; None where the phase needs none.
         before_batch: Called before each batch is fetched.
     """
 
@@ -59,11 +63,13 @@ class Feed:
         source: Iterable[Any],
         owner: str,
         streams: Streams,
+        name: str | None = None,
         before_batch: Callable[[], object] = lambda: None,
     ) -> None:
         self.source = source
         self._owner = owner
         self._streams = streams
+        self._name = name
         self._before_batch = before_batch
 
     @property
@@ -78,26 +84,16 @@ class Feed:
 
     def check(self) -> None:
         """Raise `DataError` for a source known to be empty."""
-        if self.num_batches == 0:
+        if self.num_batches == 0 and self._name is not None:
             raise self._empty()
 
     def _empty(self) -> DataError:
         return DataError(
-            f"the {self._owner} data ({describe(self.source)}) gave no batch; expected at least one: fewer "
+            f"the {self._name} data ({describe(self.source)}) gave no batch; expected at least one: fewer "
             "rows than batch_size with drop_last=True, or an iterator that was used up before?"
         )
 
     def __iter__(self) -> Iterator[Any]:
-        if not self._streams.prefix:
-            return self._batches()
-        return self._aside()
-
-    def _aside(self) -> Iterator[Any]:
-        """Iterate for an evaluation, a prediction or a check: the source is left as it was."""
-        with untouched(self.source):
-            yield from self._batches()
-
-    def _batches(self) -> Iterator[Any]:
         order = self._streams[f"{self._owner}/data"]
         set_epoch = getattr(self.source, "set_epoch", None)
         if set_epoch is not None:
@@ -118,7 +114,7 @@ class Feed:
                 break
             count += 1
             yield batch
-        if count == 0:
+        if count == 0 and self._name is not None:
             raise self._empty()
 
     def __len__(self) -> int:

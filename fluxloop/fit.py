@@ -6,7 +6,7 @@ import operator
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from fluxloop.data import load, name_data
@@ -21,11 +21,12 @@ from fluxloop.errors import (
     did_you_mean,
 )
 from fluxloop.events import CycleBegin, CycleEnd, FitBegin, FitEnd
-from fluxloop.feed import Feed
+from fluxloop.feed import Feed, untouched
 from fluxloop.history import History
 from fluxloop.loop import Scope
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
+from fluxloop.randomness import preserved
 from fluxloop.state import State
 
 if TYPE_CHECKING:
@@ -138,6 +139,11 @@ def check_phase(phase: object) -> None:
     if not isinstance(phase, Phase):
         name = phase.__name__ if isinstance(phase, type) else "TrainingPhase"
         raise PhaseError(f"{describe(phase)} was given as a phase; expected an instance: {name}()")
+    if phase.data_key != type(phase).data_key:
+        raise PhaseError(
+            f"{phase!r} has a data_key of its own, {phase.data_key!r}; expected a class: "
+            f"class MyPhase({type(phase).__name__}): data_key = {phase.data_key!r}"
+        )
 
 
 def run_epoch(learner: Learner, phase: Phase, data: Any = None) -> None:
@@ -150,14 +156,26 @@ def run_epoch(learner: Learner, phase: Phase, data: Any = None) -> None:
     try:
         batches = feed(learner, phase)
         batches.check()
+        if phase.gradients:
+            learner.updates.check_owned()
         learner.num_batches = batches.num_batches
         learner.phases[type(phase)] = phase
-        phase.epoch(learner, batches)
+        with preserved(), left_alone(learner, phase, batches.source):
+            phase.epoch(learner, batches)
     except CancelEpochException:
         pass  # raised by a handler of EpochBegin, after EpochEnd was fired
     finally:
         learner.data, learner.num_batches = kept
     learner.stop_if_requested()
+
+
+def left_alone(learner: Learner, phase: Phase, source: Any) -> AbstractContextManager[None]:
+    """Keep a phase that only watches from moving a loader's own generators, and workers that others use."""
+    if phase.gradients and not learner.streams.prefix:
+        return nullcontext()
+    others = [other for key, other in vars(learner.data).items() if key != phase.data_key]
+    shared = bool(learner.streams.prefix) or any(other is source for other in others)
+    return untouched(source, workers_too=shared or phase.data_key == "training")
 
 
 def feed(learner: Learner, phase: Phase) -> Feed:
@@ -167,13 +185,15 @@ def feed(learner: Learner, phase: Phase) -> Feed:
         DataError: The learner has none under the phase's key.
     """
     key = phase.data_key
+    if not key:
+        return Feed((), phase.owner, learner.streams)
     if key not in learner.data:
         known = sorted(vars(learner.data))
         raise DataError(
             f"{type(phase).__name__} runs on the {key!r} data, and there is {known or 'no data'}"
             f"{did_you_mean(key, known)}; give it to the learner, data={{{key!r}: ...}}, or to this call"
         )
-    return Feed(vars(learner.data)[key], key or type(phase).__name__, learner.streams, learner.stop_if_requested)
+    return Feed(vars(learner.data)[key], phase.owner, learner.streams, key, learner.stop_if_requested)
 
 
 @contextmanager

@@ -34,8 +34,10 @@ def aside(learner: Learner, owner: str, callbacks: list[Callback]) -> Iterator[N
     So that evaluation and prediction leave no trace: what the training sees is as before.
     """
     kept = learner.callbacks, learner.cbstate, learner.history, learner.streams, learner.step
-    kept_too = learner.host_queue, learner.phases
+    kept_too = learner.host_queue, learner.phases, learner.scope
+    updates, block = learner.updates, learner.updates.block
     try:
+        learner.scope = updates.block = None
         learner.host_queue = HostQueue(learner.accelerator.device)
         learner.phases = dict(learner.phases)
         learner.cbstate = SharedState()
@@ -47,7 +49,8 @@ def aside(learner: Learner, owner: str, callbacks: list[Callback]) -> Iterator[N
         yield
     finally:
         learner.callbacks, learner.cbstate, learner.history, learner.streams, learner.step = kept
-        learner.host_queue, learner.phases = kept_too
+        learner.host_queue, learner.phases, learner.scope = kept_too
+        updates.block = block
 
 
 def _bar(learner: Learner) -> list[Callback]:

@@ -28,7 +28,7 @@ from fluxloop.inference import evaluate, predict
 from fluxloop.loop import Scope
 from fluxloop.models import like, named_models
 from fluxloop.nested import batch_size
-from fluxloop.optimizers import build_optimizers
+from fluxloop.optimizers import build_optimizers, parameter_names
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.randomness import Streams, check_seed, draw_seed
@@ -101,14 +101,12 @@ class Learner:
                 f"accelerator={accelerator!r} was given; expected an Accelerator: accelerator=Accelerator('cpu')"
             )
         self.accelerator = Accelerator() if accelerator is None else accelerator
+        self.loss_fn: Any = loss_fn
         for module in self.modules():
             self.accelerator.place_model(module)
-        self.loss_fn: Any = loss_fn
-        if isinstance(loss_fn, nn.Module):
-            self.accelerator.place_model(loss_fn)
         self.model: Any = like(model, self.models)
         self.params: Any = like(model, {k: tuple(m.parameters()) for k, m in self.models.items()})
-        optimizers = build_optimizers(self.models, optimizer)
+        optimizers = build_optimizers(self.models, optimizer, loss_fn)
         self.optimizer: Any = like(model, optimizers)
         self.seed = draw_seed() if seed is None else check_seed(seed)
         self.streams = Streams(self.seed)
@@ -122,7 +120,7 @@ class Learner:
         self.scope: Scope | None = None
         self.fitting = False
         self.stop_requested: str | None = None
-        self.updates = Updates(self, self.models, optimizers)
+        self.updates = Updates(self, parameter_names(self.models, loss_fn), optimizers)
         self.callbacks = Callbacks(self)
         given = listed(callbacks)
         self.callbacks.set(with_defaults(given) if default_callbacks else given)
@@ -194,7 +192,7 @@ class Learner:
 
     # Inside a step
 
-    def optimizing(self, name: str | int | None = None) -> UpdateBlock:
+    def optimizing(self, name: str | int | None = None, *, retain_graph: bool = False) -> UpdateBlock:
         """Open the block in which one optimizer's parameters may change.
 
         On leaving it with ``block.loss`` set, the gradients of those parameters alone are
@@ -203,6 +201,7 @@ class Learner:
 
         Args:
             name: Of the optimizer; None for the only one.
+            retain_graph: Whether another block's loss needs the same graph.
 
         Raises:
             OptimizerError: There is no such optimizer, or another block is open.
@@ -214,9 +213,9 @@ class Learner:
             with learner.optimizing("D") as block:
                 block.loss = softplus(-D(real)).mean() + softplus(D(fake.detach())).mean()
         """
-        return UpdateBlock(self, self.updates.find(name))
+        return UpdateBlock(self, self.updates.find(name), retain_graph)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
         """Compute the gradients of a scalar loss.
 
         Inside an update block those of its optimizer's parameters, else of all it reaches. What a
@@ -225,7 +224,7 @@ class Learner:
         Raises:
             LossError: No scalar, no gradient, or it is unclear whose loss it is.
         """
-        self.updates.backward(loss)
+        self.updates.backward(loss, retain_graph)
 
     def update(self, name: str | int | None = None) -> None:
         """Step the optimizer `name`, the open block's, or all in order; fires `UpdateBegin` and `UpdateEnd`.
@@ -339,8 +338,8 @@ class Learner:
     # What there is
 
     def modules(self) -> list[nn.Module]:
-        """List the models."""
-        return list(self.models.values())
+        """List the models, and the loss function where it is a module."""
+        return [*self.models.values(), *([self.loss_fn] if isinstance(self.loss_fn, nn.Module) else [])]
 
     @property
     def optimizer_names(self) -> tuple[str | None, ...]:

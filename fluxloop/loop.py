@@ -8,7 +8,7 @@ out: normal, cancelled, or by an error.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -121,12 +121,13 @@ class runstep(Scope):  # noqa: N801 - used like a function
         entries: Stored in ``state`` under their names.
     """
 
-    __slots__ = ("_grad_enabled", "state")
+    __slots__ = ("_apart", "_grad_enabled", "state")
 
     def __init__(self, learner: Learner, phase: Phase, /, **entries: Any) -> None:
         self._learner = learner
         self.phase = phase
         self.state = StepState(entries)
+        self._apart: ExitStack | None = None
 
     def __enter__(self) -> tuple[Handle, StepState]:
         learner, phase, state = self._learner, self.phase, self.state
@@ -136,6 +137,8 @@ class runstep(Scope):  # noqa: N801 - used like a function
             self.handle, self.stream = outer.handle, outer.stream
         else:
             self._look_up()
+        if outer is not None and (outer.phase is not phase or isinstance(outer, runstep)):
+            self._set_apart()
         gradients = phase.gradients
         self._grad_enabled = torch.is_grad_enabled()
         try:
@@ -169,7 +172,7 @@ class runstep(Scope):  # noqa: N801 - used like a function
             except BaseException as failure:
                 self._leave(failure)
                 raise
-            if self._undo is None and self._grad_enabled is self.phase.gradients:
+            if self._undo is None and self._apart is None and self._grad_enabled is self.phase.gradients:
                 learner.scope = self.parent  # nothing to undo
             else:
                 self._leave(None)
@@ -186,6 +189,16 @@ class runstep(Scope):  # noqa: N801 - used like a function
                 locate(error, self._learner, self.phase)
         with preserved() if self._undo else nullcontext():
             self.close(error)
+        if self._apart is not None:
+            self._apart.close()
+
+    def _set_apart(self) -> None:
+        """Keep a step inside another phase's epoch, or inside a step, from changing what goes on around it."""
+        learner = self._learner
+        self._apart = ExitStack()
+        self._apart.enter_context(preserved())
+        self._apart.callback(setattr, learner, "step", learner.step)
+        self._apart.callback(switch_modes(learner.modules(), self.phase.train_mode))
 
 
 class runepoch(Scope):  # noqa: N801 - used like a function
@@ -256,6 +269,7 @@ class runepoch(Scope):  # noqa: N801 - used like a function
             error = failure
             raise
         finally:
+            learner.step.drop_graphs()
             if not ends:
                 learner.updates.abandon_step(learner.step)
                 if not isinstance(self.parent, runstep):

@@ -16,16 +16,18 @@ Models = Mapping[str | None, nn.Module]
 Optimizers = dict[str | None, Optimizer]
 
 
-def parameter_names(models: Models) -> dict[nn.Parameter, str]:
-    """Name every parameter of the models: ``"0.weight"``, or ``"G.0.weight"`` for named models."""
+def parameter_names(models: Models, loss_fn: object = None) -> dict[nn.Parameter, str]:
+    """Name every parameter: ``"0.weight"``, or ``"G.0.weight"`` for named models, ``"loss_fn.weight"`` of the loss."""
     names: dict[nn.Parameter, str] = {}
+    if isinstance(loss_fn, nn.Module):
+        models = {**models, "loss_fn": loss_fn}
     for model_name, model in models.items():
         for name, parameter in model.named_parameters():
             names.setdefault(parameter, name if model_name is None else f"{model_name}.{name}")
     return names
 
 
-def build_optimizers(models: Models, optimizer: Any) -> Optimizers:
+def build_optimizers(models: Models, optimizer: Any, loss_fn: object = None) -> Optimizers:
     """Make one optimizer per name from a factory, an optimizer, or a mapping of names to either.
 
     A factory makes one optimizer per model with trainable parameters. In a mapping, a factory's
@@ -34,6 +36,7 @@ def build_optimizers(models: Models, optimizer: Any) -> Optimizers:
     Args:
         models: By name; None names the only model of a learner with one.
         optimizer: What the user gave.
+        loss_fn: The loss function; where it is a module, its trainable parameters need an optimizer too.
 
     Raises:
         OptimizerError: Something else was given, or a trainable parameter is in no optimizer, in
@@ -54,7 +57,7 @@ def build_optimizers(models: Models, optimizer: Any) -> Optimizers:
             f"optimizer={describe(optimizer)} was given; expected a factory that takes parameters "
             "(torch.optim.Adam, partial(torch.optim.SGD, lr=0.1)), an optimizer, or a mapping of names to either"
         )
-    _check_ownership(models, built)
+    _check_ownership(parameter_names(models, loss_fn), built)
     return built
 
 
@@ -109,8 +112,7 @@ def owned_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _check_ownership(models: Models, optimizers: Optimizers) -> None:
-    names = parameter_names(models)
+def _check_ownership(names: Mapping[nn.Parameter, str], optimizers: Optimizers) -> None:
     owners: dict[nn.Parameter, list[str]] = {}
     for name, optimizer in optimizers.items():
         label = "the optimizer" if name is None else f"optimizer[{name!r}]"
@@ -130,11 +132,20 @@ def _check_ownership(models: Models, optimizers: Optimizers) -> None:
             f"parameters are held more than once: {_list(twice)}; expected each in exactly one optimizer. "
             "For parameters shared by two models give the optimizers themselves"
         )
-    missing = [name for p, name in names.items() if p.requires_grad and p not in owners]
+    check_owned(names, set(owners))
+
+
+def check_owned(names: Mapping[nn.Parameter, str], owned: set[nn.Parameter]) -> None:
+    """Raise for a trainable parameter that no optimizer holds.
+
+    Raises:
+        OptimizerError: Names those parameters.
+    """
+    missing = [name for p, name in names.items() if p.requires_grad and p not in owned]
     if missing:
         raise OptimizerError(
-            f"trainable parameters are in no optimizer: {_list(missing)}; add them to one, or freeze them "
-            "with requires_grad_(False)"
+            f"trainable parameters are in no optimizer: {_list(missing)}; add them to one (add_param_group, where "
+            "they were unfrozen later), or freeze them with requires_grad_(False)"
         )
 
 

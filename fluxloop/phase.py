@@ -61,19 +61,26 @@ class Phase:
     """
 
     data_key: ClassVar[str] = ""
-    """Which of the learner's data the phase runs on; also the owner of its random numbers."""
+    """Which of the learner's data the phase runs on; "" for none."""
     train_mode: ClassVar[bool] = False
     """Whether the models are in train mode."""
     gradients: ClassVar[bool] = False
     """Whether gradients are recorded."""
 
+    owner: ClassVar[str] = ""
+    """Whose the phase's random numbers are: the data key's where it trains, its own where it watches."""
     epoch_stream: ClassVar[str] = "/epoch"
     step_stream: ClassVar[str] = "/step"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        owner = cls.data_key or cls.__name__
-        cls.epoch_stream, cls.step_stream = f"{owner}/epoch", f"{owner}/step"
+        if not isinstance(cls.data_key, str):
+            raise PhaseError(
+                f"{cls.__name__} has data_key as a field; it belongs to the class, without an annotation: "
+                "data_key = 'training'"
+            )
+        cls.owner = cls.data_key if cls.gradients and cls.data_key else f"{cls.data_key}/{cls.__name__}".lstrip("/")
+        cls.epoch_stream, cls.step_stream = f"{cls.owner}/epoch", f"{cls.owner}/step"
         if not isinstance(cls.step, Step):
             setattr(cls, "step", Step(cls.step))  # noqa: B010 - mypy knows no other way
 

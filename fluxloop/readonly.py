@@ -195,6 +195,8 @@ class ReadOnlyList(_Copied, list[Any]):
         self._where = path, access
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return list(self)[index]
         path, access = self._where
         return guarded(super().__getitem__(index), path, access)
 

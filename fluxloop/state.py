@@ -61,13 +61,21 @@ class State(Container):
         return f"{type(self).__name__}({', '.join(self.__dict__)})"
 
 
+def _without_graph(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_leaf else tensor.detach()
+
+
 class StepState(State):
     """The entries of one step, as the phase stores them, such as ``xs``, ``preds`` and ``loss``."""
 
+    def drop_graphs(self) -> None:
+        """Keep the entries without the graphs that made them: memory that nothing needs after an epoch."""
+        for name, entry in vars(self).items():
+            vars(self)[name] = map_tensors(_without_graph, entry)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> StepState:
-        """Copy the entries without the graphs that made them: torch copies leaves alone."""
-        entries = {name: map_tensors(Tensor.detach, entry) for name, entry in vars(self).items()}
-        copied = memo[id(self)] = StepState(copy.deepcopy(entries, memo))
+        entries = {name: map_tensors(_without_graph, entry) for name, entry in vars(self).items()}
+        copied = memo[id(self)] = StepState(copy.deepcopy(entries, memo))  # torch copies leaves alone
         return copied
 
     __kind__ = "The step"

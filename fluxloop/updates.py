@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from fluxloop.access import Path
 from fluxloop.errors import LossError, OptimizerError, PhaseError, describe, did_you_mean
 from fluxloop.events import BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd
-from fluxloop.optimizers import Models, Optimizers, owned_parameters, parameter_names
+from fluxloop.optimizers import Optimizers, check_owned, owned_parameters
 from fluxloop.state import Gradients, StepState
 
 if TYPE_CHECKING:
@@ -68,13 +68,13 @@ class Updates:
 
     Args:
         learner: The learner.
-        models: By name.
+        names: The names of all parameters.
         optimizers: By name; checked to own each trainable parameter once.
     """
 
-    def __init__(self, learner: Learner, models: Models, optimizers: Optimizers) -> None:
+    def __init__(self, learner: Learner, names: dict[nn.Parameter, str], optimizers: Optimizers) -> None:
         self._learner = learner
-        self.names = parameter_names(models)
+        self.names = names
         self.gradients = Gradients((name, parameter) for parameter, name in self.names.items())
         self.slots = tuple(
             Slot(name, optimizer, (), (), UpdateBegin(name), UpdateEnd(name), num_groups=0)
@@ -114,6 +114,15 @@ class Updates:
         for slot in self.slots:
             slot.others = tuple(p for other in self.slots if other is not slot for p in other.parameters)
 
+    def check_owned(self) -> None:
+        """Raise for a parameter that became trainable and is in no optimizer.
+
+        Raises:
+            OptimizerError: Names it.
+        """
+        self._read_parameters()
+        check_owned(self.names, {p for slot in self.slots for p in slot.parameters})
+
     def begin_step(self, state: StepState) -> None:
         """Release what the last update consumed."""
         for slot in self.slots:
@@ -129,7 +138,7 @@ class Updates:
                 slot.window = None
                 slot.consumed = True
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         """Compute the gradients of a scalar loss.
 
         Inside an update block they are those of the block's optimizer alone; outside of one, of
@@ -150,6 +159,8 @@ class Updates:
         own = None if block is None else [p for p in block.slot.parameters if p.requires_grad]
         if own == []:
             raise LossError(f"{slots[0].label} has nothing to train: all of its parameters are frozen")
+        if len(self.slots) == 1:
+            own = None  # nobody else's to leave out
         fresh = True
         for slot in slots:
             if block is not None and slot.window is not None and not slot.in_block:
@@ -163,14 +174,18 @@ class Updates:
                 slot.window, slot.in_block = learner.step, block is not None
             else:
                 fresh = False
-        learner.accelerator.backward(loss, own)
-        if fresh and all(p.grad is None for slot in slots for p in slot.parameters):
+        learner.accelerator.backward(loss, own, retain_graph)
+        if fresh and all(p.grad is None for slot in slots for p in slot.parameters) and not self._reach(loss, slots):
             whose = f"of {slots[0].label} " if len(slots) == 1 else ""
             raise LossError(
                 f"the loss {whose}reaches none of its own parameters ({self.names.get(slots[0].parameters[0])}, …); "
-                "was their output detached, or was it computed by another model?"
+                "was their output detached, computed by another model, or by a checkpoint with use_reentrant=True?"
             )
         learner.step.grads = self.gradients
+
+    def _reach(self, loss: Tensor, slots: tuple[Slot, ...]) -> bool:
+        """Tell whether a loss reaches parameters whose gradients a hook has taken away."""
+        return not _reached(loss).isdisjoint(p for slot in slots for p in slot.parameters)
 
     def _check_owner(self) -> None:
         """Raise for a loss that nobody knows the owner of: several optimizers, and another loss before it.
@@ -213,7 +228,15 @@ class Updates:
             slots = self.slots if name is None else (self.find(name),)
         for slot in slots:
             learner.fire(slot.begin)
-            learner.accelerator.update(slot.optimizer)
+            try:
+                learner.accelerator.update(slot.optimizer)
+            except TypeError as error:
+                if "closure" in str(error):
+                    raise OptimizerError(
+                        f"{type(slot.optimizer).__name__} needs a closure, which learner.update cannot give; call "
+                        "learner.optimizer.step(closure) in a step of your own"
+                    ) from error
+                raise
             slot.consumed = True
             slot.window = None
             learner.fire(slot.end)
@@ -240,9 +263,10 @@ class UpdateBlock:
         loss: The scalar loss of this optimizer; None makes no update.
     """
 
-    __slots__ = ("_frozen", "_updates", "learner", "loss", "slot")
+    __slots__ = ("_frozen", "_retain_graph", "_updates", "learner", "loss", "slot")
 
-    def __init__(self, learner: Learner, slot: Slot) -> None:
+    def __init__(self, learner: Learner, slot: Slot, retain_graph: bool = False) -> None:
+        self._retain_graph = retain_graph
         self.learner = learner
         self._updates = learner.updates
         self.slot = slot
@@ -264,6 +288,8 @@ class UpdateBlock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        for parameter in self._frozen:  # the loss is computed: its graph holds none of them
+            parameter.requires_grad = True
         try:
             if error is None and self.loss is not None:
                 self._finish()
@@ -273,8 +299,6 @@ class UpdateBlock:
         finally:
             if error is not None:
                 self._updates.abandon_step(self.learner.step)
-            for parameter in self._frozen:
-                parameter.requires_grad = True
             self._updates.block = None
 
     def _finish(self) -> None:
@@ -289,7 +313,7 @@ class UpdateBlock:
         loss = losses[key]
         if self._updates.findings is not None:
             self._updates.findings.extend(leaks(self._updates, self.slot, loss, state))
-        self._updates.backward(loss)
+        self._updates.backward(loss, self._retain_graph)
         losses[key] = loss.detach()
         learner.fire(BACKWARD_END)
         self._updates.update()

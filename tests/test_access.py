@@ -48,13 +48,12 @@ class Touch(Callback):
 class Publisher(Callback):
     """Publishes containers of each kind for others to read."""
 
-    writes = ("cbstate.table", "cbstate.series", "cbstate.box", "cbstate.special")
+    writes = ("cbstate.table", "cbstate.series", "cbstate.box")
 
     def init(self, learner: Any) -> None:
         learner.cbstate.table = {"a": 1, "b": {"c": [1, 2]}}
         learner.cbstate.series = [3, 1, {"d": 2}]
         learner.cbstate.box = State({"inner": State({"x": 1}), "values": 7})
-        learner.cbstate.special = {}
 
 
 def run(use: Use, reads: Sequence[str] = (), writes: Sequence[str] = (), *others: Callback) -> Learner:
@@ -81,6 +80,10 @@ def refused(use: Use, reads: Sequence[str] = (), writes: Sequence[str] = (), *ot
 def store(learner: Any, **entries: Any) -> None:
     for name, value in entries.items():
         setattr(learner.step, name, value)
+
+
+def add_step(counts: Any) -> None:
+    counts.steps += 1
 
 
 # FluxTraining's checks of its protected states
@@ -124,7 +127,7 @@ def test_protect_jl_of_a_nested_path_only_the_named_leaf_is_writable() -> None:
     assert learner.cbstate.box.inner.x == 2
 
 
-# Reading
+# What a declared path covers
 
 
 def test_a_prefix_covers_everything_below_it() -> None:
@@ -188,13 +191,6 @@ def test_two_declared_paths_below_one_branch_add_up() -> None:
         return learner.step.first, learner.step.second
 
     assert get(use, ("step.loss", "step.xs"), ("step.first", "step.second")) == (1, 2)
-
-
-# Read-only containers
-
-
-def add_step(counts: Any) -> None:
-    counts.steps += 1
 
 
 # Messages
@@ -374,9 +370,6 @@ def test_an_instance_may_compute_what_it_writes_and_conflicts_follow() -> None:
     assert (learner.cbstate.a, learner.cbstate.b) == ("one", "two")
     with pytest.raises(CallbackConflictError, match=r"'cbstate\.a'"):
         toy_learner(Write("a", "one"), Write("a", "two"))
-
-
-# Who gets what
 
 
 def test_what_an_unsafe_callback_declares_still_orders_it() -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections import namedtuple
 from typing import Any
 
 import pytest
@@ -40,7 +39,6 @@ from fluxloop import (
 )
 from fluxloop.testing import Coefficient, EventRecorder, assert_same_bits, bits, toy_learner
 
-Networks = namedtuple("Networks", ["generator", "critic"])
 DEFAULTS = ["Recorder", "Metrics", "MetricsPrinter", "ProgressBar", "StopOnNaNLoss"]
 
 
@@ -465,7 +463,7 @@ def test_a_step_stays_readable_after_the_fit() -> None:
     assert learner.step.xs.shape == (8, 1)
 
 
-# On the side: check, predict, evaluate
+# On the side, and hooks
 
 
 @pytest.mark.parametrize("own_generator", [False, True])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fluxloop import Learner, ModelError, OptimizerError
+from fluxloop import Learner, ModelError
 from fluxloop.optimizers import owned_parameters
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -30,7 +30,7 @@ def ids(*modules: nn.Module) -> list[int]:
     return [id(parameter) for module in modules for parameter in module.parameters()]
 
 
-def message(model: Any, optimizer: Any, error: type[Exception] = OptimizerError) -> str:
+def message(model: Any, optimizer: Any, error: type[Exception]) -> str:
     with pytest.raises(error) as raised:
         Learner(model, optimizer=optimizer)
     return str(raised.value)

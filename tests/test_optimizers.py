@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +11,6 @@ from fluxloop import Learner, OptimizerError, TensorBatches, TrainingPhase, runs
 from fluxloop.optimizers import build_optimizers, owned_parameters, parameter_names, step_optimizer
 
 SGD = partial(torch.optim.SGD, lr=0.1)
-
-
-class Networks(NamedTuple):
-    generator: nn.Module
-    critic: nn.Module
 
 
 class Two(nn.Module):

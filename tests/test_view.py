@@ -43,15 +43,12 @@ class Touch(Callback):
 
 
 class Publisher(Callback):
-    """Publishes containers of each kind for others to read."""
+    """Publishes a dict for others to read."""
 
-    writes = ("cbstate.table", "cbstate.series", "cbstate.box", "cbstate.special")
+    writes = ("cbstate.table",)
 
     def init(self, learner: Any) -> None:
         learner.cbstate.table = {"a": 1, "b": {"c": [1, 2]}}
-        learner.cbstate.series = [3, 1, {"d": 2}]
-        learner.cbstate.box = State({"inner": State({"x": 1}), "values": 7})
-        learner.cbstate.special = {}
 
 
 def run(use: Use, reads: Sequence[str] = (), writes: Sequence[str] = (), *others: Callback) -> Learner:

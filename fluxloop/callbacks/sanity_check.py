@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from attrs import field, frozen
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fluxloop.callback import Callback, on
 from fluxloop.errors import SanityCheckError, describe
@@ -122,7 +123,7 @@ def _models(learner: Any) -> tuple[nn.Module, ...]:
 def _finite(learner: Any) -> None:
     for model in _models(learner):
         for name, parameter in model.named_parameters():
-            if not torch.isfinite(parameter).all():
+            if not is_lazy(parameter) and not torch.isfinite(parameter).all():
                 raise ValueError(f"{type(model).__name__}.{name} holds NaN or infinite values")
 
 
@@ -131,7 +132,7 @@ def _one_batch(learner: Any) -> None:
     if isinstance(model, tuple) or loss_fn is None or "training" not in learner.data:
         return
     data = learner.data["training"]
-    if hasattr(data, "__next__"):
+    if hasattr(data, "__next__") or any(is_lazy(parameter) for parameter in model.parameters()):
         return
     with untouched(data):
         batch = next(iter(data))
@@ -139,9 +140,11 @@ def _one_batch(learner: Any) -> None:
         raise ValueError(f"a batch is {describe(batch)}, not a pair (xs, ys)")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     xs, ys = map_tensors(lambda tensor: tensor.to(device), (batch[0], batch[1]))
-    modes = [(module, module.training) for module in model.modules()]
+    modules = [*model.modules(), *(loss_fn.modules() if isinstance(loss_fn, nn.Module) else ())]
+    modes = [(module, module.training) for module in modules]
     try:
-        model.eval()
+        for module in modules:
+            module.training = False
         with torch.no_grad():
             loss = loss_fn(model(xs), ys)
     finally:

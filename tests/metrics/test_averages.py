@@ -7,12 +7,8 @@ from hypothesis import strategies as st
 
 from fluxloop.metrics.averages import FOLD_AFTER, Mean, MovingAverage
 
-quick = settings(deadline=None, max_examples=40)
 
-# Mean
-
-
-@quick
+@settings(deadline=None, max_examples=40)
 @given(
     st.lists(st.tuples(st.floats(-1e3, 1e3, width=32), st.integers(1, 100)), min_size=1, max_size=FOLD_AFTER * 2 + 10)
 )
@@ -46,9 +42,6 @@ def test_a_mean_of_many_small_steps_is_exact() -> None:
 def test_without_values_there_is_no_mean() -> None:
     assert Mean().compute() is None
     assert MovingAverage(0.9).compute() is None
-
-
-# MovingAverage
 
 
 def test_smoothloss_is_smooth() -> None:
