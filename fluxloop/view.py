@@ -31,6 +31,42 @@ class View:
         return type(self)(copy.deepcopy(self._learner, memo))
 
 
+class Undeclared:
+    """Stands for a container of which nothing was declared, so that the refusal can name the entry."""
+
+    __slots__ = ("_access", "_path")
+
+    def __init__(self, access: Access, path: Path) -> None:
+        object.__setattr__(self, "_access", access)
+        object.__setattr__(self, "_path", path)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise self._access.refuse((*self._path, name), "read")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise self._access.refuse((*self._path, name), "write")
+
+    def __getitem__(self, name: Any) -> Any:
+        raise self._access.refuse((*self._path, str(name)), "read")
+
+    def __setitem__(self, name: Any, value: Any) -> None:
+        raise self._access.refuse((*self._path, str(name)), "write")
+
+    def __delattr__(self, name: str) -> None:
+        raise self._access.refuse((*self._path, name), "write")
+
+    def __delitem__(self, name: Any) -> None:
+        raise self._access.refuse((*self._path, str(name)), "write")
+
+    def __contains__(self, name: object) -> bool:
+        raise self._access.refuse((*self._path, str(name)), "read")
+
+    def __iter__(self) -> Iterator[Any]:
+        raise self._access.refuse(self._path, "read")
+
+
 def make_view(access: Access, learner: Learner) -> Any:
     """Make the view of `learner` for one callback: a class generated once from its declaration."""
     return _generate(access, (), lambda learner: learner)(learner)
@@ -64,6 +100,8 @@ def _generate(access: Access, path: Path, fetch: Callable[[Any], Any]) -> type[V
             raise AttributeError(name)
         whole = (*path, name)
         if not access.allows(whole, "read"):
+            if whole in (("step",), ("cbstate",)):
+                return Undeclared(access, whole)
             raise access.refuse(whole, "read")
         value = look_up(fetch(self._learner), name)
         return value if access.allows(whole, "write") else guarded(value, whole, access)

@@ -383,8 +383,8 @@ def test_what_is_declared_is_allowed(touch: Any, access: dict[str, tuple[str, ..
 @pytest.mark.parametrize(
     ("touch", "access", "words"),
     [
-        (read_loss, {}, "Toucher tried to read 'step' at StepEnd"),
-        (read_loss, {"reads": ("model",)}, "tried to read 'step' at StepEnd"),
+        (read_loss, {}, "Toucher tried to read 'step.loss' at StepEnd"),
+        (read_loss, {"reads": ("model",)}, "tried to read 'step.loss' at StepEnd"),
         (read_loss, {"reads": ("step.preds",)}, "tried to read 'step.loss' at StepEnd"),
         (set_loss, {"reads": ("step",)}, "tried to write 'step.loss' at StepEnd"),
         (set_loss, {"reads": ("step.loss",)}, "tried to write 'step.loss' at StepEnd"),

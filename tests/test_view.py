@@ -178,7 +178,7 @@ def test_an_entry_that_is_not_declared_as_written_cannot_be_deleted() -> None:
     for reads in (("step",), ("step.loss",), ("*",), ()):
         error = refused(lambda learner: delattr(learner.step, "loss"), reads)
         assert (error.callback, error.event) == ("Touch", "StepEnd")
-        assert error.mode == ("write" if reads else "read")
+        assert error.mode == "write"
 
 
 def test_a_key_of_a_dict_declared_as_written_can_be_set_and_no_other() -> None:
@@ -308,6 +308,8 @@ def expected(
     for length in range(1, len(path)):
         part = path[:length]
         if not covered(part, both) and not any(p[:length] == part for p in both):
+            if part in (("step",), ("cbstate",)):  # the refusal waits until it can name the entry
+                return ".".join(path[:2]), mode if len(path) == 2 else "read"
             return ".".join(part), "read"
     if not covered(path, writes if mode == "write" else both):
         return ".".join(path), mode
