@@ -80,9 +80,10 @@ def check(learner: Learner, batch: Any, phases: Iterable[Phase] | None) -> list[
     findings: list[str] = []
     for phase in chosen:
         weights = [(tensor, tensor.detach().clone()) for module in learner.modules() for tensor in _held(module)]
+        buffers = [(part, dict(part._buffers)) for module in learner.modules() for part in module.modules()]
         states = [_kept(slot.optimizer) for slot in updates.slots]
         gradients = [(p, p.grad) for p in updates.names]
-        windows = [(slot, slot.consumed, slot.window) for slot in updates.slots]
+        windows = [(slot, slot.consumed, slot.window, slot.in_block) for slot in updates.slots]
         with preserved(), aside(learner, "check", []):
             put_back = switch_modes(learner.modules(), phase.train_mode)
             try:
@@ -93,6 +94,9 @@ def check(learner: Learner, batch: Any, phases: Iterable[Phase] | None) -> list[
             finally:
                 updates.findings = None
                 put_back()
+                for part, held in buffers:  # a step may have put new tensors in their place
+                    part._buffers.clear()
+                    part._buffers.update(held)
                 with torch.no_grad():
                     for tensor, value in weights:
                         tensor.copy_(value)
@@ -100,6 +104,6 @@ def check(learner: Learner, batch: Any, phases: Iterable[Phase] | None) -> list[
                     put_back_state()
                 for parameter, gradient in gradients:
                     parameter.grad = gradient
-                for slot, consumed, window in windows:
-                    slot.consumed, slot.window = consumed, window
+                for slot, consumed, window, in_block in windows:
+                    slot.consumed, slot.window, slot.in_block = consumed, window, in_block
     return list(dict.fromkeys(findings))

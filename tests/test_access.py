@@ -25,6 +25,7 @@ from fluxloop import (
     TrainingPhase,
     UnsafeCallback,
     on,
+    readonly,
 )
 from fluxloop.state import State
 from fluxloop.testing import toy_learner
@@ -380,3 +381,26 @@ def test_what_an_unsafe_callback_declares_still_orders_it() -> None:
         reads = ("step.loss",)
 
     assert toy_learner(After(), Raw()).callbacks.order == ["Raw", "After"]
+
+
+class Long(Callback):
+    """Publishes a long list."""
+
+    writes = ("cbstate.long",)
+
+    def init(self, learner: Any) -> None:
+        learner.cbstate.long = [{"number": n} for n in range(20_000)]
+
+
+def test_an_item_of_a_long_list_is_read_without_looking_at_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    original = readonly.guarded
+
+    def counted(value: Any, path: Any, access: Any) -> Any:
+        calls.append(path)
+        return original(value, path, access)
+
+    monkeypatch.setattr(readonly, "guarded", counted)
+    assert get(lambda learner: learner.cbstate.long[-1], ("cbstate.long",), (), Long()) == {"number": 19_999}
+    assert get(lambda learner: len(learner.cbstate.long), ("cbstate.long",), (), Long()) == 20_000
+    assert len(calls) < 20

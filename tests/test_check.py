@@ -17,15 +17,19 @@ from torch.utils.data import DataLoader, TensorDataset
 from fluxloop import (
     CustomCallback,
     DataError,
+    EpochEnd,
     Event,
     Learner,
     Phase,
     PhaseError,
     Recorder,
+    SanityCheck,
+    StepBegin,
     StepEnd,
     TensorBatches,
     TrainingPhase,
     UnsafeCallback,
+    UpdateBegin,
     ValidationPhase,
     on,
     runstep,
@@ -369,3 +373,86 @@ def test_data_for_rows_of_a_dataset_is_as_it_was() -> None:
     learner = Learner(nn.Linear(1, 1), nn.functional.mse_loss, data=(data,), default_callbacks=False)
     assert learner.check() == []
     assert learner.streams.positions() == {}
+
+
+class ChecksBatch(UnsafeCallback):
+    """Checks a batch in the middle of the training, and compares everything before and after."""
+
+    def __init__(self, event: type[Event]) -> None:
+        super().__init__()
+        self.event = event
+        self.calls = 0
+
+    @on(Event, GAN)
+    def check(self, event: Event, phase: Phase, learner: Any) -> None:
+        if isinstance(event, self.event):
+            self.calls += 1
+            before = everything(learner)
+            assert learner.check(torch.ones(4, 3)) == []
+            assert_unchanged(before, everything(learner))
+
+
+@pytest.mark.parametrize(("event", "calls"), [(EpochEnd, 2), (StepEnd, 10), (StepBegin, 10), (UpdateBegin, 20)])
+def test_a_check_of_a_batch_by_a_callback_changes_nothing_and_does_not_call_it(event: type[Event], calls: int) -> None:
+    callback = ChecksBatch(event)
+    plain, checked = gan(Recorder()), gan(Recorder(), callback)
+    for learner in (plain, checked):
+        learner.fit(2, phases=[GAN()])
+    assert_same_bits(plain, checked)
+    assert callback.calls == calls
+    assert repr(checked.history) == repr(plain.history)
+
+
+class MasterCopy(torch.optim.Optimizer):
+    """Steps a copy of another precision, and rounds."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                master = self.state[parameter].setdefault("master", parameter.float())
+                master -= group["lr"] * parameter.grad.float()
+                parameter.copy_(master)
+
+
+def test_optimizer_state_of_another_precision_is_kept_to_the_bit() -> None:
+    torch.manual_seed(0)
+    xs = torch.randn(12, 3).bfloat16()
+    learner = Learner(
+        nn.Linear(3, 1).bfloat16(),
+        nn.functional.mse_loss,
+        data=(TensorBatches(xs, xs.sum(1, keepdim=True), batch_size=4),),
+        optimizer=MasterCopy,
+        default_callbacks=False,
+    )
+    learner.fit(2)
+    masters = [entries["master"] for entries in learner.optimizer.state.values()]
+    before = [(tensor.dtype, tensor.clone()) for tensor in masters]
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in masters)
+    assert learner.check() == []
+    after = [entries["master"] for entries in learner.optimizer.state.values()]
+    assert all(new is old for new, old in zip(after, masters, strict=True))
+    assert [tensor.dtype for tensor in after] == [torch.float32] * 2 == [dtype for dtype, _ in before]
+    assert all(torch.equal(new, old) for new, (_, old) in zip(after, before, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_lazy_modules_are_checked_after_a_step() -> None:
+    xs = torch.ones(8, 3)
+    data = TensorBatches(xs, xs[:, :1], batch_size=4)
+    model = nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.LazyLinear(1))
+    learner = Learner(
+        model,
+        nn.functional.mse_loss,
+        data=(data, data),
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        callbacks=[SanityCheck()],
+        default_callbacks=False,
+    )
+    with pytest.raises(PhaseError, match=r"lazy modules.*run one step first"):
+        learner.check()
+    learner.fit(1)
+    assert learner.check() == []

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
 
 from fluxloop import DataError, TensorBatches, ValidationPhase
-from fluxloop.feed import Feed
+from fluxloop.feed import Feed, untouched
 from fluxloop.randomness import Streams
 from fluxloop.testing import EventRecorder, toy_learner
 
@@ -124,3 +124,19 @@ def test_the_training_data_is_shuffled_and_the_validation_data_is_not() -> None:
     assert [batch[0].tolist() for batch in learner.data.validation] == [part.tolist() for part in xs.split(32)]
     order = [row for batch in learner.data.training for row in batch[0].flatten().tolist()]
     assert sorted(order) == xs.flatten().tolist() != order
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["sampler", "batch sampler"])
+def test_untouched_puts_the_generator_of_a_sampler_back(batched: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    sampler = RandomSampler(Numbers(6), generator=generator)
+    if batched:
+        loader = DataLoader(Numbers(6), batch_sampler=BatchSampler(sampler, 2, drop_last=False))
+    else:
+        loader = DataLoader(Numbers(6), batch_size=2, sampler=sampler)
+    before = generator.get_state()
+    with untouched(loader):
+        first = [batch.tolist() for batch in loader]
+        assert not torch.equal(generator.get_state(), before)
+    assert torch.equal(generator.get_state(), before)
+    assert [batch.tolist() for batch in loader] == first

@@ -29,6 +29,7 @@ from fluxloop import (
     LossBegin,
     LossError,
     Metrics,
+    OptimizerError,
     Phase,
     PhaseError,
     Recorder,
@@ -43,7 +44,9 @@ from fluxloop import (
     ValidationPhase,
     mae,
     on,
+    runstep,
 )
+from fluxloop.nested import map_tensors
 from fluxloop.testing import EventRecorder, assert_same_bits, toy_learner
 
 
@@ -459,3 +462,54 @@ def test_a_failed_epoch_outside_a_fit_leaves_the_learner_as_usable():
     learner.epoch(TrainingPhase())
     assert learner.history[TrainingPhase].epochs == 1
     assert learner.scope is None
+
+
+def unfreezing_learner(*callbacks: Callback) -> Learner:
+    model = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    xs = torch.ones(4, 1)
+    return Learner(
+        model,
+        nn.functional.mse_loss,
+        data=(TensorBatches(xs, xs, batch_size=2),),
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        callbacks=callbacks,
+        default_callbacks=False,
+    )
+
+
+def test_a_parameter_unfrozen_without_an_optimizer_is_an_error_at_the_next_epoch():
+    recorder = EventRecorder()
+    learner = unfreezing_learner(Do(lambda learner: learner.model[0].requires_grad_(), EpochEnd), recorder)
+    with pytest.raises(OptimizerError, match=r"in no optimizer: 0\.weight, 0\.bias.*add_param_group"):
+        learner.fit(3)
+    assert recorder.events.count("EpochEnd") == 1
+    learner.optimizer.add_param_group({"params": learner.model[0].parameters()})
+    before = learner.model[0].weight.detach().clone()
+    learner.fit(1)
+    assert not torch.equal(learner.model[0].weight, before)
+
+
+class KeepsHidden(TrainingPhase):
+    """Stores tensors with graphs, in containers too."""
+
+    def step(self, learner, batch):
+        with runstep(learner, self, xs=batch[0], ys=batch[1]) as (_, state):
+            state.hidden = [learner.model(state.xs), {"twice": 2 * learner.model(state.xs)}]
+            state.preds = learner.model(state.xs)
+            state.loss = learner.loss_fn(state.preds, state.ys)
+            learner.backward(state.loss)
+            learner.update()
+
+
+@pytest.mark.parametrize("phases", [None, [TrainingPhase()], [KeepsHidden()]], ids=["default", "training", "own"])
+@pytest.mark.parametrize("stop", [False, True], ids=["to its end", "stopped"])
+def test_no_entry_of_the_last_step_keeps_its_graph_after_a_fit(phases, stop):
+    callbacks = [RaiseOnce(CancelFittingException("enough"), StepEnd)] if stop else []
+    learner = toy_learner(*callbacks)
+    learner.fit(1, phases=phases)
+    tensors = []
+    map_tensors(tensors.append, dict(vars(learner.step)))
+    tensors = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    assert len(tensors) >= 4
+    assert all(tensor.grad_fn is None for tensor in tensors)

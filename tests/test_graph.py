@@ -885,3 +885,20 @@ def test_a_silent_bar_garbage_collection_and_nan_stop_need_nobody() -> None:
         "StopOnNaNLoss",
     ]
     assert isinstance(toy_learner(Recorder()).cbstate.history, PhaseDict)
+
+
+def test_a_reader_of_the_history_runs_after_who_fills_it() -> None:
+    learner = toy_learner(Recorder(), Metrics(), A(reads=("history",)))
+    assert_order(learner, Recorder, A)
+    assert_order(learner, Metrics, A)
+
+
+def test_writers_of_the_parameters_and_of_the_model_conflict() -> None:
+    with pytest.raises(CallbackConflictError, match=r"A writes 'params' and B writes 'model'"):
+        build(A(writes=("params",)), B(writes=("model",)))
+    assert order(A(run_after=(B,), writes=("params",)), B(writes=("model",))) == ["B", "A"]
+
+
+def test_a_reader_of_the_batch_size_runs_after_a_writer_of_the_step() -> None:
+    assert order(A(reads=("batch_size",)), B(writes=("step",))) == ["B", "A"]
+    assert order(A(reads=("batch_size",)), B(writes=("step.xs",))) == ["B", "A"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from fluxloop import (
     AbstractValidationPhase,
@@ -38,6 +38,7 @@ from fluxloop import (
     mse,
     on,
     rmse,
+    runepoch,
     runstep,
 )
 from fluxloop.testing import EventRecorder, assert_same_bits, bits, toy_learner
@@ -425,3 +426,46 @@ def test_a_model_that_draws_predicts_the_same_each_time_and_leaves_the_generator
     assert torch.equal(first, learner.predict(torch.ones(40, 1)))
     assert len(first.unique()) > 30
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class OwnTraining(TrainingPhase):
+    """Trains, under another name."""
+
+
+@pytest.mark.parametrize("phase", [TrainingPhase(), OwnTraining()], ids=["TrainingPhase", "a subclass"])
+def test_evaluate_and_predict_refuse_a_phase_that_trains(phase):
+    learner = half_learner()
+    before = bits(learner)
+    with pytest.raises(PhaseError, match=r"given to evaluate or predict, and it trains; expected a validation phase"):
+        learner.evaluate(learner.data.validation, phase=phase)
+    with pytest.raises(PhaseError, match=r"given to evaluate or predict, and it trains; expected a validation phase"):
+        learner.predict(learner.data.validation, phase=phase)
+    assert all(torch.equal(before[name], tensor) for name, tensor in bits(learner).items())
+
+
+class StopsEarly(ValidationPhase):
+    """Looks at one batch, and keeps the iterator."""
+
+    def epoch(self, learner, data):
+        self.iterator = iter(data)
+        with runepoch(learner, self):
+            self.step(learner, next(self.iterator))
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["the loader's generator", "the sampler's generator"])
+def test_an_evaluation_that_stops_early_leaves_a_generator_as_it_was(sampled):
+    rows, generator = TensorDataset(XS, YS), torch.Generator().manual_seed(1)
+    if sampled:
+        loader = DataLoader(rows, batch_size=2, sampler=RandomSampler(rows, generator=generator))
+    else:
+        loader = DataLoader(rows, batch_size=2, shuffle=True, generator=generator)
+    before, phase = generator.get_state(), StopsEarly()
+    learner = toy_learner()
+    learner.evaluate(loader, phase=phase)
+    assert torch.equal(generator.get_state(), before)
+    order = [xs for xs, _ in loader]
+    after = generator.get_state()
+    del phase.iterator
+    assert torch.equal(generator.get_state(), after)
+    generator.set_state(before)
+    assert all(torch.equal(a, b) for a, (b, _) in zip(order, loader, strict=True))

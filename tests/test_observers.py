@@ -16,7 +16,7 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, softplus
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from fluxloop import (
     BackwardBegin,
@@ -693,3 +693,185 @@ def test_assert_observer_fails_for_a_callback_that_changes_a_weight() -> None:
 def test_assert_observer_fails_for_a_phase_that_trains() -> None:
     with pytest.raises(AssertionError, match=r"value differs by up to"):
         assert_observer(TrainingPhase(), toy_learner)
+
+
+class TrainEval(ValidationPhase):
+    """Watches the training data."""
+
+    data_key = "training"
+
+
+def generator_sampler() -> DataLoader[Any]:
+    rows = Augmented()
+    return DataLoader(rows, batch_size=5, sampler=RandomSampler(rows, generator=torch.Generator().manual_seed(8)))
+
+
+def shuffled_batches() -> TensorBatches:
+    rows = Augmented()
+    return TensorBatches(rows.xs, rows.ys, batch_size=5, shuffle=True)
+
+
+def seeded_batches() -> TensorBatches:
+    rows = Augmented()
+    return TensorBatches(rows.xs, rows.ys, batch_size=5, shuffle=True, seed=3)
+
+
+LOADERS = [generator_loader, persistent_loader, generator_sampler, shuffled_batches, seeded_batches]
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before the training", "after the training"])
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_phase_that_only_watches_the_training_data_changes_nothing(loader: Callable[[], Any], before: bool) -> None:
+    plain, watched = make_learner(), make_learner(Recorder())
+    for learner, phases in (
+        (plain, [Noisy()]),
+        (watched, [TrainEval(), Noisy()] if before else [Noisy(), TrainEval()]),
+    ):
+        learner.data.training = loader()
+        learner.fit(EPOCHS, phases=phases)
+        learner.data.training = []  # ends the workers
+    assert_same_bits(plain, watched)
+    assert watched.history[TrainEval].steps == 5 * EPOCHS
+
+
+@WORKERS
+def test_a_phase_that_only_watches_a_plain_loader_of_the_training_changes_nothing(
+    reference: Reference, workers: int
+) -> None:
+    assert_same_bits(train(make_learner(workers=workers), TrainEval()), reference(workers))
+
+
+@pytest.mark.parametrize("validated", ["after each epoch", "at the end of each step"])
+@pytest.mark.parametrize("shared", ["generator", "loader with persistent workers"])
+def test_validation_on_what_the_training_shares_changes_nothing(shared: str, validated: str) -> None:
+    plain = make_learner()
+    watched = make_learner(*([ValidatesAt(StepEnd)] if validated == "at the end of each step" else []))
+    for learner in (plain, watched):
+        if shared == "generator":
+            generator = torch.Generator().manual_seed(8)
+            both = [DataLoader(Augmented(), batch_size=size, shuffle=True, generator=generator) for size in (5, 8)]
+            learner.data.training, learner.data.validation = both
+        else:
+            learner.data.training = learner.data.validation = persistent_loader()
+        validates = learner is watched and validated == "after each epoch"
+        learner.fit(2, phases=[Noisy(), ValidationPhase()] if validates else [Noisy()])
+        learner.data.training = learner.data.validation = []  # ends the workers
+    assert_same_bits(plain, watched)
+
+
+@pytest.mark.parametrize("action", ["evaluate", "predict", "check", "sanity check"])
+def test_looking_at_the_data_of_a_sampler_with_a_generator_changes_nothing(action: str) -> None:
+    plain, watched = make_learner(), make_learner(*([SanityCheck()] if action == "sanity check" else []))
+    for learner in (plain, watched):
+        learner.data.training = generator_sampler()
+        for _ in range(EPOCHS):
+            if learner is watched and action == "check":
+                learner.check(phases=[Noisy()])
+            elif learner is watched and action in ("evaluate", "predict"):
+                getattr(learner, action)(learner.data.training)
+            learner.fit(1, phases=[Noisy()])
+    assert_same_bits(plain, watched)
+
+
+class RunningScale(nn.Module):
+    """A loss divided by its running mean, which is updated in train mode: in place, or by a new tensor."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.register_buffer("scale", torch.ones(()))
+        self.modes: list[bool] = []
+
+    def forward(self, preds: Tensor, ys: Tensor) -> Tensor:
+        loss = mse_loss(preds, ys)
+        self.modes.append(self.training)
+        if self.training:
+            scale = 0.9 * self.scale + 0.1 * loss.detach()
+            self.scale = self.scale.copy_(scale) if self.in_place else scale
+        return loss / self.scale
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "by a new tensor"])
+@pytest.mark.parametrize("action", ["validation", "evaluate", "check", "sanity check"])
+def test_looking_changes_nothing_of_a_loss_with_a_state_of_its_own(action: str, in_place: bool) -> None:
+    plain, watched = make_learner(), make_learner(*([SanityCheck()] if action == "sanity check" else []))
+    for learner in (plain, watched):
+        learner.loss_fn = RunningScale(in_place)
+        for _ in range(EPOCHS):
+            learner.fit(1, phases=[Noisy()])
+            learner.loss_fn.modes.clear()
+            if learner is watched and action == "validation":
+                learner.epoch(ValidationPhase())
+                assert learner.loss_fn.modes == [False] * 3
+            elif learner is watched and action == "evaluate":
+                learner.evaluate()
+                assert learner.loss_fn.modes == [False] * 3
+            elif learner is watched and action == "check":
+                learner.check(phases=[Noisy()])
+                assert learner.loss_fn.modes == [True]
+    assert_same_bits(plain, watched)
+    assert torch.equal(plain.loss_fn.scale, watched.loss_fn.scale)
+    assert plain.loss_fn.scale.item() != 1
+    assert watched.loss_fn.training
+
+
+class Nests(Noisy):
+    """Validates inside each training step: with a ``runstep``, with a phase's step, or not at all."""
+
+    def __init__(self, how: str | None) -> None:
+        self.how = how
+
+    def look(self, learner: Learner, batch: Any) -> None:
+        step = learner.step
+        if self.how == "runstep":
+            with runstep(learner, ValidationPhase(), xs=batch[0]) as (_, inner):
+                inner.preds = learner.model(inner.xs)
+                assert learner.step is inner
+                assert not learner.model.training
+        elif self.how == "step":
+            assert ValidationPhase().step(learner, batch).loss.grad_fn is None
+        assert learner.step is step
+
+    def step(self, learner: Learner, batch: Any) -> Any:
+        with runstep(learner, self, xs=batch[0], ys=batch[1]) as (_, state):
+            self.look(learner, batch)
+            state.preds = learner.model(state.xs + 0.1 * (np.random.randn() + random.random()))
+            self.look(learner, batch)
+            state.loss = learner.loss_fn(state.preds, state.ys) * (1 + 0.1 * torch.rand(()))
+            learner.backward(state.loss)
+            self.look(learner, batch)
+            learner.update()
+
+
+@pytest.mark.parametrize("how", ["runstep", "step"])
+def test_a_validation_step_inside_a_training_step_changes_nothing(how: str) -> None:
+    plain, watched = make_learner(), make_learner(Recorder(), Draws())
+    plain.fit(EPOCHS, phases=[Nests(None)])
+    watched.fit(EPOCHS, phases=[Nests(how)])
+    assert_same_bits(plain, watched)
+
+
+@define
+class DrawsWhenUndoing(Callback):
+    """Draws in what it defers."""
+
+    event: type[Event]
+    undone: int = field(default=0, init=False, repr=False)
+
+    draws = False
+
+    @on(Event, TrainingPhase)
+    def act(self, event: Event, phase: Phase, learner: Any) -> None:
+        if isinstance(event, self.event):
+            learner.defer(self.undo)
+
+    def undo(self) -> None:
+        draw()
+        self.undone += 1
+
+
+@pytest.mark.parametrize("event", STEP_EVENTS)
+def test_what_a_deferred_function_draws_changes_nothing(reference: Reference, event: type[Event]) -> None:
+    callback = DrawsWhenUndoing(event)
+    assert_same_bits(train(make_learner(callback)), reference(0))
+    assert callback.undone == 5 * EPOCHS

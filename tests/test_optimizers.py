@@ -366,3 +366,28 @@ def test_the_names_of_the_gradients_are_those_of_the_models_parameters() -> None
     learner.epoch(Both())
     assert list(learner.step.grads) == ["G.weight", "G.bias", "D.weight", "D.bias"]
     assert learner.step.grads["D.bias"] is learner.model.D.bias.grad
+
+
+class Weighted(nn.Module):
+    """A loss with a weight to train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, preds: Tensor, ys: Tensor) -> Tensor:
+        return self.weight * (preds - ys).square().mean()
+
+
+def test_a_trainable_parameter_of_the_loss_in_no_optimizer_is_an_error_that_names_it() -> None:
+    with pytest.raises(OptimizerError, match=r"in no optimizer: loss_fn\.weight"):
+        Learner(linear(), Weighted(), optimizer=SGD)
+
+
+def test_parameters_of_the_loss_may_be_frozen_or_in_an_optimizer() -> None:
+    Learner(linear(), Weighted().requires_grad_(False), optimizer=SGD)
+    model, loss_fn = linear(), Weighted()
+    data = TensorBatches(torch.ones(4, 2), torch.ones(4, 3), batch_size=2)
+    optimizer = SGD([*model.parameters(), *loss_fn.parameters()])
+    Learner(model, loss_fn, data=(data,), optimizer=optimizer, default_callbacks=False).fit(1)
+    assert loss_fn.weight.item() < 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attrs import define
+from attrs import define, field
 from torch import nn
 
 from fluxloop import (
@@ -423,3 +423,65 @@ def test_a_handler_gets_the_running_instance_of_the_phase():
     toy_learner(Look(), num_batches=1).fit(1, phases=[phase])
     assert seen == [phase]
     assert seen[0] is phase
+
+
+class OwnEpoch(Phase):
+    """Needs no data."""
+
+    data_key = ""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+
+    def epoch(self, learner: Learner, data: Any) -> None:
+        with runepoch(learner, self):
+            for number in range(3):
+                self.step(learner, number)
+
+    def step(self, learner: Learner, batch: Any) -> Any:
+        with runstep(learner, self, number=batch) as (_, state):
+            self.numbers.append(state.number)
+
+
+def test_a_phase_without_data_and_with_an_epoch_of_its_own_runs_in_a_fit():
+    phase, recorder = OwnEpoch(), EventRecorder()
+    learner = toy_learner(recorder, Recorder(), data=(), default_callbacks=True)
+    learner.fit(2, phases=[phase])
+    assert phase.numbers == [0, 1, 2] * 2
+    assert learner.history[OwnEpoch].steps == 6
+    assert learner.history[OwnEpoch].epochs == 2
+    assert recorder.trace.count(("StepEnd", "OwnEpoch")) == 6
+
+
+def test_a_data_key_that_is_a_field_is_refused():
+    with pytest.raises(PhaseError, match=r"data_key.*belongs to the class"):
+
+        @define
+        class Field(ValidationPhase):
+            data_key: str = "test"
+
+    with pytest.raises(PhaseError, match=r"data_key.*belongs to the class"):
+
+        @define
+        class Given(ValidationPhase):
+            data_key: str = field(default="test")
+
+    @define(slots=False)
+    class Unslotted(ValidationPhase):
+        data_key: str = "test"
+
+    with pytest.raises(PhaseError, match=r"data_key of its own, 'test'; expected a class"):
+        toy_learner().epoch(Unslotted())
+
+
+def test_a_data_key_set_on_an_instance_is_refused():
+    phase = ValidationPhase()
+    phase.data_key = "test"  # type: ignore[misc]  # what is refused
+    learner = toy_learner()
+    for run in (
+        lambda: learner.fit(1, phases=[phase]),
+        lambda: learner.epoch(phase),
+        lambda: learner.evaluate(learner.data.validation, phase=phase),
+    ):
+        with pytest.raises(PhaseError, match=r"data_key of its own, 'test'; expected a class"):
+            run()

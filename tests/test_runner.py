@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from attrs import define
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -828,3 +829,71 @@ def test_a_cancel_of_a_fit_carries_no_note_and_its_reason() -> None:
     learner = toy_learner(raising(cancel, StepEnd), num_batches=2)
     assert learner.fit(3).stop_reason == "enough"
     assert notes(cancel) == ""
+
+
+class A(Note): ...
+
+
+class B(Note): ...
+
+
+def test_callbacks_whose_names_resemble_ids_run_once_each() -> None:
+    ran: list[str] = []
+    callbacks = [
+        A(lambda: ran.append("plain A")),
+        B(lambda: ran.append("B called A"), name="A"),
+        A(lambda: ran.append("A called A-2"), name="A-2"),
+    ]
+    learner = toy_learner(*callbacks, num_batches=1)
+    assert len(set(learner.callbacks.order)) == 3
+    learner.epoch(TrainingPhase())
+    assert sorted(ran) == ["A called A-2", "B called A", "plain A"]
+
+
+@define
+class Counted(Callback):
+    """What it is shown as changes while it runs."""
+
+    start: int
+
+    draws = False
+
+    @on(StepEnd)
+    def count(self, event: Event, phase: Phase, learner: Any) -> None:
+        self.start = 10 - self.start
+
+
+def test_ids_stay_although_the_state_of_callbacks_changes() -> None:
+    learner = toy_learner(Counted(1), Counted(2), Counted(3), num_batches=1)
+
+    def ids() -> dict[int, str]:
+        return {id(node.callback): node.id for node in learner.callbacks.graph.nodes if type(node.callback) is Counted}
+
+    before, order = ids(), learner.callbacks.order
+    learner.epoch(TrainingPhase())
+    learner.set_callbacks(list(learner.callbacks)[::-1])
+    assert learner.callbacks.order == order
+    assert ids() == before
+    learner.add_callback(EventRecorder())
+    assert ids() == before
+
+
+def test_an_error_in_init_says_whose_it_is() -> None:
+    class Fails(Callback):
+        def init(self, learner: Any) -> None:
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no") as caught:
+        toy_learner(Fails())
+    assert getattr(caught.value, "__notes__", []) == ["fluxloop: raised by Fails in init"]
+
+
+def test_a_subclass_of_a_default_callback_replaces_it() -> None:
+    class MyRecorder(Recorder): ...
+
+    learner = toy_learner(default_callbacks=True)
+    size, mine = len(learner.callbacks), MyRecorder()
+    old = learner.replace_callback(mine)
+    assert type(old) is Recorder
+    assert [callback for callback in learner.callbacks if isinstance(callback, Recorder)] == [mine]
+    assert len(learner.callbacks) == size

@@ -20,6 +20,7 @@ from fluxloop import (
     MissingEntryError,
     Phase,
     PhaseError,
+    Recorder,
     StepEnd,
     TrainingPhase,
     UpdateBegin,
@@ -330,3 +331,12 @@ def test_each_step_has_a_state_of_its_own() -> None:
 
     toy_learner(Keep(), num_batches=3).fit(1)
     assert len({id(step) for step in steps}) == 6
+
+
+def test_reading_the_history_of_a_phase_creates_no_entry() -> None:
+    learner = toy_learner(Recorder())
+    learner.fit(1, phases=[TrainingPhase()])
+    assert learner.history[ValidationPhase] == Counts()
+    assert learner.history[MyPhase].steps == 0
+    assert list(learner.cbstate.history) == [TrainingPhase]
+    assert "ValidationPhase" not in repr(learner.history)

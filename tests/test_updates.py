@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -8,8 +10,9 @@ import pytest
 import torch
 from attrs import define, field
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import mse_loss, softplus
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.checkpoint import checkpoint
 
 from fluxloop import (
     AbstractValidationPhase,
@@ -1252,3 +1255,219 @@ def test_an_optimizer_of_ones_own_steps_as_in_a_hand_written_loop(optimizer: Any
     LoudSign.calls = 0
     assert_equals(plain_bits(optimizer), train_by_hand(optimizer=optimizer))
     assert LoudSign.calls == (16 if optimizer is LoudSign else 0)
+
+
+def test_a_wrapped_step_of_a_users_optimizer_is_called() -> None:
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # torch wraps a class's step when the first one is made
+
+    class Clamp(torch.optim.SGD):
+        @functools.wraps(torch.optim.SGD.step)
+        def step(self, closure: Any = None) -> Any:
+            result = super().step(closure)
+            with torch.no_grad():
+                for parameter in self.param_groups[0]["params"]:
+                    parameter.clamp_(-0.1, 0.1)
+            return result
+
+    learner = toy_learner(optimizer=partial(Clamp, lr=0.1))
+    learner.epoch(TrainingPhase())
+    assert learner.model.value.item() == pytest.approx(0.1)
+
+
+def test_a_step_wrapped_on_the_class_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = toy_learner(num_batches=3)
+    calls: list[object] = []
+    original = torch.optim.SGD.step
+
+    @functools.wraps(original)
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", counted)
+    learner.epoch(TrainingPhase())
+    assert calls == [learner.optimizer] * 3
+
+
+def rows() -> TensorBatches:
+    xs = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
+    return TensorBatches(xs, xs.sum(1, keepdim=True), batch_size=3)
+
+
+def two_parts() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        OrderedDict(body=nn.Sequential(nn.Linear(3, 4), nn.Tanh()), head=nn.Sequential(nn.Tanh(), nn.Linear(4, 1)))
+    )
+
+
+class Reentrant(TrainingPhase):
+    def step(self, learner: Learner, batch: Any) -> Any:
+        with runstep(learner, self, xs=batch[0], ys=batch[1]) as (_, state):
+            with learner.optimizing() as block:
+                preds = checkpoint(learner.model, state.xs.clone().requires_grad_(), use_reentrant=True)
+                block.loss = mse_loss(preds, state.ys)
+
+
+def test_a_reentrant_checkpoint_works_in_the_block_of_a_single_optimizer() -> None:
+    learner = Learner(two_parts(), data=(rows(),), optimizer=SGD, default_callbacks=False)
+    learner.fit(2, phases=[Reentrant()])
+    model = two_parts()
+    optimizer = SGD(model.parameters())
+    for xs, ys in [*rows(), *rows()]:
+        optimizer.zero_grad()
+        mse_loss(model(xs), ys).backward()
+        optimizer.step()
+    assert same(weights(learner), list(model.parameters()))
+
+
+class Checkpointed(TrainingPhase):
+    def step(self, learner: Learner, batch: Any) -> Any:
+        with runstep(learner, self, xs=batch[0], ys=batch[1]) as (_, state):
+            for name in ("head", "body"):
+                state.preds = checkpoint(learner.model, state.xs, use_reentrant=False)
+                with learner.optimizing(name) as block:
+                    block.loss = mse_loss(state.preds, state.ys)
+
+
+def test_a_checkpoint_computed_before_the_block_works_with_two_optimizers_on_one_model() -> None:
+    learner = Learner(two_parts(), data=(rows(),), optimizer={"body": SGD, "head": ADAM}, default_callbacks=False)
+    learner.fit(2, phases=[Checkpointed()])
+    model = two_parts()
+    optimizers = {"head": ADAM(model.head.parameters()), "body": SGD(model.body.parameters())}
+    for xs, ys in [*rows(), *rows()]:
+        for optimizer in optimizers.values():
+            model.zero_grad()
+            mse_loss(model(xs), ys).backward()
+            optimizer.step()
+    assert same(weights(learner), list(model.parameters()))
+
+
+def step_at_once(parameter: Tensor) -> None:
+    """Step when the gradient is there, and take it away."""
+    with torch.no_grad():
+        parameter -= 0.1 * parameter.grad
+    parameter.grad = None
+
+
+def test_a_hook_that_takes_the_gradients_away_is_no_error() -> None:
+    learner = Learner(two_parts(), mse_loss, data=(rows(),), optimizer=SGD, default_callbacks=False)
+    plain = Learner(two_parts(), mse_loss, data=(rows(),), optimizer=SGD, default_callbacks=False)
+    for parameter in learner.model.parameters():
+        parameter.register_post_accumulate_grad_hook(step_at_once)
+    for each in (learner, plain):
+        each.fit(2, phases=[TrainingPhase()])
+    assert all(torch.allclose(a, b) for a, b in zip(weights(learner), weights(plain), strict=True))
+    assert not same(weights(learner), list(two_parts().parameters()))
+
+
+def test_a_hook_that_takes_the_gradients_of_a_block_away_is_no_error() -> None:
+    learner, before = gan(), list(models()["D"].parameters())
+    for parameter in learner.model.D.parameters():
+        parameter.register_post_accumulate_grad_hook(step_at_once)
+    one_step(learner)
+    assert not any(torch.equal(a, b) for a, b in zip(learner.model.D.parameters(), before, strict=True))
+
+
+def product() -> dict[str, nn.Module]:
+    torch.manual_seed(1)
+    return {"A": nn.Linear(3, 2), "B": nn.Linear(3, 2)}
+
+
+class SharedGraph(TrainingPhase):
+    def step(self, learner: Learner, batch: Any) -> Any:
+        with runstep(learner, self, xs=batch[0]) as (_, state):
+            shared = (learner.model.A(state.xs) * learner.model.B(state.xs)).tanh()
+            with learner.optimizing("A", retain_graph=True) as block:
+                block.loss = (shared - 1).square().mean()
+            with learner.optimizing("B") as block:
+                block.loss = shared.exp().mean()
+
+
+def test_two_blocks_over_one_graph_equal_the_loop_by_hand() -> None:
+    learner = Learner(product(), data=(rows(),), optimizer=SGD, default_callbacks=False)
+    learner.fit(2, phases=[SharedGraph()])
+    both = product()
+    first, second = SGD(both["A"].parameters()), SGD(both["B"].parameters())
+    for xs, _ in [*rows(), *rows()]:
+        shared = (both["A"](xs) * both["B"](xs)).tanh()
+        first.zero_grad()
+        (shared - 1).square().mean().backward(retain_graph=True)
+        first.step()
+        second.zero_grad()
+        shared.exp().mean().backward()
+        second.step()
+    assert_equals(learner, both)
+
+
+class TwoLosses(TrainingPhase):
+    def step(self, learner: Learner, batch: Any) -> Any:
+        with runstep(learner, self, xs=batch[0], ys=batch[1]) as (_, state):
+            state.preds = learner.model(state.xs)
+            learner.backward(mse_loss(state.preds, state.ys), retain_graph=True)
+            learner.backward(0.1 * state.preds.square().mean())
+            learner.update()
+
+
+def test_two_explicit_losses_over_one_graph_equal_the_loop_by_hand() -> None:
+    learner = Learner(two_parts(), data=(rows(),), optimizer=ADAM, default_callbacks=False)
+    learner.fit(2, phases=[TwoLosses()])
+    model = two_parts()
+    optimizer = ADAM(model.parameters())
+    for xs, ys in [*rows(), *rows()]:
+        optimizer.zero_grad()
+        preds = model(xs)
+        mse_loss(preds, ys).backward(retain_graph=True)
+        (0.1 * preds.square().mean()).backward()
+        optimizer.step()
+    assert same(weights(learner), list(model.parameters()))
+
+
+class Mixed(TrainingPhase):
+    """The generator's loss outside of a block, by the learner or by hand; then the critic's block."""
+
+    def __init__(self, by_hand: bool) -> None:
+        self.by_hand = by_hand
+
+    def step(self, learner: Learner, batch: Any) -> Any:
+        gen, dis = learner.model
+        with runstep(learner, self, real=batch) as (_, state):
+            fake = gen(state.real)
+            loss = generator_loss(dis, fake)
+            if self.by_hand:
+                loss.backward()
+            else:
+                learner.backward(loss)
+            learner.update("G")
+            with learner.optimizing("D") as block:
+                block.loss = critic_loss(dis, state.real, fake)
+
+
+def test_a_block_after_an_explicit_backward_of_another_loss_is_refused() -> None:
+    learner = gan()
+    before = list(models()["D"].parameters())
+    with pytest.raises(LossError, match=r"block of optimizer 'D' would add to gradients.*give each loss a block"):
+        one_step(learner, Mixed(by_hand=False))
+    assert same(list(learner.model.D.parameters()), before)
+
+
+def test_a_block_after_a_backward_by_hand_uses_its_own_gradients_alone() -> None:
+    learner = gan()
+    learner.fit(2, phases=[Mixed(by_hand=True)])
+    both = models()
+    gen, dis = both["G"], both["D"]
+    step_g, step_d = SGD(gen.parameters()), SGD(dis.parameters())
+    for real in [*images(), *images()]:
+        fake = gen(real)
+        step_g.zero_grad()
+        generator_loss(dis, fake).backward()
+        step_g.step()
+        step_d.zero_grad()
+        critic_loss(dis, real, fake).backward()
+        step_d.step()
+    assert_equals(learner, both)
+
+
+def test_an_optimizer_that_needs_a_closure_is_an_error_that_says_so() -> None:
+    with pytest.raises(OptimizerError, match=r"LBFGS needs a closure.*optimizer\.step\(closure\)"):
+        toy_learner(optimizer=torch.optim.LBFGS).fit(1)

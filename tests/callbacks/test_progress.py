@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import re
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from io import StringIO
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import tqdm.std
@@ -35,7 +37,7 @@ from fluxloop import (
 )
 from fluxloop.callbacks import progress
 from fluxloop.host import HostQueue
-from fluxloop.testing import assert_observer, bits, toy_learner
+from fluxloop.testing import assert_observer, assert_same_bits, bits, toy_learner
 
 
 class Terminal(StringIO):
@@ -326,3 +328,51 @@ def test_evaluate_and_predict_show_a_bar_like_the_learners() -> None:
     assert "PredictionPhase 1" in text
     assert screen(text) == []
     assert all(torch.equal(bits(learner)[name], tensor) for name, tensor in before.items())
+
+
+class DrawsWhenComputed:
+    """A metric whose value is drawn."""
+
+    def __init__(self) -> None:
+        self.computed = 0
+
+    def update(self, preds: Tensor, ys: Tensor) -> None: ...
+
+    def reset(self) -> None: ...
+
+    def compute(self) -> Tensor:
+        return torch.rand(()) + np.random.rand() + np.random.randn() + random.random()
+
+
+class RandomModel(torch.nn.Module):
+    """Draws from every generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, xs: Tensor) -> Tensor:
+        return self.weight * xs * (torch.rand(()) + np.random.rand() + np.random.randn() + random.random())
+
+
+def test_a_metric_that_draws_when_the_bar_shows_it_changes_nothing() -> None:
+    data = [(torch.ones(4, 1), torch.ones(4, 1))] * 7
+    learners = [
+        Learner(
+            RandomModel(),
+            torch.nn.functional.mse_loss,
+            data=(data, data),
+            optimizer=torch.optim.SGD,
+            callbacks=[Recorder(), Metrics(DrawsWhenComputed()), *bars],
+            default_callbacks=False,
+            seed=2,
+        )
+        for bars in ([], [bar(interval=0.0)])
+    ]
+    for learner in learners:
+        learner.fit(3)
+    assert_same_bits(*learners)
+    shown_bar = learners[1].get_callback(ProgressBar)
+    assert shown_bar is not None
+    assert isinstance(shown_bar.file, StringIO)
+    assert "drawswhencomputed=" in shown_bar.file.getvalue().lower()

@@ -15,6 +15,7 @@ from fluxloop import (
     CustomCallback,
     FitEnd,
     Learner,
+    Metrics,
     PerOptimizerPhase,
     Recorder,
     StopOnNaNLoss,
@@ -261,3 +262,60 @@ def test_a_step_without_a_loss_is_fine() -> None:
 
 def test_looking_changes_nothing() -> None:
     assert_observer(StopOnNaNLoss(), toy_learner)
+
+
+class ThenExplicit(TrainingPhase):
+    """The block of D, then an explicit loss of G, which is `loss`."""
+
+    def __init__(self, loss: float) -> None:
+        self.loss = loss
+
+    def step(self, learner: Learner, batch: Any) -> Any:
+        with runstep(learner, self, xs=batch[0], ys=batch[1]) as (handle, state):
+            with learner.optimizing("D") as block:
+                block.loss = learner.model.D(state.xs).square().mean()
+            state.loss = learner.model.G(state.xs).square().mean() * self.loss
+            handle(BackwardBegin())
+            learner.backward(state.loss)
+            handle(BackwardEnd())
+            learner.update("G")
+
+
+@pytest.mark.parametrize("loss", [1.0, NAN])
+def test_an_explicit_loss_after_a_block_is_looked_at_before_its_update(loss: float) -> None:
+    learner = Learner(
+        {"D": Coefficient(1.0), "G": Coefficient(2.0)},
+        data=([(torch.ones(4, 1), torch.ones(4, 1))],),
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        callbacks=[StopOnNaNLoss()],
+        default_callbacks=False,
+    )
+    reason = learner.fit(1, phases=[ThenExplicit(loss)]).stop_reason
+    assert learner.model.D.value.item() != 1.0
+    if loss == 1.0:
+        assert reason is None
+        assert learner.model.G.value.item() != 2.0
+    else:
+        assert reason == "the loss became nan"
+        assert learner.model.G.value.item() == 2.0
+
+
+class LossesListed(TrainingPhase):
+    """Keeps a list of its own under the name ``losses``."""
+
+    def step(self, learner: Learner, batch: Any) -> Any:
+        with runstep(learner, self, xs=batch[0], ys=batch[1]) as (handle, state):
+            state.losses = [1.0, NAN]
+            state.loss = learner.loss_fn(learner.model(state.xs), state.ys)
+            handle(BackwardBegin())
+            learner.backward(state.loss)
+            learner.update()
+
+
+def test_an_entry_called_losses_that_is_a_list_is_ignored() -> None:
+    learner = toy_learner(Recorder(), Metrics(), StopOnNaNLoss())
+    history = learner.fit(2, phases=[LossesListed()])
+    assert history.stop_reason is None
+    assert history.cycles == 2
+    assert list(history.metrics[LossesListed]) == ["loss"]
+    assert len(history.metrics[LossesListed]["loss"]) == 2
