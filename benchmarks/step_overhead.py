@@ -4,9 +4,13 @@
     python benchmarks/step_overhead.py --quick    # fewer rounds
 
 Each side trains the same model from the same weights on the same batches with the same
-optimizer; after every comparison the weights are checked to agree (to the bit for both sides).
-One thread. Per round each side runs a block of steps, in alternating order; the figure is the median over
-rounds of the time per step, and the ratio is the median of the rounds' ratios.
+optimizer; after every comparison the weights are checked to agree to the bit. One thread. Per round
+each side runs a block of steps, in alternating order; the figure is the median over rounds of the
+time per step, and the ratio is the median of the rounds' ratios. Both sides are made anew several
+times, because where the allocator puts the weights changes the time of the larger model.
+
+"defaults" are the default callbacks plus accuracy, without the line per epoch, against a loop that
+tracks loss and accuracy on the device and drives a tqdm bar.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fluxloop import Learner, Metrics, ProgressBar, TrainingPhase, accuracy
+from fluxloop import Accelerator, Learner, Metrics, MetricsPrinter, ProgressBar, TrainingPhase, accuracy
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -42,6 +46,9 @@ WORK: dict[str, tuple[Callable[[], nn.Module], int, int, int, int]] = {
     "tiny 16-32-4, batch 32": (tiny, 16, 4, 32, 300),
     "small 784-256-256-10, batch 128": (small, 784, 10, 128, 40),
 }
+
+FRESH_STARTS = 6
+WARM_UP = 2
 
 OPTIMIZERS: dict[str, Any] = {
     "SGD": partial(torch.optim.SGD, lr=1e-3),
@@ -93,11 +100,10 @@ def tracking_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, batches: 
         _ = (total_loss / rows).item(), (total_hits / rows).item()
 
 
-def compare(name: str, optimizer: Any, defaults: bool, rounds: int) -> tuple[float, float, float]:
-    """Give the medians of µs per step of both sides, and of the rounds' ratios."""
+def make_sides(name: str, optimizer: Any, defaults: bool) -> tuple[nn.Module, nn.Module, dict[str, Callable[[], None]]]:
+    """Make both sides with equal weights and batches; give the models and what trains each for an epoch."""
     make, inputs, classes, size, steps = WORK[name]
     batches = make_batches(inputs, classes, size, steps)
-    torch.manual_seed(0)
     theirs, ours = make(), make()
     ours.load_state_dict(theirs.state_dict())
     their_optimizer = optimizer(theirs.parameters())
@@ -109,29 +115,36 @@ def compare(name: str, optimizer: Any, defaults: bool, rounds: int) -> tuple[flo
         optimizer=optimizer,
         callbacks=callbacks,
         default_callbacks=defaults,
+        accelerator=Accelerator("cpu"),
         seed=0,
     )
-    if defaults:
-        from fluxloop import MetricsPrinter
-
-        learner.remove_callback(MetricsPrinter)  # prints a line per epoch; the hand-written loop prints none
+    learner.remove_callback(MetricsPrinter)  # a line per epoch, which the hand-written loop does not print
     phase = TrainingPhase()
     epoch = tracking_epoch if defaults else plain_epoch
-    sides: dict[str, Callable[[], None]] = {
-        "plain": lambda: epoch(theirs, their_optimizer, batches),
-        "fluxloop": lambda: learner.epoch(phase),
-    }
+    return (
+        theirs,
+        ours,
+        {"plain": lambda: epoch(theirs, their_optimizer, batches), "fluxloop": lambda: learner.epoch(phase)},
+    )
+
+
+def compare(name: str, optimizer: Any, defaults: bool, rounds: int) -> tuple[float, float, float]:
+    """Give the medians of µs per step of both sides, and of the rounds' ratios."""
+    steps = WORK[name][-1]
     times: dict[str, list[float]] = {"plain": [], "fluxloop": []}
-    for index in range(rounds + 3):
-        order = ["plain", "fluxloop"] if index % 2 else ["fluxloop", "plain"]
-        for side in order:
-            start = time.perf_counter()
-            sides[side]()
-            if index >= 3:
-                times[side].append((time.perf_counter() - start) / steps * 1e6)
-    for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
-        if not torch.equal(a, b):
-            raise SystemExit(f"{name}: the two sides did not train the same")
+    for start_over in range(FRESH_STARTS):
+        torch.manual_seed(start_over)
+        theirs, ours, sides = make_sides(name, optimizer, defaults)
+        for index in range(rounds // FRESH_STARTS + WARM_UP):
+            for side in ["plain", "fluxloop"] if index % 2 else ["fluxloop", "plain"]:
+                start = time.perf_counter()
+                sides[side]()
+                if index >= WARM_UP:
+                    times[side].append((time.perf_counter() - start) / steps * 1e6)
+        for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
+            if not torch.equal(a, b):
+                raise SystemExit(f"{name}: the two sides did not train the same")
+        gc.collect()
     ratios = [b / a for a, b in zip(times["plain"], times["fluxloop"], strict=True)]
     return median(times["plain"]), median(times["fluxloop"]), median(ratios)
 
@@ -142,7 +155,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     gc.disable()
-    rounds = 15 if arguments.quick else 61
+    rounds = 18 if arguments.quick else 60
     print(f"torch {torch.__version__}, one thread, medians of {rounds} interleaved rounds, µs per step")
     print(f"{'workload':<34}{'optimizer':<11}{'callbacks':<11}{'plain':>8}{'fluxloop':>10}{'ratio':>8}")
     for name in WORK:
@@ -151,7 +164,6 @@ def main() -> None:
                 plain, ours, ratio = compare(name, optimizer, defaults, rounds)
                 kind = "defaults" if defaults else "bare"
                 print(f"{name:<34}{label:<11}{kind:<11}{plain:>8.1f}{ours:>10.1f}{ratio:>8.3f}", flush=True)
-                gc.collect()
 
 
 if __name__ == "__main__":
