@@ -63,9 +63,10 @@ def fit(learner: Learner, epochs: int, data: Any, phases: Iterable[Phase] | None
             check_phase(phase)
             phase.check(learner)
             feed(learner, phase).check()
+        learner.fitting = True
         return _run(learner, epochs, chosen)
     finally:
-        learner.data = kept
+        learner.data, learner.fitting, learner.stop_requested = kept, False, None
 
 
 def _run(learner: Learner, epochs: int, phases: list[Phase]) -> History:
@@ -74,7 +75,6 @@ def _run(learner: Learner, epochs: int, phases: list[Phase]) -> History:
     history = learner.history
     history.stop_reason = None
     error: BaseException | None = None
-    learner.fitting = True
     scope.open()
     with interruptible(learner):
         try:
@@ -95,8 +95,6 @@ def _run(learner: Learner, epochs: int, phases: list[Phase]) -> History:
             else:
                 error = failure
         error = _finish(scope, history, error)
-    learner.fitting = False
-    learner.stop_requested = None
     if error is not None:
         raise error
     return history

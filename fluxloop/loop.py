@@ -219,9 +219,6 @@ class runepoch(Scope):  # noqa: N801 - used like a function
 
     __slots__ = ()
 
-    def __init__(self, learner: Learner, phase: Phase, /) -> None:
-        super().__init__(learner, phase)
-
     def __enter__(self) -> Handle:
         self.open()
         try:
