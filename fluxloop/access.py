@@ -126,6 +126,15 @@ class Access:
         declared = (map(dotted, self.reads), map(dotted, self.writes))
         return StateAccessError(self.callback, dotted(path), mode, declared)
 
+    def require(self, path: Path, mode: str) -> None:
+        """Raise for an undeclared access.
+
+        Raises:
+            StateAccessError: Names the callback, the path and the line to add.
+        """
+        if not self.allows(path, mode):
+            raise self.refuse(path, mode)
+
     def children(self, path: Path) -> dict[str, Path]:
         """Names directly below `path` at or below which something is declared."""
         below = [p for p in (*self.reads, *self.writes) if len(p) > len(path) and covers(path, p)]

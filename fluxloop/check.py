@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from fluxloop.loop import switch_modes
 from fluxloop.phase import Phase
 from fluxloop.phases.supervised import TrainingPhase
 from fluxloop.randomness import preserved
+from fluxloop.updates import Updates
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -61,10 +63,37 @@ def _first(learner: Learner, phase: Phase) -> Any:
         return next(iter(data))
 
 
-def _held(module: nn.Module) -> Iterator[Tensor]:
-    """Give a module's parameters and buffers, also those that are not saved."""
-    yield from module.parameters()
-    yield from module.buffers()
+def _kept_weights(modules: list[nn.Module]) -> Callable[[], None]:
+    """Keep parameters and buffers, also those that are not saved; return what puts them back, bit for bit."""
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    places = [(part, dict(part._buffers)) for module in modules for part in module.modules()]
+
+    def put_back() -> None:
+        for part, held in places:  # a step may have put new tensors in their place
+            part._buffers.clear()
+            part._buffers.update(held)
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+
+    return put_back
+
+
+def _kept_gradients(updates: Updates) -> Callable[[], None]:
+    """Keep the gradients and where they stand, and begin without any; return what puts them back."""
+    gradients = [(parameter, parameter.grad) for parameter in updates.names]
+    windows = [(slot, slot.consumed, slot.window, slot.in_block) for slot in updates.slots]
+    for parameter in updates.names:
+        parameter.grad = None
+
+    def put_back() -> None:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for slot, consumed, window, in_block in windows:
+            slot.consumed, slot.window, slot.in_block = consumed, window, in_block
+
+    return put_back
 
 
 def check(learner: Learner, batch: Any, phases: Iterable[Phase] | None) -> list[str]:
@@ -74,36 +103,20 @@ def check(learner: Learner, batch: Any, phases: Iterable[Phase] | None) -> list[
     for phase in chosen:
         check_phase(phase)
         phase.check(learner)
-    if any(is_lazy(parameter) for module in learner.modules() for parameter in module.parameters()):
+    modules, updates = learner.modules(), learner.updates
+    if any(is_lazy(parameter) for module in modules for parameter in module.parameters()):
         raise PhaseError("learner.check cannot look at lazy modules that have seen no batch; run one step first")
-    updates = learner.updates
     findings: list[str] = []
     for phase in chosen:
-        weights = [(tensor, tensor.detach().clone()) for module in learner.modules() for tensor in _held(module)]
-        buffers = [(part, dict(part._buffers)) for module in learner.modules() for part in module.modules()]
-        states = [_kept(slot.optimizer) for slot in updates.slots]
-        gradients = [(p, p.grad) for p in updates.names]
-        windows = [(slot, slot.consumed, slot.window, slot.in_block) for slot in updates.slots]
-        with preserved(), aside(learner, "check", []):
-            put_back = switch_modes(learner.modules(), phase.train_mode)
-            try:
-                updates.findings = findings
-                for parameter, _ in gradients:
-                    parameter.grad = None
-                phase.step(learner, _first(learner, phase) if batch is None else batch)
-            finally:
-                updates.findings = None
-                put_back()
-                for part, held in buffers:  # a step may have put new tensors in their place
-                    part._buffers.clear()
-                    part._buffers.update(held)
-                with torch.no_grad():
-                    for tensor, value in weights:
-                        tensor.copy_(value)
-                for put_back_state in states:
-                    put_back_state()
-                for parameter, gradient in gradients:
-                    parameter.grad = gradient
-                for slot, consumed, window, in_block in windows:
-                    slot.consumed, slot.window, slot.in_block = consumed, window, in_block
+        with ExitStack() as undone:
+            undone.enter_context(preserved())
+            undone.enter_context(aside(learner, "check", []))
+            undone.callback(_kept_gradients(updates))
+            for slot in updates.slots:
+                undone.callback(_kept(slot.optimizer))
+            undone.callback(_kept_weights(modules))
+            undone.callback(switch_modes(modules, phase.train_mode))
+            undone.callback(setattr, updates, "findings", None)
+            updates.findings = findings
+            phase.step(learner, _first(learner, phase) if batch is None else batch)
     return list(dict.fromkeys(findings))

@@ -13,7 +13,7 @@ from itertools import combinations
 
 from attrs import frozen
 
-from fluxloop.access import EVERYTHING, Access, Path, covers, dotted, overlap
+from fluxloop.access import Access, Path, dotted, overlap
 from fluxloop.callback import (
     Callback,
     NoConflict,
@@ -110,10 +110,10 @@ def make_nodes(callbacks: Iterable[object]) -> list[Node]:
     labels: dict[tuple[str, str, str], Callback] = {}
     for callback in checked:
         inner = callback.unwrapped
-        label = (type(inner).__name__, getattr(inner, "name", None) or "", "")
-        rivals = [c.unwrapped for c in checked if c is not callback and _name_of(c) == label[:2]]
-        if rivals:
-            label = (*label[:2], vars(inner).setdefault("__identity__", callback.identity))  # state may change, ids not
+        named = _name_of(callback)
+        label = (*named, "")
+        if any(c is not callback and _name_of(c) == named for c in checked):
+            label = (*named, vars(inner).setdefault("__identity__", callback.identity))  # state may change, ids not
         if label in labels:
             raise DuplicateCallbackError(
                 f"two {label[0]} callbacks cannot be told apart: {inner!r}; give each a name of its own: "
@@ -331,5 +331,5 @@ def touches(node: Node, path: Path) -> list[tuple[str, Path]]:
         (mode, declared)
         for mode, paths in (("reads", node.access.reads), ("writes", node.access.writes))
         for declared in paths
-        if declared == EVERYTHING or path == EVERYTHING or covers(declared, path) or covers(path, declared)
+        if overlap(declared, path)
     ]

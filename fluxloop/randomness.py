@@ -75,6 +75,10 @@ def start_torch(number: int) -> None:
 def start_generators(number: int) -> None:
     """Start the global generators of torch, NumPy (where it is loaded) and Python from `number`."""
     start_torch(number)
+    _start_others(number)
+
+
+def _start_others(number: int) -> None:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed(number)
@@ -126,10 +130,7 @@ def seed_everything(seed: int) -> int:
     """
     seed = check_seed(seed)
     torch.manual_seed(seed)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed(seed)
-    random.seed(seed)
+    _start_others(seed)
     return seed
 
 
@@ -139,10 +140,17 @@ def _cuda_states() -> list[torch.Tensor] | None:
 
 
 class preserved(AbstractContextManager[None]):  # noqa: N801 - used like a function
-    """Put the global generators of torch, NumPy and Python back as they were on leaving."""
+    """Put the global generators of torch, NumPy and Python back as they were on leaving.
+
+    Args:
+        numpy_too: Whether NumPy's, which takes most of the time, is among them.
+    """
+
+    def __init__(self, numpy_too: bool = True) -> None:
+        self._numpy_too = numpy_too
 
     def __enter__(self) -> None:
-        numpy = sys.modules.get("numpy")
+        numpy = sys.modules.get("numpy") if self._numpy_too else None
         self._torch = torch.default_generator.get_state()
         self._cuda = _cuda_states()
         self._numpy = numpy.random.get_state() if numpy is not None else None
@@ -167,11 +175,9 @@ class Stream:
         owner: Name of the stream.
     """
 
-    __slots__ = ("base", "index", "owner", "seed")
+    __slots__ = ("base", "index")
 
     def __init__(self, seed: int, owner: str) -> None:
-        self.seed = seed
-        self.owner = owner
         self.base = _base(seed, owner)
         self.index = 0
         """How often the stream has been used: for an epoch or a step, how many have begun."""
@@ -242,20 +248,16 @@ def between_steps(call: Callable[..., None], seed: int) -> Callable[..., None]:
     def drawing(*args: Any) -> None:
         nonlocal scratch
         numpy = sys.modules.get("numpy")
-        state, cuda, python = torch.default_generator.get_state(), _cuda_states(), random.getstate()
-        own = None
-        if numpy is not None:
+        with preserved(numpy_too=False):
+            if numpy is None:
+                call(*args)
+                return
             own = numpy.random.get_bit_generator()
             scratch = numpy.random.MT19937(seed) if scratch is None else scratch
             numpy.random.set_bit_generator(scratch)
-        try:
-            call(*args)
-        finally:
-            torch.default_generator.set_state(state)
-            if cuda is not None:
-                torch.cuda.set_rng_state_all(cuda)
-            if numpy is not None and own is not None:
+            try:
+                call(*args)
+            finally:
                 numpy.random.set_bit_generator(own)
-            random.setstate(python)
 
     return drawing

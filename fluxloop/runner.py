@@ -287,14 +287,14 @@ def deliver(bound: tuple[Bound, ...], event: Event, phase: Phase, learner: Learn
 
 
 def _wider(held: BaseException | None, signal: CancelSignal) -> BaseException:
-    """Of two cancels raised at one event, keep the one that ends more."""
-    ranks = (CancelFittingException, CancelEpochException, CancelSignal)
-    rank = {cls: index for index, cls in enumerate(ranks)}
-
-    def width(error: BaseException) -> int:
-        return min((rank[cls] for cls in ranks if isinstance(error, cls)), default=-1)
-
-    return signal if held is None or width(signal) < width(held) else held
+    """Of two cancels raised at one event, keep the one that ends more; an error stays."""
+    if held is not None and not isinstance(held, CancelSignal):
+        return held
+    for widest in (CancelFittingException, CancelEpochException):
+        for cancel in (held, signal):
+            if isinstance(cancel, widest):
+                return cancel
+    return held or signal
 
 
 def _locate_handler(error: BaseException, id: str, event: Event, phase: Phase, learner: Learner) -> None:

@@ -107,35 +107,26 @@ def _generate(access: Access, path: Path, fetch: Callable[[Any], Any]) -> type[V
         return value if access.allows(whole, "write") else guarded(value, whole, access)
 
     def assign(self: View, name: str, value: Any) -> None:
-        whole = (*path, name)
-        if not access.allows(whole, "write"):
-            raise access.refuse(whole, "write")
+        access.require((*path, name), "write")
         setattr(fetch(self._learner), name, value)
 
     def remove(self: View, name: str) -> None:
-        whole = (*path, name)
-        if not access.allows(whole, "write"):
-            raise access.refuse(whole, "write")
+        access.require((*path, name), "write")
         delattr(fetch(self._learner), name)
 
     def item(self: View, key: Any) -> Any:
         return getattr(self, str(key))
 
     def assign_item(self: View, key: Any, value: Any) -> None:
-        whole = (*path, str(key))
-        if not access.allows(whole, "write"):
-            raise access.refuse(whole, "write")
+        access.require((*path, str(key)), "write")
         fetch(self._learner)[key] = value
 
     def remove_item(self: View, key: Any) -> None:
-        whole = (*path, str(key))
-        if not access.allows(whole, "write"):
-            raise access.refuse(whole, "write")
+        access.require((*path, str(key)), "write")
         del fetch(self._learner)[key]
 
     def names(self: View) -> Iterator[Any]:
-        if not access.allows(path, "read"):
-            raise access.refuse(path, "read")
+        access.require(path, "read")
         return iter(fetch(self._learner))
 
     readable: dict[object, bool] = {}

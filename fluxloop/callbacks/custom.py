@@ -54,9 +54,9 @@ class CustomCallback(Callback):
         self.f = f
         self.event = event
         self.phase = phase
-        self.reads = ("*",) if reads is None else _paths(reads)  # type: ignore[misc]  # computed per instance
-        self.writes = _paths(writes)  # type: ignore[misc]  # computed per instance
-        self.run_after = tuple(run_after)  # type: ignore[misc]  # computed per instance
+        self.reads = ("*",) if reads is None else reads  # type: ignore[misc]  # computed per instance
+        self.writes = writes  # type: ignore[misc]  # computed per instance
+        self.run_after = run_after  # type: ignore[misc]  # computed per instance
 
     def handles(self) -> list[tuple[type[Event], type[Phase]]]:
         """Give the one event and phase it is for."""
@@ -66,17 +66,12 @@ class CustomCallback(Callback):
         """Give the function where the event and phase fit."""
         if not (issubclass(event, self.event) and issubclass(phase, self.phase)):
             return None
-        return lambda event, phase, learner: _call(self.f, learner)
+
+        def call(event: Event, phase: Phase, learner: Any) -> None:
+            self.f(learner)
+
+        return call
 
     def __repr__(self) -> str:
         name = getattr(self.f, "__qualname__", type(self.f).__name__)
         return f"CustomCallback({name}, {self.event.__name__}, {self.phase.__name__})"
-
-
-def _paths(paths: Any) -> Any:
-    """Keep a bare string as it is: the graph says what is wrong with it."""
-    return paths if isinstance(paths, str) else tuple(paths)
-
-
-def _call(f: Callable[[Any], object], learner: Any) -> None:
-    f(learner)

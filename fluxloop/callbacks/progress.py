@@ -22,6 +22,24 @@ def in_notebook() -> bool:
     return shell is not None and getattr(shell, "kernel", None) is not None
 
 
+@define(eq=False)
+class _Bar:
+    """The bar of one epoch: what tqdm shows, how many steps it has seen, when it is due, its numbers."""
+
+    shown: Any
+    due: float
+    seen: int = 0
+    numbers: dict[str, str] = field(factory=dict)
+
+    def note(self, name: str, number: float) -> None:
+        """Keep a number for the next refresh; from a device it comes later than it was asked for."""
+        self.numbers[name] = f"{number:.4g}"
+
+    def catch_up(self) -> None:
+        """Show the steps seen so far."""
+        self.shown.update(self.seen - self.shown.n)
+
+
 @define
 class ProgressBar(Callback):
     """Show a bar per epoch of a phase, with the running values of the metrics.
@@ -40,10 +58,7 @@ class ProgressBar(Callback):
     enabled: bool | None = None
     interval: float = 0.1
     file: TextIO | None = field(default=None, repr=False)
-    _bars: list[Any] = field(factory=list, init=False, repr=False)
-    _numbers: dict[int, dict[str, str]] = field(factory=dict, init=False, repr=False)
-    _seen: int = field(default=0, init=False, repr=False)
-    _due: float = field(default=0.0, init=False, repr=False)
+    _open: list[_Bar] = field(factory=list, init=False, repr=False)
 
     reads = ("num_batches", "cbstate")
     draws = False
@@ -54,10 +69,6 @@ class ProgressBar(Callback):
             return self.enabled
         return in_notebook() or (self.file or sys.stderr).isatty()
 
-    def _options(self) -> dict[str, Any]:
-        """Give tqdm's options: refreshing when told, where the bar is shown."""
-        return {"file": self.file or sys.stderr, "mininterval": 0, "miniters": 1}
-
     @on(EpochBegin)
     def open(self, event: EpochBegin, phase: Phase, learner: Any) -> None:
         """Open a bar, to be closed when the epoch ends."""
@@ -65,47 +76,49 @@ class ProgressBar(Callback):
             return
         epoch = learner.cbstate.history[phase].epochs + 1 if "history" in learner.cbstate else None
         title = type(phase).__name__ + (f" {epoch}" if epoch else "")
-        bar = tqdm(total=learner.num_batches, desc=title, leave=False, unit="batch", **self._options())
-        outer = self._seen, self._due
-        self._bars.append(bar)
-        self._seen, self._due = 0, monotonic() + self.interval
-
-        def close() -> None:
-            if bar in self._bars:
-                self._bars.remove(bar)
-                self._numbers.pop(id(bar), None)
-                bar.close()
-            self._seen, self._due = outer
-
-        learner.defer(close)
+        bar = _Bar(
+            tqdm(
+                total=learner.num_batches,
+                desc=title,
+                leave=False,
+                unit="batch",
+                file=self.file or sys.stderr,
+                mininterval=0,  # refreshes are asked for when they are due
+                miniters=1,
+            ),
+            due=monotonic() + self.interval,
+        )
+        self._open.append(bar)
+        learner.defer(partial(self._take_away, bar))
 
     @on(StepEnd)
     def advance(self, event: StepEnd, phase: Phase, learner: Any) -> None:
         """Count the step; refresh the bar when it is time."""
-        self._seen += 1
-        if self._bars and monotonic() >= self._due:
-            self._refresh(self._bars[-1], phase, learner)
+        if self._open:
+            bar = self._open[-1]
+            bar.seen += 1
+            if monotonic() >= bar.due:
+                self._refresh(bar, phase, learner)
 
-    def _refresh(self, bar: Any, phase: Phase, learner: Any) -> None:
+    def _refresh(self, bar: _Bar, phase: Phase, learner: Any) -> None:
         if "metrics" in learner.cbstate:
             with preserved():  # a metric may draw when it is computed, and when that is depends on the clock
                 values = learner.cbstate.metrics[phase].running()
             for name, value in values.items():
                 if getattr(value, "numel", lambda: 0)() == 1:
-                    learner.host(value, partial(self._note, bar, name))
-        bar.set_postfix(self._numbers.get(id(bar), {}), refresh=False)
-        bar.update(self._seen - bar.n)
-        self._due = monotonic() + self.interval
-
-    def _note(self, bar: Any, name: str, number: float) -> None:
-        """Keep a number for the bar's next refresh; from a device it comes later than it was asked for."""
-        self._numbers.setdefault(id(bar), {})[name] = f"{number:.4g}"
+                    learner.host(value, partial(bar.note, name))
+        bar.shown.set_postfix(bar.numbers, refresh=False)
+        bar.catch_up()
+        bar.due = monotonic() + self.interval
 
     @on(EpochEnd)
     def close(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
         """Take the bar away before others print about the epoch."""
-        if self._bars:
-            bar = self._bars.pop()
-            self._numbers.pop(id(bar), None)
-            bar.update(self._seen - bar.n)
-            bar.close()
+        if self._open:
+            self._open[-1].catch_up()
+            self._take_away(self._open[-1])
+
+    def _take_away(self, bar: _Bar) -> None:
+        if bar in self._open:
+            self._open.remove(bar)
+            bar.shown.close()

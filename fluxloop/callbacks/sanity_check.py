@@ -15,6 +15,7 @@ from fluxloop.callback import Callback, on
 from fluxloop.errors import SanityCheckError, describe
 from fluxloop.events import EpochBegin
 from fluxloop.feed import untouched
+from fluxloop.loop import switch_modes
 from fluxloop.nested import map_tensors
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.randomness import preserved
@@ -140,15 +141,11 @@ def _one_batch(learner: Any) -> None:
         raise ValueError(f"a batch is {describe(batch)}, not a pair (xs, ys)")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     xs, ys = map_tensors(lambda tensor: tensor.to(device), (batch[0], batch[1]))
-    modules = [*model.modules(), *(loss_fn.modules() if isinstance(loss_fn, nn.Module) else ())]
-    modes = [(module, module.training) for module in modules]
+    put_back = switch_modes([model, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])], False)
     try:
-        for module in modules:
-            module.training = False
         with torch.no_grad():
             loss = loss_fn(model(xs), ys)
     finally:
-        for module, mode in modes:
-            module.training = mode
+        put_back()
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError(f"the loss of one batch is a {type(loss).__name__}, not a scalar tensor")

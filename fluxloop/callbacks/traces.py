@@ -56,7 +56,7 @@ class Traces(Callback):
             )
         self.functions = dict(functions)
         self.phase = phase
-        self.reads = reads if isinstance(reads, str) else tuple(reads)  # type: ignore[misc]  # computed per instance
+        self.reads = reads  # type: ignore[misc]  # computed per instance
         self._steps: PhaseDict[int] = PhaseDict(int)
 
     def init(self, learner: Any) -> None:
