@@ -2,10 +2,15 @@
 
 A path is dotted (``"step.loss"``, ``"cbstate.history"``); a prefix covers what is below it, and
 ``"*"`` covers everything. Writing implies reading.
+
+Weights may have several views: ``"model.G@ema"`` is the averaged copy of ``"model.G"``, another
+path that holds another module. Inside, it is ``("model@ema", "G")``, so that ``"model"`` does not
+cover it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from attrs import frozen
@@ -43,12 +48,31 @@ def parse(path: str, callback: str) -> Path:
     if path == "*":
         return EVERYTHING
     parts = tuple(path.split(".")) if isinstance(path, str) else ()
+    if parts and "@" in parts[-1]:
+        parts = (*parts[:-1], parts[-1].partition("@")[0])
     if not all(parts) or not parts or parts[0] not in ROOTS:
         raise CallbackError(
             f"{callback} declares the path {path!r}; expected one that starts with "
             f"{', '.join(ROOTS)}{did_you_mean(parts[0] if parts else '', ROOTS)}"
         )
+    view = path.rpartition("@")[2] if "@" in path else ""
+    if view and parts[0] == "model":
+        return (f"model@{view}", *parts[1:])
+    if "@" in path:
+        raise CallbackError(
+            f"{callback} declares the path {path!r}; expected the name of a view after the '@', at the end of a "
+            "path of weights: 'model.G@ema'"
+        )
     return parts
+
+
+def weights_path(name: str) -> str:
+    """Write the path of weights called by name: those of a model, of a part of one, or a view of either.
+
+    >>> weights_path("G@ema"), weights_path("model"), weights_path("model.G")
+    ('model.G@ema', 'model', 'model.G')
+    """
+    return name if re.split(r"[.@]", name)[0] == "model" else f"model.{name}"
 
 
 def dotted(path: Path) -> str:
@@ -57,7 +81,8 @@ def dotted(path: Path) -> str:
     >>> dotted(("step", "loss"))
     'step.loss'
     """
-    return ".".join(path) or "*"
+    root, at, view = path[0].partition("@") if path else ("*", "", "")
+    return ".".join((root, *path[1:])) + at + view
 
 
 def covers(prefix: Path, path: Path) -> bool:

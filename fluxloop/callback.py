@@ -28,7 +28,7 @@ from multipledispatch.conflict import supercedes
 
 from fluxloop.errors import AmbiguousHandlerError, HandlerError, describe, did_you_mean
 from fluxloop.events import Event, event_types
-from fluxloop.phase import Phase
+from fluxloop.phase import Phase, require_pair
 
 Handler = Callable[[Event, Phase, Any], None]
 Signature = tuple[type[Event], type[Phase], type]
@@ -240,12 +240,7 @@ class Callback:
                     f"{cls.__name__}.{name} looks like a handler but nothing calls it; expected "
                     f"@on(Event, Phase) above it, e.g. @on(StepEnd) (or a name without 'on_')"
                 )
-        pair = ["state_dict" in dir(cls), "load_state_dict" in dir(cls)]
-        if pair[0] != pair[1]:
-            raise HandlerError(
-                f"{cls.__name__} has {'state_dict' if pair[0] else 'load_state_dict'} alone; expected "
-                "both state_dict(self) and load_state_dict(self, state), or neither"
-            )
+        require_pair(cls, HandlerError)
 
     def init(self, learner: Any) -> None:
         """Set up, once per learner, before anything else runs; may be called again.

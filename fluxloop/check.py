@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,17 @@ from fluxloop.updates import Updates
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What keeps a state between steps, as a phase with a queue does."""
+
+    def state_dict(self) -> Any:
+        """Give the state."""
+
+    def load_state_dict(self, state: Any) -> Any:
+        """Go on from a state."""
 
 
 def _kept(optimizer: Optimizer) -> Callable[[], None]:
@@ -118,5 +129,7 @@ def check(learner: Learner, batch: Any, phases: Iterable[Phase] | None) -> list[
             undone.callback(switch_modes(modules, phase.train_mode))
             undone.callback(setattr, updates, "findings", None)
             updates.findings = findings
+            if isinstance(phase, Stateful):
+                undone.callback(phase.load_state_dict, copy.deepcopy(phase.state_dict()))
             phase.step(learner, _first(learner, phase) if batch is None else batch)
     return list(dict.fromkeys(findings))

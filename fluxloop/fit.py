@@ -60,8 +60,7 @@ def fit(learner: Learner, epochs: int, data: Any, phases: Iterable[Phase] | None
             raise PhaseError(f"phases={describe(phases)} was given; expected a list of instances: phases=[{name}()]")
         chosen = list(phases) if phases is not None else _default_phases(learner.data)
         for phase in chosen:
-            check_phase(phase)
-            phase.check(learner)
+            check_runs(learner, phase)
             feed(learner, phase).check()
         learner.fitting = True
         return _run(learner, epochs, chosen)
@@ -144,10 +143,21 @@ def check_phase(phase: object) -> None:
         )
 
 
+def check_runs(learner: Learner, phase: Phase) -> None:
+    """Raise what keeps a learner from running a phase, before anything is changed."""
+    check_phase(phase)
+    if phase.model_view:
+        if phase.gradients:
+            raise PhaseError(
+                f"{phase!r} has gradients and runs the weights '@{phase.model_view}'; a view is not trained"
+            )
+        learner.weights.view(phase.model_view)
+    phase.check(learner)
+
+
 def run_epoch(learner: Learner, phase: Phase, data: Any = None) -> None:
     """Run one epoch of a phase; see `Learner.epoch`."""
-    check_phase(phase)
-    phase.check(learner)
+    check_runs(learner, phase)
     kept = learner.data, learner.num_batches
     if data is not None:
         learner.data = State({**vars(learner.data), phase.data_key: load(data, phase.data_key)})

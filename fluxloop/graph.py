@@ -297,7 +297,7 @@ def _cycle(stuck: set[str], edges: list[Edge]) -> CallbackCycleError:
 
 
 def check_producers(nodes: list[Node]) -> None:
-    """Raise for a ``cbstate`` entry that is read although no callback writes it.
+    """Raise for a ``cbstate`` entry, or a view of weights, that is read although no callback writes it.
 
     Raises:
         MissingProducerError: Names the callback classes known to write that entry.
@@ -305,6 +305,12 @@ def check_producers(nodes: list[Node]) -> None:
     written = [path for node in nodes for path in node.access.writes]
     for node in nodes:
         for path in node.access.reads:
+            if "@" in "".join(path[:1]) and not any(overlap(path, w) for w in written):
+                name = ".".join(path[1:]) or "model"
+                raise MissingProducerError(
+                    f"{node.id} reads '{dotted(path)}', which no callback writes; add what keeps that view, such as "
+                    f"EMA({name!r}, 0.999)"
+                )
             if path[:1] == ("cbstate",) and len(path) > 1 and not any(overlap(path, w) for w in written):
                 known = set(_providers(path, Callback))
                 ours = sorted(name for name, builtin in known if builtin) or sorted(name for name, _ in known)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +35,19 @@ from fluxloop.randomness import Streams, check_seed, draw_seed
 from fluxloop.runner import Callbacks
 from fluxloop.state import SharedState, State, StepState
 from fluxloop.updates import UpdateBlock, Updates
+from fluxloop.weights import Weights
 
 C = TypeVar("C", bound=Callback)
 
+if TYPE_CHECKING:
+    import typing_extensions
 
-class Learner:
+    M = typing_extensions.TypeVar("M", default=Any)
+else:
+    M = TypeVar("M")
+
+
+class Learner(Generic[M]):
     """Holds everything a training is made of: model, optimizer, loss, data, step and callbacks.
 
     Args:
@@ -59,7 +67,10 @@ class Learner:
             torch's global generator, so that ``torch.manual_seed`` decides.
 
     Attributes:
-        model: The module, or a named tuple (tuple) of modules: ``learner.model.generator``.
+        model: The module, or a named tuple (tuple) of modules: ``learner.model.generator``. A
+            `NamedTuple` of the user's keeps its type, for type checkers too.
+        weights: Every module by name: ``weights["generator"]``, ``weights["encoder.0"]``, and
+            averaged copies as ``weights["generator@ema"]``.
         params: Their parameters, in the same structure.
         optimizer: The optimizer, or a named tuple of them.
         data: What each kind of phase runs on: ``learner.data.training``.
@@ -79,7 +90,7 @@ class Learner:
 
     def __init__(
         self,
-        model: Any,
+        model: M | Mapping[str, nn.Module],
         loss_fn: Callable[..., Any] | None = None,
         *,
         data: Any = (),
@@ -104,7 +115,8 @@ class Learner:
         self.loss_fn: Any = loss_fn
         for module in self.modules():
             self.accelerator.place_model(module)
-        self.model: Any = like(model, self.models)
+        self.model: M = like(model, self.models)
+        self.weights = Weights(self.models, self.model)
         self.params: Any = like(model, {k: tuple(m.parameters()) for k, m in self.models.items()})
         optimizers = build_optimizers(self.models, optimizer, loss_fn)
         self.optimizer: Any = like(model, optimizers)

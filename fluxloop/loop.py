@@ -143,6 +143,8 @@ class runstep(Scope):  # noqa: N801 - used like a function
         self._grad_enabled = torch.is_grad_enabled()
         try:
             learner.scope = self
+            if phase.model_view and (outer is None or outer.phase is not phase):
+                show_weights(self, learner, phase.model_view)
             if self._grad_enabled is not gradients:
                 torch.set_grad_enabled(gradients)
             learner.accelerator.place(state.__dict__)
@@ -250,6 +252,8 @@ class runepoch(Scope):  # noqa: N801 - used like a function
         enabled = torch.is_grad_enabled()
         self.defer(lambda: torch.set_grad_enabled(enabled))
         torch.set_grad_enabled(self.phase.gradients)
+        if self.phase.model_view:
+            show_weights(self, learner, self.phase.model_view)
 
     def _leave(self, error: BaseException | None, ends: bool) -> None:
         learner = self._learner
@@ -274,6 +278,17 @@ class runepoch(Scope):  # noqa: N801 - used like a function
                 if error is not None and not isinstance(error, CancelSignal):
                     locate(error, learner, self.phase)
             self.close(error)
+
+
+def show_weights(scope: Scope, learner: Learner, view: str) -> None:
+    """Have ``learner.model`` be a view of the weights until the scope ends; the live ones are not touched.
+
+    Raises:
+        PhaseError: No model has that view.
+    """
+    shown, kept = learner.weights.view(view), learner.model
+    scope.defer(lambda: setattr(learner, "model", kept))
+    learner.model = shown
 
 
 def locate(error: BaseException, learner: Learner, phase: Phase) -> None:

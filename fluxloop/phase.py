@@ -6,7 +6,8 @@
     ├── AbstractTrainingPhase      data "training", train mode, gradients on
     │   └── TrainingPhase, PerOptimizerPhase, …             (fluxloop/phases/)
     ├── AbstractValidationPhase    data "validation", eval mode, gradients off
-    │   └── ValidationPhase, PredictionPhase, …             (fluxloop/phases/)
+    │   ├── ValidationPhase, PredictionPhase, …             (fluxloop/phases/)
+    │   └── ProbePhase             what callbacks measure on held-out data by themselves
     └── FittingPhase               the fit itself: FitBegin, CycleBegin, CycleEnd, FitEnd
 
 A new method of training is a subclass with its own `step`; callbacks that handle an abstract
@@ -57,7 +58,9 @@ class Step:
 class Phase:
     """Base of all phases.
 
-    Subclasses override `step`, seldom `epoch`, and may say otherwise on these:
+    Subclasses override `step`, seldom `epoch`. One that keeps something between steps has
+    ``state_dict()`` and ``load_state_dict(state)``, both or neither; an instance belongs to one
+    learner then. A class may say otherwise on these:
     """
 
     data_key: ClassVar[str] = ""
@@ -66,6 +69,8 @@ class Phase:
     """Whether the models are in train mode."""
     gradients: ClassVar[bool] = False
     """Whether gradients are recorded."""
+    model_view: ClassVar[str] = ""
+    """Which view of the models ``learner.model`` gives in it: ``"ema"`` for averaged ones; "" for the live ones."""
 
     owner: ClassVar[str] = ""
     """Whose the phase's random numbers are: the data key's where it trains, its own where it watches."""
@@ -81,6 +86,7 @@ class Phase:
             )
         cls.owner = cls.data_key if cls.gradients and cls.data_key else f"{cls.data_key}/{cls.__name__}".lstrip("/")
         cls.epoch_stream, cls.step_stream = f"{cls.owner}/epoch", f"{cls.owner}/step"
+        require_pair(cls, PhaseError)
         if not isinstance(cls.step, Step):
             setattr(cls, "step", Step(cls.step))  # noqa: B010 - mypy knows no other way
 
@@ -110,6 +116,16 @@ class Phase:
         return f"{type(self).__name__}()"
 
 
+def require_pair(cls: type, error: type[Exception]) -> None:
+    """Raise for a class that has only one of ``state_dict`` and ``load_state_dict``."""
+    pair = ["state_dict" in dir(cls), "load_state_dict" in dir(cls)]
+    if pair[0] != pair[1]:
+        raise error(
+            f"{cls.__name__} has {'state_dict' if pair[0] else 'load_state_dict'} alone; expected "
+            "both state_dict(self) and load_state_dict(self, state), or neither"
+        )
+
+
 class AbstractTrainingPhase(Phase):
     """Base of the phases that train: data ``"training"``, train mode, gradients on."""
 
@@ -122,6 +138,18 @@ class AbstractValidationPhase(Phase):
     """Base of the phases that only watch: data ``"validation"``, eval mode, gradients off."""
 
     data_key = "validation"
+
+
+class ProbePhase(AbstractValidationPhase):
+    """Stands for what callbacks measure on held-out data by themselves: ``history["validation/knn_encoder"]``.
+
+    It is the key under which they record it, at the epoch of the training phase that ended; it has
+    no epochs of its own.
+    """
+
+    def check(self, learner: Learner) -> None:
+        """Raise: it has no epochs of its own."""
+        raise PhaseError("ProbePhase stands for what probes record and has no epochs; give the probe as a callback")
 
 
 class FittingPhase(Phase):

@@ -26,8 +26,8 @@ from __future__ import annotations
 import operator
 import random
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from hashlib import blake2b
 from types import TracebackType
 from typing import Any
@@ -167,6 +167,14 @@ class preserved(AbstractContextManager[None]):  # noqa: N801 - used like a funct
         random.setstate(self._python)
 
 
+@contextmanager
+def drawing(number: int) -> Iterator[None]:
+    """Start the global generators from `number` for a while, and put them back as they were."""
+    with preserved():
+        start_generators(number)
+        yield
+
+
 class Stream:
     """One owner's stream of random numbers.
 
@@ -187,10 +195,6 @@ class Stream:
         index = self.index
         self.index = index + 1
         return _mix((self.base + index) & MASK)
-
-    def start(self) -> None:
-        """Start the global generators from the stream's next number."""
-        start_generators(self.next())
 
 
 class Streams:
@@ -220,22 +224,21 @@ class Streams:
 def with_own_stream(call: Callable[..., None], stream: Callable[[], Stream]) -> Callable[..., None]:
     """Wrap a function so that it draws from its own stream and leaves the global generators as they were."""
 
-    def drawing(*args: Any) -> None:
-        with preserved():
-            stream().start()
+    def apart(*args: Any) -> None:
+        with drawing(stream().next()):
             call(*args)
 
-    return drawing
+    return apart
 
 
 def putting_back(call: Callable[..., None]) -> Callable[..., None]:
     """Wrap a function so that it leaves the global generators as they were, to the last bit."""
 
-    def drawing(*args: Any) -> None:
+    def apart(*args: Any) -> None:
         with preserved():
             call(*args)
 
-    return drawing
+    return apart
 
 
 def between_steps(call: Callable[..., None], seed: int) -> Callable[..., None]:
@@ -245,7 +248,7 @@ def between_steps(call: Callable[..., None], seed: int) -> Callable[..., None]:
     """
     scratch: Any = None
 
-    def drawing(*args: Any) -> None:
+    def apart(*args: Any) -> None:
         nonlocal scratch
         numpy = sys.modules.get("numpy")
         with preserved(numpy_too=False):
@@ -260,4 +263,4 @@ def between_steps(call: Callable[..., None], seed: int) -> Callable[..., None]:
             finally:
                 numpy.random.set_bit_generator(own)
 
-    return drawing
+    return apart

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from fluxloop.access import dotted, parse
+from fluxloop.access import covers, dotted, parse
 from fluxloop.callback import Callback, Handler, watchers
 from fluxloop.errors import CancelEpochException, CancelFittingException, CancelSignal, StateAccessError, annotate
 from fluxloop.events import FIT_EVENTS, GRADIENT_EVENTS, Event, FitEnd, event_types
@@ -156,6 +156,15 @@ class Callbacks:
     def order(self) -> list[str]:
         """Ids of the callbacks in the order in which they run."""
         return [node.id for node in self._graph.nodes]
+
+    def writers(self, path: str) -> list[str]:
+        """List the ids of the callbacks that declare to write a path, or something below it.
+
+        Raises:
+            CallbackError: The path has an unknown root.
+        """
+        wanted = parse(path, "writers")
+        return [node.id for node in self._graph.nodes if any(covers(wanted, w) for w in node.access.writes)]
 
     @property
     def digest(self) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxloop.access import Access, Path, covers, dotted
 from fluxloop.readonly import guarded
+from fluxloop.weights import DeclaredWeights
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -18,7 +19,8 @@ class View:
 
     Everybody may call the services: ``defer(undo)`` (undo something when the running step, epoch
     or fit ends) and ``host(tensor, then)`` (have a number on the host without waiting for the
-    device).
+    device). ``weights[name]`` gives the weights at a declared path, ``"model.G@ema"`` as
+    ``weights["G@ema"]``.
     """
 
     __slots__ = ("_learner",)
@@ -94,6 +96,7 @@ def _generate(access: Access, path: Path, fetch: Callable[[Any], Any]) -> type[V
         body[name] = _property(access, child, fetch)
     if path == ():
         body |= {name: _service(name) for name in SERVICES}
+        body["weights"] = property(lambda self: DeclaredWeights(self._learner.weights, access))
 
     def missing(self: View, name: str) -> Any:
         if name.startswith("__"):

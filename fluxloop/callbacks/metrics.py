@@ -50,6 +50,12 @@ class PhaseMetrics(Container):
         """Give the last step's values by name, on their device; stateful metrics have none."""
         return {name: value for _, tracker in self.trackers for name, value in tracker.latest().items()}
 
+    def record(self, name: str, epoch: int, value: Any) -> None:
+        """Keep an epoch's value: a scalar as a float, another tensor on the CPU."""
+        if isinstance(value, Tensor):
+            value = value.item() if value.numel() == 1 else value.detach().cpu()
+        self.epochs.setdefault(name, []).append((epoch, value))
+
     def last(self, name: str) -> tuple[int, Any]:
         """Give the newest (epoch, value) of a metric.
 
@@ -140,7 +146,7 @@ class Metrics(Callback):
         epoch = learner.cbstate.history[phase].epochs
         with torch.no_grad():
             for name, value in metrics.running().items():
-                metrics.epochs.setdefault(name, []).append((epoch, _number(value)))
+                metrics.record(seen_by(phase, name), epoch, value)
 
     def __repr__(self) -> str:
         return f"Metrics({', '.join(metric.name for metric in self.metrics)})"
@@ -156,8 +162,6 @@ def _of(metric: AnyMetric, compute: Any) -> dict[str, Any]:
         raise
 
 
-def _number(value: Any) -> Any:
-    """Bring an epoch value to the host: a float where it is a scalar, else a tensor on the CPU."""
-    if isinstance(value, Tensor):
-        return value.item() if value.numel() == 1 else value.detach().cpu()
-    return value
+def seen_by(phase: Phase, name: str) -> str:
+    """Give a metric's name with the view of the weights that the phase runs: ``"loss@ema"``."""
+    return f"{name}@{phase.model_view}" if phase.model_view else name

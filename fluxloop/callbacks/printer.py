@@ -11,7 +11,7 @@ from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.progress import ProgressBar
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.events import EpochEnd
-from fluxloop.phase import Phase
+from fluxloop.phase import Phase, ProbePhase
 
 
 @define
@@ -33,11 +33,14 @@ class MetricsPrinter(Callback):
 
     @on(EpochEnd)
     def print_epoch(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
-        """Print what this epoch recorded."""
+        """Print what this epoch recorded, and what probes found at its end."""
         epoch = learner.cbstate.history[phase].epochs
+        metrics = learner.cbstate.metrics
+        recorded = [metrics[phase], metrics[ProbePhase]] if phase.gradients else [metrics[phase]]
         values = [
             f"{name} {series[-1][1]:.{self.digits}g}"
-            for name, series in learner.cbstate.metrics[phase].epochs.items()
+            for of_phase in recorded
+            for name, series in of_phase.epochs.items()
             if series and series[-1][0] == epoch and isinstance(series[-1][1], float)
         ]
         print(f"{type(phase).__name__:<18} epoch {epoch:<4} {'   '.join(values)}".rstrip())

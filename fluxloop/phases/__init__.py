@@ -1,12 +1,47 @@
 """The phases that come with fluxloop; each uses nothing that a user's phase could not use."""
 
+from fluxloop.phases.autoencoder import AutoencoderPhase
+from fluxloop.phases.barlow_twins import BarlowTwinsPhase
+from fluxloop.phases.byol import BYOLPhase
+from fluxloop.phases.dino import DINOPhase
+from fluxloop.phases.distillation import DistillationPhase
+from fluxloop.phases.gan import GANPhase, GANValidationPhase
+from fluxloop.phases.joint_embedding import JointEmbeddingPhase, TeacherPhase
+from fluxloop.phases.mae import MAEPhase
+from fluxloop.phases.metric_learning import SupConPhase, TripletPhase
+from fluxloop.phases.moco import MoCoPhase
+from fluxloop.phases.objective import ObjectivePhase, ObjectiveValidationPhase
 from fluxloop.phases.per_optimizer import PerOptimizerPhase, PerOptimizerValidationPhase
-from fluxloop.phases.supervised import PredictionPhase, TrainingPhase, ValidationPhase
+from fluxloop.phases.simclr import SimCLRPhase
+from fluxloop.phases.simsiam import SimSiamPhase
+from fluxloop.phases.supervised import AveragedValidationPhase, PredictionPhase, TrainingPhase, ValidationPhase
+from fluxloop.phases.vae import VAEPhase
+from fluxloop.phases.vicreg import VICRegPhase
 
 __all__ = [
+    "AutoencoderPhase",
+    "AveragedValidationPhase",
+    "BYOLPhase",
+    "BarlowTwinsPhase",
+    "DINOPhase",
+    "DistillationPhase",
+    "GANPhase",
+    "GANValidationPhase",
+    "JointEmbeddingPhase",
+    "MAEPhase",
+    "MoCoPhase",
+    "ObjectivePhase",
+    "ObjectiveValidationPhase",
     "PerOptimizerPhase",
     "PerOptimizerValidationPhase",
     "PredictionPhase",
+    "SimCLRPhase",
+    "SimSiamPhase",
+    "SupConPhase",
+    "TeacherPhase",
     "TrainingPhase",
+    "TripletPhase",
+    "VAEPhase",
+    "VICRegPhase",
     "ValidationPhase",
 ]

@@ -137,3 +137,14 @@ class PredictionPhase(AbstractValidationPhase):
                 f"predict runs one model, and the learner has {sorted(map(str, learner.models))}; write a phase "
                 "whose step stores state.preds: learner.predict(data, phase=MyPhase())"
             )
+
+
+class AveragedValidationPhase(ValidationPhase):
+    """Supervised validation of the averaged weights that ``EMA("model", decay)`` keeps.
+
+    ``learner.model`` is the averaged copy while it runs; the trained weights are not touched. Its
+    metrics carry the view's name: ``"validation/loss@ema"``. For another view, or another phase,
+    write a subclass with ``model_view = "ema"``.
+    """
+
+    model_view = "ema"

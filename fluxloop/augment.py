@@ -1,0 +1,144 @@
+"""Several views of one row: for a dataset, or for a batch that is already on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
+from torch.utils.data import Dataset
+
+from fluxloop.errors import DataError, describe
+
+Transform = Callable[[Any], Any]
+
+
+@frozen
+class TwoViews:
+    """Make two views of what it is called with, each by a transform of its own draw.
+
+    For a phase it makes the views of a batch on the device, ``SimCLRPhase(TwoViews(augment))``; for
+    a `ViewDataset` those of one row.
+
+    Args:
+        transform: Makes a view; draws random numbers.
+        second: Makes the second one, where it differs (BYOL's pair of distributions).
+    """
+
+    transform: Transform
+    second: Transform | None = None
+
+    def __call__(self, xs: Any) -> tuple[Any, Any]:
+        """Give the two views."""
+        return self.transform(xs), (self.second or self.transform)(xs)
+
+
+@frozen
+class MultiCrop:
+    """Make global and local crops of what it is called with, the global ones first.
+
+    SwAV's and DINO's views (Caron et al., 2020, 2021), for a phase or a `ViewDataset`.
+
+    Args:
+        global_crop: Makes a crop that shows most of an image.
+        local_crop: Makes one that shows a small part of it, and may be smaller.
+        num_local: How many local crops.
+        num_global: How many global crops.
+    """
+
+    global_crop: Transform
+    local_crop: Transform
+    num_local: int = 4
+    num_global: int = 2
+
+    def __call__(self, xs: Any) -> tuple[Any, ...]:
+        """Give all crops."""
+        crops = [self.global_crop] * self.num_global + [self.local_crop] * self.num_local
+        return tuple(crop(xs) for crop in crops)
+
+
+class ViewDataset(Dataset[Any]):
+    """A dataset of several views of another's rows: ``(views, label)``, or ``views`` where there is none.
+
+    A loader over it gives the batches that phases such as `SimCLRPhase` take without `views`.
+
+    Args:
+        dataset: A map-style dataset of rows ``x`` or ``(x, label, ...)``, or tensors in a tuple.
+        views: Makes the views of one row, such as ``TwoViews(augment)``.
+
+    Raises:
+        DataError: The dataset has no rows to be asked for by number.
+    """
+
+    def __init__(self, dataset: Any, views: Callable[[Any], tuple[Any, ...]]) -> None:
+        if isinstance(dataset, tuple):
+            dataset = torch.utils.data.TensorDataset(*dataset)
+        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            raise DataError(
+                f"ViewDataset was given {describe(dataset)}; expected a dataset with __getitem__ and __len__. For "
+                "batches give the phase what makes the views: SimCLRPhase(views=TwoViews(augment))"
+            )
+        self.dataset = dataset
+        self.views = views
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        row = self.dataset[index]
+        if not isinstance(row, (tuple, list)):
+            return self.views(row)
+        views = self.views(row[0])
+        return (views, *row[1:]) if len(row) > 1 else views
+
+
+def random_affine(
+    images: Tensor,
+    *,
+    degrees: float = 0.0,
+    translate: float = 0.0,
+    scale: tuple[float, float] = (1.0, 1.0),
+    size: int | None = None,
+) -> Tensor:
+    """Turn, move and scale each image by an amount of its own, drawn evenly.
+
+    With a scale above 1 it shows a part of the image, enlarged: a random crop.
+
+    Args:
+        images: Shape (N, C, H, W), or (C, H, W) for one image.
+        degrees: Largest angle, to either side.
+        translate: Largest shift to either side, as a share of the image's size.
+        scale: Smallest and largest factor.
+        size: Height and width of the result; left out, the images'.
+
+    Returns:
+        Shape (N, C, size, size) or (C, size, size); what comes from outside is 0.
+    """
+    if images.ndim == 3:
+        batch = images.unsqueeze(0)
+        return random_affine(batch, degrees=degrees, translate=translate, scale=scale, size=size).squeeze(0)
+    n, device = len(images), images.device
+    angle, factor, dx, dy = torch.rand(4, n, device=device, dtype=images.dtype)
+    angle = (2 * angle - 1) * math.radians(degrees)
+    factor = scale[0] + (scale[1] - scale[0]) * factor
+    cos, sin = angle.cos() / factor, angle.sin() / factor
+    theta = torch.stack([cos, -sin, (2 * dx - 1) * 2 * translate, sin, cos, (2 * dy - 1) * 2 * translate], dim=1).view(
+        n, 2, 3
+    )
+    height, width = (size, size) if size is not None else images.shape[2:]
+    grid = affine_grid(theta, [n, images.shape[1], height, width], align_corners=False)
+    return grid_sample(images, grid, align_corners=False)
+
+
+def add_noise(images: Tensor, deviation: float) -> Tensor:
+    """Add normal noise.
+
+    Args:
+        images: Any shape.
+        deviation: Standard deviation, in the images' units.
+    """
+    return images + deviation * torch.randn_like(images)

@@ -1,0 +1,101 @@
+"""Notice when a representation collapses."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from fluxloop.callback import on
+from fluxloop.callbacks.probe import MetricSource
+from fluxloop.events import EpochBegin, StepEnd
+from fluxloop.phase import AbstractTrainingPhase
+
+
+@define
+class FeatureStats(MetricSource):
+    """Record how varied the features of an epoch's last rows are.
+
+    ``<entry>_std`` is the standard deviation of each dimension over rows, averaged over
+    dimensions; it goes to 0 when all rows become the same. ``<entry>_rank`` is the effective rank,
+    the exponential of the entropy of the singular values' shares (Roy and Vetterli, 2007; RankMe,
+    Garrido et al., 2023), from 1, where all rows lie on a line, to the smaller of rows and
+    dimensions.
+
+    Args:
+        entry: The step's entry of features (N, ...), such as ``"features"`` or ``"z1"``.
+        rows: How many of the epoch's last rows to look at; more than there are dimensions.
+        every: Measure after every so many training epochs.
+
+    Raises:
+        MissingEntryError: The phase does not store the entry.
+
+    Attributes:
+        std: The standard deviation of each dimension, shape (F,), after the last epoch measured.
+
+    Reads: step.features, cbstate.history (of the step, the entry)
+    Writes: cbstate.metrics
+    Runs after: Recorder, Metrics
+    """
+
+    entry: str = "features"
+    rows: int = field(default=1024, kw_only=True)
+    std: Tensor | None = field(default=None, init=False, repr=False)
+    _kept: deque[Tensor] = field(factory=deque, init=False, repr=False)
+    _count: int = field(default=0, init=False, repr=False)
+
+    recorded_as = None
+    draws = False
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The two metrics it records."""
+        return (f"{self.entry}_std".lower(), f"{self.entry}_rank".lower())
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # type: ignore[override]  # the entry's
+        """The entry, and the epoch."""
+        return (f"step.{self.entry}", "cbstate.history")
+
+    @on(EpochBegin, AbstractTrainingPhase)
+    def start(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Begin an epoch without rows."""
+        self._kept.clear()
+        self._count = 0
+
+    @on(StepEnd, AbstractTrainingPhase)
+    def keep(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Keep the step's features, and drop what is older than the rows asked for."""
+        features = learner.step[self.entry].detach()
+        self._kept.append(features)
+        self._count += len(features)
+        while self._count - len(self._kept[0]) >= self.rows:
+            self._count -= len(self._kept.popleft())
+
+    def measure(self, learner: Any) -> Mapping[str, Any]:
+        """Give the mean standard deviation and the effective rank."""
+        if not self._kept:
+            return {}
+        features = torch.cat(list(self._kept))[-self.rows :].flatten(1).float().cpu()
+        self.std = features.std(0, correction=0)
+        return dict(zip(self.metric_names, (self.std.mean(), effective_rank(features)), strict=True))
+
+
+def effective_rank(features: Tensor) -> Tensor:
+    """Give the exponential of the entropy of the singular values' shares (Roy and Vetterli, 2007).
+
+    Args:
+        features: Shape (N, F).
+
+    Returns:
+        A scalar between 1 and min(N, F); 0 for features that are all zero.
+    """
+    values: Tensor = torch.linalg.svdvals(features)
+    if not values.any():
+        return values.new_zeros(())
+    entropy: Tensor = torch.special.entr(values / values.sum()).sum()
+    return entropy.exp()

@@ -1,0 +1,348 @@
+"""Measure a representation while it is trained, on features nobody trains through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from attrs import define, field
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fluxloop.access import weights_path
+from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
+from fluxloop.callbacks.metrics import Metrics, PhaseMetrics
+from fluxloop.callbacks.recorder import Recorder
+from fluxloop.data import as_dataloader
+from fluxloop.errors import DataError, MetricError, describe
+from fluxloop.events import EpochEnd, StepEnd
+from fluxloop.feed import untouched
+from fluxloop.loop import switch_modes
+from fluxloop.metrics.neighbors import knn_predict
+from fluxloop.nested import map_tensors
+from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase
+from fluxloop.randomness import drawing, stream_seed
+from fluxloop.state import PhaseDict
+
+Features = Callable[[nn.Module, Any], Tensor]
+
+
+@define
+class MetricSource(Callback):
+    """Base of callbacks that record metrics of their own at the end of a training epoch.
+
+    A subclass says ``metric_names`` and ``measure(learner)``, metrics by name; they are recorded
+    next to those of `Metrics`, printed with them, and found by everything that monitors one.
+
+    Args:
+        every: Measure after every so many training epochs.
+
+    Raises:
+        ValueError: `every` is less than 1.
+
+    Reads: cbstate.history
+    Writes: cbstate.metrics
+    Runs after: Recorder, Metrics
+    """
+
+    every: int = field(default=1, kw_only=True)
+
+    reads = ("cbstate.history",)
+    run_after = (Recorder, Metrics)
+    draws = True
+
+    recorded_as: ClassVar[type[Phase] | None] = ProbePhase
+    """The phase under which they are recorded; None for the one whose epoch ended."""
+
+    @every.validator
+    def _check_every(self, attribute: object, value: int) -> None:
+        if value < 1:
+            raise ValueError(f"every={value!r} was given; expected a number of epochs, 1 or more")
+
+    def init(self, learner: Any) -> None:
+        """Publish the metrics' container, once."""
+        if "metrics" not in learner.cbstate:
+            learner.cbstate.metrics = PhaseDict(PhaseMetrics)
+
+    @property
+    def writes(self) -> tuple[str, ...]:  # type: ignore[override]  # computed: this base is nobody's to add
+        """The metrics."""
+        return ("cbstate.metrics",)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the metrics it records."""
+        return ()
+
+    def measure(self, learner: Any) -> Mapping[str, Any]:
+        """Give metrics by name; numbers, or tensors on any device."""
+        raise NotImplementedError
+
+    @on(EpochEnd, AbstractTrainingPhase)
+    def record(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Measure, and record what was found."""
+        epoch = learner.cbstate.history[phase].epochs
+        if epoch % self.every == 0:
+            metrics = learner.cbstate.metrics[self.recorded_as or phase]
+            for name, value in self.measure(learner).items():
+                metrics.record(name, epoch, value)
+
+
+@resolve_conflict.register(MetricSource, MetricSource)  # type: ignore[untyped-decorator]  # multipledispatch has no types
+def _metrics_of_their_own(a: MetricSource, b: MetricSource) -> NoConflict:
+    """Each records under names of its own.
+
+    Raises:
+        MetricError: Two record the same name.
+    """
+    for name in a.metric_names:
+        if name in b.metric_names:
+            raise MetricError(
+                f"{type(a).__name__} and {type(b).__name__} both record the metric {name!r}; give one another name: "
+                f"{type(b).__name__}(..., metric='...')"
+            )
+    return NoConflict()
+
+
+def flat(module: nn.Module, xs: Any) -> Tensor:
+    """Give what a module makes of its inputs, a row of numbers for each."""
+    features: Tensor = module(xs)
+    return features.flatten(1)
+
+
+def extract(module: nn.Module, source: Any, features: Features = flat) -> tuple[Tensor, Tensor]:
+    """Run a module over labelled data in eval mode, without gradients and without a trace.
+
+    The module's modes are put back, and so are a loader's own generators.
+
+    Args:
+        module: Whose features.
+        source: A loader of batches ``(xs, ys)``.
+        features: ``(module, xs) -> (N, F)``.
+
+    Returns:
+        Features (N, F) and labels (N,), on the module's device.
+
+    Raises:
+        DataError: The data can be iterated once only, or its batches are no pairs.
+    """
+    if hasattr(source, "__next__"):
+        raise DataError(f"{describe(source)} can be iterated once only, and a probe runs over its data every epoch")
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    rows, labels = [], []
+    put_back = switch_modes([module], False)
+    try:
+        with torch.no_grad(), untouched(source):
+            for batch in source:
+                if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+                    raise DataError(
+                        f"a probe was given {describe(batch)} as a batch; expected labelled rows, (xs, ys): give it "
+                        "data of its own, KNNProbe('encoder', bank=(xs, ys), queries=(xs, ys))"
+                    )
+                xs, ys = map_tensors(lambda tensor: tensor.to(device), (batch[0], batch[1]))
+                rows.append(features(module, xs))
+                labels.append(ys)
+    finally:
+        put_back()
+    if not rows:
+        raise DataError(f"{describe(source)} gave a probe no batch; expected labelled rows, (xs, ys)")
+    return torch.cat(rows), torch.cat(labels)
+
+
+@define
+class HeldOut(MetricSource):
+    """Base of probes: a model's features of held-out rows.
+
+    Args:
+        model: Name of the weights: ``"encoder"``, ``"student.encoder"``, ``"encoder@ema"``, or
+            ``"model"`` for a single model.
+        queries: Labelled rows to classify, anything `as_dataloader` takes; left out, the learner's
+            validation data.
+        features: ``(module, xs) -> (N, F)``; left out, the module's output, flattened.
+        metric: Name of the metric.
+    """
+
+    model: str = "model"
+    queries: Any = field(default=None, kw_only=True, repr=False)
+    features: Features = field(default=flat, kw_only=True, repr=False)
+    metric: str = field(default="", kw_only=True)
+
+    prefix: ClassVar[str] = "probe"
+
+    def __attrs_post_init__(self) -> None:
+        self.metric = (self.metric or f"{self.prefix}_{self.model}").lower()
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The one metric it records."""
+        return (self.metric,)
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # type: ignore[override]  # the model's
+        """The weights, the learner's data, and the epoch."""
+        return (weights_path(self.model), "data", "cbstate.history")
+
+    def data(self, learner: Any, given: Any, key: str) -> Any:
+        """Give a loader of what was given, or of the learner's data.
+
+        Raises:
+            DataError: Neither is there.
+        """
+        if given is not None:
+            return as_dataloader(given, batch_size=256)
+        if key not in learner.data:
+            raise DataError(
+                f"{type(self).__name__} measures on the {key} data, and the learner has none; give it some: "
+                f"{type(self).__name__}({self.model!r}, queries=(xs, ys), ...)"
+            )
+        return learner.data[key]
+
+
+@define
+class KNNProbe(HeldOut):
+    """Classify held-out rows by their nearest neighbours among training rows, every epoch.
+
+    The features of both come from the weights as they are, in eval mode; `knn_predict` says how
+    neighbours vote (Wu et al., 2018). Neither weights, modes, data order nor random numbers of
+    the training are touched. Recorded as ``history["validation/knn_encoder"]``: the name says
+    which weights it saw.
+
+    Args:
+        model: Name of the weights: ``"encoder"``, ``"student.encoder"``, ``"encoder@ema"``, or
+            ``"model"`` for a single model.
+        bank: Labelled training rows, anything `as_dataloader` takes; left out, the learner's
+            training data, whose batches are ``(xs, ys)`` then.
+        queries: Labelled rows to classify; left out, the learner's validation data.
+        k: Number of neighbours.
+        temperature: Of their votes.
+        features: ``(module, xs) -> (N, F)``; left out, the module's output, flattened.
+        metric: Name of the metric; left out, ``"knn_<model>"``.
+        every: Measure after every so many training epochs.
+
+    Raises:
+        ModelError: There are no such weights.
+        DataError: There is no labelled data.
+
+    Reads: model, data, cbstate.history (of the models, only the one it measures)
+    Writes: cbstate.metrics
+    Runs after: Recorder, Metrics
+    """
+
+    bank: Any = field(default=None, kw_only=True, repr=False)
+    k: int = field(default=20, kw_only=True)
+    temperature: float | None = field(default=0.07, kw_only=True)
+
+    prefix = "knn"
+
+    def init(self, learner: Any) -> None:
+        """Look for the weights, and publish the metrics' container."""
+        super().init(learner)
+        learner.weights[self.model]
+
+    def measure(self, learner: Any) -> Mapping[str, Any]:
+        """Give the share of held-out rows classified rightly."""
+        module = learner.weights[self.model]
+        bank, labels = extract(module, self.data(learner, self.bank, "training"), self.features)
+        queries, answers = extract(module, self.data(learner, self.queries, "validation"), self.features)
+        predicted = knn_predict(bank, labels, queries, k=min(self.k, len(bank)), temperature=self.temperature)
+        return {self.metric: (predicted == answers).float().mean()}
+
+
+@define
+class LinearProbe(HeldOut):
+    """Train a linear classifier on the side, on the features of each training step, detached.
+
+    It has its own weights and optimizer, so it needs no forward of its own while training, and no
+    gradient reaches the model. After an epoch it classifies held-out rows by their features from
+    the named weights, in eval mode. Neither weights, modes, data order nor random numbers of the
+    training are touched. Recorded as ``history["validation/linear_encoder"]``.
+
+    Args:
+        model: Name of the weights whose features the phase stores: ``"encoder"``,
+            ``"student.encoder"``, ``"model"`` for a single model, or an averaged view of them.
+        num_classes: Number of classes.
+        queries: Labelled rows to classify; left out, the learner's validation data.
+        optimizer: A factory that takes parameters.
+        entries: The step's entries of features (N, F) and labels (N,).
+        features: ``(module, xs) -> (N, F)`` for held-out rows; left out, the module's output, flattened.
+        metric: Name of the metric; left out, ``"linear_<model>"``.
+        every: Measure after every so many training epochs.
+
+    Raises:
+        ModelError: There are no such weights.
+        MissingEntryError: The phase stores no features, or its batches have no labels.
+        DataError: There is no labelled data.
+
+    Reads: model, data, step.features, step.ys, seed, cbstate.history (of the models, only the one it measures)
+    Writes: cbstate.metrics
+    Runs after: Recorder, Metrics
+    """
+
+    num_classes: int = 10
+    optimizer: Callable[..., torch.optim.Optimizer] = field(
+        default=partial(torch.optim.Adam, lr=1e-2), kw_only=True, repr=False
+    )
+    entries: tuple[str, str] = field(default=("features", "ys"), kw_only=True)
+    _probe: nn.Linear | None = field(default=None, init=False, repr=False)
+    _stepper: torch.optim.Optimizer | None = field(default=None, init=False, repr=False)
+
+    prefix = "linear"
+    draws = False  # what its beginning and its measuring draw is put back
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # type: ignore[override]  # the model's and the step's
+        """The weights, the learner's data, the step's features and labels, and the epoch."""
+        steps = (f"step.{entry}" for entry in self.entries)
+        return (weights_path(self.model), "data", *steps, "seed", "cbstate.history")
+
+    def init(self, learner: Any) -> None:
+        """Look for the weights, publish the metrics' container, and begin anew."""
+        super().init(learner)
+        learner.weights[self.model]
+        self._probe = self._stepper = None
+
+    @on(StepEnd, AbstractTrainingPhase)
+    def train(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Train the classifier on this step's features."""
+        features, labels = (learner.step[entry] for entry in self.entries)
+        features = features.detach().flatten(1)
+        if self._probe is None or self._stepper is None:
+            with drawing(stream_seed(learner.seed, f"LinearProbe/{self.metric}")):
+                self._begin(features.shape[1], features.device, features.dtype)
+        if self._probe is not None and self._stepper is not None:
+            with torch.enable_grad():
+                cross_entropy(self._probe(features), labels).backward()  # type: ignore[no-untyped-call]  # torch's
+            self._stepper.step()
+            self._stepper.zero_grad()
+
+    def _begin(self, size: int, device: torch.device | str, dtype: torch.dtype) -> None:
+        self._probe = nn.Linear(size, self.num_classes, device=device, dtype=dtype)
+        self._stepper = self.optimizer(self._probe.parameters())
+
+    def measure(self, learner: Any) -> Mapping[str, Any]:
+        """Give the share of held-out rows classified rightly; nothing before the first step."""
+        if self._probe is None:
+            return {}
+        module = learner.weights[self.model]
+        with drawing(stream_seed(learner.seed, f"LinearProbe/{self.metric}/measure")):
+            queries, answers = extract(module, self.data(learner, self.queries, "validation"), self.features)
+        with torch.no_grad():
+            return {self.metric: (self._probe(queries).argmax(1) == answers).float().mean()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps: the classifier and its optimizer's state."""
+        if self._probe is None or self._stepper is None:
+            return {}
+        return {"probe": self._probe.state_dict(), "optimizer": self._stepper.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a kept state."""
+        self._probe = self._stepper = None
+        if state:
+            weight = state["probe"]["weight"]
+            self._begin(weight.shape[1], weight.device, weight.dtype)
+        if self._probe is not None and self._stepper is not None:
+            self._probe.load_state_dict(state["probe"])
+            self._stepper.load_state_dict(state["optimizer"])

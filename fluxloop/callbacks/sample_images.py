@@ -1,0 +1,208 @@
+"""Draw what a generator makes of the same noise, epoch after epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import define, field
+from torch import Tensor, nn
+
+from fluxloop.access import weights_path
+from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
+from fluxloop.callbacks.recorder import Recorder
+from fluxloop.errors import ModelError, describe
+from fluxloop.events import EpochEnd, StepBegin
+from fluxloop.loop import switch_modes
+from fluxloop.nested import map_tensors
+from fluxloop.phase import AbstractTrainingPhase
+from fluxloop.randomness import drawing, stream_seed
+
+
+@define
+class SampleImages(Callback):
+    """Save a grid of a generator's images as a PNG file after each epoch.
+
+    Its input is the same every time: what is given, or else the rows that the generator gets
+    first in training. It runs in eval mode without gradients; modes and random numbers are put
+    back. The file's name says which weights it saw, ``G@ema-0003.png``.
+
+    Args:
+        model: Name of the weights: ``"G"``, ``"G@ema"``, ``"decoder"``, or ``"model"`` for a single model.
+        inputs: The model's input, or a tuple of several; rows are cut to `count`.
+        count: Number of images.
+        folder: Where to save them; None saves nothing.
+        every: Save after every so many epochs.
+        columns: Images in a row of the grid.
+        value_range: What is black and what is white; left out, (-1, 1) where an image has negative
+            values, else (0, 1).
+        shape: ``(channels, height, width)`` of models that give rows of numbers.
+        make: ``(module, *inputs) -> images``, where calling the module does not give them.
+
+    Raises:
+        ModelError: There are no such weights, or what they give are no images.
+        ImportError: Pillow is not installed.
+
+    Attributes:
+        grid: The last grid, whole numbers 0 … 255 of shape (channels, height, width).
+
+    Reads: model, seed, cbstate.history (of the models, only the one it samples)
+    Writes: cbstate.images
+    Runs after: Recorder
+    """
+
+    model: str = "model"
+    inputs: Any = field(default=None, kw_only=True, repr=False)
+    count: int = field(default=64, kw_only=True)
+    folder: str | Path | None = field(default="samples", kw_only=True)
+    every: int = field(default=1, kw_only=True)
+    columns: int = field(default=8, kw_only=True)
+    value_range: tuple[float, float] | None = field(default=None, kw_only=True)
+    shape: tuple[int, int, int] | None = field(default=None, kw_only=True)
+    make: Callable[..., Tensor] | None = field(default=None, kw_only=True, repr=False)
+    grid: Tensor | None = field(default=None, init=False, repr=False)
+    _inputs: Any = field(default=None, init=False, repr=False)
+
+    writes = ("cbstate.images",)
+    run_after = (Recorder,)
+    draws = False  # what the model draws is put back
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # type: ignore[override]  # the model's
+        """The weights sampled, the live ones whose input is taken, and the epoch."""
+        return (*dict.fromkeys((weights_path(self.model), weights_path(self._live))), "seed", "cbstate.history")
+
+    @property
+    def _live(self) -> str:
+        return self.model.partition("@")[0]
+
+    def init(self, learner: Any) -> None:
+        """Look for the weights and for what writes files, and share the images."""
+        learner.weights[self.model]
+        if self.folder is not None:
+            _pillow()
+        if "images" not in learner.cbstate:
+            learner.cbstate.images = {}
+        given = self.inputs if isinstance(self.inputs, (tuple, list)) or self.inputs is None else (self.inputs,)
+        self._inputs = given if given is None else self._rows(tuple(given))
+
+    def _rows(self, inputs: Any) -> Any:
+        return map_tensors(lambda tensor: tensor.detach()[: self.count].clone() if tensor.ndim else tensor, inputs)
+
+    @on(StepBegin, AbstractTrainingPhase)
+    def look(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Have the generator tell what it is given, once."""
+        if self._inputs is None:
+            learner.defer(learner.weights[self._live].register_forward_pre_hook(self._take).remove)
+
+    def _take(self, module: nn.Module, inputs: Any) -> None:
+        if self._inputs is None and inputs:
+            self._inputs = self._rows(inputs)
+
+    @on(EpochEnd, AbstractTrainingPhase)
+    def sample(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Make the grid, share it, and save it."""
+        epoch = learner.cbstate.history[phase].epochs
+        if self._inputs is None or epoch % self.every:
+            return
+        module = learner.weights[self.model]
+        device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+        inputs = map_tensors(lambda tensor: tensor.to(device), self._inputs)
+        put_back = switch_modes([module], False)
+        try:
+            with torch.no_grad(), drawing(stream_seed(learner.seed, f"SampleImages/{self.model}", epoch)):
+                images = (partial(self.make, module) if self.make is not None else module)(*inputs)
+        finally:
+            put_back()
+        self.grid = image_grid(self._images(images), self.columns, self.value_range)
+        learner.cbstate.images[self.model] = self.grid
+        if self.folder is not None:
+            save_image(self.grid, Path(self.folder) / f"{self.model}-{epoch:04d}.png")
+
+    def _images(self, made: Any) -> Tensor:
+        images = made
+        if isinstance(images, Tensor) and self.shape is not None:
+            images = images.reshape(len(images), *self.shape)
+        if isinstance(images, Tensor) and images.ndim == 3:
+            images = images.unsqueeze(1)
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ModelError(
+                f"SampleImages({self.model!r}) got {describe(made)} from the model; expected images of shape "
+                "(N, 1 or 3, H, W) or (N, H, W); rows of numbers need SampleImages(..., shape=(1, H, W))"
+            )
+        return images
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps: the input."""
+        return {"inputs": self._inputs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a kept state."""
+        self._inputs = state["inputs"]
+
+
+@resolve_conflict.register(SampleImages, SampleImages)  # type: ignore[untyped-decorator]  # multipledispatch has no types
+def _images_of_their_own(a: SampleImages, b: SampleImages) -> NoConflict:
+    """Each shares the images of its own weights."""
+    return NoConflict()
+
+
+def image_grid(
+    images: Tensor, columns: int = 8, value_range: tuple[float, float] | None = None, *, padding: int = 1
+) -> Tensor:
+    """Arrange images in rows, with a dark line between them.
+
+    Args:
+        images: Shape (N, C, H, W).
+        columns: Images in a row.
+        value_range: What is black and what is white; left out, (-1, 1) where there are negative
+            values, else (0, 1). What lies outside is cut off.
+        padding: Width of the lines, in pixels.
+
+    Returns:
+        Whole numbers 0 … 255, shape (C, height, width), on the CPU.
+    """
+    images = images.detach().float().cpu()
+    low, high = value_range or ((-1.0, 1.0) if (images < 0).any() else (0.0, 1.0))
+    images = ((images - low) / (high - low)).clamp(0, 1)
+    count, channels, height, width = images.shape
+    columns = max(1, min(columns, count))
+    rows = ceil(count / columns)
+    grid = torch.full((channels, rows * (height + padding) + padding, columns * (width + padding) + padding), 0.2)
+    for place, image in enumerate(images):
+        top = padding + place // columns * (height + padding)
+        left = padding + place % columns * (width + padding)
+        grid[:, top : top + height, left : left + width] = image
+    return (grid * 255).round().to(torch.uint8)
+
+
+def save_image(grid: Tensor, path: Path, *, zoom: int = 0) -> None:
+    """Write a grid of whole numbers 0 … 255, shape (1 or 3, H, W), as a PNG file.
+
+    Args:
+        grid: From `image_grid`.
+        path: The file; its folder is made.
+        zoom: Times it is enlarged, pixel by pixel; 0 makes the shorter side about 500 pixels.
+
+    Raises:
+        ImportError: Pillow is not installed.
+    """
+    pixels = grid.permute(1, 2, 0).contiguous()
+    _, height, width = grid.shape
+    mode = "L" if len(grid) == 1 else "RGB"
+    image = _pillow().frombytes(mode, (width, height), bytes(pixels.flatten().tolist()))
+    times = zoom or max(1, round(500 / min(height, width)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.resize((width * times, height * times), resample=0).save(path)
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("saving images needs Pillow: pip install 'torch-fluxloop[images]'") from error
+    return Image

@@ -1,0 +1,105 @@
+"""The losses of a critic and a generator, and the penalties on the critic's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from attrs import frozen
+from torch import Tensor
+from torch.nn.functional import relu, softplus
+
+
+@frozen
+class AdversarialLoss:
+    """What a critic and a generator minimise, given the critic's scores.
+
+    Scores are raw numbers of any shape, higher for "real"; the losses are means over them.
+
+    Args:
+        name: What `GANPhase` calls it.
+        critic: ``(real_scores, fake_scores) -> scalar``.
+        generator: ``(fake_scores) -> scalar``.
+    """
+
+    name: str
+    critic: Callable[[Tensor, Tensor], Tensor]
+    generator: Callable[[Tensor], Tensor]
+
+
+non_saturating = AdversarialLoss(
+    "non-saturating",
+    lambda real, fake: softplus(-real).mean() + softplus(fake).mean(),
+    lambda fake: softplus(-fake).mean(),
+)
+"""Binary cross entropy on scores as logits; the generator maximises log D (Goodfellow et al., 2014)."""
+
+hinge = AdversarialLoss(
+    "hinge",
+    lambda real, fake: relu(1 - real).mean() + relu(1 + fake).mean(),
+    lambda fake: -fake.mean(),
+)
+"""The hinge loss of Lim and Ye (2017) and SAGAN (Zhang et al., 2019)."""
+
+wasserstein = AdversarialLoss(
+    "wasserstein",
+    lambda real, fake: fake.mean() - real.mean(),
+    lambda fake: -fake.mean(),
+)
+"""The difference of mean scores (Arjovsky et al., 2017); needs a Lipschitz critic: `gradient_penalty`."""
+
+least_squares = AdversarialLoss(
+    "least-squares",
+    lambda real, fake: ((real - 1) ** 2).mean() / 2 + (fake**2).mean() / 2,
+    lambda fake: ((fake - 1) ** 2).mean() / 2,
+)
+"""Squared distance of scores to 1 (real) and 0 (fake), halved as in LSGAN (Mao et al., 2017)."""
+
+ADVERSARIAL_LOSSES = {loss.name: loss for loss in (non_saturating, hinge, wasserstein, least_squares)}
+"""By the names that `GANPhase` takes."""
+
+Critic = Callable[..., Tensor]
+
+
+def _gradients(critic: Critic, inputs: Tensor, conditions: tuple[Tensor, ...]) -> Tensor:
+    """Give the gradient of the critic's score with respect to each input, shape (N, D), differentiable."""
+    scores = critic(inputs, *conditions)
+    (gradient,) = torch.autograd.grad(scores.sum(), inputs, create_graph=True)
+    return gradient.flatten(1)
+
+
+def gradient_penalty(critic: Critic, real: Tensor, fake: Tensor, *conditions: Tensor) -> Tensor:
+    """Penalise the critic where its gradient is not of norm 1, between real and fake inputs.
+
+    WGAN-GP (Gulrajani et al., 2017): on each row a point is drawn evenly between the two (from
+    torch's global generator), and ``(norm - 1)**2`` is averaged. The paper weighs it by 10.
+
+    Args:
+        critic: ``(inputs, *conditions) -> scores``.
+        real: Shape (N, ...).
+        fake: The same shape.
+        conditions: Further inputs of the critic, such as labels.
+
+    Returns:
+        A scalar, differentiable with respect to the critic's parameters.
+    """
+    share = torch.rand(len(real), *[1] * (real.ndim - 1), device=real.device, dtype=real.dtype)
+    between = (share * real.detach() + (1 - share) * fake.detach()).requires_grad_()
+    norms: Tensor = torch.linalg.vector_norm(_gradients(critic, between, conditions), dim=1)
+    return (norms - 1).pow(2).mean()
+
+
+def r1_penalty(critic: Critic, real: Tensor, *conditions: Tensor) -> Tensor:
+    """Penalise the critic's gradient at real inputs: half the mean of its squared norm.
+
+    R1 (Mescheder et al., 2018); their weight is gamma, 0.1 to 10.
+
+    Args:
+        critic: ``(inputs, *conditions) -> scores``.
+        real: Shape (N, ...).
+        conditions: Further inputs of the critic, such as labels.
+
+    Returns:
+        A scalar, differentiable with respect to the critic's parameters.
+    """
+    return _gradients(critic, real.detach().requires_grad_(), conditions).pow(2).sum(1).mean() / 2

@@ -1,0 +1,69 @@
+"""Losses that pull embeddings of one thing together and push those of others apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
+    """Compare two views of each row against all other rows of both: SimCLR's loss.
+
+    The normalised temperature-scaled cross entropy of Chen et al. (2020), averaged over the 2N
+    embeddings: each is to find its twin among the 2N - 1 others by cosine similarity.
+
+    Args:
+        z1: Embeddings of the first view, shape (N, D); need not be normalised.
+        z2: Those of the second view, row by row, shape (N, D).
+        temperature: Divides the similarities.
+
+    Returns:
+        A scalar.
+    """
+    z = normalize(torch.cat([z1, z2]), dim=1)
+    similarities = z @ z.T / temperature
+    similarities.fill_diagonal_(float("-inf"))
+    rows = torch.arange(len(z), device=z.device)
+    return cross_entropy(similarities, rows.roll(len(z1)))
+
+
+def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float = 0.07) -> Tensor:
+    """Have each query find its key among negatives: MoCo's loss (He et al., 2020).
+
+    Args:
+        queries: Shape (N, D), normalised.
+        keys: One per query, shape (N, D), normalised.
+        negatives: Shape (K, D), normalised.
+        temperature: Divides the similarities.
+
+    Returns:
+        A scalar.
+    """
+    positive = (queries * keys).sum(1, keepdim=True)
+    logits = torch.cat([positive, queries @ negatives.T], dim=1) / temperature
+    return cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+
+
+def supervised_contrastive(embeddings: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
+    """Pull together the embeddings of one class (Khosla et al., 2020, the loss "out").
+
+    For each row, the log-probabilities of the other rows of its class among all other rows are
+    averaged; rows that are alone in their class are left out of the mean.
+
+    Args:
+        embeddings: Shape (N, D); need not be normalised. Two views are 2N rows.
+        labels: Classes, shape (N,).
+        temperature: Divides the similarities.
+
+    Returns:
+        A scalar; 0 where every row is alone in its class.
+    """
+    z = normalize(embeddings, dim=1)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    similarities = (z @ z.T / temperature).masked_fill(itself, float("-inf"))
+    log_probabilities = similarities.log_softmax(1).masked_fill(itself, 0.0)
+    positive = (labels[:, None] == labels) & ~itself
+    count = positive.sum(1)
+    of_rows = -(log_probabilities * positive).sum(1) / count.clamp(min=1)
+    return of_rows.sum() / (count > 0).sum().clamp(min=1)

@@ -1,0 +1,58 @@
+"""Losses of models that reconstruct their input."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def kl_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
+    """Give the divergence of diagonal normal distributions from the standard one (Kingma and Welling, 2014).
+
+    Args:
+        mean: Shape (N, ...).
+        logvar: Logarithms of the variances, the same shape.
+
+    Returns:
+        A scalar: summed over dimensions, a mean over rows.
+    """
+    return 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
+
+
+def squared_error(preds: Tensor, xs: Tensor) -> Tensor:
+    """Sum the squared errors of each row, and halve: minus the log-likelihood of a normal of variance 1.
+
+    Args:
+        preds: Shape (N, ...).
+        xs: The same shape.
+
+    Returns:
+        A scalar: the mean over rows, up to a constant.
+    """
+    return (preds - xs).pow(2).flatten(1).sum(1).mean() / 2
+
+
+def normalize_patches(patches: Tensor) -> Tensor:
+    """Give each patch zero mean and unit variance: the targets of MAE (He et al., 2022, section 4.1).
+
+    Args:
+        patches: Shape (N, L, P).
+
+    Returns:
+        The same shape; the variance is unbiased, with 1e-6 added to it.
+    """
+    return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def masked_mse(preds: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """Give the mean squared error over masked patches alone: MAE's loss (He et al., 2022).
+
+    Args:
+        preds: Shape (N, L, P).
+        targets: Shape (N, L, P).
+        mask: True (or 1) where a patch was hidden, shape (N, L).
+
+    Returns:
+        A scalar.
+    """
+    errors = (preds - targets).pow(2).mean(-1)
+    return (errors * mask).sum() / mask.sum()

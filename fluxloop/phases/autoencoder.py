@@ -1,0 +1,45 @@
+"""The autoencoder: reconstruct the input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from fluxloop.phases.objective import ObjectivePhase, require_parts
+
+if TYPE_CHECKING:
+    from fluxloop.learner import Learner
+    from fluxloop.state import StepState
+
+
+class AutoencoderPhase(ObjectivePhase):
+    """Reconstruct the input (Hinton and Salakhutdinov, 2006).
+
+    1. ``latents = encoder(xs)``. 2. ``preds = decoder(latents)``. 3. Compare ``preds`` with ``xs``.
+
+    Args:
+        compare: ``(preds, xs) -> scalar``.
+
+    Models: ``encoder`` and ``decoder``. Batches: ``xs``, or ``(xs, ys)``. Entries: ``xs``, ``ys`` where
+    there are labels, ``latents`` (also as ``features``) (N, D), ``preds``, of the shape of ``xs``,
+    ``loss``. The events are those of `ObjectivePhase`.
+    """
+
+    def __init__(self, compare: Callable[[Tensor, Tensor], Tensor] = mse_loss) -> None:
+        self.compare = compare
+
+    def forward(self, learner: Learner, state: StepState) -> None:
+        """Encode and decode."""
+        state.latents = state.features = learner.model.encoder(state.xs)
+        state.preds = learner.model.decoder(state.latents)
+
+    def loss(self, learner: Learner, state: StepState) -> Tensor:
+        """Compare the reconstruction with the input."""
+        return self.compare(state.preds, state.xs)
+
+    def require(self, learner: Learner) -> None:
+        """Raise for missing models."""
+        require_parts(self, learner.model, "encoder", "decoder")

@@ -1,0 +1,91 @@
+"""DINO: predict from each crop what the teacher says of the global ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fluxloop.losses.distillation import dino_loss
+from fluxloop.phases.joint_embedding import TeacherPhase, Views
+from fluxloop.schedules import Schedule, value_at
+
+if TYPE_CHECKING:
+    from fluxloop.learner import Learner
+    from fluxloop.state import StepState
+
+
+class DINOPhase(TeacherPhase):
+    """DINO (Caron et al., 2021): self-distillation without labels, over global and local crops.
+
+    1. Draw crops of each row, global ones first. 2. The student sees all, the teacher the global
+    ones, without gradients. 3. `dino_loss`: the student predicts from each crop what the teacher,
+    centred and sharpened, says of each other global crop. 4. After the update the centre moves
+    towards the mean of the teacher's outputs, and `EMA` moves the teacher.
+
+    Args:
+        views: What makes the crops of a batch, such as ``MultiCrop(globally, locally, 4)``; left out,
+            batches hold them.
+        num_global: How many of the crops, the first ones, are global.
+        student_temperature: Divides the student's outputs.
+        teacher_temperature: Divides the teacher's: a number, or a schedule over training steps
+            (the paper warms it up from 0.04 to 0.07).
+        center_momentum: Weight of the past in the centre.
+
+    Models are those of `TeacherPhase`; their embeddings are the scores (N, K) of the paper's head.
+    Batches are ``(crop1, crop2, ...)`` or ``((crop1, crop2, ...), ys)``. Entries: ``views``,
+    ``features`` (N, F) of the student for the first crop, ``student`` and ``teacher``, lists of
+    (N, K), ``loss``. The events are those of `ObjectivePhase`.
+
+    Attributes:
+        center: Shape (K,); None before the first step.
+    """
+
+    num_views = None
+
+    def __init__(
+        self,
+        views: Views | None = None,
+        *,
+        num_global: int = 2,
+        student_temperature: float = 0.1,
+        teacher_temperature: float | Schedule = 0.04,
+        center_momentum: float = 0.9,
+    ) -> None:
+        super().__init__(views)
+        self.num_global = num_global
+        self.student_temperature = student_temperature
+        self.teacher_temperature = teacher_temperature
+        self.center_momentum = center_momentum
+        self.center: Tensor | None = None
+        self._steps = 0
+
+    def forward(self, learner: Learner, state: StepState) -> None:
+        """Run both networks on their crops."""
+        views = self.seen(state)
+        outputs = [self.embed(learner.model.student, view) for view in views]
+        state.features, state.student = outputs[0][0], [scores for _, scores in outputs]
+        with torch.no_grad():
+            state.teacher = [self.embed(learner.model.teacher, view)[1] for view in views[: self.num_global]]
+
+    def loss(self, learner: Learner, state: StepState) -> Tensor:
+        """Compare the student's crops with the teacher's."""
+        temperature = value_at(self.teacher_temperature, self._steps)
+        center = 0.0 if self.center is None else self.center
+        return dino_loss(state.student, state.teacher, center, self.student_temperature, temperature)
+
+    def finish(self, learner: Learner, state: StepState) -> None:
+        """Move the centre towards this batch's mean."""
+        mean = torch.cat(state.teacher).mean(0)
+        old = torch.zeros_like(mean) if self.center is None else self.center
+        self.center = old * self.center_momentum + mean * (1 - self.center_momentum)
+        self._steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps: the centre and the number of steps."""
+        return {"center": self.center, "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a kept state."""
+        self.center, self._steps = state["center"], state["steps"]

@@ -1,0 +1,70 @@
+"""Distillation: learn from the labels and from what a frozen teacher makes of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fluxloop.errors import PhaseError
+from fluxloop.losses.distillation import distillation_loss
+from fluxloop.phases.objective import ObjectivePhase, require_parts
+from fluxloop.phases.supervised import unpack
+
+if TYPE_CHECKING:
+    from fluxloop.learner import Learner
+    from fluxloop.state import StepState
+
+
+class DistillationPhase(ObjectivePhase):
+    """Distillation (Hinton et al., 2015) of a frozen ``teacher`` into a ``student``.
+
+    1. Both give their logits; the teacher in eval mode, without gradients. 2. `weight` times
+    `distillation_loss` plus ``1 - weight`` times the loss of the labels.
+
+    Args:
+        temperature: Divides the logits.
+        weight: Of the teacher, 0 to 1.
+
+    Models: ``student`` and ``teacher``; freeze it with ``teacher.requires_grad_(False)``. The loss of
+    the labels is the learner's ``loss_fn``, cross entropy where it has none. Batches: ``(xs, ys)``.
+    Entries: ``xs``, ``ys`` (N,), ``preds`` and ``teacher_preds`` (N, C), ``loss``. The events are those
+    of `ObjectivePhase`.
+    """
+
+    def __init__(self, temperature: float = 4.0, weight: float = 0.9) -> None:
+        self.temperature = temperature
+        self.weight = weight
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        """Give ``xs`` and ``ys`` of a pair."""
+        xs, ys = unpack(self, batch)
+        return {"xs": xs, "ys": ys}
+
+    def forward(self, learner: Learner, state: StepState) -> None:
+        """Run both models."""
+        teacher = learner.model.teacher
+        state.preds = learner.model.student(state.xs)
+        modes = [(module, module.training) for module in teacher.modules()]
+        teacher.eval()
+        with torch.no_grad():
+            state.teacher_preds = teacher(state.xs)
+        for module, mode in modes:
+            module.training = mode
+
+    def loss(self, learner: Learner, state: StepState) -> Tensor:
+        """Weigh the teacher against the labels."""
+        soft = distillation_loss(state.preds, state.teacher_preds, self.temperature)
+        hard: Tensor = (learner.loss_fn or cross_entropy)(state.preds, state.ys)
+        return self.weight * soft + (1 - self.weight) * hard
+
+    def require(self, learner: Learner) -> None:
+        """Raise for missing models, and for a teacher that is trained."""
+        require_parts(self, learner.model, "student", "teacher")
+        if any(parameter.requires_grad for parameter in learner.model.teacher.parameters()):
+            raise PhaseError(
+                "DistillationPhase learns from a frozen teacher, and parameters of learner.model.teacher require "
+                "gradients; write teacher.requires_grad_(False) before the learner is made"
+            )

@@ -1,0 +1,239 @@
+"""Adversarial training: a critic and a generator, each with its own loss and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fluxloop.errors import PhaseError, describe, did_you_mean
+from fluxloop.events import LossBegin
+from fluxloop.loop import runstep
+from fluxloop.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss, gradient_penalty, r1_penalty
+from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase
+
+if TYPE_CHECKING:
+    from fluxloop.learner import Learner
+    from fluxloop.state import StepState
+
+Noise = int | Sequence[int] | Callable[[int, torch.device], Tensor]
+
+ROLES = {"generator": ("generator", "gen", "G", "g"), "critic": ("critic", "discriminator", "disc", "D", "d")}
+"""The names by which a model is known for what it is."""
+
+
+class GANPhase(AbstractTrainingPhase):
+    """A GAN (Goodfellow et al., 2014): the critic learns to tell real from fake, the generator to pass.
+
+    1. ``fake = generator(noise)``. 2. The critic's update: its loss on the real rows and the fake
+    ones, detached, plus `gradient_penalty` and `r1`. 3. In every `critic_steps`-th step the
+    generator's update: its loss on the same fake rows, judged by the critic just updated. Within an
+    update block the other model's parameters take no gradient and cost none.
+
+    Args:
+        loss: ``"non-saturating"``, ``"hinge"``, ``"wasserstein"``, ``"least-squares"``, or an
+            `AdversarialLoss`.
+        noise: The generator's input: a size, the shape of a row, or a function of the number of
+            rows and the device.
+        critic_steps: Critic updates per generator update, each on a batch of its own.
+        gradient_penalty: Weight of WGAN-GP's penalty (10 in the paper).
+        r1: Weight of the R1 penalty (its gamma).
+        conditional: Whether both models take labels too, ``generator(noise, ys)`` and
+            ``critic(xs, ys)``; batches are then pairs.
+        generator: Name of the generator and its optimizer; left out, found by name
+            (generator, G), or the other one of two, or the first of a tuple.
+        critic: Name of the critic and its optimizer (critic, discriminator, D).
+
+    Batches: ``real``, ``(real,)``, or ``(real, ys)``; labels are left out unless `conditional`. The
+    events in order, and what the step stores by then:
+
+    ==============================  ===================================================
+    `StepBegin`                     ``real`` (N, ...), ``ys`` where conditional
+    `LossBegin`                     ``noise``, ``fake``, ``real_scores``, ``fake_scores``
+    `BackwardBegin`, `BackwardEnd`  ``losses[critic]``, ``penalty`` where there is one
+    `UpdateBegin`, `UpdateEnd`      of the critic
+    `LossBegin`                     ``fake_scores``, with a graph to the generator
+    `BackwardBegin` … `UpdateEnd`   of the generator, ``losses[generator]``
+    `StepEnd`
+    ==============================  ===================================================
+
+    Raises:
+        PhaseError: No such loss, or less than one critic step.
+
+    Example::
+
+        learner = Learner({"generator": G, "critic": D}, data=(images,), optimizer=adam)
+        learner.fit(20, phases=[GANPhase("wasserstein", gradient_penalty=10, critic_steps=5)])
+    """
+
+    def __init__(
+        self,
+        loss: str | AdversarialLoss = "non-saturating",
+        *,
+        noise: Noise = 64,
+        critic_steps: int = 1,
+        gradient_penalty: float = 0.0,
+        r1: float = 0.0,
+        conditional: bool = False,
+        generator: str | None = None,
+        critic: str | None = None,
+    ) -> None:
+        if not isinstance(loss, AdversarialLoss) and loss not in ADVERSARIAL_LOSSES:
+            hint = did_you_mean(str(loss), ADVERSARIAL_LOSSES)
+            raise PhaseError(
+                f"GANPhase(loss={loss!r}) was given; expected one of {list(ADVERSARIAL_LOSSES)}, or an AdversarialLoss"
+                f"{hint}"
+            )
+        if critic_steps < 1:
+            raise PhaseError(f"GANPhase(critic_steps={critic_steps!r}) was given; expected 1 or more")
+        self.adversarial = loss if isinstance(loss, AdversarialLoss) else ADVERSARIAL_LOSSES[loss]
+        self.noise = noise
+        self.critic_steps = critic_steps
+        self.gradient_penalty = gradient_penalty
+        self.r1 = r1
+        self.conditional = conditional
+        self.roles = {"generator": generator, "critic": critic}
+        self._critic_updates = 0
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        """Give ``real``, and ``ys`` where both models take labels."""
+        pair = isinstance(batch, (tuple, list))
+        if not self.conditional:
+            return {"real": batch[0] if pair else batch}
+        if not pair or len(batch) != 2:
+            raise PhaseError(f"GANPhase(conditional=True) was given {describe(batch)} as a batch; expected (real, ys)")
+        return {"real": batch[0], "ys": batch[1]}
+
+    def draw_noise(self, state: StepState) -> Tensor:
+        """Draw the generator's input for a batch."""
+        count, device = len(state.real), state.real.device
+        if callable(self.noise):
+            return self.noise(count, device)
+        shape = (self.noise,) if isinstance(self.noise, int) else tuple(self.noise)
+        return torch.randn(count, *shape, device=device)
+
+    def step(self, learner: Learner, batch: Any) -> StepState:
+        """Train the critic on one batch, and the generator when it is its turn."""
+        (generator_name, generator), (critic_name, critic) = self.models(learner)
+        with runstep(learner, self, **self.entries(batch)) as (handle, state):
+            labels = (state.ys,) if self.conditional else ()
+            state.noise = self.draw_noise(state)
+            turn = (self._critic_updates + 1) % self.critic_steps == 0
+            with torch.set_grad_enabled(turn):
+                state.fake = generator(state.noise, *labels)
+            with learner.optimizing(critic_name) as block:
+                fake = state.fake.detach()
+                state.real_scores, state.fake_scores = critic(state.real, *labels), critic(fake, *labels)
+                handle(LossBegin())
+                block.loss = self.adversarial.critic(state.real_scores, state.fake_scores)
+                block.loss = self.penalized(block.loss, critic, state, fake, labels)
+            self._critic_updates += 1
+            if turn:
+                with learner.optimizing(generator_name) as block:
+                    state.fake_scores = critic(state.fake, *labels)
+                    handle(LossBegin())
+                    block.loss = self.adversarial.generator(state.fake_scores)
+        return state
+
+    def penalized(
+        self, loss: Tensor, critic: nn.Module, state: StepState, fake: Tensor, labels: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Add the penalties on the critic's gradient, and store them as ``penalty``."""
+        penalty: Tensor | float = 0.0
+        if self.gradient_penalty:
+            penalty = penalty + self.gradient_penalty * gradient_penalty(critic, state.real, fake, *labels)
+        if self.r1:
+            penalty = penalty + self.r1 * r1_penalty(critic, state.real, *labels)
+        if not isinstance(penalty, Tensor):
+            return loss
+        state.penalty = penalty.detach()
+        return loss + penalty
+
+    def models(self, learner: Learner) -> tuple[tuple[str, nn.Module], tuple[str, nn.Module]]:
+        """Give the names and modules of the generator and the critic.
+
+        Raises:
+            PhaseError: The learner's models do not tell which is which.
+        """
+        models = dict(zip(map(str, learner.models), learner.model, strict=True)) if None not in learner.models else {}
+        found = {role: given or _known(models, ROLES[role]) for role, given in self.roles.items()}
+        if list(models) == ["0", "1"] and not any(found.values()):
+            found = {"generator": "0", "critic": "1"}
+        if len(models) == 2:  # the other one
+            for role, other in (("generator", "critic"), ("critic", "generator")):
+                if found[role] is None and found[other] in models:
+                    found[role] = next(name for name in models if name != found[other])
+        if any(name not in models for name in found.values()):
+            raise PhaseError(
+                f"GANPhase trains a generator and a critic, and the models are {list(models) or 'a single one'}; name "
+                "them so, "
+                "Learner({'generator': ..., 'critic': ...}), or say which is which: "
+                "GANPhase(generator='...', critic='...')"
+            )
+        generator, critic = str(found["generator"]), str(found["critic"])
+        return (generator, models[generator]), (critic, models[critic])
+
+    def check(self, learner: Learner) -> None:
+        """Raise for missing models or optimizers."""
+        for name, _ in self.models(learner):
+            learner.updates.find(name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps: the number of critic updates."""
+        return {"critic_updates": self._critic_updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a kept state."""
+        self._critic_updates = state["critic_updates"]
+
+
+class GANValidationPhase(AbstractValidationPhase):
+    """The validation twin of a `GANPhase`: both losses on held-out rows, without penalties.
+
+    Args:
+        training: The phase whose models, noise and losses it takes.
+
+    Events: `StepBegin`, `LossBegin`, `StepEnd`, with the entries ``real``, ``noise``, ``fake``,
+    ``real_scores``, ``fake_scores`` and ``losses`` by model.
+
+    Raises:
+        PhaseError: `training` is no `GANPhase`.
+    """
+
+    def __init__(self, training: GANPhase) -> None:
+        if not isinstance(training, GANPhase):
+            raise PhaseError(
+                f"GANValidationPhase was given {describe(training)}; expected an instance of the training phase: "
+                "GANValidationPhase(GANPhase())"
+            )
+        self.training = training
+
+    def step(self, learner: Learner, batch: Any) -> StepState:
+        """Compute both losses on one batch."""
+        (generator_name, generator), (critic_name, critic) = self.training.models(learner)
+        with runstep(learner, self, **self.training.entries(batch)) as (handle, state):
+            labels = (state.ys,) if self.training.conditional else ()
+            state.noise = self.training.draw_noise(state)
+            state.fake = generator(state.noise, *labels)
+            state.real_scores, state.fake_scores = critic(state.real, *labels), critic(state.fake, *labels)
+            handle(LossBegin())
+            adversarial = self.training.adversarial
+            state.losses = {
+                critic_name: adversarial.critic(state.real_scores, state.fake_scores),
+                generator_name: adversarial.generator(state.fake_scores),
+            }
+        return state
+
+    def check(self, learner: Learner) -> None:
+        """Raise for missing models."""
+        self.training.models(learner)
+
+    def __repr__(self) -> str:
+        return f"GANValidationPhase({self.training!r})"
+
+
+def _known(models: Any, names: Sequence[str]) -> str | None:
+    """Give the first of the names that a model has."""
+    return next((name for name in names if name in models), None)

@@ -1,0 +1,113 @@
+"""What the methods that compare several views of each row have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fluxloop.errors import BatchError, PhaseError, describe
+from fluxloop.phases.objective import ObjectivePhase, inputs_and_labels, require_parts
+
+if TYPE_CHECKING:
+    from fluxloop.learner import Learner
+    from fluxloop.state import StepState
+
+Views = Callable[[Any], tuple[Tensor, ...]]
+
+
+class JointEmbeddingPhase(ObjectivePhase):
+    """Embed two views of each row; a subclass says the loss of ``z1`` and ``z2``.
+
+    The model has an ``encoder``, whose output are the features to keep, and a ``projector``, whose
+    output is compared: two models of the learner, or two attributes of one. A model without
+    ``encoder`` is the encoder itself; without ``projector`` the features are compared.
+
+    Args:
+        views: Makes the views of a batch on its device, such as ``TwoViews(augment)``; then a batch
+            is ``xs`` or ``(xs, ys)``. Left out, batches hold the views: ``(view1, view2)`` or
+            ``((view1, view2), ys)``, as `ViewDataset` gives them.
+
+    Entries: ``views`` (``xs`` where they are made here), ``ys`` where the batch has labels, then
+    ``features`` (N, F) of the first view, ``z1`` and ``z2`` (N, D), ``loss``.
+    """
+
+    num_views: int | None = 2
+    """How many views there are; None for two or more."""
+
+    def __init__(self, views: Views | None = None) -> None:
+        self.views = views
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        """Give ``xs`` where the views are made here, else ``views``; and ``ys`` of a batch with labels."""
+        if self.views is not None:
+            return inputs_and_labels(batch)
+        if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], (tuple, list)):
+            return {"views": self._checked(batch[0]), "ys": batch[1]}
+        return {"views": self._checked(batch)}
+
+    def _checked(self, views: Any) -> tuple[Any, ...]:
+        wanted = "two or more" if self.num_views is None else str(self.num_views)
+        several = isinstance(views, (tuple, list)) and len(views) > 1
+        if not several or len(views) != (self.num_views or len(views)):
+            raise BatchError(
+                f"{type(self).__name__} was given {describe(views)} as views; expected {wanted} of each row: give the "
+                f"phase what makes them, {type(self).__name__}(views=TwoViews(augment)), or use ViewDataset"
+            )
+        first, second = views[:2]
+        if isinstance(first, Tensor) and isinstance(second, Tensor) and first.shape != second.shape:
+            raise BatchError(
+                f"{type(self).__name__} was given the batch ({describe(first)}, {describe(second)}), which are not two "
+                f"views of the same rows; for rows with labels give the phase what makes views: "
+                f"{type(self).__name__}(views=TwoViews(augment))"
+            )
+        return tuple(views)
+
+    def forward(self, learner: Learner, state: StepState) -> None:
+        """Embed both views."""
+        view1, view2 = self.seen(state)
+        state.features, state.z1 = self.embed(learner.model, view1)
+        _, state.z2 = self.embed(learner.model, view2)
+
+    def seen(self, state: StepState) -> tuple[Tensor, ...]:
+        """Give the step's views, made on the device where the phase makes them."""
+        if self.views is not None:
+            state.views = self._checked(self.views(state.xs))
+        views: tuple[Tensor, ...] = state.views
+        return views
+
+    def embed(self, model: Any, view: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the features (N, F) and the embedding (N, D) of a view."""
+        features = getattr(model, "encoder", model)(view)
+        projector = getattr(model, "projector", None)
+        return features, features if projector is None else projector(features)
+
+    def require(self, learner: Learner) -> None:
+        """Raise for models without an encoder."""
+        if not callable(learner.model):
+            require_parts(self, learner.model, "encoder")
+
+
+class TeacherPhase(JointEmbeddingPhase):
+    """Have a ``student`` learn from a ``teacher``, its moving average; a subclass says how.
+
+    Both are models of the learner with the parts of a `JointEmbeddingPhase`. The teacher begins as
+    a frozen copy, ``copy.deepcopy(student).requires_grad_(False)``, and
+    ``EMA("student", 0.99, into="teacher")`` moves it after every update.
+    """
+
+    parts: tuple[str, ...] = ("student", "teacher")
+
+    def require(self, learner: Learner) -> None:
+        """Raise for missing models."""
+        require_parts(self, learner.model, *self.parts)
+
+    def check(self, learner: Learner) -> None:
+        """Raise for missing models, and for a teacher that nobody moves."""
+        super().check(learner)
+        if not learner.callbacks.writers("model.teacher"):
+            raise PhaseError(
+                f"{type(self).__name__} learns from learner.model.teacher, which no callback moves; add "
+                "EMA('student', 0.99, into='teacher') to the callbacks"
+            )

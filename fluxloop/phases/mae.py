@@ -1,0 +1,107 @@
+"""The masked autoencoder: reconstruct the patches of an image that were hidden."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fluxloop.errors import BatchError, describe
+from fluxloop.losses.reconstruction import masked_mse, normalize_patches
+from fluxloop.phases.objective import ObjectivePhase, require_parts
+
+if TYPE_CHECKING:
+    from fluxloop.learner import Learner
+    from fluxloop.state import StepState
+
+
+def patchify(images: Tensor, size: int) -> Tensor:
+    """Cut images into square patches, row by row.
+
+    Args:
+        images: Shape (N, C, H, W).
+        size: Height and width of a patch, a divisor of H and W.
+
+    Returns:
+        Shape (N, L, C * size * size), L = H / size * W / size.
+
+    Raises:
+        BatchError: They are no images, or the size divides them not.
+    """
+    if images.ndim != 4 or images.shape[2] % size or images.shape[3] % size:
+        raise BatchError(
+            f"patches of {size} x {size} were asked for from {describe(images)}; expected images of shape "
+            f"(N, C, H, W), H and W multiples of {size}"
+        )
+    n, c, h, w = images.shape
+    grid = images.reshape(n, c, h // size, size, w // size, size)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * size * size)
+
+
+def unpatchify(patches: Tensor, size: int, height: int, width: int) -> Tensor:
+    """Put patches together again: the inverse of `patchify`.
+
+    Args:
+        patches: Shape (N, L, C * size * size).
+        size: Height and width of a patch.
+        height: H of the images.
+        width: W of the images.
+
+    Returns:
+        Shape (N, C, H, W).
+    """
+    n, c = len(patches), patches.shape[2] // (size * size)
+    grid = patches.reshape(n, height // size, width // size, c, size, size)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(n, c, height, width)
+
+
+class MAEPhase(ObjectivePhase):
+    """MAE (He et al., 2022): hide most patches, encode the others, decode all.
+
+    1. Cut the images into patches. 2. Draw for each image which to keep. 3. The encoder sees the
+    kept patches and where they are. 4. The decoder gets its output and gives all patches. 5. The
+    mean squared error over the hidden ones.
+
+    Args:
+        patch_size: Height and width of a patch.
+        mask_ratio: Share of the patches that is hidden.
+        normalize: Whether the targets are patches of zero mean and unit variance.
+
+    Models: ``encoder(patches, places) -> tokens`` with the kept patches (N, K, P), their places
+    (N, K), whole numbers from 0, in the order in which they were drawn, and tokens (N, K, D);
+    ``decoder(tokens, places) -> patches`` (N, L, P), all of them, in the images' order. Batches:
+    images (N, C, H, W), or ``(images, ys)``. Entries: ``xs``, ``ys`` where there are labels,
+    ``patches`` (N, L, P), ``places`` (N, K), ``mask`` (N, L), True where hidden, ``features`` (N, D), the
+    mean token, ``preds`` (N, L, P), ``loss``. The events are those of `ObjectivePhase`.
+    """
+
+    def __init__(self, patch_size: int, *, mask_ratio: float = 0.75, normalize: bool = False) -> None:
+        if not 0 < mask_ratio < 1:
+            raise ValueError(f"mask_ratio={mask_ratio!r} was given; expected a share between 0 and 1, e.g. 0.75")
+        self.patch_size = patch_size
+        self.mask_ratio = mask_ratio
+        self.normalize = normalize
+
+    def forward(self, learner: Learner, state: StepState) -> None:
+        """Hide patches, encode the others, decode all."""
+        state.patches = patchify(state.xs, self.patch_size)
+        n, count, size = state.patches.shape
+        kept = max(1, int(count * (1 - self.mask_ratio)))
+        state.places = torch.rand(n, count, device=state.patches.device).argsort(1)[:, :kept]
+        state.mask = torch.ones(n, count, dtype=torch.bool, device=state.patches.device).scatter_(
+            1, state.places, False
+        )
+        visible = state.patches.gather(1, state.places[:, :, None].expand(-1, -1, size))
+        tokens = learner.model.encoder(visible, state.places)
+        state.features = tokens.mean(1)
+        state.preds = learner.model.decoder(tokens, state.places)
+
+    def loss(self, learner: Learner, state: StepState) -> Tensor:
+        """Compare the hidden patches."""
+        targets = normalize_patches(state.patches) if self.normalize else state.patches
+        return masked_mse(state.preds, targets, state.mask)
+
+    def require(self, learner: Learner) -> None:
+        """Raise for missing models."""
+        require_parts(self, learner.model, "encoder", "decoder")

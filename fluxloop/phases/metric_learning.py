@@ -1,0 +1,87 @@
+"""Embeddings learned from labels: supervised contrastive, and triplets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import triplet_margin_loss
+
+from fluxloop.errors import BatchError, describe
+from fluxloop.losses.contrastive import supervised_contrastive
+from fluxloop.phases.joint_embedding import JointEmbeddingPhase, Views
+from fluxloop.phases.objective import ObjectivePhase, require_parts
+
+if TYPE_CHECKING:
+    from fluxloop.learner import Learner
+    from fluxloop.state import StepState
+
+
+class SupConPhase(JointEmbeddingPhase):
+    """Supervised contrastive learning (Khosla et al., 2020): rows of one class are each other's positives.
+
+    1. Draw two views of each row. 2. Embed both. 3. `supervised_contrastive` over the 2N embeddings
+    with the labels.
+
+    Args:
+        views: What makes two views of a batch; left out, batches hold them.
+        temperature: Divides the cosine similarities.
+
+    Models, batches, entries and events are those of `JointEmbeddingPhase`; batches have labels.
+    """
+
+    def __init__(self, views: Views | None = None, *, temperature: float = 0.07) -> None:
+        super().__init__(views)
+        self.temperature = temperature
+
+    def loss(self, learner: Learner, state: StepState) -> Tensor:
+        """Pull together what has one label."""
+        return supervised_contrastive(
+            torch.cat([state.z1, state.z2]), torch.cat([state.ys, state.ys]), self.temperature
+        )
+
+
+class TripletPhase(ObjectivePhase):
+    """Triplets (Weinberger and Saul, 2009; FaceNet, Schroff et al., 2015): nearer to one's own kind.
+
+    1. Embed an anchor, a positive of the same kind and a negative of another. 2. The distance to
+    the positive is to be smaller than that to the negative by `margin`.
+
+    Args:
+        margin: Of `torch.nn.functional.triplet_margin_loss`.
+
+    Model: one module, or an ``encoder``. Batches: ``(anchor, positive, negative)``, alone or with
+    anything else after it: ``((anchor, positive, negative), ys)``. Entries: those three, ``features``,
+    the anchor's embedding, ``z_positive``, ``z_negative`` (N, D), ``loss``. The events are those of
+    `ObjectivePhase`.
+    """
+
+    def __init__(self, margin: float = 1.0) -> None:
+        self.margin = margin
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        """Give the three inputs."""
+        nested = isinstance(batch, (tuple, list)) and len(batch) == 2
+        triplet = batch[0] if nested else batch
+        if not isinstance(triplet, (tuple, list)) or len(triplet) != 3:
+            raise BatchError(
+                f"TripletPhase was given {describe(batch)} as a batch; expected (anchor, positive, negative): "
+                "data=((anchors, positives, negatives),)"
+            )
+        return dict(zip(("anchor", "positive", "negative"), triplet, strict=True))
+
+    def forward(self, learner: Learner, state: StepState) -> None:
+        """Embed all three."""
+        encoder = getattr(learner.model, "encoder", learner.model)
+        state.features = encoder(state.anchor)
+        state.z_positive, state.z_negative = encoder(state.positive), encoder(state.negative)
+
+    def loss(self, learner: Learner, state: StepState) -> Tensor:
+        """Compare the two distances."""
+        return triplet_margin_loss(state.features, state.z_positive, state.z_negative, margin=self.margin)
+
+    def require(self, learner: Learner) -> None:
+        """Raise for models without an encoder."""
+        if not callable(learner.model):
+            require_parts(self, learner.model, "encoder")

@@ -1,0 +1,84 @@
+"""MoCo: find the key of each query among those of past batches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fluxloop.losses.contrastive import info_nce
+from fluxloop.phases.joint_embedding import TeacherPhase, Views
+from fluxloop.randomness import stream_seed
+
+if TYPE_CHECKING:
+    from fluxloop.learner import Learner
+    from fluxloop.state import StepState
+
+
+class MoCoPhase(TeacherPhase):
+    """MoCo (He et al., 2020): contrast queries with a queue of keys from a moving average.
+
+    1. Draw two views of each row. 2. ``q = student(view1)``, normalised. 3. ``k = teacher(view2)``,
+    normalised, without gradients. 4. `info_nce` of each query with its key against the queue.
+    5. After the update, the keys enter the queue in place of the oldest; `EMA` moves the teacher.
+
+    The queue is filled with random unit vectors before the first step, as in the paper's code; they
+    come from the run's seed, ``stream_seed(seed, "MoCoPhase/queue")``. (Their shuffled batch norm
+    belongs to several processes.)
+
+    Args:
+        views: What makes two views of a batch; left out, batches hold them.
+        queue_size: Number of keys kept.
+        temperature: Divides the similarities.
+
+    Models are those of `TeacherPhase`: the paper's query and key encoders. Batches and events are
+    those of `JointEmbeddingPhase`. Entries: ``views``, ``features`` (N, F), ``queries`` and ``keys``
+    (N, D), ``loss``.
+
+    Attributes:
+        queue: The keys, shape (queue_size, D); None before the first step.
+    """
+
+    def __init__(self, views: Views | None = None, *, queue_size: int = 4096, temperature: float = 0.07) -> None:
+        super().__init__(views)
+        if queue_size < 1:
+            raise ValueError(f"queue_size={queue_size!r} was given; expected 1 or more, e.g. 4096")
+        self.queue_size = queue_size
+        self.temperature = temperature
+        self.queue: Tensor | None = None
+        self._oldest = 0
+
+    def forward(self, learner: Learner, state: StepState) -> None:
+        """Embed one view by each network."""
+        view1, view2 = self.seen(state)
+        state.features, z1 = self.embed(learner.model.student, view1)
+        state.queries = normalize(z1, dim=1)
+        with torch.no_grad():
+            state.keys = normalize(self.embed(learner.model.teacher, view2)[1], dim=1)
+
+    def loss(self, learner: Learner, state: StepState) -> Tensor:
+        """Have each query find its key."""
+        if self.queue is None:
+            generator = torch.Generator().manual_seed(stream_seed(learner.seed, "MoCoPhase/queue"))
+            noise = torch.randn(self.queue_size, state.keys.shape[1], generator=generator)
+            self.queue = normalize(noise, dim=1).to(state.keys)
+        return info_nce(state.queries, state.keys, self.queue, self.temperature)
+
+    def finish(self, learner: Learner, state: StepState) -> None:
+        """Put the keys in the place of the oldest."""
+        if self.queue is None:
+            return
+        keys = state.keys[-self.queue_size :]
+        places = (self._oldest + torch.arange(len(keys), device=keys.device)) % self.queue_size
+        self.queue.index_copy_(0, places, keys)
+        self._oldest = (self._oldest + len(keys)) % self.queue_size
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps: the queue and its oldest place."""
+        return {"queue": self.queue, "oldest": self._oldest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a kept state."""
+        self.queue, self._oldest = state["queue"], state["oldest"]

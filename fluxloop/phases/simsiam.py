@@ -1,0 +1,43 @@
+"""SimSiam: predict the other view's embedding, through which no gradient goes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fluxloop.losses.distillation import negative_cosine
+from fluxloop.phases.joint_embedding import JointEmbeddingPhase
+from fluxloop.phases.objective import require_parts
+
+if TYPE_CHECKING:
+    from fluxloop.learner import Learner
+    from fluxloop.state import StepState
+
+
+class SimSiamPhase(JointEmbeddingPhase):
+    """SimSiam (Chen and He, 2021): two views, one network, a predictor, no negatives, no teacher.
+
+    1. Draw two views of each row. 2. ``z = projector(encoder(view))`` and ``p = predictor(z)`` for
+    both. 3. Minus the cosine similarity of each ``p`` with the other view's ``z``, detached,
+    averaged over both directions.
+
+    Args:
+        views: What makes two views of a batch; left out, batches hold them.
+
+    Models, batches and events are those of `JointEmbeddingPhase`, and a ``predictor``. Entries
+    besides: ``p1`` and ``p2`` (N, D).
+    """
+
+    def forward(self, learner: Learner, state: StepState) -> None:
+        """Embed both views and predict each from the other."""
+        super().forward(learner, state)
+        state.p1, state.p2 = learner.model.predictor(state.z1), learner.model.predictor(state.z2)
+
+    def loss(self, learner: Learner, state: StepState) -> Tensor:
+        """Compare each prediction with the other view's embedding."""
+        return (negative_cosine(state.p1, state.z2) + negative_cosine(state.p2, state.z1)) / 2
+
+    def require(self, learner: Learner) -> None:
+        """Raise for missing models."""
+        require_parts(self, learner.model, "encoder", "predictor")

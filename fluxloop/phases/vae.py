@@ -1,0 +1,60 @@
+"""The variational autoencoder: reconstruct the input from a sample of its code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fluxloop.losses.reconstruction import kl_standard_normal, squared_error
+from fluxloop.phases.objective import ObjectivePhase, require_parts
+
+if TYPE_CHECKING:
+    from fluxloop.learner import Learner
+    from fluxloop.state import StepState
+
+
+class VAEPhase(ObjectivePhase):
+    """VAE (Kingma and Welling, 2014), beta-VAE (Higgins et al., 2017) with a `beta` other than 1.
+
+    1. The encoder gives the mean and the logarithm of the variance of the code. 2. A code is drawn,
+    ``latents = mean + exp(logvar / 2) * noise``. 3. The decoder
+    reconstructs. 4. The error of the reconstruction plus `beta` times the divergence of the code
+    from a standard normal distribution.
+
+    Args:
+        beta: Weight of the divergence.
+        compare: ``(preds, xs) -> scalar``, summed over each row and averaged over rows, so that it
+            stands to the divergence as it should; left out, `squared_error`.
+
+    Models: ``encoder``, which gives ``(mean, logvar)``, each (N, D), or one tensor (N, 2 D) of both;
+    and ``decoder``. Batches: ``xs``, or ``(xs, ys)``. Entries: ``xs``, ``ys`` where there are labels,
+    ``mean`` (also as ``features``), ``logvar``, ``latents`` (N, D), ``preds``, of the shape of ``xs``,
+    ``reconstruction``, ``divergence`` and ``loss``, scalars. The events are those of `ObjectivePhase`.
+    """
+
+    def __init__(self, beta: float = 1.0, compare: Callable[[Tensor, Tensor], Tensor] = squared_error) -> None:
+        self.beta = beta
+        self.compare = compare
+
+    def forward(self, learner: Learner, state: StepState) -> None:
+        """Encode, draw a code, decode."""
+        code: Any = learner.model.encoder(state.xs)
+        mean, logvar = code.chunk(2, dim=1) if isinstance(code, Tensor) else code
+        state.mean = state.features = mean
+        state.logvar = logvar
+        state.latents = mean + (logvar / 2).exp() * torch.randn_like(mean)
+        state.preds = learner.model.decoder(state.latents)
+
+    def loss(self, learner: Learner, state: StepState) -> Tensor:
+        """Weigh the reconstruction against the divergence."""
+        state.reconstruction = self.compare(state.preds, state.xs)
+        state.divergence = kl_standard_normal(state.mean, state.logvar)
+        loss: Tensor = state.reconstruction + self.beta * state.divergence
+        return loss
+
+    def require(self, learner: Learner) -> None:
+        """Raise for missing models."""
+        require_parts(self, learner.model, "encoder", "decoder")

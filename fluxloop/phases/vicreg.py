@@ -1,0 +1,44 @@
+"""VICReg: views alike, dimensions varied and uncorrelated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fluxloop.losses.redundancy import vicreg_loss
+from fluxloop.phases.joint_embedding import JointEmbeddingPhase, Views
+
+if TYPE_CHECKING:
+    from fluxloop.learner import Learner
+    from fluxloop.state import StepState
+
+
+class VICRegPhase(JointEmbeddingPhase):
+    """VICReg (Bardes et al., 2022): variance, invariance and covariance of two views' embeddings.
+
+    1. Draw two views of each row. 2. Embed both. 3. `vicreg_loss`, the sum of three terms.
+
+    Args:
+        views: What makes two views of a batch; left out, batches hold them.
+        invariance: Weight of the distance between the views.
+        variance: Weight of the hinge on each dimension's standard deviation.
+        covariance: Weight of the covariances between dimensions.
+
+    Models, batches, entries and events are those of `JointEmbeddingPhase`.
+    """
+
+    def __init__(
+        self,
+        views: Views | None = None,
+        *,
+        invariance: float = 25.0,
+        variance: float = 25.0,
+        covariance: float = 1.0,
+    ) -> None:
+        super().__init__(views)
+        self.invariance, self.variance, self.covariance = invariance, variance, covariance
+
+    def loss(self, learner: Learner, state: StepState) -> Tensor:
+        """Weigh the three terms."""
+        return vicreg_loss(state.z1, state.z2, self.invariance, self.variance, self.covariance)
