@@ -46,13 +46,18 @@ class Accelerator:
         return tensor if tensor.device == self.device else tensor.to(self.device, non_blocking=True)
 
     def backward(
-        self, loss: Tensor, parameters: Sequence[nn.Parameter] | None = None, retain_graph: bool = False
+        self, loss: Tensor, parameters: Sequence[nn.Parameter], *, alone: bool = False, retain_graph: bool = False
     ) -> None:
-        """Add the gradients of a scalar loss to ``grad``: of `parameters` alone, or of all it reaches."""
-        if parameters is None:
-            torch.autograd.backward(loss, retain_graph=retain_graph)
-        else:
-            torch.autograd.backward(loss, retain_graph=retain_graph, inputs=parameters)
+        """Add the gradients of a scalar loss to ``grad`` of `parameters`.
+
+        Args:
+            loss: The loss.
+            parameters: Those of the optimizers whose loss it is.
+            alone: Whether the loss may be differentiated for all it reaches, because nobody else's
+                parameters are to be left out; then some of `parameters` may be frozen.
+            retain_graph: Whether another loss needs the same graph.
+        """
+        torch.autograd.backward(loss, retain_graph=retain_graph, inputs=None if alone else parameters)
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
         """Step an optimizer."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,8 @@ class Updates:
             Slot(name, optimizer, (), (), UpdateBegin(name), UpdateEnd(name), num_groups=0)
             for name, optimizer in optimizers.items()
         )
+        self.parameters: tuple[nn.Parameter, ...] = ()
+        """Those of all optimizers."""
         self._read_parameters()
         self.block: UpdateBlock | None = None
         self._explicit: StepState | None = None
@@ -111,6 +113,7 @@ class Updates:
         for slot in self.slots:
             slot.parameters = tuple(owned_parameters(slot.optimizer))
             slot.num_groups = len(slot.optimizer.param_groups)
+        self.parameters = tuple(parameter for slot in self.slots for parameter in slot.parameters)
         for slot in self.slots:
             slot.others = tuple(p for other in self.slots if other is not slot for p in other.parameters)
 
@@ -156,11 +159,11 @@ class Updates:
             self._check_owner()
         else:
             slots = (block.slot,)
-        own = None if block is None else [p for p in block.slot.parameters if p.requires_grad]
-        if own == []:
-            raise LossError(f"{slots[0].label} has nothing to train: all of its parameters are frozen")
-        if len(self.slots) == 1:
-            own = None  # nobody else's to leave out
+        own: Sequence[nn.Parameter] = self.parameters
+        if block is not None:
+            own = [parameter for parameter in block.slot.parameters if parameter.requires_grad]
+            if not own:
+                raise LossError(f"{slots[0].label} has nothing to train: all of its parameters are frozen")
         fresh = True
         for slot in slots:
             if block is not None and slot.window is not None and not slot.in_block:
@@ -174,7 +177,8 @@ class Updates:
                 slot.window, slot.in_block = learner.step, block is not None
             else:
                 fresh = False
-        learner.accelerator.backward(loss, own, retain_graph)
+        alone = block is None or len(self.slots) == 1  # nobody else's to leave out
+        learner.accelerator.backward(loss, own, alone=alone, retain_graph=retain_graph)
         if fresh and all(p.grad is None for slot in slots for p in slot.parameters) and not self._reach(loss, slots):
             whose = f"of {slots[0].label} " if len(slots) == 1 else ""
             raise LossError(

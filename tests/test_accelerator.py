@@ -166,7 +166,8 @@ def test_backward_adds_the_gradients_of_the_given_parameters_alone() -> None:
 def test_backward_adds_the_gradients_of_all_that_the_loss_reaches() -> None:
     a, b = Coefficient(2.0), Coefficient(3.0)
     for _ in range(2):
-        Accelerator("cpu").backward((a(torch.ones(1, 1)) * b(torch.ones(1, 1))).sum())
+        loss = (a(torch.ones(1, 1)) * b(torch.ones(1, 1))).sum()
+        Accelerator("cpu").backward(loss, [a.value, b.value], alone=True)
     assert (a.value.grad.item(), b.value.grad.item()) == (6.0, 4.0)
 
 

@@ -2,6 +2,7 @@
 
 from fluxloop.metrics.base import Averaged, Loss, Metric, SmoothLoss
 from fluxloop.metrics.classification import accuracy, binary_accuracy, top_k
+from fluxloop.metrics.neighbors import knn_predict
 from fluxloop.metrics.regression import mae, mse, rmse
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "SmoothLoss",
     "accuracy",
     "binary_accuracy",
+    "knn_predict",
     "mae",
     "mse",
     "rmse",
