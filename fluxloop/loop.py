@@ -7,8 +7,8 @@ out: normal, cancelled, or by an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -313,3 +313,14 @@ def switch_modes(models: list[nn.Module], train: bool) -> Callable[[], None]:
             module.training = mode
 
     return put_back
+
+
+@contextmanager
+def watching(*models: nn.Module) -> Iterator[None]:
+    """Run models in eval mode and without gradients for a while; every submodule gets its own mode back."""
+    put_back = switch_modes(list(models), False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        put_back()

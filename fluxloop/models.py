@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from keyword import iskeyword
 from typing import Any
 
+import torch
 from torch import nn
 
 from fluxloop.errors import ModelError, describe
@@ -64,3 +65,8 @@ def like(model: Any, values: dict[str | None, Any]) -> Any:
     if all(map(is_name, names)):
         return namedtuple("Named", names)(*values.values())
     return State(dict(zip(names, values.values(), strict=True)))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Give the device of a module's first parameter, the CPU where it has none."""
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))

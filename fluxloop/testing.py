@@ -12,7 +12,7 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
-from fluxloop.access import Path, covers, dotted
+from fluxloop.access import Path, covers, dotted, parse, weights_path
 from fluxloop.callback import Callback, Handler, UnsafeCallback, on
 from fluxloop.data import TensorBatches
 from fluxloop.errors import DataError, describe
@@ -24,6 +24,7 @@ from fluxloop.phases.supervised import TrainingPhase
 from fluxloop.randomness import preserved
 from fluxloop.state import Container, State
 from fluxloop.view import SERVICES
+from fluxloop.weights import Weights
 
 
 class Coefficient(nn.Module):
@@ -314,6 +315,8 @@ class _Noting:
     def __getattr__(self, name: str) -> Any:
         if (not self._path and name in SERVICES) or name.startswith("__"):
             return getattr(self._value, name)
+        if not self._path and name == "weights":
+            return _NotingWeights(self._value.weights, self._traced)
         return self._enter(getattr(self._value, name), name)
 
     def __getitem__(self, key: Any) -> Any:
@@ -337,3 +340,19 @@ class _Noting:
 
     def __len__(self) -> int:
         return len(self._value)
+
+
+class _NotingWeights:
+    """Stands for the weights, and notes which are read and written."""
+
+    def __init__(self, weights: Weights, traced: _Traced) -> None:
+        self._weights = weights
+        self._traced = traced
+
+    def __getitem__(self, name: str) -> Any:
+        self._traced.reads_seen.add(parse(weights_path(name), "infer_access"))
+        return self._weights[name]
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        self._traced.writes_seen.add(parse(weights_path(name), "infer_access"))
+        self._weights[name] = module

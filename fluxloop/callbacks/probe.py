@@ -19,8 +19,9 @@ from fluxloop.data import as_dataloader
 from fluxloop.errors import DataError, MetricError, describe
 from fluxloop.events import EpochEnd, StepEnd
 from fluxloop.feed import untouched
-from fluxloop.loop import switch_modes
+from fluxloop.loop import watching
 from fluxloop.metrics.neighbors import knn_predict
+from fluxloop.models import device_of
 from fluxloop.nested import map_tensors
 from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase
 from fluxloop.randomness import drawing, stream_seed
@@ -130,22 +131,18 @@ def extract(module: nn.Module, source: Any, features: Features = flat) -> tuple[
     """
     if hasattr(source, "__next__"):
         raise DataError(f"{describe(source)} can be iterated once only, and a probe runs over its data every epoch")
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    device = device_of(module)
     rows, labels = [], []
-    put_back = switch_modes([module], False)
-    try:
-        with torch.no_grad(), untouched(source):
-            for batch in source:
-                if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-                    raise DataError(
-                        f"a probe was given {describe(batch)} as a batch; expected labelled rows, (xs, ys): give it "
-                        "data of its own, KNNProbe('encoder', bank=(xs, ys), queries=(xs, ys))"
-                    )
-                xs, ys = map_tensors(lambda tensor: tensor.to(device), (batch[0], batch[1]))
-                rows.append(features(module, xs))
-                labels.append(ys)
-    finally:
-        put_back()
+    with watching(module), untouched(source):
+        for batch in source:
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+                raise DataError(
+                    f"a probe was given {describe(batch)} as a batch; expected labelled rows, (xs, ys): give it "
+                    "data of its own, KNNProbe('encoder', bank=(xs, ys), queries=(xs, ys))"
+                )
+            xs, ys = map_tensors(lambda tensor: tensor.to(device), (batch[0], batch[1]))
+            rows.append(features(module, xs))
+            labels.append(ys)
     if not rows:
         raise DataError(f"{describe(source)} gave a probe no batch; expected labelled rows, (xs, ys)")
     return torch.cat(rows), torch.cat(labels)

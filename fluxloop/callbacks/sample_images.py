@@ -17,7 +17,8 @@ from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import ModelError, describe
 from fluxloop.events import EpochEnd, StepBegin
-from fluxloop.loop import switch_modes
+from fluxloop.loop import watching
+from fluxloop.models import device_of
 from fluxloop.nested import map_tensors
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.randomness import drawing, stream_seed
@@ -110,14 +111,10 @@ class SampleImages(Callback):
         if self._inputs is None or epoch % self.every:
             return
         module = learner.weights[self.model]
-        device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+        device = device_of(module)
         inputs = map_tensors(lambda tensor: tensor.to(device), self._inputs)
-        put_back = switch_modes([module], False)
-        try:
-            with torch.no_grad(), drawing(stream_seed(learner.seed, f"SampleImages/{self.model}", epoch)):
-                images = (partial(self.make, module) if self.make is not None else module)(*inputs)
-        finally:
-            put_back()
+        with watching(module), drawing(stream_seed(learner.seed, f"SampleImages/{self.model}", epoch)):
+            images = (partial(self.make, module) if self.make is not None else module)(*inputs)
         self.grid = image_grid(self._images(images), self.columns, self.value_range)
         learner.cbstate.images[self.model] = self.grid
         if self.folder is not None:

@@ -15,7 +15,8 @@ from fluxloop.callback import Callback, on
 from fluxloop.errors import SanityCheckError, describe
 from fluxloop.events import EpochBegin
 from fluxloop.feed import untouched
-from fluxloop.loop import switch_modes
+from fluxloop.loop import watching
+from fluxloop.models import device_of
 from fluxloop.nested import map_tensors
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.randomness import preserved
@@ -139,13 +140,9 @@ def _one_batch(learner: Any) -> None:
         batch = next(iter(data))
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise ValueError(f"a batch is {describe(batch)}, not a pair (xs, ys)")
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     xs, ys = map_tensors(lambda tensor: tensor.to(device), (batch[0], batch[1]))
-    put_back = switch_modes([model, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])], False)
-    try:
-        with torch.no_grad():
-            loss = loss_fn(model(xs), ys)
-    finally:
-        put_back()
+    with watching(model, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])):
+        loss = loss_fn(model(xs), ys)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError(f"the loss of one batch is a {type(loss).__name__}, not a scalar tensor")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fluxloop.errors import PhaseError
+from fluxloop.loop import watching
 from fluxloop.losses.distillation import distillation_loss
 from fluxloop.phases.objective import ObjectivePhase, require_parts
 from fluxloop.phases.supervised import unpack
@@ -45,14 +45,9 @@ class DistillationPhase(ObjectivePhase):
 
     def forward(self, learner: Learner, state: StepState) -> None:
         """Run both models."""
-        teacher = learner.model.teacher
         state.preds = learner.model.student(state.xs)
-        modes = [(module, module.training) for module in teacher.modules()]
-        teacher.eval()
-        with torch.no_grad():
-            state.teacher_preds = teacher(state.xs)
-        for module, mode in modes:
-            module.training = mode
+        with watching(learner.model.teacher):
+            state.teacher_preds = learner.model.teacher(state.xs)
 
     def loss(self, learner: Learner, state: StepState) -> Tensor:
         """Weigh the teacher against the labels."""

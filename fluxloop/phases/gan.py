@@ -12,7 +12,8 @@ from fluxloop.errors import PhaseError, describe, did_you_mean
 from fluxloop.events import LossBegin
 from fluxloop.loop import runstep
 from fluxloop.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss, gradient_penalty, r1_penalty
-from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase
+from fluxloop.phase import AbstractTrainingPhase
+from fluxloop.phases.twin import TwinPhase
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -178,7 +179,11 @@ class GANPhase(AbstractTrainingPhase):
     def check(self, learner: Learner) -> None:
         """Raise for missing models or optimizers."""
         for name, _ in self.models(learner):
-            learner.updates.find(name)
+            if name not in learner.optimizer_names:
+                raise PhaseError(
+                    f"GANPhase updates {name!r}, and the optimizers are {list(learner.optimizer_names)}; give it one: "
+                    f"optimizer={{{name!r}: torch.optim.Adam, ...}}"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a checkpoint keeps: the number of critic updates."""
@@ -189,7 +194,7 @@ class GANPhase(AbstractTrainingPhase):
         self._critic_updates = state["critic_updates"]
 
 
-class GANValidationPhase(AbstractValidationPhase):
+class GANValidationPhase(TwinPhase):
     """The validation twin of a `GANPhase`: both losses on held-out rows, without penalties.
 
     Args:
@@ -202,13 +207,7 @@ class GANValidationPhase(AbstractValidationPhase):
         PhaseError: `training` is no `GANPhase`.
     """
 
-    def __init__(self, training: GANPhase) -> None:
-        if not isinstance(training, GANPhase):
-            raise PhaseError(
-                f"GANValidationPhase was given {describe(training)}; expected an instance of the training phase: "
-                "GANValidationPhase(GANPhase())"
-            )
-        self.training = training
+    of = GANPhase
 
     def step(self, learner: Learner, batch: Any) -> StepState:
         """Compute both losses on one batch."""
@@ -229,9 +228,6 @@ class GANValidationPhase(AbstractValidationPhase):
     def check(self, learner: Learner) -> None:
         """Raise for missing models."""
         self.training.models(learner)
-
-    def __repr__(self) -> str:
-        return f"GANValidationPhase({self.training!r})"
 
 
 def _known(models: Any, names: Sequence[str]) -> str | None:

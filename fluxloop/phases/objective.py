@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fluxloop.errors import PhaseError, describe
+from fluxloop.errors import PhaseError
 from fluxloop.events import BackwardBegin, BackwardEnd, LossBegin
 from fluxloop.loop import runstep
-from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, Phase
+from fluxloop.phase import AbstractTrainingPhase, Phase
+from fluxloop.phases.twin import TwinPhase
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -74,7 +75,7 @@ class ObjectivePhase(AbstractTrainingPhase):
         return state
 
 
-class ObjectiveValidationPhase(AbstractValidationPhase):
+class ObjectiveValidationPhase(TwinPhase):
     """The validation twin of an `ObjectivePhase`: the same entries, forward and loss, without gradients.
 
     Args:
@@ -91,13 +92,7 @@ class ObjectiveValidationPhase(AbstractValidationPhase):
         learner.fit(100, phases=[simclr, ObjectiveValidationPhase(simclr)])
     """
 
-    def __init__(self, training: ObjectivePhase) -> None:
-        if not isinstance(training, ObjectivePhase):
-            raise PhaseError(
-                f"{type(self).__name__} was given {describe(training)}; expected an instance of the training phase: "
-                f"{type(self).__name__}(MyPhase())"
-            )
-        self.training = training
+    of = ObjectivePhase
 
     def step(self, learner: Learner, batch: Any) -> StepState:
         """Compute the loss on one batch."""
@@ -110,9 +105,6 @@ class ObjectiveValidationPhase(AbstractValidationPhase):
     def check(self, learner: Learner) -> None:
         """Raise for a learner without the models that the training phase calls."""
         self.training.require(learner)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.training!r})"
 
 
 def inputs_and_labels(batch: Any) -> dict[str, Any]:

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fluxloop.errors import PhaseError, describe
+from fluxloop.errors import PhaseError
 from fluxloop.events import LossBegin
 from fluxloop.loop import runstep
-from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase
+from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.phases.supervised import unpack
+from fluxloop.phases.twin import TwinPhase
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -62,7 +63,7 @@ class PerOptimizerPhase(AbstractTrainingPhase):
         return state
 
 
-class PerOptimizerValidationPhase(AbstractValidationPhase):
+class PerOptimizerValidationPhase(TwinPhase):
     """The validation twin of a `PerOptimizerPhase`: the same losses, without updates.
 
     Args:
@@ -74,13 +75,7 @@ class PerOptimizerValidationPhase(AbstractValidationPhase):
         PhaseError: `training` is no `PerOptimizerPhase`.
     """
 
-    def __init__(self, training: PerOptimizerPhase) -> None:
-        if not isinstance(training, PerOptimizerPhase):
-            raise PhaseError(
-                f"PerOptimizerValidationPhase was given {describe(training)}; expected an instance of the "
-                "training phase: PerOptimizerValidationPhase(MyPhase())"
-            )
-        self.training = training
+    of = PerOptimizerPhase
 
     def step(self, learner: Learner, batch: Any) -> StepState:
         """Compute each optimizer's loss on one batch."""
@@ -95,6 +90,3 @@ class PerOptimizerValidationPhase(AbstractValidationPhase):
                 else:
                     state.loss = loss
         return state
-
-    def __repr__(self) -> str:
-        return f"PerOptimizerValidationPhase({self.training!r})"

@@ -1,0 +1,33 @@
+"""The validation twin of a training phase: what the twins have in common."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from fluxloop.errors import PhaseError, describe
+from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase
+
+
+class TwinPhase(AbstractValidationPhase):
+    """Base of phases that do on validation data what an instance of a training phase does, without updates.
+
+    Args:
+        training: The training phase.
+
+    Raises:
+        PhaseError: `training` is of another type.
+    """
+
+    of: ClassVar[type[AbstractTrainingPhase]] = AbstractTrainingPhase
+    """What `training` is to be."""
+
+    def __init__(self, training: Any) -> None:
+        if not isinstance(training, self.of):
+            raise PhaseError(
+                f"{type(self).__name__} was given {describe(training)}; expected an instance of the training phase, "
+                f"a {self.of.__name__}: {type(self).__name__}(MyPhase())"
+            )
+        self.training: Any = training
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.training!r})"
