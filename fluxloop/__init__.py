@@ -74,7 +74,7 @@ from fluxloop.events import (
 )
 from fluxloop.history import Counts, History
 from fluxloop.learner import Learner
-from fluxloop.loop import runepoch, runstep
+from fluxloop.loop import runepoch, runstep, watching
 from fluxloop.metrics import Loss, Metric, SmoothLoss, accuracy, binary_accuracy, mae, mse, rmse, top_k
 from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, FittingPhase, Phase, ProbePhase
 from fluxloop.phases import (
@@ -235,6 +235,7 @@ __all__ = [
     "testing",
     "throttle",
     "top_k",
+    "watching",
 ]
 
 

@@ -153,7 +153,7 @@ class Updates:
                 another loss wait, so that nobody knows whose it is.
         """
         learner, block = self._learner, self.block
-        _check_loss(loss)
+        _check_loss(loss, "" if block is None or block.slot.name is None else f" of {block.slot.label}")
         if block is None:
             slots = self.slots
             self._check_owner()
@@ -323,24 +323,24 @@ class UpdateBlock:
         self._updates.update()
 
 
-def _check_loss(loss: object) -> None:
+def _check_loss(loss: object, whose: str) -> None:
     """Raise `LossError` for a loss that has no gradient or is no scalar."""
     if not isinstance(loss, Tensor):
-        raise LossError(f"the loss is {describe(loss)}; expected a tensor with one element")
+        raise LossError(f"the loss{whose} is {describe(loss)}; expected a tensor with one element")
     if loss.numel() != 1:
         raise LossError(
-            f"the loss has shape {tuple(loss.shape)}; expected a scalar: reduce it with .mean() or .sum(), "
+            f"the loss{whose} has shape {tuple(loss.shape)}; expected a scalar: reduce it with .mean() or .sum(), "
             "or give the loss function reduction='mean'"
         )
     if loss.is_complex():
-        raise LossError(f"the loss is complex ({loss.dtype}); expected a real number: loss.abs() or loss.real")
+        raise LossError(f"the loss{whose} is complex ({loss.dtype}); expected a real number: loss.abs() or loss.real")
     if not loss.requires_grad:
         why = (
             "gradients are off here: is this a validation phase, or a torch.no_grad() block?"
             if not torch.is_grad_enabled()
             else "it was detached, computed from constants, or everything it depends on is frozen"
         )
-        raise LossError(f"no gradient can be computed from the loss: {why}")
+        raise LossError(f"no gradient can be computed from the loss{whose}: {why}")
 
 
 def leaks(updates: Updates, slot: Slot, loss: Tensor, state: StepState) -> list[str]:

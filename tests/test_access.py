@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fluxloop import (
+    EMA,
     AbstractTrainingPhase,
     BackwardBegin,
     Callback,
@@ -27,6 +28,7 @@ from fluxloop import (
     on,
     readonly,
 )
+from fluxloop.access import covers, dotted, overlap, parse, weights_path
 from fluxloop.state import State
 from fluxloop.testing import toy_learner
 
@@ -404,3 +406,96 @@ def test_an_item_of_a_long_list_is_read_without_looking_at_the_others(monkeypatc
     assert get(lambda learner: learner.cbstate.long[-1], ("cbstate.long",), (), Long()) == {"number": 19_999}
     assert get(lambda learner: len(learner.cbstate.long), ("cbstate.long",), (), Long()) == 20_000
     assert len(calls) < 20
+
+
+# Paths of weights, which may have several views
+
+
+def test_a_view_of_weights_is_a_path_of_its_own_that_the_live_ones_do_not_cover() -> None:
+    assert parse("model.G@ema", "X") == ("model@ema", "G")
+    assert parse("model@ema", "X") == ("model@ema",)
+    assert parse("model.G.0.weight@ema", "X") == ("model@ema", "G", "0", "weight")
+    for path in ("model@ema", "model.G@ema", "model.G.0@slow"):
+        assert not covers(parse("model", "X"), parse(path, "X"))
+        assert not overlap(parse("model.G", "X"), parse(path, "X"))
+        assert covers(parse("*", "X"), parse(path, "X"))
+    assert covers(parse("model@ema", "X"), parse("model.G@ema", "X"))
+    assert covers(parse("model.G@ema", "X"), parse("model.G.0@ema", "X"))
+    assert not overlap(parse("model.G@ema", "X"), parse("model.G@slow", "X"))
+    assert not overlap(parse("model.G@ema", "X"), parse("model.D@ema", "X"))
+
+
+@pytest.mark.parametrize("path", ["step.loss", "model", "model.G", "model@ema", "model.G@ema", "model.encoder.0@slow"])
+def test_a_path_is_written_as_it_was_read(path: str) -> None:
+    assert dotted(parse(path, "X")) == path
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "model.G@",
+        "model.@ema",
+        "@ema",
+        "model@ema.G",
+        "model.G@ema.0",
+        "model.G@one@two",
+        "model.G@two words",
+        "step.loss@ema",
+        "params.G@ema",
+        "cbstate.history@ema",
+    ],
+)
+def test_a_path_with_a_view_in_the_wrong_place_is_an_error_when_the_learner_is_built(path: str) -> None:
+    with pytest.raises(CallbackError, match=f"CustomCallback declares the path {re.escape(repr(path))}; expected"):
+        toy_learner(CustomCallback(print, StepEnd, reads=(path,)))
+    with pytest.raises(CallbackError, match="declares the path"):
+        toy_learner(CustomCallback(print, StepEnd, reads=(), writes=(path,)))
+
+
+@pytest.mark.parametrize("path", ["step.loss@ema", "params.G@ema"])
+def test_a_view_of_something_else_than_weights_says_where_views_are(path: str) -> None:
+    with pytest.raises(CallbackError, match=r"at the end of a path of weights: 'model\.G@ema'"):
+        toy_learner(CustomCallback(print, StepEnd, reads=(path,)))
+
+
+def test_weights_called_by_name_have_paths() -> None:
+    names = {
+        "G": "model.G",
+        "model": "model",
+        "model@ema": "model@ema",
+        "model.G": "model.G",
+        "G@ema": "model.G@ema",
+        "encoder.0@ema": "model.encoder.0@ema",
+        "models": "model.models",
+    }
+    assert {name: weights_path(name) for name in names} == names
+
+
+WEIGHTS_CASES: dict[str, tuple[Use, tuple[str, ...]]] = {
+    "live weights": (lambda learner: learner.weights["model"], ()),
+    "an average": (lambda learner: learner.weights["model@ema"], ("model",)),
+    "assigning a view": (
+        lambda learner: learner.weights.__setitem__("model@mine", torch.nn.Linear(1, 1)),
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS_CASES)
+def test_the_lines_that_a_refused_access_to_weights_says_to_add_allow_it(case: str) -> None:
+    use, reads = WEIGHTS_CASES[case]
+
+    class Touching(Callback):
+        @on(StepEnd, AbstractTrainingPhase)
+        def run(self, event: Any, phase: Any, learner: Any) -> None:
+            use(learner)
+
+    Touching.reads = reads
+    with pytest.raises(
+        StateAccessError, match=r"Touching tried to (read|write) 'model(@ema|@mine)?' at StepEnd"
+    ) as caught:
+        toy_learner(Touching(), EMA("model"), num_batches=1).fit(1, phases=[TrainingPhase()])
+    line = re.search(r"write in the class: (reads|writes) = (\(.*\))", str(caught.value))
+    assert line is not None
+    setattr(Touching, line[1], ast.literal_eval(line[2]))
+    toy_learner(Touching(), EMA("model"), num_batches=1).fit(1, phases=[TrainingPhase()])

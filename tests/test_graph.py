@@ -902,3 +902,53 @@ def test_writers_of_the_parameters_and_of_the_model_conflict() -> None:
 def test_a_reader_of_the_batch_size_runs_after_a_writer_of_the_step() -> None:
     assert order(A(reads=("batch_size",)), B(writes=("step",))) == ["B", "A"]
     assert order(A(reads=("batch_size",)), B(writes=("step.xs",))) == ["B", "A"]
+
+
+# Views of weights
+
+
+def test_a_view_of_weights_that_nobody_keeps_says_what_keeps_it() -> None:
+    with pytest.raises(MissingProducerError, match=r"A reads 'model@ema', which no callback writes; .*EMA\('model', "):
+        build(A(reads=("model@ema",)))
+    with pytest.raises(MissingProducerError, match=r"A reads 'model\.G\.0@ema', .*EMA\('G\.0', 0\.999\)"):
+        build(A(reads=("model.G.0@ema",)))
+    with pytest.raises(MissingProducerError, match="A reads 'model@ema'"):
+        build(A(reads=("model@ema",)), B(writes=("model",)), C(writes=("model@slow",)))
+
+
+def test_the_callback_to_add_keeps_the_view_that_is_missing() -> None:
+    with pytest.raises(MissingProducerError, match=r"EMA\('model', 0\.999, view='slow'\)"):
+        build(A(reads=("model@slow",)), B(writes=("model@ema",)))
+
+
+def test_who_keeps_a_view_of_weights_runs_before_its_readers_and_the_edge_says_why() -> None:
+    callbacks = [A(reads=("model.G@ema",)), B(writes=("model@ema",)), C(reads=("model@ema",)), D(reads=("model",))]
+    assert edges(*callbacks) == [
+        "B before A: B writes 'model@ema', A reads 'model.G@ema'",
+        "B before C: B writes 'model@ema', C reads 'model@ema'",
+    ]
+    assert order(*callbacks) == ["B", "A", "C", "D"]
+
+
+def test_live_weights_and_their_views_do_not_touch_each_other() -> None:
+    assert edges(A(reads=("model", "params")), B(writes=("model@ema",)), C(writes=("model.G@slow",))) == []
+    assert edges(A(writes=("model",)), B(writes=("model@ema",))) == []
+
+
+def test_two_who_keep_one_view_conflict_unless_they_keep_it_of_different_weights() -> None:
+    with pytest.raises(CallbackConflictError, match=r"A writes 'model@ema' and B writes 'model\.G@ema'"):
+        build(A(writes=("model@ema",)), B(writes=("model.G@ema",)))
+    assert edges(A(writes=("model.G@ema",)), B(writes=("model.D@ema",)), C(writes=("model.G@slow",))) == []
+
+
+def test_who_reads_everything_runs_after_who_keeps_a_view() -> None:
+    assert edges(A(reads=("*",)), B(writes=("model.G@ema",))) == ["B before A: B writes 'model.G@ema', A reads '*'"]
+
+
+def test_writers_of_a_view_are_found_by_its_path_alone() -> None:
+    callbacks = build(A(writes=("model.G@ema",)), B(writes=("model.G",)))
+    assert callbacks.writers("model.G@ema") == callbacks.writers("model@ema") == ["A"]
+    assert callbacks.writers("model.G") == callbacks.writers("model") == ["B"]
+    assert "A writes 'model.G@ema'" in callbacks.explain("model.G@ema")
+    assert "B writes" not in callbacks.explain("model.G@ema")
+    assert "the optimizer" not in callbacks.explain("model@ema")

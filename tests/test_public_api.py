@@ -144,6 +144,7 @@ PUBLIC = [
     "testing",
     "throttle",
     "top_k",
+    "watching",
 ]
 """Whatever is added here or taken away is a decision, and belongs in the changelog."""
 

@@ -9,17 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluxloop import (
+    EMA,
     AbstractTrainingPhase,
     Callback,
     CustomCallback,
     EpochEnd,
     FitBegin,
     Learner,
+    ModelError,
     StateAccessError,
     StepEnd,
     TrainingPhase,
     UnsafeCallback,
     on,
+    runstep,
 )
 from fluxloop.access import Access
 from fluxloop.state import State
@@ -353,3 +356,108 @@ def test_reads_and_writes_are_allowed_exactly_below_the_declared_paths(
     for name in leaf:
         value = getattr(value, name)
     assert value == (0 if refused_write else 1)
+
+
+# The weights
+
+
+def test_declared_weights_are_the_modules_themselves() -> None:
+    found: list[Any] = []
+    reads = ("model", "model@ema")
+    learner = run(lambda view: found.extend(view.weights[n] for n in ("model", "model@ema")), reads, (), EMA("model"))
+    assert found == [learner.model, learner.weights["model@ema"]]
+    assert found[0] is not found[1]
+
+
+def test_a_declared_path_of_weights_allows_its_parts_and_no_other_model() -> None:
+    class Both(TrainingPhase):
+        def step(self, learner: Learner, batch: Any) -> None:
+            with runstep(learner, self, xs=batch[0]) as (_, state):
+                learner.backward(learner.model.head(learner.model.body(state.xs)).mean())
+                learner.update()
+
+    def use(view: Any) -> None:
+        assert view.weights["body"] is view.weights["model.body"]
+        assert view.weights["body.0"] is view.weights["body"][0]
+        assert view.weights["body.0@ema"] is view.weights["body@ema"][0]
+        for name, path in (("head", "model.head"), ("head@ema", "model.head@ema"), ("body@slow", "model.body@slow")):
+            with pytest.raises(StateAccessError) as caught:
+                view.weights[name]
+            assert (caught.value.path, caught.value.mode) == (path, "read")
+        used.append(view)
+
+    used: list[Any] = []
+    models = {"body": torch.nn.Sequential(torch.nn.Linear(1, 2)), "head": torch.nn.Linear(2, 1)}
+    touch = Touch(use, reads=("model.body", "model.body@ema"))
+    batch = (torch.ones(2, 1), torch.ones(2, 1))
+    learner = Learner(models, data=([batch],), callbacks=[touch, EMA("body"), EMA("head")], default_callbacks=False)
+    learner.fit(1, phases=[Both()])
+    assert len(used) == 1
+
+
+def test_undeclared_weights_are_refused_with_the_path_and_the_event() -> None:
+    error = refused(lambda view: view.weights["model"], ("step",))
+    assert (error.callback, error.path, error.mode, error.event) == ("Touch", "model", "read", "StepEnd")
+    error = refused(lambda view: view.weights["model@ema"], ("model",), (), EMA("model"))
+    assert (error.path, error.mode) == ("model@ema", "read")
+    error = refused(lambda view: view.weights["model"], ("model@ema",), (), EMA("model"))
+    assert error.path == "model"
+
+
+def test_a_view_of_weights_does_not_let_the_live_ones_be_read_as_an_attribute() -> None:
+    assert refused(lambda view: view.model, ("model@ema",), (), EMA("model")).path == "model"
+
+
+def test_in_of_undeclared_weights_raises_as_it_does_elsewhere() -> None:
+    assert get(lambda view: "model" in view.weights, ("model",)) is True
+    assert get(lambda view: "encoder" in view.weights, ("model",)) is False
+    assert refused(lambda view: "model@ema" in view.weights, ("model",), (), EMA("model")).path == "model@ema"
+
+
+def test_a_view_is_assigned_by_who_declares_to_write_it() -> None:
+    def use(view: Any) -> None:
+        view.weights["model@mine"] = torch.nn.Linear(1, 1)
+        assert isinstance(view.weights["model@mine"], torch.nn.Linear)
+        with pytest.raises(StateAccessError) as caught:
+            view.weights["model@ema"] = torch.nn.Linear(1, 1)
+        assert (caught.value.path, caught.value.mode) == ("model@ema", "write")
+
+    learner = run(use, (), ("model@mine",))
+    assert list(learner.weights) == ["model", "model@mine"]
+    assert (
+        refused(lambda view: view.weights.__setitem__("model@mine", None), ("model@mine",), (), Mine()).mode == "write"
+    )
+
+
+class Mine(Callback):
+    """Keeps a view of its own."""
+
+    writes = ("model@mine",)
+
+    def init(self, learner: Any) -> None:
+        learner.weights["model@mine"] = torch.nn.Linear(1, 1)
+
+
+def test_live_weights_cannot_be_assigned_even_by_who_may_write_them() -> None:
+    with pytest.raises(ModelError, match="expected the name of a view, such as 'model@ema'"):
+        run(lambda view: view.weights.__setitem__("model", torch.nn.Linear(1, 1)), (), ("model",))
+
+
+def test_reading_everything_gives_every_view_of_the_weights() -> None:
+    def use(view: Any) -> bool:
+        with pytest.raises(StateAccessError):
+            view.weights["model@ema"] = torch.nn.Linear(1, 1)
+        return view.weights["model@ema"] is not view.weights["model"]
+
+    assert get(use, ("*",), (), EMA("model")) is True
+
+
+def test_an_unsafe_callback_has_all_weights() -> None:
+    class Raw(UnsafeCallback):
+        @on(StepEnd)
+        def look(self, event: Any, phase: Any, learner: Any) -> None:
+            learner.weights["model@raw"] = torch.nn.Linear(1, 1)
+
+    learner = toy_learner(Raw(), num_batches=1)
+    learner.fit(1)
+    assert list(learner.weights) == ["model", "model@raw"]

@@ -15,7 +15,7 @@ from fluxloop.access import weights_path
 from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
 from fluxloop.callbacks.metrics import Metrics, PhaseMetrics
 from fluxloop.callbacks.recorder import Recorder
-from fluxloop.data import as_dataloader
+from fluxloop.data import as_dataloader, holds_rows
 from fluxloop.errors import DataError, MetricError, describe
 from fluxloop.events import EpochEnd, StepEnd
 from fluxloop.feed import untouched
@@ -148,6 +148,11 @@ def extract(module: nn.Module, source: Any, features: Features = flat) -> tuple[
     return torch.cat(rows), torch.cat(labels)
 
 
+def loader(given: Any) -> Any:
+    """Make a loader of rows with batches of 256; a loader stays as it is."""
+    return as_dataloader(given, batch_size=256) if holds_rows(given) else as_dataloader(given)
+
+
 @define
 class HeldOut(MetricSource):
     """Base of probes: a model's features of held-out rows.
@@ -181,6 +186,13 @@ class HeldOut(MetricSource):
         """The weights, the learner's data, and the epoch."""
         return (weights_path(self.model), "data", "cbstate.history")
 
+    def init(self, learner: Any) -> None:
+        """Look for the weights and the data, and publish the metrics' container."""
+        super().init(learner)
+        learner.weights[self.model]
+        if self.queries is not None:
+            loader(self.queries)
+
     def data(self, learner: Any, given: Any, key: str) -> Any:
         """Give a loader of what was given, or of the learner's data.
 
@@ -188,7 +200,7 @@ class HeldOut(MetricSource):
             DataError: Neither is there.
         """
         if given is not None:
-            return as_dataloader(given, batch_size=256)
+            return loader(given)
         if key not in learner.data:
             raise DataError(
                 f"{type(self).__name__} measures on the {key} data, and the learner has none; give it some: "
@@ -234,9 +246,10 @@ class KNNProbe(HeldOut):
     prefix = "knn"
 
     def init(self, learner: Any) -> None:
-        """Look for the weights, and publish the metrics' container."""
+        """Look for the weights and the data, and publish the metrics' container."""
         super().init(learner)
-        learner.weights[self.model]
+        if self.bank is not None:
+            loader(self.bank)
 
     def measure(self, learner: Any) -> Mapping[str, Any]:
         """Give the share of held-out rows classified rightly."""
@@ -297,7 +310,6 @@ class LinearProbe(HeldOut):
     def init(self, learner: Any) -> None:
         """Look for the weights, publish the metrics' container, and begin anew."""
         super().init(learner)
-        learner.weights[self.model]
         self._probe = self._stepper = None
 
     @on(StepEnd, AbstractTrainingPhase)

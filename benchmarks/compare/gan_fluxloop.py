@@ -1,0 +1,40 @@
+"""A DCGAN with fluxloop, in a step of one's own."""
+
+from functools import partial
+
+import torch
+from common import BETAS, DECAY, EPOCHS, FOLDER, GAN_LR, NOISE, gan_setup
+from torch.nn.functional import softplus
+
+from fluxloop import EMA, Learner, SampleImages, TrainingPhase, runstep
+
+gen, disc, loader = gan_setup()
+
+
+# --- counted ---
+class GAN(TrainingPhase):
+    def step(self, learner, batch):
+        gen, disc = learner.model
+        with runstep(learner, self, real=batch) as (_, state):
+            state.fake = gen(torch.randn(len(state.real), NOISE, device=state.real.device))
+            with learner.optimizing("disc") as block:
+                block.loss = softplus(-disc(state.real)).mean() + softplus(disc(state.fake.detach())).mean()
+            with learner.optimizing("gen") as block:
+                block.loss = softplus(-disc(state.fake)).mean()
+
+
+adam = partial(torch.optim.Adam, lr=GAN_LR, betas=BETAS)
+callbacks = [
+    EMA("gen", DECAY),
+    SampleImages("gen@ema", inputs=torch.randn(64, NOISE), folder=FOLDER),
+]
+learner = Learner({"gen": gen, "disc": disc}, data=(loader,), optimizer=adam, callbacks=callbacks)
+learner.fit(EPOCHS, phases=[GAN()])
+# --- end ---
+
+lacks = ("gradient clipping", "learning-rate schedules", "checkpoints")
+result = {
+    "weights": {"gen": gen, "disc": disc, "average": learner.weights["gen@ema"]},
+    "losses": {name: learner.history[f"training/loss_{name}"][-1] for name in ("disc", "gen")},
+    "grid": FOLDER / f"gen@ema-{EPOCHS:04d}.png",
+}

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import batch_norm
+
+from fluxloop.losses import barlow_twins_loss, vicreg_loss
+
+seeds = st.integers(0, 999)
+FEW = settings(max_examples=25, deadline=None)
+
+
+def rows(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def assert_same_with_gradients(found: Callable[..., Tensor], expected: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Compare two functions of tensors: what they give, and the gradient with respect to each input."""
+    inputs = tuple(tensor.clone().requires_grad_() for tensor in inputs)
+    a, b = found(*inputs), expected(*inputs)
+    assert a.shape == ()
+    torch.testing.assert_close(a, b)
+    for one, other in zip(*(torch.autograd.grad(value, inputs) for value in (a, b)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def mean(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).sum() / len(values)
+
+
+# Barlow Twins
+
+
+def barlow_by_entries(z1: Tensor, z2: Tensor, weight: float) -> Tensor:
+    """Write the loss entry by entry of the cross-correlation."""
+    n, d = z1.shape
+    total = torch.zeros((), dtype=z1.dtype)
+    for i in range(d):
+        for j in range(d):
+            a, b = list(z1[:, i]), list(z2[:, j])
+            middle_a, middle_b = mean(a), mean(b)
+            spread_a = (mean([(x - middle_a) ** 2 for x in a]) + 1e-5).sqrt()
+            spread_b = (mean([(x - middle_b) ** 2 for x in b]) + 1e-5).sqrt()
+            c = mean([(a[r] - middle_a) / spread_a * (b[r] - middle_b) / spread_b for r in range(n)])
+            total = total + ((1 - c) ** 2 if i == j else weight * c**2)
+    return total
+
+
+@FEW
+@given(n=st.integers(1, 5), d=st.integers(1, 4), weight=st.sampled_from([0.0, 5e-3, 1.0]), seed=seeds)
+def test_barlow_twins_equals_the_sum_over_the_entries_of_the_correlation(
+    n: int, d: int, weight: float, seed: int
+) -> None:
+    assert_same_with_gradients(
+        lambda a, b: barlow_twins_loss(a, b, weight),
+        lambda a, b: barlow_by_entries(a, b, weight),
+        rows(seed, n, d),
+        rows(seed + 1, n, d),
+    )
+
+
+def test_barlow_twins_standardises_as_batch_norm_without_weights_does() -> None:
+    z1, z2 = rows(0, 7, 5), 3 * rows(1, 7, 5) + 2
+    a, b = (batch_norm(z, None, None, training=True) for z in (z1, z2))
+    c = a.T @ b / 7
+    expected = (c.diagonal() - 1).pow(2).sum() + 0.01 * (c.pow(2).sum() - c.diagonal().pow(2).sum())
+    torch.testing.assert_close(barlow_twins_loss(z1, z2, 0.01), expected)
+
+
+def test_barlow_twins_of_equal_uncorrelated_dimensions_is_nearly_zero() -> None:
+    z = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    assert barlow_twins_loss(z, z, 1.0).item() == pytest.approx(0, abs=1e-8)
+    assert barlow_twins_loss(z, -z, 1.0).item() == pytest.approx(2 * 2**2, rel=1e-4)
+    assert barlow_twins_loss(z, z.flip(1), 1.0).item() == pytest.approx(2 + 2, rel=1e-4)
+
+
+def test_barlow_twins_weighs_the_correlations_beside_the_diagonal_as_the_paper_by_default() -> None:
+    z1, z2 = rows(0, 6, 3), rows(1, 6, 3)
+    assert barlow_twins_loss(z1, z2).item() == barlow_twins_loss(z1, z2, 0.005).item()
+
+
+def test_barlow_twins_of_rows_that_are_all_the_same_has_a_finite_gradient() -> None:
+    z = torch.ones(5, 3, requires_grad=True)
+    loss = barlow_twins_loss(z, z)
+    loss.backward()
+    assert loss.item() == 3  # no dimension correlates with itself
+    assert z.grad.isfinite().all()
+
+
+# VICReg
+
+
+def vicreg_by_entries(z1: Tensor, z2: Tensor, invariance: float, variance: float, covariance: float) -> Tensor:
+    """Write equations 1 to 6 of VICReg in loops, with the factors of the paper's code."""
+    n, d = z1.shape
+    distance = sum((z1[r, i] - z2[r, i]) ** 2 for r in range(n) for i in range(d)) / (n * d)
+    hinge = together = torch.zeros((), dtype=z1.dtype)
+    for z in (z1, z2):
+        middles = [mean(list(z[:, i])) for i in range(d)]
+        for i in range(d):
+            for j in range(d):
+                c = sum((z[r, i] - middles[i]) * (z[r, j] - middles[j]) for r in range(n)) / (n - 1)
+                if i == j:
+                    hinge = hinge + (1 - (c + 1e-4).sqrt()).clamp(min=0) / d / 2
+                else:
+                    together = together + c**2 / d
+    return invariance * distance + variance * hinge + covariance * together
+
+
+@FEW
+@given(
+    n=st.integers(2, 5),
+    d=st.integers(1, 4),
+    weights=st.sampled_from([(25.0, 25.0, 1.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)]),
+    seed=seeds,
+)
+def test_vicreg_equals_the_sums_over_rows_and_dimensions(
+    n: int, d: int, weights: tuple[float, float, float], seed: int
+) -> None:
+    assert_same_with_gradients(
+        lambda a, b: vicreg_loss(a, b, *weights),
+        lambda a, b: vicreg_by_entries(a, b, *weights),
+        rows(seed, n, d),
+        rows(seed + 1, n, d),
+    )
+
+
+def test_vicregs_covariances_are_those_of_torch() -> None:
+    z1, z2 = rows(0, 9, 4), rows(1, 9, 4)
+    expected = torch.zeros((), dtype=torch.float64)
+    for z in (z1, z2):
+        c = torch.cov(z.T)
+        expected = expected + (c - c.diag().diag()).pow(2).sum() / 4
+    torch.testing.assert_close(vicreg_loss(z1, z2, 0, 0, 1), expected)
+
+
+def test_vicregs_weights_are_those_of_the_paper_by_default() -> None:
+    z1, z2 = rows(0, 6, 3), rows(1, 6, 3)
+    assert vicreg_loss(z1, z2).item() == vicreg_loss(z1, z2, 25, 25, 1).item()
+
+
+def test_vicreg_of_varied_uncorrelated_equal_views_is_zero() -> None:
+    z = 2 * torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    assert vicreg_loss(z, z).item() == 0
+
+
+def test_vicreg_of_rows_that_are_all_the_same_pushes_by_its_variance_alone_with_a_finite_gradient() -> None:
+    z = torch.ones(5, 3, requires_grad=True)
+    loss = vicreg_loss(z, z)
+    loss.backward()
+    assert loss.item() == pytest.approx(25 * (1 - math.sqrt(1e-4)))
+    assert z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", [barlow_twins_loss, vicreg_loss])
+def test_single_and_double_precision_agree(loss: Callable[..., Tensor]) -> None:
+    z1, z2 = rows(0, 16, 8), rows(1, 16, 8)
+    single = loss(z1.float(), z2.float())
+    assert single.dtype == torch.float32
+    assert single.item() == pytest.approx(loss(z1, z2).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [barlow_twins_loss, vicreg_loss])
+def test_the_views_may_be_swapped_and_are_not_changed(loss: Callable[..., Tensor]) -> None:
+    z1, z2 = rows(0, 6, 4), rows(1, 6, 4)
+    before = torch.get_rng_state(), z1.clone(), z2.clone()
+    torch.testing.assert_close(loss(z1, z2), loss(z2, z1))
+    assert all(map(torch.equal, (torch.get_rng_state(), z1, z2), before))

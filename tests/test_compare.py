@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import importlib.util
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fluxloop
+from fluxloop import KNNProbe, Learner, LossError
+
+ROOT = Path(__file__).parents[1]
+COMPARE = ROOT / "benchmarks" / "compare"
+PAGE = (ROOT / "docs" / "compare.md").read_text()
+EPOCHS = 2
+
+TARGETS = {"gan": 20, "byol": 24, "simclr": 16}
+TO_COME = {"gradient clipping": "GradientClip", "learning-rate schedules": "LRScheduler", "checkpoints": "Checkpointer"}
+
+
+def load_run() -> Any:
+    spec = importlib.util.spec_from_file_location("compare_run", COMPARE / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+run = load_run()
+
+
+@cache
+def trained(task: str, framework: str) -> Any:
+    """What a version that needs nothing else installed trained; plain PyTorch without what fluxloop lacks."""
+    return run.run_version(task, framework, epochs=EPOCHS, in_full=False)
+
+
+@pytest.mark.parametrize("framework", ["fluxloop", "fluxloop_phase"])
+@pytest.mark.parametrize("task", run.TASKS)
+def test_a_version_for_fluxloop_trains_the_same_bits_as_plain_pytorch(task: str, framework: str) -> None:
+    ours, plain = trained(task, framework), trained(task, "torch")
+    assert run.check_same(ours, plain, task) == "same bits"
+    assert set(ours.updates.values()) == {EPOCHS * 11}
+
+
+@pytest.mark.parametrize("task", ["byol", "simclr"])
+def test_both_measure_the_same_features(task: str) -> None:
+    assert trained(task, "fluxloop").scores["knn"] == pytest.approx(trained(task, "torch").scores["knn"])
+    assert trained(task, "fluxloop").scores.keys() == trained(task, "torch").scores.keys()
+
+
+def test_the_averaged_generator_is_another_than_the_live_one() -> None:
+    weights = trained("gan", "fluxloop").weights
+    assert not torch.equal(weights["average"]["1.weight"], weights["gen"]["1.weight"])
+
+
+def test_every_version_of_the_gan_draws_a_grid_per_epoch() -> None:
+    for framework in ("torch", "fluxloop", "fluxloop_phase"):
+        assert sum(name.endswith(".png") for name in trained("gan", framework).files) == EPOCHS
+
+
+def test_training_the_networks_takes_clipping_and_the_schedule_into_account() -> None:
+    whole, without = (run.run_version("gan", "torch", epochs=1, in_full=in_full) for in_full in (True, False))
+    assert run.farthest(whole, without, {"gen", "disc"}) > 1e-4
+
+
+def test_versions_that_trained_something_else_are_told_apart() -> None:
+    longer = run.run_version("simclr", "fluxloop", epochs=EPOCHS + 1)
+    with pytest.raises(SystemExit, match=r"simclr: updates \{'model': 33\}, plain PyTorch \{'model': 22\}"):
+        run.check_same(longer, trained("simclr", "torch"), "simclr")
+
+
+def test_the_probes_of_byol_leave_the_networks_as_they_are() -> None:
+    source = run.path_of("byol", "fluxloop").read_text()
+    bare = re.sub(r"    (LinearProbe|KNNProbe)\(.*\),\n", "", source)
+    bare = re.sub(r'    "scores": \{.*?\},\n\}', "}", bare, flags=re.DOTALL)
+    assert "Probe(" not in bare
+    alone, watched = run.run_version("byol", "fluxloop", epochs=EPOCHS, source=bare), trained("byol", "fluxloop")
+    assert run.farthest(alone, watched, set(watched.weights)) == 0
+
+
+def test_a_forgotten_detach_is_reported() -> None:
+    source = run.path_of("gan", "fluxloop").read_text().replace(".detach()", "")
+    with pytest.raises(RuntimeError, match=r"loss of optimizer 'disc' also reaches .* step\.fake"):
+        run.run_version("gan", "fluxloop", epochs=1, source=f"{source}\nraise RuntimeError(learner.check()[0])\n")
+
+
+def test_a_loss_that_cannot_train_its_network_is_an_error() -> None:
+    source = run.path_of("gan", "fluxloop").read_text()
+    detached = source.replace("softplus(-disc(state.fake))", "softplus(-disc(state.fake.detach()))")
+    with pytest.raises(
+        LossError, match="no gradient can be computed from the loss of optimizer 'gen': it was detached"
+    ):
+        run.run_version("gan", "fluxloop", epochs=1, source=detached)
+
+
+def test_a_neighbours_bank_may_be_a_loader() -> None:
+    rows = torch.randn(40, 4), torch.arange(40) % 2
+    loader = DataLoader(TensorDataset(*rows), batch_size=8)
+    probe = KNNProbe("model", bank=loader, queries=loader, k=1)
+    learner = Learner(nn.Linear(4, 2), nn.functional.cross_entropy, data=(rows,), callbacks=[probe])
+    learner.fit(1)
+    assert learner.history["validation/knn_model"] == [1.0]
+
+
+# What the page says
+
+
+def test_lines_are_counted_without_blanks_comments_docstrings_and_imports() -> None:
+    source = '''
+"""Not counted."""
+import os
+from pathlib import (
+    Path,
+)
+
+
+# not counted
+class A:  # counted
+    """Not
+    counted."""
+
+    text = """counted
+
+    counted"""
+
+    def f(self):
+        "not counted"
+        # not counted
+        return [
+            1,
+        ]
+'''
+    assert run.count_lines(source) == 7
+
+
+def test_the_page_states_the_lines_that_are_counted() -> None:
+    assert run.line_table() in PAGE
+    for (task, framework), count in run.counts().items():
+        name = run.path_of(task, framework).name
+        stated = re.findall(rf"\[`{name}`\]\(\.\./benchmarks/compare/{name}\), (\d+) lines", PAGE)
+        assert stated in ([], [str(count)]), name
+
+
+def test_every_block_of_the_page_is_the_counted_part_of_its_file() -> None:
+    blocks = re.findall(r"\[`(\w+\.py)`\][^\n]*\n\n```(\w+)\n(.*?)\n```", PAGE, re.DOTALL)
+    assert len(blocks) == len(re.findall("^```py", PAGE, re.MULTILINE))
+    for name, language, code in blocks:
+        assert language == "py"  # run.py and these tests run the file itself
+        assert code == run.region((COMPARE / name).read_text()), name
+    shown = {name for name, _, _ in blocks}
+    assert shown >= {f"{t}_{f}.py" for t in ("gan", "byol") for f in ("fluxloop", "torch", "lightning", "ignite")}
+
+
+@pytest.mark.parametrize("task", run.TASKS)
+def test_a_step_of_ones_own_stays_within_its_lines_with_what_is_to_come(task: str) -> None:
+    assert run.counts()[task, "fluxloop"] + len(run.lacking(task, "fluxloop")) <= TARGETS[task]
+
+
+@pytest.mark.parametrize("task", run.TASKS)
+def test_what_a_version_is_said_to_lack_is_not_there_yet(task: str) -> None:
+    for framework in ("fluxloop", "fluxloop_phase"):
+        lacking = run.lacking(task, framework)
+        assert set(lacking) == {part for part, name in TO_COME.items() if not hasattr(fluxloop, name)} - (
+            {"gradient clipping"} if task != "gan" else set()
+        )
+        assert all(part in PAGE for part in lacking)
+
+
+@pytest.mark.parametrize(
+    ("task", "parts"),
+    [
+        ("gan", "epoch gen disc ema opt_d opt_g sched_d sched_g"),
+        ("byol", "epoch step models optimizer probe_optimizer schedule"),
+        ("simclr", "epoch model optimizer schedule"),
+    ],
+)
+def test_the_checkpoint_of_plain_pytorch_holds_all_that_trains(task: str, parts: str, tmp_path: Path) -> None:
+    copied = tmp_path / "last.pt"
+    copying = f'\n(FOLDER / "last.pt").rename({str(copied)!r})\nresult.pop("checkpoint")\n'
+    run.run_version(task, "torch", epochs=1, source=run.path_of(task, "torch").read_text() + copying)
+    assert " ".join(torch.load(copied)) == parts
