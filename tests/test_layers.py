@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "errors",
         "events",
+        "images",
         "losses.adversarial",
         "losses.contrastive",
         "losses.distillation",
@@ -106,10 +107,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "callbacks.feature_stats",
         "fit",
     ),
-    ("callbacks",),
-    ("inference",),
-    ("check",),
-    ("learner",),
+    (
+        "callbacks",
+    ),
+    (
+        "inference",
+    ),
+    (
+        "check",
+    ),
+    (
+        "learner",
+    ),
     (
         "",
         "testing",
