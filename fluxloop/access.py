@@ -56,9 +56,9 @@ def parse(path: str, callback: str) -> Path:
             f"{', '.join(ROOTS)}{did_you_mean(parts[0] if parts else '', ROOTS)}"
         )
     view = path.rpartition("@")[2] if "@" in path else ""
-    if view and parts[0] == "model":
+    if view and parts[0] == "model" and path.count("@") == 1:
         return (f"model@{view}", *parts[1:])
-    if "@" in path:
+    if "@" in path:  # elsewhere than once at the end of a path of weights
         raise CallbackError(
             f"{callback} declares the path {path!r}; expected the name of a view after the '@', at the end of a "
             "path of weights: 'model.G@ema'"
@@ -73,6 +73,15 @@ def weights_path(name: str) -> str:
     ('model.G@ema', 'model', 'model.G')
     """
     return name if re.split(r"[.@]", name)[0] == "model" else f"model.{name}"
+
+
+def keeper(name: str, view: str) -> str:
+    """Write the callback that keeps a view of weights.
+
+    >>> keeper("G", "ema"), keeper("G", "slow")
+    ("EMA('G', 0.999)", "EMA('G', 0.999, view='slow')")
+    """
+    return f"EMA({name!r}, 0.999{'' if view == 'ema' else f', view={view!r}'})"
 
 
 def dotted(path: Path) -> str:

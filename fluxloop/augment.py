@@ -34,7 +34,7 @@ class TwoViews:
 
     def __call__(self, xs: Any) -> tuple[Any, Any]:
         """Give the two views."""
-        return self.transform(xs), (self.second or self.transform)(xs)
+        return self.transform(xs), (self.transform if self.second is None else self.second)(xs)
 
 
 @frozen
@@ -117,19 +117,25 @@ def random_affine(
 
     Returns:
         Shape (N, C, size, size) or (C, size, size); what comes from outside is 0.
+
+    Raises:
+        TypeError: The images are of whole numbers.
     """
     if images.ndim == 3:
         batch = images.unsqueeze(0)
         return random_affine(batch, degrees=degrees, translate=translate, scale=scale, size=size).squeeze(0)
+    if not images.is_floating_point():
+        raise TypeError(f"random_affine was given images of {images.dtype}; expected floating point: images.float()")
     n, device = len(images), images.device
     angle, factor, dx, dy = torch.rand(4, n, device=device, dtype=images.dtype)
     angle = (2 * angle - 1) * math.radians(degrees)
     factor = scale[0] + (scale[1] - scale[0]) * factor
     cos, sin = angle.cos() / factor, angle.sin() / factor
-    theta = torch.stack([cos, -sin, (2 * dx - 1) * 2 * translate, sin, cos, (2 * dy - 1) * 2 * translate], dim=1).view(
-        n, 2, 3
-    )
-    height, width = (size, size) if size is not None else images.shape[2:]
+    right, down = (2 * (2 * move - 1) * translate for move in (dx, dy))
+    tall, wide = images.shape[2:]  # the map is in shares of each side: an angle is not, where they differ
+    rows = [cos, -sin * tall / wide, right, sin * wide / tall, cos, down]
+    theta = torch.stack(rows, dim=1).view(n, 2, 3)
+    height, width = (size, size) if size is not None else (tall, wide)
     grid = affine_grid(theta, [n, images.shape[1], height, width], align_corners=False)
     return grid_sample(images, grid, align_corners=False)
 

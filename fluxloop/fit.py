@@ -23,7 +23,7 @@ from fluxloop.errors import (
 from fluxloop.events import CycleBegin, CycleEnd, FitBegin, FitEnd
 from fluxloop.feed import Feed, untouched
 from fluxloop.history import History
-from fluxloop.loop import Scope
+from fluxloop.loop import Scope, check_view
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.randomness import preserved
@@ -146,12 +146,7 @@ def check_phase(phase: object) -> None:
 def check_runs(learner: Learner, phase: Phase) -> None:
     """Raise what keeps a learner from running a phase, before anything is changed."""
     check_phase(phase)
-    if phase.model_view:
-        if phase.gradients:
-            raise PhaseError(
-                f"{phase!r} has gradients and runs the weights '@{phase.model_view}'; a view is not trained"
-            )
-        learner.weights.view(phase.model_view)
+    check_view(learner, phase)
     phase.check(learner)
 
 

@@ -13,7 +13,7 @@ from itertools import combinations
 
 from attrs import frozen
 
-from fluxloop.access import Access, Path, dotted, overlap
+from fluxloop.access import Access, Path, dotted, keeper, overlap
 from fluxloop.callback import (
     Callback,
     NoConflict,
@@ -306,10 +306,9 @@ def check_producers(nodes: list[Node]) -> None:
     for node in nodes:
         for path in node.access.reads:
             if "@" in "".join(path[:1]) and not any(overlap(path, w) for w in written):
-                name = ".".join(path[1:]) or "model"
                 raise MissingProducerError(
                     f"{node.id} reads '{dotted(path)}', which no callback writes; add what keeps that view, such as "
-                    f"EMA({name!r}, 0.999)"
+                    f"{keeper('.'.join(path[1:]) or 'model', path[0].partition('@')[2])}"
                 )
             if path[:1] == ("cbstate",) and len(path) > 1 and not any(overlap(path, w) for w in written):
                 known = set(_providers(path, Callback))

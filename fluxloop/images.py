@@ -53,7 +53,7 @@ def save_image(grid: Tensor, path: Path, *, zoom: int = 0) -> None:
     pixels = grid.permute(1, 2, 0).contiguous()
     _, height, width = grid.shape
     mode = "L" if len(grid) == 1 else "RGB"
-    image = pillow().frombytes(mode, (width, height), bytes(pixels.flatten().tolist()))
+    image = pillow().frombytes(mode, (width, height), bytes(pixels.flatten().untyped_storage()))
     times = zoom or max(1, round(500 / min(height, width)))
     path.parent.mkdir(parents=True, exist_ok=True)
     image.resize((width * times, height * times), resample=0).save(path)

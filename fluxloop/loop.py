@@ -144,7 +144,7 @@ class runstep(Scope):  # noqa: N801 - used like a function
         try:
             learner.scope = self
             if phase.model_view and (outer is None or outer.phase is not phase):
-                show_weights(self, learner, phase.model_view)
+                show_weights(self, learner, phase)
             if self._grad_enabled is not gradients:
                 torch.set_grad_enabled(gradients)
             learner.accelerator.place(state.__dict__)
@@ -253,7 +253,7 @@ class runepoch(Scope):  # noqa: N801 - used like a function
         self.defer(lambda: torch.set_grad_enabled(enabled))
         torch.set_grad_enabled(self.phase.gradients)
         if self.phase.model_view:
-            show_weights(self, learner, self.phase.model_view)
+            show_weights(self, learner, self.phase)
 
     def _leave(self, error: BaseException | None, ends: bool) -> None:
         learner = self._learner
@@ -280,14 +280,31 @@ class runepoch(Scope):  # noqa: N801 - used like a function
             self.close(error)
 
 
-def show_weights(scope: Scope, learner: Learner, view: str) -> None:
+def check_view(learner: Learner, phase: Phase) -> None:
+    """Raise for a phase that runs a view of the weights which there is not, or trains it.
+
+    Raises:
+        PhaseError: No model has that view, or the phase has gradients.
+    """
+    if phase.model_view:
+        if phase.gradients:
+            raise PhaseError(
+                f"{phase!r} has gradients and runs the weights '@{phase.model_view}'; a view is not trained"
+            )
+        learner.weights.view(phase.model_view)
+
+
+def show_weights(scope: Scope, learner: Learner, phase: Phase) -> None:
     """Have ``learner.model`` be a view of the weights until the scope ends; the live ones are not touched.
 
     Raises:
-        PhaseError: No model has that view.
+        PhaseError: No model has that view, or the phase has gradients.
     """
-    shown, kept = learner.weights.view(view), learner.model
+    check_view(learner, phase)
+    shown, kept = learner.weights.view(phase.model_view), learner.model
+    copies = list(learner.weights.copies(phase.model_view).values())
     scope.defer(lambda: setattr(learner, "model", kept))
+    scope.defer(switch_modes(copies, phase.train_mode))
     learner.model = shown
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Mapping
+from itertools import chain
 from keyword import iskeyword
 from typing import Any
 
@@ -68,5 +69,5 @@ def like(model: Any, values: dict[str | None, Any]) -> Any:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Give the device of a module's first parameter, the CPU where it has none."""
-    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    """Give the device of a module's first parameter or buffer, the CPU where it has none."""
+    return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), torch.device("cpu"))

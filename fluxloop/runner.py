@@ -65,7 +65,7 @@ class Callbacks:
         graph = CallbackGraph(callbacks)
         known = [id(node.callback.unwrapped) for node in self._graph.nodes]
         before = self._graph, self._views
-        shared = dict(vars(self._learner.cbstate))
+        shared, views = dict(vars(self._learner.cbstate)), dict(self._learner.weights.views)
         self._graph = graph
         self._views = {
             node.id: make_view(node.access, self._learner) if node.is_safe else self._learner for node in graph.nodes
@@ -79,8 +79,15 @@ class Callbacks:
             self._graph, self._views = before
             vars(self._learner.cbstate).clear()
             vars(self._learner.cbstate).update(shared)
+            self._learner.weights.views = views
             self.forget()
             raise
+        kept = {path for node in graph.nodes for path in node.access.writes}
+        for path in {
+            path for node in before[0].nodes for path in node.access.writes if "@" in "".join(path[:1])
+        } - kept:
+            if dotted(path) in self._learner.weights:  # nobody keeps that view any more
+                del self._learner.weights[dotted(path)]
 
     def _init(self, node: Node) -> None:
         init: Callable[..., None] = node.callback.init
@@ -158,13 +165,13 @@ class Callbacks:
         return [node.id for node in self._graph.nodes]
 
     def writers(self, path: str) -> list[str]:
-        """List the ids of the callbacks that declare to write a path, or something below it.
+        """List the ids of the callbacks that declare to write all of a path: it, or what it is a part of.
 
         Raises:
             CallbackError: The path has an unknown root.
         """
         wanted = parse(path, "writers")
-        return [node.id for node in self._graph.nodes if any(covers(wanted, w) for w in node.access.writes)]
+        return [node.id for node in self._graph.nodes if any(covers(w, wanted) for w in node.access.writes)]
 
     @property
     def digest(self) -> str:

@@ -353,6 +353,12 @@ class _NotingWeights:
         self._traced.reads_seen.add(parse(weights_path(name), "infer_access"))
         return self._weights[name]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
     def __setitem__(self, name: str, module: nn.Module) -> None:
         self._traced.writes_seen.add(parse(weights_path(name), "infer_access"))
         self._weights[name] = module

@@ -86,6 +86,11 @@ def look_up(value: Any, name: str) -> Any:
         raise
 
 
+def live_models(learner: Any) -> Any:
+    """Give what the path ``model`` is: the live models, also while a phase runs a view of them."""
+    return learner.weights.given
+
+
 SERVICES = ("defer", "host")
 
 
@@ -106,7 +111,7 @@ def _generate(access: Access, path: Path, fetch: Callable[[Any], Any]) -> type[V
             if whole in (("step",), ("cbstate",)):
                 return Undeclared(access, whole)
             raise access.refuse(whole, "read")
-        value = look_up(fetch(self._learner), name)
+        value = live_models(self._learner) if whole == ("model",) else look_up(fetch(self._learner), name)
         return value if access.allows(whole, "write") else guarded(value, whole, access)
 
     def assign(self: View, name: str, value: Any) -> None:
@@ -169,6 +174,9 @@ def _property(access: Access, path: Path, fetch: Callable[[Any], Any]) -> proper
 
     def get(learner: Any) -> Any:
         return look_up(fetch(learner), name)
+
+    if path == ("model",):
+        get = live_models
 
     if access.allows(path, "write"):
         return property(lambda self: get(self._learner))

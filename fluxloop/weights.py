@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from fluxloop.access import Access, parse, weights_path
-from fluxloop.errors import ModelError, PhaseError, describe, did_you_mean
+from fluxloop.access import Access, Path, keeper, parse, weights_path
+from fluxloop.errors import CallbackError, ModelError, PhaseError, describe, did_you_mean
 from fluxloop.models import like
 from fluxloop.state import Container
 
@@ -18,9 +18,9 @@ Models = dict[str | None, nn.Module]
 class Weights(Container):
     """The weights of a learner by name: ``learner.weights["G@ema"]``.
 
-    A name is that of a model (``"model"`` for a single one), of a part of one (``"encoder.0"``),
-    or either with ``@`` and the name of a view, which is another module: the averaged copy that
-    `EMA` keeps. Nothing ever puts one in the place of another.
+    A name is that of a model (``"model"`` for a single one) or of a part of one (``"encoder.0"``),
+    also written as a path (``"model.encoder.0"``). With ``@`` and the name of a view it is another
+    module: the averaged copy that `EMA` keeps. Nothing ever puts one in the place of another.
 
     Args:
         models: The learner's models by name, None for a single one.
@@ -30,7 +30,8 @@ class Weights(Container):
     def __init__(self, models: Models, given: Any) -> None:
         self._models = models
         self._given = given
-        self._views: dict[str, nn.Module] = {}
+        self.views: dict[tuple[str, Path], nn.Module] = {}
+        """By the view's name and the way from the models."""
 
     def __getitem__(self, name: str) -> nn.Module:
         """Give the module of a name.
@@ -38,17 +39,16 @@ class Weights(Container):
         Raises:
             ModelError: There is none.
         """
-        base, at, view = canonical(name).partition("@")
-        if not at:
-            return self._live(base)
-        for whole, module in self._views.items():
-            owner, _, kept = whole.partition("@")
-            if kept == view and (base == owner or owner == "model" or base.startswith(f"{owner}.")):
-                part = base if owner == "model" != base else base[len(owner) + 1 :]
-                return submodule(module, part, name)
+        view, parts = self._read(name)
+        if not view:
+            return self._live(parts, name)
+        owners = [owner for kept, owner in self.views if kept == view and parts[: len(owner)] == owner]
+        if owners:
+            owner = max(owners, key=len)
+            return submodule(self.views[view, owner], ".".join(parts[len(owner) :]), name)
         raise ModelError(
-            f"there are no weights {name!r}; the views are {sorted(self._views) or 'none'}: a callback such as "
-            f"EMA({base!r}, 0.999) keeps '{base}@ema'"
+            f"there are no weights {name!r}; the views are {self._view_names() or 'none'}: a callback such as "
+            f"{keeper(name.partition('@')[0], view)} keeps {name!r}"
         )
 
     def __setitem__(self, name: str, module: nn.Module) -> None:
@@ -57,23 +57,66 @@ class Weights(Container):
         Raises:
             ModelError: The name is no view's, or there are no weights to be a view of.
         """
-        name = canonical(name)
-        base, at, view = name.partition("@")
-        if not at or not view.isidentifier():
-            raise ModelError(f"weights {name!r} were assigned; expected the name of a view, such as '{base}@ema'")
+        view, parts = self._read(name)
+        if not view.isidentifier():
+            raise ModelError(f"weights {name!r} were assigned; expected the name of a view, such as 'G@ema'")
         if not isinstance(module, nn.Module):
             raise ModelError(f"weights {name!r} were assigned {describe(module)}; expected a torch.nn.Module")
-        self._live(base)
-        self._views[name] = module
+        self._live(parts, name)
+        self.views[view, parts] = module
 
-    def _live(self, base: str) -> nn.Module:
+    def __delitem__(self, name: str) -> None:
+        """Forget a view."""
+        del self.views[self._read(name)]
+
+    def _read(self, name: str) -> tuple[str, Path]:
+        """Split a name into its view ("" for the live weights) and the way from the learner's models.
+
+        Raises:
+            ModelError: It is no name of weights.
+        """
+        try:
+            root, *parts = parse(weights_path(name), "weights")
+        except CallbackError as error:
+            raise ModelError(
+                f"weights {name!r} were asked for; expected a name such as 'G', 'encoder.0' or 'G@ema'"
+            ) from error
+        if "model" in self._models and (not parts or parts[0] not in self._models):
+            parts = ["model", *parts]  # one of several models is called so
+        return root.partition("@")[2], tuple(parts)
+
+    def _live(self, parts: Path, name: str) -> nn.Module:
         if None in self._models:
-            return submodule(self._models[None], "" if base == "model" else base, base)
-        first, _, rest = base.partition(".")
-        if first not in self._models:
-            known = [str(name) for name in self._models]
-            raise ModelError(f"there are no weights {base!r}; the models are {known}{did_you_mean(first, known)}")
-        return submodule(self._models[first], rest, base)
+            return submodule(self._models[None], ".".join(parts), name)
+        if not parts or parts[0] not in self._models:
+            known = [str(known) for known in self._models]
+            raise ModelError(
+                f"there are no weights {name!r}; the models are {known}{did_you_mean(parts[0] if parts else '', known)}"
+            )
+        return submodule(self._models[parts[0]], ".".join(parts[1:]), name)
+
+    @property
+    def given(self) -> Any:
+        """The live models as the learner holds them, whatever view a phase runs."""
+        return self._given
+
+    def _view_names(self) -> list[str]:
+        return [f"{'.'.join(parts) or 'model'}@{view}" for view, parts in self.views]
+
+    def copies(self, view: str) -> dict[str | None, nn.Module]:
+        """Give the models that have a view, by name, and that view of each.
+
+        Raises:
+            PhaseError: None of them has it.
+        """
+        paths: dict[str | None, Path] = {name: () if name is None else (str(name),) for name in self._models}
+        found = {name: self.views[view, path] for name, path in paths.items() if (view, path) in self.views}
+        if not found:
+            raise PhaseError(
+                f"a phase runs the weights '@{view}', and there are {self._view_names() or 'none'}; keep them with a "
+                f"callback: {keeper(str(next(iter(self._models)) or 'model'), view)}"
+            )
+        return found
 
     def view(self, view: str) -> Any:
         """Arrange the models as the learner holds them, each that has this view by its view.
@@ -81,13 +124,7 @@ class Weights(Container):
         Raises:
             PhaseError: None of them has it.
         """
-        names = {name: "model" if name is None else str(name) for name in self._models}
-        found = {name: self._views[f"{n}@{view}"] for name, n in names.items() if f"{n}@{view}" in self._views}
-        if not found:
-            raise PhaseError(
-                f"a phase runs the weights '@{view}', and there are {sorted(self._views) or 'none'}; keep them with a "
-                f"callback: EMA({next(iter(names.values()))!r}, 0.999)"
-            )
+        found = self.copies(view)
         if hasattr(self._given, "_fields"):
             return self._given._replace(**{str(name): module for name, module in found.items()})
         return like(self._given, {**self._models, **found})
@@ -102,7 +139,7 @@ class Weights(Container):
     def __iter__(self) -> Iterator[str]:
         """Give the names of models and views."""
         yield from ("model" if name is None else str(name) for name in self._models)
-        yield from self._views
+        yield from self._view_names()
 
     def __repr__(self) -> str:
         return f"Weights({', '.join(self)})"
@@ -128,10 +165,8 @@ class DeclaredWeights:
     def __contains__(self, name: str) -> bool:
         return name in self._weights
 
-
-def canonical(name: str) -> str:
-    """Leave out the ``model.`` that a path begins with."""
-    return name[len("model.") :] if name.startswith("model.") else name
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
 
 
 def submodule(module: nn.Module, path: str, name: str) -> nn.Module:

@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import Rows, digits, parse, write_result
+from common import digits, parse, write_result
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from fluxloop import AutoencoderPhase, Learner, ObjectiveValidationPhase, TensorBatches
 from fluxloop.callbacks.sample_images import image_grid, save_image
@@ -42,32 +43,55 @@ class Autoencoder(nn.Module):
         return self.encoder(images)
 
 
-def neighbors(train: Tensor, train_classes: Tensor, valid: Tensor, valid_classes: Tensor) -> float:
-    """Give the share of held-out rows that their five nearest neighbours classify rightly."""
-    return float(KNeighborsClassifier(5).fit(train, train_classes).score(valid, valid_classes))
+def neighbors(codes: Tensor, classes: Tensor, queries: Tensor, answers: Tensor) -> float:
+    """Give the share of queries that their ten nearest neighbours among the codes classify rightly."""
+    return KNeighborsClassifier(10).fit(codes, classes).score(queries, answers)
 
 
-def scatter(codes: dict[str, Tensor], classes: Tensor, path: Path) -> None:
-    """Draw maps of codes of two numbers, coloured by class."""
-    figure = Figure(figsize=(5 * len(codes), 5), layout="constrained")
-    for axes, (title, code) in zip(figure.subplots(1, len(codes)), codes.items(), strict=True):
-        points = axes.scatter(*code.T, c=classes, cmap="tab10", s=14)
+def draw_maps(maps: dict[str, Tensor], classes: Tensor, path: Path) -> None:
+    """Draw codes of two numbers as points, coloured by class."""
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    for axes, (title, codes) in zip(figure.subplots(1, len(maps)), maps.items(), strict=True):
+        points = axes.scatter(*codes.T, c=classes, cmap="tab10", s=10)
         axes.set(title=title, xticks=[], yticks=[])
     figure.legend(*points.legend_elements(), loc="outside right center")
     figure.savefig(path, dpi=80)
 
 
 def main() -> None:
-    arguments = parse("autoencoder_digits", 100, "Train an autoencoder on scikit-learn's digits.")
+    arguments = parse("autoencoder_digits", 150, "Train an autoencoder on scikit-learn's digits.")
     train, valid = digits()
-    phase = AutoencoderPhase()
+    autoencoder = AutoencoderPhase()
+    validation = ObjectiveValidationPhase(autoencoder)
     learner = Learner(
         Autoencoder(),
         data=(TensorBatches(*train, batch_size=64, shuffle=True), valid),
         optimizer=partial(torch.optim.Adam, lr=1e-3),
         seed=arguments.seed,
     )
-    learner.fit(arguments.epochs, phases=[phase, ObjectiveValidationPhase(phase)])
+    history = learner.fit(arguments.epochs, phases=[autoencoder, validation])
+
+    codes, held_out = learner.predict(train), learner.predict(valid)  # what Autoencoder.predict gives
+    preds = learner.predict(valid, phase=validation)  # what the phase stores: reconstructions
+    rows, held_out_rows = train[0].flatten(1), valid[0].flatten(1)
+    pca = PCA(2).fit(rows)
+    plane, held_out_plane = (torch.tensor(pca.transform(images)) for images in (rows, held_out_rows))
+    write_result(
+        arguments,
+        autoencoder={
+            "training_error": history["training/loss"][-1],
+            "error": learner.evaluate(phase=validation)["loss"],
+            "knn": neighbors(codes, train[1], held_out, valid[1]),
+        },
+        principal_components={
+            "error": float(((pca.inverse_transform(held_out_plane) - held_out_rows.numpy()) ** 2).mean()),
+            "knn": neighbors(plane, train[1], held_out_plane, valid[1]),
+        },
+        pixels={"knn": neighbors(rows, train[1], held_out_rows, valid[1])},
+    )
+    draw_maps({"autoencoder": held_out, "principal components": held_out_plane}, valid[1], arguments.out / "code.png")
+    pair = [pad(image_grid(images[:64]), (0, 3), value=255) for images in (valid[0], preds)]
+    save_image(torch.cat(pair, dim=2), arguments.out / "reconstructions.png")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Train a masked autoencoder on the digits: draw the three quarters of an image that were hidden.
+"""Train a masked autoencoder on the digits: draw the half of an image that was hidden.
 
     python docs/examples/mae_digits.py --epochs 200 --seed 0 --out runs/mae_digits
 
 Writes DIR/result.json (the error where patches were hidden, and what the encoder's features are worth) and
-DIR/reconstructions.png.
+DIR/reconstructions.png (held-out images, what the network sees of them, what it draws).
 """
 
 import copy
@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from common import digits, parse, scores, write_result
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from fluxloop import KNNProbe, Learner, MAEPhase, ObjectiveValidationPhase, TensorBatches
 from fluxloop.callbacks.sample_images import image_grid, save_image
@@ -30,7 +31,7 @@ def transformer(size: int, depth: int) -> nn.Module:
 class Encoder(nn.Module):
     """A transformer over the patches that are there, each with its place."""
 
-    def __init__(self, size: int = 64, depth: int = 3) -> None:
+    def __init__(self, size: int = 64, depth: int = 2) -> None:
         super().__init__()
         self.embed = nn.Linear(PATCH * PATCH, size)
         self.position = nn.Parameter(0.1 * torch.randn(COUNT, size))
@@ -56,17 +57,59 @@ class Decoder(nn.Module):
         return self.head(self.blocks(everywhere + self.position))
 
 
-def whole_image(encoder: nn.Module, images: Tensor) -> Tensor:
-    """Give the mean token of images of which nothing is hidden."""
-    return encoder(patchify(images, PATCH), torch.arange(COUNT).expand(len(images), -1)).mean(1)
-
-
-class Features(nn.Module):
-    """The mean token of an image of which nothing is hidden."""
+class WholeImage(nn.Module):
+    """The features that an encoder has of an image of which nothing is hidden: its mean token."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
 
     def forward(self, images: Tensor) -> Tensor:
-        return whole_image(self.encoder, images)
+        places = torch.arange(COUNT, device=images.device).expand(len(images), -1)
+        return self.encoder(patchify(images, PATCH), places).mean(1)
+
+
+def nearest(train: Tensor, patches: Tensor, mask: Tensor) -> Tensor:
+    """Give for each image the training image that is most like it where nothing is hidden."""
+    errors = (train.unsqueeze(1) - patches).square().sum(-1)  # (training images, images, places)
+    return train[(errors * ~mask).sum(-1).argmin(0)]
+
+
+def main() -> None:
+    arguments = parse("mae_digits", 200, "Train a masked autoencoder on scikit-learn's digits.")
+    train, valid = digits()
+    encoder = Encoder()
+    encoders = {"pixels": None, "random": WholeImage(copy.deepcopy(encoder)), "learned": WholeImage(encoder)}
+
+    mae = MAEPhase(PATCH, mask_ratio=0.5)
+    learner = Learner(
+        {"encoder": encoder, "decoder": Decoder()},
+        data=(TensorBatches(*train, batch_size=128, shuffle=True), TensorBatches(*valid, batch_size=512)),
+        optimizer=partial(torch.optim.AdamW, lr=2e-3),
+        callbacks=[KNNProbe("encoder", features=lambda encoder, images: WholeImage(encoder)(images), every=10)],
+        seed=arguments.seed,
+    )
+    learner.fit(arguments.epochs, phases=[mae, ObjectiveValidationPhase(mae)])
+
+    step = learner.step  # of the last validation, where all held-out images are one batch
+    patches, mask = step.patches, step.mask
+    known = patchify(train[0].to(patches.device), PATCH)
+    guesses = {
+        "mean_patch": known.mean(0).expand_as(patches),
+        "nearest_image": nearest(known, patches, mask),
+        "learned": step.preds,
+    }
+    write_result(
+        arguments,
+        masked_error={name: masked_mse(guess, patches, mask).item() for name, guess in guesses.items()},
+        features={name: scores(train, valid, encoder) for name, encoder in encoders.items()},
+    )
+    hidden = mask.unsqueeze(2)
+    columns = patches, patches.where(~hidden, 0.5), patches.where(~hidden, step.preds)
+    images = [unpatchify(column[:48], PATCH, 8, 8) for column in columns]
+    grids = [pad(image_grid(column, 6, (0, 1)), (0, 3), value=255) for column in images]
+    save_image(torch.cat(grids, dim=2), arguments.out / "reconstructions.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,19 +1,20 @@
 """Learn an embedding of the digits from triplets: an image, another of its class, one of another class.
 
-    python docs/examples/triplet_digits.py --epochs 20 --seed 0 --out runs/triplet_digits
+    python docs/examples/triplet_digits.py --epochs 12 --seed 0 --out runs/triplet_digits
 
-Writes DIR/result.json (how well nearest neighbours classify held-out images by raw pixels, by the
-untrained network's embedding and by the learned one) and DIR/triplet_embedding.png.
+Writes DIR/result.json (how well neighbours classify held-out images by raw pixels, by the untrained
+network's embedding and by the learned one, also for classes that no triplet showed) and
+DIR/triplet_embedding.png.
 """
 
 import copy
 from functools import partial
 
 import torch
-from common import conv_encoder, digits, parse, scores, write_result
+from common import Rows, conv_encoder, digits, features_of, parse, scores, write_result
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn.functional import pairwise_distance
+from torch.nn.functional import normalize, pairwise_distance
 from torch.utils.data import Dataset
 
 from fluxloop import KNNProbe, Learner, Metric, Metrics, ObjectiveValidationPhase, TripletPhase
@@ -36,22 +37,20 @@ class Triplets(Dataset):
         return self.images[row], self.images[positive], self.images[negative]
 
 
+class UnitLength(nn.Module):
+    """Rows of length 1, so that distances compare directions."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Normalise rows, (N, D)."""
+        return normalize(features, dim=1)
+
+
 def in_order(anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     """Give the share of triplets whose positive is nearer than their negative."""
     return (pairwise_distance(anchor, positive) < pairwise_distance(anchor, negative)).float().mean()
 
 
-def plane(features: Tensor) -> Tensor:
-    """Give the first two principal components, (N, 2)."""
-    centred = features.flatten(1) - features.flatten(1).mean(0)
-    return centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
-
-
-def main() -> None:
-    arguments = parse("triplet_digits", 20, __doc__.splitlines()[0])
-    train, test = digits()
-    model = nn.Sequential(conv_encoder(), nn.Linear(256, 16))
-    untrained = copy.deepcopy(model)
+def learn(model: nn.Module, train: Rows, test: Rows, epochs: int, seed: int) -> Learner:
     phase = TripletPhase(margin=1.0)
     learner = Learner(
         model,
@@ -61,15 +60,55 @@ def main() -> None:
             Metrics(Metric(in_order, inputs=("features", "z_positive", "z_negative"))),
             KNNProbe(bank=train, queries=test),
         ],
-        seed=arguments.seed,
+        seed=seed,
     )
-    learner.fit(arguments.epochs, phases=[phase, ObjectiveValidationPhase(phase)])
-    for name, s in (
-        ("pixels", scores(train, test)),
-        ("untrained", scores(train, test, untrained)),
-        ("learned", scores(train, test, model)),
-    ):
-        print(name, s)
+    learner.fit(epochs, phases=[phase, ObjectiveValidationPhase(phase)])
+    model.cpu()
+    return learner
+
+
+def only(rows: Rows, classes: range) -> Rows:
+    """Keep the images of some classes."""
+    images, labels = rows
+    chosen = (labels >= classes.start) & (labels < classes.stop)
+    return images[chosen], labels[chosen]
+
+
+def plane(rows: Tensor) -> Tensor:
+    """Give the first two principal components, (N, 2)."""
+    centred = rows.flatten(1) - rows.flatten(1).mean(0)
+    return centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
+
+
+def main() -> None:
+    arguments = parse("triplet_digits", 12, __doc__.splitlines()[0])
+    train, test = digits()
+    untrained = nn.Sequential(conv_encoder(), nn.Linear(256, 16), UnitLength())
+    model, half = copy.deepcopy(untrained), copy.deepcopy(untrained)
+    first, last = range(5), range(5, 10)
+
+    learner = learn(model, train, test, arguments.epochs, arguments.seed)
+    learn(half, only(train, first), only(test, first), arguments.epochs, arguments.seed)
+
+    unseen = only(train, last), only(test, last)
+    encoders = {"pixels": None, "untrained": untrained, "learned": half}
+    write_result(
+        arguments,
+        validation_loss=learner.history["validation/loss"][-1],
+        validation_in_order=learner.history["validation/in_order"][-1],
+        pixels=scores(train, test),
+        untrained=scores(train, test, untrained),
+        learned=scores(train, test, model),
+        knn_of_unseen_classes={name: scores(*unseen, encoder)["knn"] for name, encoder in encoders.items()},
+    )
+    images, labels = test
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    panels = {"pixels": images, "learned embedding": features_of(model, images)}
+    for axes, (title, rows) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        points = axes.scatter(*plane(rows).T, c=labels, cmap="tab10", vmin=-0.5, vmax=9.5, s=12)
+        axes.set(title=f"{title}: first two components", xticks=[], yticks=[])
+    figure.colorbar(points, ticks=range(10), label="class")
+    figure.savefig(arguments.out / "triplet_embedding.png", dpi=100)
 
 
 if __name__ == "__main__":

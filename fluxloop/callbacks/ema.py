@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -11,10 +10,10 @@ from attrs import define, field
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fluxloop.access import weights_path
-from fluxloop.callback import Callback, on
-from fluxloop.errors import ModelError, did_you_mean
-from fluxloop.events import BackwardEnd, StepBegin, StepEnd, UpdateEnd
+from fluxloop.access import overlap, parse, weights_path
+from fluxloop.callback import Callback, on, resolve_conflict
+from fluxloop.errors import CallbackConflictError, ModelError, did_you_mean
+from fluxloop.events import StepBegin, StepEnd, UpdateEnd
 from fluxloop.optimizers import owned_parameters
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.schedules import Schedule, value_at
@@ -27,28 +26,30 @@ Buffers = Literal["copy", "average", "keep"]
 class EMA(Callback):
     """Keep the exponential moving average of a model's weights.
 
-    After each training step in which an optimizer of the model's parameters stepped (or which
-    made its update by hand), every parameter of the average becomes
-    ``decay * average + (1 - decay) * live``, computed as torch's ``lerp``.
+    After each training step that updated the model's weights, every parameter of the average
+    becomes ``decay * average + (1 - decay) * live``, computed as torch's ``lerp``. That a step did is
+    seen from its `UpdateEnd`, and where an optimizer was stepped by hand from the parameters.
 
     The average is a module of its own, at another path: ``learner.weights["G@ema"]``. Whatever
     evaluates or samples says that name (``SampleImages("G@ema")``, ``KNNProbe("encoder@ema")``,
     `AveragedValidationPhase`); the live weights are never replaced. With `into` it is one of the
     learner's models instead, such as the teacher of a `BYOLPhase`.
 
+    The average begins with the weights as they are when the first step begins.
+
     Args:
         model: Name of the weights: a model's, ``"model"`` for a single one, or a part's, ``"encoder.0"``.
         decay: Weight of the past, 0 to 1: a number, or a schedule over averages taken, counted from 0.
-        into: Name of the model that holds the average, of the same parameters, frozen. It begins as
-            it is given.
+        into: Name of the model that holds the average, of the same parameters, frozen. It begins with
+            weights of its own.
         buffers: What happens to buffers, such as batch norm's statistics: ``"copy"`` the live ones
             (a copy's default), ``"average"`` them too (whole numbers are copied), or ``"keep"`` the
             average's own (the default with `into`: a teacher that sees data keeps statistics itself).
         view: What stands behind the ``@``.
 
     Raises:
-        ModelError: There are no such weights, they have seen no batch (lazy modules), or the model
-            `into` has other parameters or is trained.
+        ModelError: There are no such weights, they have seen no batch (lazy modules) or cannot be
+            copied, or the model `into` has other parameters or is trained.
         ValueError: The decay does not lie between 0 and 1.
 
     Attributes:
@@ -65,8 +66,11 @@ class EMA(Callback):
     view: str = "ema"
     num_averaged: int = field(default=0, init=False, repr=False)
     _average: nn.Module | None = field(default=None, init=False, repr=False)
-    _by_hand: bool = field(default=True, init=False, repr=False)
+    _kept: dict[str, Any] | None = field(default=None, init=False, repr=False)
+    _begun: bool = field(default=False, init=False, repr=False)
     _updated: bool = field(default=False, init=False, repr=False)
+    _announced: bool = field(default=False, init=False, repr=False)
+    _before: tuple[int, Tensor] = field(default=(0, torch.empty(0)), init=False, repr=False)
     _owners: dict[tuple[str | None, int], bool] = field(factory=dict, init=False, repr=False)
 
     draws = False
@@ -78,6 +82,8 @@ class EMA(Callback):
             _check_decay(self.decay)
         if self.buffers not in (None, "copy", "average", "keep"):
             raise ValueError(f"buffers={self.buffers!r} was given; expected 'copy', 'average' or 'keep'")
+        if not self.view.isidentifier():
+            raise ModelError(f"EMA(view={self.view!r}) was given; expected the name of a view, such as 'ema'")
 
     @property
     def average(self) -> str:
@@ -97,59 +103,80 @@ class EMA(Callback):
     def init(self, learner: Any) -> None:
         """Begin the average."""
         live = learner.weights[self.model]
-        if any(is_lazy(tensor) for tensor in (*live.parameters(), *live.buffers())):
+        both = (live,) if self.into is None else (live, learner.weights[self.into])
+        if any(is_lazy(tensor) for module in both for tensor in (*module.parameters(), *module.buffers())):
             raise ModelError(
                 f"EMA({self.model!r}) cannot average weights that have seen no batch (lazy modules); run the model on "
                 "one before the learner is made"
             )
         if self.into is None:
-            self._average = copy.deepcopy(live).requires_grad_(False).eval()
-            learner.weights[self.average] = self._average
+            learner.weights[self.average] = self._average = self._copied(live)
         else:
             self._average = learner.weights[self.into]
             _check_like(self.model, live, self.into, self._average)
-        self.num_averaged = 0
+        self.num_averaged, self._begun = 0, False
         self._owners.clear()
+        if self._kept is not None:
+            self.load_state_dict(self._kept)
+
+    def _copied(self, live: nn.Module) -> nn.Module:
+        try:
+            average = copy.deepcopy(live)
+        except RuntimeError as error:
+            raise ModelError(
+                f"EMA({self.model!r}) cannot copy these weights: {error}. The old torch.nn.utils.weight_norm and "
+                "spectral_norm keep what they computed; those of torch.nn.utils.parametrizations can be copied"
+            ) from error
+        return average.requires_grad_(False).eval()
 
     @on(StepBegin, AbstractTrainingPhase)
     def start(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Begin a step: nothing is known of its updates."""
-        self._by_hand, self._updated = True, False
-
-    @on(BackwardEnd, AbstractTrainingPhase)
-    def note_backward(self, event: BackwardEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
-        """Note that the step's updates are announced."""
-        self._by_hand = False
+        live = learner.weights[self.model]
+        if not self._begun:
+            self._begun = True
+            if self.into is None:  # the weights may have been loaded since the learner was made
+                self._move(live, 1.0, 1.0)
+        self._updated = self._announced = False
+        self._before = _trace(live)
 
     @on(UpdateEnd, AbstractTrainingPhase)
     def note_update(self, event: UpdateEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Note an update of the model's weights."""
-        self._by_hand = False
+        self._announced = True
         optimizer = learner.optimizer if event.name is None else look_up(learner.optimizer, event.name)
-        key = event.name, len(optimizer.param_groups)  # a group may be added while training
+        stepped = optimizer if isinstance(optimizer, tuple) else (optimizer,)
+        key = event.name, sum(len(each.param_groups) for each in stepped if each)  # a group may be added later
         if key not in self._owners:
             own = set(learner.weights[self.model].parameters())
-            self._owners[key] = not own.isdisjoint(owned_parameters(optimizer))
+            self._owners[key] = any(not own.isdisjoint(owned_parameters(each)) for each in stepped if each)
         self._updated = self._updated or self._owners[key]
 
     @on(StepEnd, AbstractTrainingPhase)
     def take(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Take an average where the weights were updated."""
-        if self._updated or self._by_hand:
-            self._take(learner.weights[self.model])
+        live = learner.weights[self.model]
+        if not self._updated and not self._stepped_by_hand(live):
+            return
+        decay = value_at(self.decay, self.num_averaged)
+        _check_decay(decay)
+        buffers = self.buffers or ("copy" if self.into is None else "keep")
+        self._move(live, 1 - decay, {"copy": 1.0, "average": 1 - decay, "keep": 0.0}[buffers])
+        self.num_averaged += 1
+
+    def _stepped_by_hand(self, live: nn.Module) -> bool:
+        (changes, values), (earlier, old) = _trace(live), self._before
+        if changes != earlier or self._announced:
+            return changes != earlier
+        return not torch.equal(values, old)  # a fused optimizer does not count its changes
 
     @torch.no_grad()
-    def _take(self, live: nn.Module) -> None:
-        average, decay = self._average, value_at(self.decay, self.num_averaged)
-        if average is None:
-            return
-        _check_decay(decay)
-        _lerp(average.parameters(), live.parameters(), 1 - decay)
-        buffers = self.buffers or ("copy" if self.into is None else "keep")
-        if buffers != "keep":
-            weight = 1 - decay if buffers == "average" else 1.0
-            _lerp(average.buffers(), live.buffers(), weight)
-        self.num_averaged += 1
+    def _move(self, live: nn.Module, weight: float, of_buffers: float) -> None:
+        """Move the average towards the live weights."""
+        if self._average is not None:
+            _lerp(dict(self._average.named_parameters()), dict(live.named_parameters()), weight)
+            if of_buffers:
+                _lerp(dict(self._average.named_buffers()), dict(live.named_buffers()), of_buffers)
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a checkpoint keeps: the count, and the average where no model holds it."""
@@ -160,22 +187,54 @@ class EMA(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state."""
+        """Go on from a kept state; before there is a learner, when it is made."""
+        self._kept = state if self._average is None else None
         self.num_averaged = state["num_averaged"]
-        if state["average"] is not None and self._average is not None:
+        if self._average is not None and state["average"] is not None:
             self._average.load_state_dict(state["average"])
+            self._begun = True
 
 
-def _lerp(averages: Iterator[Tensor], live: Iterator[Tensor], weight: float) -> None:
-    """Move averages towards the live tensors, in place; whole numbers, and all at a weight of 1, are copied."""
+@resolve_conflict.register(EMA, EMA)  # type: ignore[untyped-decorator]  # multipledispatch has no types
+def _one_place_each(a: EMA, b: EMA) -> None:
+    """Two averages are kept in two places.
+
+    Raises:
+        CallbackConflictError: They are not, and one would be lost.
+    """
+    if overlap(parse(a.writes[0], "EMA"), parse(b.writes[0], "EMA")):
+        raise CallbackConflictError(
+            f"{a!r} and {b!r} both write {a.writes[0]!r}, or a part of it; give one a name of its own: "
+            f"EMA({b.model!r}, ..., view='slow')"
+        )
+
+
+def _trace(module: nn.Module) -> tuple[int, Tensor]:
+    """Give what tells that weights were changed: how often, as autograd counts it, and some of their values."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    values = trained[-1].detach().flatten()[:16].clone() if trained else torch.empty(0)
+    return sum(parameter._version for parameter in trained), values
+
+
+def _lerp(averages: dict[str, Tensor], live: dict[str, Tensor], weight: float) -> None:
+    """Move averages towards the live tensors, in place; whole numbers, and all at a weight of 1, are copied.
+
+    Raises:
+        ModelError: They are no longer the same tensors by name.
+    """
+    if averages.keys() != live.keys():
+        raise ModelError(
+            f"EMA cannot average {sorted(averages.keys() ^ live.keys())}: only one of the two, the model and its "
+            "average, has them; expected parameters and buffers that stay those of the first step"
+        )
     moved: list[Tensor] = []
     towards: list[Tensor] = []
-    for average, tensor in zip(averages, live, strict=True):
-        if weight == 1 or not average.is_floating_point():
-            average.copy_(tensor)
+    for name, average in averages.items():
+        if weight == 1 or not (average.is_floating_point() or average.is_complex()):
+            average.copy_(live[name])
         else:
             moved.append(average)
-            towards.append(tensor)
+            towards.append(live[name])
     if moved:
         torch._foreach_lerp_(moved, towards, weight)  # as torch.optim.swa_utils does
 

@@ -82,7 +82,15 @@ def gradient_penalty(critic: Critic, real: Tensor, fake: Tensor, *conditions: Te
 
     Returns:
         A scalar, differentiable with respect to the critic's parameters.
+
+    Raises:
+        ValueError: `real` and `fake` have different shapes.
     """
+    if real.shape != fake.shape:
+        raise ValueError(
+            f"gradient_penalty was given real rows of shape {tuple(real.shape)} and fake ones of {tuple(fake.shape)}; "
+            "expected the same shape"
+        )
     share = torch.rand(len(real), *[1] * (real.ndim - 1), device=real.device, dtype=real.dtype)
     between = (share * real.detach() + (1 - share) * fake.detach()).requires_grad_()
     norms: Tensor = torch.linalg.vector_norm(_gradients(critic, between, conditions), dim=1)

@@ -52,7 +52,7 @@ def masked_mse(preds: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         mask: True (or 1) where a patch was hidden, shape (N, L).
 
     Returns:
-        A scalar.
+        A scalar; 0 where nothing is masked.
     """
     errors = (preds - targets).pow(2).mean(-1)
-    return (errors * mask).sum() / mask.sum()
+    return (errors * mask).sum() / mask.sum().clamp(min=1)

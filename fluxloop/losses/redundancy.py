@@ -50,7 +50,12 @@ def vicreg_loss(
 
     Returns:
         A scalar.
+
+    Raises:
+        ValueError: There is one row alone.
     """
+    if len(z1) < 2:
+        raise ValueError("vicreg_loss was given one row, which has no variance; expected two or more: drop_last=True")
     loss = invariance * mse_loss(z1, z2)
     for z in (z1, z2):
         centred = z - z.mean(0)

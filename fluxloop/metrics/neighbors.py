@@ -43,7 +43,8 @@ def knn_predict(
     predicted = []
     for chunk in torch.split(normalize(queries, dim=1), CHUNK):
         similarity, place = (chunk @ bank.T).topk(k, dim=1)
-        weights = torch.ones_like(similarity) if temperature is None else (similarity / temperature).exp()
+        behind = (similarity - similarity[:, :1]).float()  # the nearest votes with weight 1: no overflow
+        weights = torch.ones_like(behind) if temperature is None else (behind / temperature).exp()
         votes = weights.new_zeros(len(chunk), num_classes).scatter_add_(1, labels[place], weights)
         predicted.append(votes.argmax(1))
     return torch.cat(predicted)

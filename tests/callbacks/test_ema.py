@@ -27,6 +27,7 @@ from fluxloop import (
     EpochEnd,
     Event,
     GANPhase,
+    GANValidationPhase,
     KNNProbe,
     Learner,
     LossBegin,
@@ -48,6 +49,7 @@ from fluxloop import (
     runepoch,
     runstep,
     stream_seed,
+    throttle,
 )
 from fluxloop.schedules import value_at
 from fluxloop.testing import EventRecorder, assert_observer, assert_order, assert_same_bits, bits
@@ -459,6 +461,16 @@ def test_validation_takes_no_average() -> None:
     assert ema.num_averaged == BATCHES
 
 
+def test_a_throttled_average_is_taken_at_some_steps_and_keeps_its_place() -> None:
+    ema = EMA("model", 0.5)
+    probe = KNNProbe("model@ema", bank=rows(), queries=rows())
+    learner = learner_of(throttle(ema, StepEnd, freq=5), probe, Recorder())
+    assert_order(learner, EMA, KNNProbe)
+    learner.fit(1, phases=[TrainingPhase()])
+    assert ema.num_averaged == 2
+    assert not equal(learner.weights["model@ema"], net())
+
+
 def test_an_optimizer_named_otherwise_than_its_model_counts() -> None:
     ema = EMA("0", 0.5)
     learner = learner_of(ema, optimizer={"0": sgd, "1": adam, "4": sgd})
@@ -707,6 +719,18 @@ def test_the_state_of_a_copy_holds_the_average_and_that_of_a_teacher_only_the_co
     assert learner.get_callback(EMA).state_dict() == {"num_averaged": 0, "average": None}
 
 
+def test_in_a_second_learner_the_average_and_its_schedule_begin_anew() -> None:
+    ema = EMA("model", cosine(20, 0.0, 1.0))
+    averages = []
+    for _ in range(2):
+        learner = learner_of(ema)
+        learner.fit(1, phases=[TrainingPhase()])
+        assert ema.num_averaged == BATCHES
+        averages.append(learner.weights["model@ema"])
+    assert equal(*averages)
+    assert averages[0] is not averages[1]
+
+
 def test_a_copied_learner_averages_its_own_weights() -> None:
     learner = learner_of(EMA("model", 0.5))
     learner.fit(1, phases=[TrainingPhase()])
@@ -848,6 +872,23 @@ def test_in_a_named_tuple_the_averaged_model_stands_in_its_place() -> None:
     assert seen[0].generator is learner.weights["generator@ema"]
     assert seen[0].critic is models.critic
     assert learner.model is models
+
+
+def test_the_validation_twin_of_a_gan_can_run_the_average_of_the_generator() -> None:
+    class Averaged(GANValidationPhase):
+        model_view = "ema"
+
+    phase = GANPhase(noise=2)
+    learner = learner_of(
+        EMA("generator", 0.5), Recorder(), Metrics(), model=gan_models(), data=(rows()[0], rows()[0]), optimizer=sgd
+    )
+    learner.fit(1, phases=[phase, GANValidationPhase(phase), Averaged(phase)])
+    assert list(learner.history.metrics[Averaged]) == ["loss_critic@ema", "loss_generator@ema"]
+    state, real = learner.step, rows()[0][32:]  # the last batch
+    fake = learner.weights["generator@ema"](state.noise)
+    assert torch.equal(state.fake, fake)
+    assert torch.equal(state.fake_scores, learner.model.critic(fake))
+    assert torch.equal(state.real, real)
 
 
 def raising(event: type[Event], error: BaseException, phase: type[Phase] = AveragedValidationPhase) -> CustomCallback:

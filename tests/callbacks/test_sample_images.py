@@ -34,7 +34,7 @@ from fluxloop import (
     runstep,
     stream_seed,
 )
-from fluxloop.callbacks.sample_images import image_grid, save_image
+from fluxloop.images import image_grid, save_image
 from fluxloop.testing import assert_observer, assert_order, assert_same_bits, bits
 
 SEED = 2
