@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,24 +17,13 @@ from fluxloop.feed import untouched
 from fluxloop.fit import check_phase, feed
 from fluxloop.inference import aside
 from fluxloop.loop import switch_modes
-from fluxloop.phase import Phase
+from fluxloop.phase import Phase, Stateful
 from fluxloop.phases.supervised import TrainingPhase
 from fluxloop.randomness import preserved
 from fluxloop.updates import Updates
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """What keeps a state between steps, as a phase with a queue does."""
-
-    def state_dict(self) -> Any:
-        """Give the state."""
-
-    def load_state_dict(self, state: Any) -> Any:
-        """Go on from a state."""
 
 
 def _kept(optimizer: Optimizer) -> Callable[[], None]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from fluxloop.data import load, name_data
 from fluxloop.errors import (
@@ -24,7 +26,7 @@ from fluxloop.events import CycleBegin, CycleEnd, FitBegin, FitEnd
 from fluxloop.feed import Feed, untouched
 from fluxloop.history import History
 from fluxloop.loop import Scope, check_view
-from fluxloop.phase import FittingPhase, Phase
+from fluxloop.phase import FittingPhase, Phase, Stateful
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.randomness import preserved
 from fluxloop.state import State
@@ -143,11 +145,41 @@ def check_phase(phase: object) -> None:
         )
 
 
+class _Kept:
+    """The states of a phase by learner, and the one that a new learner begins with."""
+
+    def __init__(self, phase: Stateful) -> None:
+        self.first = copy.deepcopy(phase.state_dict())
+        self.owner: ReferenceType[Learner] | None = None
+        self.others: WeakKeyDictionary[Learner, Any] = WeakKeyDictionary()
+
+
+_states: WeakKeyDictionary[Stateful, _Kept] = WeakKeyDictionary()
+
+
+def bring_state(learner: Learner, phase: Stateful) -> None:
+    """Have a phase that keeps something between steps go on from what it kept for this learner.
+
+    In a second learner it begins as it did in the first.
+    """
+    kept = _states.get(phase)
+    if kept is None:
+        kept = _states[phase] = _Kept(phase)
+    elif kept.owner is not None and kept.owner() is not learner:
+        former = kept.owner()
+        if former is not None:
+            kept.others[former] = copy.deepcopy(phase.state_dict())
+        phase.load_state_dict(copy.deepcopy(kept.others.pop(learner, kept.first)))
+    kept.owner = ref(learner)
+
+
 def check_runs(learner: Learner, phase: Phase) -> None:
     """Raise what keeps a learner from running a phase, before anything is changed."""
     check_phase(phase)
     check_view(learner, phase)
     phase.check(learner)
+    if isinstance(phase, Stateful):
+        bring_state(learner, phase)
 
 
 def run_epoch(learner: Learner, phase: Phase, data: Any = None) -> None:

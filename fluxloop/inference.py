@@ -16,6 +16,7 @@ from fluxloop.events import StepEnd
 from fluxloop.fit import check_phase, run_epoch
 from fluxloop.history import History
 from fluxloop.host import HostQueue
+from fluxloop.loop import runs_a_view
 from fluxloop.nested import concatenate, map_tensors
 from fluxloop.phase import Phase
 from fluxloop.phases.supervised import PredictionPhase, ValidationPhase
@@ -34,9 +35,11 @@ def aside(learner: Learner, owner: str, callbacks: list[Callback]) -> Iterator[N
     So that evaluation and prediction leave no trace: what the training sees is as before.
     """
     kept = learner.callbacks, learner.cbstate, learner.history, learner.streams, learner.step
-    kept_too = learner.host_queue, learner.phases, learner.scope
+    kept_too = learner.host_queue, learner.phases, learner.scope, learner.model
     updates, block = learner.updates, learner.updates.block
     try:
+        if runs_a_view(learner.scope):
+            learner.model = learner.weights.given
         learner.scope = updates.block = None
         learner.host_queue = HostQueue(learner.accelerator.device)
         learner.phases = dict(learner.phases)
@@ -49,7 +52,7 @@ def aside(learner: Learner, owner: str, callbacks: list[Callback]) -> Iterator[N
         yield
     finally:
         learner.callbacks, learner.cbstate, learner.history, learner.streams, learner.step = kept
-        learner.host_queue, learner.phases, learner.scope = kept_too
+        learner.host_queue, learner.phases, learner.scope, learner.model = kept_too
         updates.block = block
 
 

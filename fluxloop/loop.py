@@ -143,7 +143,7 @@ class runstep(Scope):  # noqa: N801 - used like a function
         self._grad_enabled = torch.is_grad_enabled()
         try:
             learner.scope = self
-            if phase.model_view and (outer is None or outer.phase is not phase):
+            if outer is None or outer.phase is not phase:
                 show_weights(self, learner, phase)
             if self._grad_enabled is not gradients:
                 torch.set_grad_enabled(gradients)
@@ -252,8 +252,7 @@ class runepoch(Scope):  # noqa: N801 - used like a function
         enabled = torch.is_grad_enabled()
         self.defer(lambda: torch.set_grad_enabled(enabled))
         torch.set_grad_enabled(self.phase.gradients)
-        if self.phase.model_view:
-            show_weights(self, learner, self.phase)
+        show_weights(self, learner, self.phase)
 
     def _leave(self, error: BaseException | None, ends: bool) -> None:
         learner = self._learner
@@ -295,17 +294,31 @@ def check_view(learner: Learner, phase: Phase) -> None:
 
 
 def show_weights(scope: Scope, learner: Learner, phase: Phase) -> None:
-    """Have ``learner.model`` be a view of the weights until the scope ends; the live ones are not touched.
+    """Have ``learner.model`` be the view of the weights that a phase runs, until the scope ends.
+
+    The live ones, unless the phase says otherwise; they are not touched.
 
     Raises:
         PhaseError: No model has that view, or the phase has gradients.
     """
-    check_view(learner, phase)
-    shown, kept = learner.weights.view(phase.model_view), learner.model
-    copies = list(learner.weights.copies(phase.model_view).values())
-    scope.defer(lambda: setattr(learner, "model", kept))
-    scope.defer(switch_modes(copies, phase.train_mode))
-    learner.model = shown
+    kept = learner.model
+    if phase.model_view:
+        check_view(learner, phase)
+        scope.defer(lambda: setattr(learner, "model", kept))
+        scope.defer(switch_modes(list(learner.weights.copies(phase.model_view).values()), phase.train_mode))
+        learner.model = learner.weights.view(phase.model_view)
+    elif runs_a_view(scope.parent):
+        scope.defer(lambda: setattr(learner, "model", kept))
+        learner.model = learner.weights.given
+
+
+def runs_a_view(scope: Scope | None) -> bool:
+    """Tell whether a scope, or one around it, belongs to a phase that runs a view of the weights."""
+    while scope is not None:
+        if scope.phase.model_view:
+            return True
+        scope = scope.parent
+    return False
 
 
 def locate(error: BaseException, learner: Learner, phase: Phase) -> None:

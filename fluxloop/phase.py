@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import update_wrapper
 from types import MethodType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from fluxloop.errors import CancelStepException, PhaseError
 from fluxloop.loop import runepoch
@@ -59,8 +59,8 @@ class Phase:
     """Base of all phases.
 
     Subclasses override `step`, seldom `epoch`. One that keeps something between steps has
-    ``state_dict()`` and ``load_state_dict(state)``, both or neither; an instance belongs to one
-    learner then. A class may say otherwise on these:
+    ``state_dict()`` and ``load_state_dict(state)``, both or neither; in a second learner it begins
+    as in the first. A class may say otherwise on these:
     """
 
     data_key: ClassVar[str] = ""
@@ -124,6 +124,17 @@ def require_pair(cls: type, error: type[Exception]) -> None:
             f"{cls.__name__} has {'state_dict' if pair[0] else 'load_state_dict'} alone; expected "
             "both state_dict(self) and load_state_dict(self, state), or neither"
         )
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What keeps something between steps, as a phase with a queue does."""
+
+    def state_dict(self) -> Any:
+        """Give the state."""
+
+    def load_state_dict(self, state: Any) -> Any:
+        """Go on from a state."""
 
 
 class AbstractTrainingPhase(Phase):

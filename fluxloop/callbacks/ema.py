@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from fluxloop.access import overlap, parse, weights_path
 from fluxloop.callback import Callback, on, resolve_conflict
-from fluxloop.errors import CallbackConflictError, ModelError, did_you_mean
+from fluxloop.errors import CallbackConflictError, ModelError
 from fluxloop.events import StepBegin, StepEnd, UpdateEnd
 from fluxloop.optimizers import owned_parameters
 from fluxloop.phase import AbstractTrainingPhase
@@ -34,6 +34,8 @@ class EMA(Callback):
     evaluates or samples says that name (``SampleImages("G@ema")``, ``KNNProbe("encoder@ema")``,
     `AveragedValidationPhase`); the live weights are never replaced. With `into` it is one of the
     learner's models instead, such as the teacher of a `BYOLPhase`.
+
+    Average weights of 32 bits or more: in 16 bits a step of ``1 - decay`` is rounded away.
 
     The average begins with the weights as they are when the first step begins.
 
@@ -69,9 +71,9 @@ class EMA(Callback):
     _kept: dict[str, Any] | None = field(default=None, init=False, repr=False)
     _begun: bool = field(default=False, init=False, repr=False)
     _updated: bool = field(default=False, init=False, repr=False)
-    _announced: bool = field(default=False, init=False, repr=False)
-    _before: tuple[int, Tensor] = field(default=(0, torch.empty(0)), init=False, repr=False)
-    _owners: dict[tuple[str | None, int], bool] = field(factory=dict, init=False, repr=False)
+    _before: int = field(default=0, init=False, repr=False)
+    _untouched: int = field(default=0, init=False, repr=False)
+    _owners: dict[tuple[int, ...], list[torch.optim.Optimizer]] = field(factory=dict, init=False, repr=False)
 
     draws = False
 
@@ -113,8 +115,8 @@ class EMA(Callback):
             learner.weights[self.average] = self._average = self._copied(live)
         else:
             self._average = learner.weights[self.into]
-            _check_like(self.model, live, self.into, self._average)
-        self.num_averaged, self._begun = 0, False
+            _check_like(self.model, live, self.into, self._average, self.buffers not in (None, "keep"))
+        self.num_averaged, self._begun, self._untouched = 0, False, _changes(self._average)
         self._owners.clear()
         if self._kept is not None:
             self.load_state_dict(self._kept)
@@ -135,48 +137,59 @@ class EMA(Callback):
         live = learner.weights[self.model]
         if not self._begun:
             self._begun = True
-            if self.into is None:  # the weights may have been loaded since the learner was made
-                self._move(live, 1.0, 1.0)
-        self._updated = self._announced = False
-        self._before = _trace(live)
+            average = learner.weights[self.average]
+            if self.into is None and _changes(average) == self._untouched:  # the live ones may have been loaded since
+                self._move(average, live, 1.0, 1.0)
+        around = self._updated, self._before  # of a step around this one
+        learner.defer(lambda: self._end(*around))
+        self._updated, self._before = False, _changes(live)
+        for optimizer in self._owning(learner):
+            if optimizer.defaults.get("fused"):  # its steps leave no trace in the parameters' counts
+                learner.defer(optimizer.register_step_post_hook(self._note_step).remove)
+
+    def _end(self, updated: bool, before: int) -> None:
+        self._updated, self._before = updated, before
+
+    def _note_step(self, *args: Any) -> None:
+        self._updated = True
+
+    def _owning(self, learner: Any) -> list[torch.optim.Optimizer]:
+        """List the optimizers of the model's parameters."""
+        optimizer = learner.optimizer
+        every = [each for each in (optimizer if isinstance(optimizer, tuple) else (optimizer,)) if each is not None]
+        groups = tuple(len(each.param_groups) for each in every)  # one may be added while training
+        if groups not in self._owners:
+            own = set(learner.weights[self.model].parameters())
+            self._owners[groups] = [each for each in every if not own.isdisjoint(owned_parameters(each))]
+        return self._owners[groups]
 
     @on(UpdateEnd, AbstractTrainingPhase)
     def note_update(self, event: UpdateEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Note an update of the model's weights."""
-        self._announced = True
         optimizer = learner.optimizer if event.name is None else look_up(learner.optimizer, event.name)
         stepped = optimizer if isinstance(optimizer, tuple) else (optimizer,)
-        key = event.name, sum(len(each.param_groups) for each in stepped if each)  # a group may be added later
-        if key not in self._owners:
-            own = set(learner.weights[self.model].parameters())
-            self._owners[key] = any(not own.isdisjoint(owned_parameters(each)) for each in stepped if each)
-        self._updated = self._updated or self._owners[key]
+        self._updated = self._updated or any(each in self._owning(learner) for each in stepped)
 
     @on(StepEnd, AbstractTrainingPhase)
     def take(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Take an average where the weights were updated."""
         live = learner.weights[self.model]
-        if not self._updated and not self._stepped_by_hand(live):
+        if not self._updated and _changes(live) == self._before:
             return
         decay = value_at(self.decay, self.num_averaged)
         _check_decay(decay)
         buffers = self.buffers or ("copy" if self.into is None else "keep")
-        self._move(live, 1 - decay, {"copy": 1.0, "average": 1 - decay, "keep": 0.0}[buffers])
+        self._move(
+            learner.weights[self.average], live, 1 - decay, {"copy": 1.0, "average": 1 - decay, "keep": 0.0}[buffers]
+        )
         self.num_averaged += 1
 
-    def _stepped_by_hand(self, live: nn.Module) -> bool:
-        (changes, values), (earlier, old) = _trace(live), self._before
-        if changes != earlier or self._announced:
-            return changes != earlier
-        return not torch.equal(values, old)  # a fused optimizer does not count its changes
-
     @torch.no_grad()
-    def _move(self, live: nn.Module, weight: float, of_buffers: float) -> None:
+    def _move(self, average: nn.Module, live: nn.Module, weight: float, of_buffers: float) -> None:
         """Move the average towards the live weights."""
-        if self._average is not None:
-            _lerp(dict(self._average.named_parameters()), dict(live.named_parameters()), weight)
-            if of_buffers:
-                _lerp(dict(self._average.named_buffers()), dict(live.named_buffers()), of_buffers)
+        _lerp(dict(average.named_parameters()), dict(live.named_parameters()), weight)
+        if of_buffers:
+            _lerp(dict(average.named_buffers()), dict(live.named_buffers()), of_buffers)
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a checkpoint keeps: the count, and the average where no model holds it."""
@@ -209,11 +222,9 @@ def _one_place_each(a: EMA, b: EMA) -> None:
         )
 
 
-def _trace(module: nn.Module) -> tuple[int, Tensor]:
-    """Give what tells that weights were changed: how often, as autograd counts it, and some of their values."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    values = trained[-1].detach().flatten()[:16].clone() if trained else torch.empty(0)
-    return sum(parameter._version for parameter in trained), values
+def _changes(module: nn.Module) -> int:
+    """Count the changes in place of a module's parameters, as autograd does."""
+    return sum(parameter._version for parameter in module.parameters())
 
 
 def _lerp(averages: dict[str, Tensor], live: dict[str, Tensor], weight: float) -> None:
@@ -234,17 +245,17 @@ def _lerp(averages: dict[str, Tensor], live: dict[str, Tensor], weight: float) -
             average.copy_(live[name])
         else:
             moved.append(average)
-            towards.append(live[name])
+            towards.append(live[name].to(average.dtype))
     if moved:
         torch._foreach_lerp_(moved, towards, weight)  # as torch.optim.swa_utils does
 
 
 def _check_decay(decay: float) -> None:
-    if not 0 <= decay <= 1:
+    if not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
         raise ValueError(f"EMA was given the decay {decay!r}; expected a weight of the past from 0 to 1, e.g. 0.999")
 
 
-def _check_like(model: str, live: nn.Module, into: str, average: nn.Module) -> None:
+def _check_like(model: str, live: nn.Module, into: str, average: nn.Module, buffers_too: bool) -> None:
     """Raise for a model that cannot hold the average of another.
 
     Raises:
@@ -253,14 +264,14 @@ def _check_like(model: str, live: nn.Module, into: str, average: nn.Module) -> N
     if live is average:
         raise ModelError(f"EMA({model!r}, into={into!r}) would average a model into itself; expected another one")
     shapes, others = (
-        {name: tuple(t.shape) for name, t in (*module.named_parameters(), *module.named_buffers())}
-        for module in (live, average)
+        {name: tuple(t.shape) for name, t in (*m.named_parameters(), *(m.named_buffers() if buffers_too else ()))}
+        for m in (live, average)
     )
     if shapes != others:
         name = next(n for n in (*shapes, *others) if shapes.get(n) != others.get(n))
         raise ModelError(
             f"EMA({model!r}, into={into!r}): {name!r} has shape {shapes.get(name, 'none')} in one and "
-            f"{others.get(name, 'none')} in the other{did_you_mean(name, others)}; make the second a copy of the "
+            f"{others.get(name, 'none')} in the other; make the second a copy of the "
             f"first: copy.deepcopy({model}).requires_grad_(False)"
         )
     if any(parameter.requires_grad for parameter in average.parameters()):

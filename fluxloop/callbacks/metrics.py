@@ -27,6 +27,7 @@ class PhaseMetrics(Container):
 
     def __init__(self) -> None:
         self.epochs: dict[str, list[tuple[int, Any]]] = {}
+        self._sources: dict[str, str] = {}
         self.trackers: list[tuple[AnyMetric, Tracker]] = []
         """The metrics of the running epoch, or of the last one."""
         self.started = False
@@ -50,11 +51,29 @@ class PhaseMetrics(Container):
         """Give the last step's values by name, on their device; stateful metrics have none."""
         return {name: value for _, tracker in self.trackers for name, value in tracker.latest().items()}
 
-    def record(self, name: str, epoch: int, value: Any) -> None:
-        """Keep an epoch's value: a scalar as a float, another tensor on the CPU."""
+    def record(self, name: str, epoch: int, value: Any, source: str) -> None:
+        """Keep an epoch's value: a scalar as a float, another tensor on the CPU; a second one replaces the first.
+
+        Args:
+            name: Of the metric.
+            epoch: From 1.
+            value: A number, or a tensor on any device.
+            source: Who records it.
+
+        Raises:
+            MetricError: Somebody else records that metric.
+        """
+        if self._sources.setdefault(name, source) != source:
+            raise MetricError(
+                f"{self._sources[name]} and {source} both record the metric {name!r}; give one another name: "
+                "Metric(f, name='...')"
+            )
         if isinstance(value, Tensor):
             value = value.item() if value.numel() == 1 else value.detach().cpu()
-        self.epochs.setdefault(name, []).append((epoch, value))
+        series = self.epochs.setdefault(name, [])
+        if series and series[-1][0] == epoch:
+            series.pop()
+        series.append((epoch, value))
 
     def last(self, name: str) -> tuple[int, Any]:
         """Give the newest (epoch, value) of a metric.
@@ -146,7 +165,7 @@ class Metrics(Callback):
         epoch = learner.cbstate.history[phase].epochs
         with torch.no_grad():
             for name, value in metrics.running().items():
-                metrics.record(seen_by(phase, name), epoch, value)
+                metrics.record(seen_by(phase, name), epoch, value, "Metrics")
 
     def __repr__(self) -> str:
         return f"Metrics({', '.join(metric.name for metric in self.metrics)})"

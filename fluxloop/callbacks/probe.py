@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from fluxloop.callbacks.metrics import Metrics, PhaseMetrics
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.data import as_dataloader, holds_rows
 from fluxloop.errors import DataError, MetricError, describe
-from fluxloop.events import EpochEnd, StepEnd
+from fluxloop.events import EpochBegin, EpochEnd, StepEnd
 from fluxloop.feed import untouched
 from fluxloop.loop import watching
 from fluxloop.metrics.neighbors import knn_predict
@@ -88,7 +89,7 @@ class MetricSource(Callback):
         if epoch % self.every == 0:
             metrics = learner.cbstate.metrics[self.recorded_as or phase]
             for name, value in self.measure(learner).items():
-                metrics.record(name, epoch, value)
+                metrics.record(name, epoch, value, type(self).__name__)
 
 
 @resolve_conflict.register(MetricSource, MetricSource)  # type: ignore[untyped-decorator]  # multipledispatch has no types
@@ -109,7 +110,12 @@ def _metrics_of_their_own(a: MetricSource, b: MetricSource) -> NoConflict:
 
 def flat(module: nn.Module, xs: Any) -> Tensor:
     """Give what a module makes of its inputs, a row of numbers for each."""
-    features: Tensor = module(xs)
+    features = module(xs)
+    if not isinstance(features, Tensor):
+        raise DataError(
+            f"a probe got {describe(features)} from {type(module).__name__}; expected a tensor: say what the features "
+            "are, KNNProbe(..., features=lambda module, xs: module(xs)[0])"
+        )
     return features.flatten(1)
 
 
@@ -127,10 +133,8 @@ def extract(module: nn.Module, source: Any, features: Features = flat) -> tuple[
         Features (N, F) and labels (N,), on the module's device.
 
     Raises:
-        DataError: The data can be iterated once only, or its batches are no pairs.
+        DataError: Its batches are no pairs of rows and labels.
     """
-    if hasattr(source, "__next__"):
-        raise DataError(f"{describe(source)} can be iterated once only, and a probe runs over its data every epoch")
     device = device_of(module)
     rows, labels = [], []
     with watching(module), untouched(source):
@@ -139,6 +143,16 @@ def extract(module: nn.Module, source: Any, features: Features = flat) -> tuple[
                 raise DataError(
                     f"a probe was given {describe(batch)} as a batch; expected labelled rows, (xs, ys): give it "
                     "data of its own, KNNProbe('encoder', bank=(xs, ys), queries=(xs, ys))"
+                )
+            if features is flat and not isinstance(batch[0], Tensor):
+                raise DataError(
+                    f"a probe was given rows that are {describe(batch[0])}, such as several views; expected tensors. "
+                    "Give it data of its own, KNNProbe('encoder', bank=(xs, ys), queries=(xs, ys)), or features=..."
+                )
+            if batch[1].ndim != 1 or batch[1].is_floating_point():
+                raise DataError(
+                    f"a probe was given labels {describe(batch[1])} of {batch[1].dtype}; expected classes, whole "
+                    "numbers from 0 of shape (N,)"
                 )
             xs, ys = map_tensors(lambda tensor: tensor.to(device), (batch[0], batch[1]))
             rows.append(features(module, xs))
@@ -200,13 +214,30 @@ class HeldOut(MetricSource):
             DataError: Neither is there.
         """
         if given is not None:
-            return loader(given)
-        if key not in learner.data:
+            source = loader(given)
+        elif key in learner.data:
+            source = learner.data[key]
+        else:
             raise DataError(
                 f"{type(self).__name__} measures on the {key} data, and the learner has none; give it some: "
                 f"{type(self).__name__}({self.model!r}, queries=(xs, ys), ...)"
             )
-        return learner.data[key]
+        if hasattr(source, "__next__"):
+            raise DataError(f"{describe(source)} can be iterated once only, and a probe runs over its data every epoch")
+        return source
+
+    def sources(self, learner: Any) -> list[Any]:
+        """Give the loaders it runs over.
+
+        Raises:
+            DataError: One is missing, or can be iterated once only.
+        """
+        return [self.data(learner, self.queries, "validation")]
+
+    @on(EpochBegin, AbstractTrainingPhase)
+    def look_for_data(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Have missing data be an error before the first step."""
+        self.sources(learner)
 
 
 @define
@@ -215,7 +246,8 @@ class KNNProbe(HeldOut):
 
     The features of both come from the weights as they are, in eval mode; `knn_predict` says how
     neighbours vote (Wu et al., 2018). Neither weights, modes, data order nor random numbers of
-    the training are touched. Recorded as ``history["validation/knn_encoder"]``: the name says
+    the training are touched (save for a generator that a dataset keeps for itself: then give
+    another dataset as `bank`). Recorded as ``history["validation/knn_encoder"]``: the name says
     which weights it saw.
 
     Args:
@@ -251,12 +283,19 @@ class KNNProbe(HeldOut):
         if self.bank is not None:
             loader(self.bank)
 
+    def sources(self, learner: Any) -> list[Any]:
+        """Give the loaders of the bank and of the rows to classify."""
+        return [self.data(learner, self.bank, "training"), *super().sources(learner)]
+
     def measure(self, learner: Any) -> Mapping[str, Any]:
         """Give the share of held-out rows classified rightly."""
         module = learner.weights[self.model]
-        bank, labels = extract(module, self.data(learner, self.bank, "training"), self.features)
-        queries, answers = extract(module, self.data(learner, self.queries, "validation"), self.features)
+        (bank, labels), (queries, answers) = (
+            extract(module, source, self.features) for source in self.sources(learner)
+        )
         predicted = knn_predict(bank, labels, queries, k=min(self.k, len(bank)), temperature=self.temperature)
+        if not (bank.isfinite().all() and queries.isfinite().all()):
+            return {self.metric: float("nan")}  # nothing is near to a NaN
         return {self.metric: (predicted == answers).float().mean()}
 
 
@@ -297,6 +336,7 @@ class LinearProbe(HeldOut):
     entries: tuple[str, str] = field(default=("features", "ys"), kw_only=True)
     _probe: nn.Linear | None = field(default=None, init=False, repr=False)
     _stepper: torch.optim.Optimizer | None = field(default=None, init=False, repr=False)
+    _kept: dict[str, Any] = field(factory=dict, init=False, repr=False)
 
     prefix = "linear"
     draws = False  # what its beginning and its measuring draw is put back
@@ -310,48 +350,49 @@ class LinearProbe(HeldOut):
     def init(self, learner: Any) -> None:
         """Look for the weights, publish the metrics' container, and begin anew."""
         super().init(learner)
-        self._probe = self._stepper = None
+        self._probe = self._stepper = None  # what was loaded before is kept until the first features come
 
     @on(StepEnd, AbstractTrainingPhase)
     def train(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Train the classifier on this step's features."""
         features, labels = (learner.step[entry] for entry in self.entries)
         features = features.detach().flatten(1)
-        if self._probe is None or self._stepper is None:
-            with drawing(stream_seed(learner.seed, f"LinearProbe/{self.metric}")):
-                self._begin(features.shape[1], features.device, features.dtype)
-        if self._probe is not None and self._stepper is not None:
-            with torch.enable_grad():
-                cross_entropy(self._probe(features), labels).backward()  # type: ignore[no-untyped-call]  # torch's
-            self._stepper.step()
-            self._stepper.zero_grad()
+        with torch.enable_grad():
+            probe, stepper = self._begun(features, learner.seed)
+            cross_entropy(probe(features), labels.long()).backward()  # type: ignore[no-untyped-call]  # torch's
+        stepper.step()
+        stepper.zero_grad()
 
-    def _begin(self, size: int, device: torch.device | str, dtype: torch.dtype) -> None:
-        self._probe = nn.Linear(size, self.num_classes, device=device, dtype=dtype)
-        self._stepper = self.optimizer(self._probe.parameters())
+    def _begun(self, features: Tensor, seed: int) -> tuple[nn.Linear, torch.optim.Optimizer]:
+        """Give the classifier and its optimizer, made for the first features and as they were kept."""
+        if self._probe is None or self._stepper is None:
+            with drawing(stream_seed(seed, f"LinearProbe/{self.metric}")):
+                self._probe = nn.Linear(features.shape[1], self.num_classes).to(features)
+            self._stepper = self.optimizer(self._probe.parameters())
+            if self._kept:
+                self._probe.load_state_dict(self._kept["probe"])
+                self._stepper.load_state_dict(self._kept["optimizer"])
+                self._kept = {}
+        return self._probe, self._stepper
 
     def measure(self, learner: Any) -> Mapping[str, Any]:
         """Give the share of held-out rows classified rightly; nothing before the first step."""
-        if self._probe is None:
+        if self._probe is None and not self._kept:
             return {}
         module = learner.weights[self.model]
         with drawing(stream_seed(learner.seed, f"LinearProbe/{self.metric}/measure")):
-            queries, answers = extract(module, self.data(learner, self.queries, "validation"), self.features)
+            queries, answers = extract(module, self.sources(learner)[0], self.features)
+        probe, _ = self._begun(queries, learner.seed)
         with torch.no_grad():
-            return {self.metric: (self._probe(queries).argmax(1) == answers).float().mean()}
+            return {self.metric: (probe(queries).argmax(1) == answers).float().mean()}
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a checkpoint keeps: the classifier and its optimizer's state."""
         if self._probe is None or self._stepper is None:
-            return {}
+            return self._kept
         return {"probe": self._probe.state_dict(), "optimizer": self._stepper.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a kept state."""
         self._probe = self._stepper = None
-        if state:
-            weight = state["probe"]["weight"]
-            self._begin(weight.shape[1], weight.device, weight.dtype)
-        if self._probe is not None and self._stepper is not None:
-            self._probe.load_state_dict(state["probe"])
-            self._stepper.load_state_dict(state["optimizer"])
+        self._kept = copy.deepcopy(state)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fluxloop.access import weights_path
 from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
 from fluxloop.callbacks.recorder import Recorder
-from fluxloop.errors import ModelError, describe
+from fluxloop.errors import CallbackConflictError, ModelError, describe
 from fluxloop.events import EpochEnd, StepBegin
 from fluxloop.images import image_grid, pillow, save_image
 from fluxloop.loop import watching
@@ -29,7 +29,8 @@ class SampleImages(Callback):
 
     Its input is the same every time: what is given, or else the rows that the generator gets
     first in training. It runs in eval mode without gradients; modes and random numbers are put
-    back. The file's name says which weights it saw, ``G@ema-0003.png``.
+    back. The file's name says which weights it saw, ``G@ema-0003.png``. Other callbacks, such as loggers,
+    find the grid in ``cbstate.images["G@ema"]``.
 
     Args:
         model: Name of the weights: ``"G"``, ``"G@ema"``, ``"decoder"``, or ``"model"`` for a single model.
@@ -46,6 +47,7 @@ class SampleImages(Callback):
     Raises:
         ModelError: There are no such weights, or what they give are no images.
         ImportError: Pillow is not installed.
+        ValueError: `every`, `count` or `columns` is less than 1.
 
     Attributes:
         grid: The last grid, whole numbers 0 … 255 of shape (channels, height, width).
@@ -71,10 +73,20 @@ class SampleImages(Callback):
     run_after = (Recorder,)
     draws = False  # what the model draws is put back
 
+    def __attrs_post_init__(self) -> None:
+        for name, number in (("every", self.every), ("count", self.count), ("columns", self.columns)):
+            if number < 1:
+                raise ValueError(f"SampleImages({name}={number!r}) was given; expected 1 or more")
+
     @property
     def reads(self) -> tuple[str, ...]:  # type: ignore[override]  # the model's
         """The weights sampled, the live ones whose input is taken, and the epoch."""
         return (*dict.fromkeys((weights_path(self.model), weights_path(self._live))), "seed", "cbstate.history")
+
+    @property
+    def label(self) -> str:
+        """What its files and its shared grid are called: the model's name, before its own where it has one."""
+        return f"{self.model}-{self.name}" if self.name else self.model
 
     @property
     def _live(self) -> str:
@@ -88,7 +100,7 @@ class SampleImages(Callback):
         if "images" not in learner.cbstate:
             learner.cbstate.images = {}
         given = self.inputs if isinstance(self.inputs, (tuple, list)) or self.inputs is None else (self.inputs,)
-        self._inputs = given if given is None else self._rows(tuple(given))
+        self._inputs = given if given is None else self._rows((tuple(given), {}))
 
     def _rows(self, inputs: Any) -> Any:
         return map_tensors(lambda tensor: tensor.detach()[: self.count].clone() if tensor.ndim else tensor, inputs)
@@ -97,11 +109,12 @@ class SampleImages(Callback):
     def look(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Have the generator tell what it is given, once."""
         if self._inputs is None:
-            learner.defer(learner.weights[self._live].register_forward_pre_hook(self._take).remove)
+            live = learner.weights[self._live]
+            learner.defer(live.register_forward_pre_hook(self._take, with_kwargs=True).remove)
 
-    def _take(self, module: nn.Module, inputs: Any) -> None:
-        if self._inputs is None and inputs:
-            self._inputs = self._rows(inputs)
+    def _take(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if self._inputs is None:
+            self._inputs = self._rows((inputs, named))
 
     @on(EpochEnd, AbstractTrainingPhase)
     def sample(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
@@ -111,13 +124,13 @@ class SampleImages(Callback):
             return
         module = learner.weights[self.model]
         device = device_of(module)
-        inputs = map_tensors(lambda tensor: tensor.to(device), self._inputs)
+        inputs, named = map_tensors(lambda tensor: tensor.to(device), self._inputs)
         with watching(module), drawing(stream_seed(learner.seed, f"SampleImages/{self.model}", epoch)):
-            images = (partial(self.make, module) if self.make is not None else module)(*inputs)
+            images = (partial(self.make, module) if self.make is not None else module)(*inputs, **named)
         self.grid = image_grid(self._images(images), self.columns, self.value_range)
-        learner.cbstate.images[self.model] = self.grid
+        learner.cbstate.images[self.label] = self.grid
         if self.folder is not None:
-            save_image(self.grid, Path(self.folder) / f"{self.model}-{epoch:04d}.png")
+            save_image(self.grid, Path(self.folder) / f"{self.label}-{epoch:04d}.png")
 
     def _images(self, made: Any) -> Tensor:
         images = made
@@ -143,5 +156,14 @@ class SampleImages(Callback):
 
 @resolve_conflict.register(SampleImages, SampleImages)  # type: ignore[untyped-decorator]  # multipledispatch has no types
 def _images_of_their_own(a: SampleImages, b: SampleImages) -> NoConflict:
-    """Each shares the images of its own weights."""
+    """Each shares images under a name of its own.
+
+    Raises:
+        CallbackConflictError: Two do under the same.
+    """
+    if a.label == b.label:
+        raise CallbackConflictError(
+            f"two SampleImages would both write '{a.label}' images; give one a name: "
+            f"SampleImages({b.model!r}, name='second')"
+        )
     return NoConflict()

@@ -5,6 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 
+def require_same_shape(preds: Tensor, targets: Tensor) -> None:
+    """Raise `ValueError` for a reconstruction of another shape: torch would broadcast the two."""
+    if preds.shape != targets.shape:
+        raise ValueError(
+            f"a reconstruction of shape {tuple(preds.shape)} was compared with {tuple(targets.shape)}; expected "
+            "the same shape"
+        )
+
+
 def kl_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
     """Give the divergence of diagonal normal distributions from the standard one (Kingma and Welling, 2014).
 
@@ -27,7 +36,11 @@ def squared_error(preds: Tensor, xs: Tensor) -> Tensor:
 
     Returns:
         A scalar: the mean over rows, up to a constant.
+
+    Raises:
+        ValueError: The shapes differ.
     """
+    require_same_shape(preds, xs)
     return (preds - xs).pow(2).flatten(1).sum(1).mean() / 2
 
 
@@ -53,6 +66,10 @@ def masked_mse(preds: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
 
     Returns:
         A scalar; 0 where nothing is masked.
+
+    Raises:
+        ValueError: The shapes differ.
     """
+    require_same_shape(preds, targets)
     errors = (preds - targets).pow(2).mean(-1)
     return (errors * mask).sum() / mask.sum().clamp(min=1)

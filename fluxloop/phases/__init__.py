@@ -15,6 +15,7 @@ from fluxloop.phases.per_optimizer import PerOptimizerPhase, PerOptimizerValidat
 from fluxloop.phases.simclr import SimCLRPhase
 from fluxloop.phases.simsiam import SimSiamPhase
 from fluxloop.phases.supervised import AveragedValidationPhase, PredictionPhase, TrainingPhase, ValidationPhase
+from fluxloop.phases.twin import TwinPhase
 from fluxloop.phases.vae import VAEPhase
 from fluxloop.phases.vicreg import VICRegPhase
 
@@ -41,6 +42,7 @@ __all__ = [
     "TeacherPhase",
     "TrainingPhase",
     "TripletPhase",
+    "TwinPhase",
     "VAEPhase",
     "VICRegPhase",
     "ValidationPhase",

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from fluxloop.phases.objective import ObjectivePhase, require_parts
+from fluxloop.losses.reconstruction import require_same_shape
+from fluxloop.phases.objective import ObjectivePhase
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -28,6 +29,8 @@ class AutoencoderPhase(ObjectivePhase):
     ``loss``. The events are those of `ObjectivePhase`.
     """
 
+    parts = ("encoder", "decoder")
+
     def __init__(self, compare: Callable[[Tensor, Tensor], Tensor] = mse_loss) -> None:
         self.compare = compare
 
@@ -38,8 +41,6 @@ class AutoencoderPhase(ObjectivePhase):
 
     def loss(self, learner: Learner, state: StepState) -> Tensor:
         """Compare the reconstruction with the input."""
+        if self.compare is mse_loss:
+            require_same_shape(state.preds, state.xs)
         return self.compare(state.preds, state.xs)
-
-    def require(self, learner: Learner) -> None:
-        """Raise for missing models."""
-        require_parts(self, learner.model, "encoder", "decoder")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fluxloop.errors import PhaseError
 from fluxloop.losses.distillation import dino_loss
 from fluxloop.phases.joint_embedding import TeacherPhase, Views
 from fluxloop.schedules import Schedule, value_at
@@ -36,13 +37,18 @@ class DINOPhase(TeacherPhase):
     Models are those of `TeacherPhase`; their embeddings are the scores (N, K) of the paper's head.
     Batches are ``(crop1, crop2, ...)`` or ``((crop1, crop2, ...), ys)``. Entries: ``views``,
     ``features`` (N, F) of the student for the first crop, ``student`` and ``teacher``, lists of
-    (N, K), ``loss``. The events are those of `ObjectivePhase`.
+    (N, K), ``loss``. The events are those of `ObjectivePhase`. The student runs once per crop; the
+    paper's code joins crops of one size, which batch norm would notice.
+
+    Raises:
+        PhaseError: `num_global` is less than 1.
 
     Attributes:
         center: Shape (K,); None before the first step.
     """
 
     num_views = None
+    advice = "MultiCrop(global_crop, local_crop)"
 
     def __init__(
         self,
@@ -54,6 +60,8 @@ class DINOPhase(TeacherPhase):
         center_momentum: float = 0.9,
     ) -> None:
         super().__init__(views)
+        if num_global < 1:
+            raise PhaseError(f"DINOPhase(num_global={num_global!r}) was given; expected 1 or more, e.g. 2")
         self.num_global = num_global
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
@@ -72,13 +80,13 @@ class DINOPhase(TeacherPhase):
     def loss(self, learner: Learner, state: StepState) -> Tensor:
         """Compare the student's crops with the teacher's."""
         temperature = value_at(self.teacher_temperature, self._steps)
-        center = 0.0 if self.center is None else self.center
+        center = 0.0 if self.center is None else self.center.to(state.student[0])
         return dino_loss(state.student, state.teacher, center, self.student_temperature, temperature)
 
     def finish(self, learner: Learner, state: StepState) -> None:
         """Move the centre towards this batch's mean."""
         mean = torch.cat(state.teacher).mean(0)
-        old = torch.zeros_like(mean) if self.center is None else self.center
+        old = torch.zeros_like(mean) if self.center is None else self.center.to(mean)
         self.center = old * self.center_momentum + mean * (1 - self.center_momentum)
         self._steps += 1
 

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from fluxloop.errors import PhaseError
 from fluxloop.loop import watching
 from fluxloop.losses.distillation import distillation_loss
-from fluxloop.phases.objective import ObjectivePhase, require_parts
+from fluxloop.phases.objective import ObjectivePhase
 from fluxloop.phases.supervised import unpack
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ class DistillationPhase(ObjectivePhase):
     of `ObjectivePhase`.
     """
 
+    parts = ("student", "teacher")
+
     def __init__(self, temperature: float = 4.0, weight: float = 0.9) -> None:
         self.temperature = temperature
         self.weight = weight
@@ -52,12 +54,13 @@ class DistillationPhase(ObjectivePhase):
     def loss(self, learner: Learner, state: StepState) -> Tensor:
         """Weigh the teacher against the labels."""
         soft = distillation_loss(state.preds, state.teacher_preds, self.temperature)
-        hard: Tensor = (learner.loss_fn or cross_entropy)(state.preds, state.ys)
+        of_labels = cross_entropy if learner.loss_fn is None else learner.loss_fn
+        hard: Tensor = of_labels(state.preds, state.ys)
         return self.weight * soft + (1 - self.weight) * hard
 
     def require(self, learner: Learner) -> None:
         """Raise for missing models, and for a teacher that is trained."""
-        require_parts(self, learner.model, "student", "teacher")
+        super().require(learner)
         if any(parameter.requires_grad for parameter in learner.model.teacher.parameters()):
             raise PhaseError(
                 "DistillationPhase learns from a frozen teacher, and parameters of learner.model.teacher require "

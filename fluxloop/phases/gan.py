@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fluxloop.errors import PhaseError, describe, did_you_mean
+from fluxloop.errors import BatchError, PhaseError, describe, did_you_mean
 from fluxloop.events import LossBegin
 from fluxloop.loop import runstep
 from fluxloop.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss, gradient_penalty, r1_penalty
@@ -30,8 +30,9 @@ class GANPhase(AbstractTrainingPhase):
 
     1. ``fake = generator(noise)``. 2. The critic's update: its loss on the real rows and the fake
     ones, detached, plus `gradient_penalty` and `r1`. 3. In every `critic_steps`-th step the
-    generator's update: its loss on the same fake rows, judged by the critic just updated. Within an
-    update block the other model's parameters take no gradient and cost none.
+    generator's update: its loss on the same fake rows, judged by the critic just updated (as DCGAN
+    does; the paper of WGAN draws new ones, which costs another forward). Within an update block the
+    other model's parameters take no gradient and cost none.
 
     Args:
         loss: ``"non-saturating"``, ``"hinge"``, ``"wasserstein"``, ``"least-squares"``, or an
@@ -101,10 +102,15 @@ class GANPhase(AbstractTrainingPhase):
     def entries(self, batch: Any) -> dict[str, Any]:
         """Give ``real``, and ``ys`` where both models take labels."""
         pair = isinstance(batch, (tuple, list))
+        if not pair and not isinstance(batch, Tensor):
+            raise BatchError(
+                f"GANPhase was given {describe(batch)} as a batch; expected real rows, (real,) or (real, ys). For "
+                "others say what is real in the phase's entries(batch)"
+            )
         if not self.conditional:
             return {"real": batch[0] if pair else batch}
         if not pair or len(batch) != 2:
-            raise PhaseError(f"GANPhase(conditional=True) was given {describe(batch)} as a batch; expected (real, ys)")
+            raise BatchError(f"GANPhase(conditional=True) was given {describe(batch)} as a batch; expected (real, ys)")
         return {"real": batch[0], "ys": batch[1]}
 
     def draw_noise(self, state: StepState) -> Tensor:
@@ -113,7 +119,8 @@ class GANPhase(AbstractTrainingPhase):
         if callable(self.noise):
             return self.noise(count, device)
         shape = (self.noise,) if isinstance(self.noise, int) else tuple(self.noise)
-        return torch.randn(count, *shape, device=device)
+        dtype = state.real.dtype if state.real.is_floating_point() else None
+        return torch.randn(count, *shape, device=device, dtype=dtype)
 
     def step(self, learner: Learner, batch: Any) -> StepState:
         """Train the critic on one batch, and the generator when it is its turn."""

@@ -21,8 +21,8 @@ class JointEmbeddingPhase(ObjectivePhase):
     """Embed two views of each row; a subclass says the loss of ``z1`` and ``z2``.
 
     The model has an ``encoder``, whose output are the features to keep, and a ``projector``, whose
-    output is compared: two models of the learner, or two attributes of one. A model without
-    ``encoder`` is the encoder itself; without ``projector`` the features are compared.
+    output is compared: two models of the learner, or two attributes of one. A single module
+    without a ``projector`` is called as it is, and its output is both.
 
     Args:
         views: Makes the views of a batch on its device, such as ``TwoViews(augment)``; then a batch
@@ -35,6 +35,8 @@ class JointEmbeddingPhase(ObjectivePhase):
 
     num_views: int | None = 2
     """How many views there are; None for two or more."""
+    advice = "TwoViews(augment)"
+    """What makes them, for messages."""
 
     def __init__(self, views: Views | None = None) -> None:
         self.views = views
@@ -53,15 +55,15 @@ class JointEmbeddingPhase(ObjectivePhase):
         if not several or len(views) != (self.num_views or len(views)):
             raise BatchError(
                 f"{type(self).__name__} was given {describe(views)} as views; expected {wanted} of each row: give the "
-                f"phase what makes them, {type(self).__name__}(views=TwoViews(augment)), or use ViewDataset"
+                f"phase what makes them, {type(self).__name__}(views={self.advice}), or use ViewDataset"
             )
-        first, second = views[:2]
-        if isinstance(first, Tensor) and isinstance(second, Tensor) and first.shape != second.shape:
-            raise BatchError(
-                f"{type(self).__name__} was given the batch ({describe(first)}, {describe(second)}), which are not two "
-                f"views of the same rows; for rows with labels give the phase what makes views: "
-                f"{type(self).__name__}(views=TwoViews(augment))"
-            )
+        for view in views[1:]:
+            if isinstance(view, Tensor) and isinstance(views[0], Tensor) and not _alike(view, views[0]):
+                raise BatchError(
+                    f"{type(self).__name__} was given the batch ({describe(views[0])}, {describe(view)}), which are "
+                    f"not two views of the same rows; for rows with labels give the phase what makes views: "
+                    f"{type(self).__name__}(views={self.advice})"
+                )
         return tuple(views)
 
     def forward(self, learner: Learner, state: StepState) -> None:
@@ -79,14 +81,23 @@ class JointEmbeddingPhase(ObjectivePhase):
 
     def embed(self, model: Any, view: Tensor) -> tuple[Tensor, Tensor]:
         """Give the features (N, F) and the embedding (N, D) of a view."""
-        features = getattr(model, "encoder", model)(view)
         projector = getattr(model, "projector", None)
-        return features, features if projector is None else projector(features)
+        if projector is None and callable(model):
+            features = embedding = model(view)
+        else:
+            features = model.encoder(view)
+            embedding = features if projector is None else projector(features)
+        return features, embedding
 
     def require(self, learner: Learner) -> None:
         """Raise for models without an encoder."""
-        if not callable(learner.model):
-            require_parts(self, learner.model, "encoder")
+        parts = self.parts or (() if callable(learner.model) else ("encoder",))
+        require_parts(self, learner.model, *parts)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors may be views of the same rows; they may be of different size."""
+    return (len(a), a.ndim, a.dtype) == (len(b), b.ndim, b.dtype)
 
 
 class TeacherPhase(JointEmbeddingPhase):
@@ -98,16 +109,18 @@ class TeacherPhase(JointEmbeddingPhase):
     """
 
     parts: tuple[str, ...] = ("student", "teacher")
-
-    def require(self, learner: Learner) -> None:
-        """Raise for missing models."""
-        require_parts(self, learner.model, *self.parts)
+    moves_teacher = False
+    """Whether the phase moves the teacher itself, so that no callback has to."""
 
     def check(self, learner: Learner) -> None:
         """Raise for missing models, and for a teacher that nobody moves."""
         super().check(learner)
-        if not learner.callbacks.writers("model.teacher"):
-            raise PhaseError(
-                f"{type(self).__name__} learns from learner.model.teacher, which no callback moves; add "
-                "EMA('student', 0.99, into='teacher') to the callbacks"
-            )
+        if self.moves_teacher:
+            return
+        for name, _ in learner.model.teacher.named_parameters():
+            if not learner.callbacks.writers(f"model.teacher.{name}"):
+                raise PhaseError(
+                    f"{type(self).__name__} learns from learner.model.teacher, of which no callback moves {name!r}; "
+                    "add EMA('student', 0.99, into='teacher') to the callbacks (a phase that moves it itself has "
+                    "moves_teacher = True)"
+                )

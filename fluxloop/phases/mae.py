@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fluxloop.errors import BatchError, describe
+from fluxloop.errors import BatchError, PhaseError, describe
 from fluxloop.losses.reconstruction import masked_mse, normalize_patches
-from fluxloop.phases.objective import ObjectivePhase, require_parts
+from fluxloop.phases.objective import ObjectivePhase
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -68,6 +68,9 @@ class MAEPhase(ObjectivePhase):
         mask_ratio: Share of the patches that is hidden.
         normalize: Whether the targets are patches of zero mean and unit variance.
 
+    Raises:
+        PhaseError: `mask_ratio` is no share between 0 and 1, or `patch_size` less than 1.
+
     Models: ``encoder(patches, places) -> tokens`` with the kept patches (N, K, P), their places
     (N, K), whole numbers from 0, in the order in which they were drawn, and tokens (N, K, D);
     ``decoder(tokens, places) -> patches`` (N, L, P), all of them, in the images' order. Batches:
@@ -76,9 +79,15 @@ class MAEPhase(ObjectivePhase):
     mean token, ``preds`` (N, L, P), ``loss``. The events are those of `ObjectivePhase`.
     """
 
+    parts = ("encoder", "decoder")
+
     def __init__(self, patch_size: int, *, mask_ratio: float = 0.75, normalize: bool = False) -> None:
         if not 0 < mask_ratio < 1:
-            raise ValueError(f"mask_ratio={mask_ratio!r} was given; expected a share between 0 and 1, e.g. 0.75")
+            raise PhaseError(
+                f"MAEPhase(mask_ratio={mask_ratio!r}) was given; expected a share between 0 and 1, e.g. 0.75"
+            )
+        if patch_size < 1:
+            raise PhaseError(f"MAEPhase({patch_size!r}) was given; expected the size of a patch in pixels, e.g. 4")
         self.patch_size = patch_size
         self.mask_ratio = mask_ratio
         self.normalize = normalize
@@ -87,6 +96,11 @@ class MAEPhase(ObjectivePhase):
         """Hide patches, encode the others, decode all."""
         state.patches = patchify(state.xs, self.patch_size)
         n, count, size = state.patches.shape
+        if count < 2:
+            raise BatchError(
+                f"MAEPhase({self.patch_size}) makes one patch of {describe(state.xs)}, so that nothing can be hidden; "
+                "expected two or more: a smaller patch_size"
+            )
         kept = max(1, int(count * (1 - self.mask_ratio)))
         state.places = torch.rand(n, count, device=state.patches.device).argsort(1)[:, :kept]
         state.mask = torch.ones(n, count, dtype=torch.bool, device=state.patches.device).scatter_(
@@ -101,7 +115,3 @@ class MAEPhase(ObjectivePhase):
         """Compare the hidden patches."""
         targets = normalize_patches(state.patches) if self.normalize else state.patches
         return masked_mse(state.preds, targets, state.mask)
-
-    def require(self, learner: Learner) -> None:
-        """Raise for missing models."""
-        require_parts(self, learner.model, "encoder", "decoder")

@@ -35,6 +35,17 @@ class SupConPhase(JointEmbeddingPhase):
         super().__init__(views)
         self.temperature = temperature
 
+    def entries(self, batch: Any) -> dict[str, Any]:
+        """Give views and labels.
+
+        Raises:
+            BatchError: The batch has no labels.
+        """
+        entries = super().entries(batch)
+        if "ys" not in entries:
+            raise BatchError(f"SupConPhase was given {describe(batch)} as a batch; expected labels too, (xs, ys)")
+        return entries
+
     def loss(self, learner: Learner, state: StepState) -> Tensor:
         """Pull together what has one label."""
         return supervised_contrastive(
@@ -51,8 +62,8 @@ class TripletPhase(ObjectivePhase):
     Args:
         margin: Of `torch.nn.functional.triplet_margin_loss`.
 
-    Model: one module, or an ``encoder``. Batches: ``(anchor, positive, negative)``, alone or with
-    anything else after it: ``((anchor, positive, negative), ys)``. Entries: those three, ``features``,
+    Model: one module, or a model named ``encoder``. Batches: ``(anchor, positive, negative)``, alone or with
+    labels: ``((anchor, positive, negative), ys)``. Entries: those three, ``ys`` where there are labels, ``features``,
     the anchor's embedding, ``z_positive``, ``z_negative`` (N, D), ``loss``. The events are those of
     `ObjectivePhase`.
     """
@@ -69,11 +80,12 @@ class TripletPhase(ObjectivePhase):
                 f"TripletPhase was given {describe(batch)} as a batch; expected (anchor, positive, negative): "
                 "data=((anchors, positives, negatives),)"
             )
-        return dict(zip(("anchor", "positive", "negative"), triplet, strict=True))
+        labels = {"ys": batch[1]} if nested else {}
+        return dict(zip(("anchor", "positive", "negative"), triplet, strict=True)) | labels
 
     def forward(self, learner: Learner, state: StepState) -> None:
         """Embed all three."""
-        encoder = getattr(learner.model, "encoder", learner.model)
+        encoder: Any = learner.model if callable(learner.model) else learner.model.encoder
         state.features = encoder(state.anchor)
         state.z_positive, state.z_negative = encoder(state.positive), encoder(state.negative)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fluxloop.errors import PhaseError
 from fluxloop.losses.contrastive import info_nce
 from fluxloop.phases.joint_embedding import TeacherPhase, Views
 from fluxloop.randomness import stream_seed
@@ -37,6 +38,9 @@ class MoCoPhase(TeacherPhase):
     those of `JointEmbeddingPhase`. Entries: ``views``, ``features`` (N, F), ``queries`` and ``keys``
     (N, D), ``loss``.
 
+    Raises:
+        PhaseError: `queue_size` is less than 1.
+
     Attributes:
         queue: The keys, shape (queue_size, D); None before the first step.
     """
@@ -44,7 +48,7 @@ class MoCoPhase(TeacherPhase):
     def __init__(self, views: Views | None = None, *, queue_size: int = 4096, temperature: float = 0.07) -> None:
         super().__init__(views)
         if queue_size < 1:
-            raise ValueError(f"queue_size={queue_size!r} was given; expected 1 or more, e.g. 4096")
+            raise PhaseError(f"MoCoPhase(queue_size={queue_size!r}) was given; expected 1 or more, e.g. 4096")
         self.queue_size = queue_size
         self.temperature = temperature
         self.queue: Tensor | None = None
@@ -64,6 +68,7 @@ class MoCoPhase(TeacherPhase):
             generator = torch.Generator().manual_seed(stream_seed(learner.seed, "MoCoPhase/queue"))
             noise = torch.randn(self.queue_size, state.keys.shape[1], generator=generator)
             self.queue = normalize(noise, dim=1).to(state.keys)
+        self.queue = self.queue.to(state.keys)
         return info_nce(state.queries, state.keys, self.queue, self.temperature)
 
     def finish(self, learner: Learner, state: StepState) -> None:
@@ -80,5 +85,16 @@ class MoCoPhase(TeacherPhase):
         return {"queue": self.queue, "oldest": self._oldest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state."""
-        self.queue, self._oldest = state["queue"], state["oldest"]
+        """Go on from a kept state.
+
+        Raises:
+            PhaseError: It is of a queue of another size.
+        """
+        queue = state["queue"]
+        if queue is not None and len(queue) != self.queue_size:
+            raise PhaseError(
+                f"MoCoPhase(queue_size={self.queue_size}) was given a state of {len(queue)} keys; expected the same "
+                f"size: MoCoPhase(queue_size={len(queue)})"
+            )
+        self.queue = None if queue is None else queue.clone()
+        self._oldest = state["oldest"]

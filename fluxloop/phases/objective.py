@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fluxloop.errors import PhaseError
+from fluxloop.errors import BatchError, PhaseError, describe
 from fluxloop.events import BackwardBegin, BackwardEnd, LossBegin
 from fluxloop.loop import runstep
 from fluxloop.phase import AbstractTrainingPhase, Phase
@@ -51,8 +51,12 @@ class ObjectivePhase(AbstractTrainingPhase):
             "        return learner.loss_fn(state.preds, state.ys)"
         )
 
+    parts: tuple[str, ...] = ()
+    """The models that `forward` calls by name."""
+
     def require(self, learner: Learner) -> None:
-        """Raise for a learner without the models that `forward` calls; asked before anything runs."""
+        """Raise for a learner without these models; asked before anything runs."""
+        require_parts(self, learner.model, *self.parts)
 
     def check(self, learner: Learner) -> None:
         """Raise what is wrong with the learner for this phase."""
@@ -108,12 +112,19 @@ class ObjectiveValidationPhase(TwinPhase):
 
 
 def inputs_and_labels(batch: Any) -> dict[str, Any]:
-    """Give ``xs``, and ``ys`` of a batch that is a pair; a tuple or list of one item is that item."""
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return {"xs": batch[0], "ys": batch[1]}
-    if isinstance(batch, (tuple, list)) and len(batch) == 1:
-        return {"xs": batch[0]}
-    return {"xs": batch}
+    """Give ``xs``, and ``ys`` of a batch that is a pair; a tuple or list of one item is that item.
+
+    Raises:
+        BatchError: It has more items.
+    """
+    if not isinstance(batch, (tuple, list)):
+        return {"xs": batch}
+    if len(batch) not in (1, 2):
+        raise BatchError(
+            f"a batch of {len(batch)} items was given ({describe(batch)}); expected xs, (xs,) or (xs, ys). For others "
+            "say in the phase's entries(batch) what they are"
+        )
+    return dict(zip(("xs", "ys"), batch, strict=False))
 
 
 def require_parts(phase: Phase, model: Any, *parts: str) -> None:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fluxloop.losses.distillation import negative_cosine
 from fluxloop.phases.joint_embedding import JointEmbeddingPhase
-from fluxloop.phases.objective import require_parts
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -29,6 +28,8 @@ class SimSiamPhase(JointEmbeddingPhase):
     besides: ``p1`` and ``p2`` (N, D).
     """
 
+    parts = ("encoder", "predictor")
+
     def forward(self, learner: Learner, state: StepState) -> None:
         """Embed both views and predict each from the other."""
         super().forward(learner, state)
@@ -37,7 +38,3 @@ class SimSiamPhase(JointEmbeddingPhase):
     def loss(self, learner: Learner, state: StepState) -> Tensor:
         """Compare each prediction with the other view's embedding."""
         return (negative_cosine(state.p1, state.z2) + negative_cosine(state.p2, state.z1)) / 2
-
-    def require(self, learner: Learner) -> None:
-        """Raise for missing models."""
-        require_parts(self, learner.model, "encoder", "predictor")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fluxloop.losses.reconstruction import kl_standard_normal, squared_error
-from fluxloop.phases.objective import ObjectivePhase, require_parts
+from fluxloop.phases.objective import ObjectivePhase
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -35,6 +35,8 @@ class VAEPhase(ObjectivePhase):
     ``reconstruction``, ``divergence`` and ``loss``, scalars. The events are those of `ObjectivePhase`.
     """
 
+    parts = ("encoder", "decoder")
+
     def __init__(self, beta: float = 1.0, compare: Callable[[Tensor, Tensor], Tensor] = squared_error) -> None:
         self.beta = beta
         self.compare = compare
@@ -54,7 +56,3 @@ class VAEPhase(ObjectivePhase):
         state.divergence = kl_standard_normal(state.mean, state.logvar)
         loss: Tensor = state.reconstruction + self.beta * state.divergence
         return loss
-
-    def require(self, learner: Learner) -> None:
-        """Raise for missing models."""
-        require_parts(self, learner.model, "encoder", "decoder")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fluxloop.errors import BatchError
 from fluxloop.losses.redundancy import vicreg_loss
 from fluxloop.phases.joint_embedding import JointEmbeddingPhase, Views
 
@@ -40,5 +41,11 @@ class VICRegPhase(JointEmbeddingPhase):
         self.invariance, self.variance, self.covariance = invariance, variance, covariance
 
     def loss(self, learner: Learner, state: StepState) -> Tensor:
-        """Weigh the three terms."""
+        """Weigh the three terms.
+
+        Raises:
+            BatchError: The batch has one row alone, which has no variance.
+        """
+        if len(state.z1) < 2:
+            raise BatchError("VICRegPhase was given a batch of one row, which has no variance; use drop_last=True")
         return vicreg_loss(state.z1, state.z2, self.invariance, self.variance, self.covariance)

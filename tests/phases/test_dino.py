@@ -20,6 +20,7 @@ from fluxloop import (
     LossBegin,
     MultiCrop,
     ObjectiveValidationPhase,
+    PhaseError,
     StepEnd,
     linear,
     stream_seed,
@@ -222,6 +223,22 @@ def dino_loss_of_first_step(views: tuple[Tensor, ...]) -> Tensor:
     outputs = [student(view) for view in views]
     with torch.no_grad():
         return dino_loss(outputs, [teacher(views[0])])
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_global_crop_is_refused(count: int) -> None:
+    with pytest.raises(PhaseError, match=rf"DINOPhase\(num_global={count}\) was given; expected 1 or more, e.g. 2"):
+        DINOPhase(num_global=count)
+
+
+def test_fewer_crops_than_global_ones_are_refused() -> None:
+    with pytest.raises(BatchError, match="DINOPhase was given a tuple of length 2 as views"):
+        train(models(), OPTIMIZERS["sgd"], batches(), DINOPhase(lambda xs: (xs, xs), num_global=3))
+
+
+def test_global_crops_of_different_sizes_are_refused() -> None:
+    with pytest.raises(BatchError, match="which are not two views of the same rows"):
+        train(models(), OPTIMIZERS["sgd"], batches(), DINOPhase(MultiCrop(globally, locally, num_global=1)))
 
 
 def test_a_single_crop_is_refused() -> None:

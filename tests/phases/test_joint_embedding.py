@@ -349,6 +349,26 @@ def test_without_a_projector_the_features_are_compared(models: str) -> None:
     assert torch.equal(learner.step.features, learner.step.z1)
 
 
+def test_a_single_module_without_a_projector_is_called_as_it_is() -> None:
+    class Whole(Network):
+        """Names its last part otherwise."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = self.projector
+            del self.projector
+
+        def forward(self, xs: Tensor) -> Tensor:
+            return self.head(self.encoder(xs))
+
+    torch.manual_seed(1)
+    learner, named = make_learner("SimCLR", batches(), models=Whole()), make_learner("SimCLR", batches())
+    for each in (learner, named):
+        each.fit(1, phases=[SimCLRPhase(TwoViews(augment))])
+    assert all(map(torch.equal, weights(learner), weights(named)))
+    assert torch.equal(learner.step.features, learner.step.z1)
+
+
 def one_module(names: tuple[str, ...]) -> nn.Module:
     whole = nn.Module()
     for name, model in parts(*names).items():
@@ -447,13 +467,33 @@ def test_a_teacher_that_nobody_moves_is_found_before_anything_runs(method: str, 
     learner = teaching(method, recorder, *copy.deepcopy(callbacks))
     phase = make_phase(method)
     words = (
-        rf"{type(phase).__name__} learns from learner.model.teacher, which no callback moves; add "
+        rf"{type(phase).__name__} learns from learner.model.teacher, .*which no callback moves.*; add "
         r"EMA\('student', 0.99, into='teacher'\) to the callbacks"
     )
     for run in (lambda: learner.fit(1, phases=[phase]), lambda: learner.epoch(phase)):
         with pytest.raises(PhaseError, match=words):
             run()
     assert recorder.trace == []
+
+
+@pytest.mark.parametrize("method", TEACHERS)
+def test_a_part_of_a_teacher_that_nobody_moves_is_named(method: str) -> None:
+    learner = teaching(method, EMA("student.encoder", 0.9, into="teacher.encoder"))
+    with pytest.raises(PhaseError, match=r"of which no callback moves 'projector\.0\.weight'"):
+        learner.fit(1, phases=[make_phase(method)])
+
+
+def test_a_phase_may_move_the_teacher_itself() -> None:
+    class Copying(BYOLPhase):
+        moves_teacher = True
+
+        def finish(self, learner: Any, state: Any) -> None:
+            learner.model.teacher.load_state_dict(learner.model.student.state_dict())
+
+    learner = teaching("BYOL")
+    learner.fit(1, phases=[Copying()])
+    student, teacher = learner.model.student.state_dict(), learner.model.teacher.state_dict()
+    assert all(torch.equal(tensor, teacher[name]) for name, tensor in student.items())
 
 
 @pytest.mark.parametrize("method", TEACHERS)

@@ -19,6 +19,7 @@ from fluxloop import (
     LossBegin,
     MoCoPhase,
     ObjectiveValidationPhase,
+    PhaseError,
     StepEnd,
     TwoViews,
     stream_seed,
@@ -219,7 +220,7 @@ def test_it_stores_normalised_queries_and_keys() -> None:
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_queue_without_places_is_refused(size: int) -> None:
-    with pytest.raises(ValueError, match=f"queue_size={size} was given; expected 1 or more, e.g. 4096"):
+    with pytest.raises(PhaseError, match=rf"MoCoPhase\(queue_size={size}\) was given; expected 1 or more, e.g. 4096"):
         MoCoPhase(queue_size=size)
 
 
@@ -252,6 +253,13 @@ def test_a_kept_state_goes_on_to_the_same_bits() -> None:
     assert all(map(torch.equal, losses, without_break))
     assert torch.equal(second.queue, whole.queue)
     assert second.state_dict()["oldest"] == whole.state_dict()["oldest"] == 18 % 7
+
+
+def test_a_kept_queue_of_another_size_is_refused() -> None:
+    phase, other = MoCoPhase(TwoViews(augment), queue_size=7), MoCoPhase(queue_size=9)
+    train(models(), OPTIMIZERS["sgd"], batches()[:1], phase)
+    with pytest.raises(PhaseError, match=r"MoCoPhase\(queue_size=9\) was given a state of 7 keys; expected the same"):
+        other.load_state_dict(phase.state_dict())
 
 
 def test_a_kept_queue_follows_the_models_in_their_precision() -> None:

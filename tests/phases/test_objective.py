@@ -12,6 +12,7 @@ from fluxloop import (
     EMA,
     Accelerator,
     BackwardBegin,
+    BatchError,
     CancelStepException,
     CustomCallback,
     Event,
@@ -220,19 +221,11 @@ def test_a_batch_is_the_inputs_or_a_pair_with_labels(batch: Any, entries: dict[s
     assert given == entries
 
 
-def test_a_batch_that_is_no_pair_is_the_input_as_a_whole() -> None:
-    class Three(ObjectivePhase):
-        def forward(self, learner: Any, state: Any) -> None:
-            first, second, third = state.xs
-            state.preds = learner.model(first + second + third)
-
-        def loss(self, learner: Any, state: Any) -> Tensor:
-            return state.preds.pow(2).mean()
-
-    learner = make_learner()
-    learner.epoch(Three(), [tuple(rows()[:12].split(4))])
-    assert len(learner.step.xs) == 3
-    assert learner.step.preds.shape == (4, 5)
+@pytest.mark.parametrize("batch", [(rows()[:4],) * 3, [rows()[:4]] * 4, ()])
+def test_a_batch_of_more_items_is_refused_with_what_to_do(batch: Any) -> None:
+    words = rf"a batch of {len(batch)} items was given .*; expected xs, \(xs,\) or \(xs, ys\).*entries\(batch\)"
+    with pytest.raises(BatchError, match=words):
+        make_learner().epoch(Denoising(), [batch])
 
 
 def test_a_phase_may_say_other_entries() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fluxloop import Accelerator, CustomCallback, Learner, StepEnd, TwoViews, VICRegPhase, stream_seed
+from fluxloop import Accelerator, BatchError, CustomCallback, Learner, StepEnd, TwoViews, VICRegPhase, stream_seed
 from fluxloop.augment import add_noise, random_affine
 from fluxloop.losses import vicreg_loss
 
@@ -78,3 +78,10 @@ def test_five_steps_equal_those_of_a_hand_written_loop(
         found, wanted = getattr(learner.model, name).state_dict(), model.state_dict()
         assert not [key for key in wanted if not torch.equal(found[key], wanted[key])]
         assert not torch.equal(model[0].weight, models()[name][0].weight)
+
+
+def test_a_batch_of_one_row_is_told_to_be_left_out() -> None:
+    options = {"default_callbacks": False, "seed": SEED, "accelerator": Accelerator("cpu")}
+    learner = Learner(torch.nn.Linear(3, 2), data=([torch.randn(1, 3)],), **options)
+    with pytest.raises(BatchError, match="VICRegPhase was given a batch of one row, which has no variance.*drop_last"):
+        learner.fit(1, phases=[VICRegPhase(lambda xs: (xs, xs))])
