@@ -111,6 +111,7 @@ PUBLIC = [
     "Traces",
     "TrainingPhase",
     "TripletPhase",
+    "TwinPhase",
     "TwoViews",
     "Unresolvable",
     "UnsafeCallback",

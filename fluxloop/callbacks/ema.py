@@ -155,8 +155,7 @@ class EMA(Callback):
 
     def _owning(self, learner: Any) -> list[torch.optim.Optimizer]:
         """List the optimizers of the model's parameters."""
-        optimizer = learner.optimizer
-        every = [each for each in (optimizer if isinstance(optimizer, tuple) else (optimizer,)) if each is not None]
+        every = _listed(learner.optimizer)
         groups = tuple(len(each.param_groups) for each in every)  # one may be added while training
         if groups not in self._owners:
             own = set(learner.weights[self.model].parameters())
@@ -167,8 +166,7 @@ class EMA(Callback):
     def note_update(self, event: UpdateEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Note an update of the model's weights."""
         optimizer = learner.optimizer if event.name is None else look_up(learner.optimizer, event.name)
-        stepped = optimizer if isinstance(optimizer, tuple) else (optimizer,)
-        self._updated = self._updated or any(each in self._owning(learner) for each in stepped)
+        self._updated = self._updated or any(each in self._owning(learner) for each in _listed(optimizer))
 
     @on(StepEnd, AbstractTrainingPhase)
     def take(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
@@ -179,9 +177,8 @@ class EMA(Callback):
         decay = value_at(self.decay, self.num_averaged)
         _check_decay(decay)
         buffers = self.buffers or ("copy" if self.into is None else "keep")
-        self._move(
-            learner.weights[self.average], live, 1 - decay, {"copy": 1.0, "average": 1 - decay, "keep": 0.0}[buffers]
-        )
+        of_buffers = {"copy": 1.0, "average": 1 - decay, "keep": 0.0}[buffers]
+        self._move(learner.weights[self.average], live, 1 - decay, of_buffers)
         self.num_averaged += 1
 
     @torch.no_grad()
@@ -220,6 +217,14 @@ def _one_place_each(a: EMA, b: EMA) -> None:
             f"{a!r} and {b!r} both write {a.writes[0]!r}, or a part of it; give one a name of its own: "
             f"EMA({b.model!r}, ..., view='slow')"
         )
+
+
+def _listed(optimizers: Any) -> list[torch.optim.Optimizer]:
+    """List optimizers held as a learner holds them."""
+    if isinstance(optimizers, torch.optim.Optimizer):
+        return [optimizers]
+    held = optimizers if isinstance(optimizers, tuple) else [optimizers[name] for name in optimizers]
+    return [each for each in held if each is not None]
 
 
 def _changes(module: nn.Module) -> int:

@@ -33,6 +33,7 @@ class FeatureStats(MetricSource):
 
     Raises:
         MissingEntryError: The phase does not store the entry.
+        ValueError: `rows` or `every` is less than 1.
 
     Attributes:
         std: The standard deviation of each dimension, shape (F,), after the last epoch measured.
@@ -50,6 +51,11 @@ class FeatureStats(MetricSource):
 
     recorded_as = None
     draws = False
+
+    @rows.validator
+    def _check_rows(self, attribute: object, value: int) -> None:
+        if value < 1:
+            raise ValueError(f"FeatureStats(rows={value!r}) was given; expected 1 or more, e.g. 1024")
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -92,8 +98,10 @@ def effective_rank(features: Tensor) -> Tensor:
         features: Shape (N, F).
 
     Returns:
-        A scalar between 1 and min(N, F); 0 for features that are all zero.
+        A scalar between 1 and min(N, F); 0 for features that are all zero, NaN where one is not finite.
     """
+    if not features.isfinite().all():
+        return features.new_full((), float("nan"))
     values: Tensor = torch.linalg.svdvals(features)
     if not values.any():
         return values.new_zeros(())

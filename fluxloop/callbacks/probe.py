@@ -102,8 +102,8 @@ def _metrics_of_their_own(a: MetricSource, b: MetricSource) -> NoConflict:
     for name in a.metric_names:
         if name in b.metric_names:
             raise MetricError(
-                f"{type(a).__name__} and {type(b).__name__} both record the metric {name!r}; give one another name: "
-                f"{type(b).__name__}(..., metric='...')"
+                f"{type(a).__name__} and {type(b).__name__} both record the metric {name!r}; "
+                + ("give one another name: metric='...'" if isinstance(b, HeldOut) else "keep one of them")
             )
     return NoConflict()
 
@@ -139,21 +139,7 @@ def extract(module: nn.Module, source: Any, features: Features = flat) -> tuple[
     rows, labels = [], []
     with watching(module), untouched(source):
         for batch in source:
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-                raise DataError(
-                    f"a probe was given {describe(batch)} as a batch; expected labelled rows, (xs, ys): give it "
-                    "data of its own, KNNProbe('encoder', bank=(xs, ys), queries=(xs, ys))"
-                )
-            if features is flat and not isinstance(batch[0], Tensor):
-                raise DataError(
-                    f"a probe was given rows that are {describe(batch[0])}, such as several views; expected tensors. "
-                    "Give it data of its own, KNNProbe('encoder', bank=(xs, ys), queries=(xs, ys)), or features=..."
-                )
-            if batch[1].ndim != 1 or batch[1].is_floating_point():
-                raise DataError(
-                    f"a probe was given labels {describe(batch[1])} of {batch[1].dtype}; expected classes, whole "
-                    "numbers from 0 of shape (N,)"
-                )
+            _check_labelled(batch, features)
             xs, ys = map_tensors(lambda tensor: tensor.to(device), (batch[0], batch[1]))
             rows.append(features(module, xs))
             labels.append(ys)
@@ -165,6 +151,23 @@ def extract(module: nn.Module, source: Any, features: Features = flat) -> tuple[
 def loader(given: Any) -> Any:
     """Make a loader of rows with batches of 256; a loader stays as it is."""
     return as_dataloader(given, batch_size=256) if holds_rows(given) else as_dataloader(given)
+
+
+def _check_labelled(batch: Any, features: Features) -> None:
+    """Raise `DataError` for a batch that is not rows with their classes."""
+    what = describe(batch)
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
+        xs, ys = batch
+        if features is flat and not isinstance(xs, Tensor):
+            what = f"rows that are {describe(xs)}, such as several views, or inputs that need features=..."
+        elif ys.ndim != 1 or ys.is_floating_point() or ys.is_complex():
+            what = f"labels that are {describe(ys)} of {ys.dtype}, not classes from 0 of shape (N,)"
+        else:
+            return
+    raise DataError(
+        f"a probe was given {what}; expected labelled rows, (xs, ys): give it data of its own, "
+        "KNNProbe('encoder', bank=(xs, ys), queries=(xs, ys))"
+    )
 
 
 @define

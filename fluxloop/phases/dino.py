@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fluxloop.errors import PhaseError
+from fluxloop.errors import BatchError, PhaseError, describe
 from fluxloop.losses.distillation import dino_loss
 from fluxloop.phases.joint_embedding import TeacherPhase, Views
 from fluxloop.schedules import Schedule, value_at
@@ -68,6 +68,15 @@ class DINOPhase(TeacherPhase):
         self.center_momentum = center_momentum
         self.center: Tensor | None = None
         self._steps = 0
+
+    def _checked(self, views: Any) -> tuple[Any, ...]:
+        checked = super()._checked(views)
+        if len(checked) < max(2, self.num_global):
+            raise BatchError(
+                f"{type(self).__name__} was given {describe(views)} as views; expected {self.num_global} global ones "
+                f"and any number of local ones: {type(self).__name__}(views={self.advice})"
+            )
+        return checked
 
     def forward(self, learner: Learner, state: StepState) -> None:
         """Run both networks on their crops."""

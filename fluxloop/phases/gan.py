@@ -173,7 +173,7 @@ class GANPhase(AbstractTrainingPhase):
             for role, other in (("generator", "critic"), ("critic", "generator")):
                 if found[role] is None and found[other] in models:
                     found[role] = next(name for name in models if name != found[other])
-        if any(name not in models for name in found.values()):
+        if any(name not in models for name in found.values()) or found["generator"] == found["critic"]:
             raise PhaseError(
                 f"GANPhase trains a generator and a critic, and the models are {list(models) or 'a single one'}; name "
                 "them so, "

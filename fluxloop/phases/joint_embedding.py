@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fluxloop.errors import BatchError, PhaseError, describe
-from fluxloop.phases.objective import ObjectivePhase, inputs_and_labels, require_parts
+from fluxloop.phases.objective import ObjectivePhase, can_run, inputs_and_labels, require_parts
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -51,7 +51,11 @@ class JointEmbeddingPhase(ObjectivePhase):
 
     def _checked(self, views: Any) -> tuple[Any, ...]:
         wanted = "two or more" if self.num_views is None else str(self.num_views)
-        several = isinstance(views, (tuple, list)) and len(views) > 1
+        several = (
+            isinstance(views, (tuple, list))
+            and len(views) > 1
+            and not any(isinstance(view, (tuple, list)) for view in views)
+        )
         if not several or len(views) != (self.num_views or len(views)):
             raise BatchError(
                 f"{type(self).__name__} was given {describe(views)} as views; expected {wanted} of each row: give the "
@@ -82,7 +86,7 @@ class JointEmbeddingPhase(ObjectivePhase):
     def embed(self, model: Any, view: Tensor) -> tuple[Tensor, Tensor]:
         """Give the features (N, F) and the embedding (N, D) of a view."""
         projector = getattr(model, "projector", None)
-        if projector is None and callable(model):
+        if projector is None and can_run(model):
             features = embedding = model(view)
         else:
             features = model.encoder(view)
@@ -91,7 +95,7 @@ class JointEmbeddingPhase(ObjectivePhase):
 
     def require(self, learner: Learner) -> None:
         """Raise for models without an encoder."""
-        parts = self.parts or (() if callable(learner.model) else ("encoder",))
+        parts = self.parts or (() if can_run(learner.model) else ("encoder",))
         require_parts(self, learner.model, *parts)
 
 

@@ -101,7 +101,7 @@ class MAEPhase(ObjectivePhase):
                 f"MAEPhase({self.patch_size}) makes one patch of {describe(state.xs)}, so that nothing can be hidden; "
                 "expected two or more: a smaller patch_size"
             )
-        kept = max(1, int(count * (1 - self.mask_ratio)))
+        kept = max(1, int(count * (1 - self.mask_ratio) + 1e-9))
         state.places = torch.rand(n, count, device=state.patches.device).argsort(1)[:, :kept]
         state.mask = torch.ones(n, count, dtype=torch.bool, device=state.patches.device).scatter_(
             1, state.places, False

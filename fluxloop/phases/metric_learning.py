@@ -11,7 +11,7 @@ from torch.nn.functional import triplet_margin_loss
 from fluxloop.errors import BatchError, describe
 from fluxloop.losses.contrastive import supervised_contrastive
 from fluxloop.phases.joint_embedding import JointEmbeddingPhase, Views
-from fluxloop.phases.objective import ObjectivePhase, require_parts
+from fluxloop.phases.objective import ObjectivePhase, can_run, require_parts
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -85,7 +85,7 @@ class TripletPhase(ObjectivePhase):
 
     def forward(self, learner: Learner, state: StepState) -> None:
         """Embed all three."""
-        encoder: Any = learner.model if callable(learner.model) else learner.model.encoder
+        encoder: Any = learner.model if can_run(learner.model) else learner.model.encoder
         state.features = encoder(state.anchor)
         state.z_positive, state.z_negative = encoder(state.positive), encoder(state.negative)
 
@@ -95,5 +95,5 @@ class TripletPhase(ObjectivePhase):
 
     def require(self, learner: Learner) -> None:
         """Raise for models without an encoder."""
-        if not callable(learner.model):
+        if not can_run(learner.model):
             require_parts(self, learner.model, "encoder")

@@ -64,25 +64,26 @@ class MoCoPhase(TeacherPhase):
 
     def loss(self, learner: Learner, state: StepState) -> Tensor:
         """Have each query find its key."""
-        if self.queue is None:
-            generator = torch.Generator().manual_seed(stream_seed(learner.seed, "MoCoPhase/queue"))
-            noise = torch.randn(self.queue_size, state.keys.shape[1], generator=generator)
-            self.queue = normalize(noise, dim=1).to(state.keys)
-        self.queue = self.queue.to(state.keys)
-        return info_nce(state.queries, state.keys, self.queue, self.temperature)
+        return info_nce(state.queries, state.keys, self.negatives(learner, state.keys), self.temperature)
+
+    def negatives(self, learner: Learner, keys: Tensor) -> Tensor:
+        """Give the queue on the keys' device; before the first step, what it begins with."""
+        if self.queue is not None:
+            return self.queue.to(keys)
+        generator = torch.Generator().manual_seed(stream_seed(learner.seed, "MoCoPhase/queue"))
+        return normalize(torch.randn(self.queue_size, keys.shape[1], generator=generator), dim=1).to(keys)
 
     def finish(self, learner: Learner, state: StepState) -> None:
         """Put the keys in the place of the oldest."""
-        if self.queue is None:
-            return
         keys = state.keys[-self.queue_size :]
         places = (self._oldest + torch.arange(len(keys), device=keys.device)) % self.queue_size
+        self.queue = self.negatives(learner, keys)
         self.queue.index_copy_(0, places, keys)
         self._oldest = (self._oldest + len(keys)) % self.queue_size
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a checkpoint keeps: the queue and its oldest place."""
-        return {"queue": self.queue, "oldest": self._oldest}
+        return {"queue": None if self.queue is None else self.queue.clone(), "oldest": self._oldest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a kept state.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fluxloop.errors import BatchError, PhaseError, describe
 from fluxloop.events import BackwardBegin, BackwardEnd, LossBegin
@@ -125,6 +125,11 @@ def inputs_and_labels(batch: Any) -> dict[str, Any]:
             "say in the phase's entries(batch) what they are"
         )
     return dict(zip(("xs", "ys"), batch, strict=False))
+
+
+def can_run(model: Any) -> bool:
+    """Tell whether a learner's model is one module that can be called, rather than a container of parts."""
+    return isinstance(model, nn.Module) and type(model).forward is not nn.Module.forward
 
 
 def require_parts(phase: Phase, model: Any, *parts: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fluxloop.errors import PhaseError, describe
 from fluxloop.losses.reconstruction import kl_standard_normal, squared_error
 from fluxloop.phases.objective import ObjectivePhase
 
@@ -44,11 +45,27 @@ class VAEPhase(ObjectivePhase):
     def forward(self, learner: Learner, state: StepState) -> None:
         """Encode, draw a code, decode."""
         code: Any = learner.model.encoder(state.xs)
-        mean, logvar = code.chunk(2, dim=1) if isinstance(code, Tensor) else code
+        mean, logvar = self._halves(code)
         state.mean = state.features = mean
         state.logvar = logvar
         state.latents = mean + (logvar / 2).exp() * torch.randn_like(mean)
         state.preds = learner.model.decoder(state.latents)
+
+    def _halves(self, code: Any) -> tuple[Tensor, Tensor]:
+        """Split what the encoder gives into mean and logarithm of the variance.
+
+        Raises:
+            PhaseError: It is neither two tensors of one shape, nor one with an even number of columns.
+        """
+        halves = code
+        if isinstance(code, Tensor) and code.ndim > 1 and code.shape[1] % 2 == 0:
+            halves = code.chunk(2, dim=1)
+        if not isinstance(halves, (tuple, list)) or len(halves) != 2 or halves[0].shape != halves[1].shape:
+            raise PhaseError(
+                f"VAEPhase got {describe(code)} from the encoder; expected (mean, logvar), each (N, D), or one "
+                "tensor of both, (N, 2 D)"
+            )
+        return halves[0], halves[1]
 
     def loss(self, learner: Learner, state: StepState) -> Tensor:
         """Weigh the reconstruction against the divergence."""
