@@ -233,7 +233,7 @@ def infer_access(callback: Callback, learner: Learner, *, phases: Iterable[Phase
     others = [c for c in trial.callbacks.given() if type(c.unwrapped) is not type(callback.unwrapped)]
     traced = _Traced(copy.deepcopy(callback), [type(other.unwrapped) for other in others])
     trial.set_callbacks([*others, traced])
-    trial.fit(1, phases=phases)
+    trial.fit(1, phases=None if phases is None else copy.deepcopy(list(phases)))
     writes = _shortest(traced.writes_seen)
     reads = _shortest(path for path in traced.reads_seen if not any(covers(w, path) for w in traced.writes_seen))
     print(f"reads = {reads!r}\nwrites = {writes!r}")

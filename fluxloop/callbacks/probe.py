@@ -103,7 +103,11 @@ def _metrics_of_their_own(a: MetricSource, b: MetricSource) -> NoConflict:
         if name in b.metric_names:
             raise MetricError(
                 f"{type(a).__name__} and {type(b).__name__} both record the metric {name!r}; "
-                + ("give one another name: metric='...'" if isinstance(b, HeldOut) else "keep one of them")
+                + (
+                    f"give one another name: {type(b).__name__}(..., metric='...')"
+                    if isinstance(b, HeldOut)
+                    else "keep one of them"
+                )
             )
     return NoConflict()
 
@@ -155,19 +159,22 @@ def loader(given: Any) -> Any:
 
 def _check_labelled(batch: Any, features: Features) -> None:
     """Raise `DataError` for a batch that is not rows with their classes."""
-    what = describe(batch)
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
-        xs, ys = batch
-        if features is flat and not isinstance(xs, Tensor):
-            what = f"rows that are {describe(xs)}, such as several views, or inputs that need features=..."
-        elif ys.ndim != 1 or ys.is_floating_point() or ys.is_complex():
-            what = f"labels that are {describe(ys)} of {ys.dtype}, not classes from 0 of shape (N,)"
-        else:
-            return
-    raise DataError(
-        f"a probe was given {what}; expected labelled rows, (xs, ys): give it data of its own, "
-        "KNNProbe('encoder', bank=(xs, ys), queries=(xs, ys))"
-    )
+    data = "data of its own, KNNProbe('encoder', bank=(xs, ys), queries=(xs, ys))"
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        raise DataError(
+            f"a probe was given {describe(batch)} as a batch; expected labelled rows, (xs, ys): give it {data}"
+        )
+    xs, ys = batch
+    if features is flat and not isinstance(xs, Tensor):
+        raise DataError(
+            f"a probe was given rows that are {describe(xs)}, such as several views; expected tensors. Give it {data}, "
+            "or features=..."
+        )
+    if ys.ndim != 1 or ys.is_floating_point() or ys.is_complex():
+        raise DataError(
+            f"a probe was given labels {describe(ys)} of {ys.dtype}; expected classes, whole numbers from 0 of "
+            f"shape (N,). Give it {data}"
+        )
 
 
 @define

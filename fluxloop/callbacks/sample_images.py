@@ -67,8 +67,7 @@ class SampleImages(Callback):
     shape: tuple[int, int, int] | None = field(default=None, kw_only=True)
     make: Callable[..., Tensor] | None = field(default=None, kw_only=True, repr=False)
     grid: Tensor | None = field(default=None, init=False, repr=False)
-    _inputs: Any = field(default=None, init=False, repr=False)
-    _named: dict[str, Any] = field(factory=dict, init=False, repr=False)
+    _inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = field(default=None, init=False, repr=False)
 
     writes = ("cbstate.images",)
     run_after = (Recorder,)
@@ -101,8 +100,7 @@ class SampleImages(Callback):
         if "images" not in learner.cbstate:
             learner.cbstate.images = {}
         given = self.inputs if isinstance(self.inputs, (tuple, list)) or self.inputs is None else (self.inputs,)
-        self._inputs = given if given is None else self._rows(tuple(given))
-        self._named = {}
+        self._inputs = given if given is None else self._rows((tuple(given), {}))
 
     def _rows(self, inputs: Any) -> Any:
         return map_tensors(lambda tensor: tensor.detach()[: self.count].clone() if tensor.ndim else tensor, inputs)
@@ -116,7 +114,7 @@ class SampleImages(Callback):
 
     def _take(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         if self._inputs is None:
-            self._inputs, self._named = self._rows((inputs, named))
+            self._inputs = self._rows((inputs, named))
 
     @on(EpochEnd, AbstractTrainingPhase)
     def sample(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
@@ -131,7 +129,7 @@ class SampleImages(Callback):
             )
         module = learner.weights[self.model]
         device = device_of(module)
-        inputs, named = map_tensors(lambda tensor: tensor.to(device), (self._inputs, self._named))
+        inputs, named = map_tensors(lambda tensor: tensor.to(device), self._inputs)
         with watching(module), drawing(stream_seed(learner.seed, f"SampleImages/{self.model}", epoch)):
             images = (partial(self.make, module) if self.make is not None else module)(*inputs, **named)
         self.grid = image_grid(self._images(images), self.columns, self.value_range)
@@ -154,11 +152,11 @@ class SampleImages(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a checkpoint keeps: the input."""
-        return {"inputs": self._inputs, "named": self._named}
+        return {"inputs": self._inputs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a kept state."""
-        self._inputs, self._named = state["inputs"], state["named"]
+        self._inputs = state["inputs"]
 
 
 @resolve_conflict.register(SampleImages, SampleImages)  # type: ignore[untyped-decorator]  # multipledispatch has no types

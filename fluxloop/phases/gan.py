@@ -124,8 +124,8 @@ class GANPhase(AbstractTrainingPhase):
 
     def step(self, learner: Learner, batch: Any) -> StepState:
         """Train the critic on one batch, and the generator when it is its turn."""
-        (generator_name, generator), (critic_name, critic) = self.models(learner)
         with runstep(learner, self, **self.entries(batch)) as (handle, state):
+            (generator_name, generator), (critic_name, critic) = self.models(learner)
             labels = (state.ys,) if self.conditional else ()
             state.noise = self.draw_noise(state)
             turn = (self._critic_updates + 1) % self.critic_steps == 0
@@ -218,8 +218,8 @@ class GANValidationPhase(TwinPhase):
 
     def step(self, learner: Learner, batch: Any) -> StepState:
         """Compute both losses on one batch."""
-        (generator_name, generator), (critic_name, critic) = self.training.models(learner)
         with runstep(learner, self, **self.training.entries(batch)) as (handle, state):
+            (generator_name, generator), (critic_name, critic) = self.training.models(learner)
             labels = (state.ys,) if self.training.conditional else ()
             state.noise = self.training.draw_noise(state)
             state.fake = generator(state.noise, *labels)

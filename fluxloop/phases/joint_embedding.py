@@ -95,13 +95,14 @@ class JointEmbeddingPhase(ObjectivePhase):
 
     def require(self, learner: Learner) -> None:
         """Raise for models without an encoder."""
-        parts = self.parts or (() if can_run(learner.model) else ("encoder",))
+        whole = can_run(learner.model) and not hasattr(learner.model, "projector")
+        parts = self.parts or (() if whole else ("encoder",))
         require_parts(self, learner.model, *parts)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     """Tell whether two tensors may be views of the same rows; they may be of different size."""
-    return (len(a), a.ndim, a.dtype) == (len(b), b.ndim, b.dtype)
+    return (a.shape[:1], a.ndim, a.dtype) == (b.shape[:1], b.ndim, b.dtype)
 
 
 class TeacherPhase(JointEmbeddingPhase):

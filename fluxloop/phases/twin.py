@@ -11,6 +11,8 @@ from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase
 class TwinPhase(AbstractValidationPhase):
     """Base of phases that do on validation data what an instance of a training phase does, without updates.
 
+    A history is kept by class: for a second twin in one fit make a subclass.
+
     Args:
         training: The training phase.
 
@@ -24,8 +26,8 @@ class TwinPhase(AbstractValidationPhase):
     def __init__(self, training: Any) -> None:
         if not isinstance(training, self.of):
             raise PhaseError(
-                f"{type(self).__name__} was given {describe(training)}; expected an instance of the training phase, "
-                f"a {self.of.__name__}: {type(self).__name__}(MyPhase())"
+                f"{type(self).__name__} was given {describe(training)}; expected an instance of the training phase "
+                f"(of {self.of.__name__}): {type(self).__name__}(MyPhase())"
             )
         self.training: Any = training
 
