@@ -147,7 +147,7 @@ class Setting:
 
 
 NO_FEATURES = "no entry 'features'; it has: "
-NO_BANK = r"given {} as a batch; expected labelled rows, \(xs, ys\).*KNNProbe\('.*', bank=\(xs, ys\)"
+NO_BANK = r"given {}.*; expected labelled rows, \(xs, ys\).*KNNProbe\('.*', bank=\(xs, ys\)"
 NO_IMAGES = r"SampleImages\('{}'\) got a Tensor of shape \(8, {}\) .* need SampleImages\(\.\.\., shape=\(1, H, W\)\)"
 
 IMAGES = {"KNNProbe": (DataError, NO_BANK.format(r"a Tensor of shape \(8, 1, 2, 2\)"))}

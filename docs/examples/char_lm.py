@@ -29,7 +29,6 @@ from fluxloop import (
     watching,
 )
 
-
 TEXT = Path(__file__).parent / "text" / "sonnets.txt"
 CONTEXT = 64
 """How many characters the model sees at most."""

@@ -13,7 +13,7 @@ import torch
 from attrs import define
 from common import Rows, digits, parse, write_result
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 from torch.distributions import Beta
 from torch.nn.functional import one_hot
 
@@ -91,8 +91,13 @@ def train(rows: Rows, valid: Rows, epochs: int, seed: int, callbacks: list[Callb
     return learner
 
 
+def average(runs: list[list[float]]) -> list[float]:
+    """Give the mean over runs at each epoch."""
+    return [mean(values) for values in zip(*runs, strict=True)]
+
+
 def draw_batch(learner: Learner) -> Figure:
-    """Draw what the last step of an epoch was trained on."""
+    """Draw what the last step of an epoch is trained on."""
     learner.epoch(TrainingPhase())
     figure = Figure(figsize=(9, 1.6), layout="constrained")
     images, labels = learner.step.xs.cpu(), learner.step.ys.cpu()
@@ -112,7 +117,7 @@ def draw_histories(curves: dict[str, dict[str, list[list[float]]]]) -> Figure:
         for (name, runs), color in zip(variants.items(), ("tab:gray", "tab:orange"), strict=True):
             for run in runs:
                 axes.plot(range(1, len(run) + 1), run, color=color, alpha=0.2)
-            axes.plot(range(1, len(run) + 1), [mean(at) for at in zip(*runs, strict=True)], color=color, label=name)
+            axes.plot(range(1, len(run) + 1), average(runs), color=color, label=name)
         axes.set(title=title, xlabel="epoch", ylabel="validation accuracy", ylim=(0.4, 1))
         axes.grid(alpha=0.3)
         axes.legend()
@@ -133,9 +138,11 @@ def main() -> None:
                 curves[setting][name].append(learner.history["validation/accuracy"])
 
     means = {setting: {name: mean(runs) for name, runs in found.items()} for setting, found in results.items()}
-    write_result(arguments, accuracy=means, accuracy_by_seed=results)
+    best = {setting: {name: max(average(runs)) for name, runs in found.items()} for setting, found in curves.items()}
+    write_result(arguments, accuracy=means, validation_accuracy_at_best_epoch=best, accuracy_by_seed=results)
     draw_histories(curves).savefig(arguments.out / "mixup_history.png", dpi=100)
-    draw_batch(learner).savefig(arguments.out / "mixup_images.png", dpi=100)
+    rows, valid, _ = few_digits(arguments.seed, wrong=0.0)
+    draw_batch(train(rows, valid, 1, arguments.seed, [MixUp()])).savefig(arguments.out / "mixup_images.png", dpi=100)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python docs/examples/triplet_digits.py --epochs 12 --seed 0 --out runs/triplet_digits
 
-Writes DIR/result.json (how well neighbours classify held-out images by raw pixels, by the untrained
-network's embedding and by the learned one, also for classes that no triplet showed) and
+Writes DIR/result.json (how well neighbours classify held-out images by raw pixels, by the
+embedding of a random network and by the learned one, also for classes that no triplet showed) and
 DIR/triplet_embedding.png.
 """
 
@@ -11,13 +11,13 @@ import copy
 from functools import partial
 
 import torch
-from common import Rows, conv_encoder, digits, features_of, parse, scores, write_result
+from common import Rows, conv_encoder, digits, features_of, measured, parse, scores, write_result
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pairwise_distance
 from torch.utils.data import Dataset
 
-from fluxloop import KNNProbe, Learner, Metric, Metrics, ObjectiveValidationPhase, TripletPhase
+from fluxloop import History, KNNProbe, Learner, Metric, Metrics, ObjectiveValidationPhase, TripletPhase
 
 
 class Triplets(Dataset):
@@ -50,7 +50,7 @@ def in_order(anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     return (pairwise_distance(anchor, positive) < pairwise_distance(anchor, negative)).float().mean()
 
 
-def learn(model: nn.Module, train: Rows, test: Rows, epochs: int, seed: int) -> Learner:
+def learn(model: nn.Module, train: Rows, test: Rows, epochs: int, seed: int) -> History:
     phase = TripletPhase(margin=1.0)
     learner = Learner(
         model,
@@ -62,9 +62,7 @@ def learn(model: nn.Module, train: Rows, test: Rows, epochs: int, seed: int) -> 
         ],
         seed=seed,
     )
-    learner.fit(epochs, phases=[phase, ObjectiveValidationPhase(phase)])
-    model.cpu()
-    return learner
+    return learner.fit(epochs, phases=[phase, ObjectiveValidationPhase(phase)])
 
 
 def only(rows: Rows, classes: range) -> Rows:
@@ -83,27 +81,23 @@ def plane(rows: Tensor) -> Tensor:
 def main() -> None:
     arguments = parse("triplet_digits", 12, __doc__.splitlines()[0])
     train, test = digits()
-    untrained = nn.Sequential(conv_encoder(), nn.Linear(256, 16), UnitLength())
-    model, half = copy.deepcopy(untrained), copy.deepcopy(untrained)
+    random = nn.Sequential(conv_encoder(), nn.Linear(256, 16), UnitLength())
+    learned, learned_of_half = copy.deepcopy(random), copy.deepcopy(random)
+    history = learn(learned, train, test, arguments.epochs, arguments.seed)
     first, last = range(5), range(5, 10)
+    learn(learned_of_half, only(train, first), only(test, first), arguments.epochs, arguments.seed)
 
-    learner = learn(model, train, test, arguments.epochs, arguments.seed)
-    learn(half, only(train, first), only(test, first), arguments.epochs, arguments.seed)
-
-    unseen = only(train, last), only(test, last)
-    encoders = {"pixels": None, "untrained": untrained, "learned": half}
-    write_result(
-        arguments,
-        validation_loss=learner.history["validation/loss"][-1],
-        validation_in_order=learner.history["validation/in_order"][-1],
-        pixels=scores(train, test),
-        untrained=scores(train, test, untrained),
-        learned=scores(train, test, model),
-        knn_of_unseen_classes={name: scores(*unseen, encoder)["knn"] for name, encoder in encoders.items()},
-    )
+    encoders = {"pixels": None, "random": random, "random_measured": measured(random, train[0])}
+    results = {name: scores(train, test, encoder) for name, encoder in {**encoders, "learned": learned}.items()}
+    unseen = {
+        name: scores(only(train, last), only(test, last), encoder)["knn"]
+        for name, encoder in {**encoders, "learned": learned_of_half}.items()
+    }
+    in_order = history["validation/in_order"][-1]
+    write_result(arguments, **results, triplets_in_order=in_order, knn_of_unseen_classes=unseen)
     images, labels = test
     figure = Figure(figsize=(9, 4.2), layout="constrained")
-    panels = {"pixels": images, "learned embedding": features_of(model, images)}
+    panels = {"pixels": images, "learned embedding": features_of(learned, images)}
     for axes, (title, rows) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         points = axes.scatter(*plane(rows).T, c=labels, cmap="tab10", vmin=-0.5, vmax=9.5, s=12)
         axes.set(title=f"{title}: first two components", xticks=[], yticks=[])

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from fluxloop.access import overlap, parse, weights_path
 from fluxloop.callback import Callback, on, resolve_conflict
 from fluxloop.errors import CallbackConflictError, ModelError
-from fluxloop.events import StepBegin, StepEnd, UpdateEnd
+from fluxloop.events import EpochBegin, StepBegin, StepEnd, UpdateEnd
 from fluxloop.optimizers import owned_parameters
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.schedules import Schedule, value_at
@@ -131,24 +131,21 @@ class EMA(Callback):
             ) from error
         return average.requires_grad_(False).eval()
 
-    @on(StepBegin, AbstractTrainingPhase)
-    def start(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
-        """Begin a step: nothing is known of its updates."""
-        live = learner.weights[self.model]
-        if not self._begun:
-            self._begun = True
-            average = learner.weights[self.average]
-            if self.into is None and _changes(average) == self._untouched:  # the live ones may have been loaded since
-                self._move(average, live, 1.0, 1.0)
-        around = self._updated, self._before  # of a step around this one
-        learner.defer(lambda: self._end(*around))
-        self._updated, self._before = False, _changes(live)
+    @on(EpochBegin, AbstractTrainingPhase)
+    def listen(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Have fused optimizers tell of their steps, which leave no trace in the parameters' counts."""
         for optimizer in self._owning(learner):
-            if optimizer.defaults.get("fused"):  # its steps leave no trace in the parameters' counts
+            if optimizer.defaults.get("fused"):
                 learner.defer(optimizer.register_step_post_hook(self._note_step).remove)
 
-    def _end(self, updated: bool, before: int) -> None:
-        self._updated, self._before = updated, before
+    @on(StepBegin, AbstractTrainingPhase)
+    def start(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Begin the average, at the first step."""
+        if not self._begun:
+            live, average = learner.weights[self.model], learner.weights[self.average]
+            if self.into is None and _changes(average) == self._untouched:  # the live ones may have been loaded since
+                self._move(average, live, 1.0, 1.0)
+            self._begun, self._updated, self._before = True, False, _changes(live)
 
     def _note_step(self, *args: Any) -> None:
         self._updated = True
@@ -172,8 +169,10 @@ class EMA(Callback):
     def take(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Take an average where the weights were updated."""
         live = learner.weights[self.model]
-        if not self._updated and _changes(live) == self._before:
+        changes = _changes(live)
+        if not self._updated and changes == self._before:
             return
+        self._updated, self._before = False, changes
         decay = value_at(self.decay, self.num_averaged)
         _check_decay(decay)
         buffers = self.buffers or ("copy" if self.into is None else "keep")
@@ -202,7 +201,6 @@ class EMA(Callback):
         self.num_averaged = state["num_averaged"]
         if self._average is not None and state["average"] is not None:
             self._average.load_state_dict(state["average"])
-            self._begun = True
 
 
 @resolve_conflict.register(EMA, EMA)  # type: ignore[untyped-decorator]  # multipledispatch has no types

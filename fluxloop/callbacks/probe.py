@@ -167,13 +167,13 @@ def _check_labelled(batch: Any, features: Features) -> None:
     xs, ys = batch
     if features is flat and not isinstance(xs, Tensor):
         raise DataError(
-            f"a probe was given rows that are {describe(xs)}, such as several views; expected tensors. Give it {data}, "
-            "or features=..."
+            f"a probe was given rows that are {describe(xs)}, such as several views; expected tensors in "
+            f"labelled rows, (xs, ys). Give it {data}, or features=..."
         )
     if ys.ndim != 1 or ys.is_floating_point() or ys.is_complex():
         raise DataError(
             f"a probe was given labels {describe(ys)} of {ys.dtype}; expected classes, whole numbers from 0 of "
-            f"shape (N,). Give it {data}"
+            f"shape (N,), in labelled rows, (xs, ys). Give it {data}"
         )
 
 

@@ -14,12 +14,12 @@ from fluxloop.access import weights_path
 from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import CallbackConflictError, ModelError, describe
-from fluxloop.events import EpochEnd, StepBegin
+from fluxloop.events import CycleEnd, EpochEnd, StepBegin
 from fluxloop.images import image_grid, pillow, save_image
 from fluxloop.loop import watching
 from fluxloop.models import device_of
 from fluxloop.nested import map_tensors
-from fluxloop.phase import AbstractTrainingPhase
+from fluxloop.phase import AbstractTrainingPhase, Phase
 from fluxloop.randomness import drawing, stream_seed
 
 
@@ -67,7 +67,8 @@ class SampleImages(Callback):
     shape: tuple[int, int, int] | None = field(default=None, kw_only=True)
     make: Callable[..., Tensor] | None = field(default=None, kw_only=True, repr=False)
     grid: Tensor | None = field(default=None, init=False, repr=False)
-    _inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = field(default=None, init=False, repr=False)
+    _inputs: tuple[Any, ...] | None = field(default=None, init=False, repr=False)
+    _named: dict[str, Any] = field(factory=dict, init=False, repr=False)
 
     writes = ("cbstate.images",)
     run_after = (Recorder,)
@@ -100,7 +101,8 @@ class SampleImages(Callback):
         if "images" not in learner.cbstate:
             learner.cbstate.images = {}
         given = self.inputs if isinstance(self.inputs, (tuple, list)) or self.inputs is None else (self.inputs,)
-        self._inputs = given if given is None else self._rows((tuple(given), {}))
+        self._inputs = given if given is None else self._rows(tuple(given))
+        self._named = {}
 
     def _rows(self, inputs: Any) -> Any:
         return map_tensors(lambda tensor: tensor.detach()[: self.count].clone() if tensor.ndim else tensor, inputs)
@@ -114,28 +116,32 @@ class SampleImages(Callback):
 
     def _take(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         if self._inputs is None:
-            self._inputs = self._rows((inputs, named))
+            self._inputs, self._named = self._rows((inputs, named))
 
     @on(EpochEnd, AbstractTrainingPhase)
     def sample(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Make the grid, share it, and save it."""
         epoch = learner.cbstate.history[phase].epochs
-        if epoch % self.every:
+        if self._inputs is None or epoch % self.every:
             return
-        if self._inputs is None:
-            raise ModelError(
-                f"SampleImages({self.model!r}) takes the input that the model gets first in training, and it got "
-                f"none in this epoch; give it one: SampleImages({self.model!r}, inputs=torch.randn(64, ...))"
-            )
         module = learner.weights[self.model]
         device = device_of(module)
-        inputs, named = map_tensors(lambda tensor: tensor.to(device), self._inputs)
+        inputs, named = map_tensors(lambda tensor: tensor.to(device), (self._inputs, self._named))
         with watching(module), drawing(stream_seed(learner.seed, f"SampleImages/{self.model}", epoch)):
             images = (partial(self.make, module) if self.make is not None else module)(*inputs, **named)
         self.grid = image_grid(self._images(images), self.columns, self.value_range)
         learner.cbstate.images[self.label] = self.grid
         if self.folder is not None:
             save_image(self.grid, Path(self.folder) / f"{self.label}-{epoch:04d}.png")
+
+    @on(CycleEnd)
+    def require_input(self, event: CycleEnd, phase: Phase, learner: Any) -> None:
+        """Raise where the model was not called in a whole cycle."""
+        if self._inputs is None:
+            raise ModelError(
+                f"SampleImages({self.model!r}) takes the input that the model gets first in training, and it got none; "
+                f"give it one: SampleImages({self.model!r}, inputs=torch.randn(64, ...))"
+            )
 
     def _images(self, made: Any) -> Tensor:
         images = made
@@ -152,11 +158,11 @@ class SampleImages(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a checkpoint keeps: the input."""
-        return {"inputs": self._inputs}
+        return {"inputs": self._inputs, "named": self._named}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a kept state."""
-        self._inputs = state["inputs"]
+        self._inputs, self._named = state["inputs"], state["named"]
 
 
 @resolve_conflict.register(SampleImages, SampleImages)  # type: ignore[untyped-decorator]  # multipledispatch has no types

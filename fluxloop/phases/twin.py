@@ -26,8 +26,8 @@ class TwinPhase(AbstractValidationPhase):
     def __init__(self, training: Any) -> None:
         if not isinstance(training, self.of):
             raise PhaseError(
-                f"{type(self).__name__} was given {describe(training)}; expected an instance of the training phase "
-                f"(of {self.of.__name__}): {type(self).__name__}(MyPhase())"
+                f"{type(self).__name__} was given {describe(training)}; expected an instance of the training phase, "
+                f"of type {self.of.__name__}: {type(self).__name__}(MyPhase())"
             )
         self.training: Any = training
 

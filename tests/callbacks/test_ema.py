@@ -46,6 +46,7 @@ from fluxloop import (
     UpdateEnd,
     ValidationPhase,
     cosine,
+    loop,
     runepoch,
     runstep,
     stream_seed,
@@ -184,6 +185,16 @@ def test_the_average_begins_as_the_live_weights_and_takes_no_gradient() -> None:
     assert not any(p.requires_grad for p in average.parameters())
     assert not any(module.training for module in average.modules())
     assert all(p.requires_grad for p in learner.model.parameters())
+
+
+def test_the_average_begins_with_the_weights_of_the_first_step_also_where_they_were_loaded_after_it() -> None:
+    learner = learner_of(EMA("model", 0.5))
+    torch.manual_seed(9)
+    other = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
+    learner.model.load_state_dict(other.state_dict())
+    learner.epoch(TrainingPhase(), [next(iter(batches()))])
+    average = learner.weights["model@ema"]
+    assert torch.equal(average[0].weight, torch.lerp(other[0].weight, learner.model[0].weight, 0.5))
 
 
 def test_a_teacher_begins_as_it_is_given() -> None:
@@ -461,6 +472,52 @@ def test_validation_takes_no_average() -> None:
     assert ema.num_averaged == BATCHES
 
 
+class Around(TrainingPhase):
+    """Trains on a batch by another phase's step, then by its own."""
+
+    def __init__(self, inner: Phase) -> None:
+        self.inner = inner
+
+    def step(self, learner: Learner, batch: Any) -> None:
+        with runstep(learner, self, xs=batch[0], ys=batch[1]) as (_, state):
+            self.inner.step(learner, batch)
+            with learner.optimizing() as block:
+                block.loss = cross_entropy(learner.model(state.xs), state.ys)
+
+
+class Cancelled(TrainingPhase):
+    """Ends each step before it updates anything."""
+
+    def step(self, learner: Learner, batch: Any) -> None:
+        with runstep(learner, self, xs=batch[0]):
+            raise CancelStepException
+
+
+@pytest.mark.parametrize(("inner", "averages"), [(TrainingPhase, 2), (ByHand, 2), (Cancelled, 1)])
+def test_a_step_inside_another_does_not_hide_the_updates_of_either(inner: type[Phase], averages: int) -> None:
+    ema = EMA("model", 0.5)
+    learner_of(ema).fit(1, phases=[Around(inner())])
+    assert ema.num_averaged == averages * BATCHES
+
+
+def test_an_average_does_not_have_the_steps_save_the_random_generators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saving and restoring them costs more than the average itself."""
+    saved: list[int] = []
+
+    class Counting(loop.preserved):  # type: ignore[name-defined,misc]  # imported there
+        def __enter__(self) -> None:
+            saved.append(1)
+            super().__enter__()
+
+    monkeypatch.setattr(loop, "preserved", Counting)
+    counts = []
+    for callbacks in ([], [EMA("model", 0.5)]):
+        saved.clear()
+        learner_of(*callbacks).fit(1, phases=[TrainingPhase()])
+        counts.append(len(saved))
+    assert counts[0] == counts[1]
+
+
 def test_a_throttled_average_is_taken_at_some_steps_and_keeps_its_place() -> None:
     ema = EMA("model", 0.5)
     probe = KNNProbe("model@ema", bank=rows(), queries=rows())
@@ -658,6 +715,15 @@ def test_a_lazy_teacher_is_refused_in_words() -> None:
         learner_of(EMA("student", into="teacher"), model=models)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_weights_that_cannot_be_copied_say_what_to_use_instead() -> None:
+    with pytest.raises(ModelError, match=r"cannot copy these weights.*torch\.nn\.utils\.parametrizations"):
+        learner_of(EMA("model"), model=nn.utils.weight_norm(nn.Linear(3, 3)))
+    learner = learner_of(EMA("model"), model=nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), optimizer=sgd)
+    learner.fit(1, phases=[TrainingPhase()])
+    assert not torch.equal(learner.weights["model@ema"].weight, learner.model.weight)
+
+
 def test_a_schedule_that_leaves_0_to_1_is_an_error_before_the_average_moves() -> None:
     ema = EMA("model", lambda t: 0.5 if t < 3 else 1.5)
     learner = learner_of(ema)
@@ -707,6 +773,17 @@ def test_an_average_goes_on_from_its_state_to_the_same_bits(into: str | None, th
     assert_same_bits(whole, learner)
     assert equal(whole.weights[first.average], learner.weights[first.average])
     assert buffers_equal(whole.weights[first.average], learner.weights[first.average])
+
+
+def test_a_state_can_be_given_before_the_learner_is_made() -> None:
+    first = EMA("model", 0.5)
+    learner_of(first).fit(1, phases=[TrainingPhase()])
+    second = EMA("model", 0.5)
+    second.load_state_dict(saved(first))
+    learner = learner_of(second)
+    kept = saved(first)["average"]
+    assert second.num_averaged == BATCHES
+    assert all(torch.equal(kept[name], tensor) for name, tensor in learner.weights["model@ema"].state_dict().items())
 
 
 def test_the_state_of_a_copy_holds_the_average_and_that_of_a_teacher_only_the_count() -> None:

@@ -52,7 +52,7 @@ from fluxloop import (
     stream_seed,
 )
 from fluxloop.callbacks.probe import extract
-from fluxloop.testing import assert_observer, assert_order, assert_same_bits
+from fluxloop.testing import assert_observer, assert_order, assert_same_bits, bits
 
 SEED = 6
 ROWS, BATCH = 24, 8
@@ -561,22 +561,22 @@ def unlabelled_views() -> Any:
     return ViewDataset(rows()[0], TwoViews(noisy))
 
 
-NO_LABELS: dict[str, tuple[Callable[[], Any], Callable[[], SimCLRPhase]]] = {
-    "rows without labels": (lambda: rows()[0], simclr),
-    "rows in a tuple": (lambda: TensorDataset(rows()[0]), simclr),
-    "labelled views": (two_views_of_rows, SimCLRPhase),
-    "views without labels": (unlabelled_views, SimCLRPhase),
-    "labels of another shape": (lambda: (rows()[0], rows()[1][:, None]), simclr),
-    "one-hot labels": (lambda: (rows()[0], torch.eye(3)[rows()[1]]), simclr),
-    "labels that are no whole numbers": (lambda: (rows()[0], rows()[1] + 0.5), simclr),
+NO_LABELS: dict[str, tuple[Callable[[], Any], Callable[[], SimCLRPhase], str]] = {
+    "rows without labels": (lambda: rows()[0], simclr, r"given a Tensor of shape \(8, 5\)|given .*\(24, 5\)"),
+    "rows in a tuple": (lambda: TensorDataset(rows()[0]), simclr, "given a list of length 1"),
+    "labelled views": (two_views_of_rows, SimCLRPhase, "a list of length 2, such as several views"),
+    "views without labels": (unlabelled_views, SimCLRPhase, r"labels.* a Tensor of shape \(24, 5\) of torch\.float32"),
+    "labels of another shape": (lambda: (rows()[0], rows()[1][:, None]), simclr, r"\(24, 1\) of torch\.int64"),
+    "one-hot labels": (lambda: (rows()[0], torch.eye(3)[rows()[1]]), simclr, r"\(24, 3\) of torch\.float32"),
+    "labels that are no whole numbers": (lambda: (rows()[0], rows()[1] + 0.5), simclr, r"\(24,\) of torch\.float32"),
 }
 
 
 @pytest.mark.parametrize("kind", NO_LABELS)
-def test_training_data_without_labels_says_to_give_a_bank(kind: str) -> None:
-    data, phase = NO_LABELS[kind]
+def test_training_data_without_labels_says_what_is_expected(kind: str) -> None:
+    data, phase, words = NO_LABELS[kind]
     learner = learner_of(KNNProbe("encoder", k=3), data=(data(), rows(1)))
-    with pytest.raises(DataError, match=r"labelled rows, \(xs, ys\).*bank=\(xs, ys\)"):
+    with pytest.raises(DataError, match=rf"({words}).*bank=\(xs, ys\), queries=\(xs, ys\)"):
         learner.fit(1, phases=[phase()])
 
 
@@ -593,8 +593,42 @@ BAD_QUERIES: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("make", [partial(KNNProbe, "encoder"), partial(LinearProbe, "encoder", 3)])
 def test_queries_without_labels_say_what_is_expected(make: Any, kind: str) -> None:
     learner = learner_of(make(queries=BAD_QUERIES[kind]()))
-    with pytest.raises(DataError, match=r"labelled rows, \(xs, ys\).*queries=\(xs, ys\)"):
+    with pytest.raises(DataError, match=r"expected .*queries=\(xs, ys\)"):
         train(learner, 1)
+
+
+@pytest.mark.parametrize("probe", [KNNProbe, LinearProbe])
+def test_missing_data_is_an_error_before_the_first_step(probe: Any) -> None:
+    learner = learner_of(probe("encoder"), data=(rows(),))
+    before = bits(learner)
+    with pytest.raises(DataError, match=rf"no.*{probe.__name__}\('encoder', queries=\(xs, ys\)"):
+        train(learner, 1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in bits(learner).items())
+    assert learner.history[SimCLRPhase].steps == 0
+
+
+def test_features_that_are_no_tensor_are_named() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(5, 4)
+
+        def forward(self, xs: Tensor) -> tuple[Tensor, Tensor]:
+            return self.out(xs), self.out(xs)
+
+    with pytest.raises(DataError, match=r"a tuple of length 2 from Two; .*features=lambda module, xs: module\(xs\)"):
+        extract(Two(), [rows()])
+    features, _ = extract(Two(), [rows()], lambda module, xs: module(xs)[0])
+    assert features.shape == (ROWS, 4)
+
+
+def test_features_that_are_not_finite_are_recorded_as_such_and_end_nothing() -> None:
+    def broken(module: nn.Module, xs: Tensor) -> Tensor:
+        return module(xs) * float("nan")
+
+    learner = train(learner_of(KNNProbe("encoder", features=broken)), 2)
+    assert len(learner.history["validation/knn_encoder"]) == 2
+    assert all(value != value for value in learner.history["validation/knn_encoder"])
 
 
 def test_an_iterator_is_refused_since_it_would_be_empty_the_second_time() -> None:
@@ -610,13 +644,6 @@ def test_an_empty_bank_is_an_error() -> None:
         train(learner_of(KNNProbe("encoder", bank=[])), 1)
 
 
-@pytest.mark.parametrize("probe", [KNNProbe, LinearProbe])
-def test_missing_validation_data_says_what_to_give(probe: Any) -> None:
-    learner = learner_of(probe("encoder"), data=(rows(),))
-    with pytest.raises(DataError, match=rf"no.*{probe.__name__}\('encoder', queries=\(xs, ys\)"):
-        train(learner, 1)
-
-
 def test_a_phase_without_features_or_labels_is_told_what_the_step_has() -> None:
     with pytest.raises(MissingEntryError, match=r"no entry 'ys'; it has: features.*z1"):
         train(learner_of(LinearProbe("encoder", 3), data=(rows()[0], rows(1))), 1)
@@ -625,7 +652,7 @@ def test_a_phase_without_features_or_labels_is_told_what_the_step_has() -> None:
 
 
 def test_two_probes_of_one_metric_are_refused_with_what_to_type() -> None:
-    with pytest.raises(MetricError, match=r"both record the metric 'knn_encoder'.*KNNProbe\(\.\.\., metric='\.\.\.'\)"):
+    with pytest.raises(MetricError, match=r"both record the metric 'knn_encoder'.*metric='\.\.\.'"):
         learner_of(KNNProbe("encoder"), KNNProbe("encoder", k=1))
     with pytest.raises(MetricError, match="'knn_encoder'"):
         learner_of(KNNProbe("encoder"), LinearProbe("encoder", 3, metric="KNN_encoder"))

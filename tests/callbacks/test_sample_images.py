@@ -20,7 +20,10 @@ from fluxloop import (
     EMA,
     AutoencoderPhase,
     Callback,
-    CallbackError,
+    CallbackConflictError,
+    CancelEpochException,
+    CustomCallback,
+    EpochBegin,
     GANPhase,
     KNNProbe,
     Learner,
@@ -105,6 +108,14 @@ def in_eval(module: nn.Module, *inputs: Tensor) -> Tensor:
         return copy.deepcopy(module).eval()(*inputs)
 
 
+class Seen(list[tuple[Any, ...]]):
+    """Makes images by calling the module, and keeps what it was called with."""
+
+    def __call__(self, module: nn.Module, *inputs: Any) -> Any:
+        self.append(inputs)
+        return module(*inputs)
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*"))
 
@@ -177,9 +188,9 @@ class TwoDraws(TrainingPhase):
 
 
 def test_the_input_is_the_first_of_a_step_and_not_changed_by_what_the_training_does_to_its_own() -> None:
-    samples = SampleImages("G")
-    learner_of(samples).fit(1, phases=[TwoDraws()])
-    (noise,) = samples.state_dict()["inputs"]
+    seen = Seen()
+    learner_of(SampleImages("G", make=seen)).fit(1, phases=[TwoDraws()])
+    ((noise,),) = seen
     assert torch.equal(noise, first_noise())
 
 
@@ -208,12 +219,13 @@ def test_a_generator_of_several_inputs_gets_them_all() -> None:
         def forward(self, xs: Tensor, labels: Tensor) -> Tensor:
             return self.out(xs.flatten(1)).gather(1, labels[:, None])
 
-    samples = SampleImages("G", count=3)
+    seen = Seen()
+    samples = SampleImages("G", count=3, make=seen)
     learner = learner_of(
         samples, model={"G": Conditional(), "D": Critic()}, data=((reals(), torch.arange(24) % 3),), optimizer=adam
     )
     learner.fit(1, phases=[GANPhase(noise=16, conditional=True)])
-    noise, labels = samples.state_dict()["inputs"]
+    ((noise, labels),) = seen
     assert (noise.shape, labels.shape) == ((3, 16), (3,))
     assert torch.equal(samples.grid, image_grid(in_eval(learner.model.G, noise, labels)))  # type: ignore[arg-type]  # made by now
 
@@ -233,20 +245,41 @@ def test_a_generator_called_with_keywords_is_sampled_too(folder: Path) -> None:
                 learner.backward(mse_loss(learner.model(noise=torch.randn(len(state.real), 16)), state.real))
                 learner.update()
 
-    learner = learner_of(SampleImages(), model=Keyword())
+    samples = SampleImages()
+    learner = learner_of(samples, model=Keyword())
     learner.fit(1, phases=[Phase()])
     assert names(folder) == ["model-0001.png"]
+    with torch.no_grad():
+        expected = image_grid(learner.model(noise=first_noise()))
+    assert torch.equal(samples.grid, expected)  # type: ignore[arg-type]  # made by now
+
+
+class CriticAlone(TrainingPhase):
+    """Trains the critic and calls no generator."""
+
+    def step(self, learner: Learner, batch: Any) -> None:
+        with runstep(learner, self, real=batch) as (_, state):
+            with learner.optimizing("D") as block:
+                block.loss = softplus(-learner.model.D(state.real)).mean()
 
 
 def test_a_model_that_is_never_called_says_to_give_an_input() -> None:
-    class CallsNothing(TrainingPhase):
-        def step(self, learner: Learner, batch: Any) -> None:
-            with runstep(learner, self, real=batch):
-                with learner.optimizing("G") as block:
-                    block.loss = learner.model.G[0][0](torch.randn(8, 16)).mean()
-
     with pytest.raises(ModelError, match=r"SampleImages\('G'.*inputs="):
-        learner_of(SampleImages("G")).fit(1, phases=[CallsNothing()])
+        learner_of(SampleImages("G")).fit(1, phases=[CriticAlone()])
+
+
+def test_the_generator_may_be_called_first_in_the_second_phase_of_a_cycle(folder: Path) -> None:
+    learner_of(SampleImages("G")).fit(1, phases=[CriticAlone(), GAN()])
+    assert names(folder) == ["G-0001.png"]
+
+
+def test_an_epoch_that_is_cancelled_before_the_generator_is_called_has_no_images(folder: Path) -> None:
+    def cancel(learner: Any) -> None:
+        raise CancelEpochException
+
+    learner = learner_of(SampleImages("G"), CustomCallback(cancel, EpochBegin, reads=()))
+    learner.epoch(GAN())
+    assert not folder.exists()
 
 
 def test_it_saves_after_every_so_many_epochs(folder: Path) -> None:
@@ -254,10 +287,11 @@ def test_it_saves_after_every_so_many_epochs(folder: Path) -> None:
     assert names(folder) == ["G-0002.png", "G-0004.png"]
 
 
-@pytest.mark.parametrize("every", [0, -1])
-def test_saving_every_no_epochs_is_refused(every: int) -> None:
-    with pytest.raises(ValueError, match="1 or more"):
-        SampleImages("G", every=every)
+@pytest.mark.parametrize("option", ["every", "count", "columns"])
+@pytest.mark.parametrize("number", [0, -1])
+def test_no_epochs_images_or_columns_are_refused(option: str, number: int) -> None:
+    with pytest.raises(ValueError, match=rf"SampleImages\({option}={number}\) was given; expected 1 or more"):
+        SampleImages("G", **{option: number})
 
 
 def test_it_saves_into_a_folder_of_ones_own_or_nowhere(tmp_path: Path, folder: Path) -> None:
@@ -276,10 +310,11 @@ def test_the_reconstructions_of_an_autoencoders_decoder_can_be_watched(folder: P
             self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
             self.decoder = nn.Sequential(nn.Linear(2, 12), nn.Unflatten(1, (1, 4, 3)))
 
-    learner = learner_of(SampleImages("decoder", count=6), model=Autoencoder())
+    seen = Seen()
+    learner = learner_of(SampleImages("decoder", count=6, make=seen), model=Autoencoder())
     learner.fit(1, phases=[AutoencoderPhase()])
     assert names(folder) == ["decoder-0001.png"]
-    assert learner.get_callback(SampleImages).state_dict()["inputs"][0].shape == (6, 2)
+    assert [tuple(code.shape) for (code,) in seen] == [(6, 2)]
 
 
 # Which weights
@@ -305,9 +340,12 @@ def test_unknown_weights_are_an_error_when_the_learner_is_built() -> None:
         learner_of(SampleImages("G@ema"))
 
 
-def test_two_of_the_same_weights_would_overwrite_each_others_files_and_are_refused() -> None:
-    with pytest.raises((CallbackError, ModelError, ValueError), match="G"):
+def test_two_of_the_same_weights_would_overwrite_each_others_files_and_need_a_name(folder: Path) -> None:
+    with pytest.raises(CallbackConflictError, match=r"both write 'G' images; .*SampleImages\('G', name='second'\)"):
         learner_of(SampleImages("G"), SampleImages("G", count=4))
+    learner = train(learner_of(SampleImages("G"), SampleImages("G", count=4, name="few")), 1)
+    assert names(folder) == ["G-0001.png", "G-few-0001.png"]
+    assert sorted(learner.cbstate.images) == ["G", "G-few"]
 
 
 # Watching changes nothing
@@ -393,9 +431,10 @@ def test_rows_of_numbers_are_refused_with_the_shape_to_give() -> None:
     data = {"data": (reals().flatten(1),)}
     with pytest.raises(ModelError, match=r"SampleImages\('G'\) got a Tensor of shape \(24, 12\).*shape=\(1, H, W\)"):
         train(learner_of(SampleImages("G"), model=rows, **data), 1)
-    samples = SampleImages("G", shape=(1, 4, 3))
+    seen = Seen()
+    samples = SampleImages("G", shape=(1, 4, 3), make=seen)
     learner = train(learner_of(samples, model=rows, **data), 1)
-    expected = in_eval(learner.model.G, samples.state_dict()["inputs"][0]).view(-1, 1, 4, 3)
+    expected = in_eval(learner.model.G, *seen[0]).view(-1, 1, 4, 3)
     assert torch.equal(samples.grid, image_grid(expected))  # type: ignore[arg-type]  # made by now
 
 

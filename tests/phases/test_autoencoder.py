@@ -11,6 +11,7 @@ from torch.nn.functional import l1_loss, mse_loss
 
 from fluxloop import (
     AutoencoderPhase,
+    BatchError,
     CustomCallback,
     Event,
     Learner,
@@ -210,6 +211,21 @@ def test_the_history_has_one_loss_and_the_updates_of_both_optimizers() -> None:
     losses = train_by_hand()[1]
     assert learner.history[AutoencoderPhase].updates == {"encoder": STEPS, "decoder": STEPS}
     assert learner.history["training/loss"] == [pytest.approx(torch.stack(losses).double().mean().item(), rel=1e-12)]
+
+
+def test_a_reconstruction_of_another_shape_is_an_error_and_not_broadcast() -> None:
+    models = {"encoder": nn.Linear(SIZE, CODE), "decoder": nn.Linear(CODE, 1)}
+    learner = learner_of(model=models)
+    with pytest.raises(ValueError, match=r"of shape \(4, 1\) was compared with \(4, 6\)"):
+        learner.fit(1, phases=[AutoencoderPhase()])
+
+
+def test_a_batch_of_three_is_an_error_that_says_what_is_expected() -> None:
+    learner = learner_of(data=[(rows()[0][:BATCH],) * 3])
+    before = bits(learner)
+    with pytest.raises(BatchError, match=r"a batch of 3 items .*expected xs, \(xs,\) or \(xs, ys\)"):
+        learner.fit(1, phases=[AutoencoderPhase()])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bits(learner).items())
 
 
 # The validation twin

@@ -14,6 +14,7 @@ from fluxloop import (
     EMA,
     BackwardBegin,
     BackwardEnd,
+    BatchError,
     CustomCallback,
     Event,
     GANPhase,
@@ -99,6 +100,7 @@ class LossLog(UnsafeCallback):
         self.losses.append(dict(learner.step.losses))
         if "penalty" in learner.step:
             self.penalties.append(learner.step.penalty)
+        assert not any(loss.requires_grad for loss in (*self.penalties, *learner.step.losses.values()))
 
 
 # The loop by hand
@@ -253,6 +255,18 @@ def test_a_function_of_noise_is_given_the_number_of_rows_and_the_device() -> Non
     learner = learner_of(data=(data,))
     learner.epoch(GANPhase(noise=noise))
     assert seen == [(4, learner.accelerator.device), (3, learner.accelerator.device)]
+
+
+@pytest.mark.parametrize(
+    ("real", "noise"), [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.uint8, torch.float32)]
+)
+def test_noise_has_the_precision_of_the_real_rows_where_they_have_one(real: torch.dtype, noise: torch.dtype) -> None:
+    learner = learner_of()
+    phase = GANPhase(noise=NOISE)
+    with runstep(learner, phase, real=torch.zeros(BATCH, SIZE, dtype=real)) as (_, state):
+        drawn = phase.draw_noise(state)
+    assert drawn.dtype == noise
+    assert drawn.shape == (BATCH, NOISE)
 
 
 def test_the_generators_turn_comes_after_so_many_critic_updates_across_epochs() -> None:
@@ -558,17 +572,36 @@ def test_less_than_one_critic_step_is_an_error(critic_steps: int) -> None:
         (torch.zeros(4, SIZE), r"a Tensor of shape \(4, 5\)"),
         ((torch.zeros(4, SIZE),), "a tuple of length 1"),
         ([torch.zeros(4, SIZE)] * 3, "a list of length 3"),
-        ({"real": torch.zeros(4, SIZE)}, "a dict of length 1"),
     ],
-    ids=["tensor", "tuple of one", "list of three", "dict"],
+    ids=["tensor", "tuple of one", "list of three"],
 )
 def test_a_conditional_gan_takes_pairs_alone(batch: Any, described: str, twin: bool) -> None:
     learner = learner_of(conditional=True)
     gan = GANPhase(noise=NOISE, conditional=True)
     before = bits(learner)
-    with pytest.raises(PhaseError, match=f"was given {described} as a batch; expected \\(real, ys\\)"):
+    with pytest.raises(BatchError, match=f"was given {described} as a batch; expected \\(real, ys\\)"):
         learner.epoch(GANValidationPhase(gan) if twin else gan, [batch])
     assert all(torch.equal(tensor, before[name]) for name, tensor in bits(learner).items())
+
+
+@pytest.mark.parametrize("conditional", [False, True], ids=["unconditional", "conditional"])
+def test_a_batch_without_an_order_is_an_error_that_says_where_to_name_what_is_real(conditional: bool) -> None:
+    learner = learner_of(conditional=conditional)
+    gan = GANPhase(noise=NOISE, conditional=conditional)
+    with pytest.raises(BatchError, match=r"was given a dict of length 1 as a batch.*the phase's entries\(batch\)"):
+        learner.epoch(gan, [{"image": torch.zeros(4, SIZE)}])
+
+
+def test_a_subclass_may_say_what_is_real_in_its_batches() -> None:
+    class OfDicts(GANPhase):
+        def entries(self, batch: Any) -> dict[str, Any]:
+            return {"real": batch["image"]}
+
+    learner = learner_of(data=([{"image": real} for real in batches(5)],))
+    learner.fit(1, phases=[OfDicts(noise=NOISE)])
+    gen, dis, _, _ = ByHand().train(batches(5))
+    assert_equal(learner.model.generator, gen)
+    assert_equal(learner.model.critic, dis)
 
 
 # Events and entries
@@ -735,10 +768,13 @@ def test_the_twin_takes_the_labels_of_a_conditional_gan() -> None:
     learner = learner_of(steps=1, conditional=True)
     learner.epoch(GANValidationPhase(GANPhase(noise=NOISE, conditional=True)))
     real, ys = next(iter(batches(1, conditional=True)))
-    dis = nets(conditional=True)[1].eval()
+    gen, dis = (net.eval() for net in nets(conditional=True))
+    step = learner.step
     with torch.no_grad():
-        assert torch.equal(learner.step.real_scores, dis(real, ys))
-    assert not torch.equal(learner.step.real_scores, dis(real))
+        assert torch.equal(step.real_scores, dis(real, ys))
+        assert torch.equal(step.fake, gen(step.noise, ys))
+        assert torch.equal(step.fake_scores, dis(step.fake, ys))
+    assert not torch.equal(step.real_scores, dis(real))
 
 
 @pytest.mark.parametrize("critic_steps", [1, 3])
@@ -870,12 +906,22 @@ class WithEncoder(NamedTuple):
 def test_a_named_tuple_of_modules_keeps_its_type() -> None:
     given = Nets(*nets())
     models: list[Any] = []
-    learner = learner_of(
-        EMA("generator", 0.5), CustomCallback(lambda learner: models.append(learner.model), StepEnd), model=given
-    )
+
+    class Training(GANPhase):
+        def step(self, learner: Learner, batch: Any) -> Any:
+            models.append(learner.model)
+            return super().step(learner, batch)
+
+    class Watching(Averaged):
+        def step(self, learner: Learner, batch: Any) -> Any:
+            models.append(learner.model)
+            return super().step(learner, batch)
+
+    learner = learner_of(EMA("generator", 0.5), model=given)
     assert learner.model is given
-    gan = GANPhase(noise=NOISE)
-    learner.fit(1, phases=[gan, Averaged(gan)])
+    gan = Training(noise=NOISE)
+    learner.fit(1, phases=[gan, Watching(gan)])
+    assert len(models) == 10
     assert all(model is given for model in models[:5])
     assert [type(model) for model in models[5:]] == [Nets] * 5
     assert models[-1].generator is learner.weights["generator@ema"]
@@ -970,8 +1016,9 @@ def test_a_subclass_may_say_other_penalties() -> None:
         """Keeps the critic's scores near 0, as progressive GANs do."""
 
         def penalized(self, loss: Tensor, critic: Any, state: Any, fake: Tensor, labels: Any) -> Tensor:
-            state.penalty = 0.01 * state.real_scores.square().mean()
-            return super().penalized(loss, critic, state, fake, labels) + state.penalty
+            drift = 0.01 * state.real_scores.square().mean()
+            state.penalty = drift.detach()
+            return super().penalized(loss, critic, state, fake, labels) + drift
 
     log = LossLog()
     learner = learner_of(log, steps=1)
@@ -983,3 +1030,4 @@ def test_a_subclass_may_say_other_penalties() -> None:
     scores = dis(real)
     expected = critic_loss("wasserstein", scores, dis(fake)) + 0.01 * scores.square().mean()
     assert torch.equal(log.losses[0]["critic"], expected.detach())
+    assert torch.equal(log.penalties[0], 0.01 * scores.square().mean())

@@ -250,8 +250,9 @@ def test_the_loss_of_an_epoch_is_weighted_by_the_rows() -> None:
             r"the same rows; for rows with labels give the phase what makes views",
         ),
         ((rows()[:4], rows()[:3]), r"which are not two views of the same rows"),
+        ((rows()[:4], torch.tensor(1.0)), r"which are not two views of the same rows"),
     ],
-    ids=["tensor", "one view", "three views", "three views and labels", "dict", "inputs and labels", "other rows"],
+    ids=["tensor", "one view", "three views", "views and labels", "dict", "inputs and labels", "other rows", "scalar"],
 )
 def test_a_batch_without_two_views_says_what_to_do(method: str, batch: Any, words: str) -> None:
     learner = make_learner(method, [batch])
@@ -367,6 +368,16 @@ def test_a_single_module_without_a_projector_is_called_as_it_is() -> None:
         each.fit(1, phases=[SimCLRPhase(TwoViews(augment))])
     assert all(map(torch.equal, weights(learner), weights(named)))
     assert torch.equal(learner.step.features, learner.step.z1)
+
+
+def test_a_single_module_with_a_projector_and_no_encoder_is_told_so_before_anything_runs() -> None:
+    whole, recorder = network(), EventRecorder()
+    whole.backbone = whole.encoder
+    del whole.encoder
+    learner = make_learner("SimCLR", batches(), recorder, models=whole)
+    with pytest.raises(PhaseError, match=r"SimCLRPhase calls learner\.model\.encoder, and the models are"):
+        learner.fit(1, phases=[SimCLRPhase(TwoViews(augment))])
+    assert recorder.trace == []
 
 
 def one_module(names: tuple[str, ...]) -> nn.Module:

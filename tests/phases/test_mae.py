@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fluxloop import (
     BatchError,
     Event,
-    FluxloopError,
     Learner,
     MAEPhase,
     ObjectiveValidationPhase,
@@ -374,8 +373,13 @@ def test_the_twin_only_watches_and_is_evaluated() -> None:
 
 @pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5])
 def test_a_mask_ratio_that_is_no_share_is_an_error(ratio: float) -> None:
-    with pytest.raises(ValueError, match=rf"mask_ratio={ratio} was given; expected a share between 0 and 1"):
+    with pytest.raises(PhaseError, match=rf"mask_ratio={ratio}\) was given; expected a share between 0 and 1"):
         MAEPhase(PATCH, mask_ratio=ratio)
+
+
+def test_patches_have_a_pixel_at_least() -> None:
+    with pytest.raises(PhaseError, match=r"MAEPhase\(0\) was given; expected the size of a patch in pixels"):
+        MAEPhase(0)
 
 
 def test_missing_models_are_an_error_that_says_what_to_write() -> None:
@@ -395,5 +399,5 @@ def test_a_batch_that_is_no_image_is_an_error() -> None:
 
 def test_an_image_of_one_patch_has_nothing_to_hide_and_is_an_error_rather_than_a_loss_of_nan() -> None:
     learner = learner_of(model={"encoder": Anything(1), "decoder": Anything(1)}, data=[square(1)])
-    with pytest.raises(FluxloopError, match="patch"):
+    with pytest.raises(BatchError, match=r"MAEPhase\(1\) makes one patch of .* nothing can be hidden"):
         learner.fit(1, phases=[MAEPhase(1)])

@@ -15,7 +15,6 @@ from fluxloop import (
     BatchError,
     Event,
     Learner,
-    MissingEntryError,
     ObjectiveValidationPhase,
     Phase,
     PhaseError,
@@ -195,14 +194,13 @@ def test_the_twin_of_supcon_gives_the_loss_of_held_out_rows_without_updates() ->
 
 
 @pytest.mark.parametrize("views", [None, noisy], ids=["views in the batch", "views made here"])
-def test_supcon_without_labels_is_an_error_that_names_the_entry(views: Any) -> None:
+def test_supcon_without_labels_is_an_error_that_says_so(views: Any) -> None:
     batch = rows(BATCH) if views else two_views()[0][0]
     learner = learner_of(data=[batch])
     before = bits(learner)
-    with pytest.raises(MissingEntryError, match="The step has no entry 'ys'"):
+    with pytest.raises(BatchError, match=r"SupConPhase was given a .* as a batch; expected labels too, \(xs, ys\)"):
         learner.epoch(SupConPhase(views))
-    unchanged = (name for name in before if "running" not in name and "num_batches" not in name)
-    assert all(torch.equal(bits(learner)[name], before[name]) for name in unchanged)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bits(learner).items())
 
 
 @pytest.mark.parametrize(
@@ -283,23 +281,34 @@ def test_the_margin_is_that_of_the_loss(margin: float) -> None:
     assert_equal(learner.model, train_triplets_by_hand(margin)[0], encoder())
 
 
-@pytest.mark.parametrize(
-    "model",
-    [lambda: {"encoder": encoder()}, lambda: nn.ModuleDict({"encoder": encoder()})],
-    ids=["a named model", "a part of one module"],
-)
-def test_the_model_of_triplets_may_be_an_encoder_by_name(model: Callable[[], Any]) -> None:
-    learner = learner_of(model=model(), data=parts())
+def test_the_model_of_triplets_may_be_called_encoder() -> None:
+    learner = learner_of(model={"encoder": encoder()}, data=parts())
     learner.fit(1, phases=[TripletPhase()])
-    found = learner.model["encoder"] if isinstance(learner.model, nn.ModuleDict) else learner.model.encoder
-    assert_equal(found, train_triplets_by_hand()[0], encoder())
+    assert_equal(learner.model.encoder, train_triplets_by_hand()[0], encoder())
 
 
-def test_the_events_and_entries_of_triplets_are_those_of_the_documentation() -> None:
+def test_a_single_module_is_called_as_it_is_although_it_has_an_encoder() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = encoder()
+
+        def forward(self, xs: Tensor) -> Tensor:
+            return 2 * self.encoder(xs)
+
+    learner = learner_of(model=Scaled(), data=parts()[:1])
+    learner.epoch(ObjectiveValidationPhase(TripletPhase()))
+    assert torch.equal(learner.step.features, 2 * encoder().eval()(parts()[0][0]))
+
+
+@pytest.mark.parametrize("labelled", [False, True], ids=["without labels", "with labels"])
+def test_the_events_and_entries_of_triplets_are_those_of_the_documentation(labelled: bool) -> None:
     log = Steps()
-    learner = learner_of(log, data=parts()[:1])
+    ys = labels()[:BATCH]
+    learner = learner_of(log, data=[(parts()[0], ys) if labelled else parts()[0]])
     learner.epoch(TripletPhase())
-    given = {"anchor", "positive", "negative"}
+    given = {"anchor", "positive", "negative"} | ({"ys"} if labelled else set())
+    assert not labelled or torch.equal(learner.step.ys, ys)
     embedded = given | {"features", "z_positive", "z_negative"}
     lost = embedded | {"loss"}
     done = lost | {"grads"}

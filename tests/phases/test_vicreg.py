@@ -83,5 +83,5 @@ def test_five_steps_equal_those_of_a_hand_written_loop(
 def test_a_batch_of_one_row_is_told_to_be_left_out() -> None:
     options = {"default_callbacks": False, "seed": SEED, "accelerator": Accelerator("cpu")}
     learner = Learner(torch.nn.Linear(3, 2), data=([torch.randn(1, 3)],), **options)
-    with pytest.raises(BatchError, match="VICRegPhase was given a batch of one row, which has no variance.*drop_last"):
+    with pytest.raises(BatchError, match=r"VICRegPhase was given a batch of one row, which has no variance.*drop_last"):
         learner.fit(1, phases=[VICRegPhase(lambda xs: (xs, xs))])
