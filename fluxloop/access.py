@@ -56,7 +56,7 @@ def parse(path: str, callback: str) -> Path:
             f"{', '.join(ROOTS)}{did_you_mean(parts[0] if parts else '', ROOTS)}"
         )
     view = path.rpartition("@")[2] if "@" in path else ""
-    if view and parts[0] == "model" and path.count("@") == 1:
+    if view.isidentifier() and parts[0] == "model" and path.count("@") == 1:
         return (f"model@{view}", *parts[1:])
     if "@" in path:  # elsewhere than once at the end of a path of weights
         raise CallbackError(

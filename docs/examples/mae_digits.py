@@ -85,7 +85,7 @@ def main() -> None:
     learner = Learner(
         {"encoder": encoder, "decoder": Decoder()},
         data=(TensorBatches(*train, batch_size=128, shuffle=True), TensorBatches(*valid, batch_size=512)),
-        optimizer=partial(torch.optim.AdamW, lr=2e-3),
+        optimizer=partial(torch.optim.AdamW, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05),
         callbacks=[KNNProbe("encoder", features=lambda encoder, images: WholeImage(encoder)(images), every=10)],
         seed=arguments.seed,
     )

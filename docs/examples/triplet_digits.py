@@ -11,7 +11,7 @@ import copy
 from functools import partial
 
 import torch
-from common import Rows, conv_encoder, digits, features_of, measured, parse, scores, write_result
+from common import Rows, conv_encoder, digits, features_of, parse, scores, write_result
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pairwise_distance
@@ -87,7 +87,7 @@ def main() -> None:
     first, last = range(5), range(5, 10)
     learn(learned_of_half, only(train, first), only(test, first), arguments.epochs, arguments.seed)
 
-    encoders = {"pixels": None, "random": random, "random_measured": measured(random, train[0])}
+    encoders = {"pixels": None, "random": random}
     results = {name: scores(train, test, encoder) for name, encoder in {**encoders, "learned": learned}.items()}
     unseen = {
         name: scores(only(train, last), only(test, last), encoder)["knn"]

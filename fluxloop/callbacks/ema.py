@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from fluxloop.access import overlap, parse, weights_path
 from fluxloop.callback import Callback, on, resolve_conflict
 from fluxloop.errors import CallbackConflictError, ModelError
-from fluxloop.events import EpochBegin, StepBegin, StepEnd, UpdateEnd
+from fluxloop.events import StepBegin, StepEnd, UpdateEnd
 from fluxloop.optimizers import owned_parameters
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.schedules import Schedule, value_at
@@ -70,6 +70,7 @@ class EMA(Callback):
     _average: nn.Module | None = field(default=None, init=False, repr=False)
     _kept: dict[str, Any] | None = field(default=None, init=False, repr=False)
     _begun: bool = field(default=False, init=False, repr=False)
+    _hooks: list[Any] = field(factory=list, init=False, repr=False)
     _updated: bool = field(default=False, init=False, repr=False)
     _before: int = field(default=0, init=False, repr=False)
     _untouched: int = field(default=0, init=False, repr=False)
@@ -118,6 +119,8 @@ class EMA(Callback):
             _check_like(self.model, live, self.into, self._average, self.buffers not in (None, "keep"))
         self.num_averaged, self._begun, self._untouched = 0, False, _changes(self._average)
         self._owners.clear()
+        while self._hooks:
+            self._hooks.pop().remove()
         if self._kept is not None:
             self.load_state_dict(self._kept)
 
@@ -131,13 +134,6 @@ class EMA(Callback):
             ) from error
         return average.requires_grad_(False).eval()
 
-    @on(EpochBegin, AbstractTrainingPhase)
-    def listen(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
-        """Have fused optimizers tell of their steps, which leave no trace in the parameters' counts."""
-        for optimizer in self._owning(learner):
-            if optimizer.defaults.get("fused"):
-                learner.defer(optimizer.register_step_post_hook(self._note_step).remove)
-
     @on(StepBegin, AbstractTrainingPhase)
     def start(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Begin the average, at the first step."""
@@ -146,6 +142,9 @@ class EMA(Callback):
             if self.into is None and _changes(average) == self._untouched:  # the live ones may have been loaded since
                 self._move(average, live, 1.0, 1.0)
             self._begun, self._updated, self._before = True, False, _changes(live)
+            for optimizer in self._owning(learner):
+                if optimizer.defaults.get("fused"):  # its steps leave no trace in the parameters' counts
+                    self._hooks.append(optimizer.register_step_post_hook(self._note_step))
 
     def _note_step(self, *args: Any) -> None:
         self._updated = True

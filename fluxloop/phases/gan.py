@@ -119,8 +119,8 @@ class GANPhase(AbstractTrainingPhase):
         if callable(self.noise):
             return self.noise(count, device)
         shape = (self.noise,) if isinstance(self.noise, int) else tuple(self.noise)
-        dtype = state.real.dtype if state.real.is_floating_point() else None
-        return torch.randn(count, *shape, device=device, dtype=dtype)
+        noise = torch.randn(count, *shape, device=device)
+        return noise.to(state.real.dtype) if state.real.is_floating_point() else noise
 
     def step(self, learner: Learner, batch: Any) -> StepState:
         """Train the critic on one batch, and the generator when it is its turn."""

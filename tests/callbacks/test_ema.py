@@ -398,6 +398,15 @@ def test_steps_that_call_the_optimizer_by_hand_are_averaged(phase: type[Phase], 
     assert equal(learner.weights["model@ema"], average)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+def test_bare_steps_that_call_the_optimizer_by_hand_are_averaged(fused: bool) -> None:
+    ema = EMA("model", 0.9)
+    learner, phase = learner_of(ema, optimizer=partial(torch.optim.Adam, lr=0.01, fused=fused)), ByHand()
+    for batch in batches():
+        phase.step(learner, batch)
+    assert ema.num_averaged == BATCHES
+
+
 def test_updates_that_a_step_announces_without_a_name_are_averaged() -> None:
     class Both(TrainingPhase):
         def step(self, learner: Learner, batch: Any) -> None:
