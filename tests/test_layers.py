@@ -107,18 +107,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "callbacks.feature_stats",
         "fit",
     ),
-    (
-        "callbacks",
-    ),
-    (
-        "inference",
-    ),
-    (
-        "check",
-    ),
-    (
-        "learner",
-    ),
+    ("callbacks",),
+    ("inference",),
+    ("check",),
+    ("learner",),
     (
         "",
         "testing",

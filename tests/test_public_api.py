@@ -353,3 +353,8 @@ def test_the_run_time_dependencies_are_these_four_and_torch_has_no_ceiling() -> 
 def test_the_distribution_is_called_torch_fluxloop() -> None:
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'^name = "torch-fluxloop"$', text, re.MULTILINE)
+
+
+def test_the_wheel_is_made_of_the_package() -> None:
+    project = (Path(fluxloop.__file__).parents[1] / "pyproject.toml").read_text()
+    assert '[tool.hatch.build.targets.wheel]\npackages = ["fluxloop"]\n' in project

@@ -32,6 +32,8 @@ from fluxloop import (
 TEXT = Path(__file__).parent / "text" / "sonnets.txt"
 CONTEXT = 64
 """How many characters the model sees at most."""
+HELD_OUT = 54 * CONTEXT + 1
+"""Characters at the end of the text that it is measured on, about a tenth."""
 
 
 class Windows(Dataset):
@@ -86,10 +88,10 @@ class CharTransformer(nn.Module):
         """Score what comes next after each place."""
         return self.head(self.blocks(self.dropout(self.symbols(xs) + self.places.weight[: xs.shape[1]])))
 
-    def write(self, xs: Tensor, length: int) -> Tensor:
+    def write(self, xs: Tensor, length: int, temperature: float = 0.7) -> Tensor:
         """Go on with whole numbers (N, T): draw `length` characters, one after the other."""
         for _ in range(length):
-            odds = self(xs[:, -CONTEXT:])[:, -1].softmax(-1)
+            odds = (self(xs[:, -CONTEXT:])[:, -1] / temperature).softmax(-1)
             xs = torch.cat([xs, torch.multinomial(odds, 1)], dim=1)
         return xs
 
@@ -137,7 +139,7 @@ class WriteSamples(Callback):
 
 
 def baselines(train: Tensor, valid: Tensor, symbols: int) -> dict[str, float]:
-    """Bits per character of guessing by how often a character, or a pair, occurs in the training text."""
+    """Give the bits per character of guessing by how often a character, or a pair, occurs in the training text."""
     before, after = valid[:-1], valid[1:]
     singles = 0.1 + torch.bincount(train, minlength=symbols)
     pairs = 0.1 + torch.bincount(train[:-1] * symbols + train[1:], minlength=symbols**2).view(symbols, symbols)
@@ -152,7 +154,7 @@ def main() -> None:
     text = TEXT.read_text()
     alphabet = "".join(sorted(set(text)))
     codes = torch.tensor([alphabet.index(character) for character in text])
-    train, valid = codes[: len(codes) * 9 // 10], codes[len(codes) * 9 // 10 :]
+    train, valid = codes[:-HELD_OUT], codes[-HELD_OUT:]
     batches = as_dataloader(Windows(train, stride=10), batch_size=16, shuffle=True)
 
     model = CharTransformer(len(alphabet))

@@ -147,3 +147,11 @@ def test_reconstruction_losses_draw_nothing() -> None:
     before = torch.get_rng_state(), a.clone(), b.clone()
     kl_standard_normal(a, b), squared_error(a, b), normalize_patches(a), masked_mse(a, b, torch.ones(2, 3))
     assert all(map(torch.equal, (torch.get_rng_state(), a, b), before))
+
+
+def test_a_reconstruction_of_another_shape_is_refused_rather_than_broadcast() -> None:
+    images, without_channel = torch.rand(4, 1, 8, 8), torch.rand(4, 8, 8)
+    with pytest.raises(ValueError, match=r"shape \(4, 8, 8\) was compared with \(4, 1, 8, 8\)"):
+        squared_error(without_channel, images)
+    with pytest.raises(ValueError, match=r"shape \(4, 1, 6\) was compared with \(4, 5, 6\)"):
+        masked_mse(torch.rand(4, 1, 6), torch.rand(4, 5, 6), torch.ones(4, 5))
