@@ -1,6 +1,6 @@
 """Learn features of the digits without labels, with DINO: say of a small crop what a teacher says of the whole.
 
-    python docs/examples/dino_digits.py --epochs 30 --seed 0 --out runs/dino_digits
+    python docs/examples/dino_digits.py --epochs 45 --seed 0 --out runs/dino_digits
 
 Writes DIR/result.json (how well held-out images are classified by the pixels, by random features and by the learned
 ones) and the pictures DIR/probes.png, DIR/features.png and DIR/views.png.
@@ -53,15 +53,15 @@ class Head(nn.Module):
 
 
 def main() -> None:
-    arguments = parse("dino_digits", 30, __doc__.splitlines()[0])
+    arguments = parse("dino_digits", 45, __doc__.splitlines()[0])
     train, test = digits()
     batches = TensorBatches(*train, batch_size=128, shuffle=True, drop_last=True)
     steps = arguments.epochs * len(batches)
     student = nn.ModuleDict({"encoder": conv_encoder(), "projector": Head(256, prototypes=128)})
     untrained = copy.deepcopy(student.encoder)
 
-    crops = MultiCrop(whole, part, num_local=4)
-    dino = DINOPhase(crops, teacher_temperature=linear(steps // 3, 0.04, 0.07))
+    crops = MultiCrop(whole, part, num_local=2)
+    dino = DINOPhase(crops, teacher_temperature=linear(steps // 3, 0.03, 0.05))
     teacher = copy.deepcopy(student).requires_grad_(False)
     learner = Learner(
         {"student": student, "teacher": teacher},
