@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
+import matplotlib.image
 import pytest
 import torch
 
