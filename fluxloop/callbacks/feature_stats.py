@@ -76,7 +76,10 @@ class FeatureStats(MetricSource):
     @on(StepEnd, AbstractTrainingPhase)
     def keep(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Keep the step's features, and drop what is older than the rows asked for."""
-        features = learner.step[self.entry].detach()
+        features = learner.step[self.entry]
+        if isinstance(features, (tuple, list)):  # one tensor per view: the rows of all
+            features = torch.cat(list(features))
+        features = features.detach()
         self._kept.append(features)
         self._count += len(features)
         while self._count - len(self._kept[0]) >= self.rows:

@@ -32,7 +32,7 @@ from fluxloop import (
     runstep,
 )
 from fluxloop.callbacks.feature_stats import effective_rank
-from fluxloop.testing import assert_observer, assert_order, assert_same_bits
+from fluxloop.testing import assert_observer, assert_order, assert_same_bits, toy_learner
 
 ROWS, BATCH = 24, 8
 
@@ -289,3 +289,15 @@ def test_in_a_second_learner_it_begins_anew() -> None:
     stats = FeatureStats()
     first, second = train(learner_of(stats)), train(learner_of(stats))
     assert first.history["training/features_std"] == second.history["training/features_std"]
+
+
+def test_an_entry_of_several_tensors_is_joined_by_rows() -> None:
+    class Views(AbstractTrainingPhase):
+        def step(self, learner: Any, batch: Any) -> None:
+            with runstep(learner, self, crops=[torch.zeros(3, 2), torch.ones(3, 2)]):
+                pass
+
+    stats = FeatureStats("crops")
+    toy_learner(stats, Recorder(), num_batches=1).fit(1, phases=[Views()])
+    assert stats.std is not None
+    assert stats.std.tolist() == [0.5, 0.5]
