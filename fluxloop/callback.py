@@ -220,6 +220,9 @@ class Callback:
       stream of their own. None: what they draw inside an epoch is put back, which costs about
       14 µs per handler between two steps, 80 in the middle of one. False: they promise not to draw.
     - ``state_dict()`` and ``load_state_dict(state)``, both or neither: what a checkpoint keeps.
+      With neither, a checkpoint keeps the attributes that have changed since `init` and are plain
+      data: numbers, texts, tensors, generators, and containers of them.
+    - ``transient``: names of attributes, and paths that it writes, that no checkpoint needs to keep.
 
     Args:
         name: Tells two instances of one class apart.
@@ -230,6 +233,7 @@ class Callback:
     writes: ClassVar[Sequence[str]] = ()
     run_after: ClassVar[Sequence[type[Callback]]] = ()
     draws: ClassVar[bool | None] = None
+    transient: ClassVar[Sequence[str]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -115,12 +115,18 @@ class TensorBatches:
         return full if self.drop_last or not rest else full + 1
 
     def __iter__(self) -> Iterator[Any]:
+        return self.from_batch(0)
+
+    def from_batch(self, first: int) -> Iterator[Any]:
+        """Begin an iteration at a batch, from 0: the order is that of a whole one."""
         epoch, self.epoch = self.epoch, self.epoch + 1
-        order = self._order(epoch) if self.shuffle else None
+        return self._slices(first, self._order(epoch) if self.shuffle else None)
+
+    def _slices(self, first: int, order: Tensor | None) -> Iterator[Any]:
         data, size = self.data, self.batch_size
         pair = type(data) is tuple and len(data) == 2 and all(isinstance(t, Tensor) for t in data)
         rows = len(self) * size if self.drop_last else self.num_rows
-        for start in range(0, rows, size):
+        for start in range(first * size, rows, size):
             if order is None:
                 part: Any = slice(start, start + size)
             else:

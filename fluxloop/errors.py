@@ -12,6 +12,7 @@ built-in exception a caller would expect, so ``except ValueError`` keeps working
     ├── PhaseError (TypeError)             not a phase, or a phase used where it cannot be
     ├── MetricError (ValueError)           duplicate or unusable metrics
     ├── SanityCheckError (ValueError)      a check before the first step failed
+    ├── CheckpointError (ValueError)       a checkpoint cannot be written, read or gone on from
     ├── ReentrantFitError (RuntimeError)   ``fit`` inside ``fit`` of the same learner
     ├── MissingEntryError (AttributeError) the step (or ``cbstate``) does not store this entry
     ├── StateAccessError                   a callback touched what it did not declare
@@ -72,6 +73,10 @@ class MetricError(FluxloopError, ValueError):
 
 class SanityCheckError(FluxloopError, ValueError):
     """A check of the `SanityCheck` callback failed before the first step."""
+
+
+class CheckpointError(FluxloopError, ValueError):
+    """A checkpoint cannot be written, is damaged, or belongs to another training."""
 
 
 class ReentrantFitError(FluxloopError, RuntimeError):

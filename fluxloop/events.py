@@ -37,11 +37,17 @@ class Event:
     """Whether it is fired between the epoch's begin and end, where a handler's draws are put back."""
 
 
+@frozen
 class FitBegin(Event):
-    """A fit starts. Fired once by ``fit``, with `FittingPhase`."""
+    """A fit starts. Fired once by ``fit``, with `FittingPhase`.
+
+    Args:
+        resumed: Whether it began before and goes on from a checkpoint.
+    """
 
     inside_step: ClassVar[bool] = False
     inside_epoch: ClassVar[bool] = False
+    resumed: bool = False
 
 
 @frozen
@@ -62,11 +68,17 @@ class FitEnd(Event):
     error: BaseException | None = None
 
 
+@frozen
 class CycleBegin(Event):
-    """One pass through the phases of a fit (train, then validate) starts."""
+    """One pass through the phases of a fit (train, then validate) starts.
+
+    Args:
+        resumed: Whether it began before and goes on from a checkpoint.
+    """
 
     inside_step: ClassVar[bool] = False
     inside_epoch: ClassVar[bool] = False
+    resumed: bool = False
 
 
 class CycleEnd(Event):
@@ -77,11 +89,17 @@ class CycleEnd(Event):
     inside_epoch: ClassVar[bool] = False
 
 
+@frozen
 class EpochBegin(Event):
-    """One epoch of one phase starts. Fired by ``runepoch``."""
+    """One epoch of one phase starts. Fired by ``runepoch``.
+
+    Args:
+        resumed: Whether it began before and goes on from a checkpoint.
+    """
 
     inside_step: ClassVar[bool] = False
     inside_epoch: ClassVar[bool] = False
+    resumed: bool = False
 
 
 class EpochEnd(Event):

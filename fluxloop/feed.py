@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
-from typing import Any
-
-import torch
+from typing import Any, cast
 
 from fluxloop.data import TensorBatches
-from fluxloop.errors import DataError, describe
-from fluxloop.randomness import Streams, start_torch
+from fluxloop.errors import CheckpointError, DataError, describe
+from fluxloop.persist import keep, put_back
+from fluxloop.phase import Stateful
+from fluxloop.randomness import Streams, put_generators, start_torch
+from fluxloop.sources import (
+    Numbers,
+    can_skip,
+    iterate,
+    keeps_place,
+    put_source_back,
+    source_state,
+    twin_of,
+)
 
 
 @contextmanager
@@ -25,23 +34,20 @@ def untouched(source: Any, workers_too: bool = True) -> Iterator[None]:
         workers_too: Whether persistent workers, which go on drawing from where they are, are left
             out meanwhile.
     """
-    sampler, batch_sampler = getattr(source, "sampler", None), getattr(source, "batch_sampler", None)
-    owners = (source, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
-    own = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
-    states = [(generator, generator.get_state()) for generator in own.values()]
-    workers = getattr(source, "_iterator", None)
-    epoch = source.epoch if isinstance(source, TensorBatches) else 0
-    if workers is not None and workers_too:
-        source._iterator = None
+    state, epoch = source_state(source), source.epoch if isinstance(source, TensorBatches) else 0
+    both: tuple[Any, ...] = (source, twin_of(source)) if workers_too else ()
+    loaders = [loader for loader in both if hasattr(loader, "_iterator")]
+    workers = [loader._iterator for loader in loaders]
+    for loader in loaders:
+        loader._iterator = None
     try:
         yield
     finally:
-        for generator, state in states:
-            generator.set_state(state)
-        if workers_too and hasattr(source, "_iterator"):
-            source._iterator = workers
+        put_source_back(source, state)
         if isinstance(source, TensorBatches):
             source.epoch = epoch
+        for loader, iterator in zip(loaders, workers, strict=True):
+            loader._iterator = iterator
 
 
 class Feed:
@@ -56,6 +62,10 @@ class Feed:
         streams: The learner's streams.
         name: What the data is called in messages; None where the phase needs none.
         before_batch: Called before each batch is fetched.
+
+    Attributes:
+        count: Batches given in this epoch, those before a checkpoint it goes on from too.
+        limit: How many batches an epoch has at most; None for all there are.
     """
 
     def __init__(
@@ -71,16 +81,59 @@ class Feed:
         self._streams = streams
         self._name = name
         self._before_batch = before_batch
+        self._begun: dict[str, Any] | None = None
+        self._from: dict[str, Any] | None = None
+        self.count = 0
+        self.limit: int | None = None
 
     @property
     def num_batches(self) -> int | None:
-        """Number of batches, None where the source does not know it."""
+        """Number of batches, None where nobody knows it."""
+        length = self._length()
+        if self.limit is None or length is None:
+            return length
+        return min(length, self.limit)
+
+    def _length(self) -> int | None:
         if not isinstance(self.source, Sized):
             return None
         try:
             return len(self.source)
         except TypeError:  # a DataLoader over an IterableDataset has a __len__ that raises
             return None
+
+    # Going on in the middle of an epoch
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether an epoch of this data can be gone on with in the middle."""
+        return can_skip(self.source) or keeps_place(self.source)
+
+    def place(self) -> dict[str, Any] | None:
+        """Give where the running epoch is, as plain data; None where it has not begun or cannot be gone on with."""
+        if self._begun is None or not self.can_go_on:
+            return None
+        own = (
+            {"own": keep(cast(Stateful, self.source).state_dict(), f"the {self._name} data")}
+            if keeps_place(self.source)
+            else {}
+        )
+        return {**self._begun, **own, "key": self._name, "batch": self.count, "length": self._length()}
+
+    def go_on(self, place: dict[str, Any]) -> None:
+        """Begin the next iteration where another one was.
+
+        Raises:
+            CheckpointError: The data has another length now.
+        """
+        length = self._length()
+        if not self.can_go_on or place["length"] != length:
+            raise CheckpointError(
+                f"the epoch was left after {place['batch']} of {place['length']} batches of the {self._name} data, and "
+                f"there are {length} now ({describe(self.source)}); expected the same data, or a checkpoint of the end "
+                "of an epoch"
+            )
+        self._from = place
 
     def check(self) -> None:
         """Raise `DataError` for a source known to be empty."""
@@ -94,28 +147,41 @@ class Feed:
         )
 
     def __iter__(self) -> Iterator[Any]:
-        order = self._streams[f"{self._owner}/data"]
+        order, fetch = self._streams[f"{self._owner}/data"], self._streams[f"{self._owner}/fetch"]
+        place, self._from = self._from, None
+        self.count = 0
+        if place is not None:
+            put_source_back(self.source, place)
+            self.count = place["batch"]
+            if "own" in place:
+                cast(Stateful, self.source).load_state_dict(put_back(place["own"]))
         set_epoch = getattr(self.source, "set_epoch", None)
         if set_epoch is not None:
             set_epoch(order.index)
-        start_torch(order.next())
-        batches = iter(self.source)
-        fetch = None
-        if getattr(self.source, "draws_at_fetch", not isinstance(self.source, (list, tuple))):
-            fetch = self._streams[f"{self._owner}/fetch"]
-        count = 0
-        while True:
+        self._begun = source_state(self.source)
+        samples = self._streams.apart(f"{self._owner}/sample/{order.index}")
+        fetched = fetch.index - max(self.count - 1, 0)
+        numbers = Numbers(order.next(), lambda batch: fetch.at(fetched + batch - 1), samples.at)
+        start_torch(numbers.order)
+        batches = iterate(self.source, numbers, 0 if keeps_place(self.source) else self.count)
+        if place is not None:
+            put_generators(put_back(place["global_generators"]))
+        draws = getattr(self.source, "draws_at_fetch", not isinstance(self.source, (list, tuple)))
+        while self.limit is None or self.count < self.limit:
             self._before_batch()
-            if fetch is not None and count:  # not the first: loaders draw the order when they are first asked
+            if draws and self.count:  # not the first: loaders draw the order when they are first asked
                 start_torch(fetch.next())
             try:
                 batch = next(batches)
             except StopIteration:
                 break
-            count += 1
+            self.count += 1
             yield batch
-        if count == 0 and self._name is not None:
+        else:
+            self._before_batch()
+        if self.count == 0 and self._name is not None:
             raise self._empty()
+        self._begun = None
 
     def __len__(self) -> int:
         length = self.num_batches

@@ -6,15 +6,18 @@ import copy
 import operator
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
+from fluxloop.checkpoint import apply, check_fits, check_same_run, meet_phases
 from fluxloop.data import load, name_data
 from fluxloop.errors import (
     CancelEpochException,
     CancelFittingException,
+    CheckpointError,
     DataError,
     PhaseError,
     ReentrantFitError,
@@ -24,11 +27,13 @@ from fluxloop.errors import (
 )
 from fluxloop.events import CycleBegin, CycleEnd, FitBegin, FitEnd
 from fluxloop.feed import Feed, untouched
+from fluxloop.folder import find_state
 from fluxloop.history import History
-from fluxloop.loop import Scope, check_view
+from fluxloop.loop import Scope, check_view, runepoch, runstep
+from fluxloop.persist import class_name, keep
 from fluxloop.phase import FittingPhase, Phase, Stateful
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
-from fluxloop.randomness import preserved
+from fluxloop.randomness import generator_states, preserved
 from fluxloop.state import State
 
 if TYPE_CHECKING:
@@ -38,17 +43,161 @@ INTERRUPTED = "interrupted (Ctrl+C)"
 
 
 class FitScope(Scope):
-    """A running fit."""
+    """A running fit.
 
-    __slots__ = ()
+    Args:
+        learner: Whose fit it is.
+        phases: What a cycle runs.
+        steps_per_epoch: How many batches an epoch has at most.
+        state: Of the checkpoint it goes on from.
 
-    def __init__(self, learner: Learner) -> None:
+    Attributes:
+        index: How many phases of the running cycle are complete.
+        feed: The data of the running epoch, None between epochs.
+        cut: Whether the fit has ended in the middle of an epoch.
+    """
+
+    __slots__ = ("_again", "cut", "feed", "index", "phases", "steps_per_epoch")
+
+    def __init__(
+        self, learner: Learner, phases: list[Phase], steps_per_epoch: int | None, state: dict[str, Any] | None
+    ) -> None:
         super().__init__(learner, FittingPhase())
+        self.phases = phases
+        self.steps_per_epoch = steps_per_epoch
+        self.feed: Feed | None = None
+        self.cut = False
+        self.index = 0
+        self._again = state
+        place = None if state is None else state["place"]
+        if place is not None:
+            self.index = place["index"]
+            if place["feed"] is not None:
+                self._begin_epoch_again(phases[self.index])
+
+    def _begin_epoch_again(self, phase: Phase) -> None:
+        """Have the epoch under way begin with the numbers it began with."""
+        self._learner.streams[phase.epoch_stream].index -= 1
+        self._order_again(phase)
+
+    def _order_again(self, phase: Phase) -> None:
+        self._learner.streams[f"{phase.owner}/data"].index -= 1
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the fit goes on from a checkpoint, and has not yet come to where that was written."""
+        return self._again is not None
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the epoch that begins in it goes on from a checkpoint."""
+        return self.goes_on and self.feed is not None
+
+    def put_again(self, inside: str) -> None:
+        """Put the state in place again, once what was under way has begun again.
+
+        Args:
+            inside: Where the run has come to: ``"fit"``, ``"cycle"`` or ``"epoch"``.
+        """
+        if self._again is None:
+            return
+        place = self._again["place"]
+        under_way = "fit"
+        if place is not None and (place["index"] or place["feed"] is not None):
+            under_way = "cycle" if place["feed"] is None else "epoch"
+        if inside == under_way:
+            apply(self._learner, self._again)
+            if under_way == "epoch":
+                self._order_again(self.phases[self.index])
+            self._again = None
+
+    def take(self, feed: Feed) -> None:
+        """Take the data of an epoch that is about to run."""
+        self.feed = feed
+        feed.limit = self.steps_per_epoch
+        if self._again is not None:
+            feed.go_on(self._again["place"]["feed"])
+
+    def began(self) -> None:
+        """Put the epoch's state in place where it goes on from a checkpoint."""
+        if self.feed is not None:
+            self.put_again("epoch")
+
+    def ended(self) -> None:
+        """Count a complete phase."""
+        if self.feed is not None:
+            self.feed = None
+            self.index += 1
+
+    def finish(self) -> None:
+        """Let whoever waits for a moment without anything under way have the last one."""
+        self._learner.stop_requested = None
+        self._learner.safe_point()
+
+    def place(self) -> dict[str, Any]:
+        """Give where the fit stands, as plain data.
+
+        Raises:
+            CheckpointError: It is in an epoch that cannot be gone on with in the middle.
+        """
+        place = None
+        if self.cut:
+            raise CheckpointError("the fit was cut in the middle of an epoch")
+        if self.feed is not None:
+            phase = self.phases[self.index]
+            if not goes_on(phase):
+                raise CheckpointError(
+                    f"{type(phase).__name__} has an epoch() of its own, which cannot be gone on with in the middle; "
+                    "where it keeps nothing between steps but in attributes, say so in the class: goes_on = True"
+                )
+            if not self.feed.can_go_on:
+                raise CheckpointError(
+                    f"the {phase.data_key!r} data ({describe(self.feed.source)}) cannot be gone on with in the middle "
+                    "of an epoch; expected tensors, a Dataset, a DataLoader over map-style data, or an object with "
+                    "state_dict() and load_state_dict(state)"
+                )
+            place = self.feed.place()
+            if place is None:
+                raise CheckpointError("an epoch is just beginning; a state can be kept between two of its steps")
+            place["global_generators"] = keep(generator_states(), "the random generators")
+        return {"phases": [class_name(type(phase)) for phase in self.phases], "index": self.index, "feed": place}
 
 
-def fit(learner: Learner, epochs: int, data: Any, phases: Iterable[Phase] | None) -> History:
+def place_of(learner: Learner) -> dict[str, Any] | None:
+    """Give where a learner's fit stands; None where it is not fitting.
+
+    Raises:
+        CheckpointError: It is in the middle of a step, or of something else that cannot be gone on with.
+    """
+    scope = learner.scope
+    if scope is None or (isinstance(scope, runepoch) and scope.parent is None):
+        return None
+    fitting = scope if isinstance(scope, FitScope) else scope.parent
+    if isinstance(scope, runstep) or not isinstance(fitting, FitScope):
+        raise CheckpointError(
+            "the state of a learner was asked for in the middle of a step; expected between two steps: a Checkpointer "
+            "waits for that, and so does learner.safe_points.append(function)"
+        )
+    return None if fitting.cut else fitting.place()
+
+
+def goes_on(phase: Phase) -> bool:
+    """Tell whether a phase's epoch keeps nothing but its state and its place in the data."""
+    return type(phase).epoch is Phase.epoch or phase.goes_on
+
+
+def fit(
+    learner: Learner,
+    epochs: int,
+    data: Any,
+    phases: Iterable[Phase] | None,
+    resume: Any,
+    steps_per_epoch: int | None,
+) -> History:
     """Run `epochs` cycles through `phases`; see `Learner.fit`."""
     epochs = _count(epochs)
+    if steps_per_epoch is not None and (isinstance(steps_per_epoch, bool) or operator.index(steps_per_epoch) < 1):
+        raise ValueError(f"fit(steps_per_epoch={steps_per_epoch!r}) was asked for; expected 1 or more, or None")
     if learner.fitting:
         raise ReentrantFitError(
             "fit was called while this learner is fitting; wait until it returns, or run learner.epoch(phase) "
@@ -64,28 +213,71 @@ def fit(learner: Learner, epochs: int, data: Any, phases: Iterable[Phase] | None
         for phase in chosen:
             check_runs(learner, phase)
             feed(learner, phase).check()
+        meet_phases(learner, chosen)
+        state = None if resume is None else find_state(resume)
+        if state is not None:
+            _check_goes_on(learner, state, epochs, chosen)
+            apply(learner, state)
         learner.fitting = True
-        return _run(learner, epochs, chosen)
+        if state is not None and learner.history.stop_reason is not None:
+            reason = learner.history.stop_reason
+            warnings.warn(
+                f"the run that was to go on had been stopped: {reason}. Nothing is trained; to train further: "
+                "learner.load(file), then learner.fit(epochs)",
+                stacklevel=3,
+            )
+            epochs = 0
+        else:
+            reason = None
+        scope = FitScope(learner, chosen, steps_per_epoch, state)
+        return _run(learner, scope, epochs if resume is not None else learner.history.cycles + epochs, reason)
     finally:
         learner.data, learner.fitting, learner.stop_requested = kept, False, None
+        learner.safe_points.clear()
 
 
-def _run(learner: Learner, epochs: int, phases: list[Phase]) -> History:
-    """Run a fit that nothing speaks against."""
-    scope = FitScope(learner)
+def _check_goes_on(learner: Learner, state: dict[str, Any], epochs: int, phases: list[Phase]) -> None:
+    """Raise where a fit is not the one that a checkpoint is of.
+
+    Raises:
+        CheckpointError: Says what differs.
+    """
+    check_fits(learner, state)
+    check_same_run(learner, state)
+    place, names = state["place"], [class_name(type(phase)) for phase in phases]
+    if place is not None and place["phases"] != names and (place["index"] or place["feed"]):
+        raise CheckpointError(f"the fit ran the phases {place['phases']}, and now {names}; expected the same")
+    begun = state["history"]["cycles"] + bool(place is not None and (place["index"] or place["feed"]))
+    if state["history"]["stop_reason"] is None and begun > epochs:
+        raise CheckpointError(
+            f"fit({epochs}, resume=...) was asked for, and {state['history']['cycles']} epochs are complete"
+            f"{' and one is under way' if begun > state['history']['cycles'] else ''}; epochs are the total, those "
+            f"before the checkpoint too: fit({begun}, resume=...) or more"
+        )
+
+
+def _run(learner: Learner, scope: FitScope, until: int, reason: str | None) -> History:
+    """Run a fit that nothing speaks against, until so many cycles are complete."""
     history = learner.history
-    history.stop_reason = None
+    history.stop_reason = reason
     error: BaseException | None = None
     scope.open()
     with interruptible(learner):
         try:
-            scope.handle(FitBegin())
-            for _ in range(epochs):
-                scope.handle(CycleBegin())
-                for phase in phases:
-                    run_epoch(learner, phase)
+            scope.handle(FitBegin(scope.goes_on))
+            scope.put_again("fit")
+            history.stop_reason = reason
+            while history.cycles < until:
+                scope.handle(CycleBegin(scope.goes_on))
+                scope.put_again("cycle")
+                while scope.index < len(scope.phases):
+                    run_epoch(learner, scope.phases[scope.index], scope=scope)
+                    scope.ended()
+                    learner.safe_point()
+                scope.index = 0
                 history.cycles += 1
                 scope.handle(CycleEnd())
+                learner.safe_point()
         except CancelFittingException as cancel:
             history.stop_reason = cancel.reason or "cancelled"
         except KeyboardInterrupt:
@@ -103,6 +295,7 @@ def _run(learner: Learner, epochs: int, phases: list[Phase]) -> History:
 
 def _finish(scope: FitScope, history: History, error: BaseException | None) -> BaseException | None:
     """Fire `FitEnd` and undo what was deferred; give the error that leaves the fit, if any."""
+    scope.cut = scope.feed is not None
     try:
         scope.handle(FitEnd(history.stop_reason, error))
     except CancelFittingException as cancel:
@@ -112,6 +305,11 @@ def _finish(scope: FitScope, history: History, error: BaseException | None) -> B
             error = failure
         else:
             annotate(error, f"fluxloop: a handler of FitEnd failed as well: {failure!r}")
+    try:
+        if error is None:
+            scope.finish()
+    except BaseException as failure:
+        error = failure
     try:
         scope.close(error)
     except BaseException as failure:
@@ -182,19 +380,24 @@ def check_runs(learner: Learner, phase: Phase) -> None:
         bring_state(learner, phase)
 
 
-def run_epoch(learner: Learner, phase: Phase, data: Any = None) -> None:
-    """Run one epoch of a phase; see `Learner.epoch`."""
+def run_epoch(learner: Learner, phase: Phase, data: Any = None, scope: FitScope | None = None) -> None:
+    """Run one epoch of a phase, of a fit's cycle where there is one; see `Learner.epoch`."""
     check_runs(learner, phase)
+    if not learner.fitting:
+        meet_phases(learner, [phase])
     kept = learner.data, learner.num_batches
     if data is not None:
         learner.data = State({**vars(learner.data), phase.data_key: load(data, phase.data_key)})
     try:
-        batches = feed(learner, phase)
+        batches = feed(learner, phase, learner.stop_if_requested if scope is None else learner.safe_point)
         batches.check()
         if phase.gradients:
             learner.updates.check_owned()
-        learner.num_batches = batches.num_batches
         learner.phases[type(phase)] = phase
+        if scope is not None:
+            scope.take(batches)
+            learner.begun_data.add(phase.data_key)
+        learner.num_batches = batches.num_batches
         with preserved(), left_alone(learner, phase, batches.source):
             phase.epoch(learner, batches)
     except CancelEpochException:
@@ -213,7 +416,7 @@ def left_alone(learner: Learner, phase: Phase, source: Any) -> AbstractContextMa
     return untouched(source, workers_too=shared or phase.data_key == "training")
 
 
-def feed(learner: Learner, phase: Phase) -> Feed:
+def feed(learner: Learner, phase: Phase, before_batch: Callable[[], object] = lambda: None) -> Feed:
     """Find the data of a phase.
 
     Raises:
@@ -228,7 +431,7 @@ def feed(learner: Learner, phase: Phase) -> Feed:
             f"{type(phase).__name__} runs on the {key!r} data, and there is {known or 'no data'}"
             f"{did_you_mean(key, known)}; give it to the learner, data={{{key!r}: ...}}, or to this call"
         )
-    return Feed(vars(learner.data)[key], phase.owner, learner.streams, key, learner.stop_if_requested)
+    return Feed(vars(learner.data)[key], phase.owner, learner.streams, key, before_batch)
 
 
 @contextmanager

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
@@ -12,6 +15,7 @@ from fluxloop.accelerator import Accelerator
 from fluxloop.callback import Callback
 from fluxloop.callbacks.defaults import with_defaults
 from fluxloop.check import check
+from fluxloop.checkpoint import Manifest, apply, check_fits, gather, load_weights, manifest
 from fluxloop.data import name_data
 from fluxloop.errors import (
     CallbackTypeError,
@@ -21,7 +25,8 @@ from fluxloop.errors import (
     describe,
 )
 from fluxloop.events import Event
-from fluxloop.fit import fit, run_epoch
+from fluxloop.fit import fit, place_of, run_epoch
+from fluxloop.folder import read, write
 from fluxloop.history import History
 from fluxloop.host import HostQueue
 from fluxloop.inference import evaluate, predict
@@ -29,6 +34,7 @@ from fluxloop.loop import Scope
 from fluxloop.models import like, named_models
 from fluxloop.nested import batch_size
 from fluxloop.optimizers import build_optimizers, parameter_names
+from fluxloop.persist import Kept
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.randomness import Streams, check_seed, draw_seed
@@ -120,6 +126,7 @@ class Learner(Generic[M]):
         self.params: Any = like(model, {k: tuple(m.parameters()) for k, m in self.models.items()})
         optimizers = build_optimizers(self.models, optimizer, loss_fn)
         self.optimizer: Any = like(model, optimizers)
+        self.seed_given = seed is not None
         self.seed = draw_seed() if seed is None else check_seed(seed)
         self.streams = Streams(self.seed)
         self.host_queue = HostQueue(self.accelerator.device)
@@ -132,6 +139,16 @@ class Learner(Generic[M]):
         self.scope: Scope | None = None
         self.fitting = False
         self.stop_requested: str | None = None
+        self.safe_points: list[Callable[[], object]] = []
+        """Called at each moment of a fit in which no step is under way, until it ends."""
+        self.kept_phases: list[Kept] = []
+        """What checkpoints keep of the phases that run."""
+        self.waiting_states: dict[str, list[Any]] = {}
+        """Loaded states of phases that have not run yet, by class."""
+        self.begun_data: set[str] = set()
+        """Keys of the data that a fit has run on."""
+        self.told_lost = False
+        """Whether it was said what a checkpoint does not keep."""
         self.updates = Updates(self, parameter_names(self.models, loss_fn), optimizers)
         self.callbacks = Callbacks(self)
         given = listed(callbacks)
@@ -139,7 +156,15 @@ class Learner(Generic[M]):
 
     # Training
 
-    def fit(self, epochs: int, data: Any = None, *, phases: Iterable[Phase] | None = None) -> History:
+    def fit(
+        self,
+        epochs: int,
+        data: Any = None,
+        *,
+        phases: Iterable[Phase] | None = None,
+        resume: str | PathLike[str] | None = None,
+        steps_per_epoch: int | None = None,
+    ) -> History:
         """Train for `epochs` cycles through `phases`.
 
         The fit ends early, and returns, when a callback or phase raises `CancelFittingException`,
@@ -151,17 +176,23 @@ class Learner(Generic[M]):
             data: Instead of the learner's, in the same forms.
             phases: What a cycle runs, in order. Left out: `TrainingPhase`, and `ValidationPhase`
                 where there is validation data.
+            resume: The folder of a `Checkpointer`, or one of its files, to go on from, to the bit.
+                `epochs` is the total then, those before the checkpoint too; a run that is complete
+                trains nothing. A new or empty folder begins a run.
+            steps_per_epoch: How many batches an epoch of each phase has at most: 2 for a dry run.
 
         Returns:
             ``learner.history``.
 
         Raises:
+            CheckpointError: The folder is no run's, or the checkpoint does not fit this learner;
+                nothing is changed.
             PhaseError: Something in `phases` is no phase instance, or cannot run this model.
             DataError: A phase has no data, or an epoch gave no batch.
             LossError: There is no loss function, no scalar, or no gradient.
             ReentrantFitError: Called while this learner is fitting.
         """
-        return fit(self, epochs, data, phases)
+        return fit(self, epochs, data, phases, resume, steps_per_epoch)
 
     def epoch(self, phase: Phase, data: Any = None) -> None:
         """Run one epoch of any phase.
@@ -278,6 +309,79 @@ class Learner(Generic[M]):
         if self.stop_requested:
             reason, self.stop_requested = self.stop_requested, None
             raise CancelFittingException(reason)
+
+    def safe_point(self) -> None:
+        """Do what waits for a moment between two steps or epochs of a fit: checkpoints, and a stop that was asked for.
+
+        Raises:
+            CancelFittingException: The fit is to end.
+        """
+        for action in self.safe_points:
+            action()
+        self.stop_if_requested()
+
+    # Keeping
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the whole state as plain data and tensors, from which a run goes on to the bit.
+
+        As with ``Module.state_dict()`` the tensors are those in use; ``copy.deepcopy`` makes a copy.
+
+        Raises:
+            CheckpointError: Something cannot be kept, or a step is under way.
+        """
+        return gather(self, place_of(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put everything where `state_dict` found it; an epoch that was under way is not gone on with.
+
+        Raises:
+            CheckpointError: It does not fit this learner; nothing is changed.
+        """
+        check_fits(self, state)
+        apply(self, copy.deepcopy(state))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write `state_dict` to a file, which is either complete or not there.
+
+        Raises:
+            CheckpointError: It cannot be written, or something cannot be kept.
+        """
+        write(Path(path), self.state_dict())
+
+    def load(self, path: str | PathLike[str]) -> None:
+        """Go on from what `save` or a `Checkpointer` wrote: weights, optimizers, counts, callbacks, random streams.
+
+        To continue an interrupted run use ``fit(epochs, resume=folder)``; for weights alone `load_weights`.
+
+        Raises:
+            CheckpointError: The file is damaged, or does not fit this learner; nothing is changed.
+        """
+        self.load_state_dict(read(Path(path)))
+
+    def load_weights(self, path: str | PathLike[str], name: str = "model", *, strict: bool = True) -> list[str]:
+        """Take weights from a file, for a warm start: nothing else is changed.
+
+        Args:
+            path: What `save` or a `Checkpointer` wrote, or ``torch.save(module.state_dict(), path)``.
+            name: Whose, as in ``learner.weights[name]``; ``"model"`` stands for all models.
+            strict: Whether all names and shapes have to agree; else those that do are taken.
+
+        Returns:
+            The names of tensors that were not taken, those that are missing too.
+
+        Raises:
+            CheckpointError: The file is damaged or does not fit; nothing is changed.
+        """
+        return load_weights(self, read(Path(path), weights_only=True), name, strict)
+
+    def checkpoint_manifest(self) -> Manifest:
+        """List what a checkpoint keeps: path, owner, kind and size in bytes of each part; prints as a table.
+
+        Raises:
+            CheckpointError: Something cannot be kept.
+        """
+        return manifest(self)
 
     @property
     def batch_size(self) -> int:

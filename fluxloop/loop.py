@@ -75,6 +75,17 @@ class Scope:
             self._undo = []
         self._undo.append(undo)
 
+    def began(self) -> None:
+        """Hear that an epoch directly inside has begun."""
+
+    def ended(self) -> None:
+        """Hear that an epoch directly inside is about to fire its `EpochEnd`."""
+
+    @property
+    def resumed(self) -> bool:
+        """Whether what begins in it goes on from a checkpoint."""
+        return False
+
     def open(self) -> None:
         """Become the learner's running scope."""
         self.parent = self._learner.scope
@@ -226,8 +237,11 @@ class runepoch(Scope):  # noqa: N801 - used like a function
         try:
             self._set_up()
             number = self._learner.streams[self.phase.epoch_stream].next()
-            self.handle(EPOCH_BEGIN)
+            outer = self.parent
+            self.handle(EPOCH_BEGIN if outer is None or not outer.resumed else EpochBegin(resumed=True))
             start_generators(number)
+            if outer is not None:
+                outer.began()
         except BaseException as error:
             self._leave(error, ends=isinstance(error, CancelEpochException))
             raise
@@ -262,6 +276,8 @@ class runepoch(Scope):  # noqa: N801 - used like a function
                     learner.host_queue.flush()
                 except CancelEpochException:
                     pass  # it ends here anyway
+                if self.parent is not None:
+                    self.parent.ended()
                 self.handle(EPOCH_END)
         except CancelEpochException:
             pass

@@ -16,7 +16,7 @@ phase act on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import update_wrapper
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
@@ -71,6 +71,11 @@ class Phase:
     """Whether gradients are recorded."""
     model_view: ClassVar[str] = ""
     """Which view of the models ``learner.model`` gives in it: ``"ema"`` for averaged ones; "" for the live ones."""
+    goes_on: ClassVar[bool] = False
+    """Whether an `epoch` of its own may be gone on with in the middle: it is called again and gets the batches that
+    are left, so it must keep no number of its own between steps but in attributes."""
+    transient: ClassVar[Sequence[str]] = ()
+    """Names of attributes that no checkpoint needs to keep; others that change are kept, where they are plain data."""
 
     owner: ClassVar[str] = ""
     """Whose the phase's random numbers are: the data key's where it trains, its own where it watches."""

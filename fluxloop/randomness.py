@@ -10,7 +10,9 @@ from the run's seed and the owner's name:
   go on from step to step (a normal number that NumPy has in store is dropped when a step begins
   and when it ends);
 - the order of the data and its first batch start torch's from ``(seed, "<data_key>/data", epochs
-  begun)``, each further fetch from ``(seed, "<data_key>/fetch", further fetches)``;
+  begun)``, each further fetch from ``(seed, "<data_key>/fetch", further fetches)``; the n-th sample
+  that a ``DataLoader`` over map-style data loads in epoch e starts all three from ``(seed,
+  "<data_key>/sample/<e>", n)``, in whatever process, and they are put back;
 - a callback that says it draws has ``(seed, "callback/<id>", times called)`` for all three; what
   any other handler draws inside an epoch is put back.
 
@@ -139,6 +141,29 @@ def _cuda_states() -> list[torch.Tensor] | None:
     return torch.cuda.get_rng_state_all() if initialized else None
 
 
+def generator_states() -> dict[str, Any]:
+    """Give the states of the global generators of torch (every device), NumPy (where it is loaded) and Python."""
+    numpy = sys.modules.get("numpy")
+    return {
+        "torch": torch.default_generator.get_state(),
+        "cuda": _cuda_states(),
+        "numpy": numpy.random.get_state(legacy=False) if numpy is not None else None,
+        "python": random.getstate(),
+    }
+
+
+def put_generators(states: dict[str, Any]) -> None:
+    """Put the global generators where `generator_states` found them."""
+    torch.default_generator.set_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["numpy"] is not None:
+        import numpy
+
+        numpy.random.set_state(states["numpy"])
+    random.setstate(states["python"])
+
+
 class preserved(AbstractContextManager[None]):  # noqa: N801 - used like a function
     """Put the global generators of torch, NumPy and Python back as they were on leaving.
 
@@ -196,6 +221,10 @@ class Stream:
         self.index = index + 1
         return _mix((self.base + index) & MASK)
 
+    def at(self, index: int) -> int:
+        """Give the number that the use of an index starts from."""
+        return _mix((self.base + index) & MASK)
+
 
 class Streams:
     """The streams of one learner, by owner; created when they are first asked for.
@@ -216,9 +245,20 @@ class Streams:
             stream = self._streams[owner] = Stream(self.seed, self.prefix + owner)
         return stream
 
+    def apart(self, owner: str) -> Stream:
+        """Give a stream that nobody counts: its user says which number it wants."""
+        return Stream(self.seed, self.prefix + owner)
+
     def positions(self) -> dict[str, int]:
         """Give how often each stream has been used, by owner."""
         return {owner: stream.index for owner, stream in sorted(self._streams.items())}
+
+    def go_on(self, seed: int, positions: dict[str, int]) -> None:
+        """Have every stream go on from where another learner's of that seed was."""
+        self.seed = seed
+        for owner in {*self._streams, *positions}:
+            stream = self[owner]
+            stream.base, stream.index = _base(seed, self.prefix + owner), positions.get(owner, 0)
 
 
 def with_own_stream(call: Callable[..., None], stream: Callable[[], Stream]) -> Callable[..., None]:
@@ -241,26 +281,52 @@ def putting_back(call: Callable[..., None]) -> Callable[..., None]:
     return apart
 
 
+class others_apart(AbstractContextManager[None]):  # noqa: N801 - used like a function
+    """Leave NumPy's and Python's global generators as they were, between two steps; may be entered again.
+
+    NumPy draws from a bit generator of its own meanwhile: swapping costs less than copying a state.
+
+    Args:
+        seed: What that one starts from.
+        python_too: Whether Python's is among them.
+    """
+
+    def __init__(self, seed: int = 0, python_too: bool = True) -> None:
+        self._seed = seed
+        self._python_too = python_too
+        self._scratch: Any = None
+        self._numpy: Any = None
+        self._python: Any = None
+
+    def __enter__(self) -> None:
+        numpy = sys.modules.get("numpy")
+        if numpy is not None:
+            self._numpy = numpy.random.get_bit_generator()
+            if self._scratch is None:
+                self._scratch = numpy.random.MT19937(self._seed)
+            numpy.random.set_bit_generator(self._scratch)
+        if self._python_too:
+            self._python = random.getstate()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_bit_generator(self._numpy)
+            self._numpy = None
+        if self._python_too:
+            random.setstate(self._python)
+
+
 def between_steps(call: Callable[..., None], seed: int) -> Callable[..., None]:
     """Wrap a function that runs between two steps so that the next one draws as if it had not run.
 
     NumPy draws from a bit generator of the function's own meanwhile, started from `seed`.
     """
-    scratch: Any = None
+    numpy_apart = others_apart(seed, python_too=False)
 
     def apart(*args: Any) -> None:
-        nonlocal scratch
-        numpy = sys.modules.get("numpy")
-        with preserved(numpy_too=False):
-            if numpy is None:
-                call(*args)
-                return
-            own = numpy.random.get_bit_generator()
-            scratch = numpy.random.MT19937(seed) if scratch is None else scratch
-            numpy.random.set_bit_generator(scratch)
-            try:
-                call(*args)
-            finally:
-                numpy.random.set_bit_generator(own)
+        with preserved(numpy_too=False), numpy_apart:
+            call(*args)
 
     return apart

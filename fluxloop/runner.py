@@ -14,6 +14,7 @@ from fluxloop.errors import CancelEpochException, CancelFittingException, Cancel
 from fluxloop.events import FIT_EVENTS, GRADIENT_EVENTS, Event, FitEnd, event_types
 from fluxloop.graph import CallbackGraph, Node, touches
 from fluxloop.loop import locate
+from fluxloop.persist import Kept
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.randomness import Stream, between_steps, putting_back, stream_seed, with_own_stream
 from fluxloop.view import make_view
@@ -53,6 +54,7 @@ class Callbacks:
         self._graph = CallbackGraph()
         self._views: dict[str, Any] = {}
         self._tables: dict[type[Phase], Table] = {}
+        self._kept: dict[int, tuple[Kept, list[Kept]]] = {}
 
     # Managing
 
@@ -64,7 +66,7 @@ class Callbacks:
         """
         graph = CallbackGraph(callbacks)
         known = [id(node.callback.unwrapped) for node in self._graph.nodes]
-        before = self._graph, self._views
+        before = self._graph, self._views, self._kept
         shared, views = dict(vars(self._learner.cbstate)), dict(self._learner.weights.views)
         self._graph = graph
         self._views = {
@@ -75,8 +77,9 @@ class Callbacks:
             for node in graph.nodes:
                 if id(node.callback.unwrapped) not in known:
                     self._init(node)
+            self._kept = {id(node.callback): self._kept.get(id(node.callback)) or watch(node) for node in graph.nodes}
         except BaseException:
-            self._graph, self._views = before
+            self._graph, self._views, self._kept = before
             vars(self._learner.cbstate).clear()
             vars(self._learner.cbstate).update(shared)
             self._learner.weights.views = views
@@ -122,6 +125,10 @@ class Callbacks:
     def given(self) -> list[Callback]:
         """Give the callbacks as they were given, wrappers included, in the order in which they run."""
         return [node.callback for node in self._graph.nodes]
+
+    def kept(self, node: Node) -> tuple[Kept, list[Kept]]:
+        """Give what a checkpoint keeps of a callback, and of the conditions around it."""
+        return self._kept[id(node.callback)]
 
     # Delivering
 
@@ -257,6 +264,16 @@ class Callbacks:
 
     def __repr__(self) -> str:
         return f"Callbacks({' → '.join(self.order)})"
+
+
+def watch(node: Node) -> tuple[Kept, list[Kept]]:
+    """Look at a callback that has been set up, and at the conditions around it, so that changes are seen."""
+    conditions = []
+    layer = node.callback
+    while layer is not layer.unwrapped:
+        conditions.append(Kept(getattr(layer, "condition", None), f"the condition of {node.id}"))
+        layer = getattr(layer, "callback", layer.unwrapped)
+    return Kept(layer, node.id), conditions
 
 
 class Handle:

@@ -6,22 +6,28 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from attrs import define, field
 from torch import Tensor, nn
 
-from fluxloop.access import Path, covers, dotted, parse, weights_path
+from fluxloop.access import Path as AccessPath
+from fluxloop.access import covers, dotted, parse, weights_path
 from fluxloop.callback import Callback, Handler, UnsafeCallback, on
+from fluxloop.checkpoint import gather
 from fluxloop.data import TensorBatches
-from fluxloop.errors import DataError, describe
+from fluxloop.errors import CheckpointError, DataError, describe
 from fluxloop.events import Event
 from fluxloop.feed import untouched
+from fluxloop.fit import place_of
+from fluxloop.folder import write
 from fluxloop.learner import Learner
 from fluxloop.phase import Phase
 from fluxloop.phases.supervised import TrainingPhase
-from fluxloop.randomness import preserved
+from fluxloop.randomness import preserved, start_generators
 from fluxloop.state import Container, State
 from fluxloop.view import SERVICES
 from fluxloop.weights import Weights
@@ -208,6 +214,118 @@ def assert_observer(observer: Callback | Phase, make_learner: Callable[[], Learn
     assert_same_bits(plain, watched)
 
 
+class _Killed(BaseException):
+    """Stands for the end of a process: nobody handles it."""
+
+
+def assert_resumes_exactly(
+    make_learner: Callable[[], Learner],
+    *,
+    epochs: int = 2,
+    phases: Callable[[], Iterable[Phase]] | None = None,
+    at: Iterable[int] | None = None,
+    ignore: Iterable[str] = (),
+) -> None:
+    """Assert that a run that is killed and resumed ends as one that is not, to the bit.
+
+    Trains to the end; then, for each moment between two steps at which a checkpoint can be written,
+    trains up to it, writes a file, and has a new learner go on from that. At the end everything a
+    checkpoint keeps is compared: weights, optimizers, metrics, counts, random streams, and the states of
+    callbacks and phases.
+
+    Args:
+        make_learner: Makes the same learner each time, as a new process would: seed what it draws, and
+            give it new callbacks.
+        epochs: How long to train.
+        phases: Makes the phases, as for ``fit``; left out, those of a plain fit.
+        at: Which moments, counted from 1; left out: all.
+        ignore: Parts to leave out, such as ``"callbacks.Timer"``: what a clock decides.
+
+    Raises:
+        AssertionError: Something differs; names the moment and the first part.
+
+    Example:
+        >>> assert_resumes_exactly(toy_learner, epochs=1, at=[1, 7, 16])
+    """
+
+    def run(learner: Learner, resume: Path | None = None) -> Learner:
+        learner.fit(epochs, phases=None if phases is None else list(phases()), resume=resume)
+        return learner
+
+    plain = _parts(run(make_learner()).state_dict())
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "state.pt"
+        moments = _Moments(path)
+        run(moments.watched(make_learner()))
+        if moments.seen == 0:
+            raise AssertionError("no checkpoint could be written: the fit had no step")
+        for moment in range(1, moments.seen + 1) if at is None else at:
+            path.unlink(missing_ok=True)
+            try:
+                run(_Moments(path, moment).watched(make_learner()))
+            except _Killed:
+                pass
+            if not path.exists():
+                raise AssertionError(
+                    f"there are {moments.seen} moments to write a checkpoint at, and no number {moment}"
+                )
+            with preserved():
+                start_generators(moment)  # a new process has drawn other numbers
+                resumed = _parts(run(make_learner(), path).state_dict())
+            _compare(plain, resumed, moment, tuple(ignore))
+
+
+class _Moments:
+    """Counts the moments of a fit at which a checkpoint can be written; writes one, and ends everything there."""
+
+    def __init__(self, path: Path, kill_at: int | None = None) -> None:
+        self.path = path
+        self.kill_at = kill_at
+        self.seen = 0
+
+    def watched(self, learner: Learner) -> Learner:
+        """Have the learner's next fit tell its moments."""
+        learner.safe_points.append(lambda: self._look(learner))
+        return learner
+
+    def _look(self, learner: Learner) -> None:
+        try:
+            place = place_of(learner)
+        except CheckpointError:
+            return  # a checkpoint waits until the epoch ends
+        if place is None:
+            return
+        self.seen += 1
+        if self.seen == self.kill_at:
+            write(self.path, gather(learner, place))
+            raise _Killed
+
+
+def _parts(state: Any, path: str = "") -> dict[str, Any]:
+    """Lay a state out by path; tensors are copied."""
+    if isinstance(state, dict):
+        return {k: v for key, item in state.items() for k, v in _parts(item, f"{path}.{key}".lstrip(".")).items()}
+    if type(state) in (list, tuple):
+        return {k: v for number, item in enumerate(state) for k, v in _parts(item, f"{path}.{number}").items()}
+    return {path: state.detach().clone() if isinstance(state, Tensor) else state}
+
+
+def _compare(plain: dict[str, Any], resumed: dict[str, Any], moment: int, ignore: tuple[str, ...]) -> None:
+    """Raise `AssertionError` where two states differ."""
+    where = f"resumed from moment {moment}, the run differs"
+    names = [name for name in (*plain, *(resumed.keys() - plain)) if not name.startswith(ignore)]
+    for name in names:
+        if name not in plain or name not in resumed:
+            raise AssertionError(f"{where}: {name} is there in one of the two alone")
+        a, b = plain[name], resumed[name]
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            same = a.shape == b.shape and a.dtype == b.dtype and _same_bits(a, b)
+        else:
+            same = type(a) is type(b) and (a == b or (a != a and b != b))
+        if not same:
+            raise AssertionError(f"{where}: {name} is {b!r}, and was {a!r}")
+
+
 def infer_access(callback: Callback, learner: Learner, *, phases: Iterable[Phase] | None = None) -> tuple[Any, Any]:
     """Find out what a callback reads and writes in one step, and print the declarations to paste.
 
@@ -255,7 +373,7 @@ def _first_batches(learner: Learner) -> dict[str, list[Any]]:
     return batches
 
 
-def _shortest(paths: Iterable[Path]) -> tuple[str, ...]:
+def _shortest(paths: Iterable[AccessPath]) -> tuple[str, ...]:
     """Write paths as users do, leaving out those that another one covers."""
     found = set(paths)
     return tuple(sorted(dotted(p) for p in found if not any(q != p and covers(q, p) for q in found)))
@@ -272,8 +390,8 @@ class _Traced(UnsafeCallback):
         self.reads = tuple(callback.reads)  # type: ignore[misc]  # computed per instance
         self.writes = tuple(callback.writes)  # type: ignore[misc]  # computed per instance
         self.run_after = tuple(callback.run_after) if known else tuple(after)  # type: ignore[misc]  # computed, too
-        self.reads_seen: set[Path] = set()
-        self.writes_seen: set[Path] = set()
+        self.reads_seen: set[AccessPath] = set()
+        self.writes_seen: set[AccessPath] = set()
 
     def init(self, learner: Any) -> None:
         self.callback.init(_Noting(learner, (), self))
@@ -297,11 +415,11 @@ MUTATORS = frozenset(
 class _Noting:
     """Stands for a container on a path, and notes which paths below it are read and written."""
 
-    def __init__(self, value: Any, path: Path, traced: _Traced) -> None:
+    def __init__(self, value: Any, path: AccessPath, traced: _Traced) -> None:
         vars(self).update(_value=value, _path=path, _traced=traced)
 
     def _enter(self, value: Any, name: str) -> Any:
-        path: Path = (*self._path, name)[:2]
+        path: AccessPath = (*self._path, name)[:2]
         if name in MUTATORS and callable(value):
             self._traced.writes_seen.add(self._path)
             return value

@@ -85,6 +85,30 @@ class PhaseMetrics(Container):
             raise MetricError(f"no metric {name!r} was recorded; there are {sorted(self.epochs)}")
         return self.epochs[name][-1]
 
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps: the epochs' values, and where the running epoch stands."""
+        running = [tracker.state_dict() for _, tracker in self.trackers] if self.started else None
+        return {"epochs": self.epochs, "sources": self._sources, "running": running}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a kept state.
+
+        Raises:
+            MetricError: In the middle of an epoch, with other metrics than it began with.
+        """
+        self.epochs, self._sources = state["epochs"], state["sources"]
+        running = state["running"]
+        self.started = running is not None
+        if running is None or not self.trackers:  # no epoch has begun yet: its state comes again when it has
+            return
+        if len(running) != len(self.trackers):
+            raise MetricError(
+                f"the epoch began with {len(running)} metrics, and there are {len(self.trackers)} now; go on with the "
+                "same ones"
+            )
+        for (_, tracker), kept in zip(self.trackers, running, strict=True):
+            tracker.load_state_dict(kept)
+
     def __repr__(self) -> str:
         return f"PhaseMetrics({', '.join(f'{k}: {v[-1][1]}' for k, v in self.epochs.items())})"
 

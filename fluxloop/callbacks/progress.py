@@ -62,6 +62,7 @@ class ProgressBar(Callback):
 
     reads = ("num_batches", "cbstate")
     draws = False
+    transient = ("_open",)
 
     def is_shown(self) -> bool:
         """Tell whether bars are shown."""

@@ -37,6 +37,7 @@ class StopOnNaNLoss(Callback):
 
     reads = ("step.loss", "step.losses")
     draws = False
+    transient = ("_looked",)
 
     @on(StepBegin, AbstractTrainingPhase)
     def start(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,9 +34,10 @@ class Mean:
         """Give the newest value."""
         return self._last
 
-    def _fold(self) -> None:
+    def _sum(self) -> Tensor | None:
+        """Give the sum so far; when it is asked for changes no bit of it later."""
         if not self._pending:
-            return
+            return self._total
         values = torch.stack(self._pending)
         exact = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
         weights = set(self._weights)
@@ -42,14 +45,25 @@ class Mean:
             total = exact.sum() * weights.pop()
         else:
             total = (exact * torch.tensor(self._weights, dtype=exact.dtype, device=exact.device)).sum()
-        self._total = total if self._total is None else self._total + total
-        self._weight += sum(self._weights)
+        return total if self._total is None else self._total + total
+
+    def _fold(self) -> None:
+        self._total, self._weight = self._sum(), self._weight + sum(self._weights)
         self._pending, self._weights = [], []
 
     def compute(self) -> Tensor | None:
         """Give the mean so far, as a scalar tensor on the device; None without values."""
-        self._fold()
-        return None if self._total is None else self._total / self._weight
+        total = self._sum()
+        return None if total is None else total / (self._weight + sum(self._weights))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps."""
+        return {name.lstrip("_"): getattr(self, name, None) for name in self.__slots__}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a kept state."""
+        for name, value in state.items():
+            setattr(self, f"_{name}", value)
 
 
 class MovingAverage:
@@ -75,3 +89,11 @@ class MovingAverage:
     def compute(self) -> Tensor | None:
         """Give the average so far."""
         return None if self._value is None else self.latest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps."""
+        return {"value": self._value, "weight": self._weight}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a kept state."""
+        self._value, self._weight = state["value"], state["weight"]

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from attrs import define, field, frozen
-from torch import Tensor
+from torch import Tensor, nn
 
 from fluxloop.errors import MetricError, annotate, describe
 from fluxloop.metrics.averages import Mean, MovingAverage
+from fluxloop.persist import plain_attributes
 from fluxloop.phase import Phase
 
 
@@ -128,6 +129,14 @@ class Tracker:
         """Give the last step's values by name; nothing where a metric has none."""
         return {}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint in the middle of an epoch keeps."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a kept state."""
+        raise NotImplementedError
+
 
 class MeanTracker(Tracker):
     """Averages a function of the step's entries, weighted by batch size."""
@@ -169,6 +178,15 @@ class MeanTracker(Tracker):
             return {}
         return {self.metric.name: self._finish(self._last) if self._finish else self._last}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps."""
+        return {"mean": self._mean.state_dict(), "last": self._last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a kept state."""
+        self._mean.load_state_dict(state["mean"])
+        self._last = state["last"]
+
 
 class ObjectTracker(Tracker):
     """Feeds a copy of an object that accumulates by itself."""
@@ -195,6 +213,20 @@ class ObjectTracker(Tracker):
         if isinstance(value, Mapping):
             return {str(key).lower(): item for key, item in value.items()}
         return {self.metric.name: value}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps: whether it was updated, and the object's attributes that are plain data."""
+        return {"updated": self._updated, "parts": [plain_attributes(part) for part in self._parts()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a kept state."""
+        self._updated = state["updated"]
+        for part, kept in zip(self._parts(), state["parts"], strict=True):
+            for name, value in kept.items():
+                object.__setattr__(part, name, value)
+
+    def _parts(self) -> list[Any]:
+        return list(self._object.modules()) if isinstance(self._object, nn.Module) else [self._object]
 
 
 def inputs_of(metric: Metric, step: Any) -> list[Any]:
@@ -296,3 +328,13 @@ class LossTracker(Tracker):
     def latest(self) -> dict[str, Tensor]:
         """Give the last step's loss, or the moving average after it."""
         return {name: average.latest() for name, average in self._averages.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps."""
+        return {name: average.state_dict() for name, average in self._averages.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a kept state."""
+        self._averages = {name: self._average() for name in state}
+        for name, kept in state.items():
+            self._averages[name].load_state_dict(kept)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from fluxloop import (
     Accelerator,
@@ -139,15 +139,22 @@ def test_a_second_transform_makes_the_second_view() -> None:
 
 
 def test_steps_over_a_loader_of_random_views_equal_those_of_a_hand_written_loop() -> None:
-    def loader() -> DataLoader[Any]:
-        rows = TensorDataset(images(), torch.arange(20))
-        return DataLoader(ViewDataset(rows, TwoViews(augment)), batch_size=4, shuffle=True)
+    views = ViewDataset(TensorDataset(images(), torch.arange(20)), TwoViews(augment))
+
+    def batches() -> Iterator[Any]:
+        order = [int(i) for batch in DataLoader(torch.arange(20), batch_size=4, shuffle=True) for i in batch]
+        for first in range(0, 20, 4):
+            samples = []
+            for place in range(first, first + 4):
+                torch.manual_seed(stream_seed(SEED, "training/sample/0", place))
+                samples.append(views[order[place]])
+            yield default_collate(samples)
 
     expected, make = models(), OPTIMIZERS["adam"]
     optimizer = make(chain(*(model.parameters() for model in expected.values())))
     by_hand, step = [], 0
     torch.manual_seed(stream_seed(SEED, "training/data", 0))
-    for step, ((view1, view2), _) in enumerate(loader()):
+    for step, ((view1, view2), _) in enumerate(batches()):
         torch.manual_seed(stream_seed(SEED, "training/step", step))
         z1 = expected["projector"](expected["encoder"](view1))
         z2 = expected["projector"](expected["encoder"](view2))
@@ -156,9 +163,9 @@ def test_steps_over_a_loader_of_random_views_equal_those_of_a_hand_written_loop(
         loss.backward()
         optimizer.step()
         by_hand.append(loss.detach())
-        torch.manual_seed(stream_seed(SEED, "training/fetch", step))
     losses: list[Tensor] = []
-    learner = learner_of(models(), loader(), make, losses)
+    loader = DataLoader(views, batch_size=4, shuffle=True)
+    learner = learner_of(models(), loader, make, losses)
     learner.fit(1, phases=[SimCLRPhase()])
     assert len(losses) == 5
     assert all(map(torch.equal, losses, by_hand))

@@ -1,0 +1,233 @@
+"""Write checkpoints from which a run goes on to the bit."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import Any, Literal
+
+from attrs import define, field
+
+from fluxloop.callback import UnsafeCallback, on
+from fluxloop.checkpoint import check_writers, gather
+from fluxloop.errors import CancelFittingException, CheckpointError
+from fluxloop.events import FitBegin, FitEnd, StepEnd
+from fluxloop.fit import FitScope, place_of
+from fluxloop.folder import Folder, Progress, name_of
+from fluxloop.monitor import Mode, Monitor
+from fluxloop.persist import snapshot
+from fluxloop.phase import AbstractTrainingPhase, FittingPhase
+
+TERMINATED = "terminated (SIGTERM)"
+EXIT_CODE = 128 + signal.SIGTERM
+
+
+@define
+class Checkpointer(UnsafeCallback):
+    """Write the whole state of the learner to a folder, so that a killed run goes on as if nothing had happened.
+
+    The same script begins a run and goes on with it: ``learner.fit(100, resume="runs/first")`` with
+    ``Checkpointer("runs/first")``. Files are complete or not there; nothing is overwritten; a folder
+    with other things in it is refused, and so is a run that an earlier one in the folder is ahead of.
+    Checkpoints are written between steps, when everybody has finished with the last one.
+
+    A last checkpoint is written when the fit ends, also early, and where Ctrl+C ends it. At SIGTERM
+    the running step is finished, a checkpoint written, and the process exits with status 143.
+
+    Where the data or a phase's own `epoch` cannot be gone on with in the middle of an epoch, that is
+    said once, and checkpoints wait until the epoch ends.
+
+    Args:
+        folder: Of this run alone.
+        every: How often.
+        unit: ``"epoch"`` (of the fit: one cycle), ``"step"`` (of training) or ``"second"``.
+        keep_last: How many of the newest stay; None for all.
+        keep_best: How many of those with the best metric at the end of an epoch stay besides.
+        monitor: That metric.
+        mode: ``"min"`` where less of it is better, else ``"max"``. NaN is never best.
+        background: Whether files are written by a thread, from a copy of the state in host memory.
+
+    Raises:
+        CheckpointError: The folder is somebody else's or cannot be written to, a callback writes
+            what no checkpoint keeps, or a file cannot be written.
+        ValueError: An argument out of range.
+
+    Attributes:
+        last: The newest file, None before the first.
+
+    Reads: nothing by itself (it is given the learner)
+    """
+
+    folder: Path = field(converter=Path)
+    every: float = field(default=1, kw_only=True)
+    unit: Literal["epoch", "step", "second"] = field(default="epoch", kw_only=True)
+    keep_last: int | None = field(default=2, kw_only=True)
+    keep_best: int = field(default=0, kw_only=True)
+    monitor: str = field(default="validation/loss", kw_only=True)
+    mode: Mode = field(default="min", kw_only=True)
+    background: bool = field(default=False, kw_only=True)
+    last: Path | None = field(default=None, init=False, repr=False)
+    _steps: int = field(default=0, init=False, repr=False)
+    _written: int = field(default=0, init=False, repr=False)
+    _scores: dict[str, float] = field(factory=dict, init=False, repr=False)
+    _progress: Progress | None = field(default=None, init=False, repr=False)
+    _reason: str | None = field(default=None, init=False, repr=False)
+    _since: float = field(default=0.0, init=False, repr=False)
+    _owing: bool = field(default=False, init=False, repr=False)
+    _told: bool = field(default=False, init=False, repr=False)
+    _over: bool = field(default=False, init=False, repr=False)
+    _terminated: bool = field(default=False, init=False, repr=False)
+    _writer: ThreadPoolExecutor | None = field(default=None, init=False, repr=False)
+    _writing: Future[None] | None = field(default=None, init=False, repr=False)
+
+    draws = False
+    transient = (
+        *("last", "_progress", "_reason", "_since", "_owing", "_told", "_over", "_terminated", "_writer", "_writing"),
+    )
+
+    def __attrs_post_init__(self) -> None:
+        Monitor(self.monitor, self.mode)
+        whole = self.unit == "second" or float(self.every).is_integer()
+        if isinstance(self.every, bool) or not self.every > 0 or not whole:
+            raise ValueError(f"Checkpointer(every={self.every!r}) was given; expected 1 or more {self.unit}s")
+        if self.unit not in ("epoch", "step", "second"):
+            raise ValueError(f"Checkpointer(unit={self.unit!r}) was given; expected 'epoch', 'step' or 'second'")
+        if (self.keep_last is not None and self.keep_last < 1) or self.keep_best < 0:
+            raise ValueError(
+                f"Checkpointer(keep_last={self.keep_last!r}, keep_best={self.keep_best!r}) was given; expected 1 or "
+                "more of the newest (None for all), and 0 or more of the best"
+            )
+
+    def init(self, learner: Any) -> None:
+        """Take the folder."""
+        Folder(self.folder).claim()
+
+    @on(FitBegin, FittingPhase)
+    def start(self, event: FitBegin, phase: FittingPhase, learner: Any) -> None:
+        """Look whether the run may be written here, and wait for moments between steps."""
+        check_writers(learner)
+        Folder(self.folder).claim()
+        here = self._where(learner, place_of(learner))
+        for progress, path in Folder(self.folder).files():
+            if progress > here and Folder(self.folder).is_complete(path):
+                raise CheckpointError(
+                    f"an earlier run has come further than this one, to {path}; go on with it: "
+                    f"fit(epochs, resume={str(self.folder)!r}), or give this run a folder of its own"
+                )
+        there = (Folder(self.folder).path / name_of(here)).exists()
+        self._progress, self._reason = here if there else None, learner.history.stop_reason
+        self._since, self._over, self._owing, self._told = monotonic(), False, False, False
+        learner.safe_points.append(partial(self._look, learner))
+        learner.defer(self._leave)
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            self._terminated = False
+            signal.signal(signal.SIGTERM, self._note_termination)
+            learner.defer(self._exit_if_terminated)
+
+    def _note_termination(self, number: int, frame: object) -> None:
+        self._terminated = True
+
+    @on(StepEnd, AbstractTrainingPhase)
+    def count_step(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Count a training step."""
+        self._steps += 1
+
+    @on(FitEnd, FittingPhase)
+    def end(self, event: FitEnd, phase: FittingPhase, learner: Any) -> None:
+        """Note that the next moment is the last."""
+        self._over = True
+
+    def _look(self, learner: Any) -> None:
+        """Write a checkpoint where one is due; end the fit where the process was asked to terminate."""
+        if learner.stop_requested or self._terminated or self._over or self._owing or self._is_due(learner):
+            self._write(learner)
+        if self._terminated and not self._over:
+            raise CancelFittingException(TERMINATED)
+
+    def _is_due(self, learner: Any) -> bool:
+        if self.unit == "second":
+            return monotonic() - self._since >= self.every
+        if self.unit == "step":
+            return self._steps // int(self.every) > self._written // int(self.every)
+        scope = learner.scope
+        complete = isinstance(scope, FitScope) and scope.feed is None and scope.index == 0
+        return complete and learner.history.cycles % int(self.every) == 0
+
+    def _where(self, learner: Any, place: dict[str, Any] | None) -> Progress:
+        steps = sum(count for owner, count in learner.streams.positions().items() if owner.endswith("/step"))
+        return learner.history.cycles, 0 if place is None else place["index"], steps
+
+    def _write(self, learner: Any) -> None:
+        """Write a checkpoint now, or say why not and write it when the epoch ends."""
+        try:
+            place = place_of(learner)
+        except CheckpointError as error:
+            if not self._told:
+                self._told = True
+                warnings.warn(f"{error}. Checkpoints are written when an epoch ends", stacklevel=2)
+            self._owing = True
+            return
+        if place is None:  # cut in the middle of an epoch: what was written last is what to go on from
+            return
+        progress, reason = self._where(learner, place), learner.history.stop_reason
+        again = progress == self._progress
+        if progress == (0, 0, 0) or (again and (not self._over or reason == self._reason)):
+            return
+        self._written, self._since, self._owing = self._steps, monotonic(), False
+        self._progress, self._reason = progress, reason
+        self._finish_writing()
+        folder = Folder(self.folder)
+        complete = place["feed"] is None and place["index"] in (0, len(place["phases"]))
+        if self.keep_best and complete:
+            self._note_score(name_of(progress), learner)
+        there = {name_of(progress), *(path.name for _, path in folder.files())}
+        self._scores = {name: score for name, score in self._scores.items() if name in there}
+        state = gather(learner, place)
+        if self.background:
+            self._writer = self._writer or ThreadPoolExecutor(1, "checkpoints")
+            self._writing = self._writer.submit(self._put, folder, progress, snapshot(state), again)
+        else:
+            self._put(folder, progress, state, again)
+
+    def _note_score(self, name: str, learner: Any) -> None:
+        monitor = Monitor(self.monitor, self.mode)
+        metrics = learner.cbstate.metrics
+        monitor.require(metrics)
+        newest = monitor.newest(metrics)
+        if newest is not None and monitor.better(newest[1], None):
+            self._scores[name] = newest[1]
+
+    def _put(self, folder: Folder, progress: Progress, state: dict[str, Any], again: bool) -> None:
+        """Write a file, in the place of one of the same moment; only then remove those that need not stay."""
+        self.last = folder.add(progress, state, again)
+        names = [path.name for _, path in folder.files()]
+        if self.keep_last is None:
+            return
+        best = sorted(self._scores, key=lambda name: self._scores[name], reverse=self.mode == "max")[: self.keep_best]
+        folder.remove({name for name in names[: -self.keep_last] if name not in best})
+
+    def _finish_writing(self) -> None:
+        """Wait for the thread; raise what kept it from writing."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _leave(self) -> None:
+        try:
+            self._finish_writing()
+        finally:
+            if self._writer is not None:
+                self._writer.shutdown()
+                self._writer = None
+
+    def _exit_if_terminated(self) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self._terminated:
+            self._terminated = False
+            raise SystemExit(EXIT_CODE)

@@ -1,0 +1,564 @@
+"""The whole state of a learner as plain data, and how a learner goes on from it.
+
+What is kept follows from what there is: models, optimizers and gradients that wait for an update,
+the streams of random numbers, every callback and phase, what callbacks share, and where the fit
+stands in its phases and its data. `manifest` lists it.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from fluxloop.access import dotted
+from fluxloop.callback import Callback
+from fluxloop.errors import CheckpointError, describe, did_you_mean
+from fluxloop.optimizers import owned_parameters
+from fluxloop.persist import Kept, class_name, keep, put_back, size
+from fluxloop.phase import Phase
+from fluxloop.sources import keeps_place, put_source_back, source_state
+from fluxloop.state import StepState
+
+if TYPE_CHECKING:
+    from fluxloop.graph import Node
+    from fluxloop.learner import Learner
+
+FORMAT = 1
+"""Number of the layout below; a file of another one is refused."""
+
+State = dict[str, Any]
+
+
+def phase_types(cls: type[Phase] = Phase) -> Iterator[type[Phase]]:
+    """Give the phase types that exist."""
+    yield cls
+    for sub in cls.__subclasses__():
+        yield from phase_types(sub)
+
+
+# Gathering
+
+
+def gather(learner: Learner, place: State | None) -> State:
+    """Give the state of a learner; tensors are those it holds, as with ``Module.state_dict()``.
+
+    Args:
+        learner: The learner.
+        place: Where its fit stands; None where there is none, or none to go on with.
+
+    Raises:
+        CheckpointError: Something cannot be kept.
+    """
+    callbacks, lost = _callbacks_state(learner)
+    if lost and not learner.told_lost:
+        learner.told_lost = True
+        warnings.warn(
+            f"a checkpoint does not keep {', '.join(lost)}: it changes, and is no plain data; give its class "
+            "state_dict() and load_state_dict(state), or list it in transient = (...) where it need not be kept",
+            stacklevel=2,
+        )
+    return {
+        "fluxloop": FORMAT,
+        "seed": learner.seed,
+        "models": {name or "": _module_state(module) for name, module in learner.models.items()},
+        "loss_fn": _module_state(learner.loss_fn) if isinstance(learner.loss_fn, nn.Module) else None,
+        "views": {path: learner.weights[path].state_dict() for path in _kept_views(learner)},
+        "optimizers": {
+            slot.name or "": {
+                "class": class_name(type(slot.optimizer)),
+                "defaults": {k: v for k, v in slot.optimizer.defaults.items() if _is_plain(v)},
+                "state": slot.optimizer.state_dict(),
+            }
+            for slot in learner.updates.slots
+        },
+        "updates": _updates_state(learner),
+        "streams": learner.streams.positions(),
+        "history": {"cycles": learner.history.cycles, "stop_reason": learner.history.stop_reason},
+        "cbstate": _shared_state(learner),
+        "callbacks": callbacks,
+        "phases": _phases_state(learner),
+        "data": _data_state(learner, place),
+        "place": place,
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str, type(None))) or (
+        isinstance(value, tuple) and all(map(_is_plain, value))
+    )
+
+
+def _module_state(module: nn.Module) -> State:
+    """Give a module's state: what it saves by itself, the buffers it does not, and which parameters are frozen."""
+    return {
+        "state": module.state_dict(),
+        "buffers": {name: tensor for name, _, _, tensor in _unsaved_buffers(module)},
+        "frozen": [name for name, parameter in module.named_parameters() if not parameter.requires_grad],
+    }
+
+
+def _unsaved_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Give the buffers that ``state_dict`` leaves out: full name, owner, own name, tensor."""
+    for path, part in module.named_modules():
+        for name in sorted(part._non_persistent_buffers_set):
+            tensor = part._buffers.get(name)
+            if tensor is not None:
+                yield f"{path}.{name}".lstrip("."), part, name, tensor
+
+
+def _kept_views(learner: Learner) -> list[str]:
+    """List the views of weights whose keeper has no state of its own."""
+    own = {
+        path
+        for node in learner.callbacks.graph.nodes
+        if callable(getattr(node.callback.unwrapped, "state_dict", None))
+        for path in map(dotted, node.access.writes)
+    }
+    paths = [f"model{'.' * bool(parts)}{'.'.join(parts)}@{view}" for view, parts in learner.weights.views]
+    return [path for path in paths if path not in own]
+
+
+def _updates_state(learner: Learner) -> State:
+    """Give where the gradients stand, and those that wait for an update."""
+    updates = learner.updates
+    consumed = {p for slot in updates.slots if slot.consumed for p in slot.parameters}
+    return {
+        "slots": {
+            slot.name or "": {
+                "consumed": slot.consumed,
+                "waiting": slot.window is not None,
+                "in_block": slot.in_block,
+            }
+            for slot in updates.slots
+        },
+        "gradients": {
+            name: p.grad.detach() for p, name in updates.names.items() if p.grad is not None and p not in consumed
+        },
+    }
+
+
+def _shared_state(learner: Learner) -> State:
+    """Give what callbacks share, as plain data."""
+    kept: State = {}
+    for name, value in vars(learner.cbstate).items():
+        path = f"cbstate.{name}"
+        if any(path in node.callback.unwrapped.transient for node in learner.callbacks.graph.nodes):
+            continue
+        try:
+            kept[name] = keep(value, path)
+        except CheckpointError as error:
+            writers = ", ".join(learner.callbacks.writers(path)) or "nobody"
+            raise CheckpointError(
+                f"{error}\n  It is written by {writers}; where it need not be kept: transient = ({path!r},)"
+            ) from None
+    return kept
+
+
+def _callbacks_state(learner: Learner) -> tuple[State, list[str]]:
+    """Give the states of callbacks by id, and what of them is lost."""
+    borrowed = _borrowed(learner)
+    states: State = {}
+    lost: list[str] = []
+    for node in learner.callbacks.graph.nodes:
+        own, conditions = learner.callbacks.kept(node)
+        state, missing = own.state(borrowed)
+        around = [condition.state(borrowed)[0] for condition in conditions]
+        lost += missing
+        if state is not None or any(each is not None for each in around):
+            states[node.id] = {"class": class_name(type(node.callback.unwrapped)), "state": state, "around": around}
+    return states, lost
+
+
+def _borrowed(learner: Learner) -> Callable[[Any], bool]:
+    """Give what tells whether an object is kept elsewhere: a model, an optimizer, a callback, a phase, data."""
+    known: list[Any] = [learner, *learner.callbacks, *learner.callbacks.given(), *learner.phases.values()]
+    known += [part for module in (*learner.modules(), *learner.weights.views.values()) for part in module.modules()]
+    known += [slot.optimizer for slot in learner.updates.slots]
+    known += [learner.accelerator, learner.loss_fn, learner.data, *vars(learner.data).values()]
+    ids = set(map(id, known))
+    return lambda value: id(value) in ids or isinstance(value, (Callback, Phase))
+
+
+def _phases_state(learner: Learner) -> State:
+    """Give the states of phases by class, in the order in which the learner met them."""
+    states: State = {}
+    borrowed = _borrowed(learner)
+    for kept in learner.kept_phases:
+        state, _ = kept.state(borrowed)
+        states.setdefault(class_name(type(kept.thing)), []).append(state)
+    for name, waiting in learner.waiting_states.items():
+        states.setdefault(name, []).extend(waiting)
+    return {name: given for name, given in states.items() if any(state is not None for state in given)}
+
+
+def _data_state(learner: Learner, place: State | None) -> State:
+    """Give the states of the data; of the data under way, that with which its epoch began."""
+    running = None if place is None or place["feed"] is None else vars(learner.data)[place["feed"]["key"]]
+    states: State = {}
+    for key, source in vars(learner.data).items():
+        states[key] = {**source_state(source), "own": None}
+        if source is running and place is not None:
+            states[key]["own_generators"] = place["feed"]["own_generators"]
+        elif keeps_place(source) and key in learner.begun_data:
+            states[key]["own"] = keep(source.state_dict(), f"the {key} data")
+    return states
+
+
+# Going on
+
+
+def check_fits(learner: Learner, state: Any) -> None:
+    """Raise for a state that does not fit a learner, before anything is changed.
+
+    Raises:
+        CheckpointError: Tells everything that does not fit.
+    """
+    if not isinstance(state, dict) or "fluxloop" not in state:
+        raise CheckpointError(
+            f"{describe(state)} was given; expected the state of a learner: learner.state_dict(), or a file that "
+            "learner.save or a Checkpointer wrote. For weights alone: learner.load_weights(path)"
+        )
+    if state["fluxloop"] != FORMAT:
+        raise CheckpointError(
+            f"the checkpoint has the layout {state['fluxloop']!r} and this fluxloop reads {FORMAT}; use the version "
+            "that wrote it"
+        )
+    wrong = list(_misfits(learner, state))
+    if wrong:
+        raise CheckpointError("the checkpoint does not fit this learner:\n  " + "\n  ".join(wrong))
+
+
+def _misfits(learner: Learner, state: State) -> Iterator[str]:
+    models = {name or "": module for name, module in learner.models.items()}
+    yield from _names_differ("model", models, state["models"])
+    for name, module in models.items():
+        if name in state["models"]:
+            yield from weights_differ(
+                module, state["models"][name]["state"], f"model {name!r}" if name else "the model"
+            )
+    loss_fn = learner.loss_fn if isinstance(learner.loss_fn, nn.Module) else None
+    if (loss_fn is None) != (state["loss_fn"] is None):
+        yield "one of the two has a loss function that is a module, the other has not"
+    elif loss_fn is not None:
+        yield from weights_differ(loss_fn, state["loss_fn"]["state"], "the loss function")
+    slots = {slot.name or "": slot for slot in learner.updates.slots}
+    yield from _names_differ("optimizer", slots, state["optimizers"])
+    for name, kept in state["optimizers"].items():
+        if name in slots:
+            yield from _optimizer_differs(slots[name].optimizer, kept, slots[name].label)
+    ids = {node.id: class_name(type(node.callback.unwrapped)) for node in learner.callbacks.graph.nodes}
+    for id, kept in state["callbacks"].items():
+        if id in ids and ids[id] != kept["class"]:
+            yield f"callback {id!r} was a {kept['class']} and is a {ids[id]}"
+
+
+def _names_differ(kind: str, live: Iterable[str], kept: Iterable[str]) -> Iterator[str]:
+    if set(live) != set(kept):
+        yield f"the {kind}s are {sorted(live)}, those of the checkpoint {sorted(kept)}"
+
+
+def weights_differ(module: nn.Module, state: dict[str, Any], label: str) -> Iterator[str]:
+    """Tell where a module's tensors and a state's differ in name or shape."""
+    live = module.state_dict()
+    lazy = {name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if is_lazy(tensor)}
+    for name in live.keys() - state.keys():
+        yield f"{label}: the checkpoint lacks {name!r}{did_you_mean(name, state)}"
+    for name in state.keys() - live.keys():
+        yield f"{label}: {name!r} of the checkpoint is not there{did_you_mean(name, live)}"
+    for name, tensor in live.items():
+        kept = state.get(name)
+        if isinstance(tensor, Tensor) and isinstance(kept, Tensor) and name not in lazy and tensor.shape != kept.shape:
+            yield f"{label}: {name!r} has shape {tuple(tensor.shape)}, in the checkpoint {tuple(kept.shape)}"
+
+
+def _optimizer_differs(optimizer: torch.optim.Optimizer, kept: State, label: str) -> Iterator[str]:
+    name = class_name(type(optimizer))
+    if kept["class"] != name:
+        yield f"{label} was a {kept['class']} and is a {name}"
+    groups = [len(group["params"]) for group in optimizer.param_groups]
+    former = [len(group["params"]) for group in kept["state"]["param_groups"]]
+    if groups != former:
+        yield f"{label} has groups of {groups} parameters, in the checkpoint of {former}"
+        return
+    parameters = owned_parameters(optimizer)
+    for index, entries in kept["state"]["state"].items():
+        for entry, value in entries.items() if isinstance(index, int) and index < len(parameters) else ():
+            shape = tuple(parameters[index].shape)
+            if isinstance(value, Tensor) and value.ndim and value.ndim == len(shape) and tuple(value.shape) != shape:
+                yield f"{label}: {entry!r} of parameter {index} has shape {tuple(value.shape)}, expected {shape}"
+
+
+def check_same_run(learner: Learner, state: State) -> None:
+    """Raise where going on would not be going on with the same run.
+
+    Raises:
+        CheckpointError: The seed or an optimizer's options were given otherwise.
+    """
+    wrong = []
+    if learner.seed_given and learner.seed != state["seed"]:
+        wrong.append(f"seed={learner.seed} was given, and the run has seed={state['seed']}")
+    for slot in learner.updates.slots:
+        former = state["optimizers"][slot.name or ""]["defaults"]
+        for option, value in slot.optimizer.defaults.items():
+            if _is_plain(value) and former.get(option, value) != value:
+                wrong.append(f"{slot.label} was made with {option}={former[option]!r}, and now with {option}={value!r}")
+    if wrong:
+        raise CheckpointError(
+            "this is not the run that the checkpoint is of:\n  "
+            + "\n  ".join(wrong)
+            + "\nResume with what it was begun with; or begin a new run from its weights: learner.load_weights(path)"
+        )
+
+
+def apply(learner: Learner, state: State, phases: Iterable[Phase] = ()) -> None:
+    """Put a learner where the state was gathered; it has been checked with `check_fits`.
+
+    Args:
+        learner: The learner.
+        state: What `gather` gave.
+        phases: Those that take their states now; others take theirs when they first run.
+
+    Raises:
+        CheckpointError: A state cannot be put back.
+    """
+    learner.seed = learner.history.seed = state["seed"]
+    learner.streams.go_on(state["seed"], state["streams"])
+    for name, module in learner.models.items():
+        _load_module(module, state["models"][name or ""])
+    if isinstance(learner.loss_fn, nn.Module):
+        _load_module(learner.loss_fn, state["loss_fn"])
+    for path, kept in state["views"].items():
+        if path in learner.weights:
+            learner.weights[path].load_state_dict(kept)
+    for slot in learner.updates.slots:
+        slot.optimizer.load_state_dict(copy.deepcopy(state["optimizers"][slot.name or ""]["state"]))
+    _load_updates(learner, state["updates"])
+    learner.history.cycles = state["history"]["cycles"]
+    learner.history.stop_reason = state["history"]["stop_reason"]
+    types = list(phase_types())
+    for name, kept in state["cbstate"].items():
+        live = vars(learner.cbstate).get(name)
+        vars(learner.cbstate)[name] = put_back(
+            kept, live, phases=types, device=learner.accelerator.device, where=f"cbstate.{name}"
+        )
+    _load_callbacks(learner, state["callbacks"], types)
+    learner.waiting_states = {name: list(states) for name, states in state["phases"].items()}
+    for kept_phase in learner.kept_phases:
+        take_up_state(learner, kept_phase)
+    for key, kept in state["data"].items():
+        if key in learner.data:
+            source = vars(learner.data)[key]
+            put_source_back(source, kept)
+            if kept["own"] is not None and keeps_place(source):
+                source.load_state_dict(put_back(kept["own"]))
+                learner.begun_data.add(key)
+
+
+def _load_module(module: nn.Module, kept: State) -> None:
+    module.load_state_dict(kept["state"])
+    for name, part, own, tensor in list(_unsaved_buffers(module)):
+        if name in kept["buffers"]:
+            part._buffers[own] = kept["buffers"][name].to(tensor.device, copy=True)
+    frozen_ones = set(kept["frozen"])
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad is (name in frozen_ones):
+            parameter.requires_grad = name not in frozen_ones
+
+
+def _load_updates(learner: Learner, kept: State) -> None:
+    for parameter, name in learner.updates.names.items():
+        gradient = kept["gradients"].get(name)
+        parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
+    for slot in learner.updates.slots:
+        stands = kept["slots"][slot.name or ""]
+        slot.consumed, slot.in_block = stands["consumed"], stands["in_block"]
+        slot.window = StepState() if stands["waiting"] else None
+
+
+def _load_callbacks(learner: Learner, states: State, phases: list[type[Phase]]) -> None:
+    nodes = {node.id: node for node in learner.callbacks.graph.nodes}
+    unknown = sorted(states.keys() - nodes)
+    if unknown:
+        warnings.warn(
+            f"the checkpoint has states of {', '.join(unknown)}, which are not among the callbacks now", stacklevel=2
+        )
+    device = learner.accelerator.device
+    for id, kept in states.items():
+        if id in nodes:
+            own, conditions = learner.callbacks.kept(nodes[id])
+            if kept["state"] is not None:
+                own.load(kept["state"], phases, device)
+            for condition, around in zip(conditions, kept["around"], strict=False):
+                condition.load(around, phases, device)
+
+
+def meet_phases(learner: Learner, phases: list[Phase]) -> None:
+    """Note phases that are about to run, and have new ones take up the states that wait for them.
+
+    Of two instances of a class the learner forgets the one that runs no more.
+    """
+    classes = {type(phase) for phase in phases}
+    kept = [k for k in learner.kept_phases if type(k.thing) not in classes or any(k.thing is each for each in phases)]
+    known = [each.thing for each in kept]
+    for phase in phases:
+        if not any(phase is each for each in known):
+            kept.append(Kept(phase, type(phase).__name__))
+            take_up_state(learner, kept[-1])
+    learner.kept_phases = kept
+
+
+def take_up_state(learner: Learner, kept: Kept) -> None:
+    """Have a phase take up the state that waits for it, if any."""
+    waiting = learner.waiting_states.get(class_name(type(kept.thing)))
+    if waiting:
+        state = waiting.pop(0)
+        if state is not None:
+            kept.load(state, list(phase_types()), learner.accelerator.device)
+
+
+def load_weights(learner: Learner, state: State, name: str, strict: bool) -> list[str]:
+    """Take weights from a state; see `Learner.load_weights`."""
+    live = dict(learner.models) if name == "model" else {None: learner.weights[name]}
+    if "fluxloop" in state:
+        models = state["models"]
+        own = name.partition(".")[0]
+        source = models if name == "model" else {"": models.get(name, models.get("", models.get(own)))}
+        if own != name and name != "model" and name not in models:  # a part of a model
+            part = name if "" in models else name.partition(".")[2]
+            whole = source[""]["state"] if source[""] else {}
+            source = {"": {"state": {k[len(part) + 1 :]: v for k, v in whole.items() if k.startswith(f"{part}.")}}}
+        kept = {key: value["state"] for key, value in source.items() if value is not None}
+    else:
+        kept = {"": state}
+    given = {key or "": module for key, module in live.items()}
+    if set(given) != set(kept):
+        raise CheckpointError(
+            f"weights of {sorted(given)} were asked for, and the file has those of {sorted(kept)}; name one of the "
+            "models: learner.load_weights(path, 'G')"
+        )
+    wrong = [line for key, module in given.items() for line in weights_differ(module, kept[key], key or "the model")]
+    if wrong and strict:
+        raise CheckpointError(
+            "the weights do not fit:\n  " + "\n  ".join(wrong) + "\nload_weights(..., strict=False) takes those that do"
+        )
+    left: list[str] = []
+    for key, module in given.items():
+        mine = module.state_dict()
+        fitting = {n: t for n, t in kept[key].items() if n in mine and getattr(mine[n], "shape", None) == t.shape}
+        module.load_state_dict(fitting, strict=False)
+        left += sorted({".".join(filter(None, (key, n))) for n in (mine.keys() | kept[key].keys()) - fitting.keys()})
+    return left
+
+
+# Telling
+
+
+@frozen
+class Entry:
+    """A line of the manifest.
+
+    Args:
+        path: What it is about: a path into the learner, or ``"callbacks.<id>"``, ``"phases.<class>"``.
+        owner: Who writes it.
+        kind: ``"persisted"``, ``"derived"`` from something persisted, or ``"transient"``: begun anew.
+        size: In a checkpoint, in bytes.
+    """
+
+    path: str
+    owner: str
+    kind: str
+    size: int = 0
+
+
+class Manifest(tuple[Entry, ...]):
+    """What a checkpoint keeps, line by line; prints as a table."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        rows = [("path", "owner", "kind", "bytes"), *((e.path, e.owner, e.kind, str(e.size)) for e in self)]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join(lines)
+
+
+DERIVED = {"params": "model", "batch_size": "step", "num_batches": "data"}
+"""Roots of paths that follow from others."""
+
+
+def unkept(node: Node, learner: Learner) -> list[str]:
+    """List the paths a callback writes that no checkpoint keeps, derives, or was told to leave out."""
+    roots = {"model", "optimizer", "cbstate", "history", "seed", "step", *DERIVED}
+    if isinstance(learner.loss_fn, nn.Module):
+        roots.add("loss_fn")
+    transient = node.callback.unwrapped.transient
+    written = [(dotted(path), path[0].partition("@")[0] if path else "*") for path in node.access.writes]
+    return [path for path, root in written if root not in roots and path not in transient]
+
+
+def check_writers(learner: Learner) -> None:
+    """Raise for a callback that writes what no checkpoint keeps.
+
+    Raises:
+        CheckpointError: Names it and the path.
+    """
+    for node in learner.callbacks.graph.nodes:
+        for path in unkept(node, learner):
+            raise CheckpointError(
+                f"{node.id} writes {path!r}, which no checkpoint keeps, and there is a Checkpointer; where it is made "
+                f"anew in each run say so in the class: transient = ({path!r},)"
+            )
+
+
+def manifest(learner: Learner) -> Manifest:
+    """List what a checkpoint keeps; see `Learner.checkpoint_manifest`."""
+    state = gather(learner, None)
+    nodes = learner.callbacks.graph.nodes
+    lines: list[Entry] = []
+    for name, kept in state["models"].items():
+        lines.append(Entry(".".join(filter(None, ("model", name))), "learner", "persisted", size(kept)))
+    if state["loss_fn"] is not None:
+        lines.append(Entry("loss_fn", "learner", "persisted", size(state["loss_fn"])))
+    for name, kept in state["optimizers"].items():
+        lines.append(Entry(".".join(filter(None, ("optimizer", name))), "learner", "persisted", size(kept)))
+    for path, kept in state["views"].items():
+        lines.append(Entry(path, ", ".join(learner.callbacks.writers(path)), "persisted", size(kept)))
+    for name, value in vars(learner.cbstate).items():
+        path = f"cbstate.{name}"
+        kind = "persisted" if name in state["cbstate"] else "transient"
+        owners = ", ".join(learner.callbacks.writers(path)) or "learner"
+        lines.append(Entry(path, owners, kind, size(state["cbstate"].get(name, ())) if value is not None else 0))
+    for id, kept in state["callbacks"].items():
+        lines.append(Entry(f"callbacks.{id}", id, "persisted", size(kept)))
+    for name, kept in state["phases"].items():
+        lines.append(Entry(f"phases.{name.rpartition('.')[2]}", name, "persisted", size(kept)))
+    for part in ("seed", "streams", "updates", "history", "data"):
+        lines.append(Entry(part, "learner", "persisted", size(state[part])))
+    told = {entry.path for entry in lines}
+    for node in nodes:
+        for path in map(dotted, node.access.writes):
+            if path not in told:
+                lines.append(Entry(path, node.id, _kind(path, node, learner)))
+                told.add(path)
+        for path in node.callback.unwrapped.transient:
+            where = path if "." in path else f"callbacks.{node.id}.{path}"
+            if where not in told and not path.startswith("_"):
+                lines.append(Entry(where, node.id, "transient"))
+                told.add(where)
+    return Manifest(lines)
+
+
+def _kind(path: str, node: Node, learner: Learner) -> str:
+    root = path.split(".")[0].partition("@")[0]
+    if root == "step" or path in node.callback.unwrapped.transient:
+        return "transient"
+    if path in unkept(node, learner):
+        return "not kept"
+    return "derived" if root in DERIVED else "persisted"

@@ -1,0 +1,216 @@
+"""Files of checkpoints: written whole or not at all, in a folder that belongs to one run.
+
+A file is written beside its place under a name that nobody reads, made durable, and renamed. Its
+name sorts by progress: ``epoch-0003-phase-1-step-00000120.pt`` has three complete epochs, one
+complete phase of the next, and 120 steps, validation steps among them. ``latest`` holds the name
+of the newest; `fluxloop.json` says whose folder it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import field, frozen
+
+from fluxloop.errors import CheckpointError, annotate
+
+MARKER, LATEST = "fluxloop.json", "latest"
+NAME = re.compile(r"epoch-(\d+)-phase-(\d+)-step-(\d+)\.pt")
+Progress = tuple[int, int, int]
+"""Complete epochs, complete phases of the next, and steps."""
+
+
+def write(path: Path, state: Any) -> None:
+    """Write plain data so that the file is either complete or not there, also after a crash.
+
+    Raises:
+        CheckpointError: It cannot be written; what was there before is untouched.
+    """
+    _replace(path, lambda file: torch.save(state, file))
+
+
+def _replace(path: Path, put: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            put(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except BaseException as error:
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError as failure:
+            annotate(error, f"fluxloop: removing {temporary} failed as well: {failure!r}")
+        if isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as a RuntimeError
+            raise CheckpointError(f"the checkpoint {path} cannot be written: {error}") from error
+        raise
+
+
+def _sync(folder: Path) -> None:
+    """Make a renamed entry of a folder durable, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read(path: Path, weights_only: bool = False) -> dict[str, Any]:
+    """Read what `write` wrote; nothing in it is executed.
+
+    Args:
+        path: The file.
+        weights_only: Whether a module's own ``state_dict()`` will do.
+
+    Raises:
+        CheckpointError: There is no such file, it is incomplete or damaged, or something else.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} was given as a checkpoint; expected a file that learner.save wrote")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"the checkpoint {path} is damaged: {damaged!r} in it does not have its checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"the checkpoint {path} is incomplete or damaged: {error}") from error
+    if not isinstance(state, dict) or not (weights_only or "fluxloop" in state):
+        raise CheckpointError(
+            f"{path} is no checkpoint of fluxloop's; expected a file that learner.save or a Checkpointer wrote. For "
+            "weights alone: learner.load_weights(path)"
+        )
+    return state
+
+
+@frozen
+class Folder:
+    """The checkpoints of one run.
+
+    Args:
+        path: The folder.
+    """
+
+    path: Path = field(converter=Path)
+
+    def check(self) -> None:
+        """Raise for a folder that is not this library's.
+
+        Raises:
+            CheckpointError: It has files, and none of them says that it belongs to a run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise CheckpointError(f"{self.path} is a file; expected a folder for checkpoints")
+        if self.path.is_dir() and not (self.path / MARKER).exists() and not self.files():
+            others = sorted(entry.name for entry in self.path.iterdir())
+            others = [name for name in others if not (name.startswith(".") and name.endswith(".tmp"))]
+            if others:
+                raise CheckpointError(
+                    f"the folder {self.path} has other things in it ({', '.join(others[:3])}); expected a new or empty "
+                    f"one, or that of an earlier run: {str(self.path / 'checkpoints')!r}"
+                )
+
+    def claim(self) -> None:
+        """Make the folder, and mark it as a run's.
+
+        Raises:
+            CheckpointError: It is somebody else's, or cannot be written to.
+        """
+        self.check()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for left in self.path.glob(".epoch-*.tmp"):  # of a process that was killed while it wrote
+                left.unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"the folder {self.path} cannot be written to: {error}") from error
+        if not (self.path / MARKER).exists():
+            text = json.dumps({"what": "checkpoints of a training with fluxloop", "layout": 1})
+            _replace(self.path / MARKER, lambda file: file.write(f"{text}\n".encode()))
+
+    def files(self) -> list[tuple[Progress, Path]]:
+        """List the checkpoints, by progress."""
+        if not self.path.is_dir():
+            return []
+        found = [(NAME.fullmatch(entry.name), entry) for entry in self.path.iterdir()]
+        return sorted((self._progress(match), entry) for match, entry in found if match)
+
+    @staticmethod
+    def _progress(match: re.Match[str]) -> Progress:
+        epochs, phase, steps = map(int, match.groups())
+        return epochs, phase, steps
+
+    def newest(self) -> dict[str, Any] | None:
+        """Read the newest complete checkpoint, None where there is none; incomplete ones are told."""
+        for _, path in reversed(self.files()):
+            try:
+                return read(path)
+            except CheckpointError as error:
+                warnings.warn(f"{error}; the one before it is taken", stacklevel=2)
+        return None
+
+    def is_complete(self, path: Path) -> bool:
+        """Tell whether a checkpoint can be read."""
+        try:
+            read(path)
+        except CheckpointError:
+            return False
+        return True
+
+    def add(self, progress: Progress, state: dict[str, Any], again: bool = False) -> Path:
+        """Write a checkpoint, and point to it; a complete one is not overwritten, unless this is the same one again.
+
+        Raises:
+            CheckpointError: There is a complete one of that progress, or it cannot be written.
+        """
+        path = self.path / name_of(progress)
+        if not again and path.exists() and self.is_complete(path):
+            raise CheckpointError(f"{path} is there already, and is not overwritten; give the run a folder of its own")
+        write(path, state)
+        _replace(self.path / LATEST, lambda file: file.write(f"{path.name}\n".encode()))
+        return path
+
+    def remove(self, names: set[str]) -> None:
+        """Remove checkpoints by name; other files are never touched."""
+        for _, path in self.files():
+            if path.name in names:
+                path.unlink(missing_ok=True)
+
+
+def name_of(progress: Progress) -> str:
+    """Give the file name of a checkpoint.
+
+    >>> name_of((3, 1, 120))
+    'epoch-0003-phase-1-step-00000120.pt'
+    """
+    epochs, phase, steps = progress
+    return f"epoch-{epochs:04d}-phase-{phase}-step-{steps:08d}.pt"
+
+
+def find_state(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Read what a run goes on from: a file, or the newest complete one of a folder; None where a run begins.
+
+    Raises:
+        CheckpointError: The folder is no run's, has checkpoints of which none is complete, or the file is damaged.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise CheckpointError(f"resume={path!r} was given; expected the folder of a Checkpointer: resume='runs/first'")
+    if Path(path).is_file():
+        return read(Path(path))
+    folder = Folder(Path(path))
+    folder.check()
+    state = folder.newest()
+    if state is None and folder.files():
+        raise CheckpointError(f"none of the {len(folder.files())} checkpoints in {folder.path} is complete")
+    return state

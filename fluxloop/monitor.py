@@ -1,0 +1,104 @@
+"""Watch one recorded metric: its newest value, and whether that is better than another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isnan
+from typing import Any, Literal
+
+from attrs import field, frozen
+
+from fluxloop.errors import MetricError, did_you_mean
+
+Mode = Literal["min", "max"]
+
+
+def _name(metric: Any) -> str:
+    """Give a metric's full name as it is recorded.
+
+    Raises:
+        MetricError: It does not say of which data.
+    """
+    if not isinstance(metric, str) or "/" not in metric:
+        raise MetricError(
+            f"monitor={metric!r} was given; expected the data's key and the metric's name: monitor='validation/loss'"
+        )
+    key, _, name = metric.partition("/")
+    return f"{key}/{name.lower()}"
+
+
+@frozen
+class Monitor:
+    """A recorded metric, and which of two values of it is better.
+
+    Args:
+        metric: The phase's data key and the metric's name, ``"validation/loss"``.
+        mode: ``"min"`` where less is better, ``"max"`` where more is.
+
+    Raises:
+        MetricError: No such name can be recorded.
+        ValueError: Another mode.
+    """
+
+    metric: str = field(default="validation/loss", converter=_name)
+    mode: Mode = field(default="min")
+
+    @mode.validator
+    def _check_mode(self, attribute: object, mode: str) -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode={mode!r} was given; expected 'min' or 'max'")
+
+    def newest(self, metrics: Mapping[Any, Any]) -> tuple[int, float] | None:
+        """Give the newest (epoch from 1, value), or None where the metric has not been recorded.
+
+        Args:
+            metrics: ``cbstate.metrics``.
+
+        Raises:
+            MetricError: Its values are no numbers.
+        """
+        for epoch, value in reversed(self._series(metrics)):
+            if not isinstance(value, (int, float)):
+                raise MetricError(f"the metric {self.metric!r} is no number: {value!r}; monitor one that is")
+            return epoch, float(value)
+        return None
+
+    def require(self, metrics: Mapping[Any, Any]) -> None:
+        """Raise for a metric that has never been recorded.
+
+        Raises:
+            MetricError: Names those that have.
+        """
+        if not self._series(metrics):
+            known = sorted(_known(metrics))
+            raise MetricError(
+                f"no metric {self.metric!r} was recorded; there are {known or 'none'}{did_you_mean(self.metric, known)}"
+            )
+
+    def _series(self, metrics: Mapping[Any, Any]) -> list[tuple[int, Any]]:
+        series: list[tuple[int, Any]] = _known(metrics).get(self.metric, [])
+        return series
+
+    def better(self, value: float, than: float | None, min_delta: float = 0.0) -> bool:
+        """Tell whether a value improves on another by more than `min_delta`; NaN never does.
+
+        Args:
+            value: The new one.
+            than: The best so far; None where there is none.
+            min_delta: In the metric's unit, 0 or more.
+        """
+        if isnan(value):
+            return False
+        if than is None:
+            return True
+        return value < than - min_delta if self.mode == "min" else value > than + min_delta
+
+
+def _known(metrics: Mapping[Any, Any]) -> dict[str, list[tuple[int, Any]]]:
+    """Give the recorded values by full name; of several phases on the same data, those used last."""
+    return {
+        f"{phase.data_key or phase.__name__}/{name}": series
+        for phase, recorded in metrics.items()
+        for name, series in recorded.epochs.items()
+        if series
+    }

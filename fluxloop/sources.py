@@ -1,0 +1,263 @@
+"""Sources of batches: samples with random numbers of their own, and going on in the middle of an epoch.
+
+A ``DataLoader`` over map-style data is run through a twin: the same loader, with the same order,
+whose indices carry the number that the sample's random numbers start from. So what an
+augmentation draws depends on the epoch and on the sample's place in it, neither on the number of
+workers nor on who loads it; and an epoch that is gone on with begins behind the indices already
+used, without loading them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from attrs import frozen
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, default_collate
+
+from fluxloop.data import TensorBatches
+from fluxloop.persist import is_stateful
+from fluxloop.randomness import others_apart, start_generators, start_torch
+
+
+@frozen
+class Numbers:
+    """What the random numbers of one epoch's data start from.
+
+    Args:
+        order: The number for the order and the first batch.
+        fetch: Gives the number for batch ``j``, from 1.
+        sample: Gives the number for the n-th sample of the epoch, from 0.
+    """
+
+    order: int
+    fetch: Callable[[int], int]
+    sample: Callable[[int], int]
+
+
+class _Indices:
+    """A loader's indices, batch by batch; each with the number its sample draws from, where samples draw.
+
+    Args:
+        loader: The loader: it may batch, or give indices one by one.
+        draws: Whether samples may draw.
+    """
+
+    def __init__(self, loader: DataLoader[Any], draws: bool) -> None:
+        self.generator = loader.generator
+        self.own = own_generators(loader)  # and not the loader, which would live as long as its twin
+        self.batched = loader.batch_sampler is not None
+        self.sampler: Any = loader.batch_sampler if self.batched else loader.sampler
+        self.draws = draws
+        self.running: _Running | None = None
+
+    def prepare(self, numbers: Numbers, skip: int) -> None:
+        """Say from which numbers, and from which batch on, the next iteration goes."""
+        self.numbers = numbers
+        self.skip = skip
+        self.generators = self.states()
+
+    def __iter__(self) -> _Running:
+        self.running = _Running(self)
+        return self.running
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def states(self) -> list[tuple[torch.Generator, Tensor]]:
+        """Give the generators an order may be drawn from, and where they stand."""
+        return [(generator, generator.get_state()) for generator in (torch.default_generator, *self.own)]
+
+
+def _put(states: list[tuple[torch.Generator, Tensor]]) -> None:
+    for generator, state in states:
+        generator.set_state(state)
+
+
+class _Running:
+    """One pass through a loader's indices.
+
+    A loader draws a number for its workers when it makes them, after the sampler's iteration has
+    begun and before the sampler is asked; workers that stay are made once. Here each pass draws as
+    the first one does, so that the order is the same whether the workers are new.
+    """
+
+    def __init__(self, indices: _Indices) -> None:
+        self._indices = indices
+        _put(indices.generators)
+        start_torch(indices.numbers.order)
+        self._source = iter(indices.sampler)
+        torch.empty((), dtype=torch.int64).random_(generator=indices.generator)
+        self._begins = indices.states()
+        self._batch = 0
+        self._sample = 0
+        self._to_skip = indices.skip
+
+    def begin(self) -> None:
+        """Draw the indices that were used before, once."""
+        to_skip, self._to_skip = self._to_skip, 0
+        for _ in range(to_skip):
+            self._draw()
+
+    def _draw(self) -> tuple[Any, int]:
+        """Give the next indices, and the place in the epoch of the first of them."""
+        if self._batch:
+            start_torch(self._indices.numbers.fetch(self._batch))
+        else:
+            _put(self._begins)
+        indices = next(self._source)
+        first = self._sample
+        self._batch += 1
+        self._sample += len(indices) if self._indices.batched else 1
+        return indices, first
+
+    def __iter__(self) -> _Running:
+        return self
+
+    def __next__(self) -> Any:
+        self.begin()
+        indices, first = self._draw()
+        numbers = self._indices.numbers
+        if not self._indices.draws:
+            return indices
+        if not self._indices.batched:
+            return numbers.sample(first), indices
+        return [(numbers.sample(first + place), index) for place, index in enumerate(indices)]
+
+
+class _Seeded:
+    """A map-style dataset whose indices carry the number that the sample's random numbers start from."""
+
+    def __init__(self, dataset: Any) -> None:
+        object.__setattr__(self, "_dataset", dataset)
+
+    def __getitem__(self, marked: Any) -> Any:
+        number, index = marked
+        start_generators(number)
+        return self._dataset[index]
+
+    def __getitems__(self, marked: list[Any]) -> Any:
+        if not callable(getattr(self._dataset, "__getitems__", None)):
+            return [self[each] for each in marked]
+        start_generators(marked[0][0])
+        return self._dataset.__getitems__([index for _, index in marked])
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_dataset":  # not there yet while a worker unpickles it
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._dataset, name, value)
+
+    def __reduce__(self) -> Any:
+        return _Seeded, (self._dataset,)
+
+
+def _never_draws(dataset: Any) -> bool:
+    """Tell whether a dataset is one of torch's own that only hand out tensors."""
+    if type(dataset) is Subset:
+        return _never_draws(dataset.dataset)
+    if type(dataset) is ConcatDataset:
+        return all(map(_never_draws, dataset.datasets))
+    return type(dataset) is TensorDataset
+
+
+def is_loader(source: Any) -> bool:
+    """Tell whether a source is a ``DataLoader`` over map-style data that iterates as torch's do."""
+    if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
+        return False
+    module = str(getattr(type(source).__iter__, "__module__", "")).split(".")[0]
+    return module in ("torch", "torchdata") and not (module == "torchdata" and is_stateful(source.dataset))
+
+
+_twins: WeakKeyDictionary[DataLoader[Any], DataLoader[Any]] = WeakKeyDictionary()
+
+
+def twin_of(source: Any) -> DataLoader[Any] | None:
+    """Give the twin through which a loader was run last, if any."""
+    return _twins.get(source) if isinstance(source, DataLoader) else None
+
+
+def _make_twin(loader: DataLoader[Any]) -> tuple[DataLoader[Any], _Indices]:
+    """Give a loader's twin and its indices; one with workers that stay is kept."""
+    twin = _twins.get(loader)
+    place = "sampler" if loader.batch_sampler is None else "batch_sampler"
+    if twin is None or twin._iterator is None or not twin.persistent_workers:
+        twin = copy.copy(loader)
+        draws = not (_never_draws(loader.dataset) and loader.collate_fn is default_collate)
+        twin._iterator = None
+        vars(twin)[place] = _Indices(loader, draws)
+        if draws:
+            vars(twin)["dataset"] = _Seeded(loader.dataset)
+        _twins[loader] = twin
+    return twin, vars(twin)[place]
+
+
+def iterate(source: Any, numbers: Numbers, skip: int = 0) -> Iterator[Any]:
+    """Iterate a source from a batch on.
+
+    Args:
+        source: Of batches.
+        numbers: What its random numbers start from.
+        skip: How many batches were used before; more than 0 only where `can_skip`.
+    """
+    if isinstance(source, TensorBatches):
+        return source.from_batch(skip)
+    if not is_loader(source):
+        return islice(iter(source), skip, None) if skip else iter(source)
+    twin, indices = _make_twin(source)
+    indices.prepare(numbers, skip)
+    batches: Iterator[Any] = iter(twin)
+    if indices.running is not None:
+        indices.running.begin()
+    return _apart(batches) if indices.draws and not twin.num_workers else batches
+
+
+def _apart(batches: Iterator[Any]) -> Iterator[Any]:
+    """Load samples in this process without moving the training's NumPy and Python generators."""
+    others = others_apart()
+    while True:
+        with others:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+        yield batch
+
+
+def can_skip(source: Any) -> bool:
+    """Tell whether a source can be iterated from any batch on."""
+    return isinstance(source, (TensorBatches, list, tuple)) or is_loader(source)
+
+
+def keeps_place(source: Any) -> bool:
+    """Tell whether a source keeps its place itself, and gives it as ``state_dict()``."""
+    return not can_skip(source) and is_stateful(source)
+
+
+def own_generators(source: Any) -> list[torch.Generator]:
+    """List the generators of a loader, its sampler and its batch sampler."""
+    sampler, batch_sampler = getattr(source, "sampler", None), getattr(source, "batch_sampler", None)
+    owners = (source, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
+    return list(found.values())
+
+
+def source_state(source: Any) -> dict[str, Any]:
+    """Give where a source's own generators stand."""
+    return {"own_generators": [generator.get_state() for generator in own_generators(source)]}
+
+
+def put_source_back(source: Any, state: dict[str, Any]) -> None:
+    """Put a source's own generators where `source_state` found them."""
+    for generator, kept in zip(own_generators(source), state["own_generators"], strict=False):
+        generator.set_state(kept)
