@@ -7,8 +7,9 @@ stands in its phases and its data. `manifest` lists it.
 
 from __future__ import annotations
 
-import copy
+import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from fluxloop.access import dotted
 from fluxloop.callback import Callback
 from fluxloop.errors import CheckpointError, describe, did_you_mean
+from fluxloop.history import INTERRUPTED, TERMINATED
 from fluxloop.optimizers import owned_parameters
 from fluxloop.persist import Kept, class_name, keep, put_back, size
 from fluxloop.phase import Phase
@@ -56,6 +58,7 @@ def gather(learner: Learner, place: State | None) -> State:
     Raises:
         CheckpointError: Something cannot be kept.
     """
+    learner.host_queue.flush()
     callbacks, lost = _callbacks_state(learner)
     if lost and not learner.told_lost:
         learner.told_lost = True
@@ -67,20 +70,20 @@ def gather(learner: Learner, place: State | None) -> State:
     return {
         "fluxloop": FORMAT,
         "seed": learner.seed,
-        "models": {name or "": _module_state(module) for name, module in learner.models.items()},
-        "loss_fn": _module_state(learner.loss_fn) if isinstance(learner.loss_fn, nn.Module) else None,
+        "models": {name or "": _module_state(learner, module, name or "") for name, module in learner.models.items()},
+        "loss_fn": _module_state(learner, learner.loss_fn, "loss_fn") if _is_module(learner.loss_fn) else None,
         "views": {path: learner.weights[path].state_dict() for path in _kept_views(learner)},
         "optimizers": {
             slot.name or "": {
                 "class": class_name(type(slot.optimizer)),
                 "defaults": {k: v for k, v in slot.optimizer.defaults.items() if _is_plain(v)},
-                "state": slot.optimizer.state_dict(),
+                "state": keep(slot.optimizer.state_dict(), f"the state of {slot.label}"),
             }
             for slot in learner.updates.slots
         },
         "updates": _updates_state(learner),
         "streams": learner.streams.positions(),
-        "history": {"cycles": learner.history.cycles, "stop_reason": learner.history.stop_reason},
+        "history": {"cycles": learner.history.cycles, "stop_reason": lasting(learner.history.stop_reason)},
         "cbstate": _shared_state(learner),
         "callbacks": callbacks,
         "phases": _phases_state(learner),
@@ -95,13 +98,42 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def _module_state(module: nn.Module) -> State:
-    """Give a module's state: what it saves by itself, the buffers it does not, and which parameters are frozen."""
+def lasting(reason: str | None) -> str | None:
+    """Give why a fit stopped where that is for good."""
+    return None if reason in (INTERRUPTED, TERMINATED) else reason
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, nn.Module)
+
+
+def _module_state(learner: Learner, module: nn.Module, label: str) -> State:
+    """Give a module's state: what it saves by itself, and what it does not.
+
+    That is: buffers it leaves out, which parameters are frozen, and its parts' numbers, texts and
+    random generators that have changed.
+    """
+    state = module.state_dict()
+    attributes = {
+        path: kept for path, changes in learner.module_changes(module) if (kept := changes.state(lambda _: False)[0])
+    }
     return {
-        "state": module.state_dict(),
+        "state": {
+            name: value if isinstance(value, Tensor) else keep(value, f"{name!r} of model {label!r}")
+            for name, value in state.items()
+        },
+        "metadata": keep(dict(getattr(state, "_metadata", {})), f"the metadata of model {label!r}"),
         "buffers": {name: tensor for name, _, _, tensor in _unsaved_buffers(module)},
         "frozen": [name for name, parameter in module.named_parameters() if not parameter.requires_grad],
+        "attributes": attributes,
     }
+
+
+def with_metadata(tensors: dict[str, Any], metadata: dict[str, Any]) -> OrderedDict[str, Any]:
+    """Give a module's state as its ``state_dict`` gave it, with the versions of its parts."""
+    state = OrderedDict(tensors)
+    state._metadata = metadata  # type: ignore[attr-defined]  # where torch keeps it
+    return state
 
 
 def _unsaved_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
@@ -171,7 +203,7 @@ def _callbacks_state(learner: Learner) -> tuple[State, list[str]]:
         state, missing = own.state(borrowed)
         around = [condition.state(borrowed)[0] for condition in conditions]
         lost += missing
-        if state is not None or any(each is not None for each in around):
+        if state or any(around):
             states[node.id] = {"class": class_name(type(node.callback.unwrapped)), "state": state, "around": around}
     return states, lost
 
@@ -195,7 +227,7 @@ def _phases_state(learner: Learner) -> State:
         states.setdefault(class_name(type(kept.thing)), []).append(state)
     for name, waiting in learner.waiting_states.items():
         states.setdefault(name, []).extend(waiting)
-    return {name: given for name, given in states.items() if any(state is not None for state in given)}
+    return {name: given for name, given in states.items() if any(given)}
 
 
 def _data_state(learner: Learner, place: State | None) -> State:
@@ -205,7 +237,7 @@ def _data_state(learner: Learner, place: State | None) -> State:
     for key, source in vars(learner.data).items():
         states[key] = {**source_state(source), "own": None}
         if source is running and place is not None:
-            states[key]["own_generators"] = place["feed"]["own_generators"]
+            states[key] |= {part: place["feed"][part] for part in source_state(source)}
         elif keeps_place(source) and key in learner.begun_data:
             states[key]["own"] = keep(source.state_dict(), f"the {key} data")
     return states
@@ -317,41 +349,42 @@ def check_same_run(learner: Learner, state: State) -> None:
         )
 
 
-def apply(learner: Learner, state: State, phases: Iterable[Phase] = ()) -> None:
+def apply(learner: Learner, state: State, *, begun: bool) -> None:
     """Put a learner where the state was gathered; it has been checked with `check_fits`.
+
+    Phases that have not run yet take their states when they first do.
 
     Args:
         learner: The learner.
         state: What `gather` gave.
-        phases: Those that take their states now; others take theirs when they first run.
+        begun: Whether what begins with the fit has begun: before, what a callback makes then need not be there.
 
     Raises:
         CheckpointError: A state cannot be put back.
     """
     learner.seed = learner.history.seed = state["seed"]
     learner.streams.go_on(state["seed"], state["streams"])
+    types, device = list(phase_types()), learner.accelerator.device
+    how = {"begun": begun, "phases": types, "device": device}
+    _load_callbacks(learner, state["callbacks"], how)  # first: they may still refuse
     for name, module in learner.models.items():
-        _load_module(module, state["models"][name or ""])
+        _load_module(learner, module, state["models"][name or ""])
     if isinstance(learner.loss_fn, nn.Module):
-        _load_module(learner.loss_fn, state["loss_fn"])
+        _load_module(learner, learner.loss_fn, state["loss_fn"])
     for path, kept in state["views"].items():
         if path in learner.weights:
             learner.weights[path].load_state_dict(kept)
     for slot in learner.updates.slots:
-        slot.optimizer.load_state_dict(copy.deepcopy(state["optimizers"][slot.name or ""]["state"]))
+        _load_optimizer(slot.optimizer, put_back(state["optimizers"][slot.name or ""]["state"], device=device))
     _load_updates(learner, state["updates"])
     learner.history.cycles = state["history"]["cycles"]
     learner.history.stop_reason = state["history"]["stop_reason"]
-    types = list(phase_types())
     for name, kept in state["cbstate"].items():
-        live = vars(learner.cbstate).get(name)
-        vars(learner.cbstate)[name] = put_back(
-            kept, live, phases=types, device=learner.accelerator.device, where=f"cbstate.{name}"
-        )
-    _load_callbacks(learner, state["callbacks"], types)
+        shared, where = vars(learner.cbstate), f"cbstate.{name}"
+        shared[name] = put_back(kept, shared.get(name), phases=types, device=device, where=where)
     learner.waiting_states = {name: list(states) for name, states in state["phases"].items()}
     for kept_phase in learner.kept_phases:
-        take_up_state(learner, kept_phase)
+        take_up_state(learner, kept_phase, begun)
     for key, kept in state["data"].items():
         if key in learner.data:
             source = vars(learner.data)[key]
@@ -361,8 +394,19 @@ def apply(learner: Learner, state: State, phases: Iterable[Phase] = ()) -> None:
                 learner.begun_data.add(key)
 
 
-def _load_module(module: nn.Module, kept: State) -> None:
-    module.load_state_dict(kept["state"])
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Load an optimizer's state, in the precision it was kept in: torch casts it to that of the parameters."""
+    optimizer.load_state_dict(state)
+    for index, parameter in enumerate(owned_parameters(optimizer)):
+        for name, value in state["state"].get(index, {}).items():
+            loaded = optimizer.state[parameter].get(name)
+            if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+                optimizer.state[parameter][name] = value.to(loaded.device, copy=True)
+
+
+def _load_module(learner: Learner, module: nn.Module, kept: State) -> None:
+    tensors = {name: put_back(value) for name, value in kept["state"].items()}
+    module.load_state_dict(with_metadata(tensors, put_back(kept["metadata"])))
     for name, part, own, tensor in list(_unsaved_buffers(module)):
         if name in kept["buffers"]:
             part._buffers[own] = kept["buffers"][name].to(tensor.device, copy=True)
@@ -370,6 +414,8 @@ def _load_module(module: nn.Module, kept: State) -> None:
     for name, parameter in module.named_parameters():
         if parameter.requires_grad is (name in frozen_ones):
             parameter.requires_grad = name not in frozen_ones
+    for path, changes in learner.module_changes(module):
+        changes.load(kept["attributes"].get(path, {}), True)
 
 
 def _load_updates(learner: Learner, kept: State) -> None:
@@ -382,21 +428,19 @@ def _load_updates(learner: Learner, kept: State) -> None:
         slot.window = StepState() if stands["waiting"] else None
 
 
-def _load_callbacks(learner: Learner, states: State, phases: list[type[Phase]]) -> None:
+def _load_callbacks(learner: Learner, states: State, how: dict[str, Any]) -> None:
     nodes = {node.id: node for node in learner.callbacks.graph.nodes}
     unknown = sorted(states.keys() - nodes)
     if unknown:
         warnings.warn(
             f"the checkpoint has states of {', '.join(unknown)}, which are not among the callbacks now", stacklevel=2
         )
-    device = learner.accelerator.device
-    for id, kept in states.items():
-        if id in nodes:
-            own, conditions = learner.callbacks.kept(nodes[id])
-            if kept["state"] is not None:
-                own.load(kept["state"], phases, device)
-            for condition, around in zip(conditions, kept["around"], strict=False):
-                condition.load(around, phases, device)
+    for id, node in nodes.items():
+        own, conditions = learner.callbacks.kept(node)
+        kept = states.get(id, {"state": {}, "around": []})
+        own.load(kept["state"], **how)
+        for condition, around in zip(conditions, [*kept["around"], *([{}] * len(conditions))], strict=False):
+            condition.load(around, **how)
 
 
 def meet_phases(learner: Learner, phases: list[Phase]) -> None:
@@ -414,13 +458,11 @@ def meet_phases(learner: Learner, phases: list[Phase]) -> None:
     learner.kept_phases = kept
 
 
-def take_up_state(learner: Learner, kept: Kept) -> None:
+def take_up_state(learner: Learner, kept: Kept, begun: bool = True) -> None:
     """Have a phase take up the state that waits for it, if any."""
     waiting = learner.waiting_states.get(class_name(type(kept.thing)))
     if waiting:
-        state = waiting.pop(0)
-        if state is not None:
-            kept.load(state, list(phase_types()), learner.accelerator.device)
+        kept.load(waiting.pop(0), begun, phases=list(phase_types()), device=learner.accelerator.device)
 
 
 def load_weights(learner: Learner, state: State, name: str, strict: bool) -> list[str]:
@@ -430,13 +472,15 @@ def load_weights(learner: Learner, state: State, name: str, strict: bool) -> lis
         models = state["models"]
         own = name.partition(".")[0]
         source = models if name == "model" else {"": models.get(name, models.get("", models.get(own)))}
-        if own != name and name != "model" and name not in models:  # a part of a model
-            part = name if "" in models else name.partition(".")[2]
-            whole = source[""]["state"] if source[""] else {}
-            source = {"": {"state": {k[len(part) + 1 :]: v for k, v in whole.items() if k.startswith(f"{part}.")}}}
         kept = {key: value["state"] for key, value in source.items() if value is not None}
+        metadata = {key: value["metadata"] for key, value in source.items() if value is not None}
+        if name != "model" and name not in models and ("" in models or own != name):  # a part of a model
+            part = name if "" in models else name.partition(".")[2]
+            inside = re.compile(re.escape(part) + r"(?:\.|$)")
+            for of_models in (kept, metadata):
+                of_models[""] = {inside.sub("", k, 1): v for k, v in of_models[""].items() if inside.match(k)}
     else:
-        kept = {"": state}
+        kept, metadata = {"": state}, {"": getattr(state, "_metadata", {})}
     given = {key or "": module for key, module in live.items()}
     if set(given) != set(kept):
         raise CheckpointError(
@@ -452,7 +496,7 @@ def load_weights(learner: Learner, state: State, name: str, strict: bool) -> lis
     for key, module in given.items():
         mine = module.state_dict()
         fitting = {n: t for n, t in kept[key].items() if n in mine and getattr(mine[n], "shape", None) == t.shape}
-        module.load_state_dict(fitting, strict=False)
+        module.load_state_dict(with_metadata(fitting, metadata.get(key, {})), strict=False)
         left += sorted({".".join(filter(None, (key, n))) for n in (mine.keys() | kept[key].keys()) - fitting.keys()})
     return left
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from fluxloop.errors import DataError, annotate, describe
 from fluxloop.nested import map_tensors, tensors
-from fluxloop.randomness import stream_seed
+from fluxloop.randomness import preserved, stream_seed
 from fluxloop.state import State
 
 
@@ -259,6 +260,29 @@ def split(data: Any, fraction: float, seed: int | None = None) -> tuple[Any, Any
         return Subset(data, rest.tolist()), Subset(data, part.tolist())
     first, second = (map_tensors(lambda t, rows=chosen: t[rows], data) for chosen in (rest, part))  # type: ignore[misc]  # mypy: default in lambda
     return first, second
+
+
+def overfit(data: Any, batches: int = 1) -> list[Any]:
+    """Take the first batches of data, to train on nothing else: what cannot learn them has a mistake.
+
+    They are read once, so every epoch has the same rows in the same order: ``data=(overfit(train),)``.
+    The global random generators are put back.
+
+    Args:
+        data: Anything `as_dataloader` takes.
+        batches: How many; where there are fewer, all.
+
+    Raises:
+        ValueError: `batches` is less than 1.
+        DataError: There is no batch.
+    """
+    if batches < 1:
+        raise ValueError(f"overfit(batches={batches!r}) was given; expected 1 or more")
+    with preserved():
+        taken = list(islice(as_dataloader(data), batches))
+    if not taken:
+        raise DataError(f"overfit was given {describe(data)}, which gave no batch; expected at least one")
+    return taken
 
 
 def _splittable(data: Any) -> bool:

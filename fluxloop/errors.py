@@ -13,6 +13,7 @@ built-in exception a caller would expect, so ``except ValueError`` keeps working
     ├── MetricError (ValueError)           duplicate or unusable metrics
     ├── SanityCheckError (ValueError)      a check before the first step failed
     ├── CheckpointError (ValueError)       a checkpoint cannot be written, read or gone on from
+    ├── LogExistsError (FileExistsError)   a new run would write into another run's log
     ├── ReentrantFitError (RuntimeError)   ``fit`` inside ``fit`` of the same learner
     ├── MissingEntryError (AttributeError) the step (or ``cbstate``) does not store this entry
     ├── StateAccessError                   a callback touched what it did not declare
@@ -77,6 +78,10 @@ class SanityCheckError(FluxloopError, ValueError):
 
 class CheckpointError(FluxloopError, ValueError):
     """A checkpoint cannot be written, is damaged, or belongs to another training."""
+
+
+class LogExistsError(FluxloopError, FileExistsError):
+    """A new run would write into another run's log, or two backends would write one."""
 
 
 class ReentrantFitError(FluxloopError, RuntimeError):

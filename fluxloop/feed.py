@@ -17,6 +17,7 @@ from fluxloop.sources import (
     iterate,
     keeps_place,
     put_source_back,
+    put_twin_back,
     source_state,
     twin_of,
 )
@@ -35,7 +36,8 @@ def untouched(source: Any, workers_too: bool = True) -> Iterator[None]:
             out meanwhile.
     """
     state, epoch = source_state(source), source.epoch if isinstance(source, TensorBatches) else 0
-    both: tuple[Any, ...] = (source, twin_of(source)) if workers_too else ()
+    twin = twin_of(source)
+    both: tuple[Any, ...] = (source, twin) if workers_too else ()
     loaders = [loader for loader in both if hasattr(loader, "_iterator")]
     workers = [loader._iterator for loader in loaders]
     for loader in loaders:
@@ -44,6 +46,7 @@ def untouched(source: Any, workers_too: bool = True) -> Iterator[None]:
         yield
     finally:
         put_source_back(source, state)
+        put_twin_back(source, twin)
         if isinstance(source, TensorBatches):
             source.epoch = epoch
         for loader, iterator in zip(loaders, workers, strict=True):

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import ReferenceType, WeakKeyDictionary, finalize, ref
 
 from fluxloop.checkpoint import apply, check_fits, check_same_run, meet_phases
 from fluxloop.data import load, name_data
@@ -28,18 +28,16 @@ from fluxloop.errors import (
 from fluxloop.events import CycleBegin, CycleEnd, FitBegin, FitEnd
 from fluxloop.feed import Feed, untouched
 from fluxloop.folder import find_state
-from fluxloop.history import History
+from fluxloop.history import INTERRUPTED, History
 from fluxloop.loop import Scope, check_view, runepoch, runstep
-from fluxloop.persist import class_name, keep
+from fluxloop.persist import class_name, keep, put_back
 from fluxloop.phase import FittingPhase, Phase, Stateful
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
-from fluxloop.randomness import generator_states, preserved
+from fluxloop.randomness import generator_states, preserved, put_generators
 from fluxloop.state import State
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
-
-INTERRUPTED = "interrupted (Ctrl+C)"
 
 
 class FitScope(Scope):
@@ -54,15 +52,17 @@ class FitScope(Scope):
     Attributes:
         index: How many phases of the running cycle are complete.
         feed: The data of the running epoch, None between epochs.
+        script: Where the global generators stood when the fit began.
         cut: Whether the fit has ended in the middle of an epoch.
     """
 
-    __slots__ = ("_again", "cut", "feed", "index", "phases", "steps_per_epoch")
+    __slots__ = ("_again", "cut", "feed", "index", "phases", "script", "steps_per_epoch")
 
     def __init__(
         self, learner: Learner, phases: list[Phase], steps_per_epoch: int | None, state: dict[str, Any] | None
     ) -> None:
         super().__init__(learner, FittingPhase())
+        self.script = generator_states()
         self.phases = phases
         self.steps_per_epoch = steps_per_epoch
         self.feed: Feed | None = None
@@ -71,6 +71,8 @@ class FitScope(Scope):
         self._again = state
         place = None if state is None else state["place"]
         if place is not None:
+            self.script = put_back(place["script"])
+            put_generators(self.script)
             self.index = place["index"]
             if place["feed"] is not None:
                 self._begin_epoch_again(phases[self.index])
@@ -106,7 +108,7 @@ class FitScope(Scope):
         if place is not None and (place["index"] or place["feed"] is not None):
             under_way = "cycle" if place["feed"] is None else "epoch"
         if inside == under_way:
-            apply(self._learner, self._again)
+            apply(self._learner, self._again, begun=True)
             if under_way == "epoch":
                 self._order_again(self.phases[self.index])
             self._again = None
@@ -160,7 +162,9 @@ class FitScope(Scope):
             if place is None:
                 raise CheckpointError("an epoch is just beginning; a state can be kept between two of its steps")
             place["global_generators"] = keep(generator_states(), "the random generators")
-        return {"phases": [class_name(type(phase)) for phase in self.phases], "index": self.index, "feed": place}
+        names = [class_name(type(phase)) for phase in self.phases]
+        script = keep(self.script, "the random generators")
+        return {"phases": names, "index": self.index, "feed": place, "script": script}
 
 
 def place_of(learner: Learner) -> dict[str, Any] | None:
@@ -217,7 +221,7 @@ def fit(
         state = None if resume is None else find_state(resume)
         if state is not None:
             _check_goes_on(learner, state, epochs, chosen)
-            apply(learner, state)
+            apply(learner, state, begun=False)
         learner.fitting = True
         if state is not None and learner.history.stop_reason is not None:
             reason = learner.history.stop_reason
@@ -229,8 +233,9 @@ def fit(
             epochs = 0
         else:
             reason = None
-        scope = FitScope(learner, chosen, steps_per_epoch, state)
-        return _run(learner, scope, epochs if resume is not None else learner.history.cycles + epochs, reason)
+        with preserved() if state is not None else nullcontext():
+            scope = FitScope(learner, chosen, steps_per_epoch, state)
+            return _run(learner, scope, epochs if resume is not None else learner.history.cycles + epochs, reason)
     finally:
         learner.data, learner.fitting, learner.stop_requested = kept, False, None
         learner.safe_points.clear()
@@ -267,6 +272,7 @@ def _run(learner: Learner, scope: FitScope, until: int, reason: str | None) -> H
             scope.handle(FitBegin(scope.goes_on))
             scope.put_again("fit")
             history.stop_reason = reason
+            learner.safe_point()
             while history.cycles < until:
                 scope.handle(CycleBegin(scope.goes_on))
                 scope.put_again("cycle")
@@ -343,7 +349,7 @@ def check_phase(phase: object) -> None:
         )
 
 
-class _Kept:
+class _PerLearner:
     """The states of a phase by learner, and the one that a new learner begins with."""
 
     def __init__(self, phase: Stateful) -> None:
@@ -352,7 +358,8 @@ class _Kept:
         self.others: WeakKeyDictionary[Learner, Any] = WeakKeyDictionary()
 
 
-_states: WeakKeyDictionary[Stateful, _Kept] = WeakKeyDictionary()
+_states: dict[int, _PerLearner] = {}
+"""By the phase's id, as long as it lives: a phase may be unhashable."""
 
 
 def bring_state(learner: Learner, phase: Stateful) -> None:
@@ -360,9 +367,10 @@ def bring_state(learner: Learner, phase: Stateful) -> None:
 
     In a second learner it begins as it did in the first.
     """
-    kept = _states.get(phase)
+    kept = _states.get(id(phase))
     if kept is None:
-        kept = _states[phase] = _Kept(phase)
+        kept = _states[id(phase)] = _PerLearner(phase)
+        finalize(phase, _states.pop, id(phase), None)
     elif kept.owner is not None and kept.owner() is not learner:
         former = kept.owner()
         if former is not None:

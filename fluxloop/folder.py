@@ -1,8 +1,8 @@
 """Files of checkpoints: written whole or not at all, in a folder that belongs to one run.
 
 A file is written beside its place under a name that nobody reads, made durable, and renamed. Its
-name sorts by progress: ``epoch-0003-phase-1-step-00000120.pt`` has three complete epochs, one
-complete phase of the next, and 120 steps, validation steps among them. ``latest`` holds the name
+name sorts by progress: ``epoch-0003-step-00000120-phase-1.pt`` has three complete epochs, 120 steps,
+validation steps among them, and one complete phase of the next epoch. ``latest`` holds the name
 of the newest; `fluxloop.json` says whose folder it is.
 """
 
@@ -22,9 +22,10 @@ from attrs import field, frozen
 from fluxloop.errors import CheckpointError, annotate
 
 MARKER, LATEST = "fluxloop.json", "latest"
-NAME = re.compile(r"epoch-(\d+)-phase-(\d+)-step-(\d+)\.pt")
+NAME = re.compile(r"epoch-(\d+)-step-(\d+)-phase-(\d+)\.pt")
+LEFT = re.compile(rf"\.({NAME.pattern}|{re.escape(MARKER)}|{LATEST})\.\d+\.tmp")
 Progress = tuple[int, int, int]
-"""Complete epochs, complete phases of the next, and steps."""
+"""Complete epochs, steps, and complete phases of the next epoch."""
 
 
 def write(path: Path, state: Any) -> None:
@@ -131,8 +132,9 @@ class Folder:
         self.check()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for left in self.path.glob(".epoch-*.tmp"):  # of a process that was killed while it wrote
-                left.unlink(missing_ok=True)
+            for left in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
+                if LEFT.fullmatch(left.name):
+                    left.unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"the folder {self.path} cannot be written to: {error}") from error
         if not (self.path / MARKER).exists():
@@ -148,8 +150,8 @@ class Folder:
 
     @staticmethod
     def _progress(match: re.Match[str]) -> Progress:
-        epochs, phase, steps = map(int, match.groups())
-        return epochs, phase, steps
+        epochs, steps, phase = map(int, match.groups())
+        return epochs, steps, phase
 
     def newest(self) -> dict[str, Any] | None:
         """Read the newest complete checkpoint, None where there is none; incomplete ones are told."""
@@ -175,9 +177,12 @@ class Folder:
             CheckpointError: There is a complete one of that progress, or it cannot be written.
         """
         path = self.path / name_of(progress)
+        first = not again and not any(known != path for _, known in self.files())
         if not again and path.exists() and self.is_complete(path):
             raise CheckpointError(f"{path} is there already, and is not overwritten; give the run a folder of its own")
         write(path, state)
+        if first:  # better now than after days
+            read(path)
         _replace(self.path / LATEST, lambda file: file.write(f"{path.name}\n".encode()))
         return path
 
@@ -191,11 +196,11 @@ class Folder:
 def name_of(progress: Progress) -> str:
     """Give the file name of a checkpoint.
 
-    >>> name_of((3, 1, 120))
-    'epoch-0003-phase-1-step-00000120.pt'
+    >>> name_of((3, 120, 1))
+    'epoch-0003-step-00000120-phase-1.pt'
     """
-    epochs, phase, steps = progress
-    return f"epoch-{epochs:04d}-phase-{phase}-step-{steps:08d}.pt"
+    epochs, steps, phase = progress
+    return f"epoch-{epochs:04d}-step-{steps:08d}-phase-{phase}.pt"
 
 
 def find_state(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -206,7 +211,7 @@ def find_state(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """
     if not isinstance(path, (str, os.PathLike)):
         raise CheckpointError(f"resume={path!r} was given; expected the folder of a Checkpointer: resume='runs/first'")
-    if Path(path).is_file():
+    if Path(path).is_file() or NAME.fullmatch(Path(path).name):
         return read(Path(path))
     folder = Folder(Path(path))
     folder.check()

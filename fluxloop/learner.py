@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -34,12 +33,13 @@ from fluxloop.loop import Scope
 from fluxloop.models import like, named_models
 from fluxloop.nested import batch_size
 from fluxloop.optimizers import build_optimizers, parameter_names
-from fluxloop.persist import Kept
+from fluxloop.persist import Changes, Kept
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.randomness import Streams, check_seed, draw_seed
 from fluxloop.runner import Callbacks
 from fluxloop.state import SharedState, State, StepState
+from fluxloop.summary import Summary, summary
 from fluxloop.updates import UpdateBlock, Updates
 from fluxloop.weights import Weights
 
@@ -141,6 +141,7 @@ class Learner(Generic[M]):
         self.stop_requested: str | None = None
         self.safe_points: list[Callable[[], object]] = []
         """Called at each moment of a fit in which no step is under way, until it ends."""
+        self._changes = {module: _watch(module) for module in self.modules()}
         self.kept_phases: list[Kept] = []
         """What checkpoints keep of the phases that run."""
         self.waiting_states: dict[str, list[Any]] = {}
@@ -339,7 +340,7 @@ class Learner(Generic[M]):
             CheckpointError: It does not fit this learner; nothing is changed.
         """
         check_fits(self, state)
-        apply(self, copy.deepcopy(state))
+        apply(self, state, begun=True)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write `state_dict` to a file, which is either complete or not there.
@@ -457,10 +458,25 @@ class Learner(Generic[M]):
         """List the models, and the loss function where it is a module."""
         return [*self.models.values(), *([self.loss_fn] if isinstance(self.loss_fn, nn.Module) else [])]
 
+    def module_changes(self, module: nn.Module) -> list[tuple[str, Changes]]:
+        """Give what is watched of a model's parts, by path: their numbers, texts and random generators."""
+        return self._changes[module]
+
     @property
     def optimizer_names(self) -> tuple[str | None, ...]:
         """Names of the optimizers, in order; ``(None,)`` for a single unnamed one."""
         return tuple(slot.name for slot in self.updates.slots)
+
+    def summary(self, batch: Any = None, depth: int | None = None) -> Summary:
+        """Tell the modules with output shapes and parameters, and the optimizers; prints as a table.
+
+        A single model is run on one batch on the side: in eval mode, without gradients; nothing is moved.
+
+        Args:
+            batch: Left out, the first of the training data.
+            depth: How deep to go into modules; left out, to the end.
+        """
+        return summary(self, batch, depth)
 
     def phases_in_use(self) -> list[type[Phase]]:
         """List the phase types that have run or, before any has, those of a plain fit."""
@@ -479,6 +495,11 @@ class Learner(Generic[M]):
             f"  callbacks: {' → '.join(self.callbacks.order) or 'none'}",
         ]
         return "\n".join(lines)
+
+
+def _watch(module: nn.Module) -> list[tuple[str, Changes]]:
+    """Look at the parts of a module, so that changes of their numbers are seen."""
+    return [(path, Changes(part, path or "the model", scalars=True)) for path, part in module.named_modules()]
 
 
 def listed(callbacks: Any) -> list[Any]:

@@ -64,12 +64,13 @@ class Monitor:
         return None
 
     def require(self, metrics: Mapping[Any, Any]) -> None:
-        """Raise for a metric that has never been recorded.
+        """Raise for a metric that has neither been recorded nor announced.
 
         Raises:
-            MetricError: Names those that have.
+            MetricError: Names those that have been recorded.
         """
-        if not self._series(metrics):
+        announced = {f"{phase.data_key}/{name}" for phase, recorded in metrics.items() for name in recorded.announced}
+        if not self._series(metrics) and self.metric not in announced:
             known = sorted(_known(metrics))
             raise MetricError(
                 f"no metric {self.metric!r} was recorded; there are {known or 'none'}{did_you_mean(self.metric, known)}"

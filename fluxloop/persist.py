@@ -13,13 +13,15 @@ import dataclasses
 import random
 import sys
 import warnings
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from fluxloop.errors import CheckpointError, describe
@@ -38,6 +40,16 @@ def class_name(cls: type) -> str:
 
 
 def keep(value: Any, where: str) -> Any:
+    """Turn a value into plain data; see `_keep`."""
+    try:
+        return _keep(value, where)
+    except RecursionError:
+        raise CheckpointError(
+            f"{where} is {describe(value)} that contains itself, which cannot be kept in a checkpoint"
+        ) from None
+
+
+def _keep(value: Any, where: str) -> Any:
     """Turn a value into plain data.
 
     Args:
@@ -49,10 +61,12 @@ def keep(value: Any, where: str) -> Any:
     """
     if isinstance(value, Tensor):
         return value.detach() if value.is_cpu else {MARK: "on the device", "tensor": value.detach()}
+    if type(value).__module__.partition(".")[0] == "numpy":
+        return _keep_numpy(value, where)
     if isinstance(value, SCALARS):
-        return value
+        return _plain_scalar(value, where)
     if isinstance(value, PhaseDict):
-        return {MARK: "phases", "items": {class_name(k): keep(v, f"{where}[{k.__name__}]") for k, v in value.items()}}
+        return {MARK: "phases", "items": {class_name(k): _keep(v, f"{where}[{k.__name__}]") for k, v in value.items()}}
     if type(value) in (list, tuple):
         return type(value)(_keep_item(item, f"{where}[{index}]") for index, item in enumerate(value))
     if isinstance(value, dict):
@@ -62,17 +76,15 @@ def keep(value: Any, where: str) -> Any:
         return {MARK: type(value).__name__, "items": [_keep_item(item, where) for item in value]}
     if isinstance(value, deque):
         return {MARK: "deque", "items": [_keep_item(item, where) for item in value], "maxlen": value.maxlen}
-    if type(value).__module__ == "numpy":
-        return _keep_numpy(value, where)
     if isinstance(value, torch.Generator):
         return {MARK: "object", "state": value.get_state()}
     if isinstance(value, random.Random):
         return {MARK: "object", "state": value.getstate()}
     if is_stateful(value):
-        return {MARK: "object", "state": keep(value.state_dict(), where)}
+        return {MARK: "object", "state": _keep(value.state_dict(), where)}
     fields = _fields(value)
     if fields is not None:
-        return {MARK: "fields", "items": {name: keep(item, f"{where}.{name}") for name, item in fields.items()}}
+        return {MARK: "fields", "items": {name: _keep(item, f"{where}.{name}") for name, item in fields.items()}}
     raise CheckpointError(
         f"{where} is {describe(value)}, which cannot be kept in a checkpoint; expected numbers, texts, tensors, "
         "containers of them, or an object with state_dict() and load_state_dict(state)"
@@ -81,7 +93,7 @@ def keep(value: Any, where: str) -> Any:
 
 def _keep_item(value: Any, where: str) -> Any:
     """Keep an item of a container: there is no live one to put an object's state into."""
-    kept = keep(value, where)
+    kept = _keep(value, where)
     if isinstance(kept, dict) and kept.get(MARK) in ("object", "fields", "phases"):
         raise CheckpointError(
             f"{where} is {describe(value)} inside a container, which cannot be kept in a checkpoint; keep its numbers, "
@@ -90,9 +102,32 @@ def _keep_item(value: Any, where: str) -> Any:
     return kept
 
 
+def _plain_scalar(value: Any, where: str) -> Any:
+    """Give a number or text of a class of its own as the number or text it is.
+
+    Raises:
+        CheckpointError: It is a member of an enumeration that is neither.
+    """
+    if isinstance(value, Enum):
+        if not isinstance(value, (int, float, str, bytes)):
+            raise CheckpointError(f"{where} is {value!r}, which cannot be kept in a checkpoint; keep its name or value")
+        return value.value
+    if type(value) in SCALARS:
+        return value
+    bases: tuple[Any, ...] = (int, float, complex, str, bytes)
+    for base in bases:
+        if isinstance(value, base):
+            return base(value)
+    return value
+
+
 def _plain_key(key: Any, where: str) -> Any:
-    if isinstance(key, SCALARS) or (isinstance(key, tuple) and all(isinstance(part, SCALARS) for part in key)):
-        return key
+    if type(key).__module__.partition(".")[0] == "numpy" and hasattr(key, "item"):
+        key = key.item()
+    if isinstance(key, SCALARS):
+        return _plain_scalar(key, where)
+    if isinstance(key, tuple):
+        return tuple(_plain_key(part, where) for part in key)
     raise CheckpointError(
         f"{where} has the key {key!r}, which cannot be kept in a checkpoint; expected numbers or texts as keys"
     )
@@ -100,12 +135,25 @@ def _plain_key(key: Any, where: str) -> Any:
 
 def _keep_numpy(value: Any, where: str) -> Any:
     numpy = sys.modules["numpy"]
-    if isinstance(value, numpy.ndarray) and value.dtype != object:
+    if isinstance(value, numpy.ndarray) and value.dtype.names is None and not value.dtype.hasobject:
         raw = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8) if value.size else torch.empty(0)
         return {MARK: "array", "dtype": value.dtype.str, "shape": tuple(value.shape), "bytes": raw}
-    if isinstance(value, numpy.generic):
+    if isinstance(value, numpy.generic) and value.dtype.names is None and not value.dtype.hasobject:
         return {MARK: "numpy scalar", "dtype": value.dtype.str, "value": value.item()}
+    state = _numpy_state(value)
+    if state is not None:
+        return {MARK: "object", "state": _keep(state, where)}
     raise CheckpointError(f"{where} is {describe(value)} of NumPy's, which cannot be kept in a checkpoint")
+
+
+def _numpy_state(value: Any) -> Any:
+    """Give the state of a random generator of NumPy's, None for anything else."""
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.random.Generator):
+        return value.bit_generator.state
+    if numpy is not None and isinstance(value, numpy.random.RandomState):
+        return value.get_state(legacy=False)
+    return None
 
 
 def is_stateful(value: Any) -> bool:
@@ -128,7 +176,12 @@ def _fields(value: Any) -> dict[str, Any] | None:
 
 
 def put_back(
-    kept: Any, live: Any = None, *, phases: Iterable[type] = (), device: torch.device | None = None, where: str = "it"
+    kept: Any,
+    live: Any = None,
+    *,
+    phases: Iterable[type] = (),
+    device: torch.device | None = None,
+    where: str = "it",
 ) -> Any:
     """Make of plain data what it was; an object's state is put into the live one, which is returned.
 
@@ -147,6 +200,9 @@ def put_back(
         return put_back(item, now, phases=phases, device=device, where=where + name)
 
     if isinstance(kept, Tensor):
+        if isinstance(live, Tensor) and live.is_leaf and live.requires_grad and live.shape == kept.shape:
+            with torch.no_grad():  # an optimizer may hold it
+                return live.copy_(kept)
         return kept.clone()
     if type(kept) is tuple:
         return tuple(again(item) for item in kept)
@@ -202,6 +258,8 @@ def _into(kept: dict[str, Any], live: Any, again: Callable[..., Any], where: str
         live.set_state(kept["state"])
     elif isinstance(live, random.Random):
         live.setstate(kept["state"])
+    elif _numpy_state(live) is not None:
+        _set_numpy_state(live, again(kept["state"]))
     elif is_stateful(live):
         live.load_state_dict(again(kept["state"]))
     else:
@@ -218,6 +276,13 @@ def _put_back_numpy(kept: dict[str, Any]) -> Any:
     return numpy.frombuffer(raw, dtype=kept["dtype"]).reshape(kept["shape"]).copy()
 
 
+def _set_numpy_state(live: Any, state: Any) -> None:
+    if hasattr(live, "bit_generator"):
+        live.bit_generator.state = state
+    else:
+        live.set_state(state)
+
+
 def _misplaced(where: str, expected: str, live: Any) -> CheckpointError:
     return CheckpointError(
         f"the checkpoint has a state for {where}, which is {describe(live)} now; expected {expected}, made as in the "
@@ -229,22 +294,37 @@ def _misplaced(where: str, expected: str, live: Any) -> CheckpointError:
 
 
 class _Seen:
-    """One tensor or object as it was: the same one, changed in place no more often."""
+    """A tensor or object as it was: the same one, changed in place no more often."""
 
-    __slots__ = ("changes", "thing")
+    __slots__ = ("changes", "copy", "thing")
 
     def __init__(self, thing: Any) -> None:
         self.thing = thing
         self.changes = thing._version if isinstance(thing, Tensor) else 0
+        small = isinstance(thing, Tensor) and thing.numel() <= SMALL and not is_lazy(thing)
+        self.copy = thing.detach().clone() if small else None  # some change a tensor where nobody counts
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Seen) and self.thing is other.thing and self.changes == other.changes
+        if not isinstance(other, _Seen) or self.thing is not other.thing or self.changes != other.changes:
+            return False
+        return self.copy is None or other.copy is None or torch.equal(self.copy, other.copy)
 
     __hash__ = None  # type: ignore[assignment]  # compared only
 
 
-def _look(value: Any) -> Any:
+SMALL = 4096
+"""Up to how many numbers a tensor is compared by value, to see whether it has changed."""
+
+
+def look(value: Any) -> Any:
     """Describe a value so that a later description is equal where nothing has changed."""
+    try:
+        return _look(value)
+    except RecursionError:  # it contains itself
+        return _Seen(value)
+
+
+def _look(value: Any) -> Any:
     if isinstance(value, SCALARS):
         return type(value), repr(value)
     if isinstance(value, Mapping):
@@ -257,8 +337,21 @@ def _look(value: Any) -> Any:
         return value.get_state().tolist()
     if isinstance(value, random.Random):
         return value.getstate()
-    fields = None if is_stateful(value) else _fields(value)
-    return (type(value), _look(fields)) if fields is not None else _Seen(value)
+    if isinstance(value, Tensor) or callable(value) or is_stateful(value):
+        return _Seen(value)
+    if type(value).__module__.partition(".")[0] == "numpy":
+        state = _numpy_state(value)
+        return repr(state) if state is not None else (str(getattr(value, "dtype", "")), _bytes(value))
+    fields = _fields(value)
+    if fields is not None:
+        return type(value), _look(fields)
+    own = getattr(value, "__dict__", {})  # of any other object: its numbers, texts and tensors
+    plain = {name: _look(item) for name, item in own.items() if isinstance(item, (*SCALARS, Tensor))}
+    return _Seen(value), plain
+
+
+def _bytes(value: Any) -> Any:
+    return value.tobytes() if hasattr(value, "tobytes") else repr(value)
 
 
 def attributes(thing: Any) -> dict[str, Any]:
@@ -294,6 +387,86 @@ def plain_attributes(thing: Any) -> dict[str, Any]:
     return plain
 
 
+class Changes:
+    """The attributes of an object that have changed since it was looked at first.
+
+    Args:
+        thing: The object.
+        name: What it is called in messages.
+        scalars: Whether numbers, texts and random generators alone are looked at.
+    """
+
+    def __init__(self, thing: Any, name: str, *, scalars: bool = False) -> None:
+        self.thing = thing
+        self.name = name
+        self._scalars = scalars
+        self._left_out = {*getattr(thing, "transient", ()), *(_OF_EVERY_MODULE if scalars else ())}
+        own = self._own()
+        self._first = {key: look(value) for key, value in own.items()}
+        self._kept = {key: kept for key, value in own.items() if (kept := _small(value)) is not None}
+
+    def _own(self) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in attributes(self.thing).items()
+            if name not in self._left_out
+            and not name.startswith("__")
+            and (not self._scalars or isinstance(value, (*SCALARS, torch.Generator, random.Random)))
+        }
+
+    def state(self, borrowed: Callable[[Any], bool]) -> tuple[dict[str, Any], list[str]]:
+        """Give what has changed as plain data, and what of it is lost.
+
+        Args:
+            borrowed: Tells whether an object belongs to somebody else, who keeps it.
+        """
+        kept: dict[str, Any] = {}
+        lost: list[str] = []
+        for name, value in self._own().items():
+            changed = is_stateful(value) or name not in self._first or self._first[name] != look(value)
+            if not changed or borrowed(value):
+                continue
+            try:
+                kept[name] = keep(value, f"{self.name}.{name}")
+            except CheckpointError:
+                lost.append(f"{self.name}.{name}")
+        return kept, lost
+
+    def load(self, state: dict[str, Any], begun: bool, **how: Any) -> None:
+        """Put back what had changed, and what had not as it was first.
+
+        Args:
+            state: What `state` gave.
+            begun: Whether what begins with a fit has begun: before, an object that holds a state need not be there.
+            how: For `put_back`.
+
+        Raises:
+            CheckpointError: It cannot be put back.
+        """
+        own = self._own()
+        first = {
+            name: kept for name, kept in self._kept.items() if name in own and self._first[name] != look(own[name])
+        }
+        for name, kept in {**first, **state}.items():
+            held = isinstance(kept, dict) and kept.get(MARK) in ("object", "fields", "phases")
+            if held and not begun and own.get(name) is None:
+                continue
+            value = put_back(kept, own.get(name), where=f"{self.name}.{name}", **how)
+            if own.get(name) is not value:
+                object.__setattr__(self.thing, name, value)
+
+
+def _small(value: Any) -> Any:
+    """Keep a small value as it is first; None for others."""
+    if is_stateful(value) or isinstance(value, (nn.Module, Optimizer)):
+        return None
+    try:
+        kept = keep(value, "")
+    except CheckpointError:
+        return None
+    return snapshot(kept) if size(kept) <= 8 * SMALL else None
+
+
 class Kept:
     """What of a callback or a phase is kept: what its pair gives, or the attributes that have changed.
 
@@ -305,56 +478,28 @@ class Kept:
     def __init__(self, thing: Any, name: str) -> None:
         self.thing = thing
         self.name = name
-        self.transient = tuple(getattr(thing, "transient", ()))
-        self._first = {} if is_stateful(thing) else {key: _look(value) for key, value in self._own().items()}
-
-    def _own(self) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in attributes(self.thing).items()
-            if name not in self.transient and not name.startswith("__")
-        }
+        self._changes = None if is_stateful(thing) else Changes(thing, name)
 
     def state(self, borrowed: Callable[[Any], bool]) -> tuple[Any, list[str]]:
-        """Give the state as plain data (None where there is nothing to keep), and what of it is lost.
-
-        Args:
-            borrowed: Tells whether an object belongs to somebody else, who keeps it.
+        """Give the state as plain data, and what of it is lost; an empty dict where there is nothing to keep.
 
         Raises:
             CheckpointError: What the pair gives is no plain data.
         """
-        if is_stateful(self.thing):
-            state = self.thing.state_dict()
-            return (None if not state else keep(state, f"{self.name}.state_dict()")), []
-        kept: dict[str, Any] = {}
-        lost: list[str] = []
-        for name, value in self._own().items():
-            owns = isinstance(value, (nn.Module, Optimizer)) or is_stateful(value)
-            if borrowed(value) or not (owns or name not in self._first or self._first[name] != _look(value)):
-                continue
-            try:
-                kept[name] = keep(value, f"{self.name}.{name}")
-            except CheckpointError:
-                lost.append(f"{self.name}.{name}")
-        return kept or None, lost
+        if self._changes is None:
+            return {"pair": keep(self.thing.state_dict(), f"{self.name}.state_dict()")}, []
+        return self._changes.state(borrowed)
 
-    def load(self, state: Any, phases: Iterable[type], device: torch.device) -> None:
-        """Go on from a state.
+    def load(self, state: dict[str, Any], begun: bool, **how: Any) -> None:
+        """Go on from a state; see `Changes.load`.
 
         Raises:
             CheckpointError: It cannot be put back.
         """
-        if is_stateful(self.thing):
-            restored = put_back(state, phases=phases, device=device, where=f"{self.name}.state_dict()")
-            self.thing.load_state_dict(restored)
-            return
-        own = attributes(self.thing)
-        for name, kept in (state or {}).items():
-            where = f"{self.name}.{name}"
-            value = put_back(kept, own.get(name), phases=phases, device=device, where=where)
-            if own.get(name) is not value:
-                object.__setattr__(self.thing, name, value)
+        if self._changes is not None:
+            self._changes.load({name: kept for name, kept in state.items() if name != "pair"}, begun, **how)
+        elif "pair" in state:
+            self.thing.load_state_dict(put_back(state["pair"], where=f"{self.name}.state_dict()", **how))
 
 
 def size(kept: Any) -> int:
@@ -372,8 +517,6 @@ def snapshot(kept: Any) -> Any:
     """Copy plain data, so that what happens next does not change it; tensors come to the CPU."""
     if isinstance(kept, Tensor):
         return kept.detach().to("cpu", copy=True)
-    if isinstance(kept, OrderedDict):
-        return OrderedDict((key, snapshot(item)) for key, item in kept.items())
     if isinstance(kept, dict):
         return {key: snapshot(item) for key, item in kept.items()}
     if type(kept) in (list, tuple):

@@ -287,12 +287,12 @@ class others_apart(AbstractContextManager[None]):  # noqa: N801 - used like a fu
     NumPy draws from a bit generator of its own meanwhile: swapping costs less than copying a state.
 
     Args:
-        seed: What that one starts from.
+        start: Gives what that one starts from, each time; left out, who draws starts it.
         python_too: Whether Python's is among them.
     """
 
-    def __init__(self, seed: int = 0, python_too: bool = True) -> None:
-        self._seed = seed
+    def __init__(self, start: Callable[[], int] | None = None, python_too: bool = True) -> None:
+        self._start = start
         self._python_too = python_too
         self._scratch: Any = None
         self._numpy: Any = None
@@ -303,8 +303,10 @@ class others_apart(AbstractContextManager[None]):  # noqa: N801 - used like a fu
         if numpy is not None:
             self._numpy = numpy.random.get_bit_generator()
             if self._scratch is None:
-                self._scratch = numpy.random.MT19937(self._seed)
+                self._scratch = numpy.random.MT19937(0)
             numpy.random.set_bit_generator(self._scratch)
+            if self._start is not None:
+                numpy.random.seed(self._start())
         if self._python_too:
             self._python = random.getstate()
 
@@ -318,12 +320,12 @@ class others_apart(AbstractContextManager[None]):  # noqa: N801 - used like a fu
             random.setstate(self._python)
 
 
-def between_steps(call: Callable[..., None], seed: int) -> Callable[..., None]:
+def between_steps(call: Callable[..., None], stream: Callable[[], Stream]) -> Callable[..., None]:
     """Wrap a function that runs between two steps so that the next one draws as if it had not run.
 
-    NumPy draws from a bit generator of the function's own meanwhile, started from `seed`.
+    NumPy draws from a bit generator of the function's own meanwhile, started from its stream.
     """
-    numpy_apart = others_apart(seed, python_too=False)
+    numpy_apart = others_apart(lambda: stream().next(), python_too=False)
 
     def apart(*args: Any) -> None:
         with preserved(numpy_too=False), numpy_apart:

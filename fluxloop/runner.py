@@ -16,7 +16,7 @@ from fluxloop.graph import CallbackGraph, Node, touches
 from fluxloop.loop import locate
 from fluxloop.persist import Kept
 from fluxloop.phase import FittingPhase, Phase
-from fluxloop.randomness import Stream, between_steps, putting_back, stream_seed, with_own_stream
+from fluxloop.randomness import Stream, between_steps, putting_back, with_own_stream
 from fluxloop.view import make_view
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Callbacks:
         self._graph = CallbackGraph()
         self._views: dict[str, Any] = {}
         self._tables: dict[type[Phase], Table] = {}
-        self._kept: dict[int, tuple[Kept, list[Kept]]] = {}
+        self._kept: dict[str, tuple[Kept, list[Kept]]] = {}
 
     # Managing
 
@@ -77,7 +77,8 @@ class Callbacks:
             for node in graph.nodes:
                 if id(node.callback.unwrapped) not in known:
                     self._init(node)
-            self._kept = {id(node.callback): self._kept.get(id(node.callback)) or watch(node) for node in graph.nodes}
+            former = {id(kept.thing): kept for own, around in self._kept.values() for kept in (own, *around)}
+            self._kept = {node.id: watch(node, former) for node in graph.nodes}
         except BaseException:
             self._graph, self._views, self._kept = before
             vars(self._learner.cbstate).clear()
@@ -128,7 +129,7 @@ class Callbacks:
 
     def kept(self, node: Node) -> tuple[Kept, list[Kept]]:
         """Give what a checkpoint keeps of a callback, and of the conditions around it."""
-        return self._kept[id(node.callback)]
+        return self._kept[node.id]
 
     # Delivering
 
@@ -161,7 +162,7 @@ class Callbacks:
         if draws is None and (event.inside_step or event in FIT_EVENTS):
             return putting_back(call)
         if draws is None and event.inside_epoch:
-            return between_steps(call, stream_seed(self._learner.seed, f"callback/{node.id}"))
+            return between_steps(call, lambda: self._learner.streams[f"callback/{node.id}/apart"])
         return call
 
     # Explaining
@@ -266,14 +267,23 @@ class Callbacks:
         return f"Callbacks({' → '.join(self.order)})"
 
 
-def watch(node: Node) -> tuple[Kept, list[Kept]]:
-    """Look at a callback that has been set up, and at the conditions around it, so that changes are seen."""
+def watch(node: Node, former: dict[int, Kept]) -> tuple[Kept, list[Kept]]:
+    """Look at a callback that has been set up, and at the conditions around it, so that changes are seen.
+
+    Args:
+        node: The callback.
+        former: What has been looked at before.
+    """
+
+    def look(thing: Any, name: str) -> Kept:
+        return former.get(id(thing)) or Kept(thing, name)
+
     conditions = []
     layer = node.callback
     while layer is not layer.unwrapped:
-        conditions.append(Kept(getattr(layer, "condition", None), f"the condition of {node.id}"))
+        conditions.append(look(getattr(layer, "condition", None), f"the condition of {node.id}"))
         layer = getattr(layer, "callback", layer.unwrapped)
-    return Kept(layer, node.id), conditions
+    return look(layer, node.id), conditions
 
 
 class Handle:

@@ -1,14 +1,83 @@
-"""Schedules: functions from a step, counted from 0, to a value."""
+"""Schedules: functions from a step, counted from 0, to a value.
+
+Anything that takes a number of steps and gives a value is a schedule; a plain number is one that
+never changes. A schedule keeps nothing between calls. It counts whatever its user counts: training
+steps in ``Scheduler({LearningRate: ...})``, epochs with ``unit="epoch"``.
+
+Those below are small values: they can be compared, pickled and printed. One with a `total` keeps
+its last value from there on.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
+
+from attrs import field, frozen
 
 Schedule = Callable[[int], float]
 
 
-def linear(total: int, start: float, end: float) -> Schedule:
+def value_at(schedule: float | Schedule, t: int) -> float:
+    """Give a schedule's value at step `t`; a number is the same at every step."""
+    return schedule(t) if callable(schedule) else schedule
+
+
+def check_schedule(schedule: object, whose: str) -> None:
+    """Raise for something that is neither a number nor a function.
+
+    Args:
+        schedule: What was given.
+        whose: Where, for the message.
+
+    Raises:
+        ValueError: It is neither, or a class of schedules rather than one.
+    """
+    number = isinstance(schedule, (int, float)) and not isinstance(schedule, bool)
+    if isinstance(schedule, type) or not (callable(schedule) or number):
+        given = f"the class {schedule.__name__}" if isinstance(schedule, type) else repr(schedule)
+        raise ValueError(
+            f"{whose} was given {given}; expected a schedule such as cosine(1000, 0.1, 0.0), a function of the step, "
+            "or a number"
+        )
+
+
+def _check_total(schedule: Any, attribute: Any, total: Any) -> None:
+    if not isinstance(total, (int, float)) or isinstance(total, bool) or not 1 <= total < math.inf:
+        raise ValueError(f"a schedule of {total!r} steps was asked for; expected 1 or more")
+
+
+def _check_schedule(schedule: Any, attribute: Any, value: Any) -> None:
+    check_schedule(value, f"{type(schedule).__name__}({attribute.name}=...)")
+
+
+def _between(start: float, end: float, share: float) -> float:
+    """Give the point at a share of the way; the ends are met exactly."""
+    return end if share >= 1 else start + (end - start) * share
+
+
+def _half_cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+@frozen
+class constant:  # noqa: N801 - used like a function
+    """Stay at `value`.
+
+    >>> constant(0.1)(1000)
+    0.1
+    """
+
+    value: float
+
+    def __call__(self, t: int) -> float:
+        """Give the value."""
+        return self.value
+
+
+@frozen
+class linear:  # noqa: N801 - used like a function
     """Go from `start` to `end` in a straight line.
 
     Args:
@@ -22,11 +91,18 @@ def linear(total: int, start: float, end: float) -> Schedule:
     >>> [linear(4, 1.0, 0.0)(t) for t in (0, 1, 4, 9)]
     [1.0, 0.75, 0.0, 0.0]
     """
-    _check(total)
-    return lambda t: start + (end - start) * min(t / total, 1.0)
+
+    total: int = field(validator=_check_total)
+    start: float
+    end: float
+
+    def __call__(self, t: int) -> float:
+        """Give the value at step `t`."""
+        return _between(self.start, self.end, max(t, 0) / self.total)
 
 
-def cosine(total: int, start: float, end: float) -> Schedule:
+@frozen
+class cosine:  # noqa: N801 - used like a function
     """Go from `start` to `end` along half a cosine: slow, fast, slow.
 
     From the learning rates of SGDR (Loshchilov and Hutter, 2017) and the teacher's momentum of
@@ -43,15 +119,374 @@ def cosine(total: int, start: float, end: float) -> Schedule:
     >>> [round(cosine(4, 1.0, 0.0)(t), 3) for t in (0, 1, 2, 4, 9)]
     [1.0, 0.854, 0.5, 0.0, 0.0]
     """
-    _check(total)
-    return lambda t: end + (start - end) * (1 + math.cos(math.pi * min(t / total, 1.0))) / 2
+
+    total: int = field(validator=_check_total)
+    start: float
+    end: float
+
+    def __call__(self, t: int) -> float:
+        """Give the value at step `t`."""
+        return self.end if t >= self.total else _half_cosine(self.start, self.end, max(t, 0) / self.total)
 
 
-def value_at(schedule: float | Schedule, t: int) -> float:
-    """Give a schedule's value at step `t`; a number is the same at every step."""
-    return schedule(t) if callable(schedule) else schedule
+@frozen
+class exponential:  # noqa: N801 - used like a function
+    """Go from `start` to `end` by the same factor at every step: a straight line on a logarithmic scale.
+
+    Without an end, by a given factor, is ``step(1, start, gamma)``.
+
+    Args:
+        total: Steps until `end` is reached; it is kept from then on.
+        start: Value at step 0.
+        end: Value at step `total`, of the sign of `start`.
+
+    Raises:
+        ValueError: `total` is less than 1, or there is no such factor.
+
+    >>> [round(exponential(2, 1.0, 0.01)(t), 3) for t in (0, 1, 2, 9)]
+    [1.0, 0.1, 0.01, 0.01]
+    """
+
+    total: int = field(validator=_check_total)
+    start: float
+    end: float
+
+    def __attrs_post_init__(self) -> None:
+        if not self.start * self.end > 0:
+            raise ValueError(
+                f"exponential(start={self.start!r}, end={self.end!r}) was given; no factor leads from one to the "
+                "other: expected two numbers of one sign, neither 0"
+            )
+
+    def __call__(self, t: int) -> float:
+        """Give the value at step `t`."""
+        if t >= self.total:
+            return self.end
+        return self.start * math.exp(math.log(self.end / self.start) * max(t, 0) / self.total)
 
 
-def _check(total: int) -> None:
-    if total < 1:
-        raise ValueError(f"a schedule of {total!r} steps was asked for; expected 1 or more")
+@frozen
+class polynomial:  # noqa: N801 - used like a function
+    """Go from `start` to `end` as a power of what is left: ``(1 - t / total) ** power``.
+
+    Args:
+        total: Steps until `end` is reached; it is kept from then on.
+        start: Value at step 0.
+        end: Value at step `total`.
+        power: 1 is a straight line; more is fast first.
+
+    Raises:
+        ValueError: `total` is less than 1, or `power` is not above 0.
+
+    >>> [polynomial(4, 1.0, 0.0)(t) for t in (0, 1, 2, 4, 9)]
+    [1.0, 0.5625, 0.25, 0.0, 0.0]
+    """
+
+    total: int = field(validator=_check_total)
+    start: float
+    end: float
+    power: float = 2.0
+
+    def __attrs_post_init__(self) -> None:
+        if not self.power > 0:
+            raise ValueError(f"polynomial(power={self.power!r}) was given; expected more than 0")
+
+    def __call__(self, t: int) -> float:
+        """Give the value at step `t`."""
+        left = 1 - min(max(t, 0) / self.total, 1.0)
+        return float(self.end + (self.start - self.end) * left**self.power)
+
+
+@frozen
+class step:  # noqa: N801 - used like a function
+    """Multiply by `gamma` every `every` steps, without an end.
+
+    Args:
+        every: Steps between two changes.
+        start: Value at step 0.
+        gamma: The factor.
+
+    Raises:
+        ValueError: `every` is less than 1.
+
+    >>> [round(step(10, 1.0)(t), 3) for t in (0, 9, 10, 25)]
+    [1.0, 1.0, 0.1, 0.01]
+    """
+
+    every: int = field(validator=_check_total)
+    start: float
+    gamma: float = 0.1
+
+    def __call__(self, t: int) -> float:
+        """Give the value at step `t`."""
+        return float(self.start * self.gamma ** (max(t, 0) // self.every))
+
+
+@frozen
+class triangle:  # noqa: N801 - used like a function
+    """Go from `start` to `peak` and back in straight lines; repeated, the cyclical rates of Smith (2017).
+
+    Args:
+        total: Steps until `start` is reached again; it is kept from then on (see `repeat`).
+        start: Value at both ends.
+        peak: Value in the middle.
+
+    Raises:
+        ValueError: `total` is less than 1.
+
+    >>> [triangle(4, 0.0, 1.0)(t) for t in (0, 1, 2, 3, 4, 9)]
+    [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
+    """
+
+    total: int = field(validator=_check_total)
+    start: float
+    peak: float
+
+    def __call__(self, t: int) -> float:
+        """Give the value at step `t`."""
+        share = min(max(t, 0) / self.total, 1.0)
+        return _between(self.peak, self.start, abs(2 * share - 1))
+
+
+@frozen
+class sine:  # noqa: N801 - used like a function
+    """Go from `start` to `peak` and back along half a sine.
+
+    Args:
+        total: Steps until `start` is reached again; it is kept from then on (see `repeat`).
+        start: Value at both ends.
+        peak: Value in the middle.
+
+    Raises:
+        ValueError: `total` is less than 1.
+
+    >>> [round(sine(4, 0.0, 1.0)(t), 3) for t in (0, 1, 2, 4, 9)]
+    [0.0, 0.707, 1.0, 0.0, 0.0]
+    """
+
+    total: int = field(validator=_check_total)
+    start: float
+    peak: float
+
+    def __call__(self, t: int) -> float:
+        """Give the value at step `t`."""
+        if t >= self.total:
+            return self.start
+        return self.start + (self.peak - self.start) * math.sin(math.pi * max(t, 0) / self.total)
+
+
+@frozen
+class inverse_sqrt:  # noqa: N801 - used like a function
+    """Rise in a straight line for `warmup` steps, then fall as one over the square root of the step.
+
+    The learning rate of the transformer (Vaswani et al., 2017, 5.3), which counts steps from 1:
+    with ``peak = (width * warmup) ** -0.5`` the value at `t` is that of their step ``t + 1``.
+
+    Args:
+        warmup: Steps until the peak.
+        peak: The highest value, at step ``warmup - 1``.
+
+    Raises:
+        ValueError: `warmup` is less than 1.
+
+    >>> [round(inverse_sqrt(4, 1.0)(t), 3) for t in (0, 1, 3, 15)]
+    [0.25, 0.5, 1.0, 0.5]
+    """
+
+    warmup: int = field(validator=_check_total)
+    peak: float
+
+    def __call__(self, t: int) -> float:
+        """Give the value at step `t`."""
+        count = max(t, 0) + 1
+        return self.peak * min(count / self.warmup, math.sqrt(self.warmup / count))
+
+
+@frozen
+class warmup:  # noqa: N801 - used like a function
+    """Go from `start` to the first value of `then` in a straight line, then follow it.
+
+    Args:
+        steps: Steps until `then` begins, from its step 0.
+        then: A schedule or a number.
+        start: Value at step 0.
+
+    Raises:
+        ValueError: `steps` is less than 1, or `then` is no schedule.
+
+    >>> [warmup(2, linear(4, 1.0, 0.0))(t) for t in (0, 1, 2, 3, 6)]
+    [0.0, 0.5, 1.0, 0.75, 0.0]
+    """
+
+    steps: int = field(validator=_check_total)
+    then: float | Schedule = field(validator=_check_schedule)
+    start: float = 0.0
+
+    def __call__(self, t: int) -> float:
+        """Give the value at step `t`."""
+        if t >= self.steps:
+            return value_at(self.then, t - self.steps)
+        return _between(self.start, value_at(self.then, 0), max(t, 0) / self.steps)
+
+
+@frozen
+class one_cycle:  # noqa: N801 - used like a function
+    """Go up from ``max_value / div`` to `max_value`, then down to ``max_value / div_final``, along half cosines.
+
+    The super-convergence of Smith and Topin (2018), in the form that fastai made known. After
+    `total` steps it stays where it ended.
+
+    Args:
+        total: Steps until the end.
+        max_value: The highest value.
+        pct_start: Share of the steps that go up, 0 to 1; their number is rounded up.
+        div: The first value is this many times less than the highest.
+        div_final: The last value is this many times less than the highest.
+
+    Raises:
+        ValueError: `total` is less than 1, `pct_start` is no share, or a divisor is not above 0.
+
+    >>> [round(one_cycle(8, 1.0)(t), 5) for t in (0, 1, 2, 5, 8, 20)]
+    [0.04, 0.52, 1.0, 0.50001, 1e-05, 1e-05]
+    """
+
+    total: int = field(validator=_check_total)
+    max_value: float
+    pct_start: float = 0.25
+    div: float = 25.0
+    div_final: float = 1e5
+
+    def __attrs_post_init__(self) -> None:
+        if not 0 <= self.pct_start <= 1:
+            raise ValueError(
+                f"one_cycle(pct_start={self.pct_start!r}) was given; expected a share of the steps, 0 to 1"
+            )
+        if not (self.div > 0 and self.div_final > 0):
+            raise ValueError(
+                f"one_cycle(div={self.div!r}, div_final={self.div_final!r}) was given; expected more than 0"
+            )
+
+    def __call__(self, t: int) -> float:
+        """Give the value at step `t`."""
+        up = math.ceil(self.total * self.pct_start)
+        end = self.max_value / self.div_final
+        if t >= self.total:
+            return end
+        if t < up:
+            return _half_cosine(self.max_value / self.div, self.max_value, max(t, 0) / up)
+        return _half_cosine(self.max_value, end, (t - up) / (self.total - up))
+
+
+@frozen(init=False)
+class sequence:  # noqa: N801 - used like a function
+    """Follow schedules one after the other; each begins at its step 0.
+
+    Args:
+        parts: Pairs (schedule, number of steps, rounded up). The last may be a schedule alone, which goes on
+            without an end; of a pair, the value after its steps is kept.
+
+    Raises:
+        ValueError: There is none, or one is no such pair.
+
+    >>> schedule = sequence((linear(2, 0.0, 1.0), 2), (constant(1.0), 3), step(1, 1.0, 0.5))
+    >>> [schedule(t) for t in (0, 1, 2, 4, 5, 6, 7)]
+    [0.0, 0.5, 1.0, 1.0, 1.0, 0.5, 0.25]
+    """
+
+    parts: tuple[tuple[float | Schedule, float], ...]
+
+    def __init__(self, *parts: tuple[float | Schedule, int] | float | Schedule) -> None:
+        read: list[tuple[Any, float]] = []
+        for index, part in enumerate(parts):
+            alone = index == len(parts) - 1 and not isinstance(part, (tuple, list))
+            pair: Any = (part, math.inf) if alone else part
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise ValueError(
+                    f"sequence was given {part!r} as part {index}; expected pairs (schedule, number of steps), only "
+                    "the last may be a schedule alone: sequence((linear(10, 0.0, 0.1), 10), constant(0.1))"
+                )
+            check_schedule(pair[0], f"part {index} of a sequence")
+            if not alone:
+                _check_total(self, None, pair[1])
+            read.append((pair[0], math.inf if alone else math.ceil(pair[1])))
+        if not read:
+            raise ValueError("sequence() was given nothing; expected pairs (schedule, number of steps)")
+        self.__attrs_init__(tuple(read))
+
+    def __call__(self, t: int) -> float:
+        """Give the value at step `t`."""
+        for schedule, length in self.parts[:-1]:
+            if t < length:
+                return value_at(schedule, t)
+            t -= int(length)
+        schedule, length = self.parts[-1]
+        return value_at(schedule, t if t < length else int(length))
+
+    def __repr__(self) -> str:
+        shown = [repr(part[0]) if part[1] == math.inf else repr(part) for part in self.parts]
+        return f"sequence({', '.join(shown)})"
+
+
+@frozen
+class shift:  # noqa: N801 - used like a function
+    """Begin a schedule later: its first value is kept for `steps` steps. A negative number begins inside it.
+
+    Args:
+        schedule: The schedule.
+        steps: How much later.
+
+    Raises:
+        ValueError: `schedule` is no schedule, or `steps` no whole number.
+
+    >>> [shift(linear(2, 1.0, 0.0), 2)(t) for t in (0, 2, 3, 4)]
+    [1.0, 1.0, 0.5, 0.0]
+    >>> shift(linear(2, 1.0, 0.0), -1)(0)
+    0.5
+    """
+
+    schedule: float | Schedule = field(validator=_check_schedule)
+    steps: int = field()
+
+    @steps.validator
+    def _check_steps(self, attribute: object, steps: object) -> None:
+        if not isinstance(steps, int):
+            raise ValueError(f"shift(steps={steps!r}) was given; expected a whole number")
+
+    def __call__(self, t: int) -> float:
+        """Give the value at step `t`."""
+        return value_at(self.schedule, max(t - self.steps, 0))
+
+
+@frozen
+class repeat:  # noqa: N801 - used like a function
+    """Begin a schedule anew every `every` steps; with a restart of `cosine`, SGDR (Loshchilov and Hutter, 2017).
+
+    Args:
+        schedule: The schedule.
+        every: Steps of one round.
+        times: How many rounds, after which the schedule's value at its step `every` is kept; left
+            out, there is no end.
+
+    Raises:
+        ValueError: `schedule` is no schedule, or a number is less than 1.
+
+    >>> [repeat(linear(2, 1.0, 0.0), 2)(t) for t in (0, 1, 2, 3, 4)]
+    [1.0, 0.5, 1.0, 0.5, 1.0]
+    >>> [repeat(linear(2, 1.0, 0.0), 2, times=1)(t) for t in (0, 1, 2, 3)]
+    [1.0, 0.5, 0.0, 0.0]
+    """
+
+    schedule: float | Schedule = field(validator=_check_schedule)
+    every: int = field(validator=_check_total)
+    times: int | None = field(default=None)
+
+    @times.validator
+    def _check_times(self, attribute: object, times: Any) -> None:
+        if times is not None and not (isinstance(times, int) and times >= 1):
+            raise ValueError(f"repeat(times={times!r}) was given; expected a whole number, 1 or more, or None")
+
+    def __call__(self, t: int) -> float:
+        """Give the value at step `t`."""
+        if self.times is not None and t >= self.every * self.times:
+            return value_at(self.schedule, self.every)
+        return value_at(self.schedule, max(t, 0) % self.every)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
 from fluxloop.data import TensorBatches
-from fluxloop.persist import is_stateful
+from fluxloop.persist import attributes, is_stateful
 from fluxloop.randomness import others_apart, start_generators, start_torch
 
 
@@ -187,6 +187,12 @@ def twin_of(source: Any) -> DataLoader[Any] | None:
     return _twins.get(source) if isinstance(source, DataLoader) else None
 
 
+def put_twin_back(source: Any, twin: DataLoader[Any] | None) -> None:
+    """Have a loader be run through a former twin again, whose workers may wait."""
+    if twin is not None:
+        _twins[source] = twin
+
+
 def _make_twin(loader: DataLoader[Any]) -> tuple[DataLoader[Any], _Indices]:
     """Give a loader's twin and its indices; one with workers that stay is kept."""
     twin = _twins.get(loader)
@@ -252,12 +258,31 @@ def own_generators(source: Any) -> list[torch.Generator]:
     return list(found.values())
 
 
+def _samplers(source: Any) -> list[Any]:
+    """List a loader's samplers that are not torch's own."""
+    sampler, batch_sampler = getattr(source, "sampler", None), getattr(source, "batch_sampler", None)
+    found = (sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+    own = {id(each): each for each in found if each is not None and type(each).__module__ != "torch.utils.data.sampler"}
+    return list(own.values()) if isinstance(source, DataLoader) else []
+
+
+def _scalars(thing: Any) -> dict[str, Any]:
+    return {name: value for name, value in attributes(thing).items() if type(value) in (bool, int, float, str)}
+
+
 def source_state(source: Any) -> dict[str, Any]:
-    """Give where a source's own generators stand."""
-    return {"own_generators": [generator.get_state() for generator in own_generators(source)]}
+    """Give what of a loader moves: its own generators, and the numbers that samplers of the user's keep."""
+    return {
+        "own_generators": [generator.get_state() for generator in own_generators(source)],
+        "samplers": [_scalars(sampler) for sampler in _samplers(source)],
+    }
 
 
 def put_source_back(source: Any, state: dict[str, Any]) -> None:
-    """Put a source's own generators where `source_state` found them."""
+    """Put a loader where `source_state` found it."""
     for generator, kept in zip(own_generators(source), state["own_generators"], strict=False):
         generator.set_state(kept)
+    for sampler, numbers in zip(_samplers(source), state["samplers"], strict=False):
+        for name, value in numbers.items():
+            if getattr(sampler, name, None) != value:
+                setattr(sampler, name, value)

@@ -30,6 +30,8 @@ TREE = {
     "PhaseError": (FluxloopError, TypeError),
     "MetricError": (FluxloopError, ValueError),
     "SanityCheckError": (FluxloopError, ValueError),
+    "CheckpointError": (FluxloopError, ValueError),
+    "LogExistsError": (FluxloopError, FileExistsError),
     "ReentrantFitError": (FluxloopError, RuntimeError),
     "MissingEntryError": (FluxloopError, AttributeError),
     "StateAccessError": (FluxloopError, Exception),

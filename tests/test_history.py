@@ -3,11 +3,14 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import pandas
 import pytest
 import torch
 from matplotlib.figure import Figure
 
 from fluxloop import (
+    EMA,
+    AveragedValidationPhase,
     CancelFittingException,
     Counts,
     CustomCallback,
@@ -147,6 +150,62 @@ def test_to_frame_gives_pandas_the_rows(monkeypatch: pytest.MonkeyPatch) -> None
     rows, columns = history.to_frame()
     assert rows == history.rows()
     assert columns == ["phase", "metric", "epoch", "value"]
+
+
+def test_a_real_data_frame_has_a_row_per_value_and_turns_into_a_table_of_epochs() -> None:
+    history = recorded(3, mae)
+    frame = history.to_frame()
+    assert list(frame.columns) == ["phase", "metric", "epoch", "value"]
+    assert len(frame) == len(history.rows()) == 12
+    assert frame["epoch"].dtype == "int64"
+    assert frame["value"].dtype == "float64"
+    table = frame.pivot_table(index="epoch", columns=["phase", "metric"], values="value")
+    assert list(table["ValidationPhase", "mae"]) == history["validation/mae"]
+    assert isinstance(toy_learner().history.to_frame(), pandas.DataFrame)
+    assert list(toy_learner().history.to_frame().columns) == ["phase", "metric", "epoch", "value"]
+
+
+def test_values_of_an_averaged_copy_stand_beside_the_others() -> None:
+    learner = toy_learner(Recorder(), Metrics(), EMA("model", 0.5))
+    history = learner.fit(2, phases=[TrainingPhase(), ValidationPhase(), AveragedValidationPhase()])
+    assert {row["metric"] for row in history.rows()} == {"loss", "loss@ema"}
+    assert [axes.get_title() for axes in history.plot().axes] == ["loss", "loss@ema"]
+    assert "validation/loss@ema: " in repr(history)
+
+
+def test_a_copy_of_the_rows_can_be_changed_without_changing_the_history() -> None:
+    history = recorded(1)
+    rows = history.rows()
+    rows[0]["value"] = -1.0
+    rows.clear()
+    history["training/loss"].append(3.0)
+    assert len(history["training/loss"]) == 1
+    assert history.rows()[0]["value"] > 0
+
+
+def test_a_metric_that_is_not_a_number_is_drawn_as_a_gap() -> None:
+    values = iter([1.0, float("nan"), 3.0] * 2)
+    history = recorded(3, Metric(_Next(values), name="odd", phase=TrainingPhase))
+    (line,) = next(axes for axes in history.plot().axes if axes.get_title() == "odd").get_lines()
+    assert len(line.get_ydata()) == 3
+    assert line.get_ydata()[1] != line.get_ydata()[1]
+
+
+class _Next:
+    """Gives a value for each epoch."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = values
+
+    def __deepcopy__(self, memo: Any) -> _Next:
+        return self
+
+    def update(self, preds: torch.Tensor, ys: torch.Tensor) -> None: ...
+
+    def compute(self) -> float:
+        return float(next(self.values))
+
+    def reset(self) -> None: ...
 
 
 def test_without_pandas_to_frame_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

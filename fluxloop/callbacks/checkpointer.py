@@ -14,17 +14,19 @@ from typing import Any, Literal
 from attrs import define, field
 
 from fluxloop.callback import UnsafeCallback, on
-from fluxloop.checkpoint import check_writers, gather
-from fluxloop.errors import CancelFittingException, CheckpointError
+from fluxloop.checkpoint import check_writers, gather, lasting
+from fluxloop.errors import CancelFittingException, CheckpointError, MissingProducerError
 from fluxloop.events import FitBegin, FitEnd, StepEnd
 from fluxloop.fit import FitScope, place_of
 from fluxloop.folder import Folder, Progress, name_of
+from fluxloop.history import TERMINATED
 from fluxloop.monitor import Mode, Monitor
 from fluxloop.persist import snapshot
 from fluxloop.phase import AbstractTrainingPhase, FittingPhase
 
-TERMINATED = "terminated (SIGTERM)"
 EXIT_CODE = 128 + signal.SIGTERM
+START: Progress = (0, 0, 0)
+"""Where a run begins: written too, so that one killed early is known, and removed after the next."""
 
 
 @define
@@ -36,7 +38,8 @@ class Checkpointer(UnsafeCallback):
     with other things in it is refused, and so is a run that an earlier one in the folder is ahead of.
     Checkpoints are written between steps, when everybody has finished with the last one.
 
-    A last checkpoint is written when the fit ends, also early, and where Ctrl+C ends it. At SIGTERM
+    One is written when the run begins (and removed with the first after it), and a last one when the
+    fit ends, also early, and where Ctrl+C ends it. At SIGTERM
     the running step is finished, a checkpoint written, and the process exits with status 143.
 
     Where the data or a phase's own `epoch` cannot be gone on with in the middle of an epoch, that is
@@ -92,16 +95,18 @@ class Checkpointer(UnsafeCallback):
 
     def __attrs_post_init__(self) -> None:
         Monitor(self.monitor, self.mode)
-        whole = self.unit == "second" or float(self.every).is_integer()
-        if isinstance(self.every, bool) or not self.every > 0 or not whole:
-            raise ValueError(f"Checkpointer(every={self.every!r}) was given; expected 1 or more {self.unit}s")
         if self.unit not in ("epoch", "step", "second"):
             raise ValueError(f"Checkpointer(unit={self.unit!r}) was given; expected 'epoch', 'step' or 'second'")
-        if (self.keep_last is not None and self.keep_last < 1) or self.keep_best < 0:
-            raise ValueError(
-                f"Checkpointer(keep_last={self.keep_last!r}, keep_best={self.keep_best!r}) was given; expected 1 or "
-                "more of the newest (None for all), and 0 or more of the best"
-            )
+        number = isinstance(self.every, (int, float)) and not isinstance(self.every, bool) and self.every > 0
+        if not number or (self.unit != "second" and not float(self.every).is_integer()):
+            raise ValueError(f"Checkpointer(every={self.every!r}) was given; expected 1 or more {self.unit}s")
+        for name, least in (("keep_last", 1), ("keep_best", 0)):
+            value = getattr(self, name)
+            if (type(value) is not int or value < least) and not (name == "keep_last" and value is None):
+                raise ValueError(
+                    f"Checkpointer({name}={value!r}) was given; expected a whole number, {least} or more"
+                    f"{', or None for all' if name == 'keep_last' else ''}"
+                )
 
     def init(self, learner: Any) -> None:
         """Take the folder."""
@@ -111,16 +116,21 @@ class Checkpointer(UnsafeCallback):
     def start(self, event: FitBegin, phase: FittingPhase, learner: Any) -> None:
         """Look whether the run may be written here, and wait for moments between steps."""
         check_writers(learner)
+        if self.keep_best and not learner.callbacks.writers("cbstate.metrics"):
+            raise MissingProducerError(
+                f"{self!r} keeps those with the best {self.monitor!r}, and no callback records metrics; add Metrics() "
+                "to the callbacks"
+            )
         Folder(self.folder).claim()
         here = self._where(learner, place_of(learner))
         for progress, path in Folder(self.folder).files():
-            if progress > here and Folder(self.folder).is_complete(path):
+            if progress[:2] > here[:2] and Folder(self.folder).is_complete(path):
                 raise CheckpointError(
                     f"an earlier run has come further than this one, to {path}; go on with it: "
                     f"fit(epochs, resume={str(self.folder)!r}), or give this run a folder of its own"
                 )
         there = (Folder(self.folder).path / name_of(here)).exists()
-        self._progress, self._reason = here if there else None, learner.history.stop_reason
+        self._progress, self._reason = here if there else None, lasting(learner.history.stop_reason)
         self._since, self._over, self._owing, self._told = monotonic(), False, False, False
         learner.safe_points.append(partial(self._look, learner))
         learner.defer(self._leave)
@@ -145,7 +155,8 @@ class Checkpointer(UnsafeCallback):
 
     def _look(self, learner: Any) -> None:
         """Write a checkpoint where one is due; end the fit where the process was asked to terminate."""
-        if learner.stop_requested or self._terminated or self._over or self._owing or self._is_due(learner):
+        begins = self._progress is None and isinstance(learner.scope, FitScope)
+        if begins or learner.stop_requested or self._terminated or self._over or self._owing or self._is_due(learner):
             self._write(learner)
         if self._terminated and not self._over:
             raise CancelFittingException(TERMINATED)
@@ -161,7 +172,7 @@ class Checkpointer(UnsafeCallback):
 
     def _where(self, learner: Any, place: dict[str, Any] | None) -> Progress:
         steps = sum(count for owner, count in learner.streams.positions().items() if owner.endswith("/step"))
-        return learner.history.cycles, 0 if place is None else place["index"], steps
+        return learner.history.cycles, steps, 0 if place is None else place["index"]
 
     def _write(self, learner: Any) -> None:
         """Write a checkpoint now, or say why not and write it when the epoch ends."""
@@ -175,9 +186,9 @@ class Checkpointer(UnsafeCallback):
             return
         if place is None:  # cut in the middle of an epoch: what was written last is what to go on from
             return
-        progress, reason = self._where(learner, place), learner.history.stop_reason
+        progress, reason = self._where(learner, place), lasting(learner.history.stop_reason)
         again = progress == self._progress
-        if progress == (0, 0, 0) or (again and (not self._over or reason == self._reason)):
+        if again and (not self._over or reason == self._reason):
             return
         self._written, self._since, self._owing = self._steps, monotonic(), False
         self._progress, self._reason = progress, reason
@@ -207,6 +218,8 @@ class Checkpointer(UnsafeCallback):
         """Write a file, in the place of one of the same moment; only then remove those that need not stay."""
         self.last = folder.add(progress, state, again)
         names = [path.name for _, path in folder.files()]
+        if names[0] == name_of(START) and len(names) > 1:
+            folder.remove({names.pop(0)})
         if self.keep_last is None:
             return
         best = sorted(self._scores, key=lambda name: self._scores[name], reverse=self.mode == "max")[: self.keep_best]

@@ -23,10 +23,12 @@ class PhaseMetrics(Container):
 
     Attributes:
         epochs: By metric, the (epoch from 1, value) of each epoch.
+        announced: Names of metrics that somebody will record, not necessarily after each epoch.
     """
 
     def __init__(self) -> None:
         self.epochs: dict[str, list[tuple[int, Any]]] = {}
+        self.announced: set[str] = set()
         self._sources: dict[str, str] = {}
         self.trackers: list[tuple[AnyMetric, Tracker]] = []
         """The metrics of the running epoch, or of the last one."""

@@ -64,9 +64,10 @@ class MetricSource(Callback):
             raise ValueError(f"every={value!r} was given; expected a number of epochs, 1 or more")
 
     def init(self, learner: Any) -> None:
-        """Publish the metrics' container, once."""
+        """Publish the metrics' container, once, and announce what will be recorded in it."""
         if "metrics" not in learner.cbstate:
             learner.cbstate.metrics = PhaseDict(PhaseMetrics)
+        learner.cbstate.metrics[self.recorded_as or AbstractTrainingPhase].announced.update(self.metric_names)
 
     @property
     def writes(self) -> tuple[str, ...]:  # type: ignore[override]  # computed: this base is nobody's to add

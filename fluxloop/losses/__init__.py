@@ -16,12 +16,15 @@ from fluxloop.losses.adversarial import (
 )
 from fluxloop.losses.contrastive import info_nce, nt_xent, supervised_contrastive
 from fluxloop.losses.distillation import dino_loss, distillation_loss, negative_cosine
+from fluxloop.losses.mixed import MixedLoss, MixedTargets
 from fluxloop.losses.reconstruction import kl_standard_normal, masked_mse, normalize_patches, squared_error
 from fluxloop.losses.redundancy import barlow_twins_loss, vicreg_loss
 
 __all__ = [
     "ADVERSARIAL_LOSSES",
     "AdversarialLoss",
+    "MixedLoss",
+    "MixedTargets",
     "barlow_twins_loss",
     "dino_loss",
     "distillation_loss",

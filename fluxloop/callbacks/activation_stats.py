@@ -1,0 +1,147 @@
+"""Watch how a network's activations are distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from attrs import define, field
+from torch import Tensor, nn
+
+from fluxloop.callback import Callback, on
+from fluxloop.callbacks.recorder import Recorder
+from fluxloop.errors import ModelError, did_you_mean
+from fluxloop.events import StepBegin
+from fluxloop.nested import tensors
+from fluxloop.phase import AbstractTrainingPhase
+
+
+def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+@define
+class ActivationStats(Callback):
+    """Record the mean, the standard deviation and the share of zeros of what modules compute.
+
+    ``cbstate.activations["encoder.0"]`` is a list of (step from 1, mean, std, zeros), one entry for
+    each time the module ran in that training step. Of several outputs the first tensor counts.
+    Activations that vanish, explode or die show there before the loss does (fastai's
+    ``ActivationStats``).
+
+    Modules have hooks in the recorded steps alone; the others cost nothing. Nothing waits for the
+    device.
+
+    Args:
+        pattern: Names of modules, as ``learner.weights`` knows them (``"encoder.0"``; a single model's parts
+            ``"0"``, ``"layer1.conv"``), or several. With a wildcard (``"*"``, ``"encoder.*"``) it
+            means those that have no parts of their own.
+        every: Record the first step and every so many.
+        near: What counts as zero: at most so far from it.
+
+    Raises:
+        ModelError: No module matches.
+        ValueError: `every` is less than 1.
+
+    Reads: model, cbstate.history
+    Writes: cbstate.activations
+    Runs after: Recorder
+    """
+
+    pattern: str | Sequence[str] = "*"
+    every: int = field(default=10, kw_only=True)
+    near: float = field(default=0.0, kw_only=True)
+
+    reads = ("model", "cbstate.history")
+    writes = ("cbstate.activations",)
+    run_after = (Recorder,)
+    draws = False
+
+    @every.validator
+    def _check_every(self, attribute: object, value: int) -> None:
+        if value < 1:
+            raise ValueError(f"ActivationStats(every={value!r}) was given; expected a number of steps, 1 or more")
+
+    def init(self, learner: Any) -> None:
+        """Look for the modules, and publish the statistics, once."""
+        self._modules(learner)
+        if "activations" not in learner.cbstate:
+            learner.cbstate.activations = {}
+
+    def _modules(self, learner: Any) -> dict[str, nn.Module]:
+        """Find the modules to watch, by name.
+
+        Raises:
+            ModelError: A pattern matches none.
+        """
+        named = modules_of(learner)
+        found: dict[str, nn.Module] = {}
+        for pattern in _patterns(self.pattern):
+            leaves = {name: module for name, module in named.items() if not list(module.children())}
+            matching = {name: module for name, module in leaves.items() if fnmatchcase(name, pattern)}
+            if pattern in named:
+                matching[pattern] = named[pattern]
+            if not matching:
+                raise ModelError(
+                    f"ActivationStats({pattern!r}) matches no module; there are {list(named)[:20]}"
+                    f"{did_you_mean(pattern, named)}"
+                )
+            found |= matching
+        return found
+
+    @on(StepBegin, AbstractTrainingPhase)
+    def watch(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Hook the modules for a step that is to be recorded."""
+        step = learner.cbstate.history[phase].steps
+        if step % self.every:
+            return
+        for name, module in self._modules(learner).items():
+            learner.defer(module.register_forward_hook(self._hook(learner, name, step + 1)).remove)
+
+    def _hook(self, learner: Any, name: str, step: int) -> Callable[..., None]:
+        def record(module: nn.Module, given: Any, made: Any) -> None:
+            if not torch.is_grad_enabled():  # somebody watches inside the step
+                return
+            values = next(tensors(made), None)
+            if values is None or not values.numel():
+                return
+            numbers: list[float] = []
+
+            def arrive(number: float) -> None:
+                numbers.append(number)
+                if len(numbers) == 3:
+                    learner.cbstate.activations.setdefault(name, []).append((step, *numbers))
+
+            for statistic in statistics(values, self.near):
+                learner.host(statistic, arrive)
+
+        return record
+
+
+def modules_of(learner: Any) -> dict[str, nn.Module]:
+    """Name every module of a learner as its weights are named: ``"model"``, ``"encoder.0"``."""
+    found: dict[str, nn.Module] = {}
+    models = [name for name in learner.weights if "@" not in name]
+    for model in models:
+        root = learner.weights[model]
+        for path, module in root.named_modules():
+            alone = models == ["model"] and path
+            found[path if alone else f"{model}.{path}".rstrip(".")] = module
+    return found
+
+
+@torch.no_grad()
+def statistics(values: Tensor, near: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the mean, the standard deviation and the share of zeros of a tensor, as scalars on its device.
+
+    Args:
+        values: Any shape, at least one number; of complex ones the magnitudes count.
+        near: What counts as zero: at most so far from it.
+    """
+    values = values.detach()
+    values = values.abs() if values.is_complex() else values
+    values = values if values.dtype == torch.float64 else values.float()
+    std, mean = torch.std_mean(values, correction=0)
+    return mean, std, (values.abs() <= near).to(values.dtype).mean()

@@ -1,0 +1,146 @@
+"""Write the metrics of each epoch into a table."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import define, field
+
+from fluxloop.callback import Callback, on
+from fluxloop.callbacks.metrics import Metrics
+from fluxloop.callbacks.recorder import Recorder
+from fluxloop.events import EpochEnd, FitBegin
+from fluxloop.logging.backend import Backend, log_to
+from fluxloop.logging.loggables import Loggable
+from fluxloop.logging.text_files import csv_line
+from fluxloop.phase import Phase, ProbePhase
+
+
+@define
+class _Row(Loggable):
+    """One row of a table, by column."""
+
+    cells: dict[str, Any]
+
+
+@define(eq=False, slots=False, repr=False)
+class _Table(Backend):
+    """A CSV file with the columns that its rows have; a new column is empty in the rows before.
+
+    A row is appended in one piece; for a new column the file is written anew beside the old one and
+    takes its place.
+    """
+
+    path: Path
+    _columns: list[str] = field(factory=list, init=False, repr=False)
+    _rows: int = field(default=0, init=False, repr=False)
+
+    def __repr__(self) -> str:
+        return f"CSVLogger({str(self.path)!r})"
+
+    def _place(self) -> str:
+        return str(self.path.absolute())
+
+    def _found(self) -> str | None:
+        return str(self.path) if self.path.exists() and self.path.stat().st_size else None
+
+    def _open(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def _position(self) -> dict[str, Any]:
+        return {"columns": list(self._columns), "rows": self._rows}
+
+    def _rewind(self, position: Any) -> None:
+        position = position or {"columns": [], "rows": 0}
+        rows = self._read()[: position["rows"]]
+        self._columns, self._rows = list(position["columns"]), len(rows)
+        if self.path.exists():
+            self._replace(rows)
+
+    def add(self, cells: Mapping[str, Any]) -> None:
+        """Append a row."""
+        new = [name for name in cells if name not in self._columns]
+        if new:
+            rows = self._read()
+            self._columns += new
+            self._replace(rows)
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            file.write(csv_line([cells.get(name, "") for name in self._columns]))
+        self._rows += 1
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        with self.path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    def _replace(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        beside = self.path.with_name(f".{self.path.name}.new")
+        lines = [csv_line(self._columns)] if self._columns else []
+        lines += [csv_line([row.get(name, "") for name in self._columns]) for row in rows]
+        beside.write_text("".join(lines), encoding="utf-8", newline="")
+        os.replace(beside, self.path)
+
+
+@log_to.register(_Table, _Row)
+def _append(backend: _Table, row: _Row, name: str, step: int, group: tuple[str, ...]) -> None:
+    backend.add(row.cells)
+
+
+@define
+class CSVLogger(Callback):
+    """Write a CSV file with a row per epoch of a phase: the epoch, the set, and a column per metric.
+
+    The set is the phase's data key, ``training`` or ``validation``. A row has the metrics of its
+    phase, and a training row what probes found at its end; a metric that comes up later gets a
+    column that is empty before. Each row is in the file when its epoch ends. Where the file cannot be
+    written, it warns once and the training goes on; resumed, the file goes on where the state was taken.
+
+    Args:
+        path: The file; its folder is made.
+
+    Raises:
+        LogExistsError: When a new fit begins and the file is there and not empty.
+
+    Reads: cbstate.history, cbstate.metrics
+    Runs after: Recorder, Metrics
+    """
+
+    path: Path = field(converter=Path, repr=lambda path: repr(str(path)))
+    _table: _Table = field(init=False, repr=False)
+
+    reads = ("cbstate.history", "cbstate.metrics")
+    run_after = (Recorder, Metrics)
+    draws = False
+
+    def __attrs_post_init__(self) -> None:
+        self._table = _Table(self.path)
+
+    @on(FitBegin)
+    def begin(self, event: FitBegin, phase: Phase, learner: Any) -> None:
+        """Refuse to write into another run's file; let go of it when the fit ends."""
+        self._table.begin()
+        learner.defer(self._table.close)
+
+    @on(EpochEnd)
+    def add_row(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
+        """Write what the epoch recorded."""
+        epoch = learner.cbstate.history[phase].epochs
+        row = {"epoch": epoch, "set": phase.data_key or type(phase).__name__}
+        for source in (type(phase), ProbePhase) if phase.gradients else (type(phase),):
+            for name, series in learner.cbstate.metrics[source].epochs.items():
+                if series and series[-1][0] == epoch and isinstance(series[-1][1], (int, float)):
+                    row[name] = series[-1][1]
+        log_to(self._table, _Row(row), "row", epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps: how far the file is written."""
+        return self._table.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a kept state."""
+        self._table.load_state_dict(state)

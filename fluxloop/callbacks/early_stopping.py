@@ -1,0 +1,270 @@
+"""End a fit when a metric says so, or after a time."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from time import monotonic
+from typing import Any
+
+from attrs import define, field
+
+from fluxloop.callback import Callback, on
+from fluxloop.errors import CancelFittingException, CheckpointError, MetricError, describe
+from fluxloop.events import CycleEnd, EpochBegin, EpochEnd, FitBegin, StepEnd
+from fluxloop.monitor import Mode, Monitor
+from fluxloop.phase import FittingPhase, Phase
+from fluxloop.stopping import Criterion, NoImprovement
+
+TRAINING_LOSS = Monitor("training/loss")
+
+
+@define
+class EarlyStopping(Callback):
+    """End the fit when a criterion says so about a metric's epoch values.
+
+    The criterion is told each new value when its epoch ends. The fit ends with the running cycle,
+    so that its other phases and what they record are complete; where a value comes in the middle
+    of another epoch (a validation between two training steps), and outside of a fit, at once.
+    ``history.stop_reason`` tells the metric, its value and epoch, the criterion and why.
+
+    The criterion begins anew in each fit and goes on in a resumed one; the one that was given is
+    not changed. Several of these may watch side by side.
+
+    Args:
+        criterion: From `fluxloop.stopping`, such as ``Patience(3) | InvalidValue()``; a number n
+            stands for ``NoImprovement(n, min_delta)``: n epochs without improvement on the best.
+        monitor: The phase's data key and the metric's name.
+        mode: ``"min"`` where less is better, ``"max"`` where more is.
+        min_epochs: The fit does not end before the metric's epoch of this number, counted in each
+            fit from 1; the criterion is told those values too.
+        min_delta: With a number as `criterion`: an improvement is by more than this.
+
+    Raises:
+        MetricError: The metric has not been recorded when the first cycle of a fit ends, is no
+            number, or the criterion needs training losses and there are none.
+        CancelFittingException: Outside of a fit, to the caller of ``learner.epoch``.
+        TypeError: `criterion` is neither a number nor a criterion.
+        ValueError: A number out of range, or another mode.
+
+    Reads: cbstate.metrics
+    """
+
+    criterion: Criterion | int
+    monitor: str = field(default="validation/loss", kw_only=True)
+    mode: Mode = field(default="min", kw_only=True)
+    min_epochs: int = field(default=0, kw_only=True)
+    min_delta: float = field(default=0.0, kw_only=True)
+    _watched: Monitor = field(init=False, repr=False)
+    _template: Criterion = field(init=False, repr=False)
+    _running: Criterion = field(init=False, repr=False)
+    _seen: int = field(default=0, init=False, repr=False)
+    _before: int = field(default=0, init=False, repr=False)
+    _training_losses: list[float] = field(factory=list, init=False, repr=False)
+    _training_seen: int = field(default=0, init=False, repr=False)
+    _reason: str | None = field(default=None, init=False, repr=False)
+    _fitting: bool = field(default=False, init=False, repr=False)
+    _open: int = field(default=0, init=False, repr=False)
+
+    reads = ("cbstate.metrics",)
+    draws = False
+
+    def __attrs_post_init__(self) -> None:
+        if not isinstance(self.criterion, (Criterion, int)) or isinstance(self.criterion, bool):
+            raise TypeError(
+                f"EarlyStopping({describe(self.criterion)}) was given; expected a number of epochs, or a criterion: "
+                "EarlyStopping(5), EarlyStopping(Patience(5) | InvalidValue())"
+            )
+        if isinstance(self.criterion, Criterion):
+            if self.min_delta:
+                raise ValueError(
+                    f"EarlyStopping(..., min_delta={self.min_delta!r}) was given with a criterion; it belongs to that: "
+                    f"NoImprovement(5, min_delta={self.min_delta!r})"
+                )
+            self._template = self.criterion
+        else:
+            if self.criterion < 1:
+                raise ValueError(
+                    f"EarlyStopping({self.criterion}) was given; expected a number of epochs without improvement, "
+                    "1 or more"
+                )
+            self._template = NoImprovement(self.criterion, self.min_delta)
+        if not isinstance(self.min_epochs, int) or isinstance(self.min_epochs, bool) or self.min_epochs < 0:
+            raise ValueError(f"min_epochs={self.min_epochs!r} was given; expected a number of epochs, 0 or more")
+        self._watched = Monitor(self.monitor, self.mode)
+        self._running = self._template.start(self.mode)
+
+    def init(self, learner: Any) -> None:
+        """Begin anew."""
+        self._begin(0, 0)
+        self._fitting, self._open = False, 0
+
+    def _begin(self, seen: int, training_seen: int) -> None:
+        self._running = self._template.start(self.mode)
+        self._seen = self._before = seen
+        self._training_seen, self._training_losses, self._reason = training_seen, [], None
+
+    @on(FitBegin, FittingPhase)
+    def start(self, event: FitBegin, phase: FittingPhase, learner: Any) -> None:
+        """Begin anew, unless the fit is resumed."""
+        self._fitting, self._open = True, 0
+        learner.defer(self._leave_fit)
+        if not getattr(event, "resumed", False):
+            metrics = learner.cbstate.metrics
+            newest, training = self._watched.newest(metrics), TRAINING_LOSS.newest(metrics)
+            self._begin(newest[0] if newest else 0, training[0] if training else 0)
+
+    def _leave_fit(self) -> None:
+        self._fitting = False
+
+    @on(EpochBegin)
+    def enter(self, event: EpochBegin, phase: Phase, learner: Any) -> None:
+        """Note that an epoch runs."""
+        self._open += 1
+        learner.defer(self._leave)
+
+    def _leave(self) -> None:
+        self._open = max(self._open - 1, 0)
+
+    @on(EpochEnd)
+    def look(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
+        """Tell the criterion a new value, if the epoch recorded one."""
+        metrics = learner.cbstate.metrics
+        if self._template.wants_training_losses():
+            self._keep_training_loss(metrics)
+        newest = self._watched.newest(metrics)
+        if newest is None or newest[0] == self._seen:
+            return
+        self._seen, value = newest
+        why = self._running.update(value, tuple(self._training_losses))
+        self._training_losses = []
+        if why is None or self._seen - self._before < self.min_epochs:
+            return
+        self._reason = (
+            f"{self._watched.metric} was {value:.6g} in epoch {self._seen}: {why} (EarlyStopping, {self._template!r})"
+        )
+        if not self._fitting or self._open > 1:
+            raise CancelFittingException(self._reason)
+
+    def _keep_training_loss(self, metrics: Any) -> None:
+        newest = TRAINING_LOSS.newest(metrics)
+        if newest is not None and newest[0] != self._training_seen:
+            self._training_seen = newest[0]
+            self._training_losses.append(newest[1])
+
+    @on(CycleEnd, FittingPhase)
+    def stop(self, event: CycleEnd, phase: FittingPhase, learner: Any) -> None:
+        """End the fit where the criterion said so; look whether there is such a metric."""
+        self._watched.require(learner.cbstate.metrics)
+        if self._template.wants_training_losses():
+            try:
+                TRAINING_LOSS.require(learner.cbstate.metrics)
+            except MetricError as error:
+                raise MetricError(f"{self._template!r} needs training losses: {error}") from error
+        if self._reason is not None:
+            raise CancelFittingException(self._reason)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps: the metric, what has been seen of it, and the criterion's state."""
+        return {
+            "monitor": self._watched.metric,
+            "mode": self.mode,
+            "seen": self._seen,
+            "before": self._before,
+            "training_seen": self._training_seen,
+            "training_losses": list(self._training_losses),
+            "reason": self._reason,
+            "criterion": self._running.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a kept state.
+
+        Raises:
+            CheckpointError: It is of another metric, mode or criterion; nothing is changed.
+        """
+        for what, now in (("monitor", self._watched.metric), ("mode", self.mode)):
+            if state[what] != now:
+                raise CheckpointError(
+                    f"the kept state of EarlyStopping has {what}={state[what]!r}, and this one {what}={now!r}; go on "
+                    "with the same, or begin anew in another folder"
+                )
+        running = self._template.start(self.mode)
+        running.load_state_dict(state["criterion"])
+        self._running = running
+        self._seen, self._before, self._training_seen = state["seen"], state["before"], state["training_seen"]
+        self._training_losses, self._reason = list(state["training_losses"]), state["reason"]
+
+
+def _seconds(given: Any) -> float | None:
+    """Give a duration in seconds."""
+    return given.total_seconds() if isinstance(given, timedelta) else given
+
+
+@define
+class Timer(Callback):
+    """End the fit after a training time, summed over resumed runs.
+
+    The clock runs from the begin of the fit, validation included, and is looked at after every
+    step of every phase. In epochs outside of a fit it runs during these epochs.
+
+    Args:
+        seconds: Or a ``datetime.timedelta``.
+        minutes: Added to the seconds.
+        hours: Added to both.
+
+    Raises:
+        CancelFittingException: Outside of a fit, to the caller of ``learner.epoch``.
+        ValueError: The time is not above 0.
+
+    Attributes:
+        elapsed: Seconds so far.
+    """
+
+    seconds: float | None = field(default=None, converter=_seconds)
+    minutes: float | None = field(default=None, kw_only=True)
+    hours: float | None = field(default=None, kw_only=True)
+    elapsed: float = field(default=0.0, init=False, repr=False)
+    _limit: float = field(default=0.0, init=False, repr=False)
+    _since: float = field(default=0.0, init=False, repr=False)
+    _fitting: bool = field(default=False, init=False, repr=False)
+
+    transient = ("_since", "_fitting")
+    draws = False
+
+    def __attrs_post_init__(self) -> None:
+        parts = ((self.seconds, 1), (self.minutes, 60), (self.hours, 3600))
+        if any(isinstance(part, bool) or not isinstance(part, (int, float, type(None))) for part, _ in parts):
+            raise ValueError(f"{self!r} was given; expected numbers, or a timedelta: Timer(hours=8)")
+        self._limit = sum(float(part) * factor for part, factor in parts if part is not None)
+        if not self._limit > 0:
+            raise ValueError(f"{self!r} was given; expected a time above 0: Timer(hours=8)")
+
+    def init(self, learner: Any) -> None:
+        """Begin anew."""
+        self.elapsed, self._fitting = 0.0, False
+
+    @on(FitBegin, FittingPhase)
+    def start(self, event: FitBegin, phase: FittingPhase, learner: Any) -> None:
+        """Start the clock; anew, unless the fit is resumed."""
+        if not getattr(event, "resumed", False):
+            self.elapsed = 0.0
+        self._since, self._fitting = monotonic(), True
+        learner.defer(self._leave_fit)
+
+    def _leave_fit(self) -> None:
+        self._fitting = False
+
+    @on(EpochBegin)
+    def start_epoch(self, event: EpochBegin, phase: Phase, learner: Any) -> None:
+        """Start the clock of an epoch outside of a fit."""
+        if not self._fitting:
+            self._since = monotonic()
+
+    @on(StepEnd)
+    def look(self, event: StepEnd, phase: Phase, learner: Any) -> None:
+        """Look at the clock."""
+        now = monotonic()
+        self.elapsed, self._since = self.elapsed + now - self._since, now
+        if self.elapsed >= self._limit:
+            spent, limit = timedelta(seconds=round(self.elapsed)), timedelta(seconds=self._limit)
+            raise CancelFittingException(f"{spent} of training, of {limit} allowed (Timer)")

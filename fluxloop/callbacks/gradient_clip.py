@@ -1,0 +1,176 @@
+"""Clip gradients before the optimizer steps."""
+
+from __future__ import annotations
+
+from math import isnan
+from typing import Any
+
+import torch
+from attrs import define, field
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+
+from fluxloop.callback import NoConflict, RunFirst, on, resolve_conflict
+from fluxloop.callbacks.metrics import Metrics
+from fluxloop.callbacks.probe import MetricSource
+from fluxloop.errors import CallbackConflictError, OptimizerError, did_you_mean
+from fluxloop.events import EpochBegin, EpochEnd, UpdateBegin
+from fluxloop.optimizers import owned_parameters
+from fluxloop.phase import AbstractTrainingPhase
+from fluxloop.view import look_up
+
+
+@define
+class GradientClip(MetricSource):
+    """Clip the gradients of the optimizer that is about to step.
+
+    By their norm, taken over all parameters of that optimizer together, as
+    ``torch.nn.utils.clip_grad_norm_`` does, or with `value` each entry by itself, as
+    ``clip_grad_value_`` does. Gradients are complete and unscaled then, in any phase. The other
+    optimizers' gradients are not touched. A norm that is not finite makes of the gradients what
+    torch makes of them: an infinite one zeros (NaN where an entry is infinite), NaN all NaN.
+
+    The norm before clipping is the step's entry ``grad_norm``, with named optimizers
+    ``grad_norms[name]``, a tensor on the device; its average over an epoch's updates is recorded
+    as ``"training/grad_norm"``, with named optimizers ``"training/grad_norm_<name>"`` (where a
+    `Recorder` counts the epochs).
+
+    Args:
+        max_norm: Largest norm, 0 or more; with 0 all gradients become 0.
+        norm_type: Which norm: 2, or another number above 0, infinity too.
+        value: Largest absolute value of an entry, 0 or more; then norms are not clipped.
+        optimizer: Name of the only one whose gradients are clipped; left out, every one's.
+
+    Raises:
+        OptimizerError: There is no such optimizer.
+        ValueError: A number is none, or out of range.
+
+    Reads: optimizer, history
+    Writes: step.grads, step.grad_norm, step.grad_norms, cbstate.metrics
+    Runs after: Recorder, Metrics
+    """
+
+    max_norm: float = 1.0
+    norm_type: float = field(default=2.0, kw_only=True)
+    value: float | None = field(default=None, kw_only=True)
+    optimizer: str | int | None = field(default=None, kw_only=True)
+    every: int = field(default=1, init=False, repr=False)
+    _totals: dict[str, Tensor] = field(factory=dict, init=False, repr=False)
+    _counts: dict[str, int] = field(factory=dict, init=False, repr=False)
+
+    reads = ("optimizer", "history")  # type: ignore[assignment]  # the base has one path
+    draws = False
+
+    def __attrs_post_init__(self) -> None:
+        for name, value in (("max_norm", self.max_norm), ("norm_type", self.norm_type), ("value", self.value)):
+            if name == "value" and value is None:
+                continue
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and not isnan(value)
+            if not number or value < 0 or (name == "norm_type" and value == 0):  # type: ignore[operator]  # a number
+                raise ValueError(
+                    f"GradientClip({name}={value!r}) was given; expected a number, "
+                    f"{'above 0' if name == 'norm_type' else '0 or more'}: GradientClip(1.0)"
+                )
+
+    @property
+    def writes(self) -> tuple[str, ...]:  # type: ignore[override]  # the base's is computed
+        """The gradients, their norm, and the metric."""
+        return ("step.grads", "step.grad_norm", "step.grad_norms", "cbstate.metrics")
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The norm of the one optimizer; those of all are known when they step."""
+        return (_metric(self.optimizer),)
+
+    def init(self, learner: Any) -> None:
+        """Look for the optimizer, and publish the metrics' container."""
+        super().init(learner)
+        self._totals, self._counts = {}, {}
+        if self.optimizer is not None:
+            names = _names(learner.optimizer)
+            if str(self.optimizer) not in names:
+                raise OptimizerError(
+                    f"GradientClip(optimizer={self.optimizer!r}): the learner has "
+                    f"{names or 'a single optimizer without a name: leave it out'}"
+                    f"{did_you_mean(str(self.optimizer), names)}"
+                )
+
+    @on(EpochBegin, AbstractTrainingPhase)
+    def start(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Begin the averages of an epoch."""
+        self._totals, self._counts = {}, {}
+
+    @on(UpdateBegin)
+    def clip(self, event: UpdateBegin, phase: Any, learner: Any) -> None:
+        """Clip the gradients that are about to be used."""
+        name = event.name
+        if self.optimizer is not None and name != str(self.optimizer):
+            return
+        optimizer = learner.optimizer if name is None else look_up(learner.optimizer, name)
+        parameters = [parameter for parameter in owned_parameters(optimizer) if parameter.grad is not None]
+        if self.value is None:
+            norm = clip_grad_norm_(parameters, float(self.max_norm), float(self.norm_type))
+        else:
+            norm = _norm(parameters, float(self.norm_type))
+            clip_grad_value_(parameters, float(self.value))
+        if name is None:
+            learner.step.grad_norm = norm
+        else:
+            if "grad_norms" not in learner.step:
+                learner.step.grad_norms = {}
+            learner.step.grad_norms[name] = norm
+        metric = _metric(name)
+        if metric in self._totals:
+            self._totals[metric] = self._totals[metric] + norm
+        else:
+            self._totals[metric] = norm.to(torch.float32 if norm.device.type == "mps" else torch.float64)
+        self._counts[metric] = self._counts.get(metric, 0) + 1
+
+    @on(EpochEnd, AbstractTrainingPhase)
+    def record(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Record the averages of the epoch."""
+        epoch = learner.history[phase].epochs
+        if epoch:
+            metrics = learner.cbstate.metrics[phase]
+            for name, total in self._totals.items():
+                metrics.record(name, epoch, total / self._counts[name], type(self).__name__)
+
+
+@resolve_conflict.register(GradientClip, Metrics)  # type: ignore[untyped-decorator]  # multipledispatch has no types
+def _epoch_values_last(clip: GradientClip, metrics: Metrics) -> RunFirst:
+    """The norm is recorded after the metrics; what metrics read of a step was clipped before its end."""
+    return RunFirst(metrics)
+
+
+@resolve_conflict.register(GradientClip, GradientClip)  # type: ignore[untyped-decorator]  # as above
+def _one_optimizer_each(a: GradientClip, b: GradientClip) -> NoConflict:
+    """Two clip the gradients of two optimizers.
+
+    Raises:
+        CallbackConflictError: They do not: which one goes first would matter.
+    """
+    if a.optimizer is None or b.optimizer is None or str(a.optimizer) == str(b.optimizer):
+        raise CallbackConflictError(
+            f"{a!r} and {b!r} both clip the gradients of one optimizer; keep one, or say whose each clips: "
+            "GradientClip(1.0, optimizer='G'), GradientClip(5.0, optimizer='D')"
+        )
+    return NoConflict()
+
+
+def _metric(name: str | int | None) -> str:
+    return "grad_norm" if name is None else f"grad_norm_{name}".lower()
+
+
+def _names(optimizers: Any) -> list[str]:
+    """List the names of optimizers held as a learner holds them; none for a single one."""
+    if isinstance(optimizers, torch.optim.Optimizer):
+        return []
+    if isinstance(optimizers, tuple) and not hasattr(optimizers, "_fields"):
+        return [str(index) for index, held in enumerate(optimizers) if held is not None]
+    return list(getattr(optimizers, "_fields", optimizers))
+
+
+def _norm(parameters: list[torch.nn.Parameter], norm_type: float) -> Tensor:
+    """Compute the norm of all gradients together."""
+    norms = [torch.linalg.vector_norm(p.grad, norm_type) for p in parameters if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.tensor(0.0)

@@ -1,0 +1,285 @@
+"""Log metrics, hyperparameters and traces to backends."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fluxloop.callback import Callback, on
+from fluxloop.callbacks.metrics import Metrics, seen_by
+from fluxloop.callbacks.recorder import Recorder
+from fluxloop.errors import CallbackTypeError, describe
+from fluxloop.events import EpochEnd, FitBegin, StepEnd
+from fluxloop.logging.backend import Backend, log_to
+from fluxloop.logging.loggables import HyperParameters, Loggable, Scalar, loggable
+from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase
+
+
+class LogCallback(Callback):
+    """Base of the callbacks that log: what they log to is flushed when an epoch ends, closed when a fit does.
+
+    A subclass handles what it likes and calls ``self.log(...)``. Backends may be shared by several.
+
+    Args:
+        backends: Where to.
+        name: Tells two of them apart.
+
+    Raises:
+        CallbackTypeError: There is none, or something that is no backend.
+        LogExistsError: When a new fit begins and there is another run's log.
+
+    Reads: cbstate.history
+    Runs after: Recorder
+    """
+
+    reads: ClassVar[Sequence[str]] = ("cbstate.history",)
+    run_after: ClassVar[Sequence[type[Callback]]] = (Recorder,)
+    draws: ClassVar[bool | None] = False
+
+    def __init__(self, *backends: Backend | Sequence[Backend], name: str | None = None) -> None:
+        super().__init__(name=name)
+        groups = [given if isinstance(given, (tuple, list)) else (given,) for given in backends]
+        self.backends: list[Backend] = [backend for group in groups for backend in group]
+        wrong = [backend for backend in self.backends if not isinstance(backend, Backend)]
+        if wrong or not self.backends:
+            raise CallbackTypeError(
+                f"{type(self).__name__} was given {describe(wrong[0]) if wrong else 'nothing'} to log to; expected a "
+                f"backend: {type(self).__name__}(..., CSV('metrics.csv')) or TensorBoard('runs/1')"
+            )
+
+    def log(self, thing: Loggable, name: str, step: int, group: tuple[str, ...]) -> None:
+        """Log something to every backend."""
+        log_to(self.backends, thing, name, step, group)
+
+    def log_number(self, name: str, step: int, group: tuple[str, ...], number: float) -> None:
+        """Log a number that has reached the host."""
+        self.log(Scalar(number), name, step, group)
+
+    @on(FitBegin)
+    def begin(self, event: FitBegin, phase: Phase, learner: Any) -> None:
+        """Refuse to write into another run's log; close what is opened when the fit ends."""
+        for backend in self.backends:
+            backend.begin()
+            learner.defer(backend.close)
+
+    @on(EpochEnd)
+    def flush(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
+        """Write what waits."""
+        for backend in self.backends:
+            backend.flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps: how far the backends have written."""
+        return {"backends": [backend.state_dict() for backend in self.backends]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a kept state."""
+        for backend, kept in zip(self.backends, state["backends"], strict=True):
+            backend.load_state_dict(kept)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, self.backends))})"
+
+
+def training_steps(learner: Any) -> int:
+    """Count the training steps ended, of all training phases."""
+    counts = learner.cbstate.history
+    return sum(counts[phase].steps for phase in counts if phase.gradients)
+
+
+def data_of(phase: Any) -> str:
+    """Give the group of a phase: its data key, or its class's name where it has none."""
+    return phase.data_key or (phase if isinstance(phase, type) else type(phase)).__name__
+
+
+class LogMetrics(LogCallback):
+    """Log the metrics: each step's values, and those of each epoch.
+
+    A step's are in the group ``("step", "training")``, over training steps; an epoch's in
+    ``("epoch", "training")`` and ``("epoch", "validation")``, over epochs, with what probes found.
+    Numbers reach the host without waiting for the device.
+
+    Args:
+        backends: Where to.
+        every: Log the values of every so many steps.
+        phase: The phases whose steps are logged; `Phase` logs those of validation too, over steps of their own.
+        name: Tells two of them apart.
+
+    Raises:
+        CallbackTypeError: There is no backend, or something that is none.
+        ValueError: `every` is less than 1.
+        LogExistsError: When a new fit begins and there is another run's log.
+
+    Reads: cbstate.history, cbstate.metrics
+    Runs after: Recorder, Metrics
+    """
+
+    reads = ("cbstate.history", "cbstate.metrics")
+    run_after = (Recorder, Metrics)
+
+    def __init__(
+        self,
+        *backends: Backend | Sequence[Backend],
+        every: int = 1,
+        phase: type[Phase] = AbstractTrainingPhase,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(*backends, name=name)
+        self.every = at_least_one(type(self).__name__, every)
+        self.phase = phase
+
+    @on(StepEnd)
+    def log_step(self, event: StepEnd, phase: Phase, learner: Any) -> None:
+        """Log the values of a step."""
+        if not isinstance(phase, self.phase):
+            return
+        step = training_steps(learner) if phase.gradients else learner.cbstate.history[phase].steps
+        if step % self.every == 0:
+            group = ("step", data_of(phase))
+            for name, value in learner.cbstate.metrics[phase].latest().items():
+                learner.host(value, partial(self.log_number, seen_by(phase, name), step, group))
+
+    @on(EpochEnd)
+    def log_epoch(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
+        """Log the values of an epoch."""
+        epoch = learner.cbstate.history[phase].epochs
+        for source in (type(phase), ProbePhase) if phase.gradients else (type(phase),):
+            for name, series in learner.cbstate.metrics[source].epochs.items():
+                if series and series[-1][0] == epoch and isinstance(series[-1][1], (int, float)):
+                    self.log(Scalar(series[-1][1]), name, epoch, ("epoch", data_of(source)))
+        self.flush(event, phase, learner)
+
+
+class LogHyperParams(LogCallback):
+    """Log hyperparameters: given ones when the first fit begins, scheduled ones in each training step that sets one.
+
+    Scheduled are those in ``cbstate.hyperparameters``; they are in the group
+    ``("step", "hyperparameters")``, over training steps.
+
+    Args:
+        backends: Where to.
+        params: By name; nested mappings become dotted names.
+        name: Tells two of them apart.
+
+    Raises:
+        CallbackTypeError: There is no backend, or something that is none.
+        LogExistsError: When a new fit begins and there is another run's log.
+
+    Reads: cbstate
+    Runs after: Recorder
+    """
+
+    reads = ("cbstate",)  # the whole of it: nobody need write the entry
+
+    def __init__(
+        self,
+        *backends: Backend | Sequence[Backend],
+        params: Mapping[str, Any] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(*backends, name=name)
+        self.params = HyperParameters(params or {})
+        self._logged = False
+        self._newest: dict[str, Any] = {}
+
+    def init(self, learner: Any) -> None:
+        """Begin anew."""
+        self._logged, self._newest = False, {}
+
+    @on(FitBegin)
+    def log_given(self, event: FitBegin, phase: Phase, learner: Any) -> None:
+        """Log the given hyperparameters, once."""
+        self.begin(event, phase, learner)
+        if self.params.values and not self._logged:
+            self.log(self.params, "hyperparameters", 0, ())
+        self._logged = True
+
+    @on(StepEnd, AbstractTrainingPhase)
+    def log_scheduled(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Log the scheduled hyperparameters that have a new value."""
+        if "hyperparameters" in learner.cbstate:
+            for name, value in _new_entries(learner.cbstate.hyperparameters, self._newest):
+                if isinstance(value, (int, float)):
+                    self.log(Scalar(value), name, training_steps(learner), ("step", "hyperparameters"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps: how far the backends have written, and what was logged last."""
+        return {**super().state_dict(), "logged": self._logged, "newest": dict(self._newest)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a kept state."""
+        super().load_state_dict(state)
+        self._logged, self._newest = state["logged"], dict(state["newest"])
+
+
+class LogTraces(LogCallback):
+    """Log what `Traces` recorded in each training step: numbers, and anything loggable.
+
+    They are in the group ``("step", "traces")``, over training steps; tensors of more than one
+    element, which `Traces` keeps as they are, need a function that makes a loggable of them, such as
+    ``Histogram``.
+
+    Args:
+        backends: Where to.
+        name: Tells two of them apart.
+
+    Raises:
+        CallbackTypeError: There is no backend, or something that is none.
+        LogExistsError: When a new fit begins and there is another run's log.
+
+    Reads: cbstate.history, cbstate.traces
+    Runs after: Recorder
+    """
+
+    reads = ("cbstate.history", "cbstate.traces")
+
+    def __init__(self, *backends: Backend | Sequence[Backend], name: str | None = None) -> None:
+        super().__init__(*backends, name=name)
+        self._newest: dict[str, dict[str, Any]] = {}
+
+    def init(self, learner: Any) -> None:
+        """Begin anew."""
+        self._newest = {}
+
+    @on(StepEnd, AbstractTrainingPhase)
+    def log_traced(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Log the step's traces."""
+        step, group = training_steps(learner), ("step", "traces")
+        newest = self._newest.setdefault(type(phase).__name__, {})
+        for name, value in _new_entries(learner.cbstate.traces[phase], newest):
+            if isinstance(value, Tensor) and value.numel() == 1:
+                learner.host(value.reshape(()), partial(self.log_number, name, step, group))
+            elif isinstance(value, (int, float, Loggable)):
+                self.log(loggable(value), name, step, group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps: how far the backends have written, and what was logged last."""
+        return {**super().state_dict(), "newest": copy.deepcopy(self._newest)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a kept state."""
+        super().load_state_dict(state)
+        self._newest = copy.deepcopy(state["newest"])
+
+
+def _new_entries(table: Any, newest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Give the newest value of each series of (step, value) that has one since the last time."""
+    for name, series in dict.items(table):  # not the read-only view's: it would copy the whole series each step
+        if series and newest.get(name) != series[-1][0]:
+            newest[name] = series[-1][0]
+            yield name, series[-1][1]
+
+
+def at_least_one(cls: str, every: int) -> int:
+    """Give a number of steps.
+
+    Raises:
+        ValueError: It is less than 1.
+    """
+    if every < 1:
+        raise ValueError(f"{cls}(every={every!r}) was given; expected a number of steps, 1 or more")
+    return every

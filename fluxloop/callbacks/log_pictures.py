@@ -1,0 +1,198 @@
+"""Log what is looked at: histograms, pictures of a step, sampled images."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from fluxloop.callback import on
+from fluxloop.callbacks.log import LogCallback, at_least_one, training_steps
+from fluxloop.errors import CallbackTypeError, describe
+from fluxloop.events import EpochBegin, EpochEnd, StepBegin, StepEnd
+from fluxloop.logging.backend import Backend
+from fluxloop.logging.loggables import Histogram, Image, loggable
+from fluxloop.nested import tensors
+from fluxloop.phase import AbstractTrainingPhase
+
+HistogramOf = Literal["weights", "gradients", "activations"]
+
+
+class LogHistograms(LogCallback):
+    """Log how weights, gradients and activations are distributed, every so many training steps.
+
+    They are in the groups ``("step", "weights")``, ``("step", "gradients")`` and
+    ``("step", "activations")``, over training steps, under the names of the trainable parameters and
+    of the modules without submodules. Activations are what such a module gave in its last call of
+    the step; its hook is there in the steps that are logged alone.
+
+    Args:
+        backends: Where to.
+        of: What to log.
+        every: In every so many training steps.
+        pattern: A regular expression that a name has to match somewhere; left out, all do.
+        name: Tells two of them apart.
+
+    Raises:
+        CallbackTypeError: There is no backend, or something that is none.
+        ValueError: `every` is less than 1, or `of` names something else.
+        LogExistsError: When a new fit begins and there is another run's log.
+
+    Reads: model, cbstate.history
+    Runs after: Recorder
+    """
+
+    reads = ("model", "cbstate.history")
+
+    def __init__(
+        self,
+        *backends: Backend | Sequence[Backend],
+        of: Sequence[HistogramOf] = ("weights", "gradients", "activations"),
+        every: int = 100,
+        pattern: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(*backends, name=name)
+        self.of = (of,) if isinstance(of, str) else tuple(of)
+        if not set(self.of) <= {"weights", "gradients", "activations"}:
+            raise ValueError(f"LogHistograms(of={of!r}) was given; expected some of weights, gradients, activations")
+        self.every = at_least_one(type(self).__name__, every)
+        self.pattern = re.compile(pattern or "")
+        self._given: dict[str, Tensor] = {}
+
+    @on(StepBegin, AbstractTrainingPhase)
+    def listen(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Have the modules tell what they give, in a step that is logged."""
+        self._given = {}
+        if "activations" in self.of and (training_steps(learner) + 1) % self.every == 0:
+            for name, module in self._named(learner, nn.Module.named_modules):
+                if not any(module.children()):
+                    learner.defer(module.register_forward_hook(partial(self._take, name)).remove)
+
+    def _take(self, name: str, module: nn.Module, inputs: Any, given: Any) -> None:
+        first = next(tensors(given), None)
+        if first is not None:
+            self._given[name] = first.detach().clone()  # a later module may change it in place
+
+    @on(StepEnd, AbstractTrainingPhase)
+    def log_histograms(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Log the histograms of a step."""
+        step = training_steps(learner)
+        if step % self.every == 0:
+            for name, parameter in self._named(learner, nn.Module.named_parameters):
+                if "weights" in self.of and parameter.requires_grad:
+                    self.log(Histogram(parameter), name, step, ("step", "weights"))
+                if "gradients" in self.of and parameter.grad is not None:
+                    self.log(Histogram(parameter.grad), name, step, ("step", "gradients"))
+            for name, given in self._given.items():
+                self.log(Histogram(given), name, step, ("step", "activations"))
+        self._given = {}
+
+    def _named(self, learner: Any, parts: Callable[[nn.Module], Any]) -> Iterator[tuple[str, Any]]:
+        models = learner.model
+        if isinstance(models, nn.Module):
+            named = [("", models)]
+        elif hasattr(models, "_fields"):
+            named = list(zip(models._fields, models, strict=True))
+        elif isinstance(models, tuple):
+            named = [(str(index), model) for index, model in enumerate(models)]
+        else:
+            named = list(vars(models).items())
+        for prefix, model in named:
+            for name, part in parts(model):
+                whole = ".".join(filter(None, (prefix, name))) or "model"
+                if self.pattern.search(whole):
+                    yield whole, part
+
+
+class LogVisualization(LogCallback):
+    """Log a picture of the step, every so many training steps.
+
+    It is in the group ``("step", "visualization")``, over training steps, under the function's name.
+
+    Args:
+        function: ``f(step)`` of the step's entries gives an image (C, H, W), images (N, C, H, W), a figure of
+            matplotlib, or any `Loggable`; None logs nothing.
+        backends: Where to.
+        every: In every so many training steps.
+        name: What it is called; left out, the function's name.
+
+    Raises:
+        CallbackTypeError: There is no backend, or something that is none.
+        ValueError: `every` is less than 1.
+        TypeError: What the function gives cannot be logged.
+        LogExistsError: When a new fit begins and there is another run's log.
+
+    Reads: step, cbstate.history
+    Runs after: Recorder
+    """
+
+    reads = ("step", "cbstate.history")
+    draws = None  # the function may
+
+    def __init__(
+        self,
+        function: Callable[[Any], Any],
+        *backends: Backend | Sequence[Backend],
+        every: int = 100,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(*backends, name=name)
+        if not callable(function):
+            raise CallbackTypeError(f"LogVisualization({describe(function)}, ...) was given; expected a function first")
+        self.function = function
+        self.every = at_least_one(type(self).__name__, every)
+        called = getattr(function, "__name__", "<lambda>")
+        self.label = name or ("visualization" if called == "<lambda>" else called)
+
+    @on(StepEnd, AbstractTrainingPhase)
+    def log_picture(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Log the picture of a step."""
+        step = training_steps(learner)
+        if step % self.every == 0:
+            picture = self.function(learner.step)
+            if picture is not None:
+                self.log(loggable(picture), self.label, step, ("step", "visualization"))
+
+    def __repr__(self) -> str:
+        return f"LogVisualization({self.label}, {', '.join(map(repr, self.backends))})"
+
+
+class LogImages(LogCallback):
+    """Log the grids that `SampleImages` makes, over training epochs, in the group ``("epoch", "images")``.
+
+    Args:
+        backends: Where to.
+        name: Tells two of them apart.
+
+    Raises:
+        CallbackTypeError: There is no backend, or something that is none.
+        LogExistsError: When a new fit begins and there is another run's log.
+
+    Reads: cbstate.history, cbstate.images
+    Runs after: Recorder
+    """
+
+    reads = ("cbstate.history", "cbstate.images")
+
+    def __init__(self, *backends: Backend | Sequence[Backend], name: str | None = None) -> None:
+        super().__init__(*backends, name=name)
+        self._before: dict[str, Tensor] = {}
+
+    @on(EpochBegin, AbstractTrainingPhase)
+    def look(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """See which grids there are before the epoch."""
+        self._before = dict(learner.cbstate.images)
+
+    @on(EpochEnd, AbstractTrainingPhase)
+    def log_new(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Log those that were made in this epoch."""
+        epoch = learner.cbstate.history[phase].epochs
+        for name, grid in learner.cbstate.images.items():
+            before = self._before.get(name)
+            if before is None or before.shape != grid.shape or not bool((before == grid).all()):
+                self.log(Image(grid), name, epoch, ("epoch", "images"))
+        self.flush(event, phase, learner)

@@ -1,0 +1,435 @@
+"""Use the schedulers of ``torch.optim.lr_scheduler``."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
+from typing import Any
+
+import torch
+from attrs import define, field
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fluxloop.access import overlap, parse
+from fluxloop.callback import Callback, NoConflict, RunFirst, on, resolve_conflict
+from fluxloop.callbacks.scheduler import Scheduler, Unit, check_unit, record
+from fluxloop.errors import CallbackConflictError, CheckpointError, describe
+from fluxloop.events import CycleEnd, EpochBegin, EpochEnd, StepBegin, StepEnd, UpdateEnd
+from fluxloop.hyperparameters import LearningRate, Momentum, OptimizerOption
+from fluxloop.monitor import Monitor
+from fluxloop.phase import AbstractTrainingPhase, FittingPhase, Phase
+
+Factory = Callable[[Optimizer], Any]
+HYPERPARAMETERS, METRICS = ("cbstate", "hyperparameters"), ("cbstate", "metrics")
+NOT_GIVEN = ("_last_lr",)
+"""What a torch scheduler has when it is made and nobody gave it: the optimizer's present rates."""
+
+
+@define
+class LRScheduler(Callback):
+    """Use any scheduler of ``torch.optim.lr_scheduler``: ``LRScheduler(partial(StepLR, step_size=10))``.
+
+    Each optimizer gets a scheduler of its own, made once, when the learner is made. It is stepped
+
+    - per epoch, when an epoch of a training phase ends;
+    - per step, when a training step ends in which its optimizer was updated (`UpdateEnd`), so not
+      after the in-between batches of an accumulation, and once however often it was updated;
+    - a `ReduceLROnPlateau`, or another whose ``step`` takes ``metrics``, when the epoch ends that
+      gave the monitored metric a new value. NaN is a value that is no improvement.
+
+    ``cbstate.hyperparameters["learning_rate"]`` is the list of (training step from 1, rate), with
+    an entry per step or epoch; ``"learning_rate/G"`` for a named optimizer, and
+    ``"learning_rate/0"``, ``"learning_rate/1"``, … where it has several parameter groups.
+
+    A checkpoint keeps the scheduler's state, and what it was made with: going on with another
+    `gamma` or `T_max` is an error, not a silent return to the old one.
+
+    Args:
+        factory: ``(optimizer) -> scheduler``: a ``functools.partial`` of a class, or a function.
+        unit: ``"step"`` or ``"epoch"``.
+        optimizer: Name of the optimizer; left out, all of them.
+        monitor: What a plateau's scheduler watches; left out, ``"validation/loss"``.
+
+    Raises:
+        TypeError: The factory is no function, or makes no scheduler.
+        ValueError: No such unit, or a monitor for a scheduler that takes none.
+        OptimizerError: When the learner is made: it has no such optimizer.
+        MetricError: When the first cycle ends: the monitored metric is not recorded.
+        CheckpointError: When a checkpoint is loaded: it is of a scheduler with other arguments.
+
+    Attributes:
+        schedulers: The torch schedulers by the optimizer's name, None for a single one.
+
+    Reads: (cbstate.metrics for a plateau)
+    Writes: cbstate.hyperparameters, optimizer (only the one that is named)
+    """
+
+    factory: Factory
+    unit: Unit = field(default="epoch", kw_only=True)
+    optimizer: str | None = field(default=None, kw_only=True)
+    monitor: str | None = field(default=None, kw_only=True)
+    schedulers: dict[str | None, Any] = field(factory=dict, init=False, repr=False)
+    _made: dict[str | None, dict[str, Any]] = field(factory=dict, init=False, repr=False)
+    _watched: Monitor | None = field(default=None, init=False, repr=False)
+    _target: LearningRate = field(init=False, repr=False)
+    _updated: set[str | None] = field(factory=set, init=False, repr=False)
+    _steps: int = field(default=0, init=False, repr=False)
+    _seen: int = field(default=0, init=False, repr=False)
+
+    draws = False
+
+    def __attrs_post_init__(self) -> None:
+        if not callable(self.factory):
+            raise TypeError(
+                f"LRScheduler({describe(self.factory)}) was given; expected a function of the optimizer: "
+                "LRScheduler(lambda optimizer: StepLR(optimizer, step_size=10))"
+            )
+        check_unit("LRScheduler", self.unit)
+        self._target = LearningRate(self.optimizer)
+        if self.monitor is not None:
+            self._watched = Monitor(self.monitor)
+        elif "ReduceLROnPlateau" in _mentioned(self.factory):
+            self._watched = Monitor()
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the scheduler
+        """The metrics, where one is watched."""
+        return () if self._watched is None else ("cbstate.metrics",)
+
+    @property
+    def writes(self) -> tuple[str, ...]:  # type: ignore[override]  # the optimizer's
+        """The records, and the optimizer."""
+        return ("cbstate.hyperparameters", *self._target.writes)
+
+    def init(self, learner: Any) -> None:
+        """Make the schedulers, once for an optimizer; begin counting."""
+        optimizers = dict(self._target.optimizers(learner))
+        if "hyperparameters" not in learner.cbstate:
+            learner.cbstate.hyperparameters = {}
+        held = {name: scheduler.optimizer for name, scheduler in self.schedulers.items()}
+        if held.keys() == optimizers.keys() and all(held[name] is optimizers[name] for name in held):
+            return
+        undo = [_kept(optimizer) for optimizer in optimizers.values()]
+        try:
+            schedulers = {name: self._make(optimizer) for name, optimizer in optimizers.items()}
+        except BaseException:
+            for put_back in undo:
+                put_back()
+            raise
+        self.schedulers = schedulers
+        self._made = {name: _state_when_made(scheduler) for name, scheduler in schedulers.items()}
+        self._updated, self._steps, self._seen = set(), 0, 0
+        if self._watched is not None:
+            newest = self._watched.newest(learner.cbstate.metrics)
+            self._seen = 0 if newest is None else newest[0]
+
+    def _make(self, optimizer: Optimizer) -> Any:
+        """Make the scheduler of an optimizer.
+
+        Raises:
+            TypeError: The factory makes something else.
+            ValueError: It is none for this optimizer, unit or monitor.
+        """
+        wrapped = "step" in vars(optimizer)
+        scheduler = self.factory(optimizer)
+        if not wrapped:  # torch's wrapper only notes that there was a step; `_advance` vouches for that
+            vars(optimizer).pop("step", None)
+        if not all(hasattr(scheduler, name) for name in ("step", "state_dict", "load_state_dict", "optimizer")):
+            raise TypeError(
+                f"the factory of LRScheduler made {describe(scheduler)}; expected a torch.optim.lr_scheduler"
+            )
+        if scheduler.optimizer is not optimizer:
+            raise ValueError(
+                "the factory of LRScheduler made a scheduler of another optimizer; expected one of the optimizer that "
+                "it is given: lambda optimizer: StepLR(optimizer, step_size=10)"
+            )
+        name = type(scheduler).__name__
+        if _takes_metrics(scheduler) and self._watched is None:
+            raise ValueError(f"{name} watches a metric; say which: LRScheduler(..., monitor='validation/loss')")
+        if _takes_metrics(scheduler) and self.unit == "step":
+            raise ValueError(f"{name} watches a metric of each epoch; expected LRScheduler(..., unit='epoch')")
+        if self._watched is not None and not _takes_metrics(scheduler):
+            raise ValueError(
+                f"monitor={self._watched.metric!r} was given for {name}, which watches nothing; leave it out"
+            )
+        return scheduler
+
+    @on(EpochBegin, AbstractTrainingPhase)
+    def begin_epoch(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Record the rates of an epoch."""
+        if self.unit == "epoch":
+            self._record(learner)
+
+    @on(StepBegin, AbstractTrainingPhase)
+    def begin_step(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Record the rates of a step."""
+        if self.unit == "step":
+            self._record(learner)
+
+    @on(UpdateEnd, AbstractTrainingPhase)
+    def note_update(self, event: UpdateEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Note that an optimizer was updated."""
+        if event.name in self.schedulers:
+            self._updated.add(event.name)
+
+    @on(StepEnd, AbstractTrainingPhase)
+    def end_step(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Step the schedulers of the optimizers that were updated."""
+        self._steps += 1
+        if self.unit == "step":
+            for name, scheduler in self.schedulers.items():
+                if name in self._updated:
+                    _advance(scheduler)
+        self._updated.clear()
+
+    @on(EpochEnd)
+    def end_epoch(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
+        """Step the schedulers that count epochs, or watch a metric that has a new value."""
+        if self._watched is not None:
+            newest = self._watched.newest(learner.cbstate.metrics)
+            if newest is not None and newest[0] != self._seen:
+                self._seen = newest[0]
+                for scheduler in self.schedulers.values():
+                    _advance(scheduler, newest[1])
+        elif self.unit == "epoch" and isinstance(phase, AbstractTrainingPhase):
+            for scheduler in self.schedulers.values():
+                _advance(scheduler)
+
+    @on(CycleEnd, FittingPhase)
+    def end_cycle(self, event: CycleEnd, phase: FittingPhase, learner: Any) -> None:
+        """Raise where nobody records the metric that is watched."""
+        if self._watched is not None and not self._seen:
+            self._watched.require(learner.cbstate.metrics)
+
+    def _record(self, learner: Any) -> None:
+        table = learner.cbstate.hyperparameters
+        for name, scheduler in self.schedulers.items():
+            groups = scheduler.optimizer.param_groups
+            for index, group in enumerate(groups):
+                label = _label(name, None if len(groups) == 1 else index)
+                if isinstance(group["lr"], Tensor):
+                    learner.host(group["lr"].detach().clone(), partial(record, table, label, self._steps + 1))
+                else:
+                    record(table, label, self._steps + 1, group["lr"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps: each scheduler's state, and the one that it had when it was made."""
+        schedulers = [
+            {
+                "optimizer": name,
+                "class": type(scheduler).__name__,
+                "made": _plain(self._made[name], type(scheduler).__name__),
+                "now": _plain(scheduler.state_dict(), type(scheduler).__name__),
+            }
+            for name, scheduler in self.schedulers.items()
+        ]
+        updated = [name for name in self.schedulers if name in self._updated]
+        return {"schedulers": schedulers, "updated": updated, "steps": self._steps, "seen": self._seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a kept state; the optimizer is left as it is.
+
+        Raises:
+            CheckpointError: It is the state of another scheduler, or of one with other arguments.
+        """
+        kept = {entry["optimizer"]: entry for entry in state["schedulers"]}
+        if kept.keys() != self.schedulers.keys():
+            raise CheckpointError(
+                f"the checkpoint's LRScheduler has schedulers for the optimizers {list(kept)}, this one for "
+                f"{list(self.schedulers)}; make it as it was"
+            )
+        for name, scheduler in self.schedulers.items():
+            _check_same(scheduler, self._made[name], kept[name])
+        for name, scheduler in self.schedulers.items():
+            scheduler.load_state_dict(_restored(kept[name]["now"], scheduler.state_dict()))
+        self._updated, self._steps, self._seen = set(state["updated"]), state["steps"], state["seen"]
+
+
+@cache
+def _label(optimizer: str | None, group: int | None) -> str:
+    return LearningRate(optimizer, group).label
+
+
+def _mentioned(factory: Any) -> set[str]:
+    """Give the names that a factory's code mentions, the class's where it is one or a partial of one."""
+    while isinstance(factory, partial):
+        factory = factory.func
+    code = getattr(factory, "__code__", None)
+    return {getattr(factory, "__name__", ""), *(code.co_names if code is not None else ())}
+
+
+def _takes_metrics(scheduler: Any) -> bool:
+    return "metrics" in inspect.signature(scheduler.step).parameters
+
+
+def _stepped() -> None:
+    """Stand for an optimizer's ``step`` while a scheduler looks at it."""
+
+
+_stepped._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # where torch looks
+
+
+def _advance(scheduler: Any, *metrics: float) -> None:
+    """Step a torch scheduler, without its warning that the optimizer has not been stepped before.
+
+    An epoch may have had no update, and torch sees only what goes through its wrapper of ``step``,
+    which costs every update 15 µs.
+    """
+    optimizer = scheduler.optimizer
+    wrapped = "step" in vars(optimizer)
+    if not wrapped:
+        optimizer.step = _stepped
+    optimizer._opt_called = True
+    try:
+        scheduler.step(*metrics)
+    finally:
+        if not wrapped:
+            del optimizer.step
+
+
+def _kept(optimizer: Optimizer) -> Callable[[], None]:
+    """Keep an optimizer's options; return what puts them back."""
+    kept = [(group, dict(group)) for group in optimizer.param_groups]
+    tensors = [(v, v.clone()) for _, old in kept for v in old.values() if isinstance(v, Tensor)]
+    step = vars(optimizer).get("step")
+
+    def put_back() -> None:
+        for group, old in kept:
+            group.clear()
+            group.update(old)
+        with torch.no_grad():
+            for tensor, value in tensors:
+                tensor.copy_(value)
+        vars(optimizer).pop("step", None)
+        if step is not None:
+            vars(optimizer)["step"] = step
+
+    return put_back
+
+
+def _state_when_made(scheduler: Any) -> dict[str, Any]:
+    """Give what tells how a scheduler was made: its state, and what it put into the parameter groups."""
+    optimizer = scheduler.optimizer
+    known = {*optimizer.defaults, "params", "param_names"}
+    added = [{k: v for k, v in group.items() if k not in known} for group in optimizer.param_groups]
+    made: dict[str, Any] = _plain({**scheduler.state_dict(), "param_groups": added}, type(scheduler).__name__)
+    return made
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Copy a value as plain data; functions are left out, they come from the script.
+
+    Raises:
+        CheckpointError: Something in it is no plain data.
+    """
+    if value is None or type(value) in (bool, int, float, complex, str):
+        return value
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {key: _plain(item, f"{where}.{key}") for key, item in value.items() if not callable(item)}
+    if isinstance(value, (list, tuple, set, deque)):
+        items = [None if callable(item) else _plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    if isinstance(value, (int, float)):  # NumPy's
+        return float(value) if isinstance(value, float) else int(value)
+    raise CheckpointError(
+        f"{where} is {describe(value)}, which no checkpoint can keep; expected numbers, texts, tensors or containers "
+        "of these. Give the scheduler a state_dict and a load_state_dict without it"
+    )
+
+
+def _restored(value: Any, present: Any) -> Any:
+    """Copy plain data into containers of the kinds that a scheduler has."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().to(present.device if isinstance(present, Tensor) else value.device)
+    if isinstance(value, dict):
+        old = present if isinstance(present, Mapping) else {}
+        items = {key: _restored(item, old.get(key)) for key, item in value.items()}
+        return Counter(items) if isinstance(present, Counter) else items
+    if isinstance(value, (list, tuple)):
+        held = list(present) if isinstance(present, (list, tuple)) else []
+        copied = [_restored(item, held[i] if i < len(held) else None) for i, item in enumerate(value)]
+        kind = type(present) if type(present) in (list, tuple, set, deque) else type(value)
+        return kind(copied)
+    return value
+
+
+def _check_same(scheduler: Any, made: dict[str, Any], kept: dict[str, Any]) -> None:
+    """Raise for a scheduler that was made otherwise than the one in a checkpoint.
+
+    Raises:
+        CheckpointError: Names the arguments, with both values.
+    """
+    name = type(scheduler).__name__
+    if kept["class"] != name:
+        raise CheckpointError(f"the checkpoint's scheduler is a {kept['class']}, this one a {name}; make it as it was")
+    found = [f"{where}={old!r}, now {where}={new!r}" for where, old, new in _differences(kept["made"], made, "")]
+    if found:
+        raise CheckpointError(
+            f"the checkpoint's {name} was made with {'; '.join(found[:3])}. Make it with the old values to go on; for "
+            "new ones begin a new training from the weights"
+        )
+
+
+def _differences(old: Any, new: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+    """Give where two states differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            if key not in NOT_GIVEN:
+                yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
+    elif isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)) and len(old) == len(new):
+        for index, (a, b) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(a, b, f"{where}[{index}]")
+    elif isinstance(old, Tensor) or isinstance(new, Tensor):
+        if not torch.equal(torch.as_tensor(old).cpu(), torch.as_tensor(new).cpu()):
+            yield where, old, new
+    elif old != new:
+        yield where, old, new
+
+
+@resolve_conflict.register(LRScheduler, LRScheduler)  # type: ignore[untyped-decorator]  # multipledispatch has no types
+def _one_each(a: LRScheduler, b: LRScheduler) -> NoConflict:
+    """Two of them may schedule different optimizers.
+
+    Raises:
+        CallbackConflictError: They schedule the same one.
+    """
+    if a._target.overlaps(b._target):
+        raise CallbackConflictError(
+            f"{a!r} and {b!r} schedule the same optimizer; name another one in each, LRScheduler(..., optimizer='G'), "
+            "or make one of both with torch's ChainedScheduler or SequentialLR"
+        )
+    return NoConflict()
+
+
+@resolve_conflict.register(Scheduler, LRScheduler)  # type: ignore[untyped-decorator]  # multipledispatch has no types
+def _not_the_same_rate(a: Scheduler, b: LRScheduler) -> NoConflict:
+    """A Scheduler may set what this one does not.
+
+    Raises:
+        CallbackConflictError: Both set the learning rate, or the momentum, of one optimizer.
+    """
+    taken: list[OptimizerOption] = [b._target]
+    if not {"OneCycleLR", "CyclicLR"}.isdisjoint(_mentioned(b.factory)):
+        taken.append(Momentum(b.optimizer))
+    for parameter in a.schedules:
+        for other in taken:
+            if parameter.overlaps(other):
+                raise CallbackConflictError(
+                    f"{parameter!r} of a Scheduler is set by {b!r} as well; keep one of them, or name the "
+                    "optimizer of each"
+                )
+    return NoConflict()
+
+
+@resolve_conflict.register(LRScheduler, Callback)  # type: ignore[untyped-decorator]  # multipledispatch has no types
+def _around_a_plateau(a: LRScheduler, b: Callback) -> RunFirst | NoConflict | None:
+    """A plateau's scheduler follows whoever records metrics, also those who read the optimizer that it will change."""
+    paths = {mode: [parse(path, "LRScheduler") for path in getattr(b, mode)] for mode in ("reads", "writes")}
+    if a._watched is None or any(overlap(path, HYPERPARAMETERS) for path in (*paths["reads"], *paths["writes"])):
+        return None
+    return RunFirst(b) if any(overlap(path, METRICS) for path in paths["writes"]) else NoConflict()

@@ -1,0 +1,181 @@
+"""Set hyperparameters by schedules while training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations
+from typing import Any, Literal
+
+from attrs import define, field
+
+from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
+from fluxloop.errors import CallbackConflictError, describe, did_you_mean
+from fluxloop.events import EpochBegin, EpochEnd, StepBegin, StepEnd
+from fluxloop.hyperparameters import HyperParameter, as_hyperparameter, get_hyperparameter, set_hyperparameter
+from fluxloop.phase import AbstractTrainingPhase
+from fluxloop.schedules import Schedule, check_schedule, value_at
+
+Unit = Literal["step", "epoch"]
+
+
+def check_unit(callback: str, unit: object) -> None:
+    """Raise for a unit that is neither ``"step"`` nor ``"epoch"``.
+
+    Raises:
+        ValueError: Names the one that was probably meant.
+    """
+    if unit not in ("step", "epoch"):
+        raise ValueError(
+            f"{callback}(unit={unit!r}) was given; expected 'step' or 'epoch'"
+            f"{did_you_mean(str(unit), ('step', 'epoch'))}"
+        )
+
+
+def record(table: dict[str, list[tuple[int, Any]]], label: str, step: int, value: Any) -> None:
+    """Record the value that a training step has; a second one replaces the first.
+
+    Args:
+        table: ``cbstate.hyperparameters``.
+        label: The hyperparameter's.
+        step: From 1.
+        value: Its value.
+    """
+    series = table.setdefault(label, [])
+    if series and series[-1][0] == step:
+        series.pop()
+    series.append((step, value))
+
+
+def _read(schedules: Any) -> dict[HyperParameter, float | Schedule]:
+    """Read what is scheduled how.
+
+    Raises:
+        TypeError: No mapping, or something in it is no hyperparameter.
+        ValueError: Something is no schedule, or two of them would set the same thing.
+    """
+    if not isinstance(schedules, Mapping):
+        raise TypeError(
+            f"Scheduler({describe(schedules)}) was given; expected schedules by hyperparameter: "
+            "Scheduler({LearningRate: one_cycle(1000, 0.1)})"
+        )
+    read: dict[HyperParameter, float | Schedule] = {}
+    for given, schedule in schedules.items():
+        parameter = as_hyperparameter(given)
+        check_schedule(schedule, f"the hyperparameter {parameter.label!r}")
+        if parameter in read:
+            raise ValueError(f"Scheduler was given {parameter!r} twice; expected one schedule for each")
+        read[parameter] = schedule
+    for first, second in combinations(read, 2):
+        if first.overlaps(second) or second.overlaps(first):
+            raise ValueError(
+                f"Scheduler was given {first!r} and {second!r}, which set the same thing; keep one of them"
+            )
+        if first.label == second.label:
+            raise ValueError(
+                f"Scheduler was given {first!r} and {second!r}, both recorded as {first.label!r}; give one a label of "
+                f"its own: Attribute(..., label={first.label + '2'!r})"
+            )
+    return read
+
+
+@define
+class Scheduler(Callback):
+    """Set hyperparameters by schedules: ``Scheduler({LearningRate: one_cycle(1000, 0.1)})``.
+
+    At the begin of each training step (or epoch) every hyperparameter is set to ``schedule(t)``,
+    where `t` counts the training steps (or epochs) that have ended, from 0, over all training
+    phases together. So a step that was cancelled does not count: the next one gets the same value.
+    In other phases nothing is set and nothing counted.
+
+    ``cbstate.hyperparameters["learning_rate"]`` is the list of (training step from 1, value), with
+    one entry for each time it was set. Schedules must not draw random numbers.
+
+    Args:
+        schedules: Schedules or numbers by hyperparameter: `LearningRate` (every optimizer and
+            parameter group), ``LearningRate("G", group=1)``, `WeightDecay`, `Momentum`,
+            ``Attribute(ema, "decay")``, or one of your own.
+        unit: What `t` counts, ``"step"`` or ``"epoch"``.
+
+    Raises:
+        TypeError: Something is no hyperparameter.
+        ValueError: Something is no schedule, two set the same thing, or there is no such unit.
+        OptimizerError: When the learner is made: it has no such optimizer, group or option.
+
+    Writes: cbstate.hyperparameters, optimizer (or what its hyperparameters say)
+    """
+
+    schedules: dict[HyperParameter, float | Schedule] = field(converter=_read)
+    unit: Unit = field(default="step")
+    _labels: tuple[str, ...] = field(init=False, repr=False)
+    _steps: int = field(default=0, init=False, repr=False)
+    _epochs: int = field(default=0, init=False, repr=False)
+
+    draws = False
+
+    @_labels.default
+    def _read_labels(self) -> tuple[str, ...]:
+        return tuple(parameter.label for parameter in self.schedules)
+
+    @unit.validator
+    def _check_unit(self, attribute: object, unit: object) -> None:
+        check_unit("Scheduler", unit)
+
+    @property
+    def writes(self) -> tuple[str, ...]:  # type: ignore[override]  # its hyperparameters'
+        """The records, and what the hyperparameters change."""
+        changed = dict.fromkeys(path for parameter in self.schedules for path in parameter.writes)
+        return ("cbstate.hyperparameters", *changed)
+
+    def init(self, learner: Any) -> None:
+        """Check that every hyperparameter is there, and begin counting; nothing is set yet."""
+        for parameter in self.schedules:
+            get_hyperparameter(learner, parameter)
+        self._steps = self._epochs = 0
+        if "hyperparameters" not in learner.cbstate:
+            learner.cbstate.hyperparameters = {}
+
+    @on(EpochBegin, AbstractTrainingPhase)
+    def begin_epoch(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Set the hyperparameters of an epoch."""
+        if self.unit == "epoch":
+            self._set(learner, self._epochs)
+
+    @on(StepBegin, AbstractTrainingPhase)
+    def begin_step(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Set the hyperparameters of a step."""
+        if self.unit == "step":
+            self._set(learner, self._steps)
+
+    @on(StepEnd, AbstractTrainingPhase)
+    def count_step(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Count a step."""
+        self._steps += 1
+
+    @on(EpochEnd, AbstractTrainingPhase)
+    def count_epoch(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Count an epoch."""
+        self._epochs += 1
+
+    def _set(self, learner: Any, t: int) -> None:
+        table = learner.cbstate.hyperparameters
+        for (parameter, schedule), label in zip(self.schedules.items(), self._labels, strict=True):
+            value = value_at(schedule, t)
+            set_hyperparameter(learner, parameter, value)
+            record(table, label, self._steps + 1, value)
+
+
+@resolve_conflict.register(Scheduler, Scheduler)  # type: ignore[untyped-decorator]  # multipledispatch has no types
+def _different_things(a: Scheduler, b: Scheduler) -> NoConflict:
+    """Two schedulers of different hyperparameters may run in either order.
+
+    Raises:
+        CallbackConflictError: They set the same one.
+    """
+    for first in a.schedules:
+        for second in b.schedules:
+            if first.overlaps(second) or second.overlaps(first) or first.label == second.label:
+                raise CallbackConflictError(
+                    f"two Schedulers set the same thing, {first!r} and {second!r}; keep one of them, or name the "
+                    "optimizer or parameter group of each"
+                )
+    return NoConflict()

@@ -1,0 +1,254 @@
+"""Average the weights that training goes through at its end."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import torch
+from attrs import define, field
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from fluxloop.access import weights_path
+from fluxloop.callback import Callback, on
+from fluxloop.errors import DataError, ModelError, describe
+from fluxloop.events import EpochBegin, EpochEnd, FitEnd, StepEnd
+from fluxloop.feed import untouched
+from fluxloop.history import INTERRUPTED, TERMINATED
+from fluxloop.loop import switch_modes
+from fluxloop.models import device_of
+from fluxloop.nested import map_tensors
+from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, Phase
+from fluxloop.randomness import drawing, stream_seed
+
+Forward = Callable[[nn.Module, Any], object]
+
+
+def run_inputs(module: nn.Module, batch: Any) -> object:
+    """Run a module on a batch, or on the first of a batch's items."""
+    return module(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+@define
+class StochasticWeightAveraging(Callback):
+    """Keep the equal average of the weights at the ends of training epochs (Izmailov et al., 2018).
+
+    The n-th average moves by ``(live - average) / n``, as ``torch.optim.swa_utils.AveragedModel``
+    computes it. It is a module of its own, ``learner.weights["model@swa"]``; the live weights are
+    never replaced. Until the first average it is the live weights. Whatever evaluates it says so::
+
+        class SWAValidation(ValidationPhase):
+            model_view = "swa"
+
+        learner.fit(20, phases=[TrainingPhase(), ValidationPhase(), SWAValidation()])
+        learner.evaluate(phase=SWAValidation())
+
+    Batch norm's statistics of the average are those of its own activations, computed over the training data
+    (as ``torch.optim.swa_utils.update_bn`` does) before a phase runs the average, and when the
+    fit ends by itself; the training's data order and random numbers are not moved. Who reads the
+    average at another time, such as a probe, or after Ctrl+C, finds the live model's statistics.
+
+    The averaged weights should differ: the paper keeps the learning rate constant or cyclic from
+    `start` on, which is a `Scheduler`'s to say, or ``torch.optim.swa_utils.SWALR``'s with `LRScheduler`.
+
+    Args:
+        model: Name of the weights: a model's, ``"model"`` for a single one, or a part's, ``"encoder.0"``.
+        start: Training epochs (steps, with ``unit="step"``) that go by before the first average.
+        every: Average after every so many from then on.
+        unit: ``"epoch"`` or ``"step"``, of the training.
+        forward: ``(module, batch)`` runs the average on a batch for batch norm's statistics; left
+            out, on the batch, or on the first item of a tuple or list.
+        view: What stands behind the ``@``.
+
+    Raises:
+        ModelError: There are no such weights, or they have seen no batch (lazy modules).
+        ValueError: `start` is less than 0, `every` less than 1, or `unit` another word.
+        DataError: There is batch norm, and no training data that can be iterated again.
+
+    Attributes:
+        num_averaged: How many averages have been taken.
+
+    Reads: model, data, seed (only the model that is averaged)
+    Writes: model (only the average: "model@swa")
+    """
+
+    model: str = "model"
+    start: int = field(default=0, kw_only=True)
+    every: int = field(default=1, kw_only=True)
+    unit: Literal["epoch", "step"] = field(default="epoch", kw_only=True)
+    forward: Forward = field(default=run_inputs, kw_only=True, repr=False)
+    view: str = field(default="swa", kw_only=True)
+    num_averaged: int = field(default=0, init=False, repr=False)
+    _done: int = field(default=0, init=False, repr=False)
+    _stale: bool = field(default=False, init=False, repr=False)
+    _average: nn.Module | None = field(default=None, init=False, repr=False)
+    _kept: dict[str, Any] | None = field(default=None, init=False, repr=False)
+
+    draws = False  # what running over the data draws is put back
+
+    def __attrs_post_init__(self) -> None:
+        if self.start < 0 or self.every < 1 or self.unit not in ("epoch", "step"):
+            raise ValueError(
+                f"{self!r} was given; expected start of 0 or more, every of 1 or more, and unit='epoch' or 'step'"
+            )
+        if "@" in self.model or not self.view.isidentifier():
+            raise ModelError(f"{self!r} was given; expected live weights, and the name of a view, such as 'swa'")
+
+    @property
+    def average(self) -> str:
+        """Name of the average, for ``learner.weights``."""
+        return f"{self.model}@{self.view}"
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # type: ignore[override]  # the model's
+        """The live weights, the training data, and the seed."""
+        return (weights_path(self.model), "data", "seed")
+
+    @property
+    def writes(self) -> tuple[str, ...]:  # type: ignore[override]  # the average's
+        """The average."""
+        return (weights_path(self.average),)
+
+    def init(self, learner: Any) -> None:
+        """Begin the average."""
+        live = learner.weights[self.model]
+        if any(is_lazy(tensor) for tensor in (*live.parameters(), *live.buffers())):
+            raise ModelError(
+                f"{self!r} cannot average weights that have seen no batch (lazy modules); run the model on one before "
+                "the learner is made"
+            )
+        self._average = copy.deepcopy(live).requires_grad_(False).eval()
+        learner.weights[self.average] = self._average
+        self.num_averaged, self._done, self._stale = 0, 0, False
+        if self._kept is not None:
+            self.load_state_dict(self._kept)
+
+    @on(EpochBegin, AbstractTrainingPhase)
+    def look_for_data(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Have missing data be an error before the first step."""
+        if norms(learner.weights[self.average]):
+            self._data(learner)
+
+    @on(EpochEnd, AbstractTrainingPhase)
+    def end_epoch(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Take an average where it is time."""
+        if self.unit == "epoch":
+            self._count(learner)
+
+    @on(StepEnd, AbstractTrainingPhase)
+    def end_step(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Take an average where it is time."""
+        if self.unit == "step":
+            self._count(learner)
+
+    def _count(self, learner: Any) -> None:
+        self._done += 1
+        past = self._done - self.start
+        if past > 0 and past % self.every == 0:
+            self.num_averaged += 1
+            self._move(learner, 1 / self.num_averaged)
+
+    @torch.no_grad()
+    def _move(self, learner: Any, weight: float) -> None:
+        """Move the average towards the live weights; buffers become the live ones."""
+        live, average = learner.weights[self.model], learner.weights[self.average]
+        moved: list[Tensor] = []
+        towards: list[Tensor] = []
+        for old, new in zip(average.parameters(), live.parameters(), strict=True):
+            if weight == 1 or not (old.is_floating_point() or old.is_complex()):
+                old.copy_(new)
+            else:
+                moved.append(old)
+                towards.append(new.to(old.dtype))
+        if moved:
+            torch._foreach_lerp_(moved, towards, weight)  # as torch.optim.swa_utils does
+        for old, new in zip(average.buffers(), live.buffers(), strict=True):
+            old.copy_(new)
+        self._stale = bool(self.num_averaged)
+
+    @on(EpochBegin, AbstractValidationPhase)
+    def show(self, event: EpochBegin, phase: AbstractValidationPhase, learner: Any) -> None:
+        """Have the average be ready for a phase that runs it."""
+        if phase.model_view == self.view:
+            self._refresh(learner)
+
+    @on(FitEnd)
+    def finish(self, event: FitEnd, phase: Phase, learner: Any) -> None:
+        """Have the average be ready when the fit has ended, unless somebody waits for that."""
+        if event.error is None and event.reason not in (INTERRUPTED, TERMINATED):
+            self._refresh(learner)
+
+    def _refresh(self, learner: Any) -> None:
+        """Bring the average up to date: batch norm's statistics; before there is one, the live weights."""
+        average = learner.weights[self.average]
+        if not self.num_averaged:
+            self._move(learner, 1.0)
+        elif self._stale and norms(average):
+            with drawing(stream_seed(learner.seed, f"callback/{self.average}", self._done)):
+                update_norms(average, self._data(learner), self.forward)
+        self._stale = False
+
+    def _data(self, learner: Any) -> Any:
+        """Give the training data.
+
+        Raises:
+            DataError: There is none, or it can be iterated once only.
+        """
+        source = learner.data["training"] if "training" in learner.data else None  # noqa: SIM401 - no get
+        if source is None or hasattr(source, "__next__"):
+            found = "none" if source is None else f"{describe(source)}, which can be iterated once only"
+            raise DataError(
+                f"{self!r} runs over the training data for batch norm's statistics, and there is {found}; give the "
+                "learner data=(loader, ...)"
+            )
+        return source
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps: the counts and the average."""
+        return {
+            "num_averaged": self.num_averaged,
+            "done": self._done,
+            "stale": self._stale,
+            "average": None if self._average is None else self._average.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a kept state; before there is a learner, when it is made."""
+        self._kept = state if self._average is None else None
+        self.num_averaged, self._done, self._stale = state["num_averaged"], state["done"], state["stale"]
+        if self._average is not None and state["average"] is not None:
+            self._average.load_state_dict(state["average"])
+
+
+def norms(module: nn.Module) -> list[_BatchNorm]:
+    """List the batch norms that keep statistics."""
+    found = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    return [norm for norm in found if norm.track_running_stats]
+
+
+def update_norms(module: nn.Module, source: Any, forward: Forward = run_inputs) -> None:
+    """Compute batch norm's statistics anew over data, every batch weighing the same.
+
+    The module is in train mode meanwhile, without gradients; its modes, and a loader's own generators,
+    are put back.
+
+    Args:
+        module: Whose statistics.
+        source: Batches.
+        forward: ``(module, batch)`` runs the module on a batch.
+    """
+    device = device_of(module)
+    with ExitStack() as undone:
+        for norm in norms(module):
+            norm.reset_running_stats()
+            undone.callback(setattr, norm, "momentum", norm.momentum)
+            norm.momentum = None  # a plain average
+        undone.callback(switch_modes([module], True))
+        undone.enter_context(untouched(source))
+        undone.enter_context(torch.no_grad())
+        for batch in source:
+            forward(module, map_tensors(lambda tensor: tensor.to(device), batch))

@@ -1,0 +1,187 @@
+"""Freeze parts of a model at the start, and unfreeze them on a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from attrs import define, field
+from torch import nn
+
+from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
+from fluxloop.errors import ModelError, OptimizerError, describe, did_you_mean
+from fluxloop.events import EpochBegin, EpochEnd, FitBegin, StepBegin, StepEnd
+from fluxloop.models import named_models
+from fluxloop.optimizers import owned_parameters
+from fluxloop.phase import AbstractTrainingPhase, FittingPhase
+
+
+def _copied(given: Any) -> Any:
+    """Copy a mapping."""
+    return dict(given) if isinstance(given, Mapping) else given
+
+
+@define
+class Unfreeze(Callback):
+    """Train parts of a model from an epoch or a step on; until then they are frozen.
+
+    What a pattern matches is frozen when the first fit begins and unfrozen when the training epoch
+    (or step) of that number begins, counted from 0 over all fits; 0 stands for the start. What
+    matches several patterns is unfrozen at the earliest, and what matches none stays as it is::
+
+        Unfreeze({"*": 10, "encoder.3": 5, "head": 0})
+
+    It freezes once: what somebody else freezes or unfreezes later stays so, also in a resumed run.
+    The optimizer holds the parameters from the start, and skips those that are frozen: momentum
+    and weight decay do not move them. Batch norm's statistics are no parameters: in train mode a
+    frozen one still follows the data; to keep them put the module into eval mode in the model's
+    own ``train`` method.
+
+    Args:
+        when: When by pattern (as in a shell: ``*``, ``?``): the path of a module or the name of a
+            parameter, ``"encoder"``, ``"encoder.0.weight"``, ``"*.bias"``; with several models it
+            begins with a model's name, ``"G.head"``.
+        unit: ``"epoch"`` or ``"step"``.
+
+    Raises:
+        ModelError: A pattern matches nothing.
+        OptimizerError: A parameter that would be unfrozen is in no optimizer, as it was frozen
+            when the learner was made.
+        ValueError: There is no pattern, a number is out of range, or another unit.
+
+    Reads: optimizer
+    Writes: model (whether its parameters require gradients)
+    """
+
+    when: dict[str, int] = field(converter=_copied)
+    unit: Literal["epoch", "step"] = field(default="epoch", kw_only=True)
+    _done: int = field(default=0, init=False, repr=False)
+    _frozen: bool = field(default=False, init=False, repr=False)
+    _next: int | None = field(default=None, init=False, repr=False)
+
+    reads = ("optimizer",)
+    writes = ("model",)
+    draws = False
+
+    def __attrs_post_init__(self) -> None:
+        if not isinstance(self.when, dict) or not self.when or not all(isinstance(key, str) for key in self.when):
+            raise ValueError(
+                f"Unfreeze({describe(self.when)}) was given; expected when by pattern: Unfreeze({{'encoder': 5}})"
+            )
+        for pattern, number in self.when.items():
+            if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+                raise ValueError(
+                    f"Unfreeze({{{pattern!r}: {number!r}}}) was given; expected the number of an epoch or a step, 0 or "
+                    "more (0: from the start)"
+                )
+        if self.unit not in ("epoch", "step"):
+            raise ValueError(f"Unfreeze(unit={self.unit!r}) was given; expected 'epoch' or 'step'")
+
+    def init(self, learner: Any) -> None:
+        """Look for what the patterns match; begin anew."""
+        self._done, self._frozen, self._next = 0, False, None
+        self._plan(learner)
+
+    def _plan(self, learner: Any) -> dict[nn.Parameter, int]:
+        """Give when each parameter is unfrozen.
+
+        Raises:
+            ModelError: A pattern matches nothing.
+        """
+        plan: dict[nn.Parameter, int] = {}
+        found: dict[str, int] = dict.fromkeys(self.when, 0)
+        known: dict[str, None] = {}
+        for name, parameter in _parameters(learner.model):
+            paths = [name[:end] for end, letter in enumerate(name) if letter == "."] + [name]
+            known.update(dict.fromkeys(paths))
+            for pattern, number in self.when.items():
+                if any(fnmatchcase(path, pattern) for path in paths):
+                    found[pattern] += 1
+                    plan[parameter] = min(number, plan.get(parameter, number))
+        for pattern, count in found.items():
+            if not count:
+                tops = sorted({path.partition(".")[0] for path in known})
+                raise ModelError(
+                    f"Unfreeze: no module or parameter matches {pattern!r}{did_you_mean(pattern, known)}; there are "
+                    f"{', '.join(tops) or 'no parameters'}, and what is inside them, such as {next(iter(known), '')!r}"
+                )
+        return plan
+
+    def _freeze(self, learner: Any) -> None:
+        """Freeze what waits, once."""
+        if self._frozen:
+            return
+        plan = self._plan(learner)
+        owned = {parameter for optimizer in _listed(learner.optimizer) for parameter in owned_parameters(optimizer)}
+        missing = [name for name, each in _parameters(learner.model) if each in plan and each not in owned]
+        if missing:
+            raise OptimizerError(
+                f"Unfreeze would unfreeze {', '.join(missing[:3])}, which no optimizer holds: frozen parameters are "
+                "given to none; leave all of them trainable when the learner is made: Unfreeze freezes them"
+            )
+        for parameter, number in plan.items():
+            if number > self._done:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+        self._frozen = True
+        self._unfreeze(learner)
+
+    def _unfreeze(self, learner: Any) -> None:
+        """Unfreeze what is due now, and note what comes next."""
+        plan = self._plan(learner)
+        for parameter, number in plan.items():
+            if number == self._done:
+                parameter.requires_grad_(True)
+        self._next = min((number for number in plan.values() if number > self._done), default=None)
+
+    @on(FitBegin, FittingPhase)
+    def start(self, event: FitBegin, phase: FittingPhase, learner: Any) -> None:
+        """Freeze what waits, in the first fit."""
+        self._freeze(learner)
+
+    @on(EpochBegin, AbstractTrainingPhase)
+    def start_epoch(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Unfreeze what is due in this epoch."""
+        self._freeze(learner)
+        if self.unit == "epoch" and self._done == self._next:
+            self._unfreeze(learner)
+
+    @on(StepBegin, AbstractTrainingPhase)
+    def start_step(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Unfreeze what is due in this step."""
+        if self.unit == "step" and self._done == self._next:
+            self._unfreeze(learner)
+
+    @on(StepEnd, AbstractTrainingPhase)
+    def count_step(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Count a step."""
+        if self.unit == "step":
+            self._done += 1
+
+    @on(EpochEnd, AbstractTrainingPhase)
+    def count_epoch(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Count an epoch."""
+        if self.unit == "epoch":
+            self._done += 1
+
+
+@resolve_conflict.register(Unfreeze, Callback)  # type: ignore[untyped-decorator]  # multipledispatch has no types
+def _flags_alone(a: Unfreeze, b: Callback) -> NoConflict:
+    """It changes which parameters take gradients, before a step's forward, and no weight."""
+    return NoConflict()
+
+
+def _parameters(models: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """Give parameters by every name they have."""
+    for model_name, model in named_models(models).items():
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            yield name if model_name is None else f"{model_name}.{name}", parameter
+
+
+def _listed(optimizers: Any) -> list[Any]:
+    """List optimizers held as a learner holds them."""
+    if hasattr(optimizers, "param_groups"):
+        return [optimizers]
+    held = optimizers if isinstance(optimizers, tuple) else [optimizers[name] for name in optimizers]
+    return [each for each in held if each is not None]

@@ -1,0 +1,372 @@
+"""Hyperparameters: what can be changed while training, read and set by dispatch on what it is.
+
+``set_hyperparameter(learner, LearningRate("G"), 1e-4)`` changes the value that the optimizer uses
+in its next step. A hyperparameter of one's own is a class and two functions::
+
+    @frozen
+    class Temperature(HyperParameter):
+        writes = ("loss_fn",)
+
+    @get_hyperparameter.register(Temperature)
+    def _(learner, hp):
+        return learner.loss_fn.temperature
+
+    @set_hyperparameter.register(Temperature)
+    def _(learner, hp, value):
+        learner.loss_fn.temperature = value
+
+An attribute of any object needs neither: ``Attribute(loss_fn, "temperature")``. Another option of
+optimizers needs a line: ``class Dampening(OptimizerOption): options = ("dampening",)``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from attrs import field, frozen
+from multipledispatch import Dispatcher
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fluxloop.errors import OptimizerError, describe, did_you_mean
+from fluxloop.view import look_up
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@frozen
+class HyperParameter:
+    """Base of what `get_hyperparameter` reads and `set_hyperparameter` sets.
+
+    A subclass without arguments may be given as the class: ``{LearningRate: schedule}``. In the
+    class, ``writes`` says which paths of the learner are changed, as a callback's ``writes`` does.
+    """
+
+    writes: ClassVar[Sequence[str]] = ()
+
+    @property
+    def label(self) -> str:
+        """Its name in records: the class's, in lower case."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
+
+    def overlaps(self, other: HyperParameter) -> bool:
+        """Tell whether setting this one may change the other."""
+        return self == other
+
+
+@frozen
+class OptimizerOption(HyperParameter):
+    """An option in the parameter groups of optimizers.
+
+    Args:
+        optimizer: Name of the optimizer; left out, all of them.
+        group: Index of the parameter group, from 0; left out, all of them.
+
+    Raises:
+        OptimizerError: The name is no text, or the index no whole number from 0 on.
+    """
+
+    optimizer: str | None = field(default=None)
+    group: int | None = field(default=None)
+
+    options: ClassVar[Sequence[str]] = ()
+    """What it is called in parameter groups; the first that an optimizer has is meant."""
+
+    @optimizer.validator
+    def _check_optimizer(self, attribute: object, name: object) -> None:
+        if name is not None and not isinstance(name, str):
+            raise OptimizerError(
+                f"{type(self).__name__}({describe(name)}) was given; expected the name of an optimizer: "
+                f"{type(self).__name__}('generator')"
+            )
+
+    @group.validator
+    def _check_group(self, attribute: object, group: object) -> None:
+        if group is not None and (not isinstance(group, int) or isinstance(group, bool) or group < 0):
+            raise OptimizerError(
+                f"{type(self).__name__}(group={group!r}) was given; expected the index of a parameter group, 0 or more"
+            )
+
+    @property
+    def writes(self) -> tuple[str, ...]:  # type: ignore[override]  # the optimizer's
+        """The optimizer, or all of them."""
+        named = self.optimizer is not None and "." not in self.optimizer
+        return (f"optimizer.{self.optimizer}" if named else "optimizer",)
+
+    @property
+    def label(self) -> str:
+        """Such as ``"learning_rate"``, ``"learning_rate/G"`` or ``"learning_rate/G/0"``."""
+        parts = [super().label, self.optimizer, self.group]
+        return "/".join(str(part) for part in parts if part is not None)
+
+    def overlaps(self, other: HyperParameter) -> bool:
+        """Tell whether both may set an option of one parameter group."""
+        return (
+            isinstance(other, OptimizerOption)
+            and not set(self.options).isdisjoint(other.options)
+            and (self.optimizer == other.optimizer or None in (self.optimizer, other.optimizer))
+            and (self.group == other.group or None in (self.group, other.group))
+        )
+
+    def groups(self, learner: Any) -> list[tuple[dict[str, Any], str]]:
+        """Find the parameter groups that are meant, and the option's name in each.
+
+        Args:
+            learner: A learner, or a view of one that may read the optimizer.
+
+        Raises:
+            OptimizerError: There is no such optimizer or group, or it has no such option.
+        """
+        found = []
+        for name, optimizer in self.optimizers(learner):
+            groups: list[dict[str, Any]] = optimizer.param_groups
+            if self.group is not None and self.group >= len(groups):
+                raise self._refuse(name, optimizer, f"{len(groups)} parameter groups; there is no {self.group}")
+            for group in groups if self.group is None else [groups[self.group]]:
+                for option in self.options:
+                    if option in group:
+                        found.append((group, option))
+                        break
+                else:
+                    known = ", ".join(sorted(key for key in group if key not in ("params", "param_names")))
+                    wanted = " or ".join(repr(option) for option in self.options)
+                    raise self._refuse(name, optimizer, f"no {wanted}; it has {known}")
+        return found
+
+    def _refuse(self, name: str | None, optimizer: Optimizer, what: str) -> OptimizerError:
+        label = type(optimizer).__name__ if name is None else f"{type(optimizer).__name__} {name!r}"
+        return OptimizerError(f"{self!r}: {label} has {what}")
+
+    def optimizers(self, learner: Any) -> list[tuple[str | None, Optimizer]]:
+        """Find the optimizers that are meant, with their names.
+
+        Raises:
+            OptimizerError: There is no optimizer of that name.
+        """
+        if self.optimizer is None:
+            return named_optimizers(learner.optimizer)
+        try:
+            return [(self.optimizer, look_up(learner.optimizer, self.optimizer))]
+        except (AttributeError, TypeError):
+            held = getattr(learner, "_learner", learner).optimizer  # past a view, for the message alone
+            known = [str(name) for name, _ in named_optimizers(held) if name is not None]
+        raise OptimizerError(
+            f"{self!r}: there is no optimizer {self.optimizer!r}; the learner has "
+            f"{known or f'a single one without a name: {type(self).__name__}()'}{did_you_mean(self.optimizer, known)}"
+        )
+
+
+def named_optimizers(held: Any) -> list[tuple[str | None, Optimizer]]:
+    """List optimizers with their names from how a learner holds them (``learner.optimizer``)."""
+    if isinstance(held, Optimizer):
+        return [(None, held)]
+    if hasattr(held, "_fields"):
+        items = list(zip(held._fields, held, strict=True))
+    elif isinstance(held, tuple):
+        items = [(str(index), optimizer) for index, optimizer in enumerate(held)]
+    else:
+        items = [(name, held[name]) for name in held]
+    return [(name, optimizer) for name, optimizer in items if optimizer is not None]
+
+
+@frozen
+class LearningRate(OptimizerOption):
+    """The learning rate: ``lr``."""
+
+    options = ("lr",)
+
+
+@frozen
+class WeightDecay(OptimizerOption):
+    """The weight decay: ``weight_decay``."""
+
+    options = ("weight_decay",)
+
+
+@frozen
+class Momentum(OptimizerOption):
+    """The momentum: ``momentum`` of SGD and RMSprop, the first of Adam's ``betas``."""
+
+    options = ("momentum", "betas")
+
+
+@frozen
+class Betas(OptimizerOption):
+    """Adam's ``betas``, a pair: weights of the past in the averages of the gradient and of its square."""
+
+    options = ("betas",)
+
+
+@frozen(repr=False)
+class Attribute(HyperParameter):
+    """An attribute of any object: a phase's loss weight, an average's decay, a module's temperature.
+
+    A tensor is filled in place.
+
+    Args:
+        thing: The object.
+        name: Of the attribute.
+        writes: Paths of the learner that this changes, where others have to know: ``("loss_fn",)``.
+        label: Its name in records; left out, such as ``"EMA.decay"``.
+
+    Raises:
+        AttributeError: There is no such attribute.
+    """
+
+    thing: Any = field(eq=id)
+    name: str
+    _writes: tuple[str, ...] = field(default=(), converter=tuple, kw_only=True)
+    _label: str | None = field(default=None, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"Attribute(..., {self.name!r}) was given; expected the name of an attribute")
+        if not hasattr(self.thing, self.name):
+            known = [name for name in dir(self.thing) if not name.startswith("_")]
+            raise AttributeError(
+                f"{describe(self.thing)} has no attribute {self.name!r} to schedule{did_you_mean(self.name, known)}"
+            )
+
+    @property
+    def writes(self) -> tuple[str, ...]:  # type: ignore[override]  # as given
+        """What was given."""
+        return self._writes
+
+    @property
+    def label(self) -> str:
+        """As given, or such as ``"EMA.decay"``."""
+        return self._label or f"{type(self.thing).__name__}.{self.name}"
+
+    def overlaps(self, other: HyperParameter) -> bool:
+        """Tell whether both are the same attribute of the same object."""
+        return isinstance(other, Attribute) and self.thing is other.thing and self.name == other.name
+
+    def __repr__(self) -> str:
+        return f"Attribute({type(self.thing).__name__}, {self.name!r})"
+
+
+def as_hyperparameter(given: Any) -> HyperParameter:
+    """Give a hyperparameter; of a class, the one that it makes without arguments.
+
+    Raises:
+        TypeError: Something else was given.
+    """
+    if isinstance(given, type) and issubclass(given, HyperParameter):
+        return given()
+    if not isinstance(given, HyperParameter):
+        raise TypeError(
+            f"{describe(given)} was given as a hyperparameter; expected one such as LearningRate, LearningRate('G') or "
+            "Attribute(thing, 'name')"
+        )
+    return given
+
+
+class _OnHyperParameter(Dispatcher):  # type: ignore[misc]  # multipledispatch has no types
+    """A function of (learner, hyperparameter, …), dispatched on the hyperparameter's type."""
+
+    def register(self, *types: type, **options: Any) -> Callable[[F], F]:
+        """Register a function for a type of hyperparameter."""
+        decorator: Callable[[F], F] = super().register(*types, **options)
+        return decorator
+
+    def __call__(self, learner: Any, hp: Any, *value: Any) -> Any:
+        """Call the function that is registered for the hyperparameter's type."""
+        hp = as_hyperparameter(hp)
+        function = self.dispatch(type(hp))
+        if function is None:
+            name = type(hp).__name__
+            raise NotImplementedError(
+                f"{self.name} does not know {name}; teach it:\n    @{self.name}.register({name})\n"
+                f"    def _(learner, hp{', value' if value else ''}): ..."
+            )
+        return function(learner, hp, *value)
+
+
+get_hyperparameter = _OnHyperParameter(
+    "get_hyperparameter",
+    doc="""Give the present value of a hyperparameter: ``get_hyperparameter(learner, LearningRate)``.
+
+Of an optimizer's option in several parameter groups with different values it is a tuple of them.
+""",
+)
+
+set_hyperparameter = _OnHyperParameter(
+    "set_hyperparameter",
+    doc="""Set a hyperparameter: ``set_hyperparameter(learner, LearningRate("G"), 1e-4)``.
+
+It is in use from the optimizer's next step on. Where an optimizer holds a tensor, it is filled in place.
+""",
+)
+
+
+@get_hyperparameter.register(OptimizerOption)
+def _get_option(learner: Any, hp: OptimizerOption) -> Any:
+    values = [_number(group[option]) for group, option in hp.groups(learner)]
+    return values[0] if all(value == values[0] for value in values) else tuple(values)
+
+
+@set_hyperparameter.register(OptimizerOption)
+def _set_option(learner: Any, hp: OptimizerOption, value: Any) -> None:
+    for group, option in hp.groups(learner):
+        put(group, option, value)
+
+
+@get_hyperparameter.register(Momentum)
+def _get_momentum(learner: Any, hp: Momentum) -> Any:
+    held = [group[option] for group, option in hp.groups(learner)]
+    values = [_number(value[0] if isinstance(value, (tuple, list)) else value) for value in held]
+    return values[0] if all(value == values[0] for value in values) else tuple(values)
+
+
+@set_hyperparameter.register(Momentum)
+def _set_momentum(learner: Any, hp: Momentum, value: float) -> None:
+    for group, option in hp.groups(learner):
+        put(group, option, (value, *group[option][1:]) if option == "betas" else value)
+
+
+@get_hyperparameter.register(Attribute)
+def _get_attribute(learner: Any, hp: Attribute) -> Any:
+    return _number(getattr(hp.thing, hp.name))
+
+
+@set_hyperparameter.register(Attribute)
+def _set_attribute(learner: Any, hp: Attribute, value: Any) -> None:
+    held = getattr(hp.thing, hp.name)
+    if isinstance(held, Tensor):
+        fill(held, value)
+    else:
+        setattr(hp.thing, hp.name, value)
+
+
+def put(group: dict[str, Any], option: str, value: Any) -> None:
+    """Put a value into a parameter group; a tensor there is filled in place, as captured graphs need it."""
+    held = group[option]
+    if isinstance(held, Tensor):
+        fill(held, value)
+    elif isinstance(held, tuple) and any(isinstance(item, Tensor) for item in held):
+        for item, new in zip(held, value, strict=True):
+            if isinstance(item, Tensor):
+                fill(item, new)
+            elif item != new:
+                raise OptimizerError(f"{option} holds tensors and numbers, of which {item} cannot become {new}")
+    else:
+        group[option] = value
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, value: Any) -> None:
+    """Fill a tensor with a number in place."""
+    if value is not tensor:
+        tensor.fill_(value)
+
+
+def _number(value: Any) -> Any:
+    """Give a tensor with one element as a number, another value as it is."""
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value
+    if isinstance(value, (tuple, list)):
+        return tuple(_number(item) for item in value)
+    return value

@@ -1,0 +1,40 @@
+"""What can be logged, and where to: loggables, backends, and `log_to` between them."""
+
+from fluxloop.logging.backend import Backend, log_to
+from fluxloop.logging.loggables import (
+    Audio,
+    Figure,
+    File,
+    Histogram,
+    HyperParameters,
+    Image,
+    Loggable,
+    Scalar,
+    Text,
+)
+from fluxloop.logging.memory import Memory, Record
+from fluxloop.logging.mlflow import MLflow
+from fluxloop.logging.tensorboard import TensorBoard
+from fluxloop.logging.text_files import CSV, JSONL
+from fluxloop.logging.wandb import WandB
+
+__all__ = [
+    "CSV",
+    "JSONL",
+    "Audio",
+    "Backend",
+    "Figure",
+    "File",
+    "Histogram",
+    "HyperParameters",
+    "Image",
+    "Loggable",
+    "MLflow",
+    "Memory",
+    "Record",
+    "Scalar",
+    "TensorBoard",
+    "Text",
+    "WandB",
+    "log_to",
+]

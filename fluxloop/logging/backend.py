@@ -1,0 +1,266 @@
+"""Where things are logged to: the base of backends, and `log_to`."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
+from weakref import WeakValueDictionary
+
+from attrs import define, field
+from multipledispatch import Dispatcher
+
+from fluxloop.errors import LogExistsError, describe
+from fluxloop.logging.loggables import Loggable
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+_writers: WeakValueDictionary[str, Backend] = WeakValueDictionary()
+"""Who writes where."""
+
+
+@define(eq=False, slots=False)
+class Backend:
+    """Base of what is logged to. A subclass says how to write; when, and what if it fails, is said here.
+
+    It is opened when something is first written, flushed at the end of each epoch, and closed at
+    the end of a fit in every outcome; written to again it is opened again, and goes on. One that
+    fails (disk full, no network, no rights) warns once and is left alone after that: the training
+    goes on. A deep copy, such as that of a learner's copy, writes nothing.
+
+    What it has logged belongs to the state of a training: resumed, it goes on where that state was
+    taken, and what the stopped run logged later is there once. A new run does not write into
+    another's log.
+
+    A subclass registers a function per kind of `Loggable` with `log_to`, and overrides what it needs:
+
+    - ``_open()``, ``_flush()``, ``_close()``: take hold of what is written to, at its end; write what
+      waits; let go.
+    - ``_place()``: the name of the file or folder that no other backend may write, or None.
+    - ``_found()``: the name of another run's log where a new one would be written, or None.
+    - ``_position()``: how far it is written, after a flush, as plain data; ``_rewind(position)``: go
+      back to that, None being the very beginning, before it is opened.
+
+    Example:
+        >>> from fluxloop.logging import Backend, Scalar, log_to
+        >>> class Printer(Backend):
+        ...     def __repr__(self):
+        ...         return "Printer()"
+        >>> @log_to.register(Printer, Scalar)
+        ... def _(backend, scalar, name, step, group):
+        ...     print(step, *group, name, scalar.value)
+        >>> log_to(Printer(), Scalar(0.5), "loss", 1, ("epoch", "validation"))
+        1 epoch validation loss 0.5
+    """
+
+    muted: ClassVar[bool] = True
+    """Whether a deep copy writes nothing."""
+
+    _opened: bool = field(default=False, init=False, repr=False)
+    _ours: bool = field(default=False, init=False, repr=False)
+    _silent: bool = field(default=False, init=False, repr=False)
+    _rewinds: bool = field(default=False, init=False, repr=False)
+    _mark: Any = field(default=None, init=False, repr=False)
+    _refused: set[type] = field(factory=set, init=False, repr=False)
+
+    def _open(self) -> None: ...
+
+    def _flush(self) -> None: ...
+
+    def _close(self) -> None: ...
+
+    def _place(self) -> str | None:
+        return None
+
+    def _found(self) -> str | None:
+        return None
+
+    def _position(self) -> Any:
+        return None
+
+    def _rewind(self, position: Any) -> None: ...
+
+    def begin(self) -> None:
+        """Get ready for a run.
+
+        Raises:
+            LogExistsError: There is a log already, and this run does not continue it, or another
+                backend writes it.
+        """
+        if self._opened or self._silent:
+            return
+        found = None if self._ours else self._attempt("look for an earlier log", self._found)
+        if found is not None:
+            raise LogExistsError(
+                f"{self!r} would write into an earlier run's log, {found}; give another place, remove it, or continue "
+                "that run: learner.fit(..., resume=folder)"
+            )
+        place = self._place()
+        if place is not None and _writers.setdefault(place, self) is not self:
+            raise LogExistsError(
+                f"two backends would write {place}; share one: log = {self!r}, and give 'log' to both callbacks"
+            )
+
+    def write(self, function: Callable[..., object], thing: Loggable, name: str, step: int, group: Any) -> None:
+        """Call a function registered with `log_to`, opening this before where needed.
+
+        Raises:
+            LogExistsError: There is a log already, and this run does not continue it.
+        """
+        self.begin()
+        if not self._opened and not self._silent:
+            self._attempt("be opened", self._start)
+        if not self._silent:
+            self._attempt(f"write {name!r}", lambda: function(self, thing, name, step, group))
+
+    def flush(self) -> None:
+        """Write what waits."""
+        if self._opened and not self._silent:
+            self._attempt("be flushed", self._flush)
+
+    def close(self) -> None:
+        """Write what waits, and let go; closing it twice does no harm, and writing opens it again."""
+        if self._opened and not self._silent:
+            self._attempt("be closed", self._stop)
+        self._opened = False
+        place = self._place()
+        if place is not None and _writers.get(place) is self:
+            del _writers[place]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give how far it has written, as plain data."""
+        if self._opened and not self._silent:
+            self._attempt("be flushed", self._take_mark)
+        return {"position": self._mark}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there: what was logged later is taken back before the next is written."""
+        self.close()
+        self._mark = state["position"]
+        self._ours = self._rewinds = True
+
+    def refuse(self, kind: type[Loggable], held: Sequence[str]) -> None:
+        """Say once that a kind of loggable cannot be held."""
+        if kind not in self._refused and not self._silent:
+            self._refused.add(kind)
+            warnings.warn(
+                f"{self!r} cannot hold {kind.__name__}, which is left out; it holds {', '.join(held) or 'nothing'}",
+                stacklevel=3,
+            )
+
+    def _start(self) -> None:
+        if self._rewinds:
+            self._rewind(self._mark)
+            self._rewinds = False
+        self._open()
+        self._opened = self._ours = True
+
+    def _take_mark(self) -> None:
+        self._flush()
+        self._mark = self._position()
+
+    def _stop(self) -> None:
+        try:
+            self._take_mark()
+        finally:
+            self._close()
+
+    def _attempt(self, what: str, do: Callable[[], T]) -> T | None:
+        """Do something that may fail; warn, and be silent from then on, where it does."""
+        try:
+            return do()
+        except Exception as error:
+            self._silent = True
+            warnings.warn(
+                f"{self!r} failed to {what}, and is left alone from now on; the training goes on: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=4,
+            )
+            return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
+        copied = copy.copy(self)
+        memo[id(self)] = copied
+        copied._opened, copied._silent = False, self.muted
+        return copied
+
+
+class LogTo(Dispatcher):  # type: ignore[misc]  # multipledispatch has no types
+    """``log_to(backend, loggable, name, step, group=())``: log something to a backend.
+
+    What is called is found by the types of the backend and of the loggable; what is said of a
+    loggable's own type goes before what is said of its bases. Teach a backend, or a
+    loggable of your own, with one function::
+
+        @log_to.register(TensorBoard, PointCloud)
+        def _(backend, cloud, name, step, group):
+            backend.writer.add_mesh("/".join((*group, name)), cloud.points, global_step=step)
+
+    What a backend cannot hold is left out, and it says so once.
+    """
+
+    def register(self, *types: type) -> Callable[[F], F]:
+        """Register a function ``(backend, loggable, name, step, group)`` for a backend type and a loggable type."""
+        if len(types) != 2 or not issubclass(types[0], Backend) or not issubclass(types[1], Loggable):
+            raise TypeError(
+                f"log_to.register({', '.join(map(describe, types))}) was given; expected the class of a backend and "
+                "that of a loggable: @log_to.register(TensorBoard, Scalar)"
+            )
+
+        def add(function: F) -> F:
+            self.add(types, function)
+            return function
+
+        return add
+
+    def __call__(self, backend: Any, loggable: Loggable, name: str, step: int, group: str | Sequence[str] = ()) -> None:
+        """Log to a backend.
+
+        Args:
+            backend: Or several, a tuple or list.
+            loggable: What to log.
+            name: What it is called in its group.
+            step: Where it stands on the x axis: a training step or an epoch.
+            group: Names from the outermost in, ``("epoch", "validation")``; or one.
+
+        Raises:
+            TypeError: It is no backend, or nothing that can be logged.
+            LogExistsError: There is a log already, and this run does not continue it.
+        """
+        if isinstance(backend, (tuple, list)):
+            for each in backend:
+                self(each, loggable, name, step, group)
+            return
+        if not isinstance(backend, Backend):
+            raise TypeError(f"{describe(backend)} was given as a backend; expected one such as CSV('metrics.csv')")
+        if not isinstance(loggable, Loggable):
+            raise TypeError(f"{describe(loggable)} was given to log; expected a loggable such as Scalar(0.5)")
+        function = self.dispatch(type(backend), type(loggable))
+        if function is None:
+            backend.refuse(type(loggable), self.held_by(type(backend)))
+        else:
+            backend.write(function, loggable, name, step, (group,) if isinstance(group, str) else tuple(group))
+
+    def dispatch(self, backend: type, loggable: type) -> Callable[..., Any] | None:
+        """Find what is registered for the types, or None: the loggable's own type goes before the backend's."""
+        for kind in loggable.__mro__:
+            for cls in backend.__mro__:
+                if (cls, kind) in self.funcs:
+                    function: Callable[..., Any] = self.funcs[cls, kind]
+                    return function
+        return None
+
+    def held_by(self, backend: type[Backend]) -> list[str]:
+        """Name the loggables that a backend can hold."""
+        return [kind.__name__ for cls, kind in self.funcs if issubclass(backend, cls)]
+
+
+log_to = LogTo("log_to")
+
+
+def key(name: str, group: Sequence[str]) -> str:
+    """Give the full name of what is logged, ``"epoch/validation/loss"``."""
+    return "/".join((*group, name))

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fluxloop import (
+    EMA,
+    AveragedValidationPhase,
+    Callback,
+    CancelFittingException,
+    CustomCallback,
+    EpochEnd,
+    KNNProbe,
+    Metric,
+    Metrics,
+    Phase,
+    Recorder,
+    StepBegin,
+    TrainingPhase,
+    ValidationPhase,
+    on,
+)
+from fluxloop.callbacks.csv_logger import CSVLogger
+from fluxloop.logging import LogExistsError
+from fluxloop.testing import assert_observer, assert_order, toy_learner
+
+toy = partial(toy_learner, num_batches=3)
+
+
+def error(preds: Any, ys: Any) -> Any:
+    return (preds - ys).abs().mean()
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def epochs_and_sets(path: Path) -> list[tuple[int, str]]:
+    return [(int(row["epoch"]), row["set"]) for row in read(path)]
+
+
+def test_ported_five_epochs_give_five_rows_and_ten_with_validation(tmp_path: Path) -> None:
+    data = (toy().data.training,)
+    toy(Recorder(), Metrics(error), CSVLogger(tmp_path / "a.csv"), data=data).fit(5)
+    assert (tmp_path / "a.csv").read_text().splitlines()[0] == "epoch,set,loss,error"
+    assert epochs_and_sets(tmp_path / "a.csv") == [(epoch, "training") for epoch in range(1, 6)]
+    toy(Recorder(), Metrics(error), CSVLogger(tmp_path / "b.csv")).fit(5)
+    sets = ("training", "validation")
+    assert epochs_and_sets(tmp_path / "b.csv") == list(itertools.product(range(1, 6), sets))
+
+
+def test_the_values_are_those_of_the_history_to_the_bit(tmp_path: Path) -> None:
+    learner = toy(Recorder(), Metrics(error), CSVLogger(tmp_path / "log.csv"))
+    history = learner.fit(3)
+    for name in ("training", "validation"):
+        rows = [row for row in read(tmp_path / "log.csv") if row["set"] == name]
+        for metric in ("loss", "error"):
+            assert [float(row[metric]) for row in rows] == history[f"{name}/{metric}"]
+
+
+def test_d_mt_11_there_is_no_row_for_a_validation_that_does_not_happen(tmp_path: Path) -> None:
+    toy(Recorder(), Metrics(), CSVLogger(tmp_path / "log.csv")).fit(2, phases=[TrainingPhase()])
+    assert epochs_and_sets(tmp_path / "log.csv") == [(1, "training"), (2, "training")]
+
+
+class StopAfter(Callback):
+    """Stop the fit at the end of an epoch, as early stopping does."""
+
+    reads = ("cbstate.history", "cbstate.metrics")
+    run_after = (Metrics,)
+
+    @on(EpochEnd, ValidationPhase)
+    def stop(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
+        if learner.cbstate.history[phase].epochs == 2:
+            raise CancelFittingException("enough")
+
+
+def test_ported_early_stopping_leaves_the_same_rows_whatever_the_order_of_the_list(tmp_path: Path) -> None:
+    found = set()
+    for index, order in enumerate(itertools.permutations(range(4))):
+        path = tmp_path / f"{index}.csv"
+        given = [Recorder(), Metrics(), CSVLogger(path), StopAfter()]
+        toy(*(given[place] for place in order)).fit(9)
+        found.add(path.read_text())
+    assert len(found) == 1
+    assert epochs_and_sets(path) == [(1, "training"), (1, "validation"), (2, "training"), (2, "validation")]
+
+
+def test_a_metric_that_comes_up_later_gets_a_column(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    metrics = Metrics(Metric(error, "valid_only", phase=ValidationPhase))
+    learner = toy(Recorder(), metrics, CSVLogger(path), EMA("model", 0.5))
+    learner.fit(1)
+    assert path.read_text().splitlines()[0] == "epoch,set,loss,valid_only"
+    learner.fit(1, phases=[TrainingPhase(), AveragedValidationPhase()])
+    rows = read(path)
+    assert list(rows[0]) == ["epoch", "set", "loss", "valid_only", "loss@ema", "valid_only@ema"]
+    assert [bool(row["valid_only"]) for row in rows] == [False, True, False, False]
+    assert [bool(row["loss@ema"]) for row in rows] == [False, False, False, True]
+    assert [path.name] == [each.name for each in tmp_path.iterdir()]
+
+
+def test_what_a_probe_finds_stands_in_the_row_of_its_training_epoch(tmp_path: Path) -> None:
+    rows = torch.rand(16, 1), torch.arange(16) % 2
+    probe = KNNProbe("model", k=1, bank=rows, queries=rows)
+    learner = toy(Recorder(), Metrics(), CSVLogger(tmp_path / "log.csv"), probe)
+    learner.fit(2, phases=[TrainingPhase()])
+    assert [float(row["knn_model"]) for row in read(tmp_path / "log.csv")] == learner.history["validation/knn_model"]
+
+
+def test_rows_are_in_the_file_when_their_epoch_has_ended_whatever_comes_then(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "log.csv"
+
+    def fail(learner: Any) -> None:
+        assert epochs_and_sets(path) == [(1, "training")]
+        raise RuntimeError("broken")
+
+    learner = toy(Recorder(), Metrics(), CSVLogger(path), CustomCallback(fail, StepBegin, ValidationPhase, reads=()))
+    with pytest.raises(RuntimeError, match="broken"):
+        learner.fit(1)
+    assert epochs_and_sets(path) == [(1, "training")]
+
+
+def test_a_second_fit_appends_and_a_new_run_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    learner = toy(Recorder(), Metrics(), CSVLogger(path))
+    learner.fit(1)
+    learner.fit(1)
+    assert [epoch for epoch, _ in epochs_and_sets(path)] == [1, 1, 2, 2]
+    before = path.read_bytes()
+    fresh = toy(Recorder(), Metrics(), CSVLogger(path))
+    with pytest.raises(LogExistsError, match=r"earlier run's log.*log\.csv"):
+        fresh.fit(1)
+    assert fresh.model.value.item() == 0
+    assert path.read_bytes() == before
+
+
+def resumed(path: Path, state: Any, *, extra: bool = False) -> None:
+    """Run the second epoch of two in a new learner."""
+    logger = CSVLogger(path)
+    learner = toy(Recorder(), Metrics(error))
+    learner.fit(1)
+    learner.add_callback(logger)
+    logger.load_state_dict(json.loads(json.dumps(state)))
+    learner.fit(1)
+
+
+@pytest.mark.parametrize("tail", ["", "2,train", "2,training,0.5,0.5\n3,tr"])
+def test_d_lz_18_a_resumed_run_goes_on_in_its_file_without_gap_or_duplicate(tail: str, tmp_path: Path) -> None:
+    toy(Recorder(), Metrics(error), CSVLogger(tmp_path / "whole.csv")).fit(2)
+    path = tmp_path / "log.csv"
+    logger = CSVLogger(path)
+    learner = toy(Recorder(), Metrics(error), logger)
+    learner.fit(1)
+    state = logger.state_dict()
+    learner.fit(1)
+    with path.open("a") as file:
+        file.write(tail)  # and there it is killed
+    resumed(path, state)
+    assert path.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_d_lz_18_columns_that_came_up_after_the_state_are_taken_back(tmp_path: Path) -> None:
+    toy(Recorder(), Metrics(error), CSVLogger(tmp_path / "whole.csv")).fit(2)
+    path = tmp_path / "log.csv"
+    logger = CSVLogger(path)
+    learner = toy(Recorder(), Metrics(error), logger, EMA("model", 0.5))
+    learner.fit(1)
+    state = logger.state_dict()
+    learner.fit(1, phases=[TrainingPhase(), AveragedValidationPhase()])
+    assert "loss@ema" in path.read_text()
+    resumed(path, state)
+    assert path.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_a_state_from_before_the_first_row_takes_all_back(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    logger = CSVLogger(path)
+    state = logger.state_dict()
+    toy(Recorder(), Metrics(), logger).fit(3)
+    fresh = CSVLogger(path)
+    fresh.load_state_dict(state)
+    toy(Recorder(), Metrics(), fresh).fit(1)
+    assert epochs_and_sets(path) == [(1, "training"), (1, "validation")]
+
+
+def test_a_file_that_cannot_be_written_is_warned_about_once_and_the_training_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    learner = toy(Recorder(), Metrics(), CSVLogger(tmp_path / "file" / "log.csv"))
+    with pytest.warns(UserWarning, match=r"CSVLogger\(.*log\.csv'\) failed to .*left alone") as caught:
+        learner.fit(3)
+    assert len(caught) == 1
+    assert learner.history[TrainingPhase].epochs == 3
+
+
+def test_it_runs_after_the_metrics_and_changes_nothing(tmp_path: Path) -> None:
+    learner = toy(CSVLogger(tmp_path / "a.csv"), Metrics(), Recorder())
+    assert_order(learner, Recorder, Metrics, CSVLogger)
+    assert_observer(CSVLogger(tmp_path / "b.csv"), lambda: toy(Recorder(), Metrics()))
+    assert repr(CSVLogger("log.csv")) == "CSVLogger(path='log.csv')"

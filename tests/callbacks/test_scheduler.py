@@ -1,0 +1,387 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import permutations
+from typing import Any
+
+import pytest
+import torch
+from attrs import fields
+from torch import nn
+from torch.nn.functional import softplus
+
+from fluxloop import (
+    EMA,
+    Callback,
+    CallbackConflictError,
+    CancelEpochException,
+    CancelStepException,
+    CustomCallback,
+    EpochBegin,
+    Learner,
+    LossBegin,
+    Metrics,
+    OptimizerError,
+    Recorder,
+    StepBegin,
+    TensorBatches,
+    TrainingPhase,
+    ValidationPhase,
+    cosine,
+    linear,
+    runstep,
+)
+from fluxloop.callbacks.scheduler import Scheduler
+from fluxloop.hyperparameters import (
+    Attribute,
+    HyperParameter,
+    LearningRate,
+    Momentum,
+    WeightDecay,
+    get_hyperparameter,
+    set_hyperparameter,
+)
+from fluxloop.schedules import constant, exponential, one_cycle, sequence
+from fluxloop.testing import EventRecorder, assert_order, assert_resumes_exactly, assert_same_bits, toy_learner
+
+BATCHES = 4
+
+
+def learner_of(*callbacks: Callback, **options: Any) -> Learner:
+    return toy_learner(*callbacks, **{"num_batches": BATCHES, **options})
+
+
+def rates(phase: type = TrainingPhase) -> CustomCallback:
+    """Make what keeps the learning rate that each step uses, in its list ``seen``."""
+    seen: list[float] = []
+    hook = CustomCallback(
+        lambda learner: seen.append(learner.optimizer.param_groups[0]["lr"]), LossBegin, phase, reads=("optimizer",)
+    )
+    hook.seen = seen  # type: ignore[attr-defined]  # for the test to read
+    return hook
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
+def test_the_optimizer_uses_what_is_recorded_at_every_step(optimizer: Any) -> None:
+    schedule, used = one_cycle(3 * BATCHES, 0.01), rates()
+    learner = learner_of(Scheduler({LearningRate: schedule}), used, optimizer=optimizer)
+    learner.fit(3)
+    expected = [schedule(t) for t in range(3 * BATCHES)]
+    assert learner.cbstate.hyperparameters == {"learning_rate": list(enumerate(expected, 1))}
+    assert used.seen == expected
+    assert get_hyperparameter(learner, LearningRate) == expected[-1]
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_d_ft_10_scheduled_weights_are_those_of_a_loop_by_hand(optimizer: Any) -> None:
+    rate, decay = exponential(2 * BATCHES, 0.01, 0.0001), linear(2 * BATCHES, 0.0, 0.5)
+    learner = learner_of(Scheduler({LearningRate: rate, WeightDecay: decay}), optimizer=optimizer)
+    plain = learner_of(optimizer=optimizer)
+    learner.fit(2, phases=[TrainingPhase()])
+    value = torch.zeros(1, requires_grad=True)
+    stepper = optimizer([value])
+    for t, (xs, ys) in enumerate([*learner.data.training, *learner.data.training]):
+        stepper.param_groups[0].update(lr=rate(t), weight_decay=decay(t))
+        stepper.zero_grad()
+        nn.functional.l1_loss(xs * value, ys).backward()
+        stepper.step()
+    assert torch.equal(learner.model.value, value)
+    plain.fit(2, phases=[TrainingPhase()])
+    assert not torch.equal(plain.model.value, value)
+
+
+def test_d_ft_27_only_training_phases_are_scheduled_counted_and_recorded() -> None:
+    schedule = linear(100, 0.01, 0.0)
+    learner = learner_of(Scheduler({LearningRate: schedule}))
+    learner.fit(2, phases=[ValidationPhase(), TrainingPhase(), ValidationPhase()])
+    learner.evaluate()
+    learner.epoch(ValidationPhase())
+    assert learner.cbstate.hyperparameters["learning_rate"] == [(t + 1, schedule(t)) for t in range(2 * BATCHES)]
+
+
+def test_e26_a_users_training_phase_is_scheduled_and_a_users_validation_phase_is_not() -> None:
+    class Mine(TrainingPhase):
+        pass
+
+    class Watch(ValidationPhase):
+        pass
+
+    learner = learner_of(Scheduler({LearningRate: linear(100, 0.01, 0.0)}))
+    learner.fit(1, phases=[Mine(), Watch(), TrainingPhase()])
+    assert [step for step, _ in learner.cbstate.hyperparameters["learning_rate"]] == list(range(1, 2 * BATCHES + 1))
+
+
+def test_epochs_are_counted_where_the_unit_says_so() -> None:
+    used = rates()
+    learner = learner_of(Scheduler({LearningRate: sequence((0.01, 2), (0.001, 1))}, unit="epoch"), used)
+    learner.fit(4)
+    assert used.seen == [0.01] * 2 * BATCHES + [0.001] * 2 * BATCHES
+    assert learner.cbstate.hyperparameters == {"learning_rate": [(1, 0.01), (5, 0.01), (9, 0.001), (13, 0.001)]}
+
+
+def test_a_second_fit_goes_on_counting() -> None:
+    used = rates()
+    learner = learner_of(Scheduler({LearningRate: linear(8, 0.008, 0.0)}), used)
+    learner.fit(1)
+    learner.fit(1)
+    assert used.seen == pytest.approx([0.008, 0.007, 0.006, 0.005, 0.004, 0.003, 0.002, 0.001])
+
+
+@pytest.mark.parametrize("event", [StepBegin, LossBegin])
+def test_a_cancelled_step_does_not_count_so_the_next_has_its_value(event: Any) -> None:
+    count = 0
+
+    def cancel(learner: Any) -> None:
+        nonlocal count
+        count += 1
+        if count % 2:
+            raise CancelStepException
+
+    learner = learner_of(Scheduler({LearningRate: linear(8, 0.008, 0.0)}), CustomCallback(cancel, event, TrainingPhase))
+    learner.fit(2, phases=[TrainingPhase()])
+    series = learner.cbstate.hyperparameters["learning_rate"]
+    assert series == [(1, 0.008), (2, 0.007), (3, 0.006), (4, 0.005)]
+
+
+def test_a_cancelled_epoch_counts_as_it_does_in_the_history() -> None:
+    begun = []
+
+    def cancel(learner: Any) -> None:
+        begun.append(1)
+        if len(begun) == 1:
+            raise CancelEpochException
+
+    scheduler = Scheduler({LearningRate: linear(4, 0.008, 0.0)}, unit="epoch")
+    learner = learner_of(scheduler, Recorder(), CustomCallback(cancel, LossBegin, TrainingPhase))
+    learner.fit(2, phases=[TrainingPhase()])
+    assert learner.history[TrainingPhase].epochs == 2
+    assert learner.cbstate.hyperparameters["learning_rate"] == [(1, 0.006)]
+
+
+def counted(scheduler: Scheduler) -> dict[str, Any]:
+    """Give the attributes that training has changed."""
+    fresh = Scheduler(scheduler.schedules, scheduler.unit)
+    names = [each.name for each in fields(Scheduler)]
+    return {name: getattr(scheduler, name) for name in names if getattr(scheduler, name) != getattr(fresh, name)}
+
+
+def test_an_epoch_that_is_begun_again_has_the_value_it_had() -> None:
+    """A resumed run makes everything anew, puts the counters in place, and fires EpochBegin again."""
+    schedule = linear(4, 0.008, 0.0)
+    scheduler = Scheduler({LearningRate: schedule}, unit="epoch")
+    learner = learner_of(scheduler)
+    learner.fit(2)
+    again = Scheduler({LearningRate: schedule}, unit="epoch")
+    resumed = learner_of(again)
+    for name, value in counted(scheduler).items():
+        setattr(again, name, value)
+    for _ in range(2):
+        resumed.callbacks.handle(resumed, TrainingPhase())(EpochBegin())
+        assert get_hyperparameter(resumed, LearningRate) == schedule(2)
+    assert resumed.cbstate.hyperparameters["learning_rate"] == [(2 * BATCHES + 1, schedule(2))]
+
+
+@pytest.mark.parametrize("unit", ["step", "epoch"])
+def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bits(unit: Any) -> None:
+    def make() -> Learner:
+        ema = EMA("model", 0.5)
+        decays = {Attribute(ema, "decay"): linear(12, 0.5, 1.0), LearningRate: one_cycle(12, 0.01), Momentum: 0.5}
+        return learner_of(Scheduler(decays, unit=unit), ema, Recorder())
+
+    assert_resumes_exactly(make, epochs=3)
+
+
+def test_its_counters_are_plain_attributes_that_a_checkpoint_keeps_by_itself() -> None:
+    first, second = Scheduler({LearningRate: cosine(20, 0.01, 0.0)}), Scheduler({LearningRate: cosine(20, 0.01, 0.0)})
+    learner = learner_of(first)
+    learner.fit(2)
+    changed = counted(first)
+    assert all(isinstance(value, int) for value in changed.values())
+    other = learner_of(second)
+    other.model.load_state_dict(learner.model.state_dict())
+    for name, value in changed.items():
+        setattr(second, name, value)
+    learner.fit(1, phases=[TrainingPhase()])
+    other.fit(1, phases=[TrainingPhase()])
+    assert other.cbstate.hyperparameters["learning_rate"] == learner.cbstate.hyperparameters["learning_rate"][-BATCHES:]
+    assert_same_bits(learner, other)
+
+
+class GAN(TrainingPhase):
+    weight = 1.0
+
+    def step(self, learner: Learner, batch: Any) -> None:
+        G, D = learner.model  # noqa: N806 - as the paper calls them
+        with runstep(learner, self, real=batch) as (_, state):
+            state.fake = G(torch.randn(len(state.real), 2))
+            with learner.optimizing("D") as d:
+                d.loss = softplus(-D(state.real)).mean() + softplus(D(state.fake.detach())).mean()
+            with learner.optimizing("G") as g:
+                g.loss = self.weight * softplus(-D(state.fake)).mean()
+
+
+def gan(*callbacks: Callback) -> Learner:
+    torch.manual_seed(0)
+    models = {"G": nn.Linear(2, 2), "D": nn.Linear(2, 1)}
+    data = TensorBatches(torch.randn(16, 2), batch_size=4)
+    sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.5)
+    return Learner(models, data=(data,), optimizer=sgd, callbacks=callbacks, default_callbacks=False, seed=0)
+
+
+def test_each_optimizer_and_any_attribute_may_have_a_schedule_of_its_own() -> None:
+    phase, ema = GAN(), EMA("G", 0.9)
+    scheduler = Scheduler(
+        {
+            LearningRate("G"): linear(4, 0.4, 0.0),
+            LearningRate("D"): constant(0.2),
+            Momentum("D"): 0.25,
+            Attribute(phase, "weight"): linear(4, 0.0, 1.0),
+            Attribute(ema, "decay"): linear(4, 0.5, 1.0),
+        }
+    )
+    learner = gan(scheduler, ema)
+    learner.fit(1, phases=[phase])
+    assert learner.optimizer.G.param_groups[0]["lr"] == pytest.approx(0.1)
+    assert (learner.optimizer.D.param_groups[0]["lr"], learner.optimizer.D.param_groups[0]["momentum"]) == (0.2, 0.25)
+    assert learner.optimizer.G.param_groups[0]["momentum"] == 0.5
+    assert (phase.weight, ema.decay) == (0.75, 0.875)
+    records = learner.cbstate.hyperparameters
+    assert sorted(records) == ["EMA.decay", "GAN.weight", "learning_rate/D", "learning_rate/G", "momentum/D"]
+    assert all([step for step, _ in series] == [1, 2, 3, 4] for series in records.values())
+
+
+def test_d_ft_07_hyperparameters_that_touch_one_branch_are_all_allowed() -> None:
+    names = ("G", "D")
+    scheduler = Scheduler({kind(name): 0.01 for kind in (LearningRate, WeightDecay, Momentum) for name in names})
+    learner = gan(scheduler)
+    assert scheduler.writes == ("cbstate.hyperparameters", "optimizer.G", "optimizer.D")
+    learner.fit(1, phases=[GAN()])
+    for name in names:
+        group = getattr(learner.optimizer, name).param_groups[0]
+        assert (group["lr"], group["weight_decay"], group["momentum"]) == (0.01, 0.01, 0.01)
+
+
+class LossScale(HyperParameter):
+    writes = ("loss_fn",)
+
+
+@get_hyperparameter.register(LossScale)
+def _(learner: Any, hp: LossScale) -> float:
+    return float(learner.loss_fn.scale)
+
+
+@set_hyperparameter.register(LossScale)
+def _(learner: Any, hp: LossScale, value: float) -> None:
+    learner.loss_fn.scale = value
+
+
+class Scaled(nn.Module):
+    scale = 1.0
+
+    def forward(self, preds: Any, ys: Any) -> Any:
+        return self.scale * (preds - ys).abs().mean()
+
+
+def test_a_users_own_hyperparameter_is_scheduled_and_its_path_declared() -> None:
+    loss = Scaled()
+    batches = TensorBatches(torch.ones(8, 1), torch.ones(8, 1), batch_size=4)
+    scheduler = Scheduler({LossScale: linear(4, 1.0, 0.0), LearningRate: 0.5})
+    learner = Learner(nn.Linear(1, 1), loss, data=(batches,), callbacks=[scheduler], default_callbacks=False, seed=0)
+    learner.fit(1)
+    assert scheduler.writes == ("cbstate.hyperparameters", "loss_fn", "optimizer")
+    assert loss.scale == 0.75
+    assert learner.cbstate.hyperparameters["loss_scale"] == [(1, 1.0), (2, 0.75)]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Scheduler({LearningRate: 0.1}, unit="batch"), ValueError, r"unit='batch'.*expected 'step' or 'epoch'"),
+        (lambda: Scheduler({"lr": 0.1}), TypeError, "'lr' was given as a hyperparameter; expected one such as"),
+        (lambda: Scheduler(LearningRate), TypeError, r"Scheduler\(the class LearningRate\).*expected schedules by"),
+        (lambda: Scheduler({LearningRate: "cosine"}), ValueError, "'learning_rate' was given 'cosine'; expected a sch"),
+        (lambda: Scheduler({LearningRate: cosine}), ValueError, "was given the class cosine"),
+        (lambda: Scheduler({LearningRate: 0.1, LearningRate(): 0.2}), ValueError, "twice; expected one schedule"),
+        (lambda: Scheduler({LearningRate: 0.1, LearningRate("G"): 0.2}), ValueError, "which set the same thing"),
+        (
+            lambda: Scheduler({Attribute(GAN(), "weight"): 0.1, Attribute(GAN(), "weight"): 0.2}),
+            ValueError,
+            r"both recorded as 'GAN.weight'; give one a label of its own: Attribute\(..., label='GAN.weight2'\)",
+        ),
+    ],
+)
+def test_what_cannot_be_scheduled_is_refused_at_once(make: Callable[[], object], error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_d_lz_08_a_misspelt_unit_is_an_error_that_says_what_was_meant() -> None:
+    with pytest.raises(ValueError, match="did you mean 'epoch'"):
+        Scheduler({LearningRate: 0.1}, unit="epochs")
+
+
+def test_d_ft_26_what_the_optimizer_does_not_have_is_refused_before_anything_is_changed() -> None:
+    learner = learner_of()
+    with pytest.raises(OptimizerError, match=r"SGD has no 'betas'; it has .*lr, .*momentum") as caught:
+        learner.add_callback(Scheduler({LearningRate: 0.5, BETAS: 0.5}))
+    assert "fluxloop: raised by Scheduler in init" in caught.value.__notes__
+    assert len(learner.callbacks) == 0
+    assert get_hyperparameter(learner, LearningRate) == 0.001
+    with pytest.raises(OptimizerError, match=r"there is no optimizer 'H'; the learner has \['G', 'D'\]"):
+        gan(Scheduler({LearningRate("H"): 0.5}))
+
+
+BETAS = type("Betas", (LearningRate,), {"options": ("betas",), "__slots__": ()})()
+
+
+def test_an_empty_scheduler_does_nothing() -> None:
+    learner, plain = learner_of(Scheduler({})), learner_of()
+    learner.fit(2)
+    plain.fit(2)
+    assert_same_bits(learner, plain)
+    assert learner.cbstate.hyperparameters == {}
+
+
+def test_two_schedulers_of_different_things_get_along() -> None:
+    by_epoch = Scheduler({WeightDecay: linear(2, 0.1, 0.0)}, unit="epoch")
+    learner = learner_of(Scheduler({LearningRate: linear(8, 0.008, 0.0)}), by_epoch)
+    learner.fit(2)
+    assert get_hyperparameter(learner, LearningRate) == pytest.approx(0.001)
+    assert learner.cbstate.hyperparameters["weight_decay"] == [(1, 0.1), (5, 0.05)]
+    assert len(learner.cbstate.hyperparameters["learning_rate"]) == 8
+
+
+def test_two_schedulers_of_the_same_thing_are_refused() -> None:
+    with pytest.raises(CallbackConflictError, match="two Schedulers set the same thing, LearningRate"):
+        learner_of(Scheduler({LearningRate: 0.1}), Scheduler({LearningRate(group=0): 0.1}, unit="epoch"))
+
+
+def test_regression_ft_122_it_sorts_without_a_cycle_next_to_recorder_metrics_and_ema() -> None:
+    digests = set()
+    for order in permutations(range(4)):
+        given = [Scheduler({LearningRate: 0.1}), Recorder(), Metrics(), EMA("model", 0.9)]
+        learner = learner_of(*(given[index] for index in order))
+        digests.add(learner.callbacks.digest)
+    assert len(digests) == 1
+    assert_order(learner, Scheduler, EMA)
+    learner.fit(1)
+
+
+def test_schedules_change_no_event_and_draw_nothing() -> None:
+    recorder, plain = EventRecorder(), EventRecorder()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    learner_of(Scheduler({LearningRate: cosine(8, 0.001, 0.0)}), recorder).fit(2)
+    learner_of(plain).fit(2)
+    assert recorder.trace == plain.trace
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_it_begins_anew_in_a_second_learner() -> None:
+    scheduler, records = Scheduler({LearningRate: linear(8, 0.008, 0.0)}), []
+    for _ in range(2):
+        learner = learner_of(scheduler)
+        learner.fit(1)
+        records.append(learner.cbstate.hyperparameters)
+    assert records[0] == records[1]

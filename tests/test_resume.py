@@ -1,0 +1,1228 @@
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy
+import pytest
+import torch
+import torchmetrics
+from attrs import define, field
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset, WeightedRandomSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+import fluxloop
+from fluxloop import (
+    AbstractTrainingPhase,
+    Callback,
+    CheckpointError,
+    CycleBegin,
+    CycleEnd,
+    EpochBegin,
+    EpochEnd,
+    FitBegin,
+    FittingPhase,
+    Learner,
+    Phase,
+    Recorder,
+    StepBegin,
+    StepEnd,
+    TensorBatches,
+    TrainingPhase,
+    ValidationPhase,
+    on,
+    runepoch,
+    runstep,
+    throttle,
+)
+from fluxloop.callbacks.checkpointer import Checkpointer
+from fluxloop.folder import write
+from fluxloop.state import PhaseDict
+from fluxloop.testing import (
+    EventRecorder,
+    assert_resumes_exactly,
+    assert_same_bits,
+    bits,
+    toy_learner,
+)
+
+
+class Killed(BaseException):
+    pass
+
+
+def rows(count: int = 12, width: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return torch.rand(count, width, generator=generator), torch.randint(0, 2, (count,), generator=generator)
+
+
+def network(width: int = 3) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(width, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout(0.3), nn.Linear(4, 2))
+
+
+def classifier(data: Any, *callbacks: Callback, **options: Any) -> Learner:
+    settings = {"seed": 0, "default_callbacks": False, "optimizer": partial(torch.optim.Adam, lr=0.05), **options}
+    return Learner(network(), nn.functional.cross_entropy, data=data, callbacks=callbacks, **settings)
+
+
+def save_at(learner: Learner, moment: int, path: Path, **options: Any) -> None:
+    seen = 0
+
+    def look() -> None:
+        nonlocal seen
+        seen += 1
+        if seen == moment:
+            learner.save(path)
+            raise Killed
+
+    learner.safe_points.append(look)
+    with pytest.raises(Killed):
+        learner.fit(**options)
+
+
+# Data
+
+
+class Noisy(Dataset[Any]):
+    """Draws from all three generators, and counts what it loads."""
+
+    def __init__(self, count: int = 12) -> None:
+        self.xs, self.ys = rows(count)
+        self.loaded = 0
+
+    def __len__(self) -> int:
+        return len(self.xs)
+
+    def __getitem__(self, index: int) -> Any:
+        self.loaded += 1
+        noise = torch.rand(3) + numpy.random.normal() + random.random() + random.gauss(0, 1)
+        return self.xs[index] + 0.1 * noise, self.ys[index]
+
+
+def jitter(samples: list[Any]) -> Any:
+    """Draws in collate_fn."""
+    xs, ys = torch.utils.data.default_collate(samples)
+    return xs + 0.1 * torch.rand(()) + float(numpy.random.normal()) * 0.1 + random.random() * 0.1, ys
+
+
+class DrawsFirst(Sampler[int]):
+    """Draws its order from three generators when its iteration begins."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(self.count).tolist()
+        random.shuffle(order)
+        numpy.random.shuffle(order)
+        return iter(order)
+
+
+class DrawsAtOnce(DrawsFirst):
+    """Draws as its iteration goes."""
+
+    def __iter__(self) -> Iterator[int]:
+        for _ in range(self.count):
+            yield int(torch.randint(0, self.count, ()))
+
+
+class Counting(DrawsFirst):
+    """Keeps the number of its epochs, which decides the order."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.epoch += 1
+        return iter(torch.randperm(self.count, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+
+class StatefulSampler(Counting):
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch = state["epoch"]
+
+
+class Own:
+    """An iterable of batches that keeps its place itself."""
+
+    def __init__(self, count: int = 4) -> None:
+        self.xs, self.ys = rows(count * 3)
+        self.count = count
+        self.next = 0
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.next == 0:
+            self.passes += 1
+        while self.next < self.count:
+            first = 3 * self.next
+            self.next += 1
+            yield self.xs[first : first + 3] * self.passes + torch.rand(3, 3), self.ys[first : first + 3]
+        self.next = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"next": self.next, "passes": self.passes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.next, self.passes = state["next"], state["passes"]
+
+
+class StatefulStream(IterableDataset[Any]):
+    def __init__(self) -> None:
+        self.xs, self.ys = rows()
+        self.place = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.place < len(self.xs):
+            self.place += 1
+            yield self.xs[self.place - 1], self.ys[self.place - 1]
+        self.place = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place = state["place"]
+
+
+def whole(sample: Any) -> Any:
+    return sample[0][None].repeat(2, 1), sample[1][None].repeat(2)
+
+
+SOURCES: dict[str, Callable[[], Any]] = {
+    "a list": lambda: [(x, y) for x, y in zip(rows()[0].split(3), rows()[1].split(3), strict=True)],
+    "TensorBatches": lambda: TensorBatches(*rows(), batch_size=3, shuffle=True),
+    "TensorBatches with a seed": lambda: TensorBatches(*rows(), batch_size=5, shuffle=True, seed=3),
+    "TensorBatches that drop the last": lambda: TensorBatches(*rows(), batch_size=5, shuffle=True, drop_last=True),
+    "a loader of tensors": lambda: DataLoader(TensorDataset(*rows()), batch_size=3, shuffle=True),
+    "a loader": lambda: DataLoader(Noisy(), batch_size=3, shuffle=True, collate_fn=jitter),
+    "a loader with a generator": lambda: DataLoader(
+        Noisy(), batch_size=5, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(4)
+    ),
+    "a weighted sampler": lambda: DataLoader(Noisy(), batch_size=3, sampler=WeightedRandomSampler([0.1] * 6 + [0.9] * 6, 12)),
+    "a sampler that draws first": lambda: DataLoader(Noisy(), batch_size=3, sampler=DrawsFirst(12)),
+    "a sampler that draws as it goes": lambda: DataLoader(Noisy(), batch_size=3, sampler=DrawsAtOnce(12)),
+    "a sampler that draws, of tensors": lambda: DataLoader(TensorDataset(*rows()), batch_size=3, sampler=DrawsAtOnce(12)),
+    "a sampler with a state": lambda: DataLoader(Noisy(), batch_size=3, sampler=StatefulSampler(12)),
+    "a sampler with a count": lambda: DataLoader(Noisy(), batch_size=3, sampler=Counting(12)),
+    "a batch sampler that is a list": lambda: DataLoader(Noisy(), batch_sampler=[[0, 1], [5, 3, 2], [7, 7]]),
+    "a loader without batches": lambda: DataLoader(Noisy(4), batch_size=None, shuffle=True, collate_fn=whole),
+    "torchdata's, map-style": lambda: StatefulDataLoader(Noisy(), batch_size=3, shuffle=True),
+    "torchdata's, iterable": lambda: StatefulDataLoader(StatefulStream(), batch_size=3),
+    "an iterable of its own": Own,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+def test_an_epoch_goes_on_behind_the_batches_already_used(source: Callable[[], Any]) -> None:
+    assert_resumes_exactly(lambda: classifier((source(),)), epochs=2)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("persistent", [False, True], ids=["new workers", "persistent workers"])
+def test_an_epoch_with_workers_goes_on_behind_the_batches_already_used(workers: int, persistent: bool) -> None:
+    def make() -> Learner:
+        loader = DataLoader(
+            Noisy(),
+            batch_size=3,
+            shuffle=True,
+            num_workers=workers,
+            persistent_workers=persistent,
+            collate_fn=jitter,
+            multiprocessing_context="fork",
+        )
+        return classifier((loader,))
+
+    assert_resumes_exactly(make, epochs=2, at=[2, 7])
+
+
+def test_a_run_may_be_resumed_with_another_number_of_workers(tmp_path: Path) -> None:
+    def make(workers: int) -> Learner:
+        loader = DataLoader(
+            Noisy(),
+            batch_size=3,
+            shuffle=True,
+            num_workers=workers,
+            collate_fn=jitter,
+            multiprocessing_context="fork" if workers else None,
+        )
+        return classifier((loader,))
+
+    plain = make(0)
+    plain.fit(2)
+    for before, after in ((0, 2), (2, 0), (1, 0)):
+        path = tmp_path / f"{before}-{after}.pt"
+        save_at(make(before), 3, path, epochs=2)
+        resumed = make(after)
+        resumed.fit(2, resume=path)
+        assert_same_bits(plain, resumed)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_torchdatas_stateful_loader_goes_on_with_workers_too(workers: int) -> None:
+    def make() -> Learner:
+        loader = StatefulDataLoader(
+            StatefulStream(), batch_size=3, num_workers=workers, multiprocessing_context="fork" if workers else None
+        )
+        return classifier((loader,))
+
+    assert_resumes_exactly(make, epochs=2, at=[1, 3, 4, 6])
+
+
+def test_a_generator_that_training_and_validation_share_goes_on() -> None:
+    def make() -> Learner:
+        generator = torch.Generator().manual_seed(4)
+        train, valid = (DataLoader(Noisy(6), batch_size=2, shuffle=True, generator=generator) for _ in range(2))
+        return classifier((train, valid), Recorder(), fluxloop.Metrics())
+
+    assert_resumes_exactly(make, epochs=2)
+
+
+def test_what_was_used_is_not_loaded_again(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    data = Noisy()
+    save_at(classifier((DataLoader(data, batch_size=3, shuffle=True),)), 4, path, epochs=1)
+    assert data.loaded == 9
+    data = Noisy()
+    classifier((DataLoader(data, batch_size=3, shuffle=True),)).fit(1, resume=path)
+    assert data.loaded == 3
+
+
+def test_what_the_step_draws_from_each_library_goes_on() -> None:
+    class Draws(TrainingPhase):
+        def step(self, learner: Any, batch: Any) -> Any:
+            noise = torch.rand(()) + numpy.random.normal() + numpy.random.rand() + random.random() + random.gauss(0, 1)
+            with runstep(learner, self, xs=batch[0], ys=batch[1]) as (_, state):
+                more = torch.randn(()) + numpy.random.normal() + random.gauss(0, 1)
+                state.loss = nn.functional.cross_entropy(learner.model(state.xs + noise * more), state.ys)
+                learner.backward(state.loss)
+                learner.update()
+
+    assert_resumes_exactly(lambda: classifier((TensorBatches(*rows(), batch_size=3),)), phases=lambda: [Draws()])
+
+
+# Moments
+
+
+def test_every_moment_of_training_and_validation_is_one_to_go_on_from() -> None:
+    def make() -> Learner:
+        train = TensorBatches(*rows(), batch_size=4, shuffle=True)
+        valid = TensorBatches(*rows(6), batch_size=3)
+        return classifier((train, valid), Recorder(), fluxloop.Metrics(fluxloop.Accuracy()))
+
+    assert_resumes_exactly(make, epochs=3)
+
+
+def test_a_cycle_with_two_training_phases_goes_on() -> None:
+    class Second(TrainingPhase):
+        data_key = "unlabelled"
+
+    def make() -> Learner:
+        train, other = (TensorBatches(*rows(), batch_size=4, shuffle=True) for _ in range(2))
+        return classifier({"training": train, "unlabelled": other, "validation": other}, Recorder(), fluxloop.Metrics())
+
+    assert_resumes_exactly(make, phases=lambda: [Second(), TrainingPhase(), ValidationPhase()])
+
+
+def test_two_instances_of_one_phase_each_go_on_with_their_own() -> None:
+    class Counts(TrainingPhase):
+        def __init__(self, start: int) -> None:
+            self.n = start
+
+        def step(self, learner: Any, batch: Any) -> Any:
+            self.n += 1
+            return super().step(learner, (batch[0] * self.n, batch[1]))
+
+    assert_resumes_exactly(
+        lambda: classifier((TensorBatches(*rows(), batch_size=6),)), phases=lambda: [Counts(0), Counts(100)]
+    )
+
+
+def test_a_phase_without_data_does_not_matter() -> None:
+    class Nothing(Phase):
+        def step(self, learner: Any, batch: Any) -> None:
+            raise AssertionError
+
+    assert_resumes_exactly(
+        lambda: classifier((TensorBatches(*rows(), batch_size=6),)), phases=lambda: [Nothing(), TrainingPhase(), Nothing()]
+    )
+
+
+def test_a_dry_run_goes_on(tmp_path: Path) -> None:
+    def make() -> Learner:
+        return classifier((TensorBatches(*rows(), batch_size=2, shuffle=True),))
+
+    plain = make()
+    plain.fit(2, steps_per_epoch=3)
+    for moment in range(1, 9):
+        path = tmp_path / f"{moment}.pt"
+        save_at(make(), moment, path, epochs=2, steps_per_epoch=3)
+        resumed = make()
+        resumed.fit(2, resume=path, steps_per_epoch=3)
+        assert_same_bits(plain, resumed)
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path: Path) -> None:
+    def make() -> Learner:
+        train, valid = DataLoader(Noisy(), batch_size=3, shuffle=True), TensorBatches(*rows(6), batch_size=3)
+        return classifier((train, valid), Recorder(), fluxloop.Metrics(fluxloop.Accuracy()), fluxloop.EMA("model", 0.9))
+
+    plain = make()
+    plain.fit(3)
+    path, lives = tmp_path / "state.pt", 0
+    while True:
+        learner, seen = make(), 0
+
+        def look(learner: Learner = learner) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == 3:
+                learner.save(path)
+                raise Killed
+
+        learner.safe_points.append(look)
+        lives += 1
+        try:
+            learner.fit(3, resume=path if path.exists() else None)
+        except Killed:
+            continue
+        break
+    assert lives > 8
+    assert_same_bits(plain, learner)
+    assert learner.history.rows() == plain.history.rows()
+
+
+# Models
+
+
+class Unsaved(nn.Module):
+    """Keeps a running sum that state_dict() leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("total", torch.zeros(2), persistent=False)
+
+    def forward(self, xs: Tensor) -> Tensor:
+        preds = self.layer(xs) + 0.1 * self.total
+        self.total = self.total + preds.detach().mean(0)
+        return preds
+
+
+class Cooling(nn.Module):
+    """Keeps a number of Python's that changes as it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.temperature = 1.0
+
+    def forward(self, xs: Tensor) -> Tensor:
+        self.temperature *= 0.9
+        return self.layer(xs) / self.temperature
+
+
+@pytest.mark.parametrize("model", [Unsaved, Cooling])
+def test_what_a_model_keeps_besides_its_state_dict_goes_on(model: type[nn.Module]) -> None:
+    def make() -> Learner:
+        torch.manual_seed(1)
+        data = TensorBatches(*rows(), batch_size=3)
+        return Learner(model(), nn.functional.cross_entropy, data=(data,), default_callbacks=False, seed=0)
+
+    assert_resumes_exactly(make, epochs=2)
+
+
+def test_a_lazy_model_takes_its_shapes_from_the_checkpoint(tmp_path: Path) -> None:
+    def make() -> Learner:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.Linear(4, 2))
+        data = TensorBatches(*rows(), batch_size=3)
+        return Learner(model, nn.functional.cross_entropy, data=(data,), default_callbacks=False, seed=0)
+
+    plain = make()
+    plain.fit(2)
+    save_at(make(), 3, tmp_path / "state.pt", epochs=2)
+    resumed = make()
+    resumed.fit(2, resume=tmp_path / "state.pt")
+    assert_same_bits(plain, resumed)
+
+
+def test_parameters_frozen_while_training_stay_frozen() -> None:
+    class Freeze(Callback):
+        writes = ("model",)
+        draws = False
+
+        @on(EpochEnd, TrainingPhase)
+        def freeze(self, event: EpochEnd, phase: TrainingPhase, learner: Any) -> None:
+            learner.model[0].requires_grad_(False)
+
+    assert_resumes_exactly(lambda: classifier((TensorBatches(*rows(), batch_size=6),), Freeze()), epochs=3)
+
+
+def test_a_loss_function_with_parameters_goes_on() -> None:
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, preds: Tensor, ys: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(preds * self.scale, ys) + self.scale.square()
+
+    def make() -> Learner:
+        model, loss_fn = network(), Weighted()
+        optimizer = torch.optim.Adam([*model.parameters(), *loss_fn.parameters()], lr=0.05)
+        data = TensorBatches(*rows(), batch_size=3, shuffle=True)
+        return Learner(model, loss_fn, data=(data,), optimizer=optimizer, default_callbacks=False, seed=0)
+
+    assert_resumes_exactly(make)
+
+
+# Optimizers
+
+
+class Sums(torch.optim.Optimizer):
+    """Sums gradients in double precision."""
+
+    def __init__(self, params: Any, lr: float = 0.05) -> None:
+        super().__init__(params, {"lr": lr, "differentiable": False})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                total = self.state[p].setdefault("total", torch.zeros_like(p, dtype=torch.float64))
+                total += p.grad.double() / 3
+                p -= (group["lr"] * total).to(p.dtype)
+
+
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "SGD with momentum": partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True),
+    "Adam with amsgrad": partial(torch.optim.Adam, lr=0.05, amsgrad=True),
+    "AdamW": partial(torch.optim.AdamW, lr=0.05),
+    "RMSprop": partial(torch.optim.RMSprop, lr=0.05, centered=True),
+    "Adagrad": partial(torch.optim.Adagrad, lr=0.05),
+    "sums in double precision": Sums,
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_an_optimizer_goes_on(optimizer: Callable[..., Any]) -> None:
+    make = partial(classifier, (TensorBatches(*rows(), batch_size=3),), optimizer=optimizer)
+    assert_resumes_exactly(make, at=[1, 3, 5, 7])
+
+
+def test_a_learning_rate_that_is_a_number_of_numpys_goes_on() -> None:
+    class Cosine(Callback):
+        writes = ("optimizer",)
+        draws = False
+
+        def __init__(self) -> None:
+            self.steps = 0
+
+        @on(StepEnd, TrainingPhase)
+        def set(self, event: StepEnd, phase: TrainingPhase, learner: Any) -> None:
+            self.steps += 1
+            learner.optimizer.param_groups[0]["lr"] = 0.05 * numpy.cos(0.1 * self.steps)
+
+    assert_resumes_exactly(lambda: classifier((TensorBatches(*rows(), batch_size=3),), Cosine()), at=[2, 6])
+
+
+class EveryThird(AbstractTrainingPhase):
+    """Adds up the gradients of three steps."""
+
+    def step(self, learner: Any, batch: Any) -> Any:
+        with runstep(learner, self, xs=batch[0], ys=batch[1]) as (_, state):
+            state.loss = nn.functional.cross_entropy(learner.model(state.xs), state.ys) / 3
+            learner.backward(state.loss)
+            if learner.history[self].steps % 3 == 2:
+                learner.update()
+            return state
+
+
+def test_gradients_that_wait_for_their_update_go_on() -> None:
+    def make() -> Learner:
+        return classifier((TensorBatches(*rows(), batch_size=3, shuffle=True),), Recorder())
+
+    assert_resumes_exactly(make, epochs=2, phases=lambda: [EveryThird()])
+
+
+def test_gradients_that_wait_in_one_of_two_optimizers_go_on() -> None:
+    class Both(AbstractTrainingPhase):
+        def __init__(self) -> None:
+            self.steps = 0
+
+        def step(self, learner: Any, batch: Any) -> Any:
+            self.steps += 1
+            with runstep(learner, self, xs=batch[0], ys=batch[1]) as (_, state):
+                for name in ("first", "second"):
+                    preds = learner.model[name](state.xs)
+                    learner.backward(nn.functional.cross_entropy(preds, state.ys))
+                    if name == "first" or self.steps % 3 == 0:
+                        learner.update(name)
+                return state
+
+    def make() -> Learner:
+        models = {"first": network(), "second": network()}
+        data = TensorBatches(*rows(), batch_size=3, shuffle=True)
+        return Learner(models, data=(data,), default_callbacks=False, seed=0)
+
+    assert_resumes_exactly(make, phases=lambda: [Both()])
+
+
+# Phases of research
+
+
+def linear(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, 6), nn.ReLU(), nn.Linear(6, outputs))
+
+
+@pytest.mark.parametrize("critic_steps", [1, 3])
+def test_a_gan_goes_on(critic_steps: int) -> None:
+    def make() -> Learner:
+        torch.manual_seed(1)
+        models = {"generator": linear(2, 3), "critic": linear(3, 1)}
+        data = TensorBatches(rows()[0], batch_size=3, shuffle=True)
+        return Learner(models, data=(data,), default_callbacks=False, seed=0, callbacks=[Recorder(), fluxloop.Metrics()])
+
+    assert_resumes_exactly(make, phases=lambda: [fluxloop.GANPhase(noise=2, critic_steps=critic_steps)])
+
+
+def views(count: int = 12) -> TensorBatches:
+    xs = rows(count)[0]
+    return TensorBatches(xs, xs.flip(0), batch_size=3, shuffle=True)
+
+
+def test_momentum_contrast_goes_on_with_its_queue() -> None:
+    def make() -> Learner:
+        torch.manual_seed(1)
+        query = linear(3, 4)
+        models = {"query": query, "key": copy.deepcopy(query).requires_grad_(False)}
+        ema = fluxloop.EMA("query", 0.9, into="key")
+        return Learner(models, data=(views(),), default_callbacks=False, seed=0, callbacks=[ema])
+
+    assert_resumes_exactly(make, phases=lambda: [fluxloop.MoCoPhase(queue_size=6)])
+
+
+# Phases of one's own
+
+
+class Attributes(TrainingPhase):
+    """Keeps plain attributes."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.losses: list[float] = []
+        self.total = torch.zeros(2)
+        self.table = numpy.zeros(2)
+        self.window: deque[float] = deque(maxlen=3)
+        self.generator = torch.Generator().manual_seed(1)
+        self.dice = random.Random(2)
+        self.by_name: dict[str, Any] = {}
+
+    def step(self, learner: Any, batch: Any) -> Any:
+        self.n += 1
+        noise = torch.rand((), generator=self.generator) + self.dice.random() + self.n + self.total.sum()
+        state = super().step(learner, (batch[0] + 0.1 * noise + float(self.table.sum()), batch[1]))
+        loss = state.loss.item()
+        self.losses.append(loss)
+        self.total += loss
+        self.table += loss
+        self.window.append(loss)
+        self.by_name[f"step {self.n}"] = (loss, {self.n})
+        return state
+
+
+class Pair(TrainingPhase):
+    def __init__(self) -> None:
+        self.queue = torch.zeros(2)
+
+    def step(self, learner: Any, batch: Any) -> Any:
+        self.queue = torch.cat([self.queue[1:], batch[0].sum()[None]])
+        return super().step(learner, (batch[0] + self.queue.sum(), batch[1]))
+
+    def state_dict(self) -> Any:
+        return self.queue
+
+    def load_state_dict(self, state: Any) -> None:
+        self.queue = state
+
+
+@pytest.mark.parametrize("phase", [Attributes, Pair])
+def test_what_a_phase_keeps_goes_on(phase: type[Phase]) -> None:
+    make = partial(classifier, (TensorBatches(*rows(), batch_size=3, shuffle=True),))
+    assert_resumes_exactly(make, phases=lambda: [phase()])
+
+
+class Slow(TrainingPhase):
+    """Has an epoch of its own."""
+
+    def epoch(self, learner: Any, data: Iterable[Any]) -> None:
+        with runepoch(learner, self):
+            for number, batch in enumerate(data):
+                self.step(learner, (batch[0] * (1 + number), batch[1]))
+
+
+class GoesOn(TrainingPhase):
+    goes_on = True
+
+    def epoch(self, learner: Any, data: Iterable[Any]) -> None:
+        with runepoch(learner, self):
+            for batch in data:
+                self.step(learner, (batch[0] * 2, batch[1]))
+
+
+def test_a_phase_that_says_its_own_epoch_goes_on_is_gone_on_with_in_the_middle() -> None:
+    make = partial(classifier, (TensorBatches(*rows(), batch_size=3, shuffle=True),))
+    assert_resumes_exactly(make, phases=lambda: [GoesOn()], at=[1, 2, 4, 5, 8])
+
+
+def bare() -> Any:
+    class Bare:
+        def __iter__(self) -> Iterator[Any]:
+            return ((x + torch.rand(()), y) for x, y in TensorBatches(*rows(), batch_size=3))
+
+    return Bare()
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(list(zip(*rows(), strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("source", "phase", "message"),
+    [
+        (bare, TrainingPhase, "the 'training' data .* cannot be gone on with in the middle"),
+        (lambda: DataLoader(Stream(), batch_size=3), TrainingPhase, "the 'training' data .* cannot be gone on with"),
+        (lambda: TensorBatches(*rows(), batch_size=3, shuffle=True), Slow, r"Slow has an epoch\(\) of its own"),
+    ],
+    ids=["a bare iterable", "an IterableDataset", "an epoch of its own"],
+)
+def test_what_cannot_be_gone_on_with_is_told_once_and_goes_on_from_the_end_of_an_epoch(
+    tmp_path: Path, source: Callable[[], Any], phase: type[Phase], message: str
+) -> None:
+    def make(*more: Callback) -> Learner:
+        return classifier((source(),), Checkpointer(tmp_path, every=1, unit="step"), *more)
+
+    plain = classifier((source(),))
+    plain.fit(3, phases=[phase()])
+    killed = make()
+    steps = 0
+
+    def count() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 8:  # in the second epoch
+            raise Killed
+
+    killed.safe_points.append(count)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with pytest.raises(Killed):
+            killed.fit(3, phases=[phase()])
+    assert len(said) == 1, [str(each.message) for each in said]
+    with pytest.warns(UserWarning, match=message):
+        warnings.warn_explicit(said[0].message, UserWarning, "", 1)
+    assert [path.name for path in sorted(tmp_path.glob("*.pt"))][-1].startswith(("epoch-0000-phase-1", "epoch-0001"))
+    resumed = make()
+    with pytest.warns(UserWarning, match=message):
+        resumed.fit(3, phases=[phase()], resume=tmp_path)
+    assert_same_bits(plain, resumed)
+
+
+# Callbacks of one's own
+
+
+@define
+class Plain(Callback):
+    n: int = field(default=0, init=False)
+    losses: list[float] = field(factory=list, init=False)
+    total: Any = field(factory=lambda: torch.zeros(2), init=False)
+    seen: set[str] = field(factory=set, init=False)
+    last: Any = field(default=None, init=False)
+    reads = ("step.loss",)
+    draws = False
+
+    @on(StepEnd)
+    def keep(self, event: StepEnd, phase: Phase, learner: Any) -> None:
+        self.n += 1
+        self.losses.append(float(learner.step.loss.detach()))
+        self.total += self.n
+        self.seen.add(type(phase).__name__)
+        self.last = learner.step.loss.detach()
+
+
+class PairCallback(Callback):
+    draws = False
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    @on(StepEnd)
+    def keep(self, event: StepEnd, phase: Phase, learner: Any) -> None:
+        self.steps.append(len(self.steps))
+
+    def state_dict(self) -> Any:
+        return list(self.steps)
+
+    def load_state_dict(self, state: Any) -> None:
+        self.steps = list(state)
+
+
+class PairOfATensor(PairCallback):
+    def state_dict(self) -> Any:
+        return torch.tensor(self.steps)
+
+    def load_state_dict(self, state: Any) -> None:
+        self.steps = state.tolist()
+
+
+class Draws(Callback):
+    draws = True
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    @on(StepEnd)
+    @on(EpochEnd)
+    @on(CycleEnd)
+    def draw(self, event: Any, phase: Phase, learner: Any) -> None:
+        self.values.append(torch.rand(()).item() + numpy.random.normal() + random.gauss(0, 1))
+
+
+class DrawsUnsaid(Draws):
+    draws = None
+
+
+class Shares(Callback):
+    writes = ("cbstate.shared", "cbstate.by_phase", "cbstate.tensor", "cbstate.names")
+    draws = False
+
+    def init(self, learner: Any) -> None:
+        learner.cbstate.shared = {"steps": 0, "list": []}
+        learner.cbstate.by_phase = PhaseDict(list)
+        learner.cbstate.tensor = torch.zeros(2)
+        learner.cbstate.names = set()
+
+    @on(StepEnd)
+    def keep(self, event: StepEnd, phase: Phase, learner: Any) -> None:
+        shared = learner.cbstate.shared
+        shared["steps"] += 1
+        shared["list"].append(shared["steps"])
+        learner.cbstate.by_phase[phase].append(shared["steps"])
+        learner.cbstate.tensor += 1
+        learner.cbstate.names.add(str(shared["steps"]))
+
+
+class FirstOfEpoch(Callback):
+    """Has a flag that is as at first whenever a checkpoint is written."""
+
+    draws = False
+
+    def __init__(self) -> None:
+        self.first = False
+        self.firsts = 0
+
+    @on(EpochBegin)
+    def begin(self, event: EpochBegin, phase: Phase, learner: Any) -> None:
+        self.first = True
+
+    @on(StepBegin)
+    def step(self, event: StepBegin, phase: Phase, learner: Any) -> None:
+        self.firsts += self.first
+        self.first = False
+
+
+class PairOfAFlag(FirstOfEpoch):
+    """Gives an empty state where its flag is down."""
+
+    def state_dict(self) -> Any:
+        return {"firsts": self.firsts, "flag": 1} if self.first else {"firsts": self.firsts}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.first, self.firsts = "flag" in state, state["firsts"]
+
+
+class EmptyPair(FirstOfEpoch):
+    """What its pair gives is empty, and its handlers change it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun: list[int] = []
+
+    @on(EpochBegin)
+    def begin(self, event: EpochBegin, phase: Phase, learner: Any) -> None:
+        self.begun.append(1)
+
+    @on(StepBegin)
+    def step(self, event: StepBegin, phase: Phase, learner: Any) -> None:
+        self.firsts, self.begun = len(self.begun), []
+        assert self.firsts < 2
+
+    def state_dict(self) -> Any:
+        return list(self.begun)
+
+    def load_state_dict(self, state: Any) -> None:
+        self.begun = state
+
+
+class NumpyInPlace(Callback):
+    draws = False
+
+    def __init__(self) -> None:
+        self.table = numpy.zeros(3)
+        self.last = 0.0
+
+    @on(StepEnd)
+    def keep(self, event: StepEnd, phase: Phase, learner: Any) -> None:
+        self.table += 1
+        self.last = float(self.table.sum())
+
+
+class NumpyGenerator(Callback):
+    draws = False
+
+    def __init__(self) -> None:
+        self.generator = numpy.random.default_rng(0)
+        self.last = 0.0
+
+    @on(StepEnd)
+    def keep(self, event: StepEnd, phase: Phase, learner: Any) -> None:
+        self.last = self.generator.random()
+
+
+class BeginsWithAnObject(Callback):
+    """Makes objects with a state when the fit begins."""
+
+    writes = ("optimizer",)
+    draws = False
+
+    def __init__(self) -> None:
+        self.scheduler: Any = None
+        self.generator: Any = None
+        self.last = 0.0
+
+    @on(FitBegin, FittingPhase)
+    def begin(self, event: FitBegin, phase: FittingPhase, learner: Any) -> None:
+        self.scheduler = torch.optim.lr_scheduler.StepLR(learner.optimizer, 2, 0.5)
+        self.generator = torch.Generator().manual_seed(3)
+
+    @on(StepEnd, TrainingPhase)
+    def step(self, event: StepEnd, phase: TrainingPhase, learner: Any) -> None:
+        self.scheduler.step()
+        self.last = torch.rand((), generator=self.generator).item()
+
+
+class EpochWithAnObject(BeginsWithAnObject):
+    """Makes them when the first epoch begins."""
+
+    @on(FitBegin, FittingPhase)
+    def begin(self, event: FitBegin, phase: FittingPhase, learner: Any) -> None:
+        pass
+
+    @on(EpochBegin, TrainingPhase)
+    def begin_epoch(self, event: EpochBegin, phase: TrainingPhase, learner: Any) -> None:
+        if self.scheduler is None:
+            super().begin(event, phase, learner)  # type: ignore[arg-type]
+
+
+CALLBACKS: dict[str, Callable[[], list[Callback]]] = {
+    "plain attributes": lambda: [Plain()],
+    "the pair": lambda: [PairCallback()],
+    "a pair that gives a tensor": lambda: [PairOfATensor()],
+    "draws": lambda: [Draws()],
+    "draws, and does not say so": lambda: [DrawsUnsaid()],
+    "what callbacks share": lambda: [Shares()],
+    "a flag": lambda: [FirstOfEpoch()],
+    "a flag in a pair": lambda: [PairOfAFlag()],
+    "an empty pair": lambda: [EmptyPair()],
+    "an array changed in place": lambda: [NumpyInPlace()],
+    "a generator of NumPy's": lambda: [NumpyGenerator()],
+    "objects made when the fit begins": lambda: [BeginsWithAnObject()],
+    "objects made when an epoch begins": lambda: [EpochWithAnObject()],
+    "every second step": lambda: [throttle(Plain(), StepEnd, freq=2)],
+    "traces": lambda: [fluxloop.Traces({"loss": lambda learner: learner.step.loss}, reads=("step.loss",))],
+    "an average": lambda: [fluxloop.EMA("model", 0.9)],
+    "metrics": lambda: [Recorder(), fluxloop.Metrics(fluxloop.Accuracy())],
+    "events": lambda: [EventRecorder()],
+    "all of the default ones": lambda: [fluxloop.StopOnNaNLoss(), Recorder(), fluxloop.Metrics()],
+    "metrics of torchmetrics": lambda: [
+        fluxloop.Metrics(
+            torchmetrics.MetricCollection(
+                [
+                    torchmetrics.classification.MulticlassAccuracy(2),
+                    torchmetrics.classification.MulticlassF1Score(2),
+                    torchmetrics.classification.MulticlassAUROC(2),
+                ]
+            ),
+            fluxloop.Accuracy(),
+        )
+    ],
+}
+
+
+@pytest.mark.parametrize("callbacks", CALLBACKS.values(), ids=CALLBACKS)
+def test_what_a_callback_keeps_goes_on(callbacks: Callable[[], list[Callback]]) -> None:
+    def make() -> Learner:
+        train, valid = TensorBatches(*rows(), batch_size=6, shuffle=True), TensorBatches(*rows(6), batch_size=3)
+        return classifier((train, valid), *callbacks())
+
+    assert_resumes_exactly(make)
+
+
+class Opaque:
+    def __init__(self) -> None:
+        self.n = 0
+
+
+class HasOpaque(Callback):
+    draws = False
+
+    def __init__(self) -> None:
+        self.thing = Opaque()
+
+    @on(StepEnd)
+    def keep(self, event: StepEnd, phase: Phase, learner: Any) -> None:
+        self.thing.n += 1
+
+
+class ReplacesOpaque(HasOpaque):
+    @on(StepEnd)
+    def keep(self, event: StepEnd, phase: Phase, learner: Any) -> None:
+        self.thing = Opaque()
+
+
+class TransientOpaque(HasOpaque):
+    transient = ("thing",)
+
+
+@pytest.mark.parametrize("callback", [HasOpaque, ReplacesOpaque])
+def test_an_attribute_that_changes_and_cannot_be_kept_is_told(tmp_path: Path, callback: type[HasOpaque]) -> None:
+    learner = toy_learner(callback())
+    learner.fit(1)
+    with pytest.warns(UserWarning, match=rf"does not keep {callback.__name__}\.thing: it changes, and is no plain data"):
+        learner.save(tmp_path / "state.pt")
+    learner.save(tmp_path / "state.pt")  # told once
+
+
+def test_nothing_is_told_of_what_is_transient(tmp_path: Path) -> None:
+    learner = toy_learner(TransientOpaque())
+    learner.fit(1)
+    learner.save(tmp_path / "state.pt")
+
+
+class Counter(Callback):
+    draws = False
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.items: list[int] = []
+
+    @on(StepEnd)
+    def keep(self, event: StepEnd, phase: Phase, learner: Any) -> None:
+        self.n += 1
+        self.items.append(self.n)
+
+
+def test_loading_puts_attributes_back_to_what_they_were_at_first(tmp_path: Path) -> None:
+    learner = toy_learner(Counter())
+    learner.save(tmp_path / "state.pt")
+    learner.fit(1)
+    learner.load(tmp_path / "state.pt")
+    counter = learner.get_callback(Counter)
+    assert counter is not None
+    assert (counter.n, counter.items) == (0, [])
+
+
+# What the run tells
+
+
+def test_events_are_fired_again_for_what_was_under_way_and_say_so(tmp_path: Path) -> None:
+    class Begins(Callback):
+        draws = False
+        transient = ("told",)
+
+        def __init__(self) -> None:
+            self.told: list[tuple[str, bool]] = []
+
+        @on(FitBegin)
+        @on(CycleBegin)
+        @on(EpochBegin)
+        def note(self, event: Any, phase: Phase, learner: Any) -> None:
+            self.told.append((type(event).__name__, event.resumed))
+
+    def told(moment: int) -> list[tuple[str, bool]]:
+        path = tmp_path / f"{moment}.pt"
+        save_at(toy_learner(Begins(), num_batches=2), moment, path, epochs=2)
+        begins = Begins()
+        toy_learner(begins, num_batches=2).fit(2, resume=path)
+        return begins.told
+
+    fit, cycle, epoch = "FitBegin", "CycleBegin", "EpochBegin"
+    second = [(cycle, False), (epoch, False), (epoch, False)]
+    assert told(2) == [(fit, True), (cycle, True), (epoch, True), (epoch, False), *second]
+    assert told(4) == [(fit, True), (cycle, True), (epoch, False), *second]  # between training and validation
+    assert told(5) == [(fit, True), (cycle, True), (epoch, True), *second]  # before the first batch of validation
+    assert told(9) == [(fit, True), *second]  # between cycles
+
+
+def test_the_trace_of_events_is_that_of_the_run_that_was_not_killed(tmp_path: Path) -> None:
+    plain, resumed = EventRecorder(), EventRecorder()
+    toy_learner(plain, num_batches=2).fit(2)
+    save_at(toy_learner(EventRecorder(), num_batches=2), 6, tmp_path / "state.pt", epochs=2)
+    toy_learner(resumed, num_batches=2).fit(2, resume=tmp_path / "state.pt")
+    assert resumed.trace == plain.trace
+
+
+def test_a_run_without_a_seed_goes_on_with_that_of_the_checkpoint(tmp_path: Path) -> None:
+    def make(seed: int) -> Learner:
+        torch.manual_seed(seed)
+        return classifier((TensorBatches(*rows(), batch_size=3, shuffle=True),), seed=None)
+
+    plain = make(5)
+    plain.fit(2)
+    save_at(make(5), 3, tmp_path / "state.pt", epochs=2)
+    resumed = make(6)
+    assert resumed.seed != plain.seed
+    resumed.fit(2, resume=tmp_path / "state.pt")
+    assert resumed.seed == resumed.history.seed == plain.seed
+    assert_same_bits(plain, resumed)
+
+
+def test_a_complete_run_trains_nothing(tmp_path: Path) -> None:
+    recorder = EventRecorder()
+    toy_learner(Checkpointer(tmp_path)).fit(2, resume=tmp_path)
+    learner = toy_learner(Checkpointer(tmp_path), recorder)
+    history = learner.fit(2, resume=tmp_path)
+    assert history.cycles == 2
+    assert "StepBegin" not in recorder.events
+
+
+# What does not fit
+
+
+def make_linear(**options: Any) -> Learner:
+    torch.manual_seed(1)
+    settings: dict[str, Any] = {"data": (TensorBatches(*rows(), batch_size=3),), "seed": 0, **options}
+    settings.setdefault("optimizer", partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+    return Learner(settings.pop("model", None) or nn.Linear(3, 2), nn.functional.cross_entropy, default_callbacks=False, **settings)
+
+
+class Another(TrainingPhase):
+    pass
+
+
+MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "data of another length": (
+        {"data": (TensorBatches(*rows(9), batch_size=3),)},
+        {},
+        "after 2 of 4 batches of the 'training' data, and there are 3 now",
+    ),
+    "other phases": ({}, {"phases": [Another()]}, "the fit ran the phases .*TrainingPhase.*, and now .*Another"),
+    "another seed": ({"seed": 1}, {}, "seed=1 was given, and the run has seed=0"),
+    "another learning rate": (
+        {"optimizer": partial(torch.optim.SGD, lr=0.2, momentum=0.9)},
+        {},
+        r"the optimizer was made with lr=0\.1, and now with lr=0\.2",
+    ),
+    "another optimizer": ({"optimizer": partial(torch.optim.Adam, lr=0.1)}, {}, r"was a torch\.optim\.sgd\.SGD and is a"),
+    "a model of another shape": ({"model": nn.Linear(3, 5)}, {}, r"'weight' has shape \(5, 3\), in the checkpoint \(2, 3\)"),
+    "a model with other names": (
+        {"model": nn.Sequential(nn.Linear(3, 2))},
+        {},
+        r"the checkpoint lacks '0\.weight'",
+    ),
+    "two models": ({"model": {"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)}}, {}, r"the models are \['a', 'b'\]"),
+    "fewer epochs": ({}, {"epochs": 1}, r"fit\(1, resume=\.\.\.\) was asked for, and 1 epochs are complete and one is"),
+    "no epochs": ({}, {"epochs": 0}, r"fit\(0, resume=\.\.\.\) was asked for"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("learner", "fit", "message"), MISFITS.values(), ids=MISFITS)
+def test_what_does_not_fit_is_told_and_changes_nothing(
+    tmp_path: Path, learner: dict[str, Any], fit: dict[str, Any], message: str
+) -> None:
+    moment = 9 if "epochs" in fit else 3
+    save_at(make_linear(), moment, tmp_path / "state.pt", epochs=3)
+    other = make_linear(**learner)
+    before, streams = bits(other), other.streams.positions()
+    with pytest.raises(CheckpointError, match=message):
+        other.fit(**{"epochs": 3, **fit}, resume=tmp_path / "state.pt")
+    assert bits(other).keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bits(other).items())
+    assert other.history.cycles == 0
+    assert {name: n for name, n in other.streams.positions().items() if n} == {n: v for n, v in streams.items() if v}
+    assert not other.fitting
+    other.fit(1)  # it trains as one that was never asked to go on
+    fresh = make_linear(**learner)
+    fresh.fit(1)
+    assert_same_bits(other, fresh)
+
+
+def test_a_state_that_a_callback_refuses_changes_nothing(tmp_path: Path) -> None:
+    class Refuses(PairCallback):
+        refuses: ClassVar[bool] = False
+
+        def load_state_dict(self, state: Any) -> None:
+            if self.refuses:
+                raise ValueError("another layout")
+            super().load_state_dict(state)
+
+    save_at(make_linear(callbacks=[Refuses()]), 3, tmp_path / "state.pt", epochs=2)
+    other = make_linear(callbacks=[Refuses()])
+    before = bits(other)
+    Refuses.refuses = True
+    with pytest.raises(ValueError, match="another layout"):
+        other.fit(2, resume=tmp_path / "state.pt")
+    assert not other.fitting
+    assert bits(other).keys() == before.keys()
+
+
+def test_callbacks_may_be_added_and_those_that_are_gone_are_told(tmp_path: Path) -> None:
+    save_at(make_linear(callbacks=[Counter()]), 3, tmp_path / "state.pt", epochs=1)
+    learner = make_linear(callbacks=[EventRecorder()])
+    with pytest.warns(UserWarning, match="the checkpoint has states of Counter, which are not among the callbacks now"):
+        learner.fit(1, resume=tmp_path / "state.pt")
+    assert learner.history.cycles == 1
+
+
+def test_a_checkpoint_file_that_is_not_there_is_no_new_run(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="epoch-0003-phase-0-step-00000012.pt"):
+        make_linear().fit(1, resume=tmp_path / "epoch-0003-phase-0-step-00000012.pt")
+
+
+def test_a_state_asked_for_in_the_middle_of_a_step_is_told() -> None:
+    class Asks(fluxloop.UnsafeCallback):
+        @on(StepEnd)
+        def ask(self, event: StepEnd, phase: Phase, learner: Any) -> None:
+            learner.state_dict()
+
+    with pytest.raises(CheckpointError, match="in the middle of a step; expected between two steps"):
+        toy_learner(Asks()).fit(1)
+
+
+def test_the_state_of_a_learner_that_does_not_fit_is_written_and_read(tmp_path: Path) -> None:
+    learner, other = make_linear(callbacks=[Counter()]), make_linear(callbacks=[Counter()])
+    learner.fit(1)
+    write(tmp_path / "state.pt", learner.state_dict())
+    other.load(tmp_path / "state.pt")
+    assert_same_bits(learner, other)
+    learner.fit(1)
+    other.fit(1)
+    assert_same_bits(learner, other)
+    assert other.get_callback(Counter).n == learner.get_callback(Counter).n == 8  # type: ignore[union-attr]
