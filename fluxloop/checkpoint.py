@@ -23,10 +23,11 @@ from fluxloop.callback import Callback
 from fluxloop.errors import CheckpointError, describe, did_you_mean
 from fluxloop.history import INTERRUPTED, TERMINATED
 from fluxloop.optimizers import owned_parameters
-from fluxloop.persist import Kept, class_name, keep, put_back, size
+from fluxloop.persist import Kept, class_name, is_held, keep, put_back, size, snapshot
 from fluxloop.phase import Phase
 from fluxloop.sources import keeps_place, put_source_back, source_state
 from fluxloop.state import StepState
+from fluxloop.view import View
 
 if TYPE_CHECKING:
     from fluxloop.graph import Node
@@ -70,8 +71,8 @@ def gather(learner: Learner, place: State | None) -> State:
     return {
         "fluxloop": FORMAT,
         "seed": learner.seed,
-        "models": {name or "": _module_state(learner, module, name or "") for name, module in learner.models.items()},
-        "loss_fn": _module_state(learner, learner.loss_fn, "loss_fn") if _is_module(learner.loss_fn) else None,
+        "models": {name or "": _module_state(learner, module) for name, module in learner.models.items()},
+        "loss_fn": _module_state(learner, learner.loss_fn) if _is_module(learner.loss_fn) else None,
         "views": {path: learner.weights[path].state_dict() for path in _kept_views(learner)},
         "optimizers": {
             slot.name or "": {
@@ -107,26 +108,39 @@ def _is_module(value: Any) -> bool:
     return isinstance(value, nn.Module)
 
 
-def _module_state(learner: Learner, module: nn.Module, label: str) -> State:
+def _module_state(learner: Learner, module: nn.Module) -> State:
     """Give a module's state: what it saves by itself, and what it does not.
 
     That is: buffers it leaves out, which parameters are frozen, and its parts' numbers, texts and
     random generators that have changed.
     """
-    state = module.state_dict()
     attributes = {
         path: kept for path, changes in learner.module_changes(module) if (kept := changes.state(lambda _: False)[0])
     }
     return {
-        "state": {
-            name: value if isinstance(value, Tensor) else keep(value, f"{name!r} of model {label!r}")
-            for name, value in state.items()
-        },
-        "metadata": keep(dict(getattr(state, "_metadata", {})), f"the metadata of model {label!r}"),
+        **weights_of(module),
         "buffers": {name: tensor for name, _, _, tensor in _unsaved_buffers(module)},
         "frozen": [name for name, parameter in module.named_parameters() if not parameter.requires_grad],
         "attributes": attributes,
     }
+
+
+def weights_of(module: nn.Module) -> State:
+    """Give what a module saves by itself, as plain data."""
+    state, label = module.state_dict(), type(module).__name__
+    return {
+        "state": {
+            name: value if isinstance(value, Tensor) else keep(value, f"{name!r} of {label}")
+            for name, value in state.items()
+        },
+        "metadata": keep(dict(getattr(state, "_metadata", {})), f"the metadata of {label}"),
+    }
+
+
+def put_weights(module: nn.Module, kept: State) -> None:
+    """Have a module load what `weights_of` gave."""
+    tensors = {name: put_back(value) for name, value in kept["state"].items()}
+    module.load_state_dict(with_metadata(tensors, put_back(kept["metadata"])))
 
 
 def with_metadata(tensors: dict[str, Any], metadata: dict[str, Any]) -> OrderedDict[str, Any]:
@@ -215,7 +229,7 @@ def _borrowed(learner: Learner) -> Callable[[Any], bool]:
     known += [slot.optimizer for slot in learner.updates.slots]
     known += [learner.accelerator, learner.loss_fn, learner.data, *vars(learner.data).values()]
     ids = set(map(id, known))
-    return lambda value: id(value) in ids or isinstance(value, (Callback, Phase))
+    return lambda value: id(value) in ids or isinstance(value, (Callback, Phase, View))
 
 
 def _phases_state(learner: Learner) -> State:
@@ -322,8 +336,10 @@ def _optimizer_differs(optimizer: torch.optim.Optimizer, kept: State, label: str
     parameters = owned_parameters(optimizer)
     for index, entries in kept["state"]["state"].items():
         for entry, value in entries.items() if isinstance(index, int) and index < len(parameters) else ():
+            if not isinstance(value, Tensor) or not value.ndim or is_lazy(parameters[index]):
+                continue
             shape = tuple(parameters[index].shape)
-            if isinstance(value, Tensor) and value.ndim and value.ndim == len(shape) and tuple(value.shape) != shape:
+            if value.ndim == len(shape) and tuple(value.shape) != shape:
                 yield f"{label}: {entry!r} of parameter {index} has shape {tuple(value.shape)}, expected {shape}"
 
 
@@ -347,6 +363,20 @@ def check_same_run(learner: Learner, state: State) -> None:
             + "\n  ".join(wrong)
             + "\nResume with what it was begun with; or begin a new run from its weights: learner.load_weights(path)"
         )
+
+
+def take(learner: Learner, state: State, *, begun: bool) -> None:
+    """Put a learner where the state was gathered, or leave it where it is: see `apply`.
+
+    Raises:
+        CheckpointError: A state cannot be put back.
+    """
+    before = snapshot(gather(learner, None))
+    try:
+        apply(learner, state, begun=begun)
+    except BaseException:
+        apply(learner, before, begun=True)
+        raise
 
 
 def apply(learner: Learner, state: State, *, begun: bool) -> None:
@@ -379,8 +409,14 @@ def apply(learner: Learner, state: State, *, begun: bool) -> None:
     _load_updates(learner, state["updates"])
     learner.history.cycles = state["history"]["cycles"]
     learner.history.stop_reason = state["history"]["stop_reason"]
+    shared = vars(learner.cbstate)
+    gone = [f"cbstate.{name}" for name, kept in state["cbstate"].items() if name not in shared and is_held(kept)]
+    if gone and begun:
+        warnings.warn(f"the checkpoint has {', '.join(gone)}, which no callback publishes now", stacklevel=2)
     for name, kept in state["cbstate"].items():
-        shared, where = vars(learner.cbstate), f"cbstate.{name}"
+        where = f"cbstate.{name}"
+        if where in gone:
+            continue
         shared[name] = put_back(kept, shared.get(name), phases=types, device=device, where=where)
     learner.waiting_states = {name: list(states) for name, states in state["phases"].items()}
     for kept_phase in learner.kept_phases:
@@ -405,8 +441,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
 
 
 def _load_module(learner: Learner, module: nn.Module, kept: State) -> None:
-    tensors = {name: put_back(value) for name, value in kept["state"].items()}
-    module.load_state_dict(with_metadata(tensors, put_back(kept["metadata"])))
+    put_weights(module, kept)
     for name, part, own, tensor in list(_unsaved_buffers(module)):
         if name in kept["buffers"]:
             part._buffers[own] = kept["buffers"][name].to(tensor.device, copy=True)

@@ -124,10 +124,14 @@ class Feed:
         return {**self._begun, **own, "key": self._name, "batch": self.count, "length": self._length()}
 
     def go_on(self, place: dict[str, Any]) -> None:
-        """Begin the next iteration where another one was.
+        """Begin the next iteration where another one was."""
+        self._from = place
+
+    def check_place(self, place: dict[str, Any]) -> None:
+        """Raise where an iteration cannot begin where another one was.
 
         Raises:
-            CheckpointError: The data has another length now.
+            CheckpointError: The data has another length now, or cannot be gone on with.
         """
         length = self._length()
         if not self.can_go_on or place["length"] != length:
@@ -136,7 +140,6 @@ class Feed:
                 f"there are {length} now ({describe(self.source)}); expected the same data, or a checkpoint of the end "
                 "of an epoch"
             )
-        self._from = place
 
     def check(self) -> None:
         """Raise `DataError` for a source known to be empty."""

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakKeyDictionary, finalize, ref
 
-from fluxloop.checkpoint import apply, check_fits, check_same_run, meet_phases
+from fluxloop.checkpoint import apply, check_fits, check_same_run, meet_phases, take
 from fluxloop.data import load, name_data
 from fluxloop.errors import (
     CancelEpochException,
@@ -54,9 +54,10 @@ class FitScope(Scope):
         feed: The data of the running epoch, None between epochs.
         script: Where the global generators stood when the fit began.
         cut: Whether the fit has ended in the middle of an epoch.
+        finished: Whether `FitEnd` was fired.
     """
 
-    __slots__ = ("_again", "cut", "feed", "index", "phases", "script", "steps_per_epoch")
+    __slots__ = ("_again", "cut", "feed", "finished", "index", "phases", "script", "steps_per_epoch")
 
     def __init__(
         self, learner: Learner, phases: list[Phase], steps_per_epoch: int | None, state: dict[str, Any] | None
@@ -66,7 +67,7 @@ class FitScope(Scope):
         self.phases = phases
         self.steps_per_epoch = steps_per_epoch
         self.feed: Feed | None = None
-        self.cut = False
+        self.cut = self.finished = False
         self.index = 0
         self._again = state
         place = None if state is None else state["place"]
@@ -133,6 +134,7 @@ class FitScope(Scope):
 
     def finish(self) -> None:
         """Let whoever waits for a moment without anything under way have the last one."""
+        self.finished = True
         self._learner.stop_requested = None
         self._learner.safe_point()
 
@@ -221,7 +223,7 @@ def fit(
         state = None if resume is None else find_state(resume)
         if state is not None:
             _check_goes_on(learner, state, epochs, chosen)
-            apply(learner, state, begun=False)
+            take(learner, state, begun=False)
         learner.fitting = True
         if state is not None and learner.history.stop_reason is not None:
             reason = learner.history.stop_reason
@@ -252,6 +254,8 @@ def _check_goes_on(learner: Learner, state: dict[str, Any], epochs: int, phases:
     place, names = state["place"], [class_name(type(phase)) for phase in phases]
     if place is not None and place["phases"] != names and (place["index"] or place["feed"]):
         raise CheckpointError(f"the fit ran the phases {place['phases']}, and now {names}; expected the same")
+    if place is not None and place["feed"] is not None:
+        feed(learner, phases[place["index"]]).check_place(place["feed"])
     begun = state["history"]["cycles"] + bool(place is not None and (place["index"] or place["feed"]))
     if state["history"]["stop_reason"] is None and begun > epochs:
         raise CheckpointError(

@@ -14,6 +14,7 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -86,6 +87,11 @@ def read(path: Path, weights_only: bool = False) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
+    except UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds other things than numbers, texts and tensors, and is not read; expected a file that "
+            "learner.save or a Checkpointer wrote, or torch.save(module.state_dict(), path)"
+        ) from error
     except Exception as error:
         raise CheckpointError(f"the checkpoint {path} is incomplete or damaged: {error}") from error
     if not isinstance(state, dict) or not (weights_only or "fluxloop" in state):

@@ -14,7 +14,7 @@ from fluxloop.accelerator import Accelerator
 from fluxloop.callback import Callback
 from fluxloop.callbacks.defaults import with_defaults
 from fluxloop.check import check
-from fluxloop.checkpoint import Manifest, apply, check_fits, gather, load_weights, manifest
+from fluxloop.checkpoint import Manifest, check_fits, gather, load_weights, manifest, take
 from fluxloop.data import name_data
 from fluxloop.errors import (
     CallbackTypeError,
@@ -340,7 +340,7 @@ class Learner(Generic[M]):
             CheckpointError: It does not fit this learner; nothing is changed.
         """
         check_fits(self, state)
-        apply(self, state, begun=True)
+        take(self, state, begun=True)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write `state_dict` to a file, which is either complete or not there.

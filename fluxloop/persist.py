@@ -45,7 +45,7 @@ def keep(value: Any, where: str) -> Any:
         return _keep(value, where)
     except RecursionError:
         raise CheckpointError(
-            f"{where} is {describe(value)} that contains itself, which cannot be kept in a checkpoint"
+            f"{where} is a {type(value).__name__} that contains itself, which cannot be kept in a checkpoint"
         ) from None
 
 
@@ -70,10 +70,11 @@ def _keep(value: Any, where: str) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_keep_item(item, f"{where}[{index}]") for index, item in enumerate(value))
     if isinstance(value, dict):
-        items = {_plain_key(key, where): _keep_item(item, f"{where}[{key!r}]") for key, item in value.items()}
-        return {MARK: "dict", "items": items} if MARK in items else items
+        entries = {_plain_key(key, where): _keep_item(item, f"{where}[{key!r}]") for key, item in value.items()}
+        return {MARK: "dict", "items": entries} if MARK in entries else entries
     if isinstance(value, (set, frozenset)):
-        return {MARK: type(value).__name__, "items": [_keep_item(item, where) for item in value]}
+        items = sorted(value, key=repr)  # the same set is the same file
+        return {MARK: type(value).__name__, "items": [_keep_item(item, where) for item in items]}
     if isinstance(value, deque):
         return {MARK: "deque", "items": [_keep_item(item, where) for item in value], "maxlen": value.maxlen}
     if isinstance(value, torch.Generator):
@@ -86,20 +87,23 @@ def _keep(value: Any, where: str) -> Any:
     if fields is not None:
         return {MARK: "fields", "items": {name: _keep(item, f"{where}.{name}") for name, item in fields.items()}}
     raise CheckpointError(
-        f"{where} is {describe(value)}, which cannot be kept in a checkpoint; expected numbers, texts, tensors, "
+        f"{where} is a {type(value).__name__}, which cannot be kept in a checkpoint; expected numbers, texts, tensors, "
         "containers of them, or an object with state_dict() and load_state_dict(state)"
     )
 
 
 def _keep_item(value: Any, where: str) -> Any:
     """Keep an item of a container: there is no live one to put an object's state into."""
-    kept = _keep(value, where)
-    if isinstance(kept, dict) and kept.get(MARK) in ("object", "fields", "phases"):
+    numpys = type(value).__module__.partition(".")[0] == "numpy"
+    if isinstance(value, (PhaseDict, torch.Generator, random.Random)) or (
+        not isinstance(value, (Tensor, *SCALARS, dict, list, tuple, set, frozenset, deque))
+        and (_numpy_state(value) is not None if numpys else is_stateful(value) or _fields(value) is not None)
+    ):
         raise CheckpointError(
-            f"{where} is {describe(value)} inside a container, which cannot be kept in a checkpoint; keep its numbers, "
-            "texts and tensors there instead, or give what holds it state_dict() and load_state_dict(state)"
+            f"{where} is a {type(value).__name__} inside a container, which cannot be kept in a checkpoint; keep its "
+            "numbers, texts and tensors there instead, or give what holds it state_dict() and load_state_dict(state)"
         )
-    return kept
+    return _keep(value, where)
 
 
 def _plain_scalar(value: Any, where: str) -> Any:
@@ -143,7 +147,7 @@ def _keep_numpy(value: Any, where: str) -> Any:
     state = _numpy_state(value)
     if state is not None:
         return {MARK: "object", "state": _keep(state, where)}
-    raise CheckpointError(f"{where} is {describe(value)} of NumPy's, which cannot be kept in a checkpoint")
+    raise CheckpointError(f"{where} is a {type(value).__name__} of NumPy's, which cannot be kept in a checkpoint")
 
 
 def _numpy_state(value: Any) -> Any:
@@ -173,6 +177,11 @@ def _fields(value: Any) -> dict[str, Any] | None:
 
 
 # Reading
+
+
+def is_held(kept: Any) -> bool:
+    """Tell whether what was kept is the state of an object, which has to be there."""
+    return isinstance(kept, dict) and kept.get(MARK) in ("object", "fields", "phases")
 
 
 def put_back(
@@ -382,7 +391,7 @@ def plain_attributes(thing: Any) -> dict[str, Any]:
             kept = keep(value, name)
         except CheckpointError:
             continue
-        if not (isinstance(kept, dict) and kept.get(MARK) in ("object", "fields", "phases")):
+        if not is_held(kept):
             plain[name] = value
     return plain
 
@@ -448,8 +457,7 @@ class Changes:
             name: kept for name, kept in self._kept.items() if name in own and self._first[name] != look(own[name])
         }
         for name, kept in {**first, **state}.items():
-            held = isinstance(kept, dict) and kept.get(MARK) in ("object", "fields", "phases")
-            if held and not begun and own.get(name) is None:
+            if is_held(kept) and not begun and own.get(name) is None:
                 continue
             value = put_back(kept, own.get(name), where=f"{self.name}.{name}", **how)
             if own.get(name) is not value:
@@ -516,7 +524,7 @@ def size(kept: Any) -> int:
 def snapshot(kept: Any) -> Any:
     """Copy plain data, so that what happens next does not change it; tensors come to the CPU."""
     if isinstance(kept, Tensor):
-        return kept.detach().to("cpu", copy=True)
+        return kept if is_lazy(kept) else kept.detach().to("cpu", copy=True)
     if isinstance(kept, dict):
         return {key: snapshot(item) for key, item in kept.items()}
     if type(kept) in (list, tuple):

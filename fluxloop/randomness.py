@@ -320,6 +320,35 @@ class others_apart(AbstractContextManager[None]):  # noqa: N801 - used like a fu
             random.setstate(self._python)
 
 
+class others_going_on(AbstractContextManager[None]):  # noqa: N801 - used like a function
+    """Have NumPy and Python draw from generators apart, which go on where they were left the last time.
+
+    Args:
+        number: What they start from.
+    """
+
+    def __init__(self, number: int) -> None:
+        numpy = sys.modules.get("numpy")
+        self._bits = numpy.random.MT19937(number) if numpy is not None else None
+        self._python: Any = random.Random(number).getstate()
+        self._own: Any = None
+
+    def __enter__(self) -> None:
+        if self._bits is not None:
+            self._own = sys.modules["numpy"].random.get_bit_generator()
+            sys.modules["numpy"].random.set_bit_generator(self._bits)
+        self._former = random.getstate()
+        random.setstate(self._python)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._python = random.getstate()
+        random.setstate(self._former)
+        if self._bits is not None:
+            sys.modules["numpy"].random.set_bit_generator(self._own)
+
+
 def between_steps(call: Callable[..., None], stream: Callable[[], Stream]) -> Callable[..., None]:
     """Wrap a function that runs between two steps so that the next one draws as if it had not run.
 

@@ -22,7 +22,7 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset,
 
 from fluxloop.data import TensorBatches
 from fluxloop.persist import attributes, is_stateful
-from fluxloop.randomness import others_apart, start_generators, start_torch
+from fluxloop.randomness import others_apart, others_going_on, start_generators, start_torch
 
 
 @frozen
@@ -91,7 +91,9 @@ class _Running:
         self._indices = indices
         _put(indices.generators)
         start_torch(indices.numbers.order)
-        self._source = iter(indices.sampler)
+        self._others = others_going_on(indices.numbers.order)
+        with self._others:
+            self._source = iter(indices.sampler)
         torch.empty((), dtype=torch.int64).random_(generator=indices.generator)
         self._begins = indices.states()
         self._batch = 0
@@ -110,7 +112,8 @@ class _Running:
             start_torch(self._indices.numbers.fetch(self._batch))
         else:
             _put(self._begins)
-        indices = next(self._source)
+        with self._others:
+            indices = next(self._source)
         first = self._sample
         self._batch += 1
         self._sample += len(indices) if self._indices.batched else 1

@@ -68,7 +68,7 @@ class Criterion:
 
             def update(self, value, training_losses=()):
                 self.seen += value < self.limit
-                return f"{self.seen} values below {self.limit}" if self.seen >= 3 else None
+                return "three values were low enough" if self.seen >= 3 else None
 
     Attributes:
         mode: ``"min"`` where less is better, ``"max"`` where more is; set by `start`.

@@ -294,7 +294,7 @@ class _Moments:
             place = place_of(learner)
         except CheckpointError:
             return  # a checkpoint waits until the epoch ends
-        if place is None:
+        if place is None or getattr(learner.scope, "finished", False):  # a complete run
             return
         self.seen += 1
         if self.seen == self.kill_at:

@@ -28,7 +28,10 @@ MODULES = sorted(module.name for module in pkgutil.walk_packages(fluxloop.__path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_code_of_a_page_runs_and_prints_what_it_says(page: Path) -> None:
+def test_the_code_of_a_page_runs_and_prints_what_it_says(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # some write files
     namespace: dict[str, object] = {"__name__": "docs"}
     printed = ""
     for match in FENCE.finditer(page.read_text()):
@@ -44,7 +47,8 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(page: Path) -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_examples_in_docstrings_run(name: str) -> None:
+def test_the_examples_in_docstrings_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     module = importlib.import_module(name)
     names = {key: value for key, value in vars(fluxloop).items() if not key.startswith("__")}
     globs = {**names, **vars(module), "torch": torch}

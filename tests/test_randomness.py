@@ -190,7 +190,7 @@ def test_what_is_drawn_after_preserved_is_what_would_have_been_drawn() -> None:
 
 WRAPPERS: dict[str, Callable[[Callable[..., None]], Callable[..., None]]] = {
     "putting_back": putting_back,
-    "between_steps": lambda call: between_steps(call, 5),
+    "between_steps": lambda call: between_steps(call, lambda: Stream(5, "callback")),
     "with_own_stream": lambda call: with_own_stream(call, lambda: Stream(5, "callback/Probe")),
 }
 
@@ -242,7 +242,7 @@ def test_a_wrapped_function_that_fails_after_drawing_changes_no_number(wrapper: 
 def test_numpys_bit_generator_is_the_same_object_after_a_handler_between_two_steps() -> None:
     own = np.random.get_bit_generator()
     inside: list[object] = []
-    between_steps(lambda: inside.append(np.random.get_bit_generator()), 5)()
+    between_steps(lambda: inside.append(np.random.get_bit_generator()), lambda: Stream(5, "callback"))()
     assert np.random.get_bit_generator() is own
     assert inside[0] is not own
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 import threading
 import warnings
@@ -63,7 +64,7 @@ class Checkpointer(UnsafeCallback):
     Attributes:
         last: The newest file, None before the first.
 
-    Reads: nothing by itself (it is given the learner)
+    Reads: (it is given the whole learner)
     """
 
     folder: Path = field(converter=Path)
@@ -85,12 +86,14 @@ class Checkpointer(UnsafeCallback):
     _told: bool = field(default=False, init=False, repr=False)
     _over: bool = field(default=False, init=False, repr=False)
     _terminated: bool = field(default=False, init=False, repr=False)
+    _is_copy: bool = field(default=False, init=False, repr=False)
     _writer: ThreadPoolExecutor | None = field(default=None, init=False, repr=False)
     _writing: Future[None] | None = field(default=None, init=False, repr=False)
 
     draws = False
     transient = (
-        *("last", "_progress", "_reason", "_since", "_owing", "_told", "_over", "_terminated", "_writer", "_writing"),
+        *("last", "_progress", "_reason", "_since", "_owing", "_told", "_over", "_terminated", "_is_copy"),
+        *("_writer", "_writing"),
     )
 
     def __attrs_post_init__(self) -> None:
@@ -108,13 +111,23 @@ class Checkpointer(UnsafeCallback):
                     f"{', or None for all' if name == 'keep_last' else ''}"
                 )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Checkpointer:
+        """Copy, for a learner on which something is tried out: the copy writes nothing."""
+        copied = copy.copy(self)
+        copied._is_copy, copied._scores = True, dict(self._scores)
+        copied._writer = copied._writing = None
+        return copied
+
     def init(self, learner: Any) -> None:
         """Take the folder."""
-        Folder(self.folder).claim()
+        if not self._is_copy:
+            Folder(self.folder).claim()
 
     @on(FitBegin, FittingPhase)
     def start(self, event: FitBegin, phase: FittingPhase, learner: Any) -> None:
         """Look whether the run may be written here, and wait for moments between steps."""
+        if self._is_copy:
+            return
         check_writers(learner)
         if self.keep_best and not learner.callbacks.writers("cbstate.metrics"):
             raise MissingProducerError(
@@ -195,7 +208,7 @@ class Checkpointer(UnsafeCallback):
         self._finish_writing()
         folder = Folder(self.folder)
         complete = place["feed"] is None and place["index"] in (0, len(place["phases"]))
-        if self.keep_best and complete:
+        if self.keep_best and complete and learner.history.cycles:
             self._note_score(name_of(progress), learner)
         there = {name_of(progress), *(path.name for _, path in folder.files())}
         self._scores = {name: score for name, score in self._scores.items() if name in there}

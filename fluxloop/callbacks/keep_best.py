@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from attrs import define, field
-from torch import Tensor, nn
 
 from fluxloop.callback import Callback, NoConflict, UnsafeCallback, on, resolve_conflict
 from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.probe import MetricSource
 from fluxloop.callbacks.recorder import Recorder
+from fluxloop.checkpoint import put_weights, weights_of
 from fluxloop.events import CycleEnd, EpochEnd, FitBegin
 from fluxloop.monitor import Mode, Monitor
+from fluxloop.persist import snapshot
 from fluxloop.phase import FittingPhase, Phase
 
 
@@ -33,12 +34,13 @@ class KeepBestModel(UnsafeCallback):
 
     Raises:
         MetricError: No such metric has been recorded at the end of a cycle.
+        ValueError: `min_delta` is less than 0.
 
     Attributes:
         best: The best value so far, None before the first.
         epoch: The epoch of it, from 1.
 
-    Reads: model, cbstate.metrics
+    Reads: cbstate.metrics
     Writes: model (when the fit has ended)
     Runs after: Recorder, Metrics, MetricSource
     """
@@ -48,7 +50,7 @@ class KeepBestModel(UnsafeCallback):
     min_delta: float = field(default=0.0, kw_only=True)
     best: float | None = field(default=None, init=False, repr=False)
     epoch: int | None = field(default=None, init=False, repr=False)
-    _weights: dict[str, dict[str, Tensor]] = field(factory=dict, init=False, repr=False)
+    _weights: dict[str, dict[str, Any]] = field(factory=dict, init=False, repr=False)
     _seen: int = field(default=0, init=False, repr=False)
 
     reads = ("cbstate.metrics",)
@@ -58,6 +60,8 @@ class KeepBestModel(UnsafeCallback):
 
     def __attrs_post_init__(self) -> None:
         Monitor(self.monitor, self.mode)
+        if not isinstance(self.min_delta, (int, float)) or not self.min_delta >= 0:
+            raise ValueError(f"KeepBestModel(min_delta={self.min_delta!r}) was given; expected 0 or more")
 
     @on(FitBegin, FittingPhase)
     def start(self, event: FitBegin, phase: FittingPhase, learner: Any) -> None:
@@ -74,7 +78,7 @@ class KeepBestModel(UnsafeCallback):
         self._seen, value = newest
         if monitor.better(value, self.best, self.min_delta):
             self.best, self.epoch = value, self._seen
-            self._weights = {name or "": _copy(module) for name, module in learner.models.items()}
+            self._weights = {name or "": snapshot(weights_of(module)) for name, module in learner.models.items()}
 
     @on(CycleEnd, FittingPhase)
     def check(self, event: CycleEnd, phase: FittingPhase, learner: Any) -> None:
@@ -84,15 +88,7 @@ class KeepBestModel(UnsafeCallback):
     def _put_back(self, learner: Any) -> None:
         for name, module in learner.models.items():
             if (name or "") in self._weights:
-                module.load_state_dict(self._weights[name or ""])
-
-
-def _copy(module: nn.Module) -> dict[str, Any]:
-    """Copy a module's tensors to the CPU."""
-    return {
-        name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-        for name, value in module.state_dict().items()
-    }
+                put_weights(module, self._weights[name or ""])
 
 
 @resolve_conflict.register(KeepBestModel, Callback)  # type: ignore[untyped-decorator]  # multipledispatch has no types

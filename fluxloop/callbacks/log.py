@@ -268,7 +268,8 @@ class LogTraces(LogCallback):
 
 def _new_entries(table: Any, newest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Give the newest value of each series of (step, value) that has one since the last time."""
-    for name, series in dict.items(table):  # not the read-only view's: it would copy the whole series each step
+    own = dict.items(table) if isinstance(table, dict) else table.items()
+    for name, series in own:  # not those of a read-only view, which would copy the whole series each step
         if series and newest.get(name) != series[-1][0]:
             newest[name] = series[-1][0]
             yield name, series[-1][1]
