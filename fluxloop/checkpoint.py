@@ -618,13 +618,15 @@ def manifest(learner: Learner) -> Manifest:
         lines.append(Entry(f"callbacks.{id}", id, "persisted", size(kept)))
     for name, kept in state["phases"].items():
         lines.append(Entry(f"phases.{name.rpartition('.')[2]}", name, "persisted", size(kept)))
-    for part in ("seed", "streams", "updates", "history", "data"):
+    for part in ("seed", "streams", "updates", "history"):
         lines.append(Entry(part, "learner", "persisted", size(state[part])))
+    lines.append(Entry("place in the data", "learner", "persisted", size(state["data"])))
+    lines += [Entry(path, node.id, "not kept") for node in nodes for path in unkept(node, learner)]
     told = {entry.path for entry in lines}
     for node in nodes:
         for path in map(dotted, node.access.writes):
             if path not in told:
-                lines.append(Entry(path, node.id, _kind(path, node, learner)))
+                lines.append(Entry(path, node.id, _kind(path, node)))
                 told.add(path)
         for path in node.callback.unwrapped.transient:
             where = path if "." in path else f"callbacks.{node.id}.{path}"
@@ -634,10 +636,8 @@ def manifest(learner: Learner) -> Manifest:
     return Manifest(lines)
 
 
-def _kind(path: str, node: Node, learner: Learner) -> str:
+def _kind(path: str, node: Node) -> str:
     root = path.split(".")[0].partition("@")[0]
     if root == "step" or path in node.callback.unwrapped.transient:
         return "transient"
-    if path in unkept(node, learner):
-        return "not kept"
     return "derived" if root in DERIVED else "persisted"

@@ -318,6 +318,8 @@ def _finish(scope: FitScope, history: History, error: BaseException | None) -> B
     try:
         if error is None:
             scope.finish()
+    except CancelFittingException as cancel:
+        history.stop_reason = history.stop_reason or cancel.reason or "cancelled"
     except BaseException as failure:
         error = failure
     try:

@@ -354,8 +354,9 @@ def _look(value: Any) -> Any:
     fields = _fields(value)
     if fields is not None:
         return type(value), _look(fields)
-    own = getattr(value, "__dict__", {})  # of any other object: its numbers, texts and tensors
-    plain = {name: _look(item) for name, item in own.items() if isinstance(item, (*SCALARS, Tensor))}
+    own = getattr(value, "__dict__", {})  # of any other object: its numbers, texts, tensors and containers
+    seen = (*SCALARS, Tensor, list, tuple, dict, set, deque)
+    plain = {name: _look(item) for name, item in own.items() if isinstance(item, seen)}
     return _Seen(value), plain
 
 

@@ -79,6 +79,7 @@ class Checkpointer(UnsafeCallback):
     _steps: int = field(default=0, init=False, repr=False)
     _written: int = field(default=0, init=False, repr=False)
     _scores: dict[str, float] = field(factory=dict, init=False, repr=False)
+    _scored: int = field(default=0, init=False, repr=False)
     _progress: Progress | None = field(default=None, init=False, repr=False)
     _reason: str | None = field(default=None, init=False, repr=False)
     _since: float = field(default=0.0, init=False, repr=False)
@@ -175,13 +176,15 @@ class Checkpointer(UnsafeCallback):
             raise CancelFittingException(TERMINATED)
 
     def _is_due(self, learner: Any) -> bool:
+        scope, cycles = learner.scope, learner.history.cycles
+        complete = isinstance(scope, FitScope) and scope.feed is None and scope.index == 0 and cycles > 0
+        if self.unit == "epoch":
+            return complete and cycles % int(self.every) == 0
+        if complete and self.keep_best:  # the end of an epoch may be one of the best
+            return True
         if self.unit == "second":
             return monotonic() - self._since >= self.every
-        if self.unit == "step":
-            return self._steps // int(self.every) > self._written // int(self.every)
-        scope = learner.scope
-        complete = isinstance(scope, FitScope) and scope.feed is None and scope.index == 0
-        return complete and learner.history.cycles % int(self.every) == 0
+        return self._steps // int(self.every) > self._written // int(self.every)
 
     def _where(self, learner: Any, place: dict[str, Any] | None) -> Progress:
         steps = sum(count for owner, count in learner.streams.positions().items() if owner.endswith("/step"))
@@ -224,8 +227,10 @@ class Checkpointer(UnsafeCallback):
         metrics = learner.cbstate.metrics
         monitor.require(metrics)
         newest = monitor.newest(metrics)
-        if newest is not None and monitor.better(newest[1], None):
-            self._scores[name] = newest[1]
+        if newest is not None and newest[0] != self._scored:
+            self._scored = newest[0]
+            if monitor.better(newest[1], None):
+                self._scores[name] = newest[1]
 
     def _put(self, folder: Folder, progress: Progress, state: dict[str, Any], again: bool) -> None:
         """Write a file, in the place of one of the same moment; only then remove those that need not stay."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -129,9 +130,10 @@ class StochasticWeightAveraging(Callback):
 
     @on(EpochBegin, AbstractTrainingPhase)
     def look_for_data(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
-        """Have missing data be an error before the first step."""
-        if norms(learner.weights[self.average]):
-            self._data(learner)
+        """Have missing data, or data the average cannot be run on, be an error before the first step."""
+        average = learner.weights[self.average]
+        if norms(average) and not self._done:
+            self._update_norms(learner, copy.deepcopy(average), batches=1)
 
     @on(EpochEnd, AbstractTrainingPhase)
     def end_epoch(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
@@ -188,9 +190,25 @@ class StochasticWeightAveraging(Callback):
         if not self.num_averaged:
             self._move(learner, 1.0)
         elif self._stale and norms(average):
-            with drawing(stream_seed(learner.seed, f"callback/{self.average}", self._done)):
-                update_norms(average, self._data(learner), self.forward)
+            self._update_norms(learner, average)
         self._stale = False
+
+    def _update_norms(self, learner: Any, average: nn.Module, batches: int | None = None) -> None:
+        """Compute batch norm's statistics of the average anew.
+
+        Raises:
+            DataError: The average cannot be run on a batch of the training data.
+        """
+        source = self._data(learner)
+        with drawing(stream_seed(learner.seed, f"callback/{self.average}", self._done)):
+            try:
+                update_norms(average, source, self.forward, batches)
+            except Exception as error:
+                raise DataError(
+                    f"{self!r} could not run the average on a batch of the training data for batch norm's statistics "
+                    f"({type(error).__name__}: {error}); say how: StochasticWeightAveraging({self.model!r}, "
+                    "forward=lambda module, batch: module(...))"
+                ) from error
 
     def _data(self, learner: Any) -> Any:
         """Give the training data.
@@ -230,7 +248,7 @@ def norms(module: nn.Module) -> list[_BatchNorm]:
     return [norm for norm in found if norm.track_running_stats]
 
 
-def update_norms(module: nn.Module, source: Any, forward: Forward = run_inputs) -> None:
+def update_norms(module: nn.Module, source: Any, forward: Forward = run_inputs, batches: int | None = None) -> None:
     """Compute batch norm's statistics anew over data, every batch weighing the same.
 
     The module is in train mode meanwhile, without gradients; its modes, and a loader's own generators,
@@ -240,6 +258,7 @@ def update_norms(module: nn.Module, source: Any, forward: Forward = run_inputs) 
         module: Whose statistics.
         source: Batches.
         forward: ``(module, batch)`` runs the module on a batch.
+        batches: How many; left out, all.
     """
     device = device_of(module)
     with ExitStack() as undone:
@@ -250,5 +269,5 @@ def update_norms(module: nn.Module, source: Any, forward: Forward = run_inputs) 
         undone.callback(switch_modes([module], True))
         undone.enter_context(untouched(source))
         undone.enter_context(torch.no_grad())
-        for batch in source:
+        for batch in islice(source, batches):
             forward(module, map_tensors(lambda tensor: tensor.to(device), batch))
