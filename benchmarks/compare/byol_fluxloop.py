@@ -1,12 +1,14 @@
 """BYOL with fluxloop, in a step of one's own."""
 
 import copy
+from functools import partial
 
 import torch
-from common import EPOCHS, SSL_LR, STEPS_PER_EPOCH, TAU, ssl_setup
+from common import EPOCHS, FOLDER, SSL_LR, STEPS_PER_EPOCH, TAU, lr_factor, ssl_setup
 from torch.nn.functional import cosine_similarity
+from torch.optim.lr_scheduler import LambdaLR
 
-from fluxloop import EMA, KNNProbe, Learner, LinearProbe, TrainingPhase, cosine, runstep
+from fluxloop import EMA, Checkpointer, KNNProbe, Learner, LinearProbe, LRScheduler, TrainingPhase, cosine, runstep
 
 student, predictor, loader, bank, valid = ssl_setup()
 
@@ -28,15 +30,16 @@ class BYOL(TrainingPhase):
 models = {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False), "predictor": predictor}
 adam = torch.optim.AdamW([*student.parameters(), *predictor.parameters()], lr=SSL_LR)
 callbacks = [
+    LRScheduler(partial(LambdaLR, lr_lambda=lr_factor), unit="step"),
     EMA("student", cosine(EPOCHS * STEPS_PER_EPOCH, TAU, 1.0), into="teacher"),
     LinearProbe("student.encoder"),
     KNNProbe("teacher.encoder", bank=bank),
+    Checkpointer(FOLDER / "checkpoints"),
 ]
 learner = Learner(models, data=(loader, valid), optimizer=adam, callbacks=callbacks)
-learner.fit(EPOCHS, phases=[BYOL()])
+learner.fit(EPOCHS, phases=[BYOL()], resume=FOLDER / "checkpoints")
 # --- end ---
 
-lacks = ("learning-rate schedules", "checkpoints")
 result = {
     "weights": models,
     "losses": {"loss": learner.history["training/loss"][-1]},
@@ -44,4 +47,5 @@ result = {
         "probe": learner.history["validation/linear_student.encoder"][-1],
         "knn": learner.history["validation/knn_teacher.encoder"][-1],
     },
+    "checkpoint": learner.get_callback(Checkpointer).last,
 }

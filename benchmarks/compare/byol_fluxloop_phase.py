@@ -1,11 +1,13 @@
 """BYOL with fluxloop's own phase."""
 
 import copy
+from functools import partial
 
 import torch
-from common import EPOCHS, SSL_LR, STEPS_PER_EPOCH, TAU, ssl_setup
+from common import EPOCHS, FOLDER, SSL_LR, STEPS_PER_EPOCH, TAU, lr_factor, ssl_setup
+from torch.optim.lr_scheduler import LambdaLR
 
-from fluxloop import EMA, BYOLPhase, KNNProbe, Learner, LinearProbe, cosine
+from fluxloop import EMA, BYOLPhase, Checkpointer, KNNProbe, Learner, LinearProbe, LRScheduler, cosine
 
 student, predictor, loader, bank, valid = ssl_setup()
 
@@ -13,15 +15,16 @@ student, predictor, loader, bank, valid = ssl_setup()
 models = {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False), "predictor": predictor}
 adam = torch.optim.AdamW([*student.parameters(), *predictor.parameters()], lr=SSL_LR)
 callbacks = [
+    LRScheduler(partial(LambdaLR, lr_lambda=lr_factor), unit="step"),
     EMA("student", cosine(EPOCHS * STEPS_PER_EPOCH, TAU, 1.0), into="teacher"),
     LinearProbe("student.encoder"),
     KNNProbe("teacher.encoder", bank=bank),
+    Checkpointer(FOLDER / "checkpoints"),
 ]
 learner = Learner(models, data=(loader, valid), optimizer=adam, callbacks=callbacks)
-learner.fit(EPOCHS, phases=[BYOLPhase()])
+learner.fit(EPOCHS, phases=[BYOLPhase()], resume=FOLDER / "checkpoints")
 # --- end ---
 
-lacks = ("learning-rate schedules", "checkpoints")
 result = {
     "weights": models,
     "losses": {"loss": learner.history["training/loss"][-1]},
@@ -29,4 +32,5 @@ result = {
         "probe": learner.history["validation/linear_student.encoder"][-1],
         "knn": learner.history["validation/knn_teacher.encoder"][-1],
     },
+    "checkpoint": learner.get_callback(Checkpointer).last,
 }

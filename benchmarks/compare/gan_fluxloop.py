@@ -3,10 +3,11 @@
 from functools import partial
 
 import torch
-from common import BETAS, DECAY, EPOCHS, FOLDER, GAN_LR, NOISE, gan_setup
+from common import BETAS, CLIP, DECAY, EPOCHS, FOLDER, GAN_LR, NOISE, gan_setup, lr_factor
 from torch.nn.functional import softplus
+from torch.optim.lr_scheduler import LambdaLR
 
-from fluxloop import EMA, Learner, SampleImages, TrainingPhase, runstep
+from fluxloop import EMA, Checkpointer, GradientClip, Learner, LRScheduler, SampleImages, TrainingPhase, runstep
 
 gen, disc, loader = gan_setup()
 
@@ -25,16 +26,19 @@ class GAN(TrainingPhase):
 
 adam = partial(torch.optim.Adam, lr=GAN_LR, betas=BETAS)
 callbacks = [
+    GradientClip(CLIP),
+    LRScheduler(partial(LambdaLR, lr_lambda=lr_factor), unit="step"),
     EMA("gen", DECAY),
     SampleImages("gen@ema", inputs=torch.randn(64, NOISE), folder=FOLDER),
+    Checkpointer(FOLDER / "checkpoints"),
 ]
 learner = Learner({"gen": gen, "disc": disc}, data=(loader,), optimizer=adam, callbacks=callbacks)
-learner.fit(EPOCHS, phases=[GAN()])
+learner.fit(EPOCHS, phases=[GAN()], resume=FOLDER / "checkpoints")
 # --- end ---
 
-lacks = ("gradient clipping", "learning-rate schedules", "checkpoints")
 result = {
     "weights": {"gen": gen, "disc": disc, "average": learner.weights["gen@ema"]},
     "losses": {name: learner.history[f"training/loss_{name}"][-1] for name in ("disc", "gen")},
     "grid": FOLDER / f"gen@ema-{EPOCHS:04d}.png",
+    "checkpoint": learner.get_callback(Checkpointer).last,
 }

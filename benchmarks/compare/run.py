@@ -7,8 +7,7 @@ Prints the tables of docs/compare.md as Markdown. A version is a file ``<task>_<
 start from the same weights, get the same batches in the same order, and the same noise: meanwhile ``torch.randn``
 gives numbers that depend only on the shape and on how often that shape was asked for.
 
-Each is compared with plain PyTorch. A file that says in ``lacks`` which parts of the specification it leaves out is
-compared with plain PyTorch without them: no clipping, a constant learning rate.
+Each is compared with plain PyTorch.
 """
 
 from __future__ import annotations
@@ -60,7 +59,6 @@ class Run:
         losses: Mean losses of the last epoch.
         scores: Accuracies after the last epoch.
         updates: How often each optimizer stepped, by the network whose parameters it holds first.
-        lacks: Parts of the specification that the version leaves out.
         files: Names of the files it wrote.
     """
 
@@ -68,7 +66,6 @@ class Run:
     losses: dict[str, float]
     scores: dict[str, float]
     updates: dict[str, int]
-    lacks: tuple[str, ...] = ()
     files: list[str] = field(factory=list)
 
 
@@ -105,24 +102,12 @@ def counts() -> dict[tuple[str, str], int]:
     return {key: count_lines(region(path.read_text())) for key, path in found.items() if path.exists()}
 
 
-def lacking(task: str, framework: str) -> tuple[str, ...]:
-    """Read from a version's file which parts of the specification it leaves out."""
-    for node in ast.parse(path_of(task, framework).read_text()).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "lacks":
-            return tuple(ast.literal_eval(node.value))
-    return ()
-
-
 def line_table() -> str:
     """Give the table of lines per version."""
     counted = counts()
     rows = [f"| version | {' | '.join(TASKS.values())} |", f"| --- |{' ---: |' * len(TASKS)}"]
     for framework, label in FRAMEWORKS.items():
-        cells = []
-        for task in TASKS:
-            coming = len(lacking(task, framework)) if (task, framework) in counted else 0
-            number = str(counted.get((task, framework), "–"))
-            cells.append(f"{number} (+ {coming})" if coming else number)
+        cells = [str(counted.get((task, framework), "–")) for task in TASKS]
         rows.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -145,13 +130,11 @@ class Noise:
 
 
 @contextlib.contextmanager
-def importing_common(epochs: int, folder: Path, in_full: bool) -> Iterator[None]:
+def importing_common(epochs: int, folder: Path) -> Iterator[None]:
     """Have a version's ``from common import ...`` find this run's numbers, whatever else has that name."""
     common: Any = ModuleType("common")
     exec(compile((FOLDER / "common.py").read_text(), str(FOLDER / "common.py"), "exec"), vars(common))
     common.EPOCHS, common.FOLDER = epochs, folder
-    if not in_full:
-        common.CLIP, common.lr_factor = float("inf"), lambda step: 1.0
     other = sys.modules.get("common")
     sys.modules["common"] = common
     try:
@@ -162,14 +145,13 @@ def importing_common(epochs: int, folder: Path, in_full: bool) -> Iterator[None]
             sys.modules["common"] = other
 
 
-def run_version(task: str, framework: str, *, epochs: int = 3, in_full: bool = True, source: str | None = None) -> Run:
+def run_version(task: str, framework: str, *, epochs: int = 3, source: str | None = None) -> Run:
     """Train one version.
 
     Args:
         task: ``"gan"``, ``"byol"`` or ``"simclr"``.
         framework: One of `FRAMEWORKS`.
         epochs: How many.
-        in_full: Whether with clipping and schedules.
         source: Run this instead of the version's file.
     """
     steps: Counter[int] = Counter()
@@ -185,14 +167,13 @@ def run_version(task: str, framework: str, *, epochs: int = 3, in_full: bool = T
         if source is not None:
             path = folder / path.name
             path.write_text(source)
-        stack.enter_context(importing_common(epochs, folder, in_full))
+        stack.enter_context(importing_common(epochs, folder))
         stack.enter_context(mock.patch("torch.randn", Noise()))
         for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
             stack.enter_context(redirect(io.StringIO()))
         stack.callback(register_optimizer_step_post_hook(note).remove)
-        result = runpy.run_path(str(path), run_name="__main__")
+        done = runpy.run_path(str(path), run_name="__main__")["result"]
         files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-        done = result["result"]
         for key in ("grid", "checkpoint"):
             if key in done and not Path(done[key]).is_file():
                 raise SystemExit(f"{path.name} wrote no {key}")
@@ -204,8 +185,7 @@ def run_version(task: str, framework: str, *, epochs: int = 3, in_full: bool = T
         name: {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
         for name, module in done["weights"].items()
     }
-    scores, lacks = done.get("scores", {}), tuple(result.get("lacks", ()))
-    return Run(weights, done["losses"], scores, dict(sorted(updates.items())), lacks, files)
+    return Run(weights, done["losses"], done.get("scores", {}), dict(sorted(updates.items())), files)
 
 
 def farthest(one: Run, other: Run, names: set[str]) -> float:
@@ -240,19 +220,17 @@ def installed(framework: str) -> bool:
 
 def check_task(task: str, epochs: int) -> Iterator[str]:
     """Run every version of a task; give the rows that tell what they trained."""
-    plain, reduced = (run_version(task, "torch", epochs=epochs, in_full=in_full) for in_full in (True, False))
+    plain = run_version(task, "torch", epochs=epochs)
     for framework, label in FRAMEWORKS.items():
         if not path_of(task, framework).exists():
             continue
         if not installed(framework):
             print(f"{label} is not installed and was skipped: pip install {PACKAGES[framework]}", file=sys.stderr)
         elif framework == "torch":
-            yield row(task, f"{label}, no clipping, constant rate", reduced, "")
             yield row(task, label, plain, "")
         else:
             run = run_version(task, framework, epochs=epochs)
-            same = check_same(run, reduced if run.lacks else plain, f"{TASKS[task]}, {label}")
-            yield row(task, label, run, f"{same}, no clipping, constant rate" if run.lacks else same)
+            yield row(task, label, run, check_same(run, plain, f"{TASKS[task]}, {label}"))
 
 
 def row(task: str, label: str, run: Run, same: str) -> str:

@@ -3,9 +3,10 @@
 from functools import partial
 
 import torch
-from common import EPOCHS, SSL_LR, TEMPERATURE, ssl_setup
+from common import EPOCHS, FOLDER, SSL_LR, TEMPERATURE, lr_factor, ssl_setup
+from torch.optim.lr_scheduler import LambdaLR
 
-from fluxloop import KNNProbe, Learner, TrainingPhase, runstep
+from fluxloop import Checkpointer, KNNProbe, Learner, LRScheduler, TrainingPhase, runstep
 from fluxloop.losses import nt_xent
 
 model, _, loader, bank, valid = ssl_setup()
@@ -22,15 +23,17 @@ class SimCLR(TrainingPhase):
 
 adam = partial(torch.optim.AdamW, lr=SSL_LR)
 callbacks = [
+    LRScheduler(partial(LambdaLR, lr_lambda=lr_factor), unit="step"),
     KNNProbe("encoder", bank=bank),
+    Checkpointer(FOLDER / "checkpoints"),
 ]
 learner = Learner(model, data=(loader, valid), optimizer=adam, callbacks=callbacks)
-learner.fit(EPOCHS, phases=[SimCLR()])
+learner.fit(EPOCHS, phases=[SimCLR()], resume=FOLDER / "checkpoints")
 # --- end ---
 
-lacks = ("learning-rate schedules", "checkpoints")
 result = {
     "weights": {"model": model},
     "losses": {"loss": learner.history["training/loss"][-1]},
     "scores": {"knn": learner.history["validation/knn_encoder"][-1]},
+    "checkpoint": learner.get_callback(Checkpointer).last,
 }

@@ -7,6 +7,7 @@ learned) and DIR/char_lm_history.png.
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,16 +15,16 @@ from attrs import define, field
 from common import parse, write_result
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import Dataset
 
 from fluxloop import (
     AbstractTrainingPhase,
     Callback,
-    CustomCallback,
+    GradientClip,
     Learner,
+    LRScheduler,
     StepEnd,
-    UpdateBegin,
-    UpdateEnd,
     as_dataloader,
     on,
     watching,
@@ -102,21 +103,6 @@ def bits(preds: Tensor, ys: Tensor) -> Tensor:
 
 
 @define
-class ClipGradients(Callback):
-    """Shorten the gradient, all parameters taken together, to a given length before each update."""
-
-    max_norm: float = 1.0
-    reads = ("params",)
-    writes = ("step.grads",)
-    draws = False
-
-    @on(UpdateBegin, AbstractTrainingPhase)
-    def clip(self, event: UpdateBegin, phase: AbstractTrainingPhase, learner: Learner) -> None:
-        """Clip them in place."""
-        nn.utils.clip_grad_norm_(learner.params, self.max_norm)
-
-
-@define
 class WriteSamples(Callback):
     """Have the model write a little every so many steps, print it and keep it."""
 
@@ -158,18 +144,17 @@ def main() -> None:
     batches = as_dataloader(Windows(train, stride=10), batch_size=16, shuffle=True)
 
     model = CharTransformer(len(alphabet))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     steps = arguments.epochs * len(batches)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps + 1, pct_start=0.1)
+    schedule = partial(OneCycleLR, max_lr=1e-2, total_steps=steps + 1, pct_start=0.1)
     samples = WriteSamples(alphabet)
     learner = Learner(
         model,
         bits,
         data=(batches, Windows(valid, stride=CONTEXT)),
-        optimizer=optimizer,
+        optimizer=partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1),
         callbacks=[
-            ClipGradients(1.0),
-            CustomCallback(lambda learner: schedule.step(), UpdateEnd, reads=(), writes=("optimizer",)),
+            GradientClip(1.0),
+            LRScheduler(schedule, unit="step"),
             samples,
         ],
         seed=arguments.seed,

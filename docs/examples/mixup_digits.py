@@ -10,49 +10,25 @@ from functools import partial
 from statistics import mean
 
 import torch
-from attrs import define
 from common import Rows, digits, parse, write_result
 from matplotlib.figure import Figure
-from torch import nn
-from torch.distributions import Beta
-from torch.nn.functional import one_hot
+from torch import Tensor, nn
 
 from fluxloop import (
-    AbstractTrainingPhase,
-    AbstractValidationPhase,
+    BackwardBegin,
     Callback,
+    CustomCallback,
     Learner,
-    Metric,
     Metrics,
+    MixUp,
     Recorder,
-    StepBegin,
     TrainingPhase,
     accuracy,
-    on,
     seed_everything,
     split,
 )
 
 IMAGES, SEEDS = 200, 5
-
-
-@define
-class MixUp(Callback):
-    """Mix each training row with another of its batch: the images, and the classes' probabilities alike."""
-
-    alpha: float = 1.0
-    num_classes: int = 10
-    writes = ("step.xs", "step.ys")
-    draws = True
-
-    @on(StepBegin, AbstractTrainingPhase)
-    def mix(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Learner) -> None:
-        """Replace the batch; the loss takes probabilities as it takes classes."""
-        xs, ys = learner.step.xs, one_hot(learner.step.ys, self.num_classes).float()
-        share = Beta(self.alpha, self.alpha).sample((len(xs),)).to(xs)
-        other = torch.randperm(len(xs), device=xs.device)
-        learner.step.xs = torch.lerp(xs[other], xs, share.view(-1, 1, 1, 1))
-        learner.step.ys = torch.lerp(ys[other], ys, share.view(-1, 1))
 
 
 def few_digits(seed: int, wrong: float) -> tuple[Rows, Rows, Rows]:
@@ -83,7 +59,7 @@ def train(rows: Rows, valid: Rows, epochs: int, seed: int, callbacks: list[Callb
         nn.CrossEntropyLoss(),
         data=(rows, valid),
         optimizer=partial(torch.optim.AdamW, lr=2e-3),
-        callbacks=[Recorder(), Metrics(Metric(accuracy, phase=AbstractValidationPhase)), *callbacks],
+        callbacks=[Recorder(), Metrics(accuracy), *callbacks],
         default_callbacks=False,
         seed=seed,
     )
@@ -97,10 +73,14 @@ def average(runs: list[list[float]]) -> list[float]:
 
 
 def draw_batch(learner: Learner) -> Figure:
-    """Draw what the last step of an epoch is trained on."""
+    """Draw what the last step of an epoch is trained on: afterwards ``ys`` are classes again."""
+    shares: list[Tensor] = []
+    learner.add_callback(
+        CustomCallback(lambda learner: shares.append(learner.step.ys.cpu()), BackwardBegin, reads=("step.ys",))
+    )
     learner.epoch(TrainingPhase())
     figure = Figure(figsize=(9, 1.6), layout="constrained")
-    images, labels = learner.step.xs.cpu(), learner.step.ys.cpu()
+    images, labels = learner.step.xs.cpu(), shares[-1]
     for axes, image, label in zip(figure.subplots(1, 8), images, labels, strict=False):
         share, classes = label.topk(2)
         parts = [f"{p:.2f} of a {c}" for p, c in zip(share.tolist(), classes.tolist(), strict=True) if p > 0]
@@ -132,7 +112,7 @@ def main() -> None:
         curves[setting] = {"without mixup": [], "with mixup": []}
         for seed in range(arguments.seed, arguments.seed + SEEDS):
             rows, valid, test = few_digits(seed, wrong)
-            for name, callbacks in (("without mixup", []), ("with mixup", [MixUp()])):
+            for name, callbacks in (("without mixup", []), ("with mixup", [MixUp(1.0)])):
                 learner = train(rows, valid, arguments.epochs, seed, callbacks)
                 results[setting][name].append(learner.evaluate(test)["accuracy"])
                 curves[setting][name].append(learner.history["validation/accuracy"])
@@ -142,7 +122,7 @@ def main() -> None:
     write_result(arguments, accuracy=means, validation_accuracy_at_best_epoch=best, accuracy_by_seed=results)
     draw_histories(curves).savefig(arguments.out / "mixup_history.png", dpi=100)
     rows, valid, _ = few_digits(arguments.seed, wrong=0.0)
-    draw_batch(train(rows, valid, 1, arguments.seed, [MixUp()])).savefig(arguments.out / "mixup_images.png", dpi=100)
+    draw_batch(train(rows, valid, 1, arguments.seed, [MixUp(1.0)])).savefig(arguments.out / "mixup_images.png", dpi=100)
 
 
 if __name__ == "__main__":
