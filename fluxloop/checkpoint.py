@@ -22,6 +22,7 @@ from fluxloop.access import dotted
 from fluxloop.callback import Callback
 from fluxloop.errors import CheckpointError, describe, did_you_mean
 from fluxloop.history import INTERRUPTED, TERMINATED
+from fluxloop.nested import tensors
 from fluxloop.optimizers import owned_parameters
 from fluxloop.persist import Kept, class_name, is_held, keep, put_back, size, snapshot
 from fluxloop.phase import Phase
@@ -223,13 +224,24 @@ def _callbacks_state(learner: Learner) -> tuple[State, list[str]]:
 
 
 def _borrowed(learner: Learner) -> Callable[[Any], bool]:
-    """Give what tells whether an object is kept elsewhere: a model, an optimizer, a callback, a phase, data."""
+    """Give what tells whether a value is kept elsewhere: a model or its tensors, an optimizer, a callback, data."""
     known: list[Any] = [learner, *learner.callbacks, *learner.callbacks.given(), *learner.phases.values()]
     known += [part for module in (*learner.modules(), *learner.weights.views.values()) for part in module.modules()]
     known += [slot.optimizer for slot in learner.updates.slots]
     known += [learner.accelerator, learner.loss_fn, learner.data, *vars(learner.data).values()]
     ids = set(map(id, known))
-    return lambda value: id(value) in ids or isinstance(value, (Callback, Phase, View))
+    modules = (*learner.modules(), *learner.weights.views.values())
+    places = {
+        t.untyped_storage().data_ptr() for m in modules for t in (*m.parameters(), *m.buffers()) if not is_lazy(t)
+    }
+
+    def is_borrowed(value: Any) -> bool:
+        if id(value) in ids or isinstance(value, (Callback, Phase, View)):
+            return True
+        held = list(tensors(value)) if isinstance(value, (Tensor, list, tuple, dict)) else []
+        return bool(held) and all(t.numel() and t.untyped_storage().data_ptr() in places for t in held)
+
+    return is_borrowed
 
 
 def _phases_state(learner: Learner) -> State:
@@ -395,7 +407,7 @@ def apply(learner: Learner, state: State, *, begun: bool) -> None:
     learner.seed = learner.history.seed = state["seed"]
     learner.streams.go_on(state["seed"], state["streams"])
     types, device = list(phase_types()), learner.accelerator.device
-    how = {"begun": begun, "phases": types, "device": device}
+    how = {"begun": begun, "borrowed": _borrowed(learner), "phases": types, "device": device}
     _load_callbacks(learner, state["callbacks"], how)  # first: they may still refuse
     for name, module in learner.models.items():
         _load_module(learner, module, state["models"][name or ""])
@@ -450,7 +462,7 @@ def _load_module(learner: Learner, module: nn.Module, kept: State) -> None:
         if parameter.requires_grad is (name in frozen_ones):
             parameter.requires_grad = name not in frozen_ones
     for path, changes in learner.module_changes(module):
-        changes.load(kept["attributes"].get(path, {}), True)
+        changes.load(kept["attributes"].get(path, {}), True, lambda _: False)
 
 
 def _load_updates(learner: Learner, kept: State) -> None:
@@ -497,7 +509,8 @@ def take_up_state(learner: Learner, kept: Kept, begun: bool = True) -> None:
     """Have a phase take up the state that waits for it, if any."""
     waiting = learner.waiting_states.get(class_name(type(kept.thing)))
     if waiting:
-        kept.load(waiting.pop(0), begun, phases=list(phase_types()), device=learner.accelerator.device)
+        types, device = list(phase_types()), learner.accelerator.device
+        kept.load(waiting.pop(0), begun, _borrowed(learner), phases=types, device=device)
 
 
 def load_weights(learner: Learner, state: State, name: str, strict: bool) -> list[str]:

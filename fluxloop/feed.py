@@ -14,8 +14,11 @@ from fluxloop.randomness import Streams, put_generators, start_torch
 from fluxloop.sources import (
     Numbers,
     can_skip,
+    is_loader,
     iterate,
     keeps_place,
+    private_state,
+    put_private_back,
     put_source_back,
     put_twin_back,
     source_state,
@@ -108,20 +111,33 @@ class Feed:
     # Going on in the middle of an epoch
 
     @property
-    def can_go_on(self) -> bool:
-        """Whether an epoch of this data can be gone on with in the middle."""
-        return can_skip(self.source) or keeps_place(self.source)
+    def obstacle(self) -> str | None:
+        """Why an epoch of this data cannot be resumed in the middle; None where it can."""
+        if can_skip(self.source) or keeps_place(self.source):
+            return None
+        named = f"the {self._name!r} data ({describe(self.source)})"
+        if is_loader(self.source):
+            return (
+                f"{named} cannot be resumed in the middle of an epoch: its dataset draws from generators of its own in "
+                "worker processes; expected it to draw from the global ones, which start from a number of its own for "
+                "each sample, or num_workers=0"
+            )
+        return (
+            f"{named} cannot be resumed in the middle of an epoch; expected tensors, a Dataset, a DataLoader over "
+            "map-style data, or an object with state_dict() and load_state_dict(state)"
+        )
 
     def place(self) -> dict[str, Any] | None:
-        """Give where the running epoch is, as plain data; None where it has not begun or cannot be gone on with."""
-        if self._begun is None or not self.can_go_on:
+        """Give where the running epoch is, as plain data; None where it has not begun or cannot be resumed."""
+        if self._begun is None or self.obstacle is not None:
             return None
         own = (
             {"own": keep(cast(Stateful, self.source).state_dict(), f"the {self._name} data")}
             if keeps_place(self.source)
             else {}
         )
-        return {**self._begun, **own, "key": self._name, "batch": self.count, "length": self._length()}
+        now = {"private_now": private_state(self.source)}
+        return {**self._begun, **own, **now, "key": self._name, "batch": self.count, "length": self._length()}
 
     def go_on(self, place: dict[str, Any]) -> None:
         """Begin the next iteration where another one was."""
@@ -131,10 +147,10 @@ class Feed:
         """Raise where an iteration cannot begin where another one was.
 
         Raises:
-            CheckpointError: The data has another length now, or cannot be gone on with.
+            CheckpointError: The data has another length now, or cannot be resumed.
         """
         length = self._length()
-        if not self.can_go_on or place["length"] != length:
+        if self.obstacle is not None or place["length"] != length:
             raise CheckpointError(
                 f"the epoch was left after {place['batch']} of {place['length']} batches of the {self._name} data, and "
                 f"there are {length} now ({describe(self.source)}); expected the same data, or a checkpoint of the end "
@@ -172,6 +188,7 @@ class Feed:
         batches = iterate(self.source, numbers, 0 if keeps_place(self.source) else self.count)
         if place is not None:
             put_generators(put_back(place["global_generators"]))
+            put_private_back(self.source, place["private_now"])
         draws = getattr(self.source, "draws_at_fetch", not isinstance(self.source, (list, tuple)))
         while self.limit is None or self.count < self.limit:
             self._before_batch()

@@ -142,7 +142,7 @@ class FitScope(Scope):
         """Give where the fit stands, as plain data.
 
         Raises:
-            CheckpointError: It is in an epoch that cannot be gone on with in the middle.
+            CheckpointError: It is in an epoch that cannot be resumed in the middle.
         """
         place = None
         if self.cut:
@@ -151,15 +151,11 @@ class FitScope(Scope):
             phase = self.phases[self.index]
             if not goes_on(phase):
                 raise CheckpointError(
-                    f"{type(phase).__name__} has an epoch() of its own, which cannot be gone on with in the middle; "
-                    "where it keeps nothing between steps but in attributes, say so in the class: goes_on = True"
+                    f"{type(phase).__name__} has an epoch() of its own, which cannot be resumed in the middle; "
+                    "where it keeps nothing between steps but in attributes, say so in the class: resumable = True"
                 )
-            if not self.feed.can_go_on:
-                raise CheckpointError(
-                    f"the {phase.data_key!r} data ({describe(self.feed.source)}) cannot be gone on with in the middle "
-                    "of an epoch; expected tensors, a Dataset, a DataLoader over map-style data, or an object with "
-                    "state_dict() and load_state_dict(state)"
-                )
+            if self.feed.obstacle is not None:
+                raise CheckpointError(self.feed.obstacle)
             place = self.feed.place()
             if place is None:
                 raise CheckpointError("an epoch is just beginning; a state can be kept between two of its steps")
@@ -173,15 +169,17 @@ def place_of(learner: Learner) -> dict[str, Any] | None:
     """Give where a learner's fit stands; None where it is not fitting.
 
     Raises:
-        CheckpointError: It is in the middle of a step, or of something else that cannot be gone on with.
+        CheckpointError: It is in the middle of a step, or of an epoch that cannot be resumed in the middle.
     """
     scope = learner.scope
     if scope is None or (isinstance(scope, runepoch) and scope.parent is None):
         return None
     fitting = scope if isinstance(scope, FitScope) else scope.parent
-    if isinstance(scope, runstep) or not isinstance(fitting, FitScope):
+    ends = isinstance(scope, runepoch) and isinstance(fitting, FitScope) and fitting.feed is None
+    if isinstance(scope, runstep) or not isinstance(fitting, FitScope) or ends:
         raise CheckpointError(
-            "the state of a learner was asked for in the middle of a step; expected between two steps: a Checkpointer "
+            "the state of a learner was asked for while a step is under way or an epoch ends; expected between two "
+            "steps: a Checkpointer "
             "waits for that, and so does learner.safe_points.append(function)"
         )
     return None if fitting.cut else fitting.place()
@@ -189,7 +187,7 @@ def place_of(learner: Learner) -> dict[str, Any] | None:
 
 def goes_on(phase: Phase) -> bool:
     """Tell whether a phase's epoch keeps nothing but its state and its place in the data."""
-    return type(phase).epoch is Phase.epoch or phase.goes_on
+    return type(phase).epoch is Phase.epoch or phase.resumable
 
 
 def fit(
@@ -299,7 +297,10 @@ def _run(learner: Learner, scope: FitScope, until: int, reason: str | None) -> H
                 error = failure
         error = _finish(scope, history, error)
     if error is not None:
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # it holds this frame, and would live, with the loader's workers, until garbage is collected
     return history
 
 
@@ -318,8 +319,8 @@ def _finish(scope: FitScope, history: History, error: BaseException | None) -> B
     try:
         if error is None:
             scope.finish()
-    except CancelFittingException as cancel:
-        history.stop_reason = history.stop_reason or cancel.reason or "cancelled"
+    except CancelFittingException:  # there is nothing left to end
+        pass
     except BaseException as failure:
         error = failure
     try:

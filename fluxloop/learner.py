@@ -334,7 +334,7 @@ class Learner(Generic[M]):
         return gather(self, place_of(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put everything where `state_dict` found it; an epoch that was under way is not gone on with.
+        """Put everything where `state_dict` found it; an epoch that was under way is not continued.
 
         Raises:
             CheckpointError: It does not fit this learner; nothing is changed.

@@ -63,6 +63,8 @@ def _keep(value: Any, where: str) -> Any:
         return value.detach() if value.is_cpu else {MARK: "on the device", "tensor": value.detach()}
     if type(value).__module__.partition(".")[0] == "numpy":
         return _keep_numpy(value, where)
+    if isinstance(value, bytes) and not value:  # the only ones that are read as a call
+        return {MARK: "no bytes"}
     if isinstance(value, SCALARS):
         return _plain_scalar(value, where)
     if isinstance(value, PhaseDict):
@@ -128,7 +130,7 @@ def _plain_scalar(value: Any, where: str) -> Any:
 def _plain_key(key: Any, where: str) -> Any:
     if type(key).__module__.partition(".")[0] == "numpy" and hasattr(key, "item"):
         key = key.item()
-    if isinstance(key, SCALARS):
+    if isinstance(key, SCALARS) and key != b"":
         return _plain_scalar(key, where)
     if isinstance(key, tuple):
         return tuple(_plain_key(part, where) for part in key)
@@ -231,6 +233,8 @@ def put_back(
             live.update(entries)
             return live
         return entries
+    if kind == "no bytes":
+        return b""
     if kind == "on the device":
         return kept["tensor"].to(device, copy=True)
     if kind in ("set", "frozenset"):
@@ -283,6 +287,11 @@ def _put_back_numpy(kept: dict[str, Any]) -> Any:
         return numpy.dtype(kept["dtype"]).type(kept["value"])
     raw = kept["bytes"].to(torch.uint8).numpy().tobytes()
     return numpy.frombuffer(raw, dtype=kept["dtype"]).reshape(kept["shape"]).copy()
+
+
+def is_numpy_generator(value: Any) -> bool:
+    """Tell whether a value is a random generator of NumPy's."""
+    return _numpy_state(value) is not None
 
 
 def _set_numpy_state(live: Any, state: Any) -> None:
@@ -442,11 +451,12 @@ class Changes:
                 lost.append(f"{self.name}.{name}")
         return kept, lost
 
-    def load(self, state: dict[str, Any], begun: bool, **how: Any) -> None:
+    def load(self, state: dict[str, Any], begun: bool, borrowed: Callable[[Any], bool], **how: Any) -> None:
         """Put back what had changed, and what had not as it was first.
 
         Args:
             state: What `state` gave.
+            borrowed: Tells whether an object belongs to somebody else, who keeps it.
             begun: Whether what begins with a fit has begun: before, an object that holds a state need not be there.
             how: For `put_back`.
 
@@ -454,9 +464,8 @@ class Changes:
             CheckpointError: It cannot be put back.
         """
         own = self._own()
-        first = {
-            name: kept for name, kept in self._kept.items() if name in own and self._first[name] != look(own[name])
-        }
+        mine = [name for name in self._kept if name in own and not borrowed(own[name])]
+        first = {name: self._kept[name] for name in mine if self._first[name] != look(own[name])}
         for name, kept in {**first, **state}.items():
             if is_held(kept) and not begun and own.get(name) is None:
                 continue
@@ -499,14 +508,14 @@ class Kept:
             return {"pair": keep(self.thing.state_dict(), f"{self.name}.state_dict()")}, []
         return self._changes.state(borrowed)
 
-    def load(self, state: dict[str, Any], begun: bool, **how: Any) -> None:
+    def load(self, state: dict[str, Any], begun: bool, borrowed: Callable[[Any], bool], **how: Any) -> None:
         """Go on from a state; see `Changes.load`.
 
         Raises:
             CheckpointError: It cannot be put back.
         """
         if self._changes is not None:
-            self._changes.load({name: kept for name, kept in state.items() if name != "pair"}, begun, **how)
+            self._changes.load({name: kept for name, kept in state.items() if name != "pair"}, begun, borrowed, **how)
         elif "pair" in state:
             self.thing.load_state_dict(put_back(state["pair"], where=f"{self.name}.state_dict()", **how))
 

@@ -71,9 +71,9 @@ class Phase:
     """Whether gradients are recorded."""
     model_view: ClassVar[str] = ""
     """Which view of the models ``learner.model`` gives in it: ``"ema"`` for averaged ones; "" for the live ones."""
-    goes_on: ClassVar[bool] = False
-    """Whether an `epoch` of its own may be gone on with in the middle: it is called again and gets the batches that
-    are left, so it must keep no number of its own between steps but in attributes."""
+    resumable: ClassVar[bool] = False
+    """Whether an `epoch` of its own can be resumed in the middle: it is called again with the batches that are left, so
+    what it keeps between steps has to be in attributes."""
     transient: ClassVar[Sequence[str]] = ()
     """Names of attributes that no checkpoint needs to keep; others that change are kept, where they are plain data."""
 

@@ -3,15 +3,18 @@
 A ``DataLoader`` over map-style data is run through a twin: the same loader, with the same order,
 whose indices carry the number that the sample's random numbers start from. So what an
 augmentation draws depends on the epoch and on the sample's place in it, neither on the number of
-workers nor on who loads it; and an epoch that is gone on with begins behind the indices already
+workers nor on who loads it; and an epoch that is resumed begins behind the indices already
 used, without loading them.
 """
 
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
 from fluxloop.data import TensorBatches
-from fluxloop.persist import attributes, is_stateful
+from fluxloop.persist import SCALARS, attributes, is_numpy_generator, is_stateful, keep, put_back
 from fluxloop.randomness import others_apart, others_going_on, start_generators, start_torch
 
 
@@ -245,7 +248,12 @@ def _apart(batches: Iterator[Any]) -> Iterator[Any]:
 
 def can_skip(source: Any) -> bool:
     """Tell whether a source can be iterated from any batch on."""
-    return isinstance(source, (TensorBatches, list, tuple)) or is_loader(source)
+    return isinstance(source, (TensorBatches, list, tuple)) or (is_loader(source) and not draws_in_workers(source))
+
+
+def draws_in_workers(source: DataLoader[Any]) -> bool:
+    """Tell whether copies of a dataset draw, in workers, from generators of its own: nobody knows where those stand."""
+    return bool(source.num_workers and private_generators(source))
 
 
 def keeps_place(source: Any) -> bool:
@@ -273,12 +281,66 @@ def _scalars(thing: Any) -> dict[str, Any]:
     return {name: value for name, value in attributes(thing).items() if type(value) in (bool, int, float, str)}
 
 
+KINDS = (torch.Generator, random.Random)
+MOST = 500
+"""How many objects are looked at for generators."""
+
+
+def private_generators(source: Any) -> list[Any]:
+    """List the random generators that a loader's dataset and functions keep for themselves.
+
+    They are looked for in attributes, containers, partial functions and what functions close over.
+    """
+    if not isinstance(source, DataLoader):
+        return []
+    found: list[Any] = []
+    seen: set[int] = set()
+    todo: list[Any] = [source.dataset, source.collate_fn]
+    while todo and len(seen) < MOST:
+        thing = todo.pop()
+        if id(thing) in seen or isinstance(thing, (Tensor, type, ModuleType, *SCALARS)):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, KINDS) or is_numpy_generator(thing):
+            found.append(thing)
+        else:
+            todo.extend(_inside(thing))
+    return found
+
+
+def _inside(thing: Any) -> list[Any]:
+    """List what an object holds, as far as generators may be there."""
+    if isinstance(thing, (list, tuple, set)):
+        return list(thing) if len(thing) <= MOST else []
+    if isinstance(thing, dict):
+        return list(thing.values()) if len(thing) <= MOST else []
+    if isinstance(thing, partial):
+        return [thing.func, *thing.args, *thing.keywords.values()]
+    if isinstance(thing, MethodType):
+        return [thing.__self__]
+    if isinstance(thing, FunctionType):
+        return [cell.cell_contents for cell in thing.__closure__ or () if cell != CellType()]
+    return list(attributes(thing).values())
+
+
 def source_state(source: Any) -> dict[str, Any]:
     """Give what of a loader moves: its own generators, and the numbers that samplers of the user's keep."""
     return {
         "own_generators": [generator.get_state() for generator in own_generators(source)],
         "samplers": [_scalars(sampler) for sampler in _samplers(source)],
+        "private": private_state(source),
     }
+
+
+def private_state(source: Any) -> list[Any]:
+    """Give where the generators stand that a dataset keeps for itself."""
+    return [keep(generator, "a generator of the data") for generator in private_generators(source)]
+
+
+def put_private_back(source: Any, kept: list[Any]) -> None:
+    """Put a dataset's own generators where `private_state` found them."""
+    for generator, state in zip(private_generators(source), kept, strict=False):
+        put_back(state, generator)
 
 
 def put_source_back(source: Any, state: dict[str, Any]) -> None:
@@ -289,3 +351,4 @@ def put_source_back(source: Any, state: dict[str, Any]) -> None:
         for name, value in numbers.items():
             if getattr(sampler, name, None) != value:
                 setattr(sampler, name, value)
+    put_private_back(source, state["private"])

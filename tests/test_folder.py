@@ -51,34 +51,38 @@ BREAKS = [
 
 
 def test_a_name_tells_epochs_phase_and_steps() -> None:
-    assert name_of((3, 1, 120)) == "epoch-0003-phase-1-step-00000120.pt"
+    assert name_of((3, 120, 1)) == "epoch-0003-step-00000120-phase-1.pt"
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.lists(st.tuples(st.integers(0, 9999), st.integers(0, 9), st.integers(0, 99_999_999)), min_size=2, unique=True))
+@given(
+    st.lists(st.tuples(st.integers(0, 9999), st.integers(0, 99_999_999), st.integers(0, 9)), min_size=2, unique=True)
+)
 def test_names_sort_as_texts_as_they_do_by_progress(progresses: list[tuple[int, int, int]]) -> None:
     assert sorted(map(name_of, progresses)) == [name_of(progress) for progress in sorted(progresses)]
 
 
 def test_d_lz_20_the_newest_is_found_by_number_and_not_by_text(tmp_path: Path) -> None:
     for epochs, text in ((2, "2"), (10, "10"), (9, "09")):
-        write(tmp_path / f"epoch-{text}-phase-0-step-{epochs}.pt", {**STATE, "epochs": epochs})
+        write(tmp_path / f"epoch-{text}-step-{epochs}-phase-0.pt", {**STATE, "epochs": epochs})
     found = find_state(tmp_path)
-    assert found is not None and found["epochs"] == 10
+    assert found is not None
+    assert found["epochs"] == 10
     for epochs in (9_999, 10_000):
-        Folder(tmp_path).add((epochs, 0, epochs), {**STATE, "epochs": epochs})
+        Folder(tmp_path).add((epochs, epochs, 0), {**STATE, "epochs": epochs})
     assert [progress[0] for progress, _ in Folder(tmp_path).files()] == [2, 9, 10, 9_999, 10_000]
     found = find_state(tmp_path)
-    assert found is not None and found["epochs"] == 10_000
+    assert found is not None
+    assert found["epochs"] == 10_000
 
 
 def test_only_names_of_checkpoints_count(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
-    folder.add((1, 0, 4), STATE)
-    for other in ("epoch-0002.pt", "epoch-0003-phase-0-step-00000009.pt.bak", "notes.txt", "model.pt"):
+    folder.add((1, 4, 0), STATE)
+    for other in ("epoch-0002.pt", "epoch-0003-step-00000009-phase-0.pt.bak", "notes.txt", "model.pt"):
         (tmp_path / other).write_text("mine")
-    assert [path.name for _, path in folder.files()] == ["epoch-0001-phase-0-step-00000004.pt"]
-    folder.remove({"notes.txt", "model.pt", "epoch-0002.pt", "epoch-0001-phase-0-step-00000004.pt"})
+    assert [path.name for _, path in folder.files()] == ["epoch-0001-step-00000004-phase-0.pt"]
+    folder.remove({"notes.txt", "model.pt", "epoch-0002.pt", "epoch-0001-step-00000004-phase-0.pt"})
     assert {"notes.txt", "model.pt", "epoch-0002.pt"} < set(names(tmp_path))
     assert folder.files() == []
 
@@ -88,7 +92,7 @@ def test_only_names_of_checkpoints_count(tmp_path: Path) -> None:
 
 def test_what_is_written_is_read_and_the_pointer_names_it(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
-    first, second = folder.add((1, 0, 4), STATE), folder.add((2, 0, 8), STATE)
+    first, second = folder.add((1, 4, 0), STATE), folder.add((2, 8, 0), STATE)
     assert torch.equal(read(first)["value"], STATE["value"])
     assert (tmp_path / LATEST).read_text() == f"{second.name}\n"
     assert names(tmp_path) == [first.name, second.name, LATEST]
@@ -96,13 +100,15 @@ def test_what_is_written_is_read_and_the_pointer_names_it(tmp_path: Path) -> Non
 
 def test_a_complete_checkpoint_is_not_overwritten_and_an_incomplete_one_is(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
-    path = folder.add((1, 0, 4), STATE)
+    path = folder.add((1, 4, 0), STATE)
     before = path.read_bytes()
-    with pytest.raises(CheckpointError, match=r"step-00000004.pt is there already, and is not overwritten; give the"):
-        folder.add((1, 0, 4), {**STATE, "value": torch.zeros(1)})
+    with pytest.raises(
+        CheckpointError, match=r"step-00000004-phase-0.pt is there already, and is not overwritten; give the"
+    ):
+        folder.add((1, 4, 0), {**STATE, "value": torch.zeros(1)})
     assert path.read_bytes() == before
     cut(path)
-    folder.add((1, 0, 4), STATE)
+    folder.add((1, 4, 0), STATE)
     assert folder.is_complete(path)
 
 
@@ -123,7 +129,7 @@ def test_a_failing_write_leaves_what_was_there_and_nothing_else(
 
 def test_a_folder_without_permission_is_a_checkpoint_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fluxloop.folder.open", fails(FORBIDDEN), raising=False)
-    with pytest.raises(CheckpointError, match="cannot be written: .*Permission denied"):
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*Permission denied"):
         write(tmp_path / "state.pt", STATE)
     with pytest.raises(CheckpointError, match="Permission denied"):
         Folder(tmp_path / "run").claim()
@@ -140,7 +146,7 @@ def test_ctrl_c_while_a_file_is_written_leaves_no_half_of_it(tmp_path: Path, mon
 
 
 def test_a_missing_parent_is_a_checkpoint_error(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot be written: .*No such file"):
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*No such file"):
         write(tmp_path / "missing" / "state.pt", STATE)
 
 
@@ -162,7 +168,7 @@ def test_reading_executes_nothing(tmp_path: Path) -> None:
             return builtins.exec, ("raise SystemExit('executed')",)
 
     torch.save({"fluxloop": 1, "evil": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(CheckpointError, match="evil.pt"):
+    with pytest.raises(CheckpointError, match=r"evil.pt"):
         read(tmp_path / "evil.pt")
 
 
@@ -174,7 +180,7 @@ def test_a_damaged_byte_is_found(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[largest.header_offset + largest.file_size // 2] ^= 1
     path.write_bytes(bytes(content))
-    with pytest.raises(CheckpointError, match="is damaged: .* does not have its checksum"):
+    with pytest.raises(CheckpointError, match=r"is damaged: .* does not have its checksum"):
         read(path)
 
 
@@ -183,16 +189,16 @@ def test_a_cut_file_is_incomplete(left: int, tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
     write(path, STATE)
     path.write_bytes(path.read_bytes()[:left])
-    with pytest.raises(CheckpointError, match="state.pt is incomplete or damaged"):
+    with pytest.raises(CheckpointError, match=r"state.pt is incomplete or damaged"):
         read(path)
     assert not Folder(tmp_path).is_complete(path)
 
 
 def test_other_files_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="was given as a checkpoint; expected a file that learner.save wrote"):
+    with pytest.raises(CheckpointError, match=r"was given as a checkpoint; expected a file that learner.save wrote"):
         read(tmp_path / "none.pt")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pt")
-    with pytest.raises(CheckpointError, match="no checkpoint of fluxloop's.*learner.load_weights"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of fluxloop's.*learner.load_weights"):
         read(tmp_path / "weights.pt")
     assert read(tmp_path / "weights.pt", weights_only=True).keys() == {"weight"}
     torch.save([1, 2], tmp_path / "list.pt")
@@ -227,7 +233,9 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("left", [(), (MARKER,), (".fluxloop.json.17.tmp",), (MARKER, ".epoch-0001-phase-0.17.tmp")])
+@pytest.mark.parametrize(
+    "left", [(), (MARKER,), (".fluxloop.json.17.tmp",), (MARKER, ".epoch-0001-step-00000004-phase-0.pt.17.tmp")]
+)
 def test_a_run_killed_before_its_first_checkpoint_begins_again(left: tuple[str, ...], tmp_path: Path) -> None:
     for name in left:
         (tmp_path / name).write_text("{}")
@@ -238,11 +246,11 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(left: tuple[str, 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     folder.claim()
-    folder.add((1, 0, 4), STATE)
-    for name in (f".{name_of((2, 0, 8))}.17.tmp", f".{LATEST}.17.tmp", f".{MARKER}.17.tmp"):
+    folder.add((1, 4, 0), STATE)
+    for name in (f".{name_of((2, 8, 0))}.17.tmp", f".{LATEST}.17.tmp", f".{MARKER}.17.tmp"):
         (tmp_path / name).write_text("half")
     folder.claim()
-    assert names(tmp_path) == [name_of((1, 0, 4)), MARKER, LATEST]
+    assert names(tmp_path) == [name_of((1, 4, 0)), MARKER, LATEST]
 
 
 def test_a_new_folder_has_no_state_and_is_not_made(tmp_path: Path) -> None:
@@ -255,29 +263,33 @@ def test_a_new_folder_has_no_state_and_is_not_made(tmp_path: Path) -> None:
 
 def test_an_incomplete_newest_is_skipped_with_a_word(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
-    for epochs in (1, 2, 3):
-        folder.add((epochs, 0, epochs), {**STATE, "epochs": epochs})
-    cut(tmp_path / name_of((3, 0, 3)))
-    with pytest.warns(UserWarning, match="epoch-0003-phase-0-step-00000003.pt is incomplete.*the one before it is taken"):
+    for epochs in (1, 3, 2):
+        folder.add((epochs, epochs, 0), {**STATE, "epochs": epochs})
+    cut(tmp_path / name_of((3, 3, 0)))
+    with pytest.warns(
+        UserWarning, match="epoch-0003-step-00000003-phase-0.pt is incomplete.*the one before it is taken"
+    ):
         found = find_state(tmp_path)
-    assert found is not None and found["epochs"] == 2
+    assert found is not None
+    assert found["epochs"] == 2
 
 
 @pytest.mark.filterwarnings("ignore:.*the one before it is taken")
 def test_where_none_is_complete_nothing_begins_from_scratch(tmp_path: Path) -> None:
     for epochs in (1, 2):
-        cut(Folder(tmp_path).add((epochs, 0, epochs), STATE))
-    with pytest.raises(CheckpointError, match="none of the 2 checkpoints in .* is complete"):
+        cut(Folder(tmp_path).add((epochs, epochs, 0), STATE))
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints in .* is complete"):
         find_state(tmp_path)
 
 
 def test_the_pointer_is_for_people_and_a_wrong_one_misleads_nobody(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     for epochs in (1, 2):
-        folder.add((epochs, 0, epochs), {**STATE, "epochs": epochs})
-    (tmp_path / LATEST).write_text("epoch-0001-phase-0-step-00000001.pt\n")
+        folder.add((epochs, epochs, 0), {**STATE, "epochs": epochs})
+    (tmp_path / LATEST).write_text("epoch-0001-step-00000001-phase-0.pt\n")
     found = find_state(tmp_path)
-    assert found is not None and found["epochs"] == 2
+    assert found is not None
+    assert found["epochs"] == 2
 
 
 @pytest.mark.parametrize("given", [True, 1, [], {"folder": 1}])
@@ -291,6 +303,6 @@ def test_resume_wants_a_folder(given: Any) -> None:
 
 def test_a_file_that_is_not_there_begins_no_new_run(tmp_path: Path) -> None:
     learner = toy_learner(num_batches=2)
-    with pytest.raises(CheckpointError, match=r"epoch-0003-phase-0-step-00000012.pt"):
-        learner.fit(1, resume=tmp_path / name_of((3, 0, 12)))
+    with pytest.raises(CheckpointError, match=r"epoch-0003-step-00000012-phase-0.pt"):
+        learner.fit(1, resume=tmp_path / name_of((3, 12, 0)))
     assert learner.history.cycles == 0

@@ -43,7 +43,7 @@ class Checkpointer(UnsafeCallback):
     fit ends, also early, and where Ctrl+C ends it. At SIGTERM
     the running step is finished, a checkpoint written, and the process exits with status 143.
 
-    Where the data or a phase's own `epoch` cannot be gone on with in the middle of an epoch, that is
+    Where the data or a phase's own `epoch` cannot be resumed in the middle of an epoch, that is
     said once, and checkpoints wait until the epoch ends.
 
     Args:

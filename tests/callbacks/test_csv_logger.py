@@ -28,7 +28,7 @@ from fluxloop import (
     on,
 )
 from fluxloop.callbacks.csv_logger import CSVLogger
-from fluxloop.logging import LogExistsError
+from fluxloop.errors import LogExistsError
 from fluxloop.testing import assert_observer, assert_order, toy_learner
 
 toy = partial(toy_learner, num_batches=3)
