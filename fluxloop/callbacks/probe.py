@@ -257,8 +257,7 @@ class KNNProbe(HeldOut):
 
     The features of both come from the weights as they are, in eval mode; `knn_predict` says how
     neighbours vote (Wu et al., 2018). Neither weights, modes, data order nor random numbers of
-    the training are touched (save for a generator that a dataset keeps for itself: then give
-    another dataset as `bank`). Recorded as ``history["validation/knn_encoder"]``: the name says
+    the training are touched. Recorded as ``history["validation/knn_encoder"]``: the name says
     which weights it saw.
 
     Args:
