@@ -323,6 +323,14 @@ class Learner(Generic[M]):
 
     # Keeping
 
+    def place(self) -> dict[str, Any] | None:
+        """Give where the running fit stands in its phases and its data, as plain data; None where none can be resumed.
+
+        Raises:
+            CheckpointError: In the middle of a step, or of an epoch that cannot be resumed there.
+        """
+        return place_of(self)
+
     def state_dict(self) -> dict[str, Any]:
         """Give the whole state as plain data and tensors, from which a run goes on to the bit.
 
@@ -331,7 +339,7 @@ class Learner(Generic[M]):
         Raises:
             CheckpointError: Something cannot be kept, or a step is under way.
         """
-        return gather(self, place_of(self))
+        return gather(self, self.place())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put everything where `state_dict` found it; an epoch that was under way is not continued.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +19,75 @@ import torch
 from attrs import field, frozen
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, softplus
+from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 import fluxloop
 from fluxloop import (
     EMA,
+    ActivationStats,
+    BatchLimit,
     Callback,
+    Checkpointer,
+    CSVLogger,
     CustomCallback,
+    CutMix,
     DataError,
+    EarlyStopping,
     FeatureStats,
     GANPhase,
     GarbageCollect,
+    GradientClip,
+    KeepBestModel,
     KNNProbe,
     Learner,
+    LearningRate,
     LinearProbe,
+    LogHistograms,
+    LogHyperParams,
+    LogImages,
+    LogMetrics,
+    LogTraces,
+    LogVisualization,
+    LossError,
+    LRScheduler,
     Metric,
+    MetricError,
     Metrics,
     MetricsPrinter,
     MissingEntryError,
+    MissingProducerError,
+    MixUp,
     ModelError,
+    OptimizerError,
     Phase,
+    Profile,
     ProgressBar,
     Recorder,
     SampleImages,
     SanityCheck,
     SanityCheckError,
+    Scheduler,
+    SetEpoch,
     SimCLRPhase,
     StepEnd,
+    StochasticWeightAveraging,
     StopOnNaNLoss,
     TensorBatches,
+    Timer,
     Traces,
     TrainingPhase,
     TwoViews,
+    Unfreeze,
     UpdateEnd,
     accuracy,
     runstep,
     throttle,
 )
+from fluxloop.callbacks.log import LogCallback
+from fluxloop.hyperparameters import WeightDecay
+from fluxloop.logging import Memory
 from fluxloop.nested import map_tensors
-from fluxloop.testing import EventRecorder, assert_same_bits
+from fluxloop.testing import EventRecorder, assert_resumes_exactly, assert_same_bits
 
 ROWS, BATCH, EPOCHS = 16, 8, 2
 STEPS = EPOCHS * ROWS // BATCH
@@ -151,10 +184,28 @@ NO_BANK = r"given {}.*; expected labelled rows, \(xs, ys\).*KNNProbe\('.*', bank
 NO_IMAGES = r"SampleImages\('{}'\) got a Tensor of shape \(8, {}\) .* need SampleImages\(\.\.\., shape=\(1, H, W\)\)"
 
 IMAGES = {"KNNProbe": (DataError, NO_BANK.format(r"a Tensor of shape \(8, 1, 2, 2\)"))}
-LACKS_FEATURES = {
-    "FeatureStats": (MissingEntryError, NO_FEATURES),
-    "LinearProbe": (MissingEntryError, NO_FEATURES),
-}
+NO_FORWARD = {"StochasticWeightAveraging": (DataError, r"StochasticWeightAveraging\(.*forward=")}
+
+
+def no_loss(*names: str) -> dict[str, tuple[type[Exception], str]]:
+    """Say what is told of a loss that has another name."""
+    known = ", ".join(f"'training/{name}'" for name in names)
+    said = (MetricError, rf"no metric 'training/loss' was recorded; there are \[{known}\]; did you mean")
+    return {"EarlyStopping": said, "KeepBestModel": said}
+
+
+def no_entry(name: str, *known: str) -> dict[str, tuple[type[Exception], str]]:
+    """Say what is told of an entry that mixing takes."""
+    said = (MissingEntryError, f"The step has no entry '{name}'; it has: {', '.join(known)}")
+    return {"MixUp": said, "CutMix": said}
+
+
+def no_producers() -> dict[str, tuple[type[Exception], str]]:
+    return {
+        "LogImages": (MissingProducerError, r"'cbstate.images', which no callback writes; add SampleImages\(\)"),
+        "LogTraces": (MissingProducerError, r"'cbstate.traces', which no callback writes; add Traces\(\)"),
+    }
+
 
 SETTINGS: dict[str, Setting] = {
     "user's GAN": Setting(
@@ -167,6 +218,10 @@ SETTINGS: dict[str, Setting] = {
         entry="fake",
         knows={
             **IMAGES,
+            **NO_FORWARD,
+            **no_loss("loss_d", "loss_g"),
+            **no_entry("xs", "real"),
+            **no_producers(),
             "FeatureStats": (MissingEntryError, NO_FEATURES + "fake, grads, losses, real"),
             "LinearProbe": (MissingEntryError, NO_FEATURES + "fake, grads, losses, real"),
             "Metrics(accuracy)": (MissingEntryError, "no entry 'preds'; it has: fake"),
@@ -182,6 +237,10 @@ SETTINGS: dict[str, Setting] = {
         entry="fake",
         knows={
             **IMAGES,
+            **NO_FORWARD,
+            **no_loss("loss_d", "loss_g"),
+            **no_entry("xs", "real"),
+            **no_producers(),
             "FeatureStats": (MissingEntryError, NO_FEATURES + "fake, fake_scores"),
             "LinearProbe": (MissingEntryError, NO_FEATURES + "fake, fake_scores"),
             "Metrics(accuracy)": (MissingEntryError, "no entry 'preds'; it has: fake"),
@@ -196,6 +255,9 @@ SETTINGS: dict[str, Setting] = {
         updates=("encoder",),
         entry="z1",
         knows={
+            **no_loss("loss_encoder"),
+            **no_entry("ys", "xs"),
+            **no_producers(),
             "FeatureStats": (MissingEntryError, NO_FEATURES + "grads, losses, xs, z1, z2"),
             "LinearProbe": (MissingEntryError, NO_FEATURES + "grads, losses, xs, z1, z2"),
             "SampleImages": (ModelError, NO_IMAGES.format("encoder", 3)),
@@ -212,6 +274,9 @@ SETTINGS: dict[str, Setting] = {
         entry="features",
         labels="ys",
         knows={
+            "CutMix": (DataError, r"number of classes from preds .* say it: CutMix\(1.0, num_classes=10\)"),
+            "MixUp": (DataError, r"number of classes from preds .* say it: MixUp\(0.4, num_classes=10\)"),
+            **no_producers(),
             "SampleImages": (ModelError, NO_IMAGES.format("encoder", 3)),
             "Metrics(accuracy)": (MissingEntryError, "no entry 'preds'; it has: features"),
         },
@@ -225,6 +290,9 @@ SETTINGS: dict[str, Setting] = {
         updates=(None,),
         entry="batch",
         knows={
+            **NO_FORWARD,
+            **no_entry("xs", "batch"),
+            **no_producers(),
             "FeatureStats": (MissingEntryError, NO_FEATURES + "batch, grads, loss"),
             "LinearProbe": (MissingEntryError, NO_FEATURES + "batch, grads, loss"),
             "KNNProbe": (DataError, NO_BANK.format("a dict of length 2")),
@@ -245,24 +313,50 @@ def looked(learner: Any) -> int:
     return learner.batch_size
 
 
+def picture(step: Any) -> Any:
+    return torch.zeros(1, 2, len(list(step)))
+
+
 MAKE: dict[str, Callable[[Setting], Callback]] = {
+    "ActivationStats": lambda s: ActivationStats(every=2),
+    "BatchLimit": lambda s: BatchLimit(50),
+    "CSVLogger": lambda s: CSVLogger("metrics.csv"),
+    "Checkpointer": lambda s: Checkpointer("run"),
     "ConditionalCallback": lambda s: throttle(CustomCallback(looked, StepEnd, name="throttled"), StepEnd, freq=2),
     "CustomCallback": lambda s: CustomCallback(looked, StepEnd),
+    "CutMix": lambda s: CutMix(),
     "EMA": lambda s: EMA(s.main, 0.9),
+    "EarlyStopping": lambda s: EarlyStopping(99, monitor="training/loss"),
     "EventRecorder": lambda s: EventRecorder(),
     "FeatureStats": lambda s: FeatureStats(),
     "GarbageCollect": lambda s: GarbageCollect(every=3),
+    "GradientClip": lambda s: GradientClip(1e9),
     "KNNProbe": lambda s: KNNProbe(s.main, k=3),
+    "KeepBestModel": lambda s: KeepBestModel("training/loss"),
+    "LRScheduler": lambda s: LRScheduler(partial(StepLR, step_size=100)),
     "LinearProbe": lambda s: LinearProbe(s.main, 3),
+    "LogHistograms": lambda s: LogHistograms(Memory(), every=2),
+    "LogHyperParams": lambda s: LogHyperParams(Memory(), params={"width": 4}),
+    "LogImages": lambda s: LogImages(Memory()),
+    "LogMetrics": lambda s: LogMetrics(Memory()),
+    "LogTraces": lambda s: LogTraces(Memory()),
+    "LogVisualization": lambda s: LogVisualization(picture, Memory(), every=2),
     "Metrics": lambda s: Metrics(),
     "Metrics(accuracy)": lambda s: Metrics(accuracy),
     "MetricsPrinter": lambda s: MetricsPrinter(),
+    "MixUp": lambda s: MixUp(),
+    "Profile": lambda s: Profile(),
     "ProgressBar": lambda s: ProgressBar(enabled=True, interval=0.0, file=io.StringIO()),
     "Recorder": lambda s: Recorder(),
     "SampleImages": lambda s: SampleImages(s.main),
     "SanityCheck": lambda s: SanityCheck(),
+    "Scheduler": lambda s: Scheduler({WeightDecay: 0.0}),
+    "SetEpoch": lambda s: SetEpoch(),
+    "StochasticWeightAveraging": lambda s: StochasticWeightAveraging(s.main),
     "StopOnNaNLoss": lambda s: StopOnNaNLoss(),
+    "Timer": lambda s: Timer(hours=9),
     "Traces": lambda s: Traces({"rows": looked}),
+    "Unfreeze": lambda s: Unfreeze({"*": 0}),
 }
 
 every_callback = pytest.mark.parametrize("name", MAKE)
@@ -270,7 +364,7 @@ every_callback = pytest.mark.parametrize("name", MAKE)
 
 def public() -> set[str]:
     given = [getattr(fluxloop, name) for name in fluxloop.__all__] + [EventRecorder]
-    bases = (fluxloop.Callback, fluxloop.UnsafeCallback, fluxloop.MetricSource)
+    bases = (fluxloop.Callback, fluxloop.UnsafeCallback, fluxloop.MetricSource, LogCallback)
     return {t.__name__ for t in given if isinstance(t, type) and issubclass(t, Callback) and t not in bases}
 
 
@@ -280,7 +374,8 @@ def test_every_public_callback_is_held_against_every_phase() -> None:
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
 
 
 def learner_of(setting: Setting, *callbacks: Callback, default_callbacks: bool = False) -> Learner:
@@ -298,11 +393,11 @@ def learner_of(setting: Setting, *callbacks: Callback, default_callbacks: bool =
     )
 
 
-def watched(setting: Setting, callback: Callback, default_callbacks: bool) -> Learner:
+def watched(setting: Setting, callback: Callback, default_callbacks: bool, *more: Callback) -> Learner:
     """Make a learner with a callback, and with those it may need beside it."""
     around = [] if default_callbacks else [Recorder(), Metrics()]
     beside = [other for other in around if type(other) is not type(callback)]
-    return learner_of(setting, callback, *beside, default_callbacks=default_callbacks)
+    return learner_of(setting, callback, *beside, *more, default_callbacks=default_callbacks)
 
 
 @pytest.fixture(scope="module")
@@ -322,13 +417,141 @@ def plain() -> Callable[[str], Learner]:
 
 Plain = Callable[[str], Learner]
 
+NO_OBSERVERS = ("KeepBestModel",)
+"""What changes weights: it puts the best ones back."""
+
+MIXING = ("CutMix", "MixUp")
+"""What has no place in any of these phases, and says so."""
+
+
+Works = Callable[[Setting, Learner, Any, type[Phase]], None]
+
+
+def ran_to_the_end(setting: Setting, learner: Learner, inner: Any, phase: type[Phase]) -> None:
+    assert (learner.history[phase].epochs, learner.history[phase].steps) == (EPOCHS, STEPS)
+    assert learner.history.stop_reason is None
+
+
+def activations(setting: Setting, learner: Learner, inner: Any, phase: type[Phase]) -> None:
+    found = learner.cbstate.activations
+    assert {name.partition(".")[0] for name in found} >= {update for update in setting.updates if update}
+    assert {step for series in found.values() for step, *_ in series} == {1, 3}
+
+
+def wrote_rows(setting: Setting, learner: Learner, inner: Any, phase: type[Phase]) -> None:
+    header, *rows = Path("metrics.csv").read_text().splitlines()
+    assert {"epoch", "set", *setting.losses} <= set(header.split(","))
+    assert [row.split(",")[:2] for row in rows] == [[str(epoch + 1), "training"] for epoch in range(EPOCHS)]
+
+
+def wrote_a_checkpoint(setting: Setting, learner: Learner, inner: Any, phase: type[Phase]) -> None:
+    other = learner_of(setting)
+    assert other.load_weights(inner.last) == []
+    for mine, kept in zip(learner.modules(), other.modules(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), kept.parameters(), strict=True))
+
+
+def kept_the_best(setting: Setting, learner: Learner, inner: Any, phase: type[Phase]) -> None:
+    values = learner.history[inner.monitor]
+    assert (inner.best, inner.epoch) == (min(values), 1 + list(values).index(min(values)))
+
+
+def noted_norms(setting: Setting, learner: Learner, inner: Any, phase: type[Phase]) -> None:
+    names = ["grad_norm" if update is None else f"grad_norm_{update.lower()}" for update in setting.updates]
+    assert all(len(learner.history[f"training/{name}"]) == EPOCHS for name in names)
+
+
+def scheduled(label: str, times: int) -> Works:
+    def look(setting: Setting, learner: Learner, inner: Any, phase: type[Phase]) -> None:
+        each = [label if update is None else f"{label}/{update}" for update in setting.updates]
+        found = learner.cbstate.hyperparameters
+        assert set(found) == ({label} if isinstance(inner, Scheduler) else set(each))
+        assert all(len(series) == times for series in found.values())
+
+    return look
+
+
+def logged(*names: str, times: int) -> Works:
+    def look(setting: Setting, learner: Learner, inner: Any, phase: type[Phase]) -> None:
+        memory = inner.backends[0]
+        wanted = [name.format(loss=loss) for name in names for loss in setting.losses]
+        assert set(wanted) <= set(memory.names)
+        assert {len(memory.series(name)) for name in wanted} == {times}
+
+    return look
+
+
+def logged_parameters(setting: Setting, learner: Learner, inner: Any, phase: type[Phase]) -> None:
+    assert inner.backends[0].names == ["hyperparameters"]
+
+
+def logged_things(group: str, times: int) -> Works:
+    def look(setting: Setting, learner: Learner, inner: Any, phase: type[Phase]) -> None:
+        assert len([record for record in inner.backends[0].records if group in record.group]) >= times
+
+    return look
+
+
+def logged_histograms(setting: Setting, learner: Learner, inner: Any, phase: type[Phase]) -> None:
+    models = learner.models.items()
+    names = [".".join(filter(None, (model, name))) for model, part in models for name, _ in part.named_parameters()]
+    found = inner.backends[0].names
+    assert {f"step/weights/{name}" for name in names} <= set(found)
+    assert {f"step/gradients/{name}" for name in names} & set(found)
+    assert any(name.startswith("step/activations/") for name in found)
+
+
+def averaged(setting: Setting, learner: Learner, inner: Any, phase: type[Phase]) -> None:
+    assert inner.num_averaged == EPOCHS
+    live, average = learner.weights[setting.main], learner.weights[f"{setting.main}@swa"]
+    assert any(not torch.equal(a, b) for a, b in zip(live.parameters(), average.parameters(), strict=True))
+
+
+def measured(setting: Setting, learner: Learner, inner: Any, phase: type[Phase]) -> None:
+    assert len(inner.seconds["fit"]) == 1
+    assert len(inner.seconds[phase.__name__]) == EPOCHS
+
+
+def unfrozen(setting: Setting, learner: Learner, inner: Any, phase: type[Phase]) -> None:
+    assert all(parameter.requires_grad for model in learner.modules() for parameter in model.parameters())
+
+
+WORKS: dict[str, Works] = {
+    "ActivationStats": activations,
+    "BatchLimit": ran_to_the_end,
+    "CSVLogger": wrote_rows,
+    "Checkpointer": wrote_a_checkpoint,
+    "EarlyStopping": ran_to_the_end,
+    "GradientClip": noted_norms,
+    "KeepBestModel": kept_the_best,
+    "LRScheduler": scheduled("learning_rate", EPOCHS),
+    "LogHistograms": logged_histograms,
+    "LogHyperParams": logged_parameters,
+    "LogImages": logged_things("images", 1),
+    "LogMetrics": logged("epoch/training/{loss}", times=EPOCHS),
+    "LogTraces": logged("step/traces/rows", times=STEPS),
+    "LogVisualization": logged_things("visualization", STEPS // 2),
+    "Profile": measured,
+    "Scheduler": scheduled("weight_decay", STEPS),
+    "SetEpoch": ran_to_the_end,
+    "StochasticWeightAveraging": averaged,
+    "Timer": ran_to_the_end,
+    "Unfreeze": unfrozen,
+}
+"""What shows that a callback has done what it is there for."""
+
+
+COUNTED = ("Recorder", "ConditionalCallback", "CustomCallback", "GarbageCollect", "SanityCheck", "StopOnNaNLoss")
+
 
 def assert_works(name: str, setting: Setting, learner: Learner, callback: Callback, told: str) -> None:
     """Assert that a callback has done in a training of two epochs what it is there for."""
     phase = next(iter(learner.phases))
     counts = learner.history[phase]
     inner: Any = callback.unwrapped
-    if name in ("Recorder", "ConditionalCallback", "CustomCallback", "GarbageCollect", "SanityCheck", "StopOnNaNLoss"):
+    if name in WORKS:
+        WORKS[name](setting, learner, inner, phase)
+    elif name in COUNTED:
         assert (counts.epochs, counts.steps) == (EPOCHS, STEPS)
         assert tuple(counts.updates) == setting.updates
         assert learner.history.stop_reason is None
@@ -370,14 +593,15 @@ def test_as_it_comes_it_works_and_changes_no_weight_or_says_precisely_what_it_la
 ) -> None:
     setting = SETTINGS[place]
     callback = MAKE[name](setting)
-    learner = watched(setting, callback, default_callbacks)
     if name in setting.knows:
         error, words = setting.knows[name]
         with pytest.raises(error, match=words):
-            learner.fit(EPOCHS, phases=[setting.phase()])
+            watched(setting, callback, default_callbacks).fit(EPOCHS, phases=[setting.phase()])
         return
+    learner = watched(setting, callback, default_callbacks)
     learner.fit(EPOCHS, phases=[setting.phase()])
-    assert_same_bits(learner, plain(place))
+    if name not in NO_OBSERVERS:
+        assert_same_bits(learner, plain(place))
     assert_works(name, setting, learner, callback, capsys.readouterr().out)
 
 
@@ -389,15 +613,31 @@ def labelled() -> tuple[Tensor, Tensor]:
 
 
 GIVEN: dict[str, Callable[[Setting], Callback | None]] = {
+    "EarlyStopping": lambda s: EarlyStopping(99, monitor=f"training/{s.losses[-1]}"),
     "FeatureStats": lambda s: FeatureStats(s.entry) if s.entry != "batch" else None,
     "KNNProbe": lambda s: KNNProbe(s.main, bank=labelled(), queries=labelled(), k=3, features=flatten(s)),
+    "KeepBestModel": lambda s: KeepBestModel(f"training/{s.losses[-1]}"),
     "LinearProbe": lambda s: (
         LinearProbe(s.main, 3, entries=(s.entry, s.labels), queries=labelled()) if s.labels is not None else None
     ),
+    "LogImages": lambda s: LogImages(Memory()),
+    "LogTraces": lambda s: LogTraces(Memory()),
     "Metrics": lambda s: Metrics(Metric(norm, name="norm", inputs=(s.entry,))),
     "SampleImages": lambda s: SampleImages(s.main, shape=(1, 1, 3) if s.main != "G" else None),
+    "StochasticWeightAveraging": lambda s: StochasticWeightAveraging(s.main, forward=forward_of(s)),
 }
 """The same callbacks with the arguments that their messages ask for; None where a phase has nothing to give."""
+
+
+BESIDE: dict[str, str] = {"LogImages": "SampleImages", "LogTraces": "Traces"}
+"""Who has to be there for whom."""
+
+
+def forward_of(setting: Setting) -> Callable[[nn.Module, Any], object]:
+    """Give what runs the average on a batch."""
+    if setting.main == "G":
+        return lambda module, batch: module(torch.randn(len(batch), 6))
+    return lambda module, batch: module(batch["image"] if isinstance(batch, dict) else batch[0])
 
 
 def flatten(setting: Setting) -> Callable[[nn.Module, Tensor], Tensor]:
@@ -422,9 +662,11 @@ def test_given_what_it_lacks_it_works_and_changes_no_weight(
     if callback is None:
         assert name in setting.knows  # and it says so
         return
-    learner = watched(setting, callback, default_callbacks=True)
+    beside = [given(BESIDE[name], setting)] if name in BESIDE else []
+    learner = watched(setting, callback, True, *beside)
     learner.fit(EPOCHS, phases=[setting.phase()])
-    assert_same_bits(learner, plain(place))
+    if name not in NO_OBSERVERS:
+        assert_same_bits(learner, plain(place))
     if name == "Metrics":
         assert len(learner.history["training/norm"]) == EPOCHS
     else:
@@ -434,17 +676,17 @@ def test_given_what_it_lacks_it_works_and_changes_no_weight(
 # All at once
 
 
-def everybody(setting: Setting) -> list[Callback]:
-    """Make one of each, with the arguments it needs there."""
-    made: list[Callback] = []
-    for name, make in MAKE.items():
-        if name in setting.knows or name == "Metrics(accuracy)":
-            callback = GIVEN[name](setting) if name in GIVEN else None
-        else:
-            callback = make(setting)
-        if callback is not None:
-            made.append(callback)
-    return made
+def given(name: str, setting: Setting) -> Callback | None:
+    """Make a callback with the arguments it needs there; None where it has no place."""
+    if name in setting.knows or name == "Metrics(accuracy)":
+        return GIVEN[name](setting) if name in GIVEN else None
+    return MAKE[name](setting)
+
+
+def everybody(setting: Setting, leave_out: tuple[str, ...] = NO_OBSERVERS) -> list[Callback]:
+    """Make one of each."""
+    made = [given(name, setting) for name in MAKE if name not in leave_out]
+    return [callback for callback in made if callback is not None]
 
 
 @every_setting
@@ -454,13 +696,124 @@ def test_all_at_once_they_change_no_weight_in_whatever_order_they_are_listed(
     setting = SETTINGS[place]
     digests = set()
     for turn in (0, 5):
+        own_folder(turn)
         callbacks = everybody(setting)
         learner = learner_of(setting, *callbacks[turn:], *callbacks[:turn])
         digests.add(learner.callbacks.digest)
         learner.fit(EPOCHS, phases=[setting.phase()])
         assert_same_bits(learner, plain(place))
     assert len(digests) == 1
-    assert len(learner.callbacks) >= len(public()) - 2
+    assert len(learner.callbacks) >= len(public()) - len((*MIXING, *NO_OBSERVERS)) - 2
+
+
+def own_folder(number: int) -> None:
+    """Go to a folder of one's own, beside the one before."""
+    folder = Path.cwd().parent / f"process-{number}"
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)
+
+
+BUSY: dict[str, Callable[[Setting], Callback]] = {
+    "BatchLimit": lambda s: BatchLimit(1),
+    "GradientClip": lambda s: GradientClip(0.05),
+    "LRScheduler": lambda s: LRScheduler(partial(StepLR, step_size=2, gamma=0.1), unit="step"),
+    "Scheduler": lambda s: Scheduler({WeightDecay: lambda step: 0.1 * step}),
+    "StochasticWeightAveraging": lambda s: StochasticWeightAveraging(s.main, unit="step", forward=forward_of(s)),
+    "Unfreeze": lambda s: Unfreeze({"*.bias": 1}, unit="step"),
+}
+"""How to make one that has more to do in a few steps."""
+
+OF_A_PROCESS = ("LogHistograms", "LogHyperParams", "LogImages", "LogMetrics", "LogTraces", "LogVisualization", "Timer")
+"""What is not the same again: how much is in a list in memory, and the time."""
+
+
+@every_setting
+@pytest.mark.parametrize("limit", [False, True], ids=["whole epochs", "ended early"])
+def test_all_at_once_a_run_that_is_killed_and_resumed_ends_the_same_to_the_bit(
+    place: str, limit: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setting, numbers = SETTINGS[place], count()
+
+    def begin() -> Learner:
+        number = next(numbers)  # two that are not killed; then pairs of one that is, and one that goes on
+        own_folder(number if number < 2 else number // 2 + 1)
+        callbacks = everybody(setting, (*BUSY, *NO_OBSERVERS[:limit]))
+        callbacks += [make(setting) for name, make in BUSY.items() if limit or name != "BatchLimit"]
+        return learner_of(setting, *callbacks[number:], *callbacks[:number])
+
+    assert_resumes_exactly(
+        begin,
+        epochs=EPOCHS,
+        phases=lambda: [setting.phase()],
+        at=(5 if limit else 3,),
+        ignore=[f"callbacks.{name}" for name in OF_A_PROCESS],
+    )
+
+
+# One optimizer of several, one model of several
+
+SEVERAL = ("user's GAN", "GANPhase", "SimCLRPhase")
+
+
+def moved(before: nn.Module, after: nn.Module) -> bool:
+    return any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("place", SEVERAL)
+def test_what_is_said_of_one_optimizer_leaves_the_others_as_they_train(place: str) -> None:
+    setting = SETTINGS[place]
+    one, other = setting.updates
+    still: list[Callback] = [
+        Scheduler({LearningRate(one): 0.0}),
+        GradientClip(0.0, optimizer=one),
+        LRScheduler(lambda optimizer: LambdaLR(optimizer, lambda epoch: 0.0), optimizer=one),
+    ]
+    for callback in still:
+        learner = watched(setting, callback, default_callbacks=False)
+        before = copy.deepcopy(learner.models)
+        learner.fit(1, phases=[setting.phase()])
+        assert not moved(before[one], learner.models[one]), callback
+        assert moved(before[other], learner.models[other]), callback
+
+
+@pytest.mark.parametrize("place", SEVERAL)
+def test_an_optimizer_that_is_not_there_is_told_with_those_that_are(place: str) -> None:
+    setting = SETTINGS[place]
+    names = "|".join(str(update) for update in setting.updates)
+    nobody: list[Callback] = [
+        Scheduler({LearningRate("nobody"): 0.0}),
+        GradientClip(1.0, optimizer="nobody"),
+        LRScheduler(partial(StepLR, step_size=1), optimizer="nobody"),
+    ]
+    for callback in nobody:
+        with pytest.raises(OptimizerError, match=f"nobody.*({names})"):
+            watched(setting, callback, default_callbacks=False)
+    wrong: list[Callback] = [StochasticWeightAveraging("nobody"), Unfreeze({"nobody.*": 1}), EMA("nobody")]
+    for callback in wrong:
+        with pytest.raises(ModelError, match="nobody"):
+            watched(setting, callback, default_callbacks=False)
+
+
+@every_setting
+def test_what_is_unfrozen_in_the_second_epoch_does_not_move_in_the_first(place: str) -> None:
+    setting = SETTINGS[place]
+    pattern = {"model": "1"}.get(setting.main, f"{setting.main}.{0 if setting.main == 'G' else 1}")
+    learner = watched(setting, Unfreeze({pattern: 1}), default_callbacks=False)
+    part = learner.weights[setting.main][0 if setting.main == "G" else 1]
+    before, whole = copy.deepcopy(part), copy.deepcopy(learner.weights[setting.main])
+    learner.fit(1, phases=[setting.phase()])
+    assert not moved(before, part)
+    assert moved(whole, learner.weights[setting.main])
+    learner.fit(1, phases=[setting.phase()])
+    assert moved(before, part)
+
+
+@pytest.mark.parametrize("place", ["user's GAN", "GANPhase"])
+def test_a_loss_of_a_model_that_waits_frozen_as_a_whole_says_so(place: str) -> None:
+    setting = SETTINGS[place]
+    learner = watched(setting, Unfreeze({"G": 1}), default_callbacks=False)
+    with pytest.raises(LossError, match=r"from the loss of optimizer 'G': .*everything it depends on is frozen"):
+        learner.fit(1, phases=[setting.phase()])
 
 
 @every_setting
@@ -543,13 +896,15 @@ def test_a_check_without_validation_data_only_warns(place: str) -> None:
 @every_callback
 def test_it_goes_through_a_bare_step_or_says_what_it_lacks(name: str, place: str) -> None:
     setting = SETTINGS[place]
-    learner = watched(setting, MAKE[name](setting), default_callbacks=False)
-    lacks = name in ("FeatureStats", "LinearProbe") and name in setting.knows  # the others look when an epoch ends
+    beside = [given(BESIDE[name], setting)] if name in BESIDE else []
+    learner = watched(setting, MAKE[name](setting), False, *beside)
+    early = ("CutMix", "FeatureStats", "LinearProbe", "MixUp")  # the others look when an epoch ends
+    lacks = name in early and name in setting.knows
     batch = next(iter(learner.data.training))
     with pytest.raises(setting.knows[name][0], match=setting.knows[name][1]) if lacks else nullcontext():
         setting.phase().step(learner, batch)
     assert learner.scope is None
-    assert "grads" in learner.step
+    assert ("grads" in learner.step) is (name not in MIXING)  # those say it before the step begins
 
 
 def test_the_entries_of_a_dictionary_spread_over_the_step_are_given_to_a_probe_by_their_names() -> None:

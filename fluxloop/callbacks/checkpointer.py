@@ -18,7 +18,6 @@ from fluxloop.callback import UnsafeCallback, on
 from fluxloop.checkpoint import check_writers, gather, lasting
 from fluxloop.errors import CancelFittingException, CheckpointError, MissingProducerError
 from fluxloop.events import FitBegin, FitEnd, StepEnd
-from fluxloop.fit import FitScope, place_of
 from fluxloop.folder import Folder, Progress, name_of
 from fluxloop.history import TERMINATED
 from fluxloop.monitor import Mode, Monitor
@@ -136,7 +135,7 @@ class Checkpointer(UnsafeCallback):
                 "to the callbacks"
             )
         Folder(self.folder).claim()
-        here = self._where(learner, place_of(learner))
+        here = self._where(learner, learner.place())
         for progress, path in Folder(self.folder).files():
             if progress[:2] > here[:2] and Folder(self.folder).is_complete(path):
                 raise CheckpointError(
@@ -169,7 +168,7 @@ class Checkpointer(UnsafeCallback):
 
     def _look(self, learner: Any) -> None:
         """Write a checkpoint where one is due; end the fit where the process was asked to terminate."""
-        begins = self._progress is None and isinstance(learner.scope, FitScope)
+        begins = self._progress is None and isinstance(learner.scope.phase, FittingPhase)
         if begins or learner.stop_requested or self._terminated or self._over or self._owing or self._is_due(learner):
             self._write(learner)
         if self._terminated and not self._over:
@@ -177,7 +176,7 @@ class Checkpointer(UnsafeCallback):
 
     def _is_due(self, learner: Any) -> bool:
         scope, cycles = learner.scope, learner.history.cycles
-        complete = isinstance(scope, FitScope) and scope.feed is None and scope.index == 0 and cycles > 0
+        complete = isinstance(scope.phase, FittingPhase) and scope.index == 0 and cycles > 0
         if self.unit == "epoch":
             return complete and cycles % int(self.every) == 0
         if complete and self.keep_best:  # the end of an epoch may be one of the best
@@ -193,7 +192,7 @@ class Checkpointer(UnsafeCallback):
     def _write(self, learner: Any) -> None:
         """Write a checkpoint now, or say why not and write it when the epoch ends."""
         try:
-            place = place_of(learner)
+            place = learner.place()
         except CheckpointError as error:
             if not self._told:
                 self._told = True
