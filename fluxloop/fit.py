@@ -12,12 +12,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakKeyDictionary, finalize, ref
 
-from fluxloop.checkpoint import apply, check_fits, check_same_run, meet_phases, take
+from fluxloop.checkpoint import meet_phases, take
 from fluxloop.data import load, name_data
 from fluxloop.errors import (
     CancelEpochException,
     CancelFittingException,
-    CheckpointError,
     DataError,
     PhaseError,
     ReentrantFitError,
@@ -29,165 +28,15 @@ from fluxloop.events import CycleBegin, CycleEnd, FitBegin, FitEnd
 from fluxloop.feed import Feed, untouched
 from fluxloop.folder import find_state
 from fluxloop.history import INTERRUPTED, History
-from fluxloop.loop import Scope, check_view, runepoch, runstep
-from fluxloop.persist import class_name, keep, put_back
-from fluxloop.phase import FittingPhase, Phase, Stateful
+from fluxloop.loop import check_view
+from fluxloop.phase import Phase, Stateful
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
-from fluxloop.randomness import generator_states, preserved, put_generators
+from fluxloop.randomness import preserved
+from fluxloop.resume import FitScope, check_resumes
 from fluxloop.state import State
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
-
-
-class FitScope(Scope):
-    """A running fit.
-
-    Args:
-        learner: Whose fit it is.
-        phases: What a cycle runs.
-        steps_per_epoch: How many batches an epoch has at most.
-        state: Of the checkpoint it goes on from.
-
-    Attributes:
-        index: How many phases of the running cycle are complete.
-        feed: The data of the running epoch, None between epochs.
-        script: Where the global generators stood when the fit began.
-        cut: Whether the fit has ended in the middle of an epoch.
-        finished: Whether `FitEnd` was fired.
-    """
-
-    __slots__ = ("_again", "cut", "feed", "finished", "index", "phases", "script", "steps_per_epoch")
-
-    def __init__(
-        self, learner: Learner, phases: list[Phase], steps_per_epoch: int | None, state: dict[str, Any] | None
-    ) -> None:
-        super().__init__(learner, FittingPhase())
-        self.script = generator_states()
-        self.phases = phases
-        self.steps_per_epoch = steps_per_epoch
-        self.feed: Feed | None = None
-        self.cut = self.finished = False
-        self.index = 0
-        self._again = state
-        place = None if state is None else state["place"]
-        if place is not None:
-            self.script = put_back(place["script"])
-            put_generators(self.script)
-            self.index = place["index"]
-            if place["feed"] is not None:
-                self._begin_epoch_again(phases[self.index])
-
-    def _begin_epoch_again(self, phase: Phase) -> None:
-        """Have the epoch under way begin with the numbers it began with."""
-        self._learner.streams[phase.epoch_stream].index -= 1
-        self._order_again(phase)
-
-    def _order_again(self, phase: Phase) -> None:
-        self._learner.streams[f"{phase.owner}/data"].index -= 1
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether the fit goes on from a checkpoint, and has not yet come to where that was written."""
-        return self._again is not None
-
-    @property
-    def resumed(self) -> bool:
-        """Whether the epoch that begins in it goes on from a checkpoint."""
-        return self.goes_on and self.feed is not None
-
-    def put_again(self, inside: str) -> None:
-        """Put the state in place again, once what was under way has begun again.
-
-        Args:
-            inside: Where the run has come to: ``"fit"``, ``"cycle"`` or ``"epoch"``.
-        """
-        if self._again is None:
-            return
-        place = self._again["place"]
-        under_way = "fit"
-        if place is not None and (place["index"] or place["feed"] is not None):
-            under_way = "cycle" if place["feed"] is None else "epoch"
-        if inside == under_way:
-            apply(self._learner, self._again, begun=True)
-            if under_way == "epoch":
-                self._order_again(self.phases[self.index])
-            self._again = None
-
-    def take(self, feed: Feed) -> None:
-        """Take the data of an epoch that is about to run."""
-        self.feed = feed
-        feed.limit = self.steps_per_epoch
-        if self._again is not None:
-            feed.go_on(self._again["place"]["feed"])
-
-    def began(self) -> None:
-        """Put the epoch's state in place where it goes on from a checkpoint."""
-        if self.feed is not None:
-            self.put_again("epoch")
-
-    def ended(self) -> None:
-        """Count a complete phase."""
-        if self.feed is not None:
-            self.feed = None
-            self.index += 1
-
-    def finish(self) -> None:
-        """Let whoever waits for a moment without anything under way have the last one."""
-        self.finished = True
-        self._learner.stop_requested = None
-        self._learner.safe_point()
-
-    def place(self) -> dict[str, Any]:
-        """Give where the fit stands, as plain data.
-
-        Raises:
-            CheckpointError: It is in an epoch that cannot be resumed in the middle.
-        """
-        place = None
-        if self.cut:
-            raise CheckpointError("the fit was cut in the middle of an epoch")
-        if self.feed is not None:
-            phase = self.phases[self.index]
-            if not goes_on(phase):
-                raise CheckpointError(
-                    f"{type(phase).__name__} has an epoch() of its own, which cannot be resumed in the middle; "
-                    "where it keeps nothing between steps but in attributes, say so in the class: resumable = True"
-                )
-            if self.feed.obstacle is not None:
-                raise CheckpointError(self.feed.obstacle)
-            place = self.feed.place()
-            if place is None:
-                raise CheckpointError("an epoch is just beginning; a state can be kept between two of its steps")
-            place["global_generators"] = keep(generator_states(), "the random generators")
-        names = [class_name(type(phase)) for phase in self.phases]
-        script = keep(self.script, "the random generators")
-        return {"phases": names, "index": self.index, "feed": place, "script": script}
-
-
-def place_of(learner: Learner) -> dict[str, Any] | None:
-    """Give where a learner's fit stands; None where it is not fitting.
-
-    Raises:
-        CheckpointError: It is in the middle of a step, or of an epoch that cannot be resumed in the middle.
-    """
-    scope = learner.scope
-    if scope is None or (isinstance(scope, runepoch) and scope.parent is None):
-        return None
-    fitting = scope if isinstance(scope, FitScope) else scope.parent
-    ends = isinstance(scope, runepoch) and isinstance(fitting, FitScope) and fitting.feed is None
-    if isinstance(scope, runstep) or not isinstance(fitting, FitScope) or ends:
-        raise CheckpointError(
-            "the state of a learner was asked for while a step is under way or an epoch ends; expected between two "
-            "steps: a Checkpointer "
-            "waits for that, and so does learner.safe_points.append(function)"
-        )
-    return None if fitting.cut else fitting.place()
-
-
-def goes_on(phase: Phase) -> bool:
-    """Tell whether a phase's epoch keeps nothing but its state and its place in the data."""
-    return type(phase).epoch is Phase.epoch or phase.resumable
 
 
 def fit(
@@ -220,7 +69,7 @@ def fit(
         meet_phases(learner, chosen)
         state = None if resume is None else find_state(resume)
         if state is not None:
-            _check_goes_on(learner, state, epochs, chosen)
+            check_resumes(learner, state, epochs, chosen, [feed(learner, phase) for phase in chosen])
             take(learner, state, begun=False)
         learner.fitting = True
         if state is not None and learner.history.stop_reason is not None:
@@ -241,28 +90,6 @@ def fit(
         learner.safe_points.clear()
 
 
-def _check_goes_on(learner: Learner, state: dict[str, Any], epochs: int, phases: list[Phase]) -> None:
-    """Raise where a fit is not the one that a checkpoint is of.
-
-    Raises:
-        CheckpointError: Says what differs.
-    """
-    check_fits(learner, state)
-    check_same_run(learner, state)
-    place, names = state["place"], [class_name(type(phase)) for phase in phases]
-    if place is not None and place["phases"] != names and (place["index"] or place["feed"]):
-        raise CheckpointError(f"the fit ran the phases {place['phases']}, and now {names}; expected the same")
-    if place is not None and place["feed"] is not None:
-        feed(learner, phases[place["index"]]).check_place(place["feed"])
-    begun = state["history"]["cycles"] + bool(place is not None and (place["index"] or place["feed"]))
-    if state["history"]["stop_reason"] is None and begun > epochs:
-        raise CheckpointError(
-            f"fit({epochs}, resume=...) was asked for, and {state['history']['cycles']} epochs are complete"
-            f"{' and one is under way' if begun > state['history']['cycles'] else ''}; epochs are the total, those "
-            f"before the checkpoint too: fit({begun}, resume=...) or more"
-        )
-
-
 def _run(learner: Learner, scope: FitScope, until: int, reason: str | None) -> History:
     """Run a fit that nothing speaks against, until so many cycles are complete."""
     history = learner.history
@@ -272,7 +99,7 @@ def _run(learner: Learner, scope: FitScope, until: int, reason: str | None) -> H
     with interruptible(learner):
         try:
             scope.handle(FitBegin(scope.goes_on))
-            scope.put_again("fit")
+            scope.put_again("fit" if history.cycles < until else "end")
             history.stop_reason = reason
             learner.safe_point()
             while history.cycles < until:

@@ -24,7 +24,7 @@ from fluxloop.errors import (
     describe,
 )
 from fluxloop.events import Event
-from fluxloop.fit import fit, place_of, run_epoch
+from fluxloop.fit import fit, run_epoch
 from fluxloop.folder import read, write
 from fluxloop.history import History
 from fluxloop.host import HostQueue
@@ -37,6 +37,7 @@ from fluxloop.persist import Changes, Kept
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.randomness import Streams, check_seed, draw_seed
+from fluxloop.resume import place_of
 from fluxloop.runner import Callbacks
 from fluxloop.state import SharedState, State, StepState
 from fluxloop.summary import Summary, summary

@@ -23,12 +23,12 @@ from fluxloop.data import TensorBatches
 from fluxloop.errors import CheckpointError, DataError, describe
 from fluxloop.events import Event
 from fluxloop.feed import untouched
-from fluxloop.fit import place_of
 from fluxloop.folder import write
 from fluxloop.learner import Learner
 from fluxloop.phase import Phase
 from fluxloop.phases.supervised import TrainingPhase
 from fluxloop.randomness import preserved, start_generators
+from fluxloop.resume import place_of
 from fluxloop.state import Container, State
 from fluxloop.view import SERVICES
 from fluxloop.weights import Weights

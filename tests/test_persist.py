@@ -302,7 +302,7 @@ def test_an_attribute_that_changed_is_kept_and_comes_back(name: str, change: Cal
     change(first)
     state = through_a_file(states(kept))
     assert list(state) == [name]
-    live.load(state, True)
+    live.load(state, True, borrowed_by_nobody)
     a, b = getattr(first, name), getattr(second, name)
     assert same(a.get_state() if name == "generator" else a, b.get_state() if name == "generator" else b)
 
@@ -313,7 +313,7 @@ def test_a_setting_that_never_changed_is_not_overwritten_by_the_checkpoint() -> 
     first.n = 5
     second.every = 10
     live = Kept(second, "Mine")
-    live.load(states(kept), True)
+    live.load(states(kept), True, borrowed_by_nobody)
     assert (second.n, second.every) == (5, 10)
 
 
@@ -323,7 +323,7 @@ def test_what_the_checkpoint_does_not_name_is_as_at_first_again() -> None:
     second.n, second.items = 3, [4]
     second.table += 1
     second.total += 1
-    live.load(states(kept), True)
+    live.load(states(kept), True, borrowed_by_nobody)
     assert (second.n, second.items, second.table.tolist(), second.total.tolist()) == (0, [], [0, 0], [0, 0])
 
 
@@ -358,7 +358,7 @@ def test_a_module_of_its_own_is_kept_though_it_did_not_change() -> None:
 
     first, second = Holds(), Holds()
     state = through_a_file(states(Kept(first, "Holds")))
-    Kept(second, "Holds").load(state, True)
+    Kept(second, "Holds").load(state, True, borrowed_by_nobody)
     assert torch.equal(first.critic.weight, second.critic.weight)
 
 
@@ -387,7 +387,7 @@ def test_attributes_in_slots_are_kept_private_ones_too() -> None:
     kept, live = Kept(first, "Slotted"), Kept(second, "Slotted")
     first.set()
     first.items.append(3)
-    live.load(through_a_file(states(kept)), True)
+    live.load(through_a_file(states(kept)), True, borrowed_by_nobody)
     assert (second.n, second.secret(), second.items) == (1, 2, [3])
 
 
@@ -407,7 +407,7 @@ def test_what_a_pair_gives_is_all_that_counts(given: Any) -> None:
     first, second = Pair(), Pair()
     kept, live = Kept(first, "Pair"), Kept(second, "Pair")
     first.n = 5
-    live.load(through_a_file(kept.state(borrowed_by_nobody)[0]), True)
+    live.load(through_a_file(kept.state(borrowed_by_nobody)[0]), True, borrowed_by_nobody)
     assert len(second.got) == 1
     assert same(second.got[0], given)
     assert second.n == 0

@@ -285,7 +285,8 @@ def test_torchdatas_stateful_loader_goes_on_with_workers_too(workers: int) -> No
         )
         return classifier((loader,))
 
-    assert_resumes_exactly(make, epochs=2, at=[2, 4, 7, 9])
+    # in an epoch only: what the workers of a later one draw from is torchdata's, and not kept
+    assert_resumes_exactly(make, epochs=2, at=[2, 4, 10], ignore=() if workers == 0 else ("data.training.own",))
     gc.collect()  # ends the workers
 
 
@@ -693,7 +694,7 @@ class Stream(IterableDataset[Any]):
     ("source", "phase", "message"),
     [
         (bare, TrainingPhase, "the 'training' data .* cannot be resumed in the middle"),
-        (lambda: DataLoader(Stream(), batch_size=3), TrainingPhase, "the 'training' data .* cannot be gone on with"),
+        (lambda: DataLoader(Stream(), batch_size=3), TrainingPhase, "the 'training' data .* cannot be resumed"),
         (lambda: TensorBatches(*rows(), batch_size=3, shuffle=True), Slow, r"Slow has an epoch\(\) of its own"),
     ],
     ids=["a bare iterable", "an IterableDataset", "an epoch of its own"],
@@ -1328,7 +1329,7 @@ def test_a_state_asked_for_in_the_middle_of_a_step_is_told() -> None:
         def ask(self, event: StepEnd, phase: Phase, learner: Any) -> None:
             learner.state_dict()
 
-    with pytest.raises(CheckpointError, match="in the middle of a step; expected between two steps"):
+    with pytest.raises(CheckpointError, match=r"while a step is under way.*; expected between two steps"):
         toy_learner(Asks()).fit(1)
 
 

@@ -36,8 +36,8 @@ from fluxloop import (
 )
 from fluxloop.callbacks.checkpointer import Checkpointer
 from fluxloop.errors import CheckpointError
-from fluxloop.fit import FitScope, place_of
 from fluxloop.folder import Folder
+from fluxloop.resume import FitScope, place_of
 from fluxloop.testing import EventRecorder, assert_resumes_exactly, assert_same_bits, toy_learner
 
 

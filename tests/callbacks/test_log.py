@@ -50,8 +50,7 @@ from fluxloop.callbacks.log import (
     LogTraces,
 )
 from fluxloop.callbacks.log_pictures import LogHistograms, LogImages, LogVisualization
-from fluxloop.errors import CallbackTypeError
-from fluxloop.errors import LogExistsError
+from fluxloop.errors import CallbackTypeError, LogExistsError
 from fluxloop.logging import (
     CSV,
     JSONL,
