@@ -8,7 +8,6 @@ stands in its phases and its data. `manifest` lists it.
 from __future__ import annotations
 
 import re
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from fluxloop.access import dotted
 from fluxloop.callback import Callback
-from fluxloop.errors import CheckpointError, describe, did_you_mean
+from fluxloop.errors import CheckpointError, describe, did_you_mean, warn_user
 from fluxloop.history import INTERRUPTED, TERMINATED
 from fluxloop.nested import tensors
 from fluxloop.optimizers import owned_parameters
@@ -61,19 +60,20 @@ def gather(learner: Learner, place: State | None) -> State:
         CheckpointError: Something cannot be kept.
     """
     learner.host_queue.flush()
-    callbacks, lost = _callbacks_state(learner)
-    if lost and not learner.told_lost:
-        learner.told_lost = True
-        warnings.warn(
-            f"a checkpoint does not keep {', '.join(lost)}: it changes, and is no plain data; give its class "
-            "state_dict() and load_state_dict(state), or list it in transient = (...) where it need not be kept",
-            stacklevel=2,
-        )
-    return {
+    lost: list[str] = []
+    borrowed = _borrowed(learner)
+    loss_fn = None
+    if isinstance(learner.loss_fn, nn.Module):
+        loss_fn = _module_state(learner, learner.loss_fn, borrowed, lost)
+    elif learner.kept_loss is not None:
+        loss_fn = {"attributes": _note_lost(learner.kept_loss.state(borrowed), lost)}
+    state = {
         "fluxloop": FORMAT,
         "seed": learner.seed,
-        "models": {name or "": _module_state(learner, module) for name, module in learner.models.items()},
-        "loss_fn": _module_state(learner, learner.loss_fn) if _is_module(learner.loss_fn) else None,
+        "models": {
+            name or "": _module_state(learner, module, borrowed, lost) for name, module in learner.models.items()
+        },
+        "loss_fn": loss_fn,
         "views": {path: learner.weights[path].state_dict() for path in _kept_views(learner)},
         "optimizers": {
             slot.name or "": {
@@ -87,11 +87,26 @@ def gather(learner: Learner, place: State | None) -> State:
         "streams": learner.streams.positions(),
         "history": {"cycles": learner.history.cycles, "stop_reason": lasting(learner.history.stop_reason)},
         "cbstate": _shared_state(learner),
-        "callbacks": callbacks,
-        "phases": _phases_state(learner),
+        "callbacks": _callbacks_state(learner, borrowed, lost),
+        "phases": _phases_state(learner, borrowed, lost),
         "data": _data_state(learner, place),
         "place": place,
     }
+    if lost and not learner.told_lost:
+        learner.told_lost = True
+        names = tuple(name.rpartition(".")[2] for name in lost)
+        warn_user(
+            f"{', '.join(lost)} changed in training and cannot be saved in a checkpoint; give the class "
+            "state_dict() and load_state_dict(state), or, where a resumed run does not need it, "
+            f"transient = {names!r}"
+        )
+    return state
+
+
+def _note_lost(found: tuple[Any, list[str]], lost: list[str]) -> Any:
+    """Give a state, and note what of it is lost."""
+    lost += found[1]
+    return found[0]
 
 
 def _is_plain(value: Any) -> bool:
@@ -105,24 +120,17 @@ def lasting(reason: str | None) -> str | None:
     return None if reason in (INTERRUPTED, TERMINATED) else reason
 
 
-def _is_module(value: Any) -> bool:
-    return isinstance(value, nn.Module)
-
-
-def _module_state(learner: Learner, module: nn.Module) -> State:
+def _module_state(learner: Learner, module: nn.Module, borrowed: Callable[[Any], bool], lost: list[str]) -> State:
     """Give a module's state: what it saves by itself, and what it does not.
 
-    That is: buffers it leaves out, which parameters are frozen, and its parts' numbers, texts and
-    random generators that have changed.
+    That is: buffers it leaves out, which parameters are frozen, and its parts' other attributes that have changed.
     """
-    attributes = {
-        path: kept for path, changes in learner.module_changes(module) if (kept := changes.state(lambda _: False)[0])
-    }
+    watched = [(path, _note_lost(changes.state(borrowed), lost)) for path, changes in learner.module_changes(module)]
     return {
         **weights_of(module),
         "buffers": {name: tensor for name, _, _, tensor in _unsaved_buffers(module)},
         "frozen": [name for name, parameter in module.named_parameters() if not parameter.requires_grad],
-        "attributes": attributes,
+        "attributes": {path: kept for path, kept in watched if kept},
     }
 
 
@@ -208,19 +216,16 @@ def _shared_state(learner: Learner) -> State:
     return kept
 
 
-def _callbacks_state(learner: Learner) -> tuple[State, list[str]]:
-    """Give the states of callbacks by id, and what of them is lost."""
-    borrowed = _borrowed(learner)
+def _callbacks_state(learner: Learner, borrowed: Callable[[Any], bool], lost: list[str]) -> State:
+    """Give the states of callbacks by id."""
     states: State = {}
-    lost: list[str] = []
     for node in learner.callbacks.graph.nodes:
         own, conditions = learner.callbacks.kept(node)
-        state, missing = own.state(borrowed)
-        around = [condition.state(borrowed)[0] for condition in conditions]
-        lost += missing
+        state = _note_lost(own.state(borrowed), lost)
+        around = [_note_lost(condition.state(borrowed), lost) for condition in conditions]
         if state or any(around):
             states[node.id] = {"class": class_name(type(node.callback.unwrapped)), "state": state, "around": around}
-    return states, lost
+    return states
 
 
 def _borrowed(learner: Learner) -> Callable[[Any], bool]:
@@ -244,12 +249,11 @@ def _borrowed(learner: Learner) -> Callable[[Any], bool]:
     return is_borrowed
 
 
-def _phases_state(learner: Learner) -> State:
+def _phases_state(learner: Learner, borrowed: Callable[[Any], bool], lost: list[str]) -> State:
     """Give the states of phases by class, in the order in which the learner met them."""
     states: State = {}
-    borrowed = _borrowed(learner)
     for kept in learner.kept_phases:
-        state, _ = kept.state(borrowed)
+        state = _note_lost(kept.state(borrowed), lost)
         states.setdefault(class_name(type(kept.thing)), []).append(state)
     for name, waiting in learner.waiting_states.items():
         states.setdefault(name, []).extend(waiting)
@@ -301,11 +305,11 @@ def _misfits(learner: Learner, state: State) -> Iterator[str]:
             yield from weights_differ(
                 module, state["models"][name]["state"], f"model {name!r}" if name else "the model"
             )
-    loss_fn = learner.loss_fn if isinstance(learner.loss_fn, nn.Module) else None
-    if (loss_fn is None) != (state["loss_fn"] is None):
+    kept_loss = (state["loss_fn"] or {}).get("state")
+    if isinstance(learner.loss_fn, nn.Module) != (kept_loss is not None):
         yield "one of the two has a loss function that is a module, the other has not"
-    elif loss_fn is not None:
-        yield from weights_differ(loss_fn, state["loss_fn"]["state"], "the loss function")
+    elif isinstance(learner.loss_fn, nn.Module) and kept_loss is not None:
+        yield from weights_differ(learner.loss_fn, kept_loss, "the loss function")
     slots = {slot.name or "": slot for slot in learner.updates.slots}
     yield from _names_differ("optimizer", slots, state["optimizers"])
     for name, kept in state["optimizers"].items():
@@ -371,7 +375,7 @@ def check_same_run(learner: Learner, state: State) -> None:
                 wrong.append(f"{slot.label} was made with {option}={former[option]!r}, and now with {option}={value!r}")
     if wrong:
         raise CheckpointError(
-            "this is not the run that the checkpoint is of:\n  "
+            "the checkpoint belongs to a run with other settings:\n  "
             + "\n  ".join(wrong)
             + "\nResume with what it was begun with; or begin a new run from its weights: learner.load_weights(path)"
         )
@@ -407,12 +411,14 @@ def apply(learner: Learner, state: State, *, begun: bool) -> None:
     learner.seed = learner.history.seed = state["seed"]
     learner.streams.go_on(state["seed"], state["streams"])
     types, device = list(phase_types()), learner.accelerator.device
-    how = {"begun": begun, "borrowed": _borrowed(learner), "phases": types, "device": device}
+    how: Any = {"begun": begun, "borrowed": _borrowed(learner), "phases": types, "device": device}
     _load_callbacks(learner, state["callbacks"], how)  # first: they may still refuse
     for name, module in learner.models.items():
-        _load_module(learner, module, state["models"][name or ""])
+        _load_module(learner, module, state["models"][name or ""], how["borrowed"])
     if isinstance(learner.loss_fn, nn.Module):
-        _load_module(learner, learner.loss_fn, state["loss_fn"])
+        _load_module(learner, learner.loss_fn, state["loss_fn"], how["borrowed"])
+    elif learner.kept_loss is not None:
+        learner.kept_loss.load((state["loss_fn"] or {"attributes": {}})["attributes"], **how)
     for path, kept in state["views"].items():
         if path in learner.weights:
             learner.weights[path].load_state_dict(kept)
@@ -424,7 +430,7 @@ def apply(learner: Learner, state: State, *, begun: bool) -> None:
     shared = vars(learner.cbstate)
     gone = [f"cbstate.{name}" for name, kept in state["cbstate"].items() if name not in shared and is_held(kept)]
     if gone and begun:
-        warnings.warn(f"the checkpoint has {', '.join(gone)}, which no callback publishes now", stacklevel=2)
+        warn_user(f"the checkpoint has {', '.join(gone)}, which no callback publishes now")
     for name, kept in state["cbstate"].items():
         where = f"cbstate.{name}"
         if where in gone:
@@ -452,7 +458,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
                 optimizer.state[parameter][name] = value.to(loaded.device, copy=True)
 
 
-def _load_module(learner: Learner, module: nn.Module, kept: State) -> None:
+def _load_module(learner: Learner, module: nn.Module, kept: State, borrowed: Callable[[Any], bool]) -> None:
     put_weights(module, kept)
     for name, part, own, tensor in list(_unsaved_buffers(module)):
         if name in kept["buffers"]:
@@ -462,7 +468,7 @@ def _load_module(learner: Learner, module: nn.Module, kept: State) -> None:
         if parameter.requires_grad is (name in frozen_ones):
             parameter.requires_grad = name not in frozen_ones
     for path, changes in learner.module_changes(module):
-        changes.load(kept["attributes"].get(path, {}), True, lambda _: False)
+        changes.load(kept["attributes"].get(path, {}), True, borrowed, device=learner.accelerator.device)
 
 
 def _load_updates(learner: Learner, kept: State) -> None:
@@ -479,9 +485,7 @@ def _load_callbacks(learner: Learner, states: State, how: dict[str, Any]) -> Non
     nodes = {node.id: node for node in learner.callbacks.graph.nodes}
     unknown = sorted(states.keys() - nodes)
     if unknown:
-        warnings.warn(
-            f"the checkpoint has states of {', '.join(unknown)}, which are not among the callbacks now", stacklevel=2
-        )
+        warn_user(f"the checkpoint has states of {', '.join(unknown)}, which are not among the callbacks now")
     for id, node in nodes.items():
         own, conditions = learner.callbacks.kept(node)
         kept = states.get(id, {"state": {}, "around": []})
@@ -633,7 +637,7 @@ def manifest(learner: Learner) -> Manifest:
         lines.append(Entry(f"phases.{name.rpartition('.')[2]}", name, "persisted", size(kept)))
     for part in ("seed", "streams", "updates", "history"):
         lines.append(Entry(part, "learner", "persisted", size(state[part])))
-    lines.append(Entry("place in the data", "learner", "persisted", size(state["data"])))
+    lines.append(Entry("data", "learner", "persisted", size(state["data"])))
     lines += [Entry(path, node.id, "not kept") for node in nodes for path in unkept(node, learner)]
     told = {entry.path for entry in lines}
     for node in nodes:
@@ -653,4 +657,5 @@ def _kind(path: str, node: Node) -> str:
     root = path.split(".")[0].partition("@")[0]
     if root == "step" or path in node.callback.unwrapped.transient:
         return "transient"
-    return "derived" if root in DERIVED else "persisted"
+    held = "@" in path  # in the state of the callback that keeps the view
+    return "derived" if root in DERIVED or held else "persisted"

@@ -36,6 +36,8 @@ Signals end a part of the training on purpose. They are raised in a handler or i
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -216,6 +218,14 @@ def describe(value: object) -> str:
     if value is None or isinstance(value, (str, bytes, int, float, bool)):
         return repr(value)
     return f"a {name}"
+
+
+def warn_user(message: str) -> None:
+    """Warn, and point to the line outside of this package that led here."""
+    depth, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "fluxloop":
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(message, stacklevel=depth - 1)
 
 
 def annotate(error: BaseException, note: str) -> None:

@@ -30,8 +30,8 @@ from fluxloop.sources import (
 def untouched(source: Any, workers_too: bool = True) -> Iterator[None]:
     """Put a loader's own generators, its waiting workers and its place among epochs back on leaving.
 
-    Its own are those of the loader, its sampler and its batch sampler; what a dataset keeps for
-    itself cannot be known.
+    Its own are those of the loader, its sampler and its batch sampler, and those found in its
+    dataset's attributes and functions.
 
     Args:
         source: A loader, or anything.

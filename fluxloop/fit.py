@@ -6,7 +6,6 @@ import copy
 import operator
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from fluxloop.errors import (
     annotate,
     describe,
     did_you_mean,
+    warn_user,
 )
 from fluxloop.events import CycleBegin, CycleEnd, FitBegin, FitEnd
 from fluxloop.feed import Feed, untouched
@@ -49,7 +49,7 @@ def fit(
 ) -> History:
     """Run `epochs` cycles through `phases`; see `Learner.fit`."""
     epochs = _count(epochs)
-    if steps_per_epoch is not None and (isinstance(steps_per_epoch, bool) or operator.index(steps_per_epoch) < 1):
+    if steps_per_epoch is not None and (type(steps_per_epoch) is not int or steps_per_epoch < 1):
         raise ValueError(f"fit(steps_per_epoch={steps_per_epoch!r}) was asked for; expected 1 or more, or None")
     if learner.fitting:
         raise ReentrantFitError(
@@ -66,28 +66,30 @@ def fit(
         for phase in chosen:
             check_runs(learner, phase)
             feed(learner, phase).check()
-        meet_phases(learner, chosen)
         state = None if resume is None else find_state(resume)
         if state is not None:
             check_resumes(learner, state, epochs, chosen, [feed(learner, phase) for phase in chosen])
+            meet_phases(learner, chosen)
             take(learner, state, begun=False)
-        learner.fitting = True
-        if state is not None and learner.history.stop_reason is not None:
-            reason = learner.history.stop_reason
-            warnings.warn(
-                f"the run that was to go on had been stopped: {reason}. Nothing is trained; to train further: "
-                "learner.load(file), then learner.fit(epochs)",
-                stacklevel=3,
-            )
-            epochs = 0
         else:
-            reason = None
+            meet_phases(learner, chosen)
+        until = epochs if resume is not None else learner.history.cycles + epochs
+        reason = None if state is None else learner.history.stop_reason
+        if reason is not None:
+            until = 0
+            warn_user(
+                f"this run has already stopped: {reason}. Nothing is trained. To train further: learner.load(file), "
+                "then learner.fit(epochs)"
+            )
+        learner.fitting = True
         with preserved() if state is not None else nullcontext():
             scope = FitScope(learner, chosen, steps_per_epoch, state)
-            return _run(learner, scope, epochs if resume is not None else learner.history.cycles + epochs, reason)
+            state = None  # the scope has it, until it has come to where it was written
+            return _run(learner, scope, until, reason)
     finally:
+        if learner.fitting:
+            learner.safe_points.clear()
         learner.data, learner.fitting, learner.stop_requested = kept, False, None
-        learner.safe_points.clear()
 
 
 def _run(learner: Learner, scope: FitScope, until: int, reason: str | None) -> History:
@@ -231,7 +233,8 @@ def run_epoch(learner: Learner, phase: Phase, data: Any = None, scope: FitScope 
     if data is not None:
         learner.data = State({**vars(learner.data), phase.data_key: load(data, phase.data_key)})
     try:
-        batches = feed(learner, phase, learner.stop_if_requested if scope is None else learner.safe_point)
+        # an epoch inside another one does not end for a stop that was asked for: the outer one does, after it
+        batches = feed(learner, phase, learner.safe_point if scope is not None else lambda: None)
         batches.check()
         if phase.gradients:
             learner.updates.check_owned()
@@ -246,7 +249,6 @@ def run_epoch(learner: Learner, phase: Phase, data: Any = None, scope: FitScope 
         pass  # raised by a handler of EpochBegin, after EpochEnd was fired
     finally:
         learner.data, learner.num_batches = kept
-    learner.stop_if_requested()
 
 
 def left_alone(learner: Learner, phase: Phase, source: Any) -> AbstractContextManager[None]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import warnings
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from attrs import field, frozen
 
-from fluxloop.errors import CheckpointError, annotate
+from fluxloop.errors import CheckpointError, annotate, warn_user
 
 MARKER, LATEST = "fluxloop.json", "latest"
 NAME = re.compile(r"epoch-(\d+)-step-(\d+)-phase-(\d+)\.pt")
@@ -125,8 +124,8 @@ class Folder:
             others = [name for name in others if not (name.startswith(".") and name.endswith(".tmp"))]
             if others:
                 raise CheckpointError(
-                    f"the folder {self.path} has other things in it ({', '.join(others[:3])}); expected a new or empty "
-                    f"one, or that of an earlier run: {str(self.path / 'checkpoints')!r}"
+                    f"{self.path} is no folder of checkpoints: it has {', '.join(others[:3])} in it; expected a new or "
+                    f"empty one, such as {str(self.path / 'checkpoints')!r}"
                 )
 
     def claim(self) -> None:
@@ -165,7 +164,7 @@ class Folder:
             try:
                 return read(path)
             except CheckpointError as error:
-                warnings.warn(f"{error}; the one before it is taken", stacklevel=2)
+                warn_user(f"{error}; the one before it is taken")
         return None
 
     def is_complete(self, path: Path) -> bool:
@@ -217,6 +216,8 @@ def find_state(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """
     if not isinstance(path, (str, os.PathLike)):
         raise CheckpointError(f"resume={path!r} was given; expected the folder of a Checkpointer: resume='runs/first'")
+    if Path(path).name == LATEST:
+        path = Path(path).parent
     if Path(path).is_file() or NAME.fullmatch(Path(path).name):
         return read(Path(path))
     folder = Folder(Path(path))

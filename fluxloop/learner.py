@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
@@ -143,6 +144,8 @@ class Learner(Generic[M]):
         self.safe_points: list[Callable[[], object]] = []
         """Called at each moment of a fit in which no step is under way, until it ends."""
         self._changes = {module: _watch(module) for module in self.modules()}
+        plain = loss_fn is None or isinstance(loss_fn, (nn.Module, FunctionType, BuiltinFunctionType))
+        self.kept_loss = None if plain else Kept(loss_fn, "the loss function")
         self.kept_phases: list[Kept] = []
         """What checkpoints keep of the phases that run."""
         self.waiting_states: dict[str, list[Any]] = {}
@@ -301,6 +304,19 @@ class Learner(Generic[M]):
         epoch ends.
         """
         self.host_queue.request(tensor, then)
+
+    def request_stop(self, reason: str) -> None:
+        """End the fit before its next batch, once a checkpoint could be written; a later fit goes on from there.
+
+        Args:
+            reason: Why, in words for people; kept in ``history.stop_reason``.
+
+        Raises:
+            CancelFittingException: No fit is running.
+        """
+        if not self.fitting:
+            raise CancelFittingException(reason)
+        self.stop_requested = reason
 
     def stop_if_requested(self) -> None:
         """End the fit where that was requested, as by Ctrl+C; asked before each batch.
@@ -468,7 +484,7 @@ class Learner(Generic[M]):
         return [*self.models.values(), *([self.loss_fn] if isinstance(self.loss_fn, nn.Module) else [])]
 
     def module_changes(self, module: nn.Module) -> list[tuple[str, Changes]]:
-        """Give what is watched of a model's parts, by path: their numbers, texts and random generators."""
+        """Give what is watched of a model's parts, by path: attributes that are no parameters, buffers or parts."""
         return self._changes[module]
 
     @property
@@ -507,8 +523,9 @@ class Learner(Generic[M]):
 
 
 def _watch(module: nn.Module) -> list[tuple[str, Changes]]:
-    """Look at the parts of a module, so that changes of their numbers are seen."""
-    return [(path, Changes(part, path or "the model", scalars=True)) for path, part in module.named_modules()]
+    """Look at the parts of a module, so that changes of their attributes are seen."""
+    name = type(module).__name__
+    return [(path, Changes(part, f"{name}.{path}".rstrip("."))) for path, part in module.named_modules()]
 
 
 def listed(callbacks: Any) -> list[Any]:

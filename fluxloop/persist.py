@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import random
 import sys
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
@@ -23,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
-from fluxloop.errors import CheckpointError, describe
+from fluxloop.errors import CheckpointError, describe, warn_user
 from fluxloop.state import Container, PhaseDict
 
 MARK = "__kept__"
@@ -60,7 +60,10 @@ def _keep(value: Any, where: str) -> Any:
         CheckpointError: It, or something in it, is none of what can be kept.
     """
     if isinstance(value, Tensor):
-        return value.detach() if value.is_cpu else {MARK: "on the device", "tensor": value.detach()}
+        value = value.detach()
+        if value.untyped_storage().nbytes() > value.nbytes:  # a view, of a data set perhaps
+            value = value.clone()
+        return value if value.is_cpu else {MARK: "on the device", "tensor": value}
     if type(value).__module__.partition(".")[0] == "numpy":
         return _keep_numpy(value, where)
     if isinstance(value, bytes) and not value:  # the only ones that are read as a call
@@ -69,6 +72,8 @@ def _keep(value: Any, where: str) -> Any:
         return _plain_scalar(value, where)
     if isinstance(value, PhaseDict):
         return {MARK: "phases", "items": {class_name(k): _keep(v, f"{where}[{k.__name__}]") for k, v in value.items()}}
+    if type(value) is list and _is_simple(value):
+        return list(value)
     if type(value) in (list, tuple):
         return type(value)(_keep_item(item, f"{where}[{index}]") for index, item in enumerate(value))
     if isinstance(value, dict):
@@ -91,6 +96,16 @@ def _keep(value: Any, where: str) -> Any:
     raise CheckpointError(
         f"{where} is a {type(value).__name__}, which cannot be kept in a checkpoint; expected numbers, texts, tensors, "
         "containers of them, or an object with state_dict() and load_state_dict(state)"
+    )
+
+
+NUMBERS = frozenset((type(None), bool, int, float, str))
+
+
+def _is_simple(items: list[Any]) -> bool:
+    """Tell whether a list, perhaps a long series, holds numbers, texts, and tuples of them alone."""
+    return all(
+        type(item) in NUMBERS or (type(item) is tuple and all(type(part) in NUMBERS for part in item)) for item in items
     )
 
 
@@ -218,7 +233,7 @@ def put_back(
     if type(kept) is tuple:
         return tuple(again(item) for item in kept)
     if isinstance(kept, list):
-        items = [again(item) for item in kept]
+        items = list(kept) if _is_simple(kept) else [again(item) for item in kept]
         if type(live) is list:  # others may hold it too
             live[:] = items
             return live
@@ -249,7 +264,7 @@ def put_back(
         known = {class_name(cls): cls for cls in phases}
         missing = sorted(kept["items"].keys() - known)
         if missing:
-            warnings.warn(f"{where} was kept for the phases {missing}, which nobody has defined now", stacklevel=2)
+            warn_user(f"{where} was kept for the phases {missing}, which nobody has defined now")
         for cls in [cls for cls in live if class_name(cls) not in kept["items"]]:
             del live[cls]
         for name in [name for name in kept["items"] if name in known]:
@@ -355,7 +370,7 @@ def _look(value: Any) -> Any:
         return value.get_state().tolist()
     if isinstance(value, random.Random):
         return value.getstate()
-    if isinstance(value, Tensor) or callable(value) or is_stateful(value):
+    if isinstance(value, (Tensor, Dataset)) or callable(value) or is_stateful(value):
         return _Seen(value)
     if type(value).__module__.partition(".")[0] == "numpy":
         state = _numpy_state(value)
@@ -412,14 +427,13 @@ class Changes:
     Args:
         thing: The object.
         name: What it is called in messages.
-        scalars: Whether numbers, texts and random generators alone are looked at.
     """
 
-    def __init__(self, thing: Any, name: str, *, scalars: bool = False) -> None:
+    def __init__(self, thing: Any, name: str) -> None:
         self.thing = thing
         self.name = name
-        self._scalars = scalars
-        self._left_out = {*getattr(thing, "transient", ()), *(_OF_EVERY_MODULE if scalars else ())}
+        of_torch = _OF_EVERY_MODULE if isinstance(thing, nn.Module) else ()
+        self._left_out = {*getattr(thing, "transient", ()), *of_torch}
         own = self._own()
         self._first = {key: look(value) for key, value in own.items()}
         self._kept = {key: kept for key, value in own.items() if (kept := _small(value)) is not None}
@@ -428,9 +442,7 @@ class Changes:
         return {
             name: value
             for name, value in attributes(self.thing).items()
-            if name not in self._left_out
-            and not name.startswith("__")
-            and (not self._scalars or isinstance(value, (*SCALARS, torch.Generator, random.Random)))
+            if name not in self._left_out and not name.startswith("__")
         }
 
     def state(self, borrowed: Callable[[Any], bool]) -> tuple[dict[str, Any], list[str]]:
@@ -537,6 +549,8 @@ def snapshot(kept: Any) -> Any:
         return kept if is_lazy(kept) else kept.detach().to("cpu", copy=True)
     if isinstance(kept, dict):
         return {key: snapshot(item) for key, item in kept.items()}
+    if type(kept) is list and _is_simple(kept):
+        return list(kept)
     if type(kept) in (list, tuple):
         return type(kept)(snapshot(item) for item in kept)
     return kept

@@ -200,6 +200,6 @@ def check_resumes(learner: Learner, state: dict[str, Any], epochs: int, phases: 
     if state["history"]["stop_reason"] is None and begun > epochs:
         raise CheckpointError(
             f"fit({epochs}, resume=...) was asked for, and {state['history']['cycles']} epochs are complete"
-            f"{' and one is under way' if begun > state['history']['cycles'] else ''}; epochs are the total, those "
-            f"before the checkpoint too: fit({begun}, resume=...) or more"
+            f"{' and one is under way' if begun > state['history']['cycles'] else ''}; epochs count from "
+            f"the beginning of the run: fit({begun}, resume=...) or more"
         )

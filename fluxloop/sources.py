@@ -21,10 +21,19 @@ from weakref import WeakKeyDictionary
 import torch
 from attrs import frozen
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, default_collate
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from fluxloop.data import TensorBatches
-from fluxloop.persist import SCALARS, attributes, is_numpy_generator, is_stateful, keep, put_back
+from fluxloop.persist import SCALARS, Changes, attributes, is_numpy_generator, is_stateful, keep, put_back
 from fluxloop.randomness import others_apart, others_going_on, start_generators, start_torch
 
 
@@ -226,6 +235,7 @@ def iterate(source: Any, numbers: Numbers, skip: int = 0) -> Iterator[Any]:
         return source.from_batch(skip)
     if not is_loader(source):
         return islice(iter(source), skip, None) if skip else iter(source)
+    _watch(source)
     twin, indices = _make_twin(source)
     indices.prepare(numbers, skip)
     batches: Iterator[Any] = iter(twin)
@@ -277,8 +287,21 @@ def _samplers(source: Any) -> list[Any]:
     return list(own.values()) if isinstance(source, DataLoader) else []
 
 
-def _scalars(thing: Any) -> dict[str, Any]:
-    return {name: value for name, value in attributes(thing).items() if type(value) in (bool, int, float, str)}
+_watched: WeakKeyDictionary[DataLoader[Any], list[Changes]] = WeakKeyDictionary()
+
+
+def _watch(source: Any) -> list[Changes]:
+    """Look at a loader's samplers, so that changes of their attributes are seen."""
+    if not isinstance(source, DataLoader):
+        return []
+    if source not in _watched:
+        _watched[source] = [Changes(sampler, type(sampler).__name__) for sampler in _samplers(source)]
+    return _watched[source]
+
+
+def _is_elsewhere(value: Any) -> bool:
+    """Tell whether a sampler's attribute is kept elsewhere, or is the data itself."""
+    return isinstance(value, (Sampler, Dataset))
 
 
 KINDS = (torch.Generator, random.Random)
@@ -324,10 +347,10 @@ def _inside(thing: Any) -> list[Any]:
 
 
 def source_state(source: Any) -> dict[str, Any]:
-    """Give what of a loader moves: its own generators, and the numbers that samplers of the user's keep."""
+    """Give what of a loader moves: generators, and what samplers of the user's keep."""
     return {
         "own_generators": [generator.get_state() for generator in own_generators(source)],
-        "samplers": [_scalars(sampler) for sampler in _samplers(source)],
+        "samplers": [changes.state(_is_elsewhere)[0] for changes in _watch(source)],
         "private": private_state(source),
     }
 
@@ -347,8 +370,6 @@ def put_source_back(source: Any, state: dict[str, Any]) -> None:
     """Put a loader where `source_state` found it."""
     for generator, kept in zip(own_generators(source), state["own_generators"], strict=False):
         generator.set_state(kept)
-    for sampler, numbers in zip(_samplers(source), state["samplers"], strict=False):
-        for name, value in numbers.items():
-            if getattr(sampler, name, None) != value:
-                setattr(sampler, name, value)
+    for changes, kept in zip(_watch(source), state["samplers"], strict=False):
+        changes.load(kept, True, _is_elsewhere)
     put_private_back(source, state["private"])

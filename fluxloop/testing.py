@@ -316,6 +316,7 @@ def _compare(plain: dict[str, Any], resumed: dict[str, Any], moment: int, ignore
     where = f"resumed from moment {moment}, the run differs"
     made = re.compile(r"optimizers\.[^.]*\.defaults\.")  # some optimizers add to them when they load a state
     names = [n for n in (*plain, *(resumed.keys() - plain)) if not n.startswith(ignore) and not made.match(n)]
+    names.sort(key=lambda name: not name.startswith(("callbacks.", "phases.")))  # where a cause may be, first
     for name in names:
         if name not in plain or name not in resumed:
             raise AssertionError(f"{where}: {name} is there in one of the two alone")
@@ -324,6 +325,9 @@ def _compare(plain: dict[str, Any], resumed: dict[str, Any], moment: int, ignore
             same = a.shape == b.shape and a.dtype == b.dtype and _same_bits(a, b)
         else:
             same = type(a) is type(b) and (a == b or (a != a and b != b))
+        if not same and isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.numel() > 1:
+            index = int((a != b).reshape(-1).int().argmax())
+            a, b, name = a.reshape(-1)[index].item(), b.reshape(-1)[index].item(), f"{name}, element {index},"
         if not same:
             raise AssertionError(f"{where}: {name} is {b!r}, and was {a!r}")
 

@@ -18,9 +18,9 @@ class View:
     """What a handler gets as ``learner``: the declared paths, and nothing else.
 
     Everybody may call the services: ``defer(undo)`` (undo something when the running step, epoch
-    or fit ends) and ``host(tensor, then)`` (have a number on the host without waiting for the
-    device). ``weights[name]`` gives the weights at a declared path, ``"model.G@ema"`` as
-    ``weights["G@ema"]``.
+    or fit ends), ``host(tensor, then)`` (have a number on the host without waiting for the device)
+    and ``request_stop(reason)`` (end the fit before its next batch). ``weights[name]`` gives the
+    weights at a declared path, ``"model.G@ema"`` as ``weights["G@ema"]``.
     """
 
     __slots__ = ("_learner",)
@@ -91,7 +91,7 @@ def live_models(learner: Any) -> Any:
     return learner.weights.given
 
 
-SERVICES = ("defer", "host")
+SERVICES = ("defer", "host", "request_stop")
 
 
 def _generate(access: Access, path: Path, fetch: Callable[[Any], Any]) -> type[View]:

@@ -219,9 +219,11 @@ def test_a_claimed_folder_says_what_it_is(tmp_path: Path) -> None:
 def test_a_foreign_folder_is_refused_and_not_written_to(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt", "c.txt", "d.txt"):
         (tmp_path / name).write_text("mine")
-    with pytest.raises(CheckpointError, match=r"has other things in it \(a.txt, b.txt, c.txt\); expected a new or"):
+    with pytest.raises(
+        CheckpointError, match=r"is no folder of checkpoints: it has a.txt, b.txt, c.txt in it; expected a new or"
+    ):
         Folder(tmp_path).claim()
-    with pytest.raises(CheckpointError, match="has other things in it"):
+    with pytest.raises(CheckpointError, match="is no folder of checkpoints"):
         find_state(tmp_path)
     assert names(tmp_path) == ["a.txt", "b.txt", "c.txt", "d.txt"]
 

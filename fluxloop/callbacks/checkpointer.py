@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import signal
 import threading
-import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from attrs import define, field
 
 from fluxloop.callback import UnsafeCallback, on
 from fluxloop.checkpoint import check_writers, gather, lasting
-from fluxloop.errors import CancelFittingException, CheckpointError, MissingProducerError
+from fluxloop.errors import CallbackConflictError, CheckpointError, MissingProducerError, warn_user
 from fluxloop.events import FitBegin, FitEnd, StepEnd
 from fluxloop.folder import Folder, Progress, name_of
 from fluxloop.history import TERMINATED
@@ -35,7 +34,7 @@ class Checkpointer(UnsafeCallback):
 
     The same script begins a run and goes on with it: ``learner.fit(100, resume="runs/first")`` with
     ``Checkpointer("runs/first")``. Files are complete or not there; nothing is overwritten; a folder
-    with other things in it is refused, and so is a run that an earlier one in the folder is ahead of.
+    with other things in it is refused, and so is a new run where the folder holds one that has come further.
     Checkpoints are written between steps, when everybody has finished with the last one.
 
     One is written when the run begins (and removed with the first after it), and a last one when the
@@ -82,7 +81,9 @@ class Checkpointer(UnsafeCallback):
     _progress: Progress | None = field(default=None, init=False, repr=False)
     _reason: str | None = field(default=None, init=False, repr=False)
     _since: float = field(default=0.0, init=False, repr=False)
+    _batch: int = field(default=0, init=False, repr=False)
     _owing: bool = field(default=False, init=False, repr=False)
+    _waits: bool = field(default=False, init=False, repr=False)
     _told: bool = field(default=False, init=False, repr=False)
     _over: bool = field(default=False, init=False, repr=False)
     _terminated: bool = field(default=False, init=False, repr=False)
@@ -92,8 +93,8 @@ class Checkpointer(UnsafeCallback):
 
     draws = False
     transient = (
-        *("last", "_progress", "_reason", "_since", "_owing", "_told", "_over", "_terminated", "_is_copy"),
-        *("_writer", "_writing"),
+        *("last", "_progress", "_batch", "_reason", "_since", "_owing", "_waits", "_told", "_over"),
+        *("_terminated", "_is_copy", "_writer", "_writing"),
     )
 
     def __attrs_post_init__(self) -> None:
@@ -119,9 +120,23 @@ class Checkpointer(UnsafeCallback):
         return copied
 
     def init(self, learner: Any) -> None:
-        """Take the folder."""
-        if not self._is_copy:
-            Folder(self.folder).claim()
+        """Take the folder.
+
+        Raises:
+            CallbackConflictError: Another `Checkpointer` writes to it.
+        """
+        if self._is_copy:
+            return
+        for other in learner.callbacks:
+            if (
+                isinstance(other, Checkpointer)
+                and other is not self
+                and other.folder.resolve() == self.folder.resolve()
+            ):
+                raise CallbackConflictError(
+                    f"two Checkpointers write to {self.folder}; keep one, or give each a folder of its own"
+                )
+        Folder(self.folder).claim()
 
     @on(FitBegin, FittingPhase)
     def start(self, event: FitBegin, phase: FittingPhase, learner: Any) -> None:
@@ -144,17 +159,17 @@ class Checkpointer(UnsafeCallback):
                 )
         there = (Folder(self.folder).path / name_of(here)).exists()
         self._progress, self._reason = here if there else None, lasting(learner.history.stop_reason)
-        self._since, self._over, self._owing, self._told = monotonic(), False, False, False
+        self._since, self._over, self._owing, self._waits, self._told = monotonic(), False, False, False, False
         learner.safe_points.append(partial(self._look, learner))
         learner.defer(self._leave)
         in_main = threading.current_thread() is threading.main_thread()
         if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             self._terminated = False
-            signal.signal(signal.SIGTERM, self._note_termination)
+            signal.signal(signal.SIGTERM, partial(self._note_termination, learner))
             learner.defer(self._exit_if_terminated)
 
-    def _note_termination(self, number: int, frame: object) -> None:
-        self._terminated = True
+    def _note_termination(self, learner: Any, number: int, frame: object) -> None:
+        self._terminated, learner.stop_requested = True, TERMINATED
 
     @on(StepEnd, AbstractTrainingPhase)
     def count_step(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
@@ -167,20 +182,21 @@ class Checkpointer(UnsafeCallback):
         self._over = True
 
     def _look(self, learner: Any) -> None:
-        """Write a checkpoint where one is due; end the fit where the process was asked to terminate."""
-        begins = self._progress is None and isinstance(learner.scope.phase, FittingPhase)
-        if begins or learner.stop_requested or self._terminated or self._over or self._owing or self._is_due(learner):
-            self._write(learner)
-        if self._terminated and not self._over:
-            raise CancelFittingException(TERMINATED)
+        """Write a checkpoint where one is due."""
+        between = isinstance(learner.scope.phase, FittingPhase)
+        if self._waits and not between:  # for the end of an epoch that cannot be resumed in the middle
+            return
+        begins = self._progress is None and between
+        if begins or learner.stop_requested or self._over or self._owing or self._is_due(learner, between):
+            self._write(learner, at_once=between or bool(learner.stop_requested))
 
-    def _is_due(self, learner: Any) -> bool:
-        scope, cycles = learner.scope, learner.history.cycles
-        complete = isinstance(scope.phase, FittingPhase) and scope.index == 0 and cycles > 0
-        if self.unit == "epoch":
-            return complete and cycles % int(self.every) == 0
+    def _is_due(self, learner: Any, between: bool) -> bool:
+        cycles = learner.history.cycles
+        complete = between and learner.scope.index == 0 and cycles > 0
         if complete and self.keep_best:  # the end of an epoch may be one of the best
             return True
+        if self.unit == "epoch":
+            return complete and cycles % int(self.every) == 0
         if self.unit == "second":
             return monotonic() - self._since >= self.every
         return self._steps // int(self.every) > self._written // int(self.every)
@@ -189,24 +205,28 @@ class Checkpointer(UnsafeCallback):
         steps = sum(count for owner, count in learner.streams.positions().items() if owner.endswith("/step"))
         return learner.history.cycles, steps, 0 if place is None else place["index"]
 
-    def _write(self, learner: Any) -> None:
-        """Write a checkpoint now, or say why not and write it when the epoch ends."""
+    def _write(self, learner: Any, at_once: bool) -> None:
+        """Write a checkpoint; or say why not, and write it when the epoch ends or the thread is free."""
+        if not at_once and self._writing is not None and not self._writing.done():
+            self._owing = True
+            return
         try:
             place = learner.place()
         except CheckpointError as error:
             if not self._told:
                 self._told = True
-                warnings.warn(f"{error}. Checkpoints are written when an epoch ends", stacklevel=2)
-            self._owing = True
+                warn_user(f"{error}. Checkpoints are written when an epoch ends")
+            self._owing = self._waits = True
             return
         if place is None:  # cut in the middle of an epoch: what was written last is what to go on from
             return
         progress, reason = self._where(learner, place), lasting(learner.history.stop_reason)
+        batch = 0 if place["feed"] is None else place["feed"]["batch"]
         again = progress == self._progress
-        if again and (not self._over or reason == self._reason):
+        if again and batch == self._batch and (not self._over or reason == self._reason):
             return
-        self._written, self._since, self._owing = self._steps, monotonic(), False
-        self._progress, self._reason = progress, reason
+        self._written, self._since, self._owing, self._waits = self._steps, monotonic(), False, False
+        self._progress, self._batch, self._reason = progress, batch, reason
         self._finish_writing()
         folder = Folder(self.folder)
         complete = place["feed"] is None and place["index"] in (0, len(place["phases"]))

@@ -10,7 +10,7 @@ from fluxloop.callback import Callback, on
 from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.progress import ProgressBar
 from fluxloop.callbacks.recorder import Recorder
-from fluxloop.events import EpochEnd
+from fluxloop.events import EpochEnd, FitBegin
 from fluxloop.phase import Phase, ProbePhase
 
 
@@ -30,6 +30,15 @@ class MetricsPrinter(Callback):
     reads = ("cbstate.history", "cbstate.metrics")
     run_after = (Recorder, Metrics, ProgressBar)
     draws = False
+
+    @on(FitBegin)
+    def print_resumed(self, event: FitBegin, phase: Phase, learner: Any) -> None:
+        """Print where a resumed fit goes on."""
+        if event.resumed:
+            done = (
+                f"{type.__name__} {c.epochs} epochs, {c.steps} steps" for type, c in learner.cbstate.history.items()
+            )
+            print(f"resumed after {'; '.join(done) or 'nothing'}")
 
     @on(EpochEnd)
     def print_epoch(self, event: EpochEnd, phase: Phase, learner: Any) -> None:

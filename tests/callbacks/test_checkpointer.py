@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fluxloop
 from fluxloop import (
     EMA,
     AbstractTrainingPhase,
@@ -48,7 +49,7 @@ from fluxloop import (
 from fluxloop import folder as folder_module
 from fluxloop.callbacks.checkpointer import EXIT_CODE, Checkpointer
 from fluxloop.callbacks.early_stopping import EarlyStopping
-from fluxloop.errors import CheckpointError
+from fluxloop.errors import CallbackConflictError, CheckpointError
 from fluxloop.folder import LATEST, MARKER, Folder, read
 from fluxloop.persist import snapshot
 from fluxloop.testing import (
@@ -366,10 +367,10 @@ def test_the_best_without_metrics_is_refused_before_training(tmp_path: Path) -> 
 
 def test_a_foreign_folder_is_refused_and_not_written_to(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"has other things in it \(thesis.tex\)"):
+    with pytest.raises(CheckpointError, match=r"is no folder of checkpoints: it has thesis.tex in it"):
         toy(Checkpointer(tmp_path))
     recorder = EventRecorder()
-    with pytest.raises(CheckpointError, match=r"has other things in it \(thesis.tex\)"):
+    with pytest.raises(CheckpointError, match=r"is no folder of checkpoints: it has thesis.tex in it"):
         toy(recorder).fit(1, resume=tmp_path)
     assert recorder.trace == []
     assert contents(tmp_path) == {"thesis.tex": b"mine"}
@@ -449,7 +450,7 @@ def test_a_second_fit_goes_on_where_ctrl_c_ended_the_first_in_its_validation(tmp
 
 def test_the_advice_after_an_early_stop_works(tmp_path: Path) -> None:
     toy(Recorder(), Stop(2, TrainingPhase), Checkpointer(tmp_path)).fit(5)
-    with pytest.warns(UserWarning, match=r"to train further: learner.load\(file\), then learner.fit\(epochs\)"):
+    with pytest.warns(UserWarning, match=r"To train further: learner.load\(file\), then learner.fit\(epochs\)"):
         toy(Recorder(), Checkpointer(tmp_path)).fit(5, resume=tmp_path)
     learner = toy(Recorder(), keeper := Checkpointer(tmp_path))
     learner.load(Folder(tmp_path).files()[-1][1])
@@ -539,7 +540,7 @@ def test_a_run_stopped_early_trains_nothing_and_warns_and_keeps_its_reason(tmp_p
     before = contents(tmp_path)
     for _ in range(2):
         learner = toy(Recorder(), Stop(2), Checkpointer(tmp_path))
-        with pytest.warns(UserWarning, match="had been stopped: good enough. Nothing is trained; to train further"):
+        with pytest.warns(UserWarning, match="has already stopped: good enough. Nothing is trained. To train further"):
             history = learner.fit(9, resume=tmp_path)
         assert history.stop_reason == "good enough"
         assert_same_bits(first, learner)
@@ -556,7 +557,7 @@ def test_a_run_that_early_stopping_ended_trains_nothing_and_warns(tmp_path: Path
     assert reason is not None
     assert first.history.cycles == 3
     again = learner()
-    with pytest.warns(UserWarning, match="had been stopped: .*Nothing is trained"):
+    with pytest.warns(UserWarning, match="has already stopped: .*Nothing is trained"):
         history = again.fit(6, phases=[TrainingPhase(), Scored(values)], resume=tmp_path)
     assert (history.stop_reason, history.cycles) == (reason, 3)
     assert_same_bits(first, again)
@@ -954,7 +955,9 @@ def test_attributes_that_cannot_be_kept_are_told_once(tmp_path: Path) -> None:
     class Told(Holder):
         transient = ("thing", "other")
 
-    with pytest.warns(UserWarning, match=r"does not keep Holder.thing, Holder.other: it changes, and is no") as told:
+    with pytest.warns(
+        UserWarning, match=r"Holder.thing, Holder.other changed in training .* transient = \('thing', 'other'\)"
+    ) as told:
         toy(Holder(), Checkpointer(tmp_path / "a")).fit(3)
     assert len(told) == 1
     toy(Told(), Checkpointer(tmp_path / "b")).fit(1)
@@ -1111,7 +1114,7 @@ def test_a_callback_can_end_training_before_its_first_epoch(tmp_path: Path) -> N
 
     assert toy(Never(), Checkpointer(tmp_path)).fit(3).stop_reason == "not today"
     assert files(tmp_path) == [(0, 0, 0)]
-    with pytest.warns(UserWarning, match="had been stopped: not today. Nothing is trained"):
+    with pytest.warns(UserWarning, match="has already stopped: not today. Nothing is trained"):
         toy(Checkpointer(tmp_path)).fit(3, resume=tmp_path)
 
 
@@ -1172,3 +1175,44 @@ def test_callbacks_without_a_state_may_come_and_go(tmp_path: Path) -> None:
     toy(Checkpointer(tmp_path)).fit(2, resume=tmp_path)
     toy(Silent(), Checkpointer(tmp_path)).fit(3, resume=tmp_path)
     assert epochs_of(tmp_path) == [2, 3]
+
+
+def test_two_that_write_to_one_folder_are_refused_when_the_learner_is_made(tmp_path: Path) -> None:
+    with pytest.raises(CallbackConflictError, match=r"two Checkpointers write to .*give each a folder of its own"):
+        toy(Checkpointer(tmp_path, name="a"), Checkpointer(tmp_path, name="b"))
+    toy(Checkpointer(tmp_path / "a", name="a"), Checkpointer(tmp_path / "b", name="b")).fit(1)
+    assert epochs_of(tmp_path / "a") == epochs_of(tmp_path / "b") == [1]
+
+
+def test_the_pointer_to_the_newest_can_be_resumed_from(tmp_path: Path) -> None:
+    toy(Checkpointer(tmp_path)).fit(1)
+    plain, resumed = toy(), toy(Checkpointer(tmp_path))
+    plain.fit(2)
+    resumed.fit(2, resume=tmp_path / LATEST)
+    assert_same_bits(plain, resumed)
+
+
+def test_the_best_epoch_stays_also_where_few_epochs_are_due(tmp_path: Path) -> None:
+    values = iter([5.0, 1.0, 4.0, 3.0])
+    scores = fluxloop.Metric(lambda preds, ys: torch.tensor(next(values)), name="score", phase=ValidationPhase)
+    keeper = Checkpointer(tmp_path, every=4, keep_last=1, keep_best=1, monitor="validation/score")
+    learner = toy(Recorder(), Metrics(scores), keeper)
+    learner.data.validation = TensorBatches(torch.rand(2, 1), torch.rand(2, 1), batch_size=2)
+    learner.fit(4)
+    assert epochs_of(tmp_path) == [2, 4]
+
+
+def test_a_slice_of_the_data_does_not_bring_all_of_the_data_into_the_file(tmp_path: Path) -> None:
+    class Looks(Callback):
+        reads = ("step.xs",)
+
+        def __init__(self) -> None:
+            self.last: Any = None
+
+        @on(StepEnd, TrainingPhase)
+        def look(self, event: StepEnd, phase: Phase, learner: Any) -> None:
+            self.last = learner.step.xs
+
+    xs = torch.rand(100_000, 1)
+    toy(Looks(), Checkpointer(tmp_path), data=(TensorBatches(xs, xs, batch_size=50_000),)).fit(1)
+    assert Folder(tmp_path).files()[-1][1].stat().st_size < 300_000
