@@ -225,7 +225,7 @@ def warn_user(message: str) -> None:
     depth, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "fluxloop":
         frame, depth = frame.f_back, depth + 1
-    warnings.warn(message, stacklevel=depth - 1)
+    warnings.warn(message, stacklevel=depth)
 
 
 def annotate(error: BaseException, note: str) -> None:

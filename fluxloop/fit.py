@@ -79,7 +79,7 @@ def fit(
             until = 0
             warn_user(
                 f"this run has already stopped: {reason}. Nothing is trained. To train further: learner.load(file), "
-                "then learner.fit(epochs)"
+                "then learner.fit(epochs), in a folder and with logs of its own"
             )
         learner.fitting = True
         with preserved() if state is not None else nullcontext():

@@ -334,6 +334,8 @@ class Learner(Generic[M]):
         Raises:
             CancelFittingException: The fit is to end.
         """
+        if self.stop_requested:  # so that a checkpoint written now has it
+            self.history.stop_reason = self.stop_requested
         for action in self.safe_points:
             action()
         self.stop_if_requested()

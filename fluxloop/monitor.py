@@ -63,6 +63,19 @@ class Monitor:
             return epoch, float(value)
         return None
 
+    def new(self, metrics: Mapping[Any, Any], seen: int) -> tuple[int, float] | None:
+        """Give `newest`, or None where it is the one that was seen already.
+
+        Args:
+            metrics: ``cbstate.metrics``.
+            seen: Its epoch, 0 for none.
+
+        Raises:
+            MetricError: Its values are no numbers.
+        """
+        newest = self.newest(metrics)
+        return None if newest is None or newest[0] == seen else newest
+
     def require(self, metrics: Mapping[Any, Any]) -> None:
         """Raise for a metric that has neither been recorded nor announced.
 

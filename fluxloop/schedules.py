@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from attrs import field, frozen
+from attrs import NOTHING, field, fields, frozen
 
 Schedule = Callable[[int], float]
 
@@ -45,11 +45,29 @@ def check_schedule(schedule: object, whose: str) -> None:
 
 def _check_total(schedule: Any, attribute: Any, total: Any) -> None:
     if not isinstance(total, (int, float)) or isinstance(total, bool) or not 1 <= total < math.inf:
-        raise ValueError(f"a schedule of {total!r} steps was asked for; expected 1 or more")
+        usage = "" if attribute is None else f": {_usage(type(schedule))}"
+        raise ValueError(f"a schedule of {total!r} steps was asked for; expected 1 or more{usage}")
+
+
+def _usage(cls: type) -> str:
+    """Give a schedule's arguments in their order: torch has the number of steps last."""
+    return f"{cls.__name__}({', '.join(a.name for a in fields(cls) if a.default is NOTHING)})"
 
 
 def _check_schedule(schedule: Any, attribute: Any, value: Any) -> None:
     check_schedule(value, f"{type(schedule).__name__}({attribute.name}=...)")
+
+
+def written(schedule: Any) -> str:
+    """Write a schedule as a text, the same one for equal schedules; functions are not told apart."""
+    if isinstance(schedule, (int, float)):
+        return repr(float(schedule)).removesuffix(".0")
+    if isinstance(schedule, tuple):
+        return f"({', '.join(map(written, schedule))})"
+    if type(schedule).__module__ != __name__:
+        return "None" if schedule is None else "a function"
+    parts = (f"{a.name}={written(getattr(schedule, a.name))}" for a in fields(type(schedule)))
+    return f"{type(schedule).__name__}({', '.join(parts)})"
 
 
 def _between(start: float, end: float, share: float) -> float:
@@ -77,7 +95,24 @@ class constant:  # noqa: N801 - used like a function
 
 
 @frozen
-class linear:  # noqa: N801 - used like a function
+class _Span:
+    """Base of what goes from `start` to `end`, and stays there."""
+
+    total: int = field(validator=_check_total)
+    start: float
+    end: float
+
+    def __call__(self, t: int) -> float:
+        """Give the value at step `t`."""
+        return self.end if t >= self.total else self._at(max(t, 0) / self.total)
+
+    def _at(self, share: float) -> float:
+        """Give the value at a share of the way, from 0 to below 1."""
+        raise NotImplementedError
+
+
+@frozen
+class linear(_Span):  # noqa: N801 - used like a function
     """Go from `start` to `end` in a straight line.
 
     Args:
@@ -92,17 +127,12 @@ class linear:  # noqa: N801 - used like a function
     [1.0, 0.75, 0.0, 0.0]
     """
 
-    total: int = field(validator=_check_total)
-    start: float
-    end: float
-
-    def __call__(self, t: int) -> float:
-        """Give the value at step `t`."""
-        return _between(self.start, self.end, max(t, 0) / self.total)
+    def _at(self, share: float) -> float:
+        return _between(self.start, self.end, share)
 
 
 @frozen
-class cosine:  # noqa: N801 - used like a function
+class cosine(_Span):  # noqa: N801 - used like a function
     """Go from `start` to `end` along half a cosine: slow, fast, slow.
 
     From the learning rates of SGDR (Loshchilov and Hutter, 2017) and the teacher's momentum of
@@ -120,17 +150,12 @@ class cosine:  # noqa: N801 - used like a function
     [1.0, 0.854, 0.5, 0.0, 0.0]
     """
 
-    total: int = field(validator=_check_total)
-    start: float
-    end: float
-
-    def __call__(self, t: int) -> float:
-        """Give the value at step `t`."""
-        return self.end if t >= self.total else _half_cosine(self.start, self.end, max(t, 0) / self.total)
+    def _at(self, share: float) -> float:
+        return _half_cosine(self.start, self.end, share)
 
 
 @frozen
-class exponential:  # noqa: N801 - used like a function
+class exponential(_Span):  # noqa: N801 - used like a function
     """Go from `start` to `end` by the same factor at every step: a straight line on a logarithmic scale.
 
     Without an end, by a given factor, is ``step(1, start, gamma)``.
@@ -147,10 +172,6 @@ class exponential:  # noqa: N801 - used like a function
     [1.0, 0.1, 0.01, 0.01]
     """
 
-    total: int = field(validator=_check_total)
-    start: float
-    end: float
-
     def __attrs_post_init__(self) -> None:
         if not self.start * self.end > 0:
             raise ValueError(
@@ -158,15 +179,12 @@ class exponential:  # noqa: N801 - used like a function
                 "other: expected two numbers of one sign, neither 0"
             )
 
-    def __call__(self, t: int) -> float:
-        """Give the value at step `t`."""
-        if t >= self.total:
-            return self.end
-        return self.start * math.exp(math.log(self.end / self.start) * max(t, 0) / self.total)
+    def _at(self, share: float) -> float:
+        return self.start * math.exp(math.log(self.end / self.start) * share)
 
 
 @frozen
-class polynomial:  # noqa: N801 - used like a function
+class polynomial(_Span):  # noqa: N801 - used like a function
     """Go from `start` to `end` as a power of what is left: ``(1 - t / total) ** power``.
 
     Args:
@@ -182,19 +200,14 @@ class polynomial:  # noqa: N801 - used like a function
     [1.0, 0.5625, 0.25, 0.0, 0.0]
     """
 
-    total: int = field(validator=_check_total)
-    start: float
-    end: float
     power: float = 2.0
 
     def __attrs_post_init__(self) -> None:
         if not self.power > 0:
             raise ValueError(f"polynomial(power={self.power!r}) was given; expected more than 0")
 
-    def __call__(self, t: int) -> float:
-        """Give the value at step `t`."""
-        left = 1 - min(max(t, 0) / self.total, 1.0)
-        return float(self.end + (self.start - self.end) * left**self.power)
+    def _at(self, share: float) -> float:
+        return float(self.end + (self.start - self.end) * (1 - share) ** self.power)
 
 
 @frozen

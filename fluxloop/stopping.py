@@ -366,9 +366,8 @@ class NoImprovement(Criterion):
         return f"no improvement on {best}, for {self.since_best} value{'s' * (self.since_best > 1)}"
 
 
-@define
-class NumberSinceBest(NoImprovement):
-    """EarlyStopping.jl's name for `NoImprovement`."""
+NumberSinceBest = NoImprovement
+"""EarlyStopping.jl's name for it."""
 
 
 @define

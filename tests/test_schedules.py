@@ -69,6 +69,21 @@ def test_a_schedule_of_no_steps_is_refused(schedule: object, total: int) -> None
         schedule(total, 0.0, 1.0)  # type: ignore[operator]  # one of the two
 
 
+def test_arguments_in_torchs_order_are_told_the_right_one() -> None:
+    with pytest.raises(ValueError, match=r"0.1 steps was asked for; expected 1 or more: cosine\(total, start, end\)$"):
+        cosine(0.1, 0.0, 100)  # type: ignore[arg-type]  # the mistake
+
+
+def test_equal_schedules_are_written_alike() -> None:
+    made = schedules.sequence((schedules.warmup(2, cosine(8, 0.1, 0)), 10), (lambda t: 0.1, 5), schedules.repeat(1, 2))
+    assert schedules.written(made) == (
+        "sequence(parts=((warmup(steps=2, then=cosine(total=8, start=0.1, end=0), start=0), 10), (a function, 5), "
+        "(repeat(schedule=1, every=2, times=None), inf)))"
+    )
+    assert schedules.written(linear(4, 1, 0)) == schedules.written(linear(4.0, 1.0, 0.0))  # type: ignore[arg-type]
+    assert schedules.written(linear(4, 1, 0)) != schedules.written(linear(4, 1, 0.1))
+
+
 def test_a_number_is_a_schedule_that_never_changes() -> None:
     assert [value_at(0.9, t) for t in (0, 1, 100)] == [0.9, 0.9, 0.9]
     assert [value_at(lambda t: t / 2, t) for t in (0, 1, 100)] == [0.0, 0.5, 50.0]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fluxloop.callback import Callback, on
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import ModelError, did_you_mean
-from fluxloop.events import StepBegin
+from fluxloop.events import EpochBegin, StepBegin
 from fluxloop.nested import tensors
 from fluxloop.phase import AbstractTrainingPhase
 
@@ -53,10 +53,13 @@ class ActivationStats(Callback):
     pattern: str | Sequence[str] = "*"
     every: int = field(default=10, kw_only=True)
     near: float = field(default=0.0, kw_only=True)
+    _waits: dict[type, int] = field(factory=dict, init=False, repr=False)
+    """How many steps of a phase need not be looked at."""
 
     reads = ("model", "cbstate.history")
     writes = ("cbstate.activations",)
     run_after = (Recorder,)
+    transient = ("_waits",)
     draws = False
 
     @every.validator
@@ -91,10 +94,20 @@ class ActivationStats(Callback):
             found |= matching
         return found
 
+    @on(EpochBegin, AbstractTrainingPhase)
+    def count_anew(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Look at the next step: the counts may be those of a checkpoint."""
+        self._waits.clear()
+
     @on(StepBegin, AbstractTrainingPhase)
     def watch(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Hook the modules for a step that is to be recorded."""
+        wait = self._waits.get(type(phase), 0)
+        if wait:
+            self._waits[type(phase)] = wait - 1
+            return
         step = learner.cbstate.history[phase].steps
+        self._waits[type(phase)] = -(step + 1) % self.every  # a cancelled step is not counted: too few at worst
         if step % self.every:
             return
         for name, module in self._modules(learner).items():

@@ -245,11 +245,11 @@ class Checkpointer(UnsafeCallback):
         monitor = Monitor(self.monitor, self.mode)
         metrics = learner.cbstate.metrics
         monitor.require(metrics)
-        newest = monitor.newest(metrics)
-        if newest is not None and newest[0] != self._scored:
-            self._scored = newest[0]
-            if monitor.better(newest[1], None):
-                self._scores[name] = newest[1]
+        new = monitor.new(metrics, self._scored)
+        if new is not None:
+            self._scored, value = new
+            if monitor.better(value, None):
+                self._scores[name] = value
 
     def _put(self, folder: Folder, progress: Progress, state: dict[str, Any], again: bool) -> None:
         """Write a file, in the place of one of the same moment; only then remove those that need not stay."""

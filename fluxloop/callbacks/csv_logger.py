@@ -98,13 +98,13 @@ class CSVLogger(Callback):
     The set is the phase's data key, ``training`` or ``validation``. A row has the metrics of its
     phase, and a training row what probes found at its end; a metric that comes up later gets a
     column that is empty before. Each row is in the file when its epoch ends. Where the file cannot be
-    written, it warns once and the training goes on; resumed, the file goes on where the state was taken.
+    written, it warns once and the training goes on. Resumed, the file goes on where the state was taken.
 
     Args:
         path: The file; its folder is made.
 
     Raises:
-        LogExistsError: When a new fit begins and the file is there and not empty.
+        LogExistsError: When a fit begins that is not resumed, and another run's file is there and not empty.
 
     Reads: cbstate.history, cbstate.metrics
     Runs after: Recorder, Metrics
@@ -122,8 +122,8 @@ class CSVLogger(Callback):
 
     @on(FitBegin)
     def begin(self, event: FitBegin, phase: Phase, learner: Any) -> None:
-        """Refuse to write into another run's file; let go of it when the fit ends."""
-        self._table.begin()
+        """Refuse to write into another run's file, and let go of it when the fit ends."""
+        self._table.begin(event.resumed)
         learner.defer(self._table.close)
 
     @on(EpochEnd)

@@ -34,7 +34,8 @@ class EarlyStopping(Callback):
         criterion: From `fluxloop.stopping`, such as ``Patience(3) | InvalidValue()``; a number n
             stands for ``NoImprovement(n, min_delta)``: n epochs without improvement on the best.
         monitor: The phase's data key and the metric's name.
-        mode: ``"min"`` where less is better, ``"max"`` where more is.
+        mode: ``"min"`` where less is better; ``"max"`` where more is, as of an accuracy:
+            ``EarlyStopping(5, monitor="validation/accuracy", mode="max")``.
         min_epochs: The fit does not end before the metric's epoch of this number, counted in each
             fit from 1; the criterion is told those values too.
         min_delta: With a number as `criterion`: an improvement is by more than this.
@@ -108,7 +109,7 @@ class EarlyStopping(Callback):
         """Begin anew, unless the fit is resumed."""
         self._fitting, self._open = True, 0
         learner.defer(self._leave_fit)
-        if not getattr(event, "resumed", False):
+        if not event.resumed:
             metrics = learner.cbstate.metrics
             newest, training = self._watched.newest(metrics), TRAINING_LOSS.newest(metrics)
             self._begin(newest[0] if newest else 0, training[0] if training else 0)
@@ -131,10 +132,10 @@ class EarlyStopping(Callback):
         metrics = learner.cbstate.metrics
         if self._template.wants_training_losses():
             self._keep_training_loss(metrics)
-        newest = self._watched.newest(metrics)
-        if newest is None or newest[0] == self._seen:
+        new = self._watched.new(metrics, self._seen)
+        if new is None:
             return
-        self._seen, value = newest
+        self._seen, value = new
         why = self._running.update(value, tuple(self._training_losses))
         self._training_losses = []
         if why is None or self._seen - self._before < self.min_epochs:
@@ -146,10 +147,10 @@ class EarlyStopping(Callback):
             raise CancelFittingException(self._reason)
 
     def _keep_training_loss(self, metrics: Any) -> None:
-        newest = TRAINING_LOSS.newest(metrics)
-        if newest is not None and newest[0] != self._training_seen:
-            self._training_seen = newest[0]
-            self._training_losses.append(newest[1])
+        new = TRAINING_LOSS.new(metrics, self._training_seen)
+        if new is not None:
+            self._training_seen = new[0]
+            self._training_losses.append(new[1])
 
     @on(CycleEnd, FittingPhase)
     def stop(self, event: CycleEnd, phase: FittingPhase, learner: Any) -> None:
@@ -205,7 +206,8 @@ class Timer(Callback):
     """End the fit after a training time, summed over resumed runs.
 
     The clock runs from the begin of the fit, validation included, and is looked at after every
-    step of every phase. In epochs outside of a fit it runs during these epochs.
+    step of every phase. The fit ends before the next batch, and a `Checkpointer` writes where it
+    is. In epochs outside of a fit the clock runs during these epochs.
 
     Args:
         seconds: Or a ``datetime.timedelta``.
@@ -246,7 +248,7 @@ class Timer(Callback):
     @on(FitBegin, FittingPhase)
     def start(self, event: FitBegin, phase: FittingPhase, learner: Any) -> None:
         """Start the clock; anew, unless the fit is resumed."""
-        if not getattr(event, "resumed", False):
+        if not event.resumed:
             self.elapsed = 0.0
         self._since, self._fitting = monotonic(), True
         learner.defer(self._leave_fit)
@@ -267,4 +269,4 @@ class Timer(Callback):
         self.elapsed, self._since = self.elapsed + now - self._since, now
         if self.elapsed >= self._limit:
             spent, limit = timedelta(seconds=round(self.elapsed)), timedelta(seconds=self._limit)
-            raise CancelFittingException(f"{spent} of training, of {limit} allowed (Timer)")
+            learner.request_stop(f"{spent} of training, of {limit} allowed (Timer)")

@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from fluxloop.callback import NoConflict, RunFirst, on, resolve_conflict
 from fluxloop.callbacks.metrics import Metrics
-from fluxloop.callbacks.probe import MetricSource
+from fluxloop.callbacks.probe import Announcing
 from fluxloop.errors import CallbackConflictError, OptimizerError, did_you_mean
 from fluxloop.events import EpochBegin, EpochEnd, UpdateBegin
 from fluxloop.optimizers import owned_parameters
@@ -21,7 +21,7 @@ from fluxloop.view import look_up
 
 
 @define
-class GradientClip(MetricSource):
+class GradientClip(Announcing):
     """Clip the gradients of the optimizer that is about to step.
 
     By their norm, taken over all parameters of that optimizer together, as
@@ -54,11 +54,10 @@ class GradientClip(MetricSource):
     norm_type: float = field(default=2.0, kw_only=True)
     value: float | None = field(default=None, kw_only=True)
     optimizer: str | int | None = field(default=None, kw_only=True)
-    every: int = field(default=1, init=False, repr=False)
     _totals: dict[str, Tensor] = field(factory=dict, init=False, repr=False)
     _counts: dict[str, int] = field(factory=dict, init=False, repr=False)
 
-    reads = ("optimizer", "history")  # type: ignore[assignment]  # the base has one path
+    reads = ("optimizer", "history")
     draws = False
 
     def __attrs_post_init__(self) -> None:
@@ -73,7 +72,7 @@ class GradientClip(MetricSource):
                 )
 
     @property
-    def writes(self) -> tuple[str, ...]:  # type: ignore[override]  # the base's is computed
+    def writes(self) -> tuple[str, ...]:  # type: ignore[override]  # as the base's
         """The gradients, their norm, and the metric."""
         return ("step.grads", "step.grad_norm", "step.grad_norms", "cbstate.metrics")
 

@@ -8,7 +8,7 @@ from attrs import define, field
 
 from fluxloop.callback import Callback, NoConflict, UnsafeCallback, on, resolve_conflict
 from fluxloop.callbacks.metrics import Metrics
-from fluxloop.callbacks.probe import MetricSource
+from fluxloop.callbacks.probe import Announcing
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.checkpoint import put_weights, weights_of
 from fluxloop.events import CycleEnd, EpochEnd, FitBegin
@@ -42,7 +42,7 @@ class KeepBestModel(UnsafeCallback):
 
     Reads: cbstate.metrics
     Writes: model (when the fit has ended)
-    Runs after: Recorder, Metrics, MetricSource
+    Runs after: Recorder, Metrics, Announcing
     """
 
     monitor: str = "validation/loss"
@@ -55,7 +55,7 @@ class KeepBestModel(UnsafeCallback):
 
     reads = ("cbstate.metrics",)
     writes = ("model",)
-    run_after = (Recorder, Metrics, MetricSource)
+    run_after = (Recorder, Metrics, Announcing)
     draws = False
 
     def __attrs_post_init__(self) -> None:
@@ -72,10 +72,10 @@ class KeepBestModel(UnsafeCallback):
     def look(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
         """Keep the weights where the metric has a new value, and it is the best."""
         monitor = Monitor(self.monitor, self.mode)
-        newest = monitor.newest(learner.cbstate.metrics)
-        if newest is None or newest[0] == self._seen:
+        new = monitor.new(learner.cbstate.metrics, self._seen)
+        if new is None:
             return
-        self._seen, value = newest
+        self._seen, value = new
         if monitor.better(value, self.best, self.min_delta):
             self.best, self.epoch = value, self._seen
             self._weights = {name or "": snapshot(weights_of(module)) for name, module in learner.models.items()}

@@ -13,7 +13,7 @@ from fluxloop.callback import Callback, on
 from fluxloop.callbacks.metrics import Metrics, seen_by
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import CallbackTypeError, describe
-from fluxloop.events import EpochEnd, FitBegin, StepEnd
+from fluxloop.events import EpochBegin, EpochEnd, FitBegin, StepEnd
 from fluxloop.logging.backend import Backend, log_to
 from fluxloop.logging.loggables import HyperParameters, Loggable, Scalar, loggable
 from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase
@@ -30,7 +30,7 @@ class LogCallback(Callback):
 
     Raises:
         CallbackTypeError: There is none, or something that is no backend.
-        LogExistsError: When a new fit begins and there is another run's log.
+        LogExistsError: When a fit begins that is not resumed, and another run's log is there.
 
     Reads: cbstate.history
     Runs after: Recorder
@@ -39,6 +39,7 @@ class LogCallback(Callback):
     reads: ClassVar[Sequence[str]] = ("cbstate.history",)
     run_after: ClassVar[Sequence[type[Callback]]] = (Recorder,)
     draws: ClassVar[bool | None] = False
+    _steps = 0  # training steps ended, counted here: asking for them takes longer than many a step may
 
     def __init__(self, *backends: Backend | Sequence[Backend], name: str | None = None) -> None:
         super().__init__(name=name)
@@ -63,8 +64,13 @@ class LogCallback(Callback):
     def begin(self, event: FitBegin, phase: Phase, learner: Any) -> None:
         """Refuse to write into another run's log; close what is opened when the fit ends."""
         for backend in self.backends:
-            backend.begin()
+            backend.begin(event.resumed)
             learner.defer(backend.close)
+
+    @on(EpochBegin, AbstractTrainingPhase)
+    def count(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """See how many training steps have ended."""
+        self._steps = training_steps(learner)
 
     @on(EpochEnd)
     def flush(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
@@ -112,7 +118,7 @@ class LogMetrics(LogCallback):
     Raises:
         CallbackTypeError: There is no backend, or something that is none.
         ValueError: `every` is less than 1.
-        LogExistsError: When a new fit begins and there is another run's log.
+        LogExistsError: When a fit begins that is not resumed, and another run's log is there.
 
     Reads: cbstate.history, cbstate.metrics
     Runs after: Recorder, Metrics
@@ -135,10 +141,12 @@ class LogMetrics(LogCallback):
     @on(StepEnd)
     def log_step(self, event: StepEnd, phase: Phase, learner: Any) -> None:
         """Log the values of a step."""
-        if not isinstance(phase, self.phase):
+        if phase.gradients:
+            self._steps += 1
+        if (phase.gradients and self._steps % self.every) or not isinstance(phase, self.phase):
             return
         step = training_steps(learner) if phase.gradients else learner.cbstate.history[phase].steps
-        if step % self.every == 0:
+        if phase.gradients or step % self.every == 0:
             group = ("step", data_of(phase))
             for name, value in learner.cbstate.metrics[phase].latest().items():
                 learner.host(value, partial(self.log_number, seen_by(phase, name), step, group))
@@ -167,7 +175,7 @@ class LogHyperParams(LogCallback):
 
     Raises:
         CallbackTypeError: There is no backend, or something that is none.
-        LogExistsError: When a new fit begins and there is another run's log.
+        LogExistsError: When a fit begins that is not resumed, and another run's log is there.
 
     Reads: cbstate
     Runs after: Recorder
@@ -201,10 +209,11 @@ class LogHyperParams(LogCallback):
     @on(StepEnd, AbstractTrainingPhase)
     def log_scheduled(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Log the scheduled hyperparameters that have a new value."""
-        if "hyperparameters" in learner.cbstate:
-            for name, value in _new_entries(learner.cbstate.hyperparameters, self._newest):
+        cbstate = learner.cbstate
+        if "hyperparameters" in cbstate:
+            for name, step, value in _new_entries(cbstate.hyperparameters, self._newest):
                 if isinstance(value, (int, float)):
-                    self.log(Scalar(value), name, training_steps(learner), ("step", "hyperparameters"))
+                    self.log(Scalar(value), name, step, ("step", "hyperparameters"))
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a checkpoint keeps: how far the backends have written, and what was logged last."""
@@ -221,15 +230,7 @@ class LogTraces(LogCallback):
 
     They are in the group ``("step", "traces")``, over training steps; tensors of more than one
     element, which `Traces` keeps as they are, need a function that makes a loggable of them, such as
-    ``Histogram``.
-
-    Args:
-        backends: Where to.
-        name: Tells two of them apart.
-
-    Raises:
-        CallbackTypeError: There is no backend, or something that is none.
-        LogExistsError: When a new fit begins and there is another run's log.
+    ``Histogram``. Arguments and errors are those of `LogCallback`.
 
     Reads: cbstate.history, cbstate.traces
     Runs after: Recorder
@@ -237,20 +238,16 @@ class LogTraces(LogCallback):
 
     reads = ("cbstate.history", "cbstate.traces")
 
-    def __init__(self, *backends: Backend | Sequence[Backend], name: str | None = None) -> None:
-        super().__init__(*backends, name=name)
-        self._newest: dict[str, dict[str, Any]] = {}
-
     def init(self, learner: Any) -> None:
         """Begin anew."""
-        self._newest = {}
+        self._newest: dict[str, dict[str, Any]] = {}
 
     @on(StepEnd, AbstractTrainingPhase)
     def log_traced(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Log the step's traces."""
         step, group = training_steps(learner), ("step", "traces")
         newest = self._newest.setdefault(type(phase).__name__, {})
-        for name, value in _new_entries(learner.cbstate.traces[phase], newest):
+        for name, _, value in _new_entries(learner.cbstate.traces[phase], newest):
             if isinstance(value, Tensor) and value.numel() == 1:
                 learner.host(value.reshape(()), partial(self.log_number, name, step, group))
             elif isinstance(value, (int, float, Loggable)):
@@ -266,13 +263,13 @@ class LogTraces(LogCallback):
         self._newest = copy.deepcopy(state["newest"])
 
 
-def _new_entries(table: Any, newest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Give the newest value of each series of (step, value) that has one since the last time."""
+def _new_entries(table: Any, newest: dict[str, Any]) -> Iterator[tuple[str, int, Any]]:
+    """Give the newest (step, value) of each series that has one since the last time, with its name."""
     own = dict.items(table) if isinstance(table, dict) else table.items()
     for name, series in own:  # not those of a read-only view, which would copy the whole series each step
         if series and newest.get(name) != series[-1][0]:
-            newest[name] = series[-1][0]
-            yield name, series[-1][1]
+            newest[name], value = series[-1]
+            yield name, newest[name], value
 
 
 def at_least_one(cls: str, every: int) -> int:

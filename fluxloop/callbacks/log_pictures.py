@@ -17,6 +17,7 @@ from fluxloop.logging.backend import Backend
 from fluxloop.logging.loggables import Histogram, Image, loggable
 from fluxloop.nested import tensors
 from fluxloop.phase import AbstractTrainingPhase
+from fluxloop.randomness import preserved
 
 HistogramOf = Literal["weights", "gradients", "activations"]
 
@@ -39,7 +40,7 @@ class LogHistograms(LogCallback):
     Raises:
         CallbackTypeError: There is no backend, or something that is none.
         ValueError: `every` is less than 1, or `of` names something else.
-        LogExistsError: When a new fit begins and there is another run's log.
+        LogExistsError: When a fit begins that is not resumed, and another run's log is there.
 
     Reads: model, cbstate.history
     Runs after: Recorder
@@ -67,7 +68,7 @@ class LogHistograms(LogCallback):
     def listen(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Have the modules tell what they give, in a step that is logged."""
         self._given = {}
-        if "activations" in self.of and (training_steps(learner) + 1) % self.every == 0:
+        if "activations" in self.of and (self._steps + 1) % self.every == 0:
             for name, module in self._named(learner, nn.Module.named_modules):
                 if not any(module.children()):
                     learner.defer(module.register_forward_hook(partial(self._take, name)).remove)
@@ -80,15 +81,17 @@ class LogHistograms(LogCallback):
     @on(StepEnd, AbstractTrainingPhase)
     def log_histograms(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Log the histograms of a step."""
+        self._steps += 1
+        if self._steps % self.every:
+            return
         step = training_steps(learner)
-        if step % self.every == 0:
-            for name, parameter in self._named(learner, nn.Module.named_parameters):
-                if "weights" in self.of and parameter.requires_grad:
-                    self.log(Histogram(parameter), name, step, ("step", "weights"))
-                if "gradients" in self.of and parameter.grad is not None:
-                    self.log(Histogram(parameter.grad), name, step, ("step", "gradients"))
-            for name, given in self._given.items():
-                self.log(Histogram(given), name, step, ("step", "activations"))
+        for name, parameter in self._named(learner, nn.Module.named_parameters):
+            if "weights" in self.of and parameter.requires_grad:
+                self.log(Histogram(parameter), name, step, ("step", "weights"))
+            if "gradients" in self.of and parameter.grad is not None:
+                self.log(Histogram(parameter.grad), name, step, ("step", "gradients"))
+        for name, given in self._given.items():
+            self.log(Histogram(given), name, step, ("step", "activations"))
         self._given = {}
 
     def _named(self, learner: Any, parts: Callable[[nn.Module], Any]) -> Iterator[tuple[str, Any]]:
@@ -124,14 +127,14 @@ class LogVisualization(LogCallback):
         CallbackTypeError: There is no backend, or something that is none.
         ValueError: `every` is less than 1.
         TypeError: What the function gives cannot be logged.
-        LogExistsError: When a new fit begins and there is another run's log.
+        LogExistsError: When a fit begins that is not resumed, and another run's log is there.
 
     Reads: step, cbstate.history
     Runs after: Recorder
     """
 
     reads = ("step", "cbstate.history")
-    draws = None  # the function may
+    draws = False  # what the function draws is put back
 
     def __init__(
         self,
@@ -151,11 +154,13 @@ class LogVisualization(LogCallback):
     @on(StepEnd, AbstractTrainingPhase)
     def log_picture(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Log the picture of a step."""
-        step = training_steps(learner)
-        if step % self.every == 0:
+        self._steps += 1
+        if self._steps % self.every:
+            return
+        with preserved():
             picture = self.function(learner.step)
-            if picture is not None:
-                self.log(loggable(picture), self.label, step, ("step", "visualization"))
+        if picture is not None:
+            self.log(loggable(picture), self.label, training_steps(learner), ("step", "visualization"))
 
     def __repr__(self) -> str:
         return f"LogVisualization({self.label}, {', '.join(map(repr, self.backends))})"
@@ -164,13 +169,7 @@ class LogVisualization(LogCallback):
 class LogImages(LogCallback):
     """Log the grids that `SampleImages` makes, over training epochs, in the group ``("epoch", "images")``.
 
-    Args:
-        backends: Where to.
-        name: Tells two of them apart.
-
-    Raises:
-        CallbackTypeError: There is no backend, or something that is none.
-        LogExistsError: When a new fit begins and there is another run's log.
+    Arguments and errors are those of `LogCallback`.
 
     Reads: cbstate.history, cbstate.images
     Runs after: Recorder
@@ -178,8 +177,8 @@ class LogImages(LogCallback):
 
     reads = ("cbstate.history", "cbstate.images")
 
-    def __init__(self, *backends: Backend | Sequence[Backend], name: str | None = None) -> None:
-        super().__init__(*backends, name=name)
+    def init(self, learner: Any) -> None:
+        """Begin anew."""
         self._before: dict[str, Tensor] = {}
 
     @on(EpochBegin, AbstractTrainingPhase)

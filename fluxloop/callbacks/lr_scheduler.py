@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import cache, partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fluxloop.errors import CallbackConflictError, CheckpointError, describe
 from fluxloop.events import CycleEnd, EpochBegin, EpochEnd, StepBegin, StepEnd, UpdateEnd
 from fluxloop.hyperparameters import LearningRate, Momentum, OptimizerOption
 from fluxloop.monitor import Monitor
+from fluxloop.persist import keep, put_back
 from fluxloop.phase import AbstractTrainingPhase, FittingPhase, Phase
 
 Factory = Callable[[Optimizer], Any]
@@ -189,11 +191,11 @@ class LRScheduler(Callback):
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
         """Step the schedulers that count epochs, or watch a metric that has a new value."""
         if self._watched is not None:
-            newest = self._watched.newest(learner.cbstate.metrics)
-            if newest is not None and newest[0] != self._seen:
-                self._seen = newest[0]
+            new = self._watched.new(learner.cbstate.metrics, self._seen)
+            if new is not None:
+                self._seen = new[0]
                 for scheduler in self.schedulers.values():
-                    _advance(scheduler, newest[1])
+                    _advance(scheduler, new[1])
         elif self.unit == "epoch" and isinstance(phase, AbstractTrainingPhase):
             for scheduler in self.schedulers.values():
                 _advance(scheduler)
@@ -221,8 +223,8 @@ class LRScheduler(Callback):
             {
                 "optimizer": name,
                 "class": type(scheduler).__name__,
-                "made": _plain(self._made[name], type(scheduler).__name__),
-                "now": _plain(scheduler.state_dict(), type(scheduler).__name__),
+                "made": self._made[name],
+                "now": _state(scheduler),
             }
             for name, scheduler in self.schedulers.items()
         ]
@@ -315,47 +317,29 @@ def _state_when_made(scheduler: Any) -> dict[str, Any]:
     optimizer = scheduler.optimizer
     known = {*optimizer.defaults, "params", "param_names"}
     added = [{k: v for k, v in group.items() if k not in known} for group in optimizer.param_groups]
-    made: dict[str, Any] = _plain({**scheduler.state_dict(), "param_groups": added}, type(scheduler).__name__)
-    return made
+    return {**_state(scheduler), "param_groups": put_back(keep(added, "the parameter groups"))}
 
 
-def _plain(value: Any, where: str) -> Any:
-    """Copy a value as plain data; functions are left out, they come from the script.
+def _state(scheduler: Any) -> Any:
+    """Copy a scheduler's state, without functions: they come from the script.
 
     Raises:
-        CheckpointError: Something in it is no plain data.
+        CheckpointError: Something in it cannot be kept.
     """
-    if value is None or type(value) in (bool, int, float, complex, str):
-        return value
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, Mapping):
-        return {key: _plain(item, f"{where}.{key}") for key, item in value.items() if not callable(item)}
-    if isinstance(value, (list, tuple, set, deque)):
-        items = [None if callable(item) else _plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-        return tuple(items) if isinstance(value, tuple) else items
-    if isinstance(value, (int, float)):  # NumPy's
-        return float(value) if isinstance(value, float) else int(value)
-    raise CheckpointError(
-        f"{where} is {describe(value)}, which no checkpoint can keep; expected numbers, texts, tensors or containers "
-        "of these. Give the scheduler a state_dict and a load_state_dict without it"
-    )
+    state = {key: value for key, value in scheduler.state_dict().items() if not callable(value)}
+    return put_back(keep(state, type(scheduler).__name__))
 
 
-def _restored(value: Any, present: Any) -> Any:
-    """Copy plain data into containers of the kinds that a scheduler has."""
-    if isinstance(value, Tensor):
-        return value.detach().clone().to(present.device if isinstance(present, Tensor) else value.device)
-    if isinstance(value, dict):
-        old = present if isinstance(present, Mapping) else {}
-        items = {key: _restored(item, old.get(key)) for key, item in value.items()}
+def _restored(kept: Any, present: Any) -> Any:
+    """Give kept data with the Counters that a scheduler has, which a checkpoint keeps as dicts."""
+    if isinstance(kept, dict):
+        old = present if isinstance(present, dict) else {}
+        items = {key: _restored(value, old.get(key)) for key, value in kept.items()}
         return Counter(items) if isinstance(present, Counter) else items
-    if isinstance(value, (list, tuple)):
-        held = list(present) if isinstance(present, (list, tuple)) else []
-        copied = [_restored(item, held[i] if i < len(held) else None) for i, item in enumerate(value)]
-        kind = type(present) if type(present) in (list, tuple, set, deque) else type(value)
-        return kind(copied)
-    return value
+    if isinstance(kept, list):
+        among = present if isinstance(present, list) else []
+        return [_restored(*pair) for pair in zip_longest(kept, among[: len(kept)])]
+    return kept
 
 
 def _check_same(scheduler: Any, made: dict[str, Any], kept: dict[str, Any]) -> None:

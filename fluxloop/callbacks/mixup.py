@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from fluxloop.events import LossBegin, StepBegin, StepEnd
 from fluxloop.losses.mixed import MixedLoss, MixedTargets
 from fluxloop.nested import map_tensors, tensors
 from fluxloop.phase import AbstractTrainingPhase
-from fluxloop.randomness import drawing, stream_seed
+from fluxloop.randomness import preserved, start_torch, stream_seed
 
 HARD_ONLY = (functional.nll_loss, functional.multi_margin_loss, nn.NLLLoss, nn.MultiMarginLoss)
 """Loss functions that take classes and no probabilities."""
@@ -78,7 +79,7 @@ class Mixing(Callback):
         self._waiting = self._after = None
 
     def mix(self, xs: Any) -> tuple[Any, Tensor, Tensor]:
-        """Mix rows.
+        """Mix rows; what is drawn, it draws from torch's generator.
 
         Args:
             xs: The step's.
@@ -93,7 +94,8 @@ class Mixing(Callback):
         """Mix the batch."""
         self._forget()
         xs, ys = learner.step.xs, learner.step.ys
-        with drawing(stream_seed(learner.seed, f"callback/{self.name or type(self).__name__}", self._count)):
+        with preserved(numpy_too=False):
+            start_torch(stream_seed(learner.seed, f"callback/{self.name or type(self).__name__}", self._count))
             mixed, order, share = self.mix(xs)
         self._count += 1
         if any(len(leaf) != len(order) for leaf in tensors(ys) if leaf.ndim) or next(tensors(ys), None) is None:
@@ -183,8 +185,8 @@ class MixUp(Mixing):
         """Mix each row with another."""
         first = _first(self, xs)
         share = Beta(self.alpha, self.alpha, validate_args=False).sample((len(first),))
-        share = torch.maximum(share, 1 - share).to(first.device)
-        order = torch.randperm(len(first)).to(first.device)
+        share = _on_device_of(torch.maximum(share, 1 - share), first)
+        order = _on_device_of(torch.randperm(len(first)), first)
         return map_tensors(lambda x: torch.lerp(x[order], x, _beside(share, x)), xs), order, share
 
 
@@ -223,16 +225,21 @@ class CutMix(Mixing):
             raise DataError(f"CutMix was given {describe(xs)}; expected images of shape (N, C, H, W)")
         number, sizes = len(xs), xs.shape[2:] or xs.shape[1:]
         side = (1 - Beta(self.alpha, self.alpha, validate_args=False).sample((number,))) ** (1 / len(sizes))
-        inside = torch.ones(number, *[1] * len(sizes), dtype=torch.bool)
-        for dim, size in enumerate(sizes):
+        edges, area = [], torch.ones(number)
+        for size in sizes:
             centre, half = torch.rand(number) * size, side * size / 2
-            begin, end = (edge.round().clamp(0, size) for edge in (centre - half, centre + half))
-            places = torch.arange(size)
-            within = (places >= begin.unsqueeze(1)) & (places < end.unsqueeze(1))
-            inside = inside & within.view(number, *[size if each == dim else 1 for each in range(len(sizes))])
-        share = (1 - inside.flatten(1).float().mean(1)).to(xs.device)
-        order = torch.randperm(number).to(xs.device)
-        box = (inside.unsqueeze(1) if xs.ndim > 2 else inside).to(xs.device)
+            edges += [edge.round().clamp(0, size) for edge in (centre - half, centre + half)]
+            area = area * (edges[-1] - edges[-2])
+        order = _on_device_of(torch.randperm(number), xs)
+        share, *edges = _on_device_of(torch.stack((1 - area / prod(sizes), *edges)), xs)
+        # the boxes are made where the images are: their edges are small
+        box = torch.ones((), dtype=torch.bool, device=xs.device)
+        for dim, size in enumerate(sizes):
+            shape = [number, *[1] * (xs.ndim - 1)]
+            begin, end = edges[2 * dim].view(shape), edges[2 * dim + 1].view(shape)
+            shape[0], shape[dim - len(sizes)] = 1, size
+            places = torch.arange(size, device=xs.device).view(shape)
+            box = box & (places >= begin) & (places < end)
         return torch.where(box, xs[order], xs), order, share
 
 
@@ -240,6 +247,11 @@ class CutMix(Mixing):
 def _one_after_the_other(a: MixUp, b: CutMix) -> RunFirst:
     """Boxes are cut from mixtures."""
     return RunFirst(a)
+
+
+def _on_device_of(drawn: Tensor, rows: Tensor) -> Tensor:
+    """Copy what was drawn to the rows' device, without waiting for it."""
+    return drawn.to(rows.device, non_blocking=True)
 
 
 def _beside(share: Tensor, rows: Tensor) -> Tensor:

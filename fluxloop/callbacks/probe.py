@@ -32,7 +32,33 @@ Features = Callable[[nn.Module, Any], Tensor]
 
 
 @define
-class MetricSource(Callback):
+class Announcing(Callback):
+    """Base of callbacks that record metrics of their own, whose names they tell when they are added."""
+
+    run_after = (Recorder, Metrics)
+
+    recorded_as: ClassVar[type[Phase] | None] = None
+    """The phase under which they are recorded; None for the one whose epoch ended."""
+
+    @property
+    def writes(self) -> tuple[str, ...]:  # type: ignore[override]  # computed: no message says to add one
+        """The metrics."""
+        return ("cbstate.metrics",)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the metrics it records."""
+        return ()
+
+    def init(self, learner: Any) -> None:
+        """Publish the metrics' container, once, and announce what will be recorded in it."""
+        if "metrics" not in learner.cbstate:
+            learner.cbstate.metrics = PhaseDict(PhaseMetrics)
+        learner.cbstate.metrics[self.recorded_as or AbstractTrainingPhase].announced.update(self.metric_names)
+
+
+@define
+class MetricSource(Announcing):
     """Base of callbacks that record metrics of their own at the end of a training epoch.
 
     A subclass says ``metric_names`` and ``measure(learner)``, metrics by name; they are recorded
@@ -52,32 +78,13 @@ class MetricSource(Callback):
     every: int = field(default=1, kw_only=True)
 
     reads = ("cbstate.history",)
-    run_after = (Recorder, Metrics)
     draws = True
-
     recorded_as: ClassVar[type[Phase] | None] = ProbePhase
-    """The phase under which they are recorded; None for the one whose epoch ended."""
 
     @every.validator
     def _check_every(self, attribute: object, value: int) -> None:
         if value < 1:
             raise ValueError(f"every={value!r} was given; expected a number of epochs, 1 or more")
-
-    def init(self, learner: Any) -> None:
-        """Publish the metrics' container, once, and announce what will be recorded in it."""
-        if "metrics" not in learner.cbstate:
-            learner.cbstate.metrics = PhaseDict(PhaseMetrics)
-        learner.cbstate.metrics[self.recorded_as or AbstractTrainingPhase].announced.update(self.metric_names)
-
-    @property
-    def writes(self) -> tuple[str, ...]:  # type: ignore[override]  # computed: this base is nobody's to add
-        """The metrics."""
-        return ("cbstate.metrics",)
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        """Names of the metrics it records."""
-        return ()
 
     def measure(self, learner: Any) -> Mapping[str, Any]:
         """Give metrics by name; numbers, or tensors on any device."""
@@ -93,8 +100,8 @@ class MetricSource(Callback):
                 metrics.record(name, epoch, value, type(self).__name__)
 
 
-@resolve_conflict.register(MetricSource, MetricSource)  # type: ignore[untyped-decorator]  # multipledispatch has no types
-def _metrics_of_their_own(a: MetricSource, b: MetricSource) -> NoConflict:
+@resolve_conflict.register(Announcing, Announcing)  # type: ignore[untyped-decorator]  # multipledispatch has no types
+def _metrics_of_their_own(a: Announcing, b: Announcing) -> NoConflict:
     """Each records under names of its own.
 
     Raises:

@@ -9,11 +9,11 @@ from typing import Any, Literal
 from attrs import define, field
 
 from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
-from fluxloop.errors import CallbackConflictError, describe, did_you_mean
+from fluxloop.errors import CallbackConflictError, CheckpointError, describe, did_you_mean
 from fluxloop.events import EpochBegin, EpochEnd, StepBegin, StepEnd
 from fluxloop.hyperparameters import HyperParameter, as_hyperparameter, get_hyperparameter, set_hyperparameter
 from fluxloop.phase import AbstractTrainingPhase
-from fluxloop.schedules import Schedule, check_schedule, value_at
+from fluxloop.schedules import Schedule, check_schedule, value_at, written
 
 Unit = Literal["step", "epoch"]
 
@@ -90,6 +90,9 @@ class Scheduler(Callback):
     ``cbstate.hyperparameters["learning_rate"]`` is the list of (training step from 1, value), with
     one entry for each time it was set. Schedules must not draw random numbers.
 
+    A resumed run goes on with the schedules that it began with; others are an error. Functions
+    are not told apart.
+
     Args:
         schedules: Schedules or numbers by hyperparameter: `LearningRate` (every optimizer and
             parameter group), ``LearningRate("G", group=1)``, `WeightDecay`, `Momentum`,
@@ -100,6 +103,7 @@ class Scheduler(Callback):
         TypeError: Something is no hyperparameter.
         ValueError: Something is no schedule, two set the same thing, or there is no such unit.
         OptimizerError: When the learner is made: it has no such optimizer, group or option.
+        CheckpointError: When a checkpoint is loaded: it is of a run with other schedules.
 
     Writes: cbstate.hyperparameters, optimizer (or what its hyperparameters say)
     """
@@ -155,6 +159,30 @@ class Scheduler(Callback):
     def count_epoch(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Count an epoch."""
         self._epochs += 1
+
+    def _written(self) -> dict[str, str]:
+        schedules = zip(self._labels, self.schedules.values(), strict=True)
+        return {label: f"{written(schedule)} per {self.unit}" for label, schedule in schedules}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps: the schedules as texts, and where they are."""
+        return {"schedules": self._written(), "steps": self._steps, "epochs": self._epochs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a kept state.
+
+        Raises:
+            CheckpointError: It is of a run with other schedules; nothing is changed.
+        """
+        before, now = state["schedules"], self._written()
+        for label in [*before, *now]:
+            old, new = before.get(label, "nothing"), now.get(label, "nothing")
+            if old != new:
+                raise CheckpointError(
+                    f"{label} was scheduled by {old}, and is now by {new}; go on with the old one, or begin a new "
+                    "run from the weights: learner.load_weights(file)"
+                )
+        self._steps, self._epochs = state["steps"], state["epochs"]
 
     def _set(self, learner: Any, t: int) -> None:
         table = learner.cbstate.hyperparameters

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakValueDictionary
@@ -11,7 +10,7 @@ from weakref import WeakValueDictionary
 from attrs import define, field
 from multipledispatch import Dispatcher
 
-from fluxloop.errors import LogExistsError, describe
+from fluxloop.errors import LogExistsError, describe, warn_user
 from fluxloop.logging.loggables import Loggable
 
 T = TypeVar("T")
@@ -31,9 +30,10 @@ class Backend:
     fails (disk full, no network, no rights) warns once and is left alone after that: the training
     goes on. A deep copy, such as that of a learner's copy, writes nothing.
 
-    What it has logged belongs to the state of a training: resumed, it goes on where that state was
-    taken, and what the stopped run logged later is there once. A new run does not write into
-    another's log.
+    What it has logged belongs to the state of a training: under ``fit(resume=...)`` it goes on where
+    that state was taken, and what the stopped run logged later is there once. A new run does not
+    write into another's log, nor does one that branches off with ``learner.load``, unless this
+    backend wrote that log itself.
 
     A subclass registers a function per kind of `Loggable` with `log_to`, and overrides what it needs:
 
@@ -83,8 +83,11 @@ class Backend:
 
     def _rewind(self, position: Any) -> None: ...
 
-    def begin(self) -> None:
+    def begin(self, resumed: bool = False) -> None:
         """Get ready for a run.
+
+        Args:
+            resumed: Whether the run that the loaded state is of is itself continued (``FitBegin.resumed``).
 
         Raises:
             LogExistsError: There is a log already, and this run does not continue it, or another
@@ -92,12 +95,15 @@ class Backend:
         """
         if self._opened or self._silent:
             return
+        self._ours = self._ours or (resumed and self._rewinds)
         found = None if self._ours else self._attempt("look for an earlier log", self._found)
         if found is not None:
             raise LogExistsError(
                 f"{self!r} would write into an earlier run's log, {found}; give another place, remove it, or continue "
                 "that run: learner.fit(..., resume=folder)"
             )
+        if not self._ours:
+            self._mark, self._rewinds = None, False  # a loaded state is of another log
         place = self._place()
         if place is not None and _writers.setdefault(place, self) is not self:
             raise LogExistsError(
@@ -137,18 +143,19 @@ class Backend:
         return {"position": self._mark}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there: what was logged later is taken back before the next is written."""
+        """Go on from there in a run that is continued: what was logged later is taken back before it writes.
+
+        In another run, which a new log is for, it means nothing.
+        """
         self.close()
-        self._mark = state["position"]
-        self._ours = self._rewinds = True
+        self._mark, self._rewinds = state["position"], True
 
     def refuse(self, kind: type[Loggable], held: Sequence[str]) -> None:
         """Say once that a kind of loggable cannot be held."""
         if kind not in self._refused and not self._silent:
             self._refused.add(kind)
-            warnings.warn(
-                f"{self!r} cannot hold {kind.__name__}, which is left out; it holds {', '.join(held) or 'nothing'}",
-                stacklevel=3,
+            warn_user(
+                f"{self!r} cannot hold {kind.__name__}, which is left out; it holds {', '.join(held) or 'nothing'}"
             )
 
     def _start(self) -> None:
@@ -174,10 +181,9 @@ class Backend:
             return do()
         except Exception as error:
             self._silent = True
-            warnings.warn(
+            warn_user(
                 f"{self!r} failed to {what}, and is left alone from now on; the training goes on: "
-                f"{type(error).__name__}: {error}",
-                stacklevel=4,
+                f"{type(error).__name__}: {error}"
             )
             return None
 

@@ -261,3 +261,21 @@ def test_every_must_be_1_or_more() -> None:
 
 def test_a_run_that_was_killed_goes_on_to_the_same_statistics() -> None:
     assert_resumes_exactly(lambda: learner_of(ActivationStats(every=3)), epochs=2, at=[1, 4, 7, 12])
+
+
+def test_after_cancelled_steps_and_in_phases_that_alternate_each_due_step_is_recorded() -> None:
+    class Other(TrainingPhase):
+        pass
+
+    begun: list[int] = []
+
+    def cancel(learner: Any) -> None:
+        begun.append(1)
+        if len(begun) in (2, 3, 9):
+            raise CancelStepException
+
+    learner = learner_of(ActivationStats("3", every=3), CustomCallback(cancel, LossBegin, TrainingPhase))
+    learner.fit(3, phases=[TrainingPhase(), Other()])
+    first, second = (learner.history[phase].steps for phase in (TrainingPhase, Other))
+    found = [step for step, *_ in learner.cbstate.activations["3"]]
+    assert set(found) == {*range(1, first + 1, 3), *range(1, second + 1, 3)}

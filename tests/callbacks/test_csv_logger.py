@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -143,53 +142,57 @@ def test_a_second_fit_appends_and_a_new_run_is_refused(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def resumed(path: Path, state: Any, *, extra: bool = False) -> None:
-    """Run the second epoch of two in a new learner."""
-    logger = CSVLogger(path)
-    learner = toy(Recorder(), Metrics(error))
+def killed(path: Path, phases: Any = None) -> Path:
+    """Run an epoch, save, run a second one, which nobody will remember; give the file."""
+    learner = toy(Recorder(), Metrics(error), CSVLogger(path), EMA("model", 0.5))
     learner.fit(1)
-    learner.add_callback(logger)
-    logger.load_state_dict(json.loads(json.dumps(state)))
-    learner.fit(1)
+    learner.save(path.with_suffix(".pt"))
+    learner.fit(1, phases=phases)
+    return path.with_suffix(".pt")
+
+
+def two_epochs(path: Path, **options: Any) -> None:
+    """Run two epochs in a new learner."""
+    toy(Recorder(), Metrics(error), CSVLogger(path), EMA("model", 0.5)).fit(2, **options)
 
 
 @pytest.mark.parametrize("tail", ["", "2,train", "2,training,0.5,0.5\n3,tr"])
 def test_d_lz_18_a_resumed_run_goes_on_in_its_file_without_gap_or_duplicate(tail: str, tmp_path: Path) -> None:
-    toy(Recorder(), Metrics(error), CSVLogger(tmp_path / "whole.csv")).fit(2)
+    two_epochs(tmp_path / "whole.csv")
     path = tmp_path / "log.csv"
-    logger = CSVLogger(path)
-    learner = toy(Recorder(), Metrics(error), logger)
-    learner.fit(1)
-    state = logger.state_dict()
-    learner.fit(1)
+    state = killed(path)
     with path.open("a") as file:
         file.write(tail)  # and there it is killed
-    resumed(path, state)
+    two_epochs(path, resume=state)
     assert path.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
 def test_d_lz_18_columns_that_came_up_after_the_state_are_taken_back(tmp_path: Path) -> None:
-    toy(Recorder(), Metrics(error), CSVLogger(tmp_path / "whole.csv")).fit(2)
+    two_epochs(tmp_path / "whole.csv")
     path = tmp_path / "log.csv"
-    logger = CSVLogger(path)
-    learner = toy(Recorder(), Metrics(error), logger, EMA("model", 0.5))
-    learner.fit(1)
-    state = logger.state_dict()
-    learner.fit(1, phases=[TrainingPhase(), AveragedValidationPhase()])
+    state = killed(path, [TrainingPhase(), AveragedValidationPhase()])
     assert "loss@ema" in path.read_text()
-    resumed(path, state)
+    two_epochs(path, resume=state)
     assert path.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
 def test_a_state_from_before_the_first_row_takes_all_back(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
-    logger = CSVLogger(path)
-    state = logger.state_dict()
-    toy(Recorder(), Metrics(), logger).fit(3)
-    fresh = CSVLogger(path)
-    fresh.load_state_dict(state)
-    toy(Recorder(), Metrics(), fresh).fit(1)
+    learner = toy(Recorder(), Metrics(), CSVLogger(path))
+    learner.save(tmp_path / "state.pt")
+    learner.fit(3)
+    toy(Recorder(), Metrics(), CSVLogger(path)).fit(1, resume=tmp_path / "state.pt")
     assert epochs_and_sets(path) == [(1, "training"), (1, "validation")]
+
+
+def test_a_branch_from_an_older_file_does_not_cut_the_table_of_the_run_it_leaves(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    state, before = killed(path), path.read_bytes()
+    branch = toy(Recorder(), Metrics(error), CSVLogger(path), EMA("model", 0.5))
+    branch.load(state)
+    with pytest.raises(LogExistsError, match=r"earlier run's log.*log\.csv"):
+        branch.fit(1)
+    assert path.read_bytes() == before
 
 
 def test_a_file_that_cannot_be_written_is_warned_about_once_and_the_training_goes_on(tmp_path: Path) -> None:

@@ -573,6 +573,23 @@ def test_the_time_is_summed_over_resumed_runs(clock: Clock, tmp_path: Path) -> N
     assert str(resumed.history.stop_reason).startswith("0:01:40 of training")
 
 
+def test_a_timer_ends_at_a_checkpoint_of_the_very_step(clock: Clock, tmp_path: Path) -> None:
+    def make() -> Learner:
+        return learner_of(Timer(50), clock.tick(20, StepEnd, TrainingPhase), Checkpointer(tmp_path))
+
+    first = make()
+    first.fit(50)  # two steps per epoch: in the middle of the second
+    keeper = first.get_callback(Checkpointer)
+    assert keeper is not None
+    assert keeper.last is not None
+    resumed = make()
+    resumed.load(keeper.last)
+    assert resumed.history[TrainingPhase].steps == 3
+    assert resumed.history.stop_reason == "0:01:00 of training, of 0:00:50 allowed (Timer)"
+    with pytest.warns(UserWarning, match="0:01:00 of training"):
+        make().fit(50, resume=tmp_path)
+
+
 def test_outside_of_a_fit_a_timer_runs_during_epochs(clock: Clock) -> None:
     learner = learner_of(Timer(90), clock.tick(20, StepEnd, TrainingPhase))
 

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -574,7 +574,8 @@ def read_csv(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 def read_board(folder: Path) -> dict[str, list[tuple[int, float]]]:
     found = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    # files begun in one second are read in the order of their names as texts
+    return {tag: sorted((event.step, event.value) for event in found.Scalars(tag)) for tag in found.Tags()["scalars"]}
 
 
 def read_mlflow(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -630,20 +631,12 @@ def test_a_resumed_log_equals_that_of_a_run_that_was_never_stopped(
     killed = loggers(tmp_path / "resumed")
     learner = learner_with(*killed)
     learner.fit(1)
-    states = copy.deepcopy([logger.state_dict() for logger in killed])
+    learner.save(tmp_path / "state.pt")
     learner.fit(1)  # which nobody will remember
     if kind == "wandb":
         wandb.teardown()  # the process that is killed takes wandb's with it
 
-    fresh = loggers(tmp_path / "resumed")
-    learner = learner_with()
-    learner.fit(1)
-    for logger, state in zip(fresh, states, strict=True):
-        learner.add_callback(logger)
-        logger.load_state_dict(json.loads(json.dumps(state)))
-    learner.fit(1)
-    for logger, state in zip(fresh, states, strict=True):
-        assert logger.state_dict().keys() == state.keys()
+    learner_with(*loggers(tmp_path / "resumed")).fit(2, resume=tmp_path / "state.pt")
 
     whole, resumed = read(tmp_path / "whole"), read(tmp_path / "resumed")
     assert whole == resumed
@@ -656,14 +649,99 @@ def test_given_hyperparameters_are_not_logged_again_by_a_resumed_run(tmp_path: P
     def logger() -> LogHyperParams:
         return LogHyperParams(JSONL(tmp_path / "log.jsonl"), params={"lr": 0.1})
 
-    first = logger()
-    toy(Recorder(), Publish(), first).fit(1)
-    state = first.state_dict()
-    fresh = logger()
-    learner = toy(Recorder(), Publish(), fresh)
-    fresh.load_state_dict(state)
-    learner.fit(1)
+    first = toy(Recorder(), Publish(), logger())
+    first.fit(1)
+    first.save(tmp_path / "state.pt")
+    toy(Recorder(), Publish(), logger()).fit(2, resume=tmp_path / "state.pt")
     assert read_jsonl(tmp_path / "log.jsonl")["hyperparameters/lr"] == [(0, 0.1)]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "tensorboard"])
+def test_a_branch_from_an_older_file_does_not_cut_the_log_of_the_run_it_leaves(kind: str, tmp_path: Path) -> None:
+    make, read = BACKENDS[kind]
+
+    def learner_with(place: str) -> Learner:
+        return toy(Recorder(), Metrics(), LogMetrics(make(tmp_path / place)))
+
+    learner = learner_with("log")
+    learner.fit(1)
+    learner.save(tmp_path / "state.pt")
+    learner.fit(2)
+    before = read(tmp_path / "log")
+    branch = learner_with("log")
+    branch.load(tmp_path / "state.pt")
+    for train in (lambda: branch.fit(1), lambda: branch.epoch(TrainingPhase())):
+        with pytest.raises(LogExistsError, match="would write into an earlier run's log"):
+            train()
+    assert read(tmp_path / "log") == before
+    elsewhere = learner_with("new")
+    elsewhere.load(tmp_path / "state.pt")
+    elsewhere.fit(1)
+    assert [epoch for epoch, _ in read(tmp_path / "new")["epoch/training/loss"]] == [2]
+    learner.load(tmp_path / "state.pt")  # it wrote the log itself, and goes back in it
+    learner.fit(1)
+    found = read(tmp_path / "log")["epoch/training/loss"]
+    assert sorted(epoch for epoch, _ in found) == [1, 2]  # TensorBoard sorts the files of one second as words
+
+
+def test_a_branch_begins_a_run_of_its_own_on_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+
+    def learner_with() -> Learner:
+        return toy(Recorder(), Metrics(), LogMetrics(MLflow(tracking_uri=(tmp_path / "runs").as_uri())))
+
+    learner, branch = learner_with(), learner_with()
+    learner.fit(1)
+    learner.save(tmp_path / "state.pt")
+    branch.load(tmp_path / "state.pt")
+    branch.fit(1)
+    assert len(MlflowClient(tracking_uri=(tmp_path / "runs").as_uri()).search_runs(["0"])) == 2
+
+
+# What an idle step costs
+
+
+@pytest.mark.parametrize("name", [each for each in ALL if each != "LogHyperParams"])
+def test_steps_that_are_not_logged_do_not_look_at_the_learner(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    for module in ("log", "log_pictures"):
+        found = import_module(f"fluxloop.callbacks.{module}")
+        count = found.training_steps
+        monkeypatch.setattr(found, "training_steps", lambda learner, count=count: asked.append(1) or count(learner))
+    logger = ALL[name](memory := Memory(), every=3)
+    toy(Recorder(), Metrics(), logger).fit(3, phases=[TrainingPhase()])
+    assert sorted({record.step for record in memory.records if record.group[0] == "step"}) == [3, 6, 9, 12]
+    assert len(asked) == 3 + 4  # the epochs' begins, the logged steps
+
+
+def test_every_so_many_steps_are_those_of_the_run_for_a_logger_that_comes_late_or_a_run_that_is_resumed(
+    tmp_path: Path,
+) -> None:
+    late = toy(Recorder(), Metrics())
+    late.fit(1)
+    late.add_callback(LogMetrics(memory := Memory(), every=3))
+    late.fit(2)
+    assert [step for step, _ in memory.series("step/training/loss")] == [6, 9, 12]
+    resumed = toy(Recorder(), Metrics(), LogMetrics(again := Memory(), every=3))
+    late.save(tmp_path / "state.pt")
+    resumed.fit(5, resume=tmp_path / "state.pt")
+    assert [step for step, _ in again.series("step/training/loss")] == [15, 18]
+
+
+def test_a_cancelled_step_is_not_counted_among_those_that_are_logged() -> None:
+    begun: list[int] = []
+
+    def cancel(learner: Any) -> None:
+        begun.append(1)
+        if len(begun) % 2 == 0:
+            raise CancelStepException
+
+    memory = Memory()
+    logger = LogHistograms(memory, of=("weights", "activations"), every=2)
+    toy(Recorder(), logger, CustomCallback(cancel, LossBegin, TrainingPhase)).fit(3, phases=[TrainingPhase()])
+    assert [(record.step, record.group[1]) for record in memory.records] == [
+        (step, group) for step in (2, 4, 6) for group in ("weights", "activations")
+    ]
 
 
 # Ported
@@ -714,15 +792,10 @@ def test_ported_two_optimizers_two_sets_ten_epochs_give_40_scalars_and_20_histog
 
 def test_ported_steps_continue_from_1_to_12_after_a_resume(tmp_path: Path) -> None:
     data = (toy_learner(num_batches=3).data.training,)
-    first = LogMetrics(TensorBoard(tmp_path))
-    toy(Recorder(), Metrics(), first, data=data).fit(2)
-    state = first.state_dict()
-    second = LogMetrics(TensorBoard(tmp_path))
-    learner = toy(Recorder(), Metrics(), data=data)
-    learner.fit(2)
-    learner.add_callback(second)
-    second.load_state_dict(state)
-    learner.fit(2)
+    first = toy(Recorder(), Metrics(), LogMetrics(TensorBoard(tmp_path)), data=data)
+    first.fit(2)
+    first.save(tmp_path / "state.pt")
+    toy(Recorder(), Metrics(), LogMetrics(TensorBoard(tmp_path)), data=data).fit(4, resume=tmp_path / "state.pt")
     found = read_board(tmp_path)
     assert {tag: len(events) for tag, events in found.items()} == {"step/training/loss": 12, "epoch/training/loss": 4}
     assert [step for step, _ in found["step/training/loss"]] == list(range(1, 13))

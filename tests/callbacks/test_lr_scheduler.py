@@ -209,6 +209,14 @@ def test_a_plateau_and_a_phase_that_updates_one_optimizer_now_and_then_resume_in
     assert_resumes_exactly(with_two, phases=lambda: [GAN()])
 
 
+def test_milestones_inside_another_scheduler_resume_in_the_same_bits() -> None:
+    def factory(optimizer: Optimizer) -> Any:
+        parts = [ConstantLR(optimizer, total_iters=3), MultiStepLR(optimizer, milestones=[1, 1, 2])]
+        return SequentialLR(optimizer, parts, milestones=[2])
+
+    assert_resumes_exactly(lambda: learner_of(LRScheduler(factory), Recorder()), epochs=5)
+
+
 def test_a_loaded_state_is_not_shared_with_the_one_who_gave_it() -> None:
     first, second = learner_of(LRScheduler(chained)), learner_of(LRScheduler(chained))
     first.fit(1)
@@ -303,7 +311,7 @@ def test_what_no_checkpoint_can_keep_is_an_error_that_names_it() -> None:
             self.module = object()
             super().__init__(optimizer, 1)
 
-    with pytest.raises(CheckpointError, match=r"Holder.module is a object, which no checkpoint can keep"):
+    with pytest.raises(CheckpointError, match=r"Holder\['module'\] is a object, which cannot be kept in a checkpoint"):
         learner_of(LRScheduler(Holder))
 
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -435,6 +437,42 @@ def test_cutmix_trains_on_shares_of_the_area_and_metrics_see_the_larger(loss: An
     same = targets.gather(1, LABELS[:BATCH, None])[:, 0] == 1
     torch.testing.assert_close(targets.gather(1, LABELS[:BATCH, None])[~same, 0], own[~same])
     assert 0 <= learner.history["training/accuracy"][-1] <= 1
+
+
+@pytest.mark.parametrize("mixing", [MixUp(), CutMix()], ids=repr)
+def test_what_is_drawn_is_copied_to_the_device_without_waiting(mixing: Mixing, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[tuple[Any, Any]] = []
+    copy = Tensor.to
+
+    def spy(self: Tensor, *args: Any, **options: Any) -> Tensor:
+        if isinstance(args[0], torch.device):
+            copies.append((tuple(self.shape), options))
+        return copy(self, *args, **options)
+
+    monkeypatch.setattr(Tensor, "to", spy)
+    mixing.mix(torch.rand(4, 1, 8, 8))
+    assert [options for _, options in copies] == [{"non_blocking": True}] * 2
+    assert max(len(shape) for shape, _ in copies) < 3  # no boxes
+
+
+@pytest.mark.parametrize("mixing", [MixUp(), CutMix()], ids=repr)
+def test_the_generators_of_others_are_left_as_they_were(mixing: Mixing) -> None:
+    def states() -> list[Any]:
+        return [torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state())]
+
+    seen: list[Any] = []
+
+    class Look(Callback):
+        reads = ("step.xs",)
+        run_after = (MixUp, CutMix)
+
+        @on(StepBegin, TrainingPhase)
+        def look(self, event: StepBegin, phase: Any, learner: Any) -> None:
+            seen.append(states())
+
+    for others in ([], [mixing]):
+        learner_of(*others, Look(), xs=rows(1, 4, 4), model=net(16)).fit(1)
+    assert seen[:BATCHES] == seen[BATCHES:]
 
 
 def test_mixup_and_cutmix_follow_each_other() -> None:

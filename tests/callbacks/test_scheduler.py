@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from fluxloop import (
     runstep,
 )
 from fluxloop.callbacks.scheduler import Scheduler
+from fluxloop.errors import CheckpointError
 from fluxloop.hyperparameters import (
     Attribute,
     HyperParameter,
@@ -192,20 +194,40 @@ def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bits(unit: Any) -> No
     assert_resumes_exactly(make, epochs=3)
 
 
-def test_its_counters_are_plain_attributes_that_a_checkpoint_keeps_by_itself() -> None:
-    first, second = Scheduler({LearningRate: cosine(20, 0.01, 0.0)}), Scheduler({LearningRate: cosine(20, 0.01, 0.0)})
-    learner = learner_of(first)
-    learner.fit(2)
-    changed = counted(first)
-    assert all(isinstance(value, int) for value in changed.values())
-    other = learner_of(second)
-    other.model.load_state_dict(learner.model.state_dict())
-    for name, value in changed.items():
-        setattr(second, name, value)
-    learner.fit(1, phases=[TrainingPhase()])
-    other.fit(1, phases=[TrainingPhase()])
-    assert other.cbstate.hyperparameters["learning_rate"] == learner.cbstate.hyperparameters["learning_rate"][-BATCHES:]
-    assert_same_bits(learner, other)
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        (
+            Scheduler({LearningRate: one_cycle(64, 0.01)}),
+            r"learning_rate was scheduled by one_cycle\(total=32, .*\) per step, and is now by one_cycle\(total=64, ",
+        ),
+        (Scheduler({LearningRate: one_cycle(32, 0.01)}, unit="epoch"), r"per step, and is now by .* per epoch"),
+        (Scheduler({LearningRate: lambda t: 0.01}), r"and is now by a function per step"),
+        (Scheduler({WeightDecay: 0.1}), r"learning_rate was scheduled by one_cycle.*, and is now by nothing"),
+    ],
+    ids=repr,
+)
+def test_a_resumed_run_with_another_schedule_is_refused(now: Scheduler, message: str, tmp_path: Path) -> None:
+    first = learner_of(Scheduler({LearningRate: one_cycle(32, 0.01)}), Recorder())
+    first.fit(1)
+    first.save(tmp_path / "run.pt")
+    second = learner_of(now, Recorder())
+    with pytest.raises(CheckpointError, match=message):
+        second.load(tmp_path / "run.pt")
+    assert (now._steps, now._epochs) == (0, 0)
+
+
+def test_the_same_schedule_and_another_function_go_on(tmp_path: Path) -> None:
+    def make(value: float) -> Learner:
+        return learner_of(Scheduler({LearningRate: lambda t: value, WeightDecay: linear(8, 1, 0)}), Recorder())
+
+    first, second = make(0.01), make(0.02)
+    first.fit(1)
+    first.save(tmp_path / "run.pt")
+    second.load(tmp_path / "run.pt")
+    second.fit(1)
+    assert second.cbstate.hyperparameters["learning_rate"][BATCHES] == (BATCHES + 1, 0.02)
+    assert second.cbstate.hyperparameters["weight_decay"][BATCHES] == (BATCHES + 1, 0.5)
 
 
 class GAN(TrainingPhase):

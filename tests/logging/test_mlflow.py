@@ -77,6 +77,7 @@ def test_resumed_the_same_run_goes_on_and_no_step_is_there_twice(uri: str) -> No
     first.flush()  # and it is killed: the other number of that step never came
     second = MLflow(tracking_uri=uri)
     second.load_state_dict(state)
+    second.begin(resumed=True)
     for step in (2, 3):
         log_to(second, Scalar(step), "loss", step, "step")
         log_to(second, Scalar(step), "accuracy", step, "step")

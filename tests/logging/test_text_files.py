@@ -110,7 +110,7 @@ def test_resumed_the_file_is_cut_to_where_the_state_was_taken(cls: Any, tmp_path
     second = cls(first.path)
     second.load_state_dict(state)
     assert second.state_dict() == state
-    second.begin()
+    second.begin(resumed=True)
     assert len(first.path.read_text()) > state["position"]  # nothing is cut before something is written
     log_to(second, Scalar(3), "loss", 3)
     second.close()
@@ -139,6 +139,7 @@ def test_killed_at_any_byte_after_the_state_the_resumed_file_is_that_of_a_run_ne
     os.truncate(killed.path, data.draw(st.integers(state["position"] or 0, written), label="bytes written"))
     resumed = cls(folder / "log")
     resumed.load_state_dict(state)
+    resumed.begin(resumed=True)
     log_steps(resumed, range(taken, steps))
     resumed.close()
     if taken < steps:
@@ -152,6 +153,7 @@ def test_a_state_from_before_the_first_value_takes_everything_back(tmp_path: Pat
     first.close()
     second = CSV(tmp_path / "log.csv")
     second.load_state_dict(state)
+    second.begin(resumed=True)
     log_to(second, Scalar(2), "loss", 1)
     second.close()
     assert rows(tmp_path / "log.csv") == [(1, "", "loss", "2.0")]
@@ -160,6 +162,7 @@ def test_a_state_from_before_the_first_value_takes_everything_back(tmp_path: Pat
 def test_resumed_without_the_file_it_begins_a_new_one(tmp_path: Path) -> None:
     backend = CSV(tmp_path / "log.csv")
     backend.load_state_dict({"position": 500})
+    backend.begin(resumed=True)
     log_to(backend, Scalar(2), "loss", 7)
     backend.close()
     assert rows(tmp_path / "log.csv") == [(7, "", "loss", "2.0")]

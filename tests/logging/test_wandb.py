@@ -75,6 +75,7 @@ def test_resumed_the_same_run_goes_on_and_no_step_is_there_twice(tmp_path: Path)
     wandb.teardown()  # the process that is killed takes wandb's with it
     second = offline(tmp_path)
     second.load_state_dict(state)
+    second.begin(resumed=True)
     for step in (2, 3):
         log_to(second, Scalar(step), "loss", step, "step")
         log_to(second, Scalar(step), "accuracy", step, "step")
