@@ -18,6 +18,7 @@ from fluxloop.sources import (
     iterate,
     keeps_place,
     private_state,
+    put_generators_back,
     put_private_back,
     put_source_back,
     put_twin_back,
@@ -48,7 +49,7 @@ def untouched(source: Any, workers_too: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
-        put_source_back(source, state)
+        put_generators_back(source, state)
         put_twin_back(source, twin)
         if isinstance(source, TensorBatches):
             source.epoch = epoch

@@ -263,7 +263,7 @@ def can_skip(source: Any) -> bool:
 
 def draws_in_workers(source: DataLoader[Any]) -> bool:
     """Tell whether copies of a dataset draw, in workers, from generators of its own: nobody knows where those stand."""
-    return bool(source.num_workers and private_generators(source))
+    return bool(source.num_workers and private_generators(source, samplers_too=False))
 
 
 def keeps_place(source: Any) -> bool:
@@ -309,8 +309,8 @@ MOST = 500
 """How many objects are looked at for generators."""
 
 
-def private_generators(source: Any) -> list[Any]:
-    """List the random generators that a loader's dataset and functions keep for themselves.
+def private_generators(source: Any, samplers_too: bool = True) -> list[Any]:
+    """List the random generators that a loader's dataset, functions and samplers keep for themselves.
 
     They are looked for in attributes, containers, partial functions and what functions close over.
     """
@@ -318,7 +318,7 @@ def private_generators(source: Any) -> list[Any]:
         return []
     found: list[Any] = []
     seen: set[int] = set()
-    todo: list[Any] = [source.dataset, source.collate_fn]
+    todo: list[Any] = [source.dataset, source.collate_fn, *(_samplers(source) if samplers_too else ())]
     while todo and len(seen) < MOST:
         thing = todo.pop()
         if id(thing) in seen or isinstance(thing, (Tensor, type, ModuleType, *SCALARS)):
@@ -356,20 +356,25 @@ def source_state(source: Any) -> dict[str, Any]:
 
 
 def private_state(source: Any) -> list[Any]:
-    """Give where the generators stand that a dataset keeps for itself."""
+    """Give where the generators stand that a loader's dataset and samplers keep for themselves."""
     return [keep(generator, "a generator of the data") for generator in private_generators(source)]
 
 
 def put_private_back(source: Any, kept: list[Any]) -> None:
-    """Put a dataset's own generators where `private_state` found them."""
+    """Put those generators where `private_state` found them."""
     for generator, state in zip(private_generators(source), kept, strict=False):
         put_back(state, generator)
 
 
-def put_source_back(source: Any, state: dict[str, Any]) -> None:
-    """Put a loader where `source_state` found it."""
+def put_generators_back(source: Any, state: dict[str, Any]) -> None:
+    """Put all generators of a loader where `source_state` found them."""
     for generator, kept in zip(own_generators(source), state["own_generators"], strict=False):
         generator.set_state(kept)
+    put_private_back(source, state["private"])
+
+
+def put_source_back(source: Any, state: dict[str, Any]) -> None:
+    """Put a loader where `source_state` found it."""
     for changes, kept in zip(_watch(source), state["samplers"], strict=False):
         changes.load(kept, True, _is_elsewhere)
-    put_private_back(source, state["private"])
+    put_generators_back(source, state)

@@ -110,6 +110,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "phases.joint_embedding",
         "phases.mae",
         "phases.vae",
+        "resume",
         "runner",
     ),
     (
