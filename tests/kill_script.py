@@ -25,7 +25,7 @@ from fluxloop import Callback, EpochBegin, Learner, Phase, Recorder, StepBegin, 
 from fluxloop import folder as files
 from fluxloop.callbacks.checkpointer import Checkpointer
 from fluxloop.callbacks.scheduler import Scheduler
-from fluxloop.fit import INTERRUPTED
+from fluxloop.history import INTERRUPTED
 from fluxloop.hyperparameters import LearningRate
 from fluxloop.schedules import cosine
 from fluxloop.testing import _parts
