@@ -66,10 +66,14 @@ class LRSweep:
 
     @property
     def steepest(self) -> float | None:
-        """Where the smoothed loss falls fastest, per factor of the learning rate; None where it never falls."""
+        """Where the smoothed loss falls fastest, per factor of the learning rate; None where it never falls.
+
+        Slopes are taken over a tenth of the sweep, so that noise does not decide, within the longest fall.
+        """
+        fall, half = _longest_fall(self.smoothed), max(1, len(self.smoothed) // 20)
         slopes = [
-            (self.smoothed[i + 1] - self.smoothed[i - 1], self.learning_rates[i])
-            for i in range(1, len(self.smoothed) - 1)
+            (self.smoothed[i + half] - self.smoothed[i - half], self.learning_rates[i])
+            for i in range(max(half, fall[0]), min(fall[-1] + 1, len(self.smoothed) - half))
         ]
         slope, rate = min(slopes, default=(0.0, 0.0))
         return rate if slope < 0 else None
@@ -95,7 +99,11 @@ class LRSweep:
             if rate is not None:
                 value = self.smoothed[self.learning_rates.index(rate)]
                 axes.plot([rate], [value], "o", label=f"{name}: {rate:.2g}")
+        first, least = self.smoothed[0], min(self.smoothed)
+        fall = max(first - least, 0.1 * abs(first))
         axes.set(xscale="log", xlabel="learning rate", ylabel="loss")
+        if fall > 0:  # not up to where it diverged
+            axes.set_ylim(least - 0.2 * fall, first + 0.6 * fall)
         axes.grid(alpha=0.3)
         axes.legend()
         return figure
