@@ -84,6 +84,15 @@ def keeper(name: str, view: str) -> str:
     return f"EMA({name!r}, 0.999{'' if view == 'ema' else f', view={view!r}'})"
 
 
+def view_of(path: Path) -> str:
+    """Give the name of the view that a path of weights is about; "" for live ones, and for other paths.
+
+    >>> view_of(("model@ema", "G")), view_of(("model", "G"))
+    ('ema', '')
+    """
+    return path[0].partition("@")[2] if path else ""
+
+
 def dotted(path: Path) -> str:
     """Write a path as users do.
 

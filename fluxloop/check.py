@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -17,6 +17,7 @@ from fluxloop.feed import untouched
 from fluxloop.fit import check_phase, feed
 from fluxloop.inference import aside
 from fluxloop.loop import switch_modes
+from fluxloop.models import keep_tensors
 from fluxloop.phase import Phase, Stateful
 from fluxloop.phases.supervised import TrainingPhase
 from fluxloop.randomness import preserved
@@ -63,23 +64,6 @@ def _first(learner: Learner, phase: Phase) -> Any:
         return next(iter(data))
 
 
-def _kept_weights(modules: list[nn.Module]) -> Callable[[], None]:
-    """Keep parameters and buffers, also those that are not saved; return what puts them back, bit for bit."""
-    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-    values = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    places = [(part, dict(part._buffers)) for module in modules for part in module.modules()]
-
-    def put_back() -> None:
-        for part, held in places:  # a step may have put new tensors in their place
-            part._buffers.clear()
-            part._buffers.update(held)
-        with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)
-
-    return put_back
-
-
 def _kept_gradients(updates: Updates) -> Callable[[], None]:
     """Keep the gradients and where they stand, and begin without any; return what puts them back."""
     gradients = [(parameter, parameter.grad) for parameter in updates.names]
@@ -114,7 +98,8 @@ def check(learner: Learner, batch: Any, phases: Iterable[Phase] | None) -> list[
             undone.callback(_kept_gradients(updates))
             for slot in updates.slots:
                 undone.callback(_kept(slot.optimizer))
-            undone.callback(_kept_weights(modules))
+            weights = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+            undone.callback(keep_tensors(modules, weights))
             undone.callback(switch_modes(modules, phase.train_mode))
             undone.callback(setattr, updates, "findings", None)
             updates.findings = findings

@@ -231,11 +231,11 @@ def _callbacks_state(learner: Learner, borrowed: Callable[[Any], bool], lost: li
 def _borrowed(learner: Learner) -> Callable[[Any], bool]:
     """Give what tells whether a value is kept elsewhere: a model or its tensors, an optimizer, a callback, data."""
     known: list[Any] = [learner, *learner.callbacks, *learner.callbacks.given(), *learner.phases.values()]
-    known += [part for module in (*learner.modules(), *learner.weights.views.values()) for part in module.modules()]
+    modules = (*learner.modules(), *learner.weights.views.values())
+    known += [part for module in modules for part in module.modules()]
     known += [slot.optimizer for slot in learner.updates.slots]
     known += [learner.accelerator, learner.loss_fn, learner.data, *vars(learner.data).values()]
     ids = set(map(id, known))
-    modules = (*learner.modules(), *learner.weights.views.values())
     places = {
         t.untyped_storage().data_ptr() for m in modules for t in (*m.parameters(), *m.buffers()) if not is_lazy(t)
     }
@@ -265,9 +265,10 @@ def _data_state(learner: Learner, place: State | None) -> State:
     running = None if place is None or place["feed"] is None else vars(learner.data)[place["feed"]["key"]]
     states: State = {}
     for key, source in vars(learner.data).items():
-        states[key] = {**source_state(source), "own": None}
+        now = source_state(source)
+        states[key] = {**now, "own": None}
         if source is running and place is not None:
-            states[key] |= {part: place["feed"][part] for part in source_state(source)}
+            states[key] |= {part: place["feed"][part] for part in now}
         elif keeps_place(source) and key in learner.begun_data:
             states[key]["own"] = keep(source.state_dict(), f"the {key} data")
     return states

@@ -13,7 +13,7 @@ from itertools import combinations
 
 from attrs import frozen
 
-from fluxloop.access import Access, Path, dotted, keeper, overlap
+from fluxloop.access import Access, Path, dotted, keeper, overlap, view_of
 from fluxloop.callback import (
     Callback,
     NoConflict,
@@ -305,10 +305,10 @@ def check_producers(nodes: list[Node]) -> None:
     written = [path for node in nodes for path in node.access.writes]
     for node in nodes:
         for path in node.access.reads:
-            if "@" in "".join(path[:1]) and not any(overlap(path, w) for w in written):
+            if view_of(path) and not any(overlap(path, w) for w in written):
                 raise MissingProducerError(
                     f"{node.id} reads '{dotted(path)}', which no callback writes; add what keeps that view, such as "
-                    f"{keeper('.'.join(path[1:]) or 'model', path[0].partition('@')[2])}"
+                    f"{keeper('.'.join(path[1:]) or 'model', view_of(path))}"
                 )
             if path[:1] == ("cbstate",) and len(path) > 1 and not any(overlap(path, w) for w in written):
                 known = set(_providers(path, Callback))

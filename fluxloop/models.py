@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from keyword import iskeyword
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fluxloop.errors import ModelError, describe
+from fluxloop.nested import map_tensors
 from fluxloop.state import State
 
 
@@ -66,6 +67,28 @@ def like(model: Any, values: dict[str | None, Any]) -> Any:
     if all(map(is_name, names)):
         return namedtuple("Named", names)(*values.values())
     return State(dict(zip(names, values.values(), strict=True)))
+
+
+def to_device_of(module: nn.Module, value: Any) -> Any:
+    """Move the tensors in a nest of them to where a module is."""
+    device = device_of(module)
+    return map_tensors(lambda tensor: tensor.to(device), value)
+
+
+def keep_tensors(modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> Callable[[], None]:
+    """Keep the values of tensors, and which buffers modules hold; return what puts them back, bit for bit."""
+    values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    places = [(part, dict(part._buffers)) for module in modules for part in module.modules()]
+
+    def put_back() -> None:
+        for part, held in places:  # a step may have put new tensors in their place
+            part._buffers.clear()
+            part._buffers.update(held)
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+
+    return put_back
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from fluxloop.access import covers, dotted, parse
+from fluxloop.access import covers, dotted, parse, view_of
 from fluxloop.callback import Callback, Handler, watchers
 from fluxloop.errors import CancelEpochException, CancelFittingException, CancelSignal, StateAccessError, annotate
 from fluxloop.events import FIT_EVENTS, GRADIENT_EVENTS, Event, FitEnd, event_types
@@ -87,9 +87,7 @@ class Callbacks:
             self.forget()
             raise
         kept = {path for node in graph.nodes for path in node.access.writes}
-        for path in {
-            path for node in before[0].nodes for path in node.access.writes if "@" in "".join(path[:1])
-        } - kept:
+        for path in {path for node in before[0].nodes for path in node.access.writes if view_of(path)} - kept:
             if dotted(path) in self._learner.weights:  # nobody keeps that view any more
                 del self._learner.weights[dotted(path)]
 

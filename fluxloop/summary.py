@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-import torch
 from attrs import frozen
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -14,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from fluxloop.errors import describe
 from fluxloop.feed import untouched
 from fluxloop.loop import watching
+from fluxloop.models import keep_tensors
 from fluxloop.nested import tensors
 from fluxloop.randomness import preserved
 
@@ -200,7 +200,8 @@ def _run(learner: Learner, batch: Any, shapes: dict[nn.Module, str]) -> str:
         return "some modules are lazy and have seen no batch"
     with ExitStack() as undone:
         undone.enter_context(preserved())
-        undone.callback(_kept(model))
+        buffers = (buffer for buffer in model.buffers() if not is_lazy(buffer))  # some change in eval mode too
+        undone.callback(keep_tensors([model], buffers))
         if batch is None:
             source = vars(learner.data).get("training")
             if source is None or hasattr(source, "__next__"):
@@ -228,19 +229,3 @@ def _note(shapes: dict[nn.Module, str]) -> Callable[..., None]:
         shapes.setdefault(module, ", ".join(str(tuple(tensor.shape)) for tensor in tensors(made)) or "-")
 
     return note
-
-
-def _kept(model: nn.Module) -> Callable[[], None]:
-    """Keep a model's buffers, which some change in eval mode too; return what puts them back."""
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers() if not is_lazy(buffer)]
-    places = [(part, dict(part._buffers)) for part in model.modules()]
-
-    def put_back() -> None:
-        for part, held in places:
-            part._buffers.clear()
-            part._buffers.update(held)
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
-
-    return put_back

@@ -29,7 +29,8 @@ class Weights(Container):
 
     def __init__(self, models: Models, given: Any) -> None:
         self._models = models
-        self._given = given
+        self.given = given
+        """The live models as the learner holds them, whatever view a phase runs."""
         self.views: dict[tuple[str, Path], nn.Module] = {}
         """By the view's name and the way from the models."""
 
@@ -95,11 +96,6 @@ class Weights(Container):
             )
         return submodule(self._models[parts[0]], ".".join(parts[1:]), name)
 
-    @property
-    def given(self) -> Any:
-        """The live models as the learner holds them, whatever view a phase runs."""
-        return self._given
-
     def _view_names(self) -> list[str]:
         return [f"{'.'.join(parts) or 'model'}@{view}" for view, parts in self.views]
 
@@ -125,9 +121,9 @@ class Weights(Container):
             PhaseError: None of them has it.
         """
         found = self.copies(view)
-        if hasattr(self._given, "_fields"):
-            return self._given._replace(**{str(name): module for name, module in found.items()})
-        return like(self._given, {**self._models, **found})
+        if hasattr(self.given, "_fields"):
+            return self.given._replace(**{str(name): module for name, module in found.items()})
+        return like(self.given, {**self._models, **found})
 
     def __contains__(self, name: object) -> bool:
         try:

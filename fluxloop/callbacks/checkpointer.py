@@ -149,15 +149,16 @@ class Checkpointer(UnsafeCallback):
                 f"{self!r} keeps those with the best {self.monitor!r}, and no callback records metrics; add Metrics() "
                 "to the callbacks"
             )
-        Folder(self.folder).claim()
+        folder = Folder(self.folder)
+        folder.claim()
         here = self._where(learner, learner.place())
-        for progress, path in Folder(self.folder).files():
-            if progress[:2] > here[:2] and Folder(self.folder).is_complete(path):
+        for progress, path in folder.files():
+            if progress[:2] > here[:2] and folder.is_complete(path):
                 raise CheckpointError(
                     f"an earlier run has come further than this one, to {path}; go on with it: "
                     f"fit(epochs, resume={str(self.folder)!r}), or give this run a folder of its own"
                 )
-        there = (Folder(self.folder).path / name_of(here)).exists()
+        there = (self.folder / name_of(here)).exists()
         self._progress, self._reason = here if there else None, lasting(learner.history.stop_reason)
         self._since, self._over, self._owing, self._waits, self._told = monotonic(), False, False, False, False
         learner.safe_points.append(partial(self._look, learner))

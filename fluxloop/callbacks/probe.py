@@ -22,8 +22,7 @@ from fluxloop.events import EpochBegin, EpochEnd, StepEnd
 from fluxloop.feed import untouched
 from fluxloop.loop import watching
 from fluxloop.metrics.neighbors import knn_predict
-from fluxloop.models import device_of
-from fluxloop.nested import map_tensors
+from fluxloop.models import to_device_of
 from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase
 from fluxloop.randomness import drawing, stream_seed
 from fluxloop.state import PhaseDict
@@ -147,12 +146,11 @@ def extract(module: nn.Module, source: Any, features: Features = flat) -> tuple[
     Raises:
         DataError: Its batches are no pairs of rows and labels.
     """
-    device = device_of(module)
     rows, labels = [], []
     with watching(module), untouched(source):
         for batch in source:
             _check_labelled(batch, features)
-            xs, ys = map_tensors(lambda tensor: tensor.to(device), (batch[0], batch[1]))
+            xs, ys = to_device_of(module, (batch[0], batch[1]))
             rows.append(features(module, xs))
             labels.append(ys)
     if not rows:

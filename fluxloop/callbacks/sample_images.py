@@ -17,7 +17,7 @@ from fluxloop.errors import CallbackConflictError, ModelError, describe
 from fluxloop.events import CycleEnd, EpochEnd, StepBegin
 from fluxloop.images import image_grid, pillow, save_image
 from fluxloop.loop import watching
-from fluxloop.models import device_of
+from fluxloop.models import to_device_of
 from fluxloop.nested import map_tensors
 from fluxloop.phase import AbstractTrainingPhase, Phase
 from fluxloop.randomness import drawing, stream_seed
@@ -125,8 +125,7 @@ class SampleImages(Callback):
         if self._inputs is None or epoch % self.every:
             return
         module = learner.weights[self.model]
-        device = device_of(module)
-        inputs, named = map_tensors(lambda tensor: tensor.to(device), (self._inputs, self._named))
+        inputs, named = to_device_of(module, (self._inputs, self._named))
         with watching(module), drawing(stream_seed(learner.seed, f"SampleImages/{self.model}", epoch)):
             images = (partial(self.make, module) if self.make is not None else module)(*inputs, **named)
         self.grid = image_grid(self._images(images), self.columns, self.value_range)

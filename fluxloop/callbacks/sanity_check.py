@@ -16,8 +16,7 @@ from fluxloop.errors import SanityCheckError, describe
 from fluxloop.events import EpochBegin
 from fluxloop.feed import untouched
 from fluxloop.loop import watching
-from fluxloop.models import device_of
-from fluxloop.nested import map_tensors
+from fluxloop.models import to_device_of
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.randomness import preserved
 
@@ -140,8 +139,7 @@ def _one_batch(learner: Any) -> None:
         batch = next(iter(data))
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise ValueError(f"a batch is {describe(batch)}, not a pair (xs, ys)")
-    device = device_of(model)
-    xs, ys = map_tensors(lambda tensor: tensor.to(device), (batch[0], batch[1]))
+    xs, ys = to_device_of(model, (batch[0], batch[1]))
     with watching(model, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])):
         loss = loss_fn(model(xs), ys)
     if not isinstance(loss, Tensor) or loss.numel() != 1:

@@ -21,8 +21,7 @@ from fluxloop.events import EpochBegin, EpochEnd, FitEnd, StepEnd
 from fluxloop.feed import untouched
 from fluxloop.history import INTERRUPTED, TERMINATED
 from fluxloop.loop import switch_modes
-from fluxloop.models import device_of
-from fluxloop.nested import map_tensors
+from fluxloop.models import to_device_of
 from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from fluxloop.randomness import drawing, stream_seed
 
@@ -260,7 +259,6 @@ def update_norms(module: nn.Module, source: Any, forward: Forward = run_inputs, 
         forward: ``(module, batch)`` runs the module on a batch.
         batches: How many; left out, all.
     """
-    device = device_of(module)
     with ExitStack() as undone:
         for norm in norms(module):
             norm.reset_running_stats()
@@ -270,4 +268,4 @@ def update_norms(module: nn.Module, source: Any, forward: Forward = run_inputs, 
         undone.enter_context(untouched(source))
         undone.enter_context(torch.no_grad())
         for batch in islice(source, batches):
-            forward(module, map_tensors(lambda tensor: tensor.to(device), batch))
+            forward(module, to_device_of(module, batch))
