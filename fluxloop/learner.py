@@ -16,10 +16,12 @@ from fluxloop.callback import Callback
 from fluxloop.callbacks.defaults import with_defaults
 from fluxloop.check import check
 from fluxloop.checkpoint import Manifest, check_fits, gather, load_weights, manifest, take
+from fluxloop.compiled import CompiledSteps
 from fluxloop.data import name_data
 from fluxloop.errors import (
     CallbackTypeError,
     CancelFittingException,
+    CompileError,
     LossError,
     PhaseError,
     describe,
@@ -94,6 +96,7 @@ class Learner(Generic[M]):
         OptimizerError: Trainable parameters are in no optimizer, in two, or belong to no model.
         DataError: Data that cannot be loaded.
         CallbackError: The callbacks have no order (one of its kinds).
+        CompileError: Steps are to be compiled whole, and a callback needs a moment inside them.
     """
 
     def __init__(
@@ -123,6 +126,8 @@ class Learner(Generic[M]):
         self.loss_fn: Any = loss_fn
         for module in self.modules():
             self.accelerator.place_model(module)
+        for module in self.models.values():
+            self.accelerator.compile_model(module)
         self.model: M = like(model, self.models)
         self.weights = Weights(self.models, self.model)
         self.params: Any = like(model, {k: tuple(m.parameters()) for k, m in self.models.items()})
@@ -155,6 +160,7 @@ class Learner(Generic[M]):
         self.told_lost = False
         """Whether it was said what a checkpoint does not keep."""
         self.updates = Updates(self, parameter_names(self.models, loss_fn), optimizers)
+        self.compiled = CompiledSteps(self) if self.accelerator.compile == "step" else None
         self.callbacks = Callbacks(self)
         given = listed(callbacks)
         self.callbacks.set(with_defaults(given) if default_callbacks else given)
@@ -304,6 +310,20 @@ class Learner(Generic[M]):
         epoch ends.
         """
         self.host_queue.request(tensor, then)
+
+    def skip_update(self, when: Tensor) -> None:
+        """Have parameters and optimizers' states stay as they are in this step where the scalar `when` is true.
+
+        For handlers that are part of a compiled step (``in_compiled_step = "inside"``), which cannot
+        ask for a number; the choice is made on the device. Others raise `CancelStepException`.
+
+        Raises:
+            CompileError: No step is being compiled.
+        """
+        raise CompileError(
+            "learner.skip_update was called outside of a step that is compiled; expected raise CancelStepException, or "
+            "a look at torch.compiler.is_compiling() first"
+        )
 
     def request_stop(self, reason: str) -> None:
         """End the fit before its next batch, once a checkpoint could be written; a later fit goes on from there.

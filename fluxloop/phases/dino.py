@@ -78,6 +78,13 @@ class DINOPhase(TeacherPhase):
             )
         return checked
 
+    def entries(self, batch: Any) -> dict[str, Any]:
+        """Give what a `JointEmbeddingPhase` does, and the teacher's temperature in this step where it has a schedule."""
+        entries = super().entries(batch)
+        if callable(self.teacher_temperature):
+            entries["temperature"] = torch.tensor(value_at(self.teacher_temperature, self._steps))
+        return entries
+
     def forward(self, learner: Learner, state: StepState) -> None:
         """Run both networks on their crops."""
         views = self.seen(state)
@@ -88,7 +95,7 @@ class DINOPhase(TeacherPhase):
 
     def loss(self, learner: Learner, state: StepState) -> Tensor:
         """Compare the student's crops with the teacher's."""
-        temperature = value_at(self.teacher_temperature, self._steps)
+        temperature = state.temperature if callable(self.teacher_temperature) else self.teacher_temperature
         center = 0.0 if self.center is None else self.center.to(state.student[0])
         return dino_loss(state.student, state.teacher, center, self.student_temperature, temperature)
 
