@@ -99,7 +99,7 @@ class Accelerator:
 @cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     """Give the stream that copies batches to a CUDA device."""
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types there
 
 
 def _choose(device: str | torch.device) -> torch.device:

@@ -13,6 +13,7 @@ cannot be seen (global variables, what functions close over) is what it was.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,9 @@ def lower(graph: GraphModule, inputs: list[Any], device: torch.device) -> Compil
     import torch._inductor
 
     options = {"cpp_wrapper": True} if device.type == "cpu" else {}
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        for torchs_own in (DeprecationWarning, FutureWarning):  # about how torch uses torch
+            warnings.simplefilter("ignore", torchs_own)
         compiled: Compiled = torch._inductor.compile(graph, inputs, options)
     return compiled
 
@@ -79,9 +82,9 @@ class CompiledSteps:
                 found = "\n".join(f"  {obstacle}" for obstacle in obstacles)
                 raise CompileError(
                     f'Accelerator(compile="step") makes one graph of a step of {phase.__name__}, and this stands in '
-                    f"the way:\n{found}\nHandle StepBegin or StepEnd instead, leave the callback out, or have steps run "
-                    'as they are: Accelerator(compile=False) or compile="model" for a learner, compiled = False in a '
-                    "phase's class"
+                    f"the way:\n{found}\nHandle StepBegin or StepEnd instead, leave the callback out, or have steps "
+                    'run as they are: Accelerator(compile=False) or compile="model" for a learner, compiled = False '
+                    "in a phase's class"
                 )
 
     def run(self, phase: Phase, handle: Handle, state: StepState) -> None:
@@ -165,13 +168,15 @@ class Plan:
             if traced.makes_state:  # an optimizer's, of parameters that were frozen
                 return None
             graph = Graph(learner, phase, traced)
-        self._graphs.setdefault(key, []).append(graph)
+        alike = self._graphs.setdefault(key, [])
+        alike.append(graph)
+        del alike[:-MANY]  # numbers that change at every step do not fill the memory
         self._count += 1
         if self._count == MANY:
             warn_user(
-                f"the step of {type(phase).__name__} has been compiled {MANY} times, which takes seconds each, the last "
-                f"time for {self._why or 'a batch of another shape'}; expected batches of few shapes (drop_last=True, "
-                "padding) and numbers that stay, or compile=False"
+                f"the step of {type(phase).__name__} has been compiled {MANY} times, which takes seconds each, the "
+                f"last time for {self._why or 'a batch of another shape'}; expected batches of few shapes "
+                "(drop_last=True, padding) and numbers that stay, or compile=False"
             )
         self._why = ""
         return graph
@@ -200,15 +205,15 @@ class Graph:
         self._reads = list(traced.reads.items())
         self._optimizers = [(slot, options_of(slot.optimizer)) for slot in learner.updates.slots if phase.gradients]
         self._stored = list(traced.stored.items())
-        self._events = traced.after
+        self._events = traced.fired
         self._callbacks = -1
         self._after: list[tuple[tuple[Bound, ...], Event]] = []
         try:
             self._call = lower(traced.graph, traced.example, learner.accelerator.device)
         except Exception as error:
             raise CompileError(
-                f"the step of {phase!r} was traced, but could not be compiled: {first_line(error)}. On the CPU this needs "
-                "a C++ compiler (g++ or clang++), on CUDA Triton; or use compile=False"
+                f"the step of {phase!r} was traced, but could not be compiled: {first_line(error)}. On the CPU this "
+                "needs a C++ compiler (g++ or clang++), on CUDA Triton; or use compile=False"
             ) from error
         if learner.accelerator.device.type == "cuda":
             moving = len(traced.fixed)
@@ -240,8 +245,8 @@ class Graph:
         for slot, _ in self._optimizers:
             if slot.window is not None:
                 raise LossError(
-                    f"gradients of another loss wait for an update of {slot.label}, and a compiled step has its own; call "
-                    "learner.update() first"
+                    f"gradients of another loss wait for an update of {slot.label}, and a compiled step has its own; "
+                    "call learner.update() first"
                 )
         for group, rate, last in self._rates:
             if group["lr"] != last.value:

@@ -178,8 +178,8 @@ class Callbacks:
         found = []
         if not hasattr(phase.step, "function") or phase.step.function is not Phase.step:
             found.append(
-                f"{phase.__name__} has a step of its own; say what it does in entries(batch), body(learner, handle, state) "
-                "and finish(learner, state)"
+                f"{phase.__name__} has a step of its own; say what it does in entries(batch), "
+                "body(learner, handle, state) and finish(learner, state)"
             )
         for node in self._graph.nodes:
             handled = [e for e in fired_with(phase) if e.inside_epoch and node.callback.handler(e, phase) is not None]
@@ -193,7 +193,9 @@ class Callbacks:
             elif how == "never" and handled:
                 found.append(f"{node.id} looks into the step while it runs ({', '.join(paths)})")
             elif how != "inside" and handled and any(path[:2] == ("step", "grads") for path in node.access.reads):
-                found.append(f"{node.id} reads 'step.grads' at {handled[-1].__name__}, which a compiled step does not keep")
+                found.append(
+                    f"{node.id} reads 'step.grads' at {handled[-1].__name__}, which a compiled step does not keep"
+                )
         return found
 
     # Explaining

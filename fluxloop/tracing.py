@@ -69,13 +69,13 @@ class StandIn:
         self._phase = phase
         self.step = state
         self.optimizer = optimizers[None] if tuple(optimizers) == (None,) else optimizers
-        self.device = learner.accelerator.device
-        self.accelerator = self
+        self.accelerator = AcceleratorStandIn(learner.accelerator.device)
         names: Any = {leaves[parameter]: name for parameter, name in learner.updates.names.items()}
         self.updates = Updates(self, names, optimizers)  # type: ignore[arg-type]  # it stands for one
-        self.after: list[Event] = []
-        """Events that were fired, in order."""
-        self._skip: Tensor | None = None
+        self.backward, self.update = self.updates.backward, self.updates.update
+        self.skip_update = self.accelerator.skip_update
+        self.fired: list[Event] = []
+        """Events, in order."""
 
     def __getattr__(self, name: str) -> Any:
         if name in StandIn.PASSED_ON:
@@ -87,7 +87,7 @@ class StandIn:
 
     def fire(self, event: Event) -> None:
         """Call the handlers that are part of the graph; note the event for the others."""
-        self.after.append(event)
+        self.fired.append(event)
         for node in self._learner.callbacks.graph.nodes:
             handler = node.callback.handler(type(event), type(self._phase))
             if handler is not None and node.callback.in_compiled_step == "inside":
@@ -101,31 +101,35 @@ class StandIn:
         """Open the block in which one optimizer's parameters may change."""
         return UpdateBlock(self, self.updates.find(name), retain_graph)  # type: ignore[arg-type]  # as above
 
+
+class AcceleratorStandIn:
+    """What computes gradients and steps optimizers while a step is traced.
+
+    Args:
+        device: Where the step runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._skip: Tensor | None = None
+
+    def backward(self, loss: Tensor, own: Any, *, alone: bool = False, retain_graph: bool = False) -> None:
+        """Compute the gradients of a loss, as `Accelerator.backward` does."""
+        torch.autograd.backward(loss, retain_graph=retain_graph, inputs=None if alone else own)
+
     def skip_update(self, when: Tensor) -> None:
-        """Have parameters and optimizers' state stay as they are from here on where `when` is true."""
+        """Have parameters and optimizers' states stay as they are from here on where `when` is true."""
         self._skip = when if self._skip is None else self._skip | when
 
-    # As learner and as accelerator
-
-    def backward(self, loss: Tensor, *own: Any, alone: bool = True, retain_graph: bool = False) -> None:
-        """Compute the gradients of a loss: the learner's part without parameters, the accelerator's with them."""
-        if not own:
-            self.updates.backward(loss, retain_graph)
-        else:
-            torch.autograd.backward(loss, retain_graph=retain_graph, inputs=None if alone else own[0])
-
-    def update(self, target: Any = None) -> None:
-        """Step optimizers by name, as a learner does, or one that is given, as an accelerator does."""
-        if not isinstance(target, Optimizer):
-            self.updates.update(target)
-            return
-        changed = [leaf for group in target.param_groups for leaf in group["params"] if leaf.grad is not None]
-        changed += [value for leaf in changed for value in target.state[leaf].values() if isinstance(value, Tensor)]
+    def update(self, optimizer: Optimizer) -> None:
+        """Step an optimizer."""
+        changed = [leaf for group in optimizer.param_groups for leaf in group["params"] if leaf.grad is not None]
+        changed += [value for leaf in changed for value in optimizer.state[leaf].values() if isinstance(value, Tensor)]
         before = [] if self._skip is None else [tensor.detach().clone() for tensor in changed]
         with torch.no_grad():
-            target.step()
+            optimizer.step()
             for tensor, old in zip(changed, before, strict=False):
-                tensor.copy_(torch.where(self._skip, old, tensor))  # type: ignore[arg-type]  # there, if `before` is
+                tensor.copy_(torch.where(self._skip, old, tensor))  # type: ignore[arg-type]  # there if `before` is
 
 
 class Traced:
@@ -141,7 +145,7 @@ class Traced:
         reads: What the body read of them otherwise, as (number of the holder, attribute) and value.
         constants: Tensors from elsewhere, such as those that a loss function holds.
         stored: The entries that the body stored, each with stand-ins for its tensors.
-        after: The events that it fired.
+        fired: The events that it fired.
         makes_state: Whether an optimizer makes its state in this step, so that it has to run as it is.
 
     Raises:
@@ -171,7 +175,7 @@ class Traced:
         ]
         self.reads: dict[tuple[int, str], Any] = {}
         self.stored: dict[str, Any] = {}
-        self.after: list[Event] = []
+        self.fired: list[Event] = []
         self.makes_state = False
         self._entries = dict(vars(state))
         self._check_hooks()
@@ -187,11 +191,11 @@ class Traced:
         hooked += [n for p, n in self._learner.updates.names.items() if p._backward_hooks or getattr(p, POST, None)]
         if hooked:
             raise self._refusal(
-                f"there are hooks on {', '.join(dict.fromkeys(hooked))}, and nobody can look into a graph while it runs; "
-                "remove the hooks, or the callback that registers them"
+                f"there are hooks on {', '.join(dict.fromkeys(hooked))}, and nobody can look into a graph while it "
+                "runs; remove the hooks, or the callback that registers them"
             )
         for slot in self._slots:
-            if slot.optimizer._optimizer_step_pre_hooks or slot.optimizer._optimizer_step_post_hooks:
+            if any(getattr(slot.optimizer, f"_optimizer_step_{kind}_hooks", None) for kind in ("pre", "post")):
                 raise self._refusal(f"{slot.label} has step hooks; remove them")
 
     def _refusal(self, why: str) -> CompileError:
@@ -212,11 +216,12 @@ class Traced:
             except CompileError:
                 raise
             except Exception as error:
-                raise self._refusal(f"{first_line(error)}{where(error)}. A graph holds tensors alone{hint(error)}") from error
+                why = f"{first_line(error)}{where(error)}. A graph holds tensors alone{hint(error)}"
+                raise self._refusal(why) from error
         if drawn_from() != generators:
             raise self._refusal(
-                "it draws from Python's or NumPy's random numbers, which would be the same ones at every step; draw from "
-                "torch, or before the step: in the data or at StepBegin"
+                "it draws from Python's or NumPy's random numbers, which would be the same ones at every step; draw "
+                "from torch, or before the step: in the data or at StepBegin"
             )
         return graph
 
@@ -244,7 +249,7 @@ class Traced:
         learner = StandIn(self._learner, self._phase, state, leaves, twins)
         with self._reading():
             self._phase.body(learner, learner.fire, state)  # type: ignore[arg-type]  # it stands for one
-        self.after = learner.after
+        self.fired = learner.fired
         self._put_buffers_back(stand_ins)
         for slot in self._slots:
             self._put_state_back(slot.optimizer, twins[slot.name], leaves, stand_ins)
@@ -257,7 +262,7 @@ class Traced:
 
     def _put_buffers_back(self, stand_ins: dict[int, Tensor]) -> None:
         """Have a buffer that the body replaced be changed in place."""
-        for part, (_, buffers, _) in zip(self._parts, self._before, strict=True):
+        for part, buffers in zip(self._parts, self._buffers, strict=True):
             for name, now in part._buffers.items():
                 buffer = buffers.get(name)
                 if buffer is None or now is None:
@@ -279,37 +284,37 @@ class Traced:
                     self.makes_state = True
                 elif value != old:
                     raise self._refusal(
-                        f"{type(optimizer).__name__} counts {name!r} in Python; expected an optimizer that keeps tensors, "
-                        "as torch's do"
+                        f"{type(optimizer).__name__} counts {name!r} in Python; expected an optimizer that keeps "
+                        "tensors, as torch's do"
                     )
 
     @contextmanager
     def _unchanged(self) -> Iterator[None]:
         """Put modules and phases back as they were, and raise for attributes that a step changes."""
-        self._before = [(dict(p._parameters), dict(p._buffers), dict(vars(p))) for p in self._parts]
-        looked = [looks(part, MODULE_INTERNALS) for part in self._parts]
-        held = [dict(vars(holder)) for holder in self.holders]
-        names = [{name for n, name in self.of_phases if n == number} for number in range(len(self.holders))]
-        seen = [looks(holder, leave) for holder, leave in zip(self.holders, names, strict=True)]
-        changed: list[str] = []
+        own_tensors = [{name for n, name in self.of_phases if n == number} for number in range(len(self.holders))]
+        things: list[tuple[Any, Any]] = [(part, MODULE_INTERNALS) for part in self._parts]
+        things += zip(self.holders, own_tensors, strict=True)
+        self._buffers = [dict(part._buffers) for part in self._parts]
+        parameters = [dict(part._parameters) for part in self._parts]
+        attributes = [dict(vars(thing)) for thing, _ in things]
+        looked = [looks(thing, left_out) for thing, left_out in things]
+        changed: dict[str, None] = {}
         try:
             yield
-            for things, before, leave in ((self._parts, looked, None), (self.holders, seen, names)):
-                for number, (thing, old) in enumerate(zip(things, before, strict=True)):
-                    now = looks(thing, MODULE_INTERNALS if leave is None else leave[number])
-                    changed += [f"{type(thing).__name__}.{name}" for name in {**old, **now} if old.get(name) != now.get(name)]
+            for (thing, left_out), before in zip(things, looked, strict=True):
+                now = looks(thing, left_out)
+                names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+                changed.update({f"{type(thing).__name__}.{name}": None for name in names})
         finally:
-            for part, (parameters, buffers, own) in zip(self._parts, self._before, strict=True):
-                put_dict_back(part._parameters, parameters)
-                put_dict_back(part._buffers, buffers)
-                put_dict_back(vars(part), own)
-            for holder, own in zip(self.holders, held, strict=True):
-                put_dict_back(vars(holder), own)
+            for (thing, _), held in zip(things, attributes, strict=True):
+                put_dict_back(vars(thing), held)
+            for part, own_parameters, own_buffers in zip(self._parts, parameters, self._buffers, strict=True):
+                put_dict_back(part._parameters, own_parameters)
+                put_dict_back(part._buffers, own_buffers)
         if changed:
             raise self._refusal(
-                f"it changes {', '.join(dict.fromkeys(changed))}, which Python would do once and not at every step; keep "
-                "numbers that change in buffers, give what is computed back, or change it in the phase's "
-                "finish(learner, state)"
+                f"it changes {', '.join(changed)}, which Python would do once and not at every step; keep numbers that "
+                "change in buffers, give what is computed back, or change it in the phase's finish(learner, state)"
             )
 
     @contextmanager
@@ -319,8 +324,8 @@ class Traced:
         kinds = {type(holder) for holder in self.holders}
         tensor_names = set(self.of_phases)
 
-        def noting(kind: type) -> Callable[[Any, str], Any]:
-            get = kind.__getattribute__
+        def noting(kind: type[Phase]) -> Callable[[Any, str], Any]:
+            get: Callable[[Any, str], Any] = kind.__getattribute__
 
             def read(holder: Any, name: str) -> Any:
                 value = get(holder, name)
@@ -458,7 +463,9 @@ def where(error: Exception) -> str:
 
 def hint(error: Exception) -> str:
     """Say what is meant by an error that torch's tracing raises."""
-    asked = any(word in f"{type(error).__name__}{error}" for word in ("DataDependent", "data-dependent", "DynamicOutput"))
+    asked = any(
+        word in f"{type(error).__name__}{error}" for word in ("DataDependent", "data-dependent", "DynamicOutput")
+    )
     if asked:
         return (
             ": ask for no number in the middle of a step (.item(), float(), if tensor: ..., boolean masks that choose "

@@ -112,11 +112,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "phases.vae",
         "resume",
         "runner",
+        "tracing",
     ),
     (
         "callbacks.lr_scheduler",
         "callbacks.metrics",
         "callbacks.profile",
+        "compiled",
         "phases.barlow_twins",
         "phases.byol",
         "phases.dino",

@@ -54,6 +54,7 @@ PUBLIC = [
     "Check",
     "CheckpointError",
     "Checkpointer",
+    "CompileError",
     "ConditionalCallback",
     "Counts",
     "CustomCallback",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fluxloop.errors import BatchError, PhaseError, describe
 from fluxloop.losses.distillation import dino_loss
+from fluxloop.nested import tensors
 from fluxloop.phases.joint_embedding import TeacherPhase, Views
 from fluxloop.schedules import Schedule, value_at
 
@@ -79,10 +80,12 @@ class DINOPhase(TeacherPhase):
         return checked
 
     def entries(self, batch: Any) -> dict[str, Any]:
-        """Give what a `JointEmbeddingPhase` does, and the teacher's temperature in this step where it has a schedule."""
+        """Give the views or ``xs``, and ``temperature``, the teacher's in this step, where it has a schedule."""
         entries = super().entries(batch)
         if callable(self.teacher_temperature):
-            entries["temperature"] = torch.tensor(value_at(self.teacher_temperature, self._steps))
+            dtypes = (tensor.dtype for tensor in tensors(entries) if tensor.is_floating_point())
+            temperature = value_at(self.teacher_temperature, self._steps)
+            entries["temperature"] = torch.tensor(temperature, dtype=next(dtypes, None))
         return entries
 
     def forward(self, learner: Learner, state: StepState) -> None:
