@@ -206,10 +206,7 @@ class _Whole(_Behind):
 
     def __getitems__(self, indices: Any) -> Any:
         batch = _fetch(self._dataset, indices)
-        if batch is not None:
-            return batch
-        several = getattr(self._dataset, "__getitems__", None)
-        return default_collate(several(indices) if several else [self._dataset[index] for index in indices])
+        return default_collate([self._dataset[index] for index in indices]) if batch is None else batch
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -220,11 +217,12 @@ def _fetch(dataset: Any, indices: Any) -> list[Tensor] | None:
     """Fetch rows of torch's own datasets at once, tensor by tensor; None where one by one may be another thing."""
     if type(dataset) is Subset:
         return _fetch(dataset.dataset, [dataset.indices[index] for index in indices])
+    kinds = set(map(type, indices))
+    if not kinds or not all(issubclass(kind, Integral) and not issubclass(kind, bool) for kind in kinds):
+        return None
     if type(dataset) is ConcatDataset:
         return _fetch_from_several(dataset, indices)
-    if not all(issubclass(kind, Integral) and not issubclass(kind, bool) for kind in set(map(type, indices))):
-        return None
-    if not all(map(is_plain, dataset.tensors)) or not len(indices) or min(indices) < 0 or max(indices) >= len(dataset):
+    if not all(map(is_plain, dataset.tensors)) or min(indices) < 0 or max(indices) >= len(dataset):
         return None
     return _select(dataset.tensors, indices)
 
@@ -241,8 +239,6 @@ def _fetch_from_several(dataset: ConcatDataset[Any], indices: Any) -> list[Tenso
         places.setdefault(bisect_right(ends, index), []).append(place)
     parts: list[list[Tensor]] = []
     for which, at in places.items():
-        if which == len(ends):
-            return None
         begin = ends[which - 1] if which else 0
         part = _fetch(dataset.datasets[which], [indices[place] - begin for place in at])
         if part is None or _kinds(part) != _kinds(parts[0] if parts else part):

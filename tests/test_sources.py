@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import pytest
@@ -400,15 +400,17 @@ def test_whole_batches_are_pinned_where_the_loader_says_so() -> None:
     assert all(part.is_pinned() == pinned for batch in batches for part in batch)
 
 
-class Wide(Tensor):
-    """A tensor of the user's own."""
+class Doubled(Tensor):
+    """A tensor of the user's own, with rows of its own."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return 2 * self.as_subclass(Tensor)[index]
 
 
 OTHERS: dict[str, Callable[[], Dataset[Any]]] = {
     "rows that are not contiguous": lambda: TensorDataset(torch.randn(8, 6).T, torch.randn(6, 3, 4, 5)[:, :, ::2]),
     "channels last": lambda: TensorDataset(torch.randn(6, 3, 4, 5).to(memory_format=torch.channels_last)),
-    "with a gradient": lambda: TensorDataset(torch.randn(6, 2, requires_grad=True)),
-    "a tensor of a class of its own": lambda: TensorDataset(torch.randn(6, 2).as_subclass(Wide)),
+    "a tensor of a class of its own": lambda: TensorDataset(torch.randn(6, 2).as_subclass(Doubled)),
     "several of two types": lambda: ConcatDataset(
         [TensorDataset(torch.zeros(3, 2)), TensorDataset(torch.ones(3, 2, dtype=torch.float64))]
     ),
@@ -419,25 +421,43 @@ OTHERS: dict[str, Callable[[], Dataset[Any]]] = {
 def test_what_cannot_be_fetched_at_once_comes_as_torch_gives_it(data: Callable[[], Dataset[Any]]) -> None:
     dataset = data()
     assert_like_plain(lambda: DataLoader(dataset, batch_size=2, shuffle=True))
-    first, plain_first = next(iterate(DataLoader(dataset, batch_size=2), numbers())), next(iter(DataLoader(dataset)))
-    assert [(type(part), part.requires_grad) for part in first] == [
-        (type(part), part.requires_grad) for part in plain_first
-    ]
 
 
-@pytest.mark.parametrize(
-    "sampler", [[True, False], [0.5, 1], [7, 30], [2, -24], [[1, 2], [3, 4]], ["a"]], ids=lambda value: str(value)
-)
+def test_gradients_reach_the_rows_of_a_dataset() -> None:
+    latents = torch.randn(6, 2, requires_grad=True)
+    for (rows,) in iterate(DataLoader(TensorDataset(latents), batch_size=2), numbers()):
+        (3 * rows).sum().backward()
+    assert torch.equal(cast(Tensor, latents.grad), torch.full((6, 2), 3.0))
+
+
+def failure(batches: Any) -> tuple[type[BaseException], str] | list[Any]:
+    try:
+        return plain(batches)
+    except Exception as error:
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize("sampler", [[True, False], [0.5, 1], [7, 30], [2, -24], [[1, 2], [3, 4]], ["a"], []], ids=str)
 def test_indices_that_torch_refuses_are_refused_in_its_words(sampler: list[Any]) -> None:
-    def failure(batches: Any) -> tuple[type[BaseException], str] | list[Any]:
-        try:
-            return plain(batches)
-        except Exception as error:
-            return type(error), str(error)
+    tensors = tensor_rows()
+    for data in (tensors, Subset(tensor_rows(30), list(range(23))), ConcatDataset([tensors, tensors])):
+        loader = DataLoader(data, batch_sampler=[sampler])
+        expected = failure(loader)
+        assert failure(iterate(loader, numbers())) == expected
 
-    for data in (tensor_rows(), Subset(tensor_rows(30), list(range(23)))):
-        loader = DataLoader(data, batch_size=2, sampler=sampler)
-        assert failure(iterate(loader, numbers())) == failure(loader)
+
+@pytest.mark.parametrize("other", [(torch.zeros(3, 4),), (torch.zeros(3, 2), torch.zeros(3))], ids=["shape", "number"])
+def test_rows_that_make_no_batch_are_refused_in_torchs_words(other: tuple[Tensor, ...]) -> None:
+    loader = DataLoader(ConcatDataset([TensorDataset(torch.zeros(3, 2)), TensorDataset(*other)]), batch_size=6)
+    expected = failure(loader)
+    assert expected[0] is RuntimeError
+    assert failure(iterate(loader, numbers())) == expected
+
+
+def test_rows_that_come_one_by_one_are_collated_one_by_one() -> None:
+    data = TensorDataset(torch.arange(4), torch.arange(4))
+    loader = DataLoader(data, batch_size=None, collate_fn=default_collate)
+    assert [row.tolist() for row in iterate(loader, numbers())] == [[n, n] for n in range(4)]
 
 
 class Batch(list[Any]):
