@@ -62,7 +62,7 @@ AT_ONCE = 64
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Tell whether a tensor's rows are copied by ``index_select`` as by any other way of indexing, only faster."""
+    """Tell whether ``index_select`` copies a tensor's rows as stacking them does, only faster."""
     return (
         type(tensor) is Tensor
         and not tensor.requires_grad
@@ -72,9 +72,14 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
+def _is_packed(tensor: Tensor) -> bool:
+    """Tell whether a tensor is plain and has the strides of a new one, which channels last has not."""
+    return is_plain(tensor) and tensor.stride() == torch.empty(tensor.shape, device="meta").stride()
+
+
 def _gather(tensor: Tensor) -> Callable[[Tensor], Tensor]:
     """Give what copies rows of a tensor, into pinned memory where it is pinned."""
-    if not is_plain(tensor):
+    if not _is_packed(tensor):
         return tensor.__getitem__
     if tensor.is_pinned():
         return partial(_gather_pinned, tensor)
@@ -111,7 +116,7 @@ class TensorBatches:
     as fit into 16 MiB are gathered (that was not measured). So rows that are changed while an
     iteration runs may be seen some batches later. Batches are gathered one by one where they would not lie at
     multiples of 64 bytes, as tensors of their own do, and for what is not plain (tensors that require
-    a gradient, subclasses, rows that are not contiguous). What is gathered from pinned memory is pinned.
+    a gradient, subclasses, other strides than those of a new tensor). What is gathered from pinned memory is pinned.
 
     Args:
         tensors: Tensors or arrays (or dicts of them) of shape (rows, …), with equal numbers of rows.
@@ -193,7 +198,7 @@ class TensorBatches:
 
     def _views(self, leaves: list[Tensor], start: int, stop: int) -> Iterator[list[Sequence[Tensor]]]:
         size = self.batch_size
-        at_once = AT_ONCE if all(map(is_plain, leaves)) else 1
+        at_once = AT_ONCE if all(map(_is_packed, leaves)) else 1
         for first in range(start, stop, at_once * size):
             rows = slice(first, min(first + at_once * size, stop))
             if at_once == 1:
@@ -215,7 +220,7 @@ class TensorBatches:
 
     def _at_once(self, leaves: list[Tensor]) -> int:
         """Give how many batches are gathered at once."""
-        if not all(map(is_plain, leaves)):
+        if not all(map(_is_packed, leaves)):
             return 1
         sizes = [self.batch_size * leaf[:1].nbytes for leaf in leaves]
         if any(size % ALIGNMENT for size in sizes):
