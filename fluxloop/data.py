@@ -109,14 +109,14 @@ class TensorBatches:
     place); with it, copies, which may be changed. May be iterated any number of times; the tensors may
     lie on any device: the order is drawn on the CPU, the same for all, and moved there once per iteration.
 
-    Small batches are shuffled several at a time: as many as fit into 256 KiB are gathered at once, and
-    are views of what was gathered, which lives as long as one of them does. That is where it was measured to
-    pay: it costs 0.4 of gathering each batch on its own with 2 KB per batch, 0.9 with 200 KB, and gathering a
-    whole epoch costs 4 times as much with 400 KB, all of it memory traffic. On other devices than the CPU as many
-    as fit into 16 MiB are gathered (that was not measured). So rows that are changed while an
-    iteration runs may be seen some batches later. Batches are gathered one by one where they would not lie at
-    multiples of 64 bytes, as tensors of their own do, and for what is not plain (tensors that require
-    a gradient, subclasses, other strides than those of a new tensor). What is gathered from pinned memory is pinned.
+    Shuffled batches are gathered several at a time, up to 64 as long as they fit into 256 KiB (16 MiB on other
+    devices than the CPU, which was not measured), and are views of what was gathered: it lives as long as one
+    of them does, and rows that are changed while an iteration runs may be seen some batches later. Measured
+    per batch against gathering each on its own: 0.4 with batches of 2 KB and 0.9 with 200 KB; against that, all batches
+    of an epoch gathered at once cost 4 times as much with 400 KB, all of it memory traffic. Batches are
+    gathered one by one where they would not lie at multiples of 64 bytes, as tensors of their own do, and
+    where a tensor requires a gradient, is of a subclass, or has other strides than a new one. What is
+    gathered from pinned memory is pinned.
 
     Args:
         tensors: Tensors or arrays (or dicts of them) of shape (rows, …), with equal numbers of rows.
