@@ -14,8 +14,7 @@ the others are compared with:
 - *TensorBatches*, alone and in a learner.
 
 Per round each side runs an epoch, in alternating order. Wall time and CPU time (of this process alone: not
-that of workers) are medians over rounds of the time per batch; the ratio is the median of the rounds' ratios of
-wall time. Before that all sides are checked to give the same number of batches and the same rows. One thread.
+that of workers) are medians over rounds of the time per batch, and the ratios medians of the rounds' ratios. Before that all sides are checked to give the same number of batches and the same rows. One thread.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ REFERENCE = "DataLoader"
 
 def interleaved(
     sides: dict[str, Callable[[], int]], rounds: int, reference: str
-) -> dict[str, tuple[float, float, float]]:
+) -> dict[str, tuple[float, float, float, float]]:
     """Run all sides in turn, each round in the other direction.
 
     Args:
@@ -55,7 +54,7 @@ def interleaved(
         reference: The side that the others are compared with.
 
     Returns:
-        By name, the medians of wall and CPU time per unit in µs, and of the rounds' ratios of wall time.
+        By name, the medians of wall and CPU time per unit in µs, and of the rounds' ratios of both.
     """
     wall: dict[str, list[float]] = {name: [] for name in sides}
     cpu: dict[str, list[float]] = {name: [] for name in sides}
@@ -67,14 +66,11 @@ def interleaved(
             if index >= WARM_UP:
                 cpu[name].append((time.process_time() - start_cpu) / units * 1e6)
                 wall[name].append((time.perf_counter() - start) / units * 1e6)
-    return {
-        name: (
-            median(wall[name]),
-            median(cpu[name]),
-            median(ours / other for ours, other in zip(wall[name], wall[reference], strict=True)),
-        )
-        for name in sides
-    }
+
+    def ratio(times: dict[str, list[float]], name: str) -> float:
+        return median(ours / other for ours, other in zip(times[name], times[reference], strict=True))
+
+    return {name: (median(wall[name]), median(cpu[name]), ratio(wall, name), ratio(cpu, name)) for name in sides}
 
 
 class Fetching(TrainingPhase):
@@ -172,7 +168,7 @@ def main() -> None:
     gc.disable()
     rounds = 10 if arguments.quick else 40
     print(f"torch {torch.__version__}, one thread, medians of {rounds} interleaved rounds, µs per batch")
-    print(f"{'workload':<26}{'order':<10}{'side':<37}{'wall':>9}{'CPU':>9}{'ratio':>8}")
+    print(f"{'workload':<26}{'order':<10}{'side':<37}{'wall':>9}{'CPU':>9}{'ratio':>8}{'of CPU':>8}")
     for name, (shape, size, count) in WORK.items():
         xs = torch.randn(count * size, *shape, generator=torch.Generator().manual_seed(0))
         ys = torch.arange(len(xs))
@@ -181,9 +177,10 @@ def main() -> None:
             for side, epoch in sides.items():
                 check(f"{name}, {side}", epoch, xs, count)
             results = interleaved({side: count_batches(epoch) for side, epoch in sides.items()}, rounds, REFERENCE)
-            for side, (wall, cpu, ratio) in results.items():
+            for side, (wall, cpu, ratio, cpu_ratio) in results.items():
                 order = "shuffled" if shuffle else "in order"
-                print(f"{name:<26}{order:<10}{side:<37}{wall:>9.2f}{cpu:>9.2f}{ratio:>8.3f}", flush=True)
+                figures = f"{wall:>9.2f}{cpu:>9.2f}{ratio:>8.3f}{cpu_ratio:>8.3f}"
+                print(f"{name:<26}{order:<10}{side:<37}{figures}", flush=True)
 
 
 if __name__ == "__main__":
