@@ -14,7 +14,8 @@ the others are compared with:
 - *TensorBatches*, alone and in a learner.
 
 Per round each side runs an epoch, in alternating order. Wall time and CPU time (of this process alone: not
-that of workers) are medians over rounds of the time per batch, and the ratios medians of the rounds' ratios. Before that all sides are checked to give the same number of batches and the same rows. One thread.
+that of workers) are medians over rounds of the time per batch, and the ratios medians of the rounds' ratios.
+Before that all sides are checked to give the same number of batches and the same rows. One thread.
 """
 
 from __future__ import annotations
