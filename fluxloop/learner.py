@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fluxloop.accelerator import Accelerator
 from fluxloop.callback import Callback
 from fluxloop.callbacks.defaults import with_defaults
-from fluxloop.check import check
 from fluxloop.checkpoint import Manifest, check_fits, gather, load_weights, manifest, take
 from fluxloop.data import name_data
 from fluxloop.errors import (
@@ -41,7 +40,6 @@ from fluxloop.randomness import Streams, check_seed, draw_seed
 from fluxloop.resume import place_of
 from fluxloop.runner import Callbacks
 from fluxloop.state import SharedState, State, StepState
-from fluxloop.summary import Summary, summary
 from fluxloop.updates import UpdateBlock, Updates
 from fluxloop.weights import Weights
 
@@ -49,6 +47,8 @@ C = TypeVar("C", bound=Callback)
 
 if TYPE_CHECKING:
     import typing_extensions
+
+    from fluxloop.summary import Summary
 
     M = typing_extensions.TypeVar("M", default=Any)
 else:
@@ -429,6 +429,8 @@ class Learner(Generic[M]):
         Returns:
             One sentence per finding; an empty list where all is well.
         """
+        from fluxloop.check import check
+
         return check(self, batch, phases)
 
     # Callbacks
@@ -503,6 +505,8 @@ class Learner(Generic[M]):
             batch: Left out, the first of the training data.
             depth: How deep to go into modules; left out, to the end.
         """
+        from fluxloop.summary import summary
+
         return summary(self, batch, depth)
 
     def phases_in_use(self) -> list[type[Phase]]:
