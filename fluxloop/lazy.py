@@ -27,7 +27,7 @@ def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any]
     def get(name: str) -> Any:
         if name in home:
             thing = getattr(import_module(f"{package}.{home[name]}"), name)
-        elif not name.startswith("_") and find_spec(f"{package}.{name}") is not None:
+        elif name.isidentifier() and not name.startswith("_") and find_spec(f"{package}.{name}") is not None:
             thing = import_module(f"{package}.{name}")
         else:
             from fluxloop.errors import did_you_mean
