@@ -28,7 +28,7 @@ from multipledispatch.conflict import supercedes
 
 from fluxloop.errors import AmbiguousHandlerError, HandlerError, describe, did_you_mean
 from fluxloop.events import Event, event_types
-from fluxloop.phase import Phase, require_pair
+from fluxloop.phase import Phase, phase_types, require_pair
 
 Handler = Callable[[Event, Phase, Any], None]
 Signature = tuple[type[Event], type[Phase], type]
@@ -81,7 +81,7 @@ def on(event: type[Event], phase: type[Phase] = Phase, callback: type[Callback] 
             f"@on was given {describe(event)} as an event; expected an event type, e.g. @on(StepEnd){hint}"
         )
     if not (isinstance(phase, type) and issubclass(phase, Phase)):
-        hint = did_you_mean(phase, phase_names()) if isinstance(phase, str) else ""
+        hint = did_you_mean(phase, [cls.__name__ for cls in phase_types()]) if isinstance(phase, str) else ""
         raise HandlerError(
             f"@on({event.__name__}, …) was given {describe(phase)} as a phase; expected a phase type, "
             f"e.g. @on({event.__name__}, AbstractTrainingPhase){hint}"
@@ -104,11 +104,6 @@ def on(event: type[Event], phase: type[Phase] = Phase, callback: type[Callback] 
         return function
 
     return register
-
-
-def phase_names(cls: type[Phase] = Phase) -> list[str]:
-    """List the names of the phase types that exist."""
-    return [cls.__name__, *(name for sub in cls.__subclasses__() for name in phase_names(sub))]
 
 
 def registrations(cls: type) -> dict[Signature, _Registration]:

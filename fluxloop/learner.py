@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from fluxloop.accelerator import Accelerator
 from fluxloop.callback import Callback
 from fluxloop.callbacks.defaults import with_defaults
-from fluxloop.check import check
 from fluxloop.checkpoint import Manifest, check_fits, gather, load_weights, manifest, take
-from fluxloop.compiled import CompiledSteps
 from fluxloop.data import name_data
 from fluxloop.errors import (
     CallbackTypeError,
@@ -43,7 +41,6 @@ from fluxloop.randomness import Streams, check_seed, draw_seed
 from fluxloop.resume import place_of
 from fluxloop.runner import Callbacks
 from fluxloop.state import SharedState, State, StepState
-from fluxloop.summary import Summary, summary
 from fluxloop.updates import UpdateBlock, Updates
 from fluxloop.weights import Weights
 
@@ -51,6 +48,9 @@ C = TypeVar("C", bound=Callback)
 
 if TYPE_CHECKING:
     import typing_extensions
+
+    from fluxloop.compiled import CompiledSteps
+    from fluxloop.summary import Summary
 
     M = typing_extensions.TypeVar("M", default=Any)
 else:
@@ -160,7 +160,12 @@ class Learner(Generic[M]):
         self.told_lost = False
         """Whether it was said what a checkpoint does not keep."""
         self.updates = Updates(self, parameter_names(self.models, loss_fn), optimizers)
-        self.compiled = CompiledSteps(self) if self.accelerator.compile == "step" else None
+        self.compiled: CompiledSteps | None = None
+        """Its steps as graphs, where they are compiled whole."""
+        if self.accelerator.compile == "step":
+            from fluxloop.compiled import CompiledSteps
+
+            self.compiled = CompiledSteps(self)
         self.callbacks = Callbacks(self)
         given = listed(callbacks)
         self.callbacks.set(with_defaults(given) if default_callbacks else given)
@@ -449,6 +454,8 @@ class Learner(Generic[M]):
         Returns:
             One sentence per finding; an empty list where all is well.
         """
+        from fluxloop.check import check
+
         return check(self, batch, phases)
 
     # Callbacks
@@ -523,6 +530,8 @@ class Learner(Generic[M]):
             batch: Left out, the first of the training data.
             depth: How deep to go into modules; left out, to the end.
         """
+        from fluxloop.summary import summary
+
         return summary(self, batch, depth)
 
     def phases_in_use(self) -> list[type[Phase]]:

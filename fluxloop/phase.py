@@ -22,6 +22,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from fluxloop.errors import BatchError, CancelStepException, PhaseError, describe
+from fluxloop.lazy import all_subclasses
 from fluxloop.loop import runepoch, runstep
 
 if TYPE_CHECKING:
@@ -217,3 +218,8 @@ class FittingPhase(Phase):
     def check(self, learner: Learner) -> None:
         """Raise: it has no epochs of its own."""
         raise PhaseError("FittingPhase is the fit itself and has no epochs; expected a phase such as TrainingPhase()")
+
+
+def phase_types() -> list[type[Phase]]:
+    """List the phase types that exist, fluxloop's and users'."""
+    return all_subclasses(Phase, "fluxloop.phases")
