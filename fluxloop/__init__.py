@@ -426,8 +426,8 @@ if not TYPE_CHECKING:  # so that type checkers see misspelt names
                 "AmbiguousHandlerError BatchError CallbackConflictError CallbackCycleError CallbackError "
                 "CallbackTypeError CancelEpochException CancelFittingException CancelSignal CancelStepException "
                 "CheckpointError CompileError DataError DuplicateCallbackError FluxloopError HandlerError "
-                "LogExistsError LossError MetricError MissingEntryError MissingProducerError ModelError OptimizerError PhaseError "
-                "ReentrantFitError SanityCheckError StateAccessError"
+                "LogExistsError LossError MetricError MissingEntryError MissingProducerError ModelError OptimizerError "
+                "PhaseError ReentrantFitError SanityCheckError StateAccessError"
             ),
             "events": (
                 "BackwardBegin BackwardEnd CycleBegin CycleEnd EpochBegin EpochEnd Event FitBegin FitEnd LossBegin "
