@@ -128,7 +128,7 @@ def choose_fused(optimizer: Optimizer) -> None:
     Not chosen where `fused`, `foreach`, `capturable` or `differentiable` was given, an option is a
     tensor, or a parameter is of a kind, type, device or layout that the kernel cannot take.
 
-    ``optimizer.defaults["fused"]`` stays None: this tells the choice from the user's own.
+    ``optimizer.defaults["fused"]`` stays as it is: True there is the user's own word.
     """
     if type(optimizer) not in ADAMS:
         return
@@ -209,6 +209,26 @@ def _list(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+try:  # private names: without them the optimizer's step is called as everybody calls it
+    from torch.optim.optimizer import (
+        _global_optimizer_post_hooks as _after_any,
+    )
+    from torch.optim.optimizer import (
+        _global_optimizer_pre_hooks as _before_any,
+    )
+
+    _profiling: Callable[[], bool] | None = torch._C._autograd._profiler_enabled
+    _torch_wrapper = Optimizer.profile_hook_step(lambda self: None).__code__
+    _adam_step: Any = torch.optim.Adam.step
+    if hasattr(_adam_step, "hooked"):  # wrapped when the first optimizer was made
+        _adam_step = _adam_step.__wrapped__
+    _fused_adam: Any = torch._fused_adam_
+    _fused_adamw: Any = torch._fused_adamw_
+    _add: Any = torch._foreach_add_
+except (ImportError, AttributeError):  # pragma: no cover - a torch that has renamed them
+    _profiling = None
+
+
 def read_fused(optimizer: Optimizer) -> list[FusedCall] | None:
     """Read what a fused kernel steps, one call per group; None where torch's own step has to do it.
 
@@ -230,9 +250,11 @@ def read_fused(optimizer: Optimizer) -> list[FusedCall] | None:
         names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ())) if begun else ()
         columns = [grads, *([state[name] for state in states] for name in names)]
         direct = all(p.is_cpu for p in params) and not any(map(torch.is_tensor, (group["lr"], *group["betas"])))
-        if not _lie_alike(params, columns):
+        rows = () if begun else zip(params, grads, states, strict=True)  # some of them have taken no step yet
+        apart = [([p], [[g], *([v] for v in state.values() if v.shape == p.shape)]) for p, g, state in rows]
+        if not all(_lie_alike(*each) for each in apart or [(params, columns)]):
             calls = None
-            if optimizer.defaults["fused"] is None:
+            if optimizer.defaults["fused"] is not True:
                 group["fused"] = None
         elif not begun or not direct:
             calls = None
@@ -257,27 +279,9 @@ def step_fused(calls: list[FusedCall]) -> None:
             names = ("lr", "weight_decay", "eps", "amsgrad", "maximize")
             options: dict[str, Any] = {name: group[name] for name in names}
             options["beta1"], options["beta2"] = group["betas"]
-            torch._foreach_add_(steps, 1)
-            kernel = torch._fused_adamw_ if group.get("decoupled_weight_decay") else torch._fused_adam_
+            _add(steps, 1)
+            kernel = _fused_adamw if group.get("decoupled_weight_decay") else _fused_adam
             kernel(params, *columns, steps, **options)
-
-
-try:  # private names: without them the optimizer's step is called as everybody calls it
-    from torch.optim.optimizer import (
-        _global_optimizer_post_hooks as _after_any,
-    )
-    from torch.optim.optimizer import (
-        _global_optimizer_pre_hooks as _before_any,
-    )
-
-    _profiling: Callable[[], bool] | None = torch._C._autograd._profiler_enabled
-    _torch_wrapper = Optimizer.profile_hook_step(lambda self: None).__code__
-    _adam_step: Any = torch.optim.Adam.step
-    if hasattr(_adam_step, "hooked"):  # wrapped when the first optimizer was made
-        _adam_step = _adam_step.__wrapped__
-    _kernels = torch._fused_adam_, torch._fused_adamw_, torch._foreach_add_
-except (ImportError, AttributeError):  # pragma: no cover - a torch that has renamed them
-    _profiling = None
 
 
 def step_optimizer(optimizer: Optimizer) -> None:

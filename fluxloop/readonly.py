@@ -24,11 +24,13 @@ def guarded(value: Any, path: Path, access: Access) -> Any:
         path: Where it lies, for the message of a refused write.
         access: What the reader declared.
     """
+    kind = type(value)
+    if kind is Tensor or kind is int:  # most of what is read at every step
+        return value
     if len(path) > 1 and path[0] == "data":
         return value  # the user's own batches: no copies of those
     if isinstance(value, Container):
         return (ReadOnlyMapping if isinstance(value, Mapping) else ReadOnly)(value, path, access)
-    kind = type(value)
     if kind in (dict, OrderedDict, defaultdict):  # other dicts have attributes of their own, which a copy would lose
         return ReadOnlyDict(value, path, access)
     if kind is list:

@@ -152,11 +152,15 @@ class MeanTracker(Tracker):
 
     def update(self, step: Any, size: int) -> None:
         """Compute the function on this step's entries."""
-        inputs = inputs_of(self.metric, step)
-        value = self._fn(*(inputs if self._is_known else without_graph(inputs)))
+        inputs = without_graph(inputs_of(self.metric, step))
+        if self._is_known:  # computes with nothing that has a gradient but its inputs
+            value = self._fn(*inputs)
+        else:
+            with torch.no_grad():
+                value = self._fn(*inputs)
         if not isinstance(value, Tensor):
             value = torch.as_tensor(value)
-        if value.numel() != 1:
+        if value.ndim and value.numel() != 1:
             raise MetricError(
                 f"the metric {self.metric.name!r} gave {describe(value)}; expected a scalar: take its mean, "
                 "or use an object with update, compute and reset"
@@ -202,7 +206,8 @@ class ObjectTracker(Tracker):
         inputs = without_graph(inputs_of(self.metric, step))
         if not self._updated and hasattr(self._object, "to") and isinstance(inputs[0], Tensor):
             self._object = self._object.to(inputs[0].device)
-        self._object.update(*inputs)
+        with torch.no_grad():
+            self._object.update(*inputs)
         self._updated = True
 
     def compute(self) -> dict[str, Any]:
@@ -248,7 +253,7 @@ def inputs_of(metric: Metric, step: Any) -> list[Any]:
 
 def without_graph(values: list[Any]) -> list[Any]:
     """Detach the tensors among a metric's inputs."""
-    return [value.detach() if isinstance(value, Tensor) else value for value in values]
+    return [value.detach() if isinstance(value, Tensor) and value.requires_grad else value for value in values]
 
 
 class Loss:
