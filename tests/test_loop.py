@@ -244,7 +244,7 @@ def test_a_validation_step_returns_the_same_without_gradients():
 
 @pytest.mark.parametrize(
     "optimizer",
-    [partial(torch.optim.SGD, lr=0.001), partial(torch.optim.Adam, lr=0.05), partial(torch.optim.RMSprop, lr=0.05)],
+    [partial(torch.optim.SGD, lr=0.001), partial(torch.optim.Adam, lr=0.05, fused=False), partial(torch.optim.RMSprop, lr=0.05)],
     ids=["SGD", "Adam", "RMSprop"],
 )
 def test_five_epochs_find_the_coefficient_with_the_weights_of_a_hand_written_loop(optimizer):

@@ -61,7 +61,7 @@ STEPS = BATCHES * EPOCHS
 
 Decay = float | Callable[[int], float]
 
-adam = partial(torch.optim.Adam, lr=0.01)
+adam = partial(torch.optim.Adam, lr=0.01, fused=False)
 sgd = partial(torch.optim.SGD, lr=0.1)
 
 
