@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fluxloop.gradients import add_gradients
 from fluxloop.nested import map_tensors
 from fluxloop.optimizers import step_optimizer
 
@@ -85,7 +86,7 @@ class Accelerator:
                 parameters are to be left out; then some of `parameters` may be frozen.
             retain_graph: Whether another loss needs the same graph.
         """
-        torch.autograd.backward(loss, retain_graph=retain_graph, inputs=None if alone else parameters)
+        add_gradients(loss, None if alone else parameters, retain_graph)
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
         """Step an optimizer."""

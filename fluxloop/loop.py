@@ -114,7 +114,7 @@ class Scope:
         return f"{type(self).__name__}({self.phase!r})"
 
 
-class runstep(Scope):  # noqa: N801 - used like a function
+def runstep(learner: Learner, phase: Phase, /, **entries: Any) -> StepScope:
     """Run one step: fire `StepBegin`, give ``(handle, state)``, fire `StepEnd`.
 
     The tensors in `entries` are moved to the accelerator's device, gradients are on or off as
@@ -131,13 +131,28 @@ class runstep(Scope):  # noqa: N801 - used like a function
         phase: The running phase.
         entries: Stored in ``state`` under their names.
     """
+    epoch = learner.scope
+    if type(epoch) is runepoch and epoch.spare is not None and epoch.phase is phase:
+        step, epoch.spare = epoch.spare, None
+    else:
+        step = StepScope(learner, phase)
+    step.state = StepState(entries)
+    return step
+
+
+class StepScope(Scope):
+    """One step: what `runstep` gives. An epoch keeps one that has ended in good order for its next step.
+
+    Attributes:
+        state: The entries of the step.
+    """
 
     __slots__ = ("_apart", "_grad_enabled", "state")
 
-    def __init__(self, learner: Learner, phase: Phase, /, **entries: Any) -> None:
+    def __init__(self, learner: Learner, phase: Phase) -> None:
         self._learner = learner
         self.phase = phase
-        self.state = StepState(entries)
+        self.state: StepState
         self._apart: ExitStack | None = None
 
     def __enter__(self) -> tuple[Handle, StepState]:
@@ -148,7 +163,7 @@ class runstep(Scope):  # noqa: N801 - used like a function
             self.handle, self.stream = outer.handle, outer.stream
         else:
             self._look_up()
-        if outer is not None and (outer.phase is not phase or isinstance(outer, runstep)):
+        if outer is not None and (outer.phase is not phase or isinstance(outer, StepScope)):
             self._set_apart()
         gradients = phase.gradients
         self._grad_enabled = torch.is_grad_enabled()
@@ -186,7 +201,9 @@ class runstep(Scope):  # noqa: N801 - used like a function
                 self._leave(failure)
                 raise
             if self._undo is None and self._apart is None and self._grad_enabled is self.phase.gradients:
-                learner.scope = self.parent  # nothing to undo
+                learner.scope = outer = self.parent  # nothing to undo
+                if type(outer) is runepoch:  # of this phase: another one's step would be set apart
+                    outer.spare = self
             else:
                 self._leave(None)
             return False
@@ -230,7 +247,12 @@ class runepoch(Scope):  # noqa: N801 - used like a function
         phase: The running phase.
     """
 
-    __slots__ = ()
+    __slots__ = ("spare",)
+
+    def __init__(self, learner: Learner, phase: Phase) -> None:
+        super().__init__(learner, phase)
+        self.spare: StepScope | None = None
+        """The scope of a step that has ended, for the next one."""
 
     def __enter__(self) -> Handle:
         self.open()
@@ -256,7 +278,7 @@ class runepoch(Scope):  # noqa: N801 - used like a function
 
     def _set_up(self) -> None:
         learner = self._learner
-        if isinstance(self.parent, runstep):
+        if isinstance(self.parent, StepScope):
             step = learner.step
             self.defer(lambda: setattr(learner, "step", step))
         generators = preserved()
@@ -288,7 +310,7 @@ class runepoch(Scope):  # noqa: N801 - used like a function
             learner.step.drop_graphs()
             if not ends:
                 learner.updates.abandon_step(learner.step)
-                if not isinstance(self.parent, runstep):
+                if not isinstance(self.parent, StepScope):
                     learner.host_queue.drop()
                 if error is not None and not isinstance(error, CancelSignal):
                     locate(error, learner, self.phase)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from fluxloop.access import Access, Path
-from fluxloop.state import Container, PhaseDict, State
+from fluxloop.state import Container, PhaseDict, State, StepState
 
 
 def guarded(value: Any, path: Path, access: Access) -> Any:
@@ -24,11 +24,15 @@ def guarded(value: Any, path: Path, access: Access) -> Any:
         path: Where it lies, for the message of a refused write.
         access: What the reader declared.
     """
+    kind = type(value)
+    if kind is Tensor or kind is int:  # these three first: they are read at every step
+        return value
+    if kind is StepState:
+        return ReadOnly(value, path, access)
     if len(path) > 1 and path[0] == "data":
         return value  # the user's own batches: no copies of those
     if isinstance(value, Container):
         return (ReadOnlyMapping if isinstance(value, Mapping) else ReadOnly)(value, path, access)
-    kind = type(value)
     if kind in (dict, OrderedDict, defaultdict):  # other dicts have attributes of their own, which a copy would lose
         return ReadOnlyDict(value, path, access)
     if kind is list:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fluxloop.checkpoint import apply, check_fits, check_same_run
 from fluxloop.errors import CheckpointError
 from fluxloop.feed import Feed
-from fluxloop.loop import Scope, runepoch, runstep
+from fluxloop.loop import Scope, StepScope, runepoch
 from fluxloop.persist import class_name, keep, put_back
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.randomness import generator_states, put_generators
@@ -168,7 +168,7 @@ def place_of(learner: Learner) -> dict[str, Any] | None:
         return None
     fitting = scope if isinstance(scope, FitScope) else scope.parent
     ends = isinstance(scope, runepoch) and isinstance(fitting, FitScope) and fitting.feed is None
-    if isinstance(scope, runstep) or not isinstance(fitting, FitScope) or ends:
+    if isinstance(scope, StepScope) or not isinstance(fitting, FitScope) or ends:
         raise CheckpointError(
             "the state of a learner was asked for while a step is under way or an epoch ends; expected between two "
             "steps: a Checkpointer waits for that, and so does learner.safe_points.append(function)"

@@ -14,7 +14,7 @@ from fluxloop.callback import Callback, Handler, watchers
 from fluxloop.errors import CancelEpochException, CancelFittingException, CancelSignal, StateAccessError, annotate
 from fluxloop.events import FIT_EVENTS, GRADIENT_EVENTS, Event, FitEnd, event_types
 from fluxloop.graph import CallbackGraph, Node, touches
-from fluxloop.loop import locate
+from fluxloop.loop import Handle, locate
 from fluxloop.persist import Kept
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.randomness import Stream, between_steps, putting_back, with_own_stream
@@ -149,8 +149,15 @@ class Callbacks:
         return table
 
     def handle(self, learner: Learner, phase: Phase) -> Handle:
-        """Give the function that fires events for `phase`."""
-        return Handle(self.table(type(phase)), phase, learner)
+        """Give the function that fires events for `phase`: one look-up, then the calls."""
+        table = self.table(type(phase))
+
+        def handle(event: Event) -> None:
+            bound = table[type(event)]
+            if bound:
+                deliver(bound, event, phase, learner)
+
+        return handle
 
     def resolve(self, event: type[Event], phase: type[Phase]) -> tuple[Bound, ...]:
         """Find who handles an event of a phase, in order."""
@@ -321,23 +328,6 @@ def watch(node: Node, former: dict[int, Kept]) -> tuple[Kept, list[Kept]]:
         conditions.append(look(getattr(layer, "condition", None), f"the condition of {node.id}"))
         layer = getattr(layer, "callback", layer.unwrapped)
     return look(layer, node.id), conditions
-
-
-class Handle:
-    """Fires events for one phase: one look-up, then the calls."""
-
-    __slots__ = ("_learner", "_table", "phase")
-
-    def __init__(self, table: Table, phase: Phase, learner: Learner) -> None:
-        self._table = table
-        self.phase = phase
-        self._learner = learner
-
-    def __call__(self, event: Event) -> None:
-        """Fire an event."""
-        bound = self._table[type(event)]
-        if bound:
-            deliver(bound, event, self.phase, self._learner)
 
 
 def deliver(bound: tuple[Bound, ...], event: Event, phase: Phase, learner: Learner) -> None:

@@ -110,6 +110,9 @@ class PhaseDict(Container, MutableMapping[Any, V], Generic[V]):
         return cls
 
     def __getitem__(self, phase: Any) -> V:
+        found = self._entries.get(type(phase))  # at every step: an instance that has an entry
+        if found is not None:
+            return found
         cls = self._key(phase)
         if cls not in self._entries:
             self._entries[cls] = self._default()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fluxloop.access import Access, Path, covers, dotted
 from fluxloop.readonly import guarded
@@ -29,6 +31,12 @@ class View:
 
     def __init__(self, learner: Learner) -> None:
         object.__setattr__(self, "_learner", learner)
+
+        for name, nested in self._nested.items():
+            object.__setattr__(self, name, nested(learner))
+
+    _nested: ClassVar[dict[str, type[View]]] = {}
+    """The views of what lies below, by name: made once, read as quickly as an attribute."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> View:
         return type(self)(copy.deepcopy(self._learner, memo))
@@ -97,9 +105,16 @@ SERVICES = ("defer", "host", "request_stop", "skip_update")
 
 def _generate(access: Access, path: Path, fetch: Callable[[Any], Any]) -> type[View]:
     """Generate the class of the view at `path`; `fetch` gets the viewed object from the learner."""
-    body: dict[str, Any] = {"__slots__": ()}
+    nested: dict[str, type[View]] = {}
+    body: dict[str, Any] = {}
     for name, child in access.children(path).items():
-        body[name] = _property(access, child, fetch)
+        made = _property(access, child, fetch)
+        if isinstance(made, property):
+            body[name] = made
+        elif name.isidentifier() and not name.startswith("_"):
+            nested[name] = made
+        else:  # no name of an attribute that a class can have: "0" of a Sequential
+            body[name] = property(partial(_below, made))
     if path == ():
         body |= {name: _service(name) for name in SERVICES}
         body["weights"] = property(lambda self: DeclaredWeights(self._learner.weights, access))
@@ -152,6 +167,8 @@ def _generate(access: Access, path: Path, fetch: Callable[[Any], Any]) -> type[V
         return f"<{access.callback}'s view of {dotted(path) if path else 'the learner'}>"
 
     body |= {
+        "__slots__": tuple(nested),
+        "_nested": nested,
         "__getattr__": missing,
         "__setattr__": assign,
         "__delattr__": remove,
@@ -169,19 +186,23 @@ def _service(name: str) -> property:
     return property(lambda self: getattr(self._learner, name))
 
 
-def _property(access: Access, path: Path, fetch: Callable[[Any], Any]) -> property:
-    """Generate the property of a view that gives what lies at `path`."""
+def _below(view: type[View], of: View) -> View:
+    return view(of._learner)
+
+
+def _property(access: Access, path: Path, fetch: Callable[[Any], Any]) -> property | type[View]:
+    """Generate the property of a view that gives what lies at `path`, or the view of what is below it."""
     name = path[-1]
+    quick = attrgetter(".".join(("weights", "given", *path[1:]) if path[0] == "model" else path))
 
     def get(learner: Any) -> Any:
-        return look_up(fetch(learner), name)
-
-    if path == ("model",):
-        get = live_models
+        try:
+            return quick(learner)
+        except AttributeError:  # an item of a mapping or tuple, or nothing, which is said there
+            return look_up(fetch(learner), name)
 
     if access.allows(path, "write"):
         return property(lambda self: get(self._learner))
     if access.allows(path, "read") and not any(len(w) > len(path) and covers(path, w) for w in access.writes):
         return property(lambda self: guarded(get(self._learner), path, access))
-    nested = _generate(access, path, get)
-    return property(lambda self: nested(self._learner))
+    return _generate(access, path, get)

@@ -32,8 +32,9 @@ STEPS = 6
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.1),
     "momentum": partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
-    "adam": partial(torch.optim.Adam, lr=0.01),
-    "adamw": partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
+    "adam": partial(torch.optim.Adam, lr=0.01, fused=False),
+    "adamw": partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1, fused=False),
+    "adamw fused": partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1, fused=True),
     "rmsprop": partial(torch.optim.RMSprop, lr=0.01),
 }
 
@@ -332,7 +333,7 @@ def gan() -> dict[str, nn.Module]:
     return {"G": generator(), "D": critic()}
 
 
-ADAM = partial(torch.optim.Adam, lr=2e-3, betas=(0.5, 0.999))
+ADAM = partial(torch.optim.Adam, lr=2e-3, betas=(0.5, 0.999), fused=False)
 
 
 def critic_loss(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:

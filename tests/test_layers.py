@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "errors",
         "events",
+        "gradients",
         "images",
         "losses.adversarial",
         "losses.contrastive",

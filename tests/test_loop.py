@@ -244,7 +244,11 @@ def test_a_validation_step_returns_the_same_without_gradients():
 
 @pytest.mark.parametrize(
     "optimizer",
-    [partial(torch.optim.SGD, lr=0.001), partial(torch.optim.Adam, lr=0.05), partial(torch.optim.RMSprop, lr=0.05)],
+    [
+        partial(torch.optim.SGD, lr=0.001),
+        partial(torch.optim.Adam, lr=0.05, fused=False),
+        partial(torch.optim.RMSprop, lr=0.05),
+    ],
     ids=["SGD", "Adam", "RMSprop"],
 )
 def test_five_epochs_find_the_coefficient_with_the_weights_of_a_hand_written_loop(optimizer):
@@ -822,3 +826,106 @@ def test_runstep_and_runepoch_want_an_instance_of_a_phase(manager, wrong):
             pass
     assert learner.scope is None
     assert torch.is_grad_enabled()
+
+
+# One scope for all steps of an epoch
+
+
+def test_the_steps_of_an_epoch_share_a_scope_and_each_has_a_state_of_its_own() -> None:
+    learner, phase = toy_learner(), TrainingPhase()
+    scopes, states = set(), []
+    with runepoch(learner, phase):
+        for number in range(3):
+            with runstep(learner, phase, xs=torch.full((1,), float(number))) as (_, state):
+                scopes.add(learner.scope)
+                states.append(state)
+        assert [state.xs.item() for state in states] == [0, 1, 2]
+        assert learner.step is states[-1]
+    assert len(scopes) == 1
+    assert learner.scope is None
+
+
+def test_a_step_inside_a_step_of_the_same_phase_has_a_scope_of_its_own() -> None:
+    learner, phase = toy_learner(Recorder()), TrainingPhase()
+    with runepoch(learner, phase):
+        for _ in range(2):
+            with runstep(learner, phase, xs=torch.ones(1)) as (_, outer):
+                around = learner.scope
+                for _ in range(2):
+                    with runstep(learner, phase, xs=torch.zeros(1)) as (_, inner):
+                        assert learner.scope is not around
+                        assert learner.step is inner
+                assert learner.scope is around
+                assert learner.step is outer
+                assert outer.xs.item() == 1
+    assert learner.history[TrainingPhase].steps == 6
+
+
+def test_steps_that_are_made_before_they_begin_do_not_share_a_scope() -> None:
+    learner, phase = toy_learner(), TrainingPhase()
+    with runepoch(learner, phase):
+        with runstep(learner, phase):
+            pass
+        first, second = runstep(learner, phase, xs=torch.ones(1)), runstep(learner, phase, xs=torch.zeros(1))
+        with second as (_, state):
+            assert state.xs.item() == 0
+        with first as (_, state):
+            assert state.xs.item() == 1
+
+
+@pytest.mark.parametrize("error", [CancelStepException, BrokenError])
+def test_after_a_step_that_did_not_end_in_good_order_the_next_is_a_normal_one(error: type[Exception]) -> None:
+    learner, phase = toy_learner(Recorder()), TrainingPhase()
+    undone: list[str] = []
+    with runepoch(learner, phase):
+        for number in range(4):
+            try:
+                with runstep(learner, phase, xs=torch.ones(1)):
+                    if number % 2:
+                        learner.defer(lambda: undone.append("once"))
+                        raise error
+            except BrokenError:
+                pass
+            assert type(learner.scope) is runepoch
+        assert undone == ["once", "once"]
+        with runstep(learner, phase):
+            pass
+    assert undone == ["once", "once"]
+    assert learner.history[TrainingPhase].steps == 3
+
+
+def test_the_epochs_of_two_learners_side_by_side_do_not_meet() -> None:
+    phase, recorders = TrainingPhase(), [EventRecorder(), EventRecorder()]
+    learners = [toy_learner(recorder, seed=seed) for seed, recorder in enumerate(recorders)]
+    with runepoch(learners[0], phase), runepoch(learners[1], phase):
+        for number in range(4):
+            learner = learners[number % 2]
+            with runstep(learner, phase, xs=torch.full((1,), float(number))):
+                assert learners[number % 2].scope is not learners[1 - number % 2].scope
+                assert learner.step.xs.item() == number
+    for recorder in recorders:
+        assert recorder.events == ["EpochBegin", "StepBegin", "StepEnd", "StepBegin", "StepEnd", "EpochEnd"]
+
+
+def test_a_step_of_another_phase_in_between_leaves_the_epochs_scope_to_the_epochs_phase() -> None:
+    recorder = EventRecorder()
+    learner, training, validation = toy_learner(recorder), TrainingPhase(), ValidationPhase()
+    with runepoch(learner, training):
+        for phase in (training, validation, training, TrainingPhase(), training):
+            with runstep(learner, phase) as (_, state):
+                assert learner.scope.phase is phase
+                assert torch.is_grad_enabled() is phase.gradients
+                assert learner.step is state
+    assert recorder.events.count("StepBegin") == recorder.events.count("StepEnd") == 5
+
+
+def test_a_callback_added_between_two_steps_of_an_epoch_hears_of_the_next() -> None:
+    learner, phase, recorder = toy_learner(), TrainingPhase(), EventRecorder()
+    with runepoch(learner, phase) as handle:
+        with runstep(learner, phase) as (handle_in_step, _):
+            handle_in_step(LossBegin())
+        learner.add_callback(recorder)
+        handle(LossBegin())
+        with runstep(learner, phase) as (handle_in_step, _):
+            handle_in_step(LossBegin())
+    assert recorder.events == ["LossBegin", "StepBegin", "LossBegin", "StepEnd", "EpochEnd"]

@@ -43,7 +43,7 @@ from fluxloop import (
 from fluxloop.testing import EventRecorder, assert_same_bits, bits, toy_learner
 
 SGD = partial(torch.optim.SGD, lr=0.1)
-ADAM = partial(torch.optim.Adam, lr=0.01)
+ADAM = partial(torch.optim.Adam, lr=0.01, fused=False)
 
 BODY = "body"
 BLOCK_EVENTS = [BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd]
@@ -1080,7 +1080,7 @@ class WithCalls(TrainingPhase):
 def test_a_layer_frozen_or_unfrozen_while_training_trains_as_in_a_hand_written_loop(
     phase: type[Phase], plan: tuple[bool, ...]
 ) -> None:
-    factory = partial(torch.optim.Adam, lr=0.05, weight_decay=0.1)
+    factory = partial(torch.optim.Adam, lr=0.05, weight_decay=0.1, fused=False)
     by_hand = two_layers()
     optimizer = factory(by_hand.parameters())
     trained = two_layers()

@@ -144,7 +144,9 @@ class EMA(Callback):
                 self._move(average, live, 1.0, 1.0)
             self._begun, self._updated, self._before = True, False, _changes(live)
             for optimizer in self._owning(learner):
-                if optimizer.defaults.get("fused"):  # its steps leave no trace in the parameters' counts
+                if any(
+                    group.get("fused") for group in optimizer.param_groups
+                ):  # its steps leave no trace in the parameters' counts
                     self._hooks.append(optimizer.register_step_post_hook(self._note_step))
 
     def _note_step(self, *args: Any) -> None:

@@ -173,13 +173,12 @@ class Metrics(Callback):
         """Take in a step."""
         trackers = learner.cbstate.metrics[phase].trackers
         step, size = learner.step, learner.batch_size
-        with torch.no_grad():
-            for metric, tracker in trackers:
-                try:
-                    tracker.update(step, size)
-                except Exception as error:
-                    annotate(error, f"fluxloop: while updating the metric {metric.name!r}")
-                    raise
+        for metric, tracker in trackers:
+            try:
+                tracker.update(step, size)
+            except Exception as error:
+                annotate(error, f"fluxloop: while updating the metric {metric.name!r}")
+                raise
 
     @on(EpochEnd)
     def publish(self, event: EpochEnd, phase: Phase, learner: Any) -> None:

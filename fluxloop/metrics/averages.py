@@ -12,21 +12,29 @@ FOLD_AFTER = 128
 
 
 class Mean:
-    """A weighted mean of scalars that stays on their device; nothing is computed per step but `add`."""
+    """A weighted mean of scalars that stays on their device; nothing is computed per step."""
 
-    __slots__ = ("_last", "_pending", "_total", "_weight", "_weights")
+    __slots__ = ("_last", "_over", "_pending", "_total", "_weight", "_weights")
 
     def __init__(self) -> None:
         self._pending: list[Tensor] = []
         self._weights: list[int] = []
+        self._over: list[int] = []
         self._total: Tensor | None = None
         self._weight = 0
 
-    def add(self, value: Tensor, weight: int = 1) -> None:
-        """Take one more value; it must not be changed in place afterwards."""
+    def add(self, value: Tensor, weight: int = 1, over: int = 1) -> None:
+        """Take one more value, which must not be changed in place afterwards.
+
+        Args:
+            value: A scalar.
+            weight: Of the value in the mean.
+            over: What the value is to be divided by: many are divided at once.
+        """
         self._last = value
         self._pending.append(value)
         self._weights.append(weight)
+        self._over.append(over)
         if len(self._pending) >= FOLD_AFTER:
             self._fold()
 
@@ -40,6 +48,8 @@ class Mean:
             return self._total
         values = torch.stack(self._pending)
         exact = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+        if any(over != 1 for over in self._over):
+            exact = exact / torch.tensor(self._over, dtype=exact.dtype, device=exact.device)
         weights = set(self._weights)
         if len(weights) == 1:
             total = exact.sum() * weights.pop()
@@ -49,7 +59,7 @@ class Mean:
 
     def _fold(self) -> None:
         self._total, self._weight = self._sum(), self._weight + sum(self._weights)
-        self._pending, self._weights = [], []
+        self._pending, self._weights, self._over = [], [], []
 
     def compute(self) -> Tensor | None:
         """Give the mean so far, as a scalar tensor on the device; None without values."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fluxloop.errors import MetricError, annotate, describe
 from fluxloop.metrics.averages import Mean, MovingAverage
+from fluxloop.metrics.classification import HITS
 from fluxloop.persist import plain_attributes
 from fluxloop.phase import Phase
 
@@ -147,16 +149,27 @@ class MeanTracker(Tracker):
         self._fn = averaged.mean if averaged else metric.fn
         self._finish = averaged.finish if averaged else None
         self._is_known = metric.is_known
+        self._hits = HITS.get(metric.fn) if isinstance(metric.fn, FunctionType) else None
         self._mean = Mean()
         self._last: Tensor | None = None
+        self._over = 1
 
     def update(self, step: Any, size: int) -> None:
         """Compute the function on this step's entries."""
-        inputs = inputs_of(self.metric, step)
-        value = self._fn(*(inputs if self._is_known else without_graph(inputs)))
+        inputs = without_graph(inputs_of(self.metric, step))
+        if self._hits is not None:
+            hits = self._hits(*inputs)
+            self._last, self._over = hits.count_nonzero(), hits.numel()
+            self._mean.add(self._last, size, self._over)
+            return
+        if self._is_known:  # computes with nothing that has a gradient but its inputs
+            value = self._fn(*inputs)
+        else:
+            with torch.no_grad():
+                value = self._fn(*inputs)
         if not isinstance(value, Tensor):
             value = torch.as_tensor(value)
-        if value.numel() != 1:
+        if value.ndim and value.numel() != 1:
             raise MetricError(
                 f"the metric {self.metric.name!r} gave {describe(value)}; expected a scalar: take its mean, "
                 "or use an object with update, compute and reset"
@@ -176,16 +189,17 @@ class MeanTracker(Tracker):
         """Give the last step's value."""
         if self._last is None:
             return {}
-        return {self.metric.name: self._finish(self._last) if self._finish else self._last}
+        last = self._last if self._hits is None else self._last / self._over
+        return {self.metric.name: self._finish(last) if self._finish else last}
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a checkpoint keeps."""
-        return {"mean": self._mean.state_dict(), "last": self._last}
+        return {"mean": self._mean.state_dict(), "last": self._last, "over": self._over}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a kept state."""
         self._mean.load_state_dict(state["mean"])
-        self._last = state["last"]
+        self._last, self._over = state["last"], state["over"]
 
 
 class ObjectTracker(Tracker):
@@ -202,7 +216,8 @@ class ObjectTracker(Tracker):
         inputs = without_graph(inputs_of(self.metric, step))
         if not self._updated and hasattr(self._object, "to") and isinstance(inputs[0], Tensor):
             self._object = self._object.to(inputs[0].device)
-        self._object.update(*inputs)
+        with torch.no_grad():
+            self._object.update(*inputs)
         self._updated = True
 
     def compute(self) -> dict[str, Any]:
@@ -248,7 +263,7 @@ def inputs_of(metric: Metric, step: Any) -> list[Any]:
 
 def without_graph(values: list[Any]) -> list[Any]:
     """Detach the tensors among a metric's inputs."""
-    return [value.detach() if isinstance(value, Tensor) else value for value in values]
+    return [value.detach() if isinstance(value, Tensor) and value.requires_grad else value for value in values]
 
 
 class Loss:

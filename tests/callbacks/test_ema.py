@@ -61,7 +61,7 @@ STEPS = BATCHES * EPOCHS
 
 Decay = float | Callable[[int], float]
 
-adam = partial(torch.optim.Adam, lr=0.01)
+adam = partial(torch.optim.Adam, lr=0.01, fused=False)
 sgd = partial(torch.optim.SGD, lr=0.1)
 
 
@@ -386,10 +386,11 @@ class UpdatesOnly(TrainingPhase):
 
 
 @pytest.mark.parametrize("phase", [ByHand, ByHandWithEvents, HalfByHand, UpdatesOnly])
-@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
-def test_steps_that_call_the_optimizer_by_hand_are_averaged(phase: type[Phase], fused: bool) -> None:
+@pytest.mark.parametrize("fused", [False, True, None], ids=["", "fused", "chosen"])
+def test_steps_that_call_the_optimizer_by_hand_are_averaged(phase: type[Phase], fused: bool | None) -> None:
     optimizer = partial(torch.optim.Adam, lr=0.01, fused=fused)
-    *_, (model, average) = train_by_hand(0.9, optimizer, steps=2 * BATCHES)
+    same = partial(optimizer, fused=fused is not False)
+    *_, (model, average) = train_by_hand(0.9, same, steps=2 * BATCHES)
     ema = EMA("model", 0.9)
     learner = learner_of(ema, optimizer=optimizer)
     learner.fit(2, phases=[phase()])
@@ -398,8 +399,8 @@ def test_steps_that_call_the_optimizer_by_hand_are_averaged(phase: type[Phase], 
     assert equal(learner.weights["model@ema"], average)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
-def test_bare_steps_that_call_the_optimizer_by_hand_are_averaged(fused: bool) -> None:
+@pytest.mark.parametrize("fused", [False, True, None], ids=["", "fused", "chosen"])
+def test_bare_steps_that_call_the_optimizer_by_hand_are_averaged(fused: bool | None) -> None:
     ema = EMA("model", 0.9)
     learner, phase = learner_of(ema, optimizer=partial(torch.optim.Adam, lr=0.01, fused=fused)), ByHand()
     for batch in batches():

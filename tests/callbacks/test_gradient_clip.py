@@ -42,7 +42,7 @@ from fluxloop.testing import assert_observer, assert_same_bits, bits
 
 BATCH, BATCHES = 4, 5
 
-adam = partial(torch.optim.Adam, lr=0.01)
+adam = partial(torch.optim.Adam, lr=0.01, fused=False)
 sgd = partial(torch.optim.SGD, lr=0.1)
 
 

@@ -27,6 +27,7 @@ from fluxloop.testing import Coefficient, EventRecorder, assert_observer, toy_le
 
 NAN, INF = float("nan"), float("inf")
 GOOD = 3  # batches before the bad one
+ADAM = partial(torch.optim.Adam, fused=False)
 
 
 def batches(bad: float) -> list[tuple[Tensor, Tensor]]:
@@ -42,7 +43,7 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
 
 
-def learner_of(*callbacks: Any, bad: float = NAN, optimizer: Any = torch.optim.Adam, **options: Any) -> Learner:
+def learner_of(*callbacks: Any, bad: float = NAN, optimizer: Any = ADAM, **options: Any) -> Learner:
     return Learner(
         network(),
         nn.functional.mse_loss,
@@ -53,7 +54,7 @@ def learner_of(*callbacks: Any, bad: float = NAN, optimizer: Any = torch.optim.A
     )
 
 
-def by_hand(steps: int, optimizer: Any = torch.optim.Adam) -> tuple[nn.Module, Any]:
+def by_hand(steps: int, optimizer: Any = ADAM) -> tuple[nn.Module, Any]:
     model = network()
     made = optimizer(model.parameters())
     for xs, ys in batches(0.0)[:steps]:
@@ -66,7 +67,7 @@ def by_hand(steps: int, optimizer: Any = torch.optim.Adam) -> tuple[nn.Module, A
 
 @pytest.mark.parametrize(("bad", "number"), [(NAN, "nan"), (INF, "inf"), (-INF, "inf")])
 @pytest.mark.parametrize("wait", [False, True])
-@pytest.mark.parametrize("optimizer", [torch.optim.Adam, partial(torch.optim.SGD, lr=0.1, momentum=0.9)])
+@pytest.mark.parametrize("optimizer", [ADAM, partial(torch.optim.SGD, lr=0.1, momentum=0.9)])
 def test_the_fit_ends_with_the_weights_of_the_last_good_step(
     bad: float, number: str, wait: bool, optimizer: Any
 ) -> None:

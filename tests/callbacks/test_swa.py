@@ -63,7 +63,7 @@ def learner_of(*callbacks: Any, model: Any = None, **options: Any) -> Learner:
         seed=SEED,
         **{
             "data": (batches(), batches()),
-            "optimizer": partial(torch.optim.Adam, lr=0.05),
+            "optimizer": partial(torch.optim.Adam, lr=0.05, fused=False),
             "default_callbacks": False,
             **options,
         },

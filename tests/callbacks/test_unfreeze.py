@@ -31,7 +31,7 @@ from fluxloop.callbacks.unfreeze import Unfreeze
 from fluxloop.testing import assert_observer, assert_same_bits
 
 BATCH, BATCHES = 4, 3
-adam = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
+adam = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1, fused=False)
 momentum = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)
 
 

@@ -31,7 +31,7 @@ from fluxloop import (
 from fluxloop.testing import EventRecorder, assert_same_bits, bits
 
 SEED, BATCH, STEPS, SIZE, CODE = 3, 4, 5, 6, 2
-ADAM = partial(torch.optim.Adam, lr=0.01)
+ADAM = partial(torch.optim.Adam, lr=0.01, fused=False)
 
 
 class Nets(NamedTuple):

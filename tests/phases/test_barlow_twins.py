@@ -15,7 +15,7 @@ from fluxloop.losses import barlow_twins_loss
 SEED = 6
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.02, momentum=0.9),
-    "adam": partial(torch.optim.Adam, lr=0.01),
+    "adam": partial(torch.optim.Adam, lr=0.01, fused=False),
 }
 
 

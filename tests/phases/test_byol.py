@@ -17,7 +17,7 @@ from fluxloop.losses import negative_cosine
 SEED = 9
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
-    "adam": partial(torch.optim.Adam, lr=0.01),
+    "adam": partial(torch.optim.Adam, lr=0.01, fused=False),
 }
 
 

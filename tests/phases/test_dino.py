@@ -31,7 +31,7 @@ from fluxloop.losses import dino_loss
 SEED = 10
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
-    "adam": partial(torch.optim.Adam, lr=0.01),
+    "adam": partial(torch.optim.Adam, lr=0.01, fused=False),
 }
 
 

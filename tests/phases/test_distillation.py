@@ -30,7 +30,7 @@ from fluxloop import (
 from fluxloop.testing import EventRecorder, assert_same_bits, bits
 
 SEED, BATCH, STEPS, SIZE, CLASSES = 3, 4, 5, 6, 3
-ADAM = partial(torch.optim.Adam, lr=0.01)
+ADAM = partial(torch.optim.Adam, lr=0.01, fused=False)
 
 
 def net(seed: int) -> nn.Sequential:

@@ -39,7 +39,7 @@ from fluxloop.testing import EventRecorder, assert_same_bits, bits
 
 SEED = 3
 BATCH, NOISE, SIZE, CLASSES = 4, 6, 5, 3
-ADAM = partial(torch.optim.Adam, lr=0.01, betas=(0.5, 0.999))
+ADAM = partial(torch.optim.Adam, lr=0.01, betas=(0.5, 0.999), fused=False)
 BLOCK = ["LossBegin", "BackwardBegin", "BackwardEnd", "UpdateBegin", "UpdateEnd"]
 LOSSES = ("non-saturating", "hinge", "wasserstein", "least-squares")
 

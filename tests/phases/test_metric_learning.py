@@ -28,7 +28,7 @@ from fluxloop import (
 from fluxloop.testing import EventRecorder, assert_same_bits, bits
 
 SEED, BATCH, STEPS, SIZE, CODE, CLASSES = 3, 6, 5, 5, 4, 3
-ADAM = partial(torch.optim.Adam, lr=0.01)
+ADAM = partial(torch.optim.Adam, lr=0.01, fused=False)
 
 
 def encoder() -> nn.Sequential:

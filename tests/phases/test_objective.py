@@ -38,7 +38,7 @@ from fluxloop.phases.objective import require_parts
 from fluxloop.testing import EventRecorder, assert_observer, assert_same_bits
 
 SEED = 3
-ADAM = partial(torch.optim.Adam, lr=0.05)
+ADAM = partial(torch.optim.Adam, lr=0.05, fused=False)
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 STEP = ["StepBegin", "LossBegin", "BackwardBegin", "BackwardEnd", "UpdateBegin", "UpdateEnd", "StepEnd"]
 

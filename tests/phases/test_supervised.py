@@ -35,7 +35,7 @@ from fluxloop import (
 from fluxloop.testing import Coefficient, EventRecorder, assert_same_bits, bits, toy_learner
 
 mse = nn.functional.mse_loss
-ADAM = partial(torch.optim.Adam, lr=0.1)
+ADAM = partial(torch.optim.Adam, lr=0.1, fused=False)
 TRAINING = ["StepBegin", "LossBegin", "BackwardBegin", "BackwardEnd", "UpdateBegin", "UpdateEnd", "StepEnd"]
 
 

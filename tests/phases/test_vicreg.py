@@ -15,7 +15,7 @@ from fluxloop.losses import vicreg_loss
 SEED = 7
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.01, momentum=0.9),
-    "adam": partial(torch.optim.Adam, lr=0.01),
+    "adam": partial(torch.optim.Adam, lr=0.01, fused=False),
 }
 
 

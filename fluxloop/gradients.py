@@ -1,0 +1,48 @@
+"""Compute gradients: torch's engine, called without the checks of arguments that are known to be right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import has_torch_function
+
+_backward = torch.autograd.backward
+
+_engine: Callable[..., Any] | None
+_transforming: Callable[[], bool]
+try:  # private names: without them gradients are computed as everybody computes them
+    from torch.autograd.graph import _engine_run_backward as _engine
+
+    _transforming = torch._C._are_functorch_transforms_active
+except (ImportError, AttributeError):  # pragma: no cover - a torch that has renamed them
+    _engine = None
+
+
+def add_gradients(loss: Tensor, parameters: Sequence[nn.Parameter] | None, retain_graph: bool = False) -> None:
+    """Add the gradients of a scalar loss to ``grad`` of `parameters`.
+
+    ``torch.autograd.backward`` costs up to a tenth of a small step before its engine runs. The
+    engine is called as it calls it, with the gradient 1, where nobody asks to be asked: no tensor
+    subclass, torch function mode or transform, and nobody's function in place of torch's.
+
+    Args:
+        loss: One that has a gradient, of one element.
+        parameters: Left out, all that the loss reaches.
+        retain_graph: Whether another loss needs the same graph.
+    """
+    inputs = () if parameters is None else tuple(parameters)
+    if (
+        _engine is not None
+        and torch.autograd.backward is _backward
+        and not has_torch_function((loss, *inputs))
+        and not _transforming()
+        and (inputs or parameters is None)
+    ):
+        _engine(
+            (loss,), (torch.ones_like(loss),), retain_graph, False, inputs, allow_unreachable=True, accumulate_grad=True
+        )
+    else:
+        torch.autograd.backward(loss, retain_graph=retain_graph, inputs=parameters)
