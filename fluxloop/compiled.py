@@ -31,11 +31,12 @@ from fluxloop.phase import Phase
 from fluxloop.randomness import preserved
 from fluxloop.runner import Bound, deliver
 from fluxloop.state import StepState
-from fluxloop.tracing import HOOKS, MODULE_INTERNALS, Traced, first_line, holders_of
+from fluxloop.tracing import DECAY, HOOKS, MODULE_INTERNALS, Traced, first_line, holders_of
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
     from fluxloop.loop import Handle, Scope
+    from fluxloop.updates import Slot
 
 Compiled = Callable[..., Any]
 
@@ -123,6 +124,7 @@ class Plan:
         self._rests_on: dict[str, Any] = {}
         self._count = 0
         self._why = ""
+        self._changing: tuple[str, ...] = ("lr",)
 
     def graph(self, phase: Phase, state: StepState) -> Graph | None:
         """Give the graph for a step, compiled now if there is none; None where this step has to run as it is.
@@ -162,13 +164,16 @@ class Plan:
             lazy = any(is_lazy(parameter) for module in modules for parameter in module.parameters())
             if lazy or learner.streams[phase.step_stream].index == 1:
                 return None  # the first step makes what the others find: optimizers' states, a phase's queue
-        self._why = next((why for graph in self._graphs.get(key, ()) if (why := graph.misfit(phase))), self._why)
+        alike = self._graphs.setdefault(key, [])
+        self._why = next((why for graph in alike if (why := graph.misfit(phase))), self._why)
+        scheduled = any(DECAY in graph.changed_options() for graph in alike)
+        if scheduled and all(is_torchs(slot.optimizer) for slot in learner.updates.slots):
+            self._changing = ("lr", DECAY)  # an input from now on
         with preserved():
-            traced = Traced(learner, phase, modules, state)
+            traced = Traced(learner, phase, modules, state, self._changing)
             if traced.makes_state:  # an optimizer's, of parameters that were frozen
                 return None
             graph = Graph(learner, phase, traced)
-        alike = self._graphs.setdefault(key, [])
         alike.append(graph)
         del alike[:-MANY]  # numbers that change at every step do not fill the memory
         self._count += 1
@@ -198,12 +203,17 @@ class Graph:
         self._learner = learner
         self._fixed = traced.fixed
         self._constants = traced.constants
-        self._rates = [(group, rate, RateOf(group)) for group, rate in traced.rates if group["lr"] is not rate]
-        self._all_rates = [rate for _, rate in traced.rates]
+        self._options = [option for *_, option in traced.options]
+        self._numbers = [
+            (group, name, option, Last(group[name]))
+            for group, name, option in traced.options
+            if group[name] is not option
+        ]
         self._of_phases = traced.of_phases
         self._shapes = [describe(vars(traced.holders[number])[name]) for number, name in traced.of_phases]
         self._reads = list(traced.reads.items())
-        self._optimizers = [(slot, options_of(slot.optimizer)) for slot in learner.updates.slots if phase.gradients]
+        self._changing = {"params", *(name for _, name, _ in traced.options)}
+        self._optimizers = [(slot, self._options_of(slot)) for slot in learner.updates.slots if phase.gradients]
         self._stored = list(traced.stored.items())
         self._events = traced.fired
         self._callbacks = -1
@@ -231,9 +241,24 @@ class Graph:
                 if describe(holders[number].get(name)) != expected:
                     return f"the shape of {type(phase).__name__}.{name}"
         for slot, options in self._optimizers:
-            if options_of(slot.optimizer) != options:
-                return f"the options of {slot.label}"
+            if self._options_of(slot) != options:
+                return f"{slot.label}: {', '.join(self.changed_options())}"
         return None
+
+    def changed_options(self) -> list[str]:
+        """Name the options of the optimizers that are not as they were when the step was traced."""
+        return [
+            name
+            for slot, options in self._optimizers
+            for now, before in zip(self._options_of(slot), options, strict=False)
+            for name in now
+            if now[name] != before.get(name)
+        ]
+
+    def _options_of(self, slot: Slot) -> list[dict[str, Any]]:
+        """Give the options of an optimizer's groups that are part of the graph."""
+        groups = slot.optimizer.param_groups
+        return [{name: value for name, value in group.items() if name not in self._changing} for group in groups]
 
     def run(self, phase: Phase, state: StepState) -> None:
         """Run the step: change what it changes, and store its entries.
@@ -248,11 +273,11 @@ class Graph:
                     f"gradients of another loss wait for an update of {slot.label}, and a compiled step has its own; "
                     "call learner.update() first"
                 )
-        for group, rate, last in self._rates:
-            if group["lr"] != last.value:
-                last.value = group["lr"]
-                rate.fill_(last.value)
-        moving: list[Any] = list(self._all_rates)
+        for group, name, option, last in self._numbers:
+            if group[name] != last.value:
+                last.value = group[name]
+                option.fill_(last.value)
+        moving: list[Any] = list(self._options)
         if self._of_phases:
             holders = [vars(holder) for holder in holders_of(phase)]
             moving += [holders[number][name] for number, name in self._of_phases]
@@ -270,13 +295,13 @@ class Graph:
             deliver(bound, event, phase, learner)
 
 
-class RateOf:
-    """The learning rate that a tensor holds now."""
+class Last:
+    """The number that a tensor holds now."""
 
     __slots__ = ("value",)
 
-    def __init__(self, group: dict[str, Any]) -> None:
-        self.value: float = group["lr"]
+    def __init__(self, value: float) -> None:
+        self.value = value
 
 
 class Replayed:
@@ -365,6 +390,7 @@ def rests_on(learner: Learner, phase: Phase) -> dict[str, Any]:
             found[f"{slot.label}, state {index}"] = [
                 (name, id(value)) for name, value in entries.items() if isinstance(value, Tensor)
             ]
+        found[f"the groups of {slot.label}"] = [id(group) for group in slot.optimizer.param_groups]
     return found
 
 
@@ -399,11 +425,9 @@ def inside(learner: Learner, phase: type[Phase]) -> tuple[int, ...]:
     )
 
 
-def options_of(optimizer: Optimizer) -> list[list[Any]]:
-    """Give the options of an optimizer's groups, without the parameters and the learning rate."""
-    return [
-        [value for name, value in group.items() if name not in ("params", "lr")] for group in optimizer.param_groups
-    ]
+def is_torchs(optimizer: Optimizer) -> bool:
+    """Tell whether an optimizer is one of torch's own."""
+    return type(optimizer).__module__.startswith("torch.optim.")
 
 
 def listeners(learner: Learner, phase: Phase, events: list[Event]) -> list[tuple[tuple[Bound, ...], Event]]:

@@ -127,6 +127,7 @@ class AcceleratorStandIn:
         changed += [value for leaf in changed for value in optimizer.state[leaf].values() if isinstance(value, Tensor)]
         before = [] if self._skip is None else [tensor.detach().clone() for tensor in changed]
         with torch.no_grad():
+            decay_weights(optimizer)
             optimizer.step()
             for tensor, old in zip(changed, before, strict=False):
                 tensor.copy_(torch.where(self._skip, old, tensor))  # type: ignore[arg-type]  # there if `before` is
@@ -136,10 +137,10 @@ class Traced:
     """A step as a graph, and where its inputs come from.
 
     Attributes:
-        graph: Of the tensors in `fixed`, one learning rate for each of `rates`, the tensors of the phases in
-            `of_phases`, those in the step's entries, and `constants`, in this order.
+        graph: Of the tensors in `fixed`, those of `options`, the tensors of the phases in `of_phases`, those in the
+            step's entries, and `constants`, in this order.
         fixed: Parameters, buffers and the optimizers' state.
-        rates: The optimizers' groups, each with its learning rate as a tensor.
+        options: Of the optimizers, those that may change from step to step: the group, the name, and a tensor of it.
         holders: The phase, and phases that it holds.
         of_phases: Tensors that those hold, as (number of the holder, attribute).
         reads: What the body read of them otherwise, as (number of the holder, attribute) and value.
@@ -152,7 +153,14 @@ class Traced:
         CompileError: The step is no function of tensors.
     """
 
-    def __init__(self, learner: Learner, phase: Phase, modules: list[nn.Module], state: StepState) -> None:
+    def __init__(
+        self,
+        learner: Learner,
+        phase: Phase,
+        modules: list[nn.Module],
+        state: StepState,
+        changing: tuple[str, ...] = ("lr",),
+    ) -> None:
         self._learner, self._phase = learner, phase
         self._parts = [part for module in modules for part in module.modules()]
         self._slots = learner.updates.slots if phase.gradients else ()
@@ -163,8 +171,12 @@ class Traced:
                 *(v for slot in self._slots for p in slot.parameters for v in slot.optimizer.state.get(p, {}).values()),
             ]
         )
-        self.rates = [
-            (group, rate_of(group)) for slot in self._slots for group in slot.optimizer.param_groups if "lr" in group
+        self.options = [
+            (group, name, as_tensor(group, name))
+            for slot in self._slots
+            for group in slot.optimizer.param_groups
+            for name in changing
+            if group["params"] and group.get(name) is not None
         ]
         self.holders = holders_of(phase)
         self.of_phases = [
@@ -181,7 +193,7 @@ class Traced:
         self._check_hooks()
         given = [tensor for value in self._entries.values() for tensor in tensors(value)]
         held = [vars(self.holders[number])[name] for number, name in self.of_phases]
-        self.example: list[Any] = [*self.fixed, *(rate for _, rate in self.rates), *held, *given]
+        self.example: list[Any] = [*self.fixed, *(option for _, _, option in self.options), *held, *given]
         self.graph = self._trace()
         self.constants = lift_constants(self.graph)
         self.example += self.constants
@@ -229,7 +241,7 @@ class Traced:
         """Run the body on stand-ins for all inputs; give the tensors that it stored."""
         inputs = iter(flat)
         stand_ins = {id(tensor): next(inputs) for tensor in self.fixed}
-        rates = {id(group): next(inputs) for group, _ in self.rates}
+        options = {(id(group), name): next(inputs) for group, name, _ in self.options}
         for number, name in self.of_phases:
             object.__setattr__(self.holders[number], name, next(inputs))
         leaves: dict[Any, Tensor] = {}
@@ -243,7 +255,7 @@ class Traced:
                     part._parameters[name] = leaf  # type: ignore[assignment]  # as torch.func.functional_call does
             for name, buffer in part._buffers.items():
                 part._buffers[name] = None if buffer is None else stand_ins[id(buffer)]
-        twins = {slot.name: twin_of(slot.optimizer, leaves, stand_ins, rates) for slot in self._slots}
+        twins = {slot.name: twin_of(slot.optimizer, leaves, stand_ins, options) for slot in self._slots}
         entries = {name: map_tensors(lambda _: next(inputs), value) for name, value in self._entries.items()}
         state = StepState(dict(entries))
         learner = StandIn(self._learner, self._phase, state, leaves, twins)
@@ -363,34 +375,50 @@ def holders_of(phase: Phase) -> list[Phase]:
     return [phase, *(value for value in vars(phase).values() if isinstance(value, Phase))]
 
 
-def rate_of(group: dict[str, Any]) -> Tensor:
-    """Give a group's learning rate as a tensor on the parameters' device: the group's own, if it is one."""
-    if isinstance(group["lr"], Tensor):
-        rate: Tensor = group["lr"]
-        return rate
+def as_tensor(group: dict[str, Any], name: str) -> Tensor:
+    """Give a number of a parameter group as a tensor on its parameters' device; one that is a tensor is itself."""
+    if isinstance(group[name], Tensor):
+        number: Tensor = group[name]
+        return number
     parameter = group["params"][0]
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return torch.tensor(group["lr"], dtype=dtype, device=parameter.device)
+    return torch.tensor(group[name], dtype=dtype, device=parameter.device)
 
 
-def twin_of(optimizer: Optimizer, leaves: Any, stand_ins: dict[int, Tensor], rates: dict[int, Tensor]) -> Optimizer:
+DECAY = "weight_decay"
+
+
+def twin_of(
+    optimizer: Optimizer, leaves: Any, stand_ins: dict[int, Tensor], options: dict[tuple[int, str], Tensor]
+) -> Optimizer:
     """Give an optimizer of the same kind and options over stand-ins, whose step is operations on tensors alone."""
     twin: Optimizer = object.__new__(type(optimizer))
     twin.__dict__.update(vars(optimizer))
-    options = {"foreach": True, "fused": False, "capturable": True}
-    twin.param_groups = [
-        {
-            **group,
-            **{name: value for name, value in options.items() if name in group},
-            "params": [leaves[parameter] for parameter in group["params"]],
-            **({"lr": rates[id(group)]} if id(group) in rates else {}),
-        }
-        for group in optimizer.param_groups
-    ]
+    how = {"foreach": True, "fused": False, "capturable": True}
+    twin.param_groups = []
+    for group in optimizer.param_groups:
+        given = {name: options[id(group), name] for name in group if (id(group), name) in options}
+        as_tensors = {name: value for name, value in how.items() if name in group}
+        parameters = [leaves[parameter] for parameter in group["params"]]
+        twin.param_groups.append({**group, **as_tensors, **given, "params": parameters})
     twin.state = defaultdict(dict)
     for parameter, entries in optimizer.state.items():
         twin.state[leaves[parameter]] = {name: stand_ins.get(id(value), value) for name, value in entries.items()}
     return twin
+
+
+def decay_weights(optimizer: Optimizer) -> None:
+    """Decay weights by a tensor, as torch's optimizers do by a number, and leave an optimizer none to decay by."""
+    for group in optimizer.param_groups:
+        weight = group.get(DECAY)
+        if not isinstance(weight, Tensor):
+            continue
+        for leaf in group["params"]:
+            if leaf.grad is not None and group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)):
+                leaf.mul_(1 - group["lr"] * weight)
+            elif leaf.grad is not None:
+                leaf.grad = leaf.grad + leaf * (-weight if group.get("maximize") else weight)
+        group[DECAY] = 0.0
 
 
 def lift_constants(graph: GraphModule) -> list[Tensor]:

@@ -39,6 +39,7 @@ from fluxloop import (
     MetricsPrinter,
     MixUp,
     MoCoPhase,
+    Momentum,
     ObjectiveValidationPhase,
     PerOptimizerPhase,
     PerOptimizerValidationPhase,
@@ -69,6 +70,7 @@ from fluxloop.testing import assert_observer, assert_resumes_exactly, toy_learne
 ROWS = 70
 """Two full batches of 32 and a ragged one."""
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+RMSPROP = partial(torch.optim.RMSprop, lr=1e-3)
 ADAM = partial(torch.optim.Adam, lr=1e-3, fused=False)
 
 
@@ -208,11 +210,19 @@ def test_callbacks_work_with_compiled_steps(callbacks: Callable[[], list[Callbac
 
 
 @pytest.mark.usefixtures("plain")
-def test_a_schedule_of_the_learning_rate_makes_no_new_graph_one_of_weight_decay_does() -> None:
+def test_a_schedule_of_the_learning_rate_makes_no_new_graph_and_one_of_weight_decay_one() -> None:
     _, compiled = both(5, callbacks=lambda: [Scheduler({LearningRate: linear(12, 0.1, 0.01)})])
     assert graphs(compiled) == 2
-    _, compiled = both(2, callbacks=lambda: [Scheduler({WeightDecay: linear(4, 0.1, 0.01)})])
-    assert graphs(compiled) > 2
+    for optimizer in (SGD, partial(SGD, maximize=True), ADAM, partial(torch.optim.AdamW, fused=False), RMSPROP):
+        decay = linear(15, 0.0, 0.3)
+        _, compiled = both(5, callbacks=lambda: [Scheduler({WeightDecay: decay})], optimizer=optimizer)  # noqa: B023
+        assert graphs(compiled) == 3
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_momentum_that_changes_at_every_step_is_right_and_said() -> None:
+    with pytest.warns(UserWarning, match=r"compiled 8 times.*the optimizer: momentum"):
+        both(5, callbacks=lambda: [Scheduler({Momentum: linear(15, 0.5, 0.9)})])
 
 
 def encoder() -> dict[str, nn.Module]:

@@ -198,7 +198,7 @@ def test_a_trace_names_its_inputs_and_changes_nothing() -> None:
         made.scope = None
         traced = Traced(made, phase, made.modules(), made.step)
     assert [id(tensor) for tensor in traced.fixed] == [id(parameter) for parameter in made.model.parameters()]
-    assert [group["lr"] for group, _ in traced.rates] == [0.1]
+    assert [(name, option.item()) for _, name, option in traced.options] == [("lr", pytest.approx(0.1))]
     assert set(traced.stored) == {"preds", "loss"}
     assert [type(event).__name__ for event in traced.fired] == [
         *("LossBegin", "BackwardBegin", "BackwardEnd", "UpdateBegin", "UpdateEnd")
