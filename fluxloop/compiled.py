@@ -47,8 +47,7 @@ MANY = 8
 def lower(graph: GraphModule, inputs: list[Any], device: torch.device) -> Compiled:
     """Compile a graph of tensor operations into a function of the same inputs.
 
-    On the CPU with inductor's wrapper in C++, which calls its kernels without Python in between; on
-    CUDA as a CUDA graph.
+    On the CPU with inductor's wrapper in C++, which calls its kernels without Python in between.
     """
     import torch._inductor
 
@@ -225,9 +224,8 @@ class Graph:
                 f"the step of {phase!r} was traced, but could not be compiled: {first_line(error)}. On the CPU this "
                 "needs a C++ compiler (g++ or clang++), on CUDA Triton; or use compile=False"
             ) from error
-        if learner.accelerator.device.type == "cuda":
-            moving = len(traced.fixed)
-            self._call = Replayed(self._call, moving)
+        if all(tensor.is_cuda for tensor in traced.example):  # what happens on the host would happen once
+            self._call = Replayed(self._call, len(traced.fixed))
 
     def misfit(self, phase: Phase) -> str | None:
         """Say what of a phase, or of the optimizers' options, is not as it was when the step was traced."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -674,3 +675,36 @@ def test_a_model_is_compiled_by_torch_and_stays_what_it_is() -> None:
         each.fit(1, steps_per_epoch=2)
     for a, b in zip(weights(eager), weights(made), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+# Replayed on a GPU: the bookkeeping, with a recording that runs what it recorded
+
+
+class Recording:
+    def replay(self) -> None:
+        results = self.compiled(*self.inputs)  # type: ignore[attr-defined]  # set when it is recorded
+        for kept, new in zip(self.outputs, results, strict=True):  # type: ignore[attr-defined]  # as above
+            kept.copy_(new)
+
+
+def test_a_replayed_graph_gets_what_moves_and_gives_what_is_the_callers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    recording = Recording()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recording)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    weight = torch.zeros(3)
+
+    def compiled(weight: Tensor, xs: Tensor) -> list[Tensor]:
+        if not hasattr(recording, "replaying") and replayed._calls > replayed.WARM_UP:
+            recording.compiled, recording.inputs, recording.replaying = step, replayed._inputs, True  # type: ignore[attr-defined]  # a recording runs nothing
+            recording.outputs = [torch.zeros(())]  # type: ignore[attr-defined]  # as above
+            return recording.outputs  # type: ignore[attr-defined, no-any-return]  # as above
+        return step(weight, xs)
+
+    def step(weight: Tensor, xs: Tensor) -> list[Tensor]:
+        weight += xs
+        return [weight.sum().clone()]
+
+    replayed = fluxloop.compiled.Replayed(compiled, num_fixed=1)
+    given = [replayed(weight, torch.full((3,), float(number)))[0] for number in range(1, 7)]
+    assert [each.item() for each in given] == [3.0, 9.0, 18.0, 30.0, 45.0, 63.0]
+    assert torch.equal(weight, torch.full((3,), 21.0))
