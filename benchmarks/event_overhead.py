@@ -187,7 +187,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     differences("A handler that does not say whether it draws random numbers.", careful, [1] * 4, quick)
 
-    for title, kind in (("Idle callbacks, which handle nothing in a step", Idle), ("Callbacks that read the loss", Reader)):
+    for title, kind in (
+        ("Idle callbacks, which handle nothing in a step", Idle),
+        ("Callbacks that read the loss", Reader),
+    ):
         counts = (0, 1, 10, 50)
         sides = {f"{n} callbacks": epoch(learner_with(*many(kind, n))) for n in counts}
         differences(f"{title}: added per callback.", sides, counts, quick)

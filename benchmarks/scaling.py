@@ -3,9 +3,9 @@
     python benchmarks/scaling.py            # the tables
     python benchmarks/scaling.py --quick    # shorter epochs, fewer starts
 
-Steps that compute nothing but their metrics are timed in an epoch of so many: "first µs" is the
-median over the hundreds of the first thousand, "last µs" of the last thousand, "ratio" the median
-over fresh starts of the second by the first; flat is 1. They run with the default callbacks and
+Steps that compute nothing but their metrics are timed: "first µs" is the median over the hundreds
+of the first thousand, "last µs" of the last thousand, "ratio" the median over fresh starts of the
+second by the first; flat is 1. They run with the default callbacks and
 accuracy. A loop by hand, which does the same without fluxloop, shows what the machine does
 meanwhile. One thread.
 """
@@ -15,6 +15,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -61,10 +63,14 @@ class Steps:
             yield None
         self.times.append(time.perf_counter())
 
-    def ends(self) -> tuple[float, float]:
-        """Give µs per step of the first and of the last thousand."""
-        hundreds = [(b - a) / HUNDRED * 1e6 for a, b in zip(self.times, self.times[1:], strict=False)]
-        return median(hundreds[:10]), median(hundreds[-10:])
+
+Ends = tuple[float, float]
+
+
+def ends(times: Sequence[float]) -> Ends:
+    """Give µs per unit of the first thousand and of the last, of the times at every hundred."""
+    hundreds = [(b - a) / HUNDRED * 1e6 for a, b in pairwise(times)]
+    return median(hundreds[:10]), median(hundreds[-10:])
 
 
 def learner_for(data: Any, *metrics: Any) -> Learner[Any]:
@@ -81,19 +87,41 @@ def by_hand(steps: Steps) -> None:
             track(PREDS, YS, LOSS)
 
 
-def epochs(table: Table, count: int, quick: bool) -> None:
-    """Print a row of an epoch of so many steps, for either side."""
-    ends: dict[str, list[tuple[float, float]]] = {"by hand": [], "fluxloop": []}
-    for _ in range(1 if quick else max(2, min(9, 300_000 // count))):
-        steps = Steps(count)
-        learner, phase = learner_for(steps), Given()
-        learner.epoch(phase, Steps(1000))  # warm
-        for side, run in {"by hand": lambda: by_hand(steps), "fluxloop": lambda: learner.epoch(phase)}.items():  # noqa: B023 - called at once
+def one_epoch(count: int) -> dict[str, Ends]:
+    """Give the ends of an epoch of so many steps, on either side."""
+    steps, found = Steps(count), {}
+    learner, phase = learner_for(steps), Given()
+    learner.epoch(phase, Steps(1000))  # warm
+    for side, run in {"by hand": lambda: by_hand(steps), "fluxloop": lambda: learner.epoch(phase)}.items():
+        run()
+        found[side] = ends(steps.times)
+    return found
+
+
+def short_epochs(count: int) -> dict[str, Ends]:
+    """Give the ends of so many epochs of one step, which fits of a hundred run, on either side."""
+    steps, found = Steps(1), {}
+    learner, phase = learner_for(steps), Given()
+
+    def loop() -> None:
+        for _ in range(HUNDRED):
+            by_hand(steps)
+
+    for side, run in {"by hand": loop, "fluxloop": lambda: learner.fit(HUNDRED, phases=[phase])}.items():
+        times = [time.perf_counter()]
+        for _ in range(count // HUNDRED):
             run()
-            ends[side].append(steps.ends())
-    for side, pairs in ends.items():
-        first, last = (median(pair[index] for pair in pairs) for index in (0, 1))
-        table.row(f"{count:,} steps", side, first, last, median(b / a for a, b in pairs))
+            times.append(time.perf_counter())
+        found[side] = ends(times)
+    return found
+
+
+def print_ends(table: Table, what: str, measure: Callable[[], dict[str, Ends]], starts: int) -> None:
+    """Print a row for either side."""
+    found = [measure() for _ in range(starts)]
+    for side in found[0]:
+        first, last = (median(pair[side][index] for pair in found) for index in (0, 1))
+        table.row(what, side, first, last, median(pair[side][1] / pair[side][0] for pair in found))
 
 
 def before(earlier: int) -> Callable[[], object]:
@@ -103,14 +131,6 @@ def before(earlier: int) -> Callable[[], object]:
     for _ in range(earlier):
         learner.epoch(phase, one)
     return lambda: learner.epoch(phase)
-
-
-def fit_before(earlier: int) -> Callable[[], object]:
-    """Give what fits for epochs of one step after so many others."""
-    learner, phase = learner_for(Steps(1)), Given()
-    if earlier:
-        learner.fit(earlier, phases=[phase])
-    return lambda: learner.fit(HUNDRED, phases=[phase])
 
 
 def mean_of(preds: Tensor, ys: Tensor) -> Tensor:
@@ -134,28 +154,24 @@ def table_of(what: str, heading: str, sides: dict[str, Callable[[], object]], qu
         table.row(side, got.micro(side), got.ratio(side, base), got.difference(side, base))
 
 
-EPOCH_COLUMNS = {"epoch of": "<13", "side": "<8", "first µs": ">8.2f", "last µs": ">8.2f", "ratio": ">6.3f"}
+COLUMNS = {"what": "<26", "side": "<8", "first µs": ">8.2f", "last µs": ">8.2f", "ratio": ">6.3f"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     quick = arguments(__doc__, argv).quick
     torch.set_num_threads(1)
-    print("A step of a long epoch.\n")
-    table = Table(EPOCH_COLUMNS)
+    print("A step of a long epoch, and an epoch of one step after many others.\n")
+    table = Table(COLUMNS)
     for count in (2_000, 10_000) if quick else (2_000, 10_000, 100_000):
-        epochs(table, count, quick)
-    many = 300 if quick else 3_000
-    counts = (0, many // 10, many)
-    table_of("A step after so many epochs.", "epochs before", {f"{n:,}": before(n) for n in counts}, quick)
-    table_of(
-        "An epoch of one step, of a fit after so many epochs.",
-        "epochs before",
-        {f"{n:,}": fit_before(n) for n in counts},
-        quick,
-    )
-    table_of(
-        "A step with so many further metrics.", "metrics", {f"{n}": with_metrics(n) for n in (0, 1, 5, 20)}, quick
-    )
+        starts = 1 if quick else max(3, min(9, 100_000 // count))
+        print_ends(table, f"{count:,} steps", partial(one_epoch, count), starts)
+    many = 2_000 if quick else 10_000
+    print_ends(table, f"{many:,} epochs of one step", partial(short_epochs, many), 1 if quick else 3)
+
+    earlier = {f"{n:,}": before(n) for n in (0, many // 10, many)}
+    table_of("A step after so many epochs.", "epochs before", earlier, quick)
+    metrics = {f"{n}": with_metrics(n) for n in (0, 1, 5, 20)}
+    table_of("A step with so many further metrics.", "metrics", metrics, quick)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ COLUMNS = {
 def rows(quick: bool) -> list[tuple[int, Workload, str, bool]]:
     """List what is measured: threads, workload, optimizer, whether with the default callbacks."""
     if quick:
-        alone = [(1, work, label, tracked) for work in (TINY, SMALL) for label in OPTIMIZERS for tracked in (False, True)]
+        alone = [
+            (1, work, label, tracked) for work in (TINY, SMALL) for label in OPTIMIZERS for tracked in (False, True)
+        ]
         return [*alone, (1, CONV, "AdamW", False), (1, TRANSFORMER, "AdamW", False), (2, TINY, "AdamW", False)]
     every = itertools.product((1, 2), WORKLOADS, OPTIMIZERS, (False, True))
     return [row for row in every if row[0] == 1 or "fused" not in row[2]]

@@ -132,9 +132,7 @@ class Table:
         self.formats = list(columns.values())
         self._print([f"{name:{form.split('.')[0]}}" for name, form in columns.items()])
         widths = [max(len(name), int(form[1:].split(".")[0])) for name, form in columns.items()]
-        self._print(
-            ["-" * (w - 1) + (":" if f[0] == ">" else "-") for w, f in zip(widths, self.formats, strict=True)]
-        )
+        self._print(["-" * (w - 1) + (":" if f[0] == ">" else "-") for w, f in zip(widths, self.formats, strict=True)])
 
     def row(self, *cells: str | float) -> None:
         self._print(
@@ -163,8 +161,10 @@ def skip(why: str) -> None:
 def machine() -> str:
     """Name what the figures depend on."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if (
-        info.exists()
-    ) else []
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if (info.exists())
+        else []
+    )
     processor = names[0] if names else platform.processor() or platform.machine()
     return f"{os.cpu_count()} cores ({processor}), torch {torch.__version__}, Python {platform.python_version()}"

@@ -1,4 +1,4 @@
-"""What is trained, the loop that a user would write by hand, the learner that does the same, and the check that it did."""
+"""What is trained, the loop that a user writes by hand, the learner that does the same, and the check that it did."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Transformer(nn.Module):
 
 def mlp(*sizes: int) -> nn.Sequential:
     """Make linear layers with ReLU between them."""
-    layers = [layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(a, b), nn.ReLU())]
+    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 
