@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -104,7 +104,7 @@ OPTIMIZERS = {"SGD": SGD, "AdamW": ADAMW, "AdamW, fused=False": ADAMW_PLAIN}
 """Left to itself fluxloop may choose AdamW's fused implementation; the other side has torch's default."""
 
 
-def plain_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches) -> None:
+def plain_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Train as PyTorch's tutorials do."""
     model.train()
     for xs, ys in batches:
@@ -234,9 +234,10 @@ def updates_of(optimizer: torch.optim.Optimizer) -> int | None:
 
 def loss_of(model: nn.Module, batches: Batches) -> float:
     """Give the mean loss over batches, in training mode; the model is left as it is."""
-    model = copy.deepcopy(model).train()
+    model, device = copy.deepcopy(model).train(), next(model.parameters()).device
     with torch.no_grad():
-        return sum(cross_entropy(model(xs), ys).item() for xs, ys in batches) / len(batches)
+        losses = [cross_entropy(model(xs.to(device)), ys.to(device)).item() for xs, ys in batches]
+    return sum(losses) / len(losses)
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
