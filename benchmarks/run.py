@@ -39,8 +39,7 @@ def run(script: str, quick: bool) -> str | None:
         SystemExit: It failed.
     """
     path = FOLDER / f"{script}.py"
-    takes_quick = "timing import" in path.read_text()  # those read the common command line
-    command = [sys.executable, str(path), *(["--quick"] if quick and takes_quick else [])]
+    command = [sys.executable, str(path), *(["--quick"] if quick and "--quick" in path.read_text() else [])]
     lines: list[str] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout or ():

@@ -42,7 +42,8 @@ class Stopwatch:
 
     def stop(self) -> Lap:
         ended = [clock() for clock in self.clocks]
-        assert self.begun is not None, "stopped before it was started"
+        if self.begun is None:
+            raise RuntimeError("the clock was stopped before it was started")
         wall, cpu = (end - begin for end, begin in zip(ended, self.begun, strict=True))
         self.lap = Lap(wall, cpu)
         return self.lap

@@ -23,7 +23,7 @@ Optimizer = Callable[..., torch.optim.Optimizer]
 
 CLOSE, CLOSE_LOSS = 5e-3, 1e-4
 """How far weights may lie apart where the arithmetic is ordered otherwise (fused, compiled), as a share of the way that
-training moved them, and how far their losses as a share of the loss. One update of a hundred left out is 1e-2."""
+training moved them, and how far their losses as a share of the loss. One update of a hundred left out is over 1e-2."""
 
 
 class Transformer(nn.Module):
