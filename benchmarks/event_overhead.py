@@ -11,17 +11,18 @@ event or per callback as the column says. One thread; sides interleaved in one p
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import Any
 
 import torch
-from timing import Measured, Table, arguments, interleave
+from timing import Sides, arguments, interleave, print_added
 from torch import nn
-from workloads import ADAMW, TINY, make_learner
+from workloads import SGD, TINY, make_learner
 
 from fluxloop import (
     AbstractTrainingPhase,
+    Accelerator,
     BackwardBegin,
     BackwardEnd,
     Callback,
@@ -128,14 +129,14 @@ class Standard(AbstractTrainingPhase):
 
 def learner_with(*callbacks: Callback, models: int = 1) -> Learner[Any]:
     """Make a learner with these callbacks alone, and so many models with an optimizer each."""
-    model = nn.Linear(1, 1) if models == 1 else {f"m{i}": nn.Linear(1, 1) for i in range(models)}
-    learner: Learner[Any] = make_learner(nn.Linear(1, 1), [None] * STEPS, ADAMW)
-    if models > 1:
-        learner = Learner(
-            model, data=([None] * STEPS,), optimizer=ADAMW, default_callbacks=False, accelerator=learner.accelerator
-        )
-    learner.set_callbacks(callbacks)
-    return learner
+    return Learner(
+        nn.Linear(1, 1) if models == 1 else {f"m{index}": nn.Linear(1, 1) for index in range(models)},
+        data=([None] * STEPS,),
+        optimizer=SGD,
+        callbacks=callbacks,
+        default_callbacks=False,
+        accelerator=Accelerator("cpu"),
+    )
 
 
 def many(kind: Callable[..., Callback], count: int) -> list[Callback]:
@@ -157,19 +158,10 @@ def after_phases(count: int) -> Callable[[], None]:
     return epoch(learner)
 
 
-def measure(sides: Mapping[str, Callable[[], object]], quick: bool) -> Measured:
-    """Measure the epochs of several sides, per step."""
-    return interleave(lambda: sides, units=STEPS, rounds=7 if quick else 60)
-
-
-def differences(what: str, sides: Mapping[str, Callable[[], object]], counts: Sequence[int], quick: bool) -> None:
-    """Print a table of what each side adds to the first one, for each of so many things."""
+def differences(what: str, sides: Sides, counts: Sequence[int], quick: bool) -> None:
+    """Print what each side adds to a step of the first one, for each of so many things."""
     print(f"\n{what}\n")
-    got, base = measure(sides, quick), next(iter(sides))
-    table = Table({"a step with": "<38", "step µs": ">8.2f", "ratio": ">6.3f", "added µs, each": ">14.3f"})
-    for side, count in zip(sides, counts, strict=True):
-        added = got.difference(side, base) / count if side != base else "–"
-        table.row(side, got.micro(side), got.ratio(side, base), added)
+    print_added("a step with", interleave(lambda: sides, units=STEPS, rounds=7 if quick else 60), counts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -211,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def default_learner(*callbacks: Callback) -> Learner[Any]:
     """Make a learner with the default callbacks, but for the line per epoch."""
-    learner = make_learner(TINY.model(), [None] * STEPS, ADAMW, tracked=True)
+    learner = make_learner(TINY.model(), [None] * STEPS, SGD, tracked=True)
     learner.replace_callback(ProgressBar(enabled=False))
     learner.replace_callback(Metrics())
     for callback in callbacks:

@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from timing import Table, arguments, interleave
+from timing import Sides, Table, arguments, interleave, print_added
 from torch import Tensor, nn
 from workloads import ADAMW, make_learner, tracking
 
@@ -145,13 +145,10 @@ def with_metrics(count: int) -> Callable[[], object]:
     return lambda: learner.epoch(phase)
 
 
-def table_of(what: str, heading: str, sides: dict[str, Callable[[], object]], quick: bool) -> None:
-    """Print the cost of sides against the first one's."""
+def differences(what: str, heading: str, sides: Sides, counts: Sequence[int], quick: bool) -> None:
+    """Print what each side adds to a step of the first one, for each of so many things."""
     print(f"\n{what}\n")
-    got, base = interleave(lambda: sides, units=HUNDRED, rounds=9 if quick else 60), next(iter(sides))
-    table = Table({heading: "<28", "µs": ">9.2f", "ratio": ">6.3f", "added µs": ">9.3f"})
-    for side in sides:
-        table.row(side, got.micro(side), got.ratio(side, base), got.difference(side, base))
+    print_added(heading, interleave(lambda: sides, units=HUNDRED, rounds=9 if quick else 60), counts)
 
 
 COLUMNS = {"what": "<26", "side": "<8", "first µs": ">8.2f", "last µs": ">8.2f", "ratio": ">6.3f"}
@@ -168,10 +165,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     many = 2_000 if quick else 10_000
     print_ends(table, f"{many:,} epochs of one step", partial(short_epochs, many), 1 if quick else 3)
 
-    earlier = {f"{n:,}": before(n) for n in (0, many // 10, many)}
-    table_of("A step after so many epochs.", "epochs before", earlier, quick)
-    metrics = {f"{n}": with_metrics(n) for n in (0, 1, 5, 20)}
-    table_of("A step with so many further metrics.", "metrics", metrics, quick)
+    counts = (0, many // 10, many)
+    earlier = {f"{n:,}": before(n) for n in counts}
+    differences("A step after so many epochs: added per epoch.", "epochs before", earlier, counts, quick)
+    metrics = {f"{n}": with_metrics(n) for n in (1, 2, 6, 21)}
+    differences("A step with so many further metrics: added per metric.", "metrics", metrics, (0, 1, 5, 20), quick)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,8 @@ def interleave(
     for start in range(starts):
         torch.manual_seed(start)
         sides = make()
+        for name in sides:
+            laps.setdefault(name, [])
         for index in range(warm_up + math.ceil(rounds / starts)):
             for name in list(sides) if index % 2 else reversed(list(sides)):
                 watch = Stopwatch(clocks)
@@ -113,7 +115,7 @@ def interleave(
                 own = sides[name]()
                 lap = watch.stop()
                 if index >= warm_up:
-                    laps.setdefault(name, []).append(own if isinstance(own, Lap) else lap)
+                    laps[name].append(own if isinstance(own, Lap) else lap)
         if check is not None:
             check()
         del sides
@@ -145,6 +147,21 @@ class Table:
 
     def _print(self, cells: Sequence[str]) -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def print_added(heading: str, got: Measured, counts: Sequence[int]) -> None:
+    """Print what each side adds to the first one.
+
+    Args:
+        heading: Of the sides' names.
+        got: Their laps.
+        counts: How many things each side has beyond the first.
+    """
+    base = next(iter(got.laps))
+    table = Table({heading: "<38", "µs": ">9.2f", "ratio": ">6.3f", "added µs, each": ">14.3f"})
+    for side, count in zip(got.laps, counts, strict=True):
+        added = got.difference(side, base) / count if side != base else "–"
+        table.row(side, got.micro(side), got.ratio(side, base), added)
 
 
 def arguments(doc: str | None, argv: Sequence[str] | None) -> argparse.Namespace:

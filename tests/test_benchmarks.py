@@ -119,6 +119,20 @@ def test_a_table_is_markdown(scripts: Any, capsys: pytest.CaptureFixture[str]) -
     ]
 
 
+def test_what_each_side_adds_to_the_first_is_told_per_thing(scripts: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    fake, timing = FakeTime(), scripts["timing"]
+    sides = {name: partial(fake.work, name, wall, 1.0) for name, wall in (("0", 4.0), ("2", 5.0), ("10", 9.0))}
+    got = timing.interleave(lambda: sides, units=1_000_000, rounds=1, clocks=fake.clocks)
+    timing.print_added("callbacks", got, (0, 2, 10))
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["callbacks", "µs", "ratio", "added µs, each"]
+    assert rows[2:] == [
+        ["0", "4.00", "1.000", "–"],
+        ["2", "5.00", "1.250", "0.500"],
+        ["10", "9.00", "2.250", "0.500"],
+    ]
+
+
 # workloads.py: whether both trained the same
 
 
