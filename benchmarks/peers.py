@@ -462,7 +462,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         table, failed = Table(COLUMNS), dict[str, str]()
         for work in (TINY,) if quick else (TINY, SMALL):
             for tracked in (False, True):
-                failed |= measure(table, frameworks, work, tracked, 2 if quick else 30)
+                failed |= measure(table, frameworks, work, tracked, 2 if quick else 20)
     for name, why in failed.items():
         print(f"\n{name} is left out: {why}")
 

@@ -5,7 +5,7 @@
     python benchmarks/run.py --quick                # all in about four minutes, to see that they run; writes nothing
     python benchmarks/run.py --out other.md
 
-Each script runs in a process of its own, and prints Markdown tables. One that says that it can
+Each script runs in a process of its own, and prints Markdown tables, or columns. One that says that it can
 measure nothing here (no GPU, no other framework) leaves the results that there were.
 """
 
@@ -33,7 +33,7 @@ by that of the other side: below 1, fluxloop is faster. Shared machines drift: t
 
 
 def run(script: str, quick: bool) -> str | None:
-    """Run a script, showing what it prints; give it, or None where it could measure nothing.
+    """Run a script, showing what it prints; give it as Markdown, or None where it could measure nothing.
 
     Raises:
         SystemExit: It failed.
@@ -48,7 +48,9 @@ def run(script: str, quick: bool) -> str | None:
     if process.returncode:
         raise SystemExit(f"{path.name} failed with exit status {process.returncode}")
     output = "".join(lines).strip()
-    return None if output.startswith(SKIPPED) else output
+    if output.startswith(SKIPPED):
+        return None
+    return f"```text\n{output}\n```" if "\n" in output and "\n|" not in f"\n{output}" else output
 
 
 def sections(text: str) -> dict[str, str]:

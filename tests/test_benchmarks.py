@@ -399,6 +399,12 @@ def test_the_results_of_others_and_of_those_that_can_measure_nothing_stay(runner
     assert runner.joined(found) == runner.RESULTS.read_text()
 
 
+def test_columns_that_are_no_markdown_are_shown_as_they_are(runner: Any) -> None:
+    (runner.FOLDER / "second.py").write_text("print('side   ratio\\nplain   1.00')\n")
+    runner.main(["second"])
+    assert "\n\n```text\nside   ratio\nplain   1.00\n```\n" in runner.RESULTS.read_text()
+
+
 def test_a_quick_run_writes_only_where_it_is_told(runner: Any, tmp_path: Path) -> None:
     runner.main(["--quick"])
     assert not runner.RESULTS.exists()
