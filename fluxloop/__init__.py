@@ -1,200 +1,201 @@
 """fluxloop: a training-loop framework for PyTorch, for people whose training step is the research."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from importlib import import_module as _import_module
-from typing import Any as _Any
+from fluxloop.lazy import lazily
 
-from fluxloop import augment, errors, events, losses, schedules
-from fluxloop.accelerator import Accelerator
-from fluxloop.augment import MultiCrop, TwoViews, ViewDataset
-from fluxloop.callback import Callback, NoConflict, RunFirst, Unresolvable, UnsafeCallback, on, resolve_conflict
-from fluxloop.callbacks import (
-    EMA,
-    ActivationStats,
-    BatchLimit,
-    Check,
-    Checkpointer,
-    ConditionalCallback,
-    CSVLogger,
-    CustomCallback,
-    CutMix,
-    EarlyStopping,
-    FeatureStats,
-    GarbageCollect,
-    GradientClip,
-    KeepBestModel,
-    KNNProbe,
-    LinearProbe,
-    LogHistograms,
-    LogHyperParams,
-    LogImages,
-    LogMetrics,
-    LogTraces,
-    LogVisualization,
-    LRScheduler,
-    Metrics,
-    MetricSource,
-    MetricsPrinter,
-    MixUp,
-    Profile,
-    ProgressBar,
-    Recorder,
-    SampleImages,
-    SanityCheck,
-    Scheduler,
-    SetEpoch,
-    StochasticWeightAveraging,
-    StopOnNaNLoss,
-    Timer,
-    Traces,
-    Unfreeze,
-    throttle,
-)
-from fluxloop.data import (
-    TensorBatches,
-    as_dataloader,
-    overfit,
-    split,
-)
-from fluxloop.errors import (
-    AmbiguousHandlerError,
-    BatchError,
-    CallbackConflictError,
-    CallbackCycleError,
-    CallbackError,
-    CallbackTypeError,
-    CancelEpochException,
-    CancelFittingException,
-    CancelSignal,
-    CancelStepException,
-    CheckpointError,
-    DataError,
-    DuplicateCallbackError,
-    FluxloopError,
-    HandlerError,
-    LogExistsError,
-    LossError,
-    MetricError,
-    MissingEntryError,
-    MissingProducerError,
-    ModelError,
-    OptimizerError,
-    PhaseError,
-    ReentrantFitError,
-    SanityCheckError,
-    StateAccessError,
-)
-from fluxloop.events import (
-    BackwardBegin,
-    BackwardEnd,
-    CycleBegin,
-    CycleEnd,
-    EpochBegin,
-    EpochEnd,
-    Event,
-    FitBegin,
-    FitEnd,
-    LossBegin,
-    StepBegin,
-    StepEnd,
-    UpdateBegin,
-    UpdateEnd,
-)
-from fluxloop.history import Counts, History
-from fluxloop.hyperparameters import (
-    Attribute,
-    Betas,
-    HyperParameter,
-    LearningRate,
-    Momentum,
-    OptimizerOption,
-    WeightDecay,
-    get_hyperparameter,
-    set_hyperparameter,
-)
-from fluxloop.learner import Learner
-from fluxloop.logging import (
-    CSV,
-    JSONL,
-    Audio,
-    Backend,
-    Figure,
-    File,
-    Histogram,
-    HyperParameters,
-    Image,
-    Loggable,
-    Memory,
-    MLflow,
-    Scalar,
-    TensorBoard,
-    Text,
-    WandB,
-    log_to,
-)
-from fluxloop.loop import runepoch, runstep, watching
-from fluxloop.losses import MixedLoss, MixedTargets
-from fluxloop.lr_finder import LRSweep, find_lr
-from fluxloop.metrics import Loss, Metric, SmoothLoss, accuracy, binary_accuracy, mae, mse, rmse, top_k
-from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, FittingPhase, Phase, ProbePhase
-from fluxloop.phases import (
-    AutoencoderPhase,
-    AveragedValidationPhase,
-    BarlowTwinsPhase,
-    BYOLPhase,
-    DINOPhase,
-    DistillationPhase,
-    GANPhase,
-    GANValidationPhase,
-    JointEmbeddingPhase,
-    MAEPhase,
-    MoCoPhase,
-    ObjectivePhase,
-    ObjectiveValidationPhase,
-    PerOptimizerPhase,
-    PerOptimizerValidationPhase,
-    PredictionPhase,
-    SimCLRPhase,
-    SimSiamPhase,
-    SupConPhase,
-    TeacherPhase,
-    TrainingPhase,
-    TripletPhase,
-    TwinPhase,
-    VAEPhase,
-    ValidationPhase,
-    VICRegPhase,
-)
-from fluxloop.randomness import seed_everything, start_generators, stream_seed
-from fluxloop.schedules import (
-    constant,
-    cosine,
-    exponential,
-    inverse_sqrt,
-    linear,
-    one_cycle,
-    polynomial,
-    repeat,
-    sequence,
-    shift,
-    sine,
-    triangle,
-    warmup,
-)
-from fluxloop.stopping import (
-    GL,
-    PQ,
-    InvalidValue,
-    Never,
-    NoImprovement,
-    NumberLimit,
-    NumberSinceBest,
-    Patience,
-    Threshold,
-    TimeLimit,
-    Warmup,
-)
+if TYPE_CHECKING:
+    from fluxloop import augment, errors, events, losses, schedules, testing
+    from fluxloop.accelerator import Accelerator
+    from fluxloop.augment import MultiCrop, TwoViews, ViewDataset
+    from fluxloop.callback import Callback, NoConflict, RunFirst, Unresolvable, UnsafeCallback, on, resolve_conflict
+    from fluxloop.callbacks import (
+        EMA,
+        ActivationStats,
+        BatchLimit,
+        Check,
+        Checkpointer,
+        ConditionalCallback,
+        CSVLogger,
+        CustomCallback,
+        CutMix,
+        EarlyStopping,
+        FeatureStats,
+        GarbageCollect,
+        GradientClip,
+        KeepBestModel,
+        KNNProbe,
+        LinearProbe,
+        LogHistograms,
+        LogHyperParams,
+        LogImages,
+        LogMetrics,
+        LogTraces,
+        LogVisualization,
+        LRScheduler,
+        Metrics,
+        MetricSource,
+        MetricsPrinter,
+        MixUp,
+        Profile,
+        ProgressBar,
+        Recorder,
+        SampleImages,
+        SanityCheck,
+        Scheduler,
+        SetEpoch,
+        StochasticWeightAveraging,
+        StopOnNaNLoss,
+        Timer,
+        Traces,
+        Unfreeze,
+        throttle,
+    )
+    from fluxloop.data import (
+        TensorBatches,
+        as_dataloader,
+        overfit,
+        split,
+    )
+    from fluxloop.errors import (
+        AmbiguousHandlerError,
+        BatchError,
+        CallbackConflictError,
+        CallbackCycleError,
+        CallbackError,
+        CallbackTypeError,
+        CancelEpochException,
+        CancelFittingException,
+        CancelSignal,
+        CancelStepException,
+        CheckpointError,
+        CompileError,
+        DataError,
+        DuplicateCallbackError,
+        FluxloopError,
+        HandlerError,
+        LogExistsError,
+        LossError,
+        MetricError,
+        MissingEntryError,
+        MissingProducerError,
+        ModelError,
+        OptimizerError,
+        PhaseError,
+        ReentrantFitError,
+        SanityCheckError,
+        StateAccessError,
+    )
+    from fluxloop.events import (
+        BackwardBegin,
+        BackwardEnd,
+        CycleBegin,
+        CycleEnd,
+        EpochBegin,
+        EpochEnd,
+        Event,
+        FitBegin,
+        FitEnd,
+        LossBegin,
+        StepBegin,
+        StepEnd,
+        UpdateBegin,
+        UpdateEnd,
+    )
+    from fluxloop.history import Counts, History
+    from fluxloop.hyperparameters import (
+        Attribute,
+        Betas,
+        HyperParameter,
+        LearningRate,
+        Momentum,
+        OptimizerOption,
+        WeightDecay,
+        get_hyperparameter,
+        set_hyperparameter,
+    )
+    from fluxloop.learner import Learner
+    from fluxloop.logging import (
+        CSV,
+        JSONL,
+        Audio,
+        Backend,
+        Figure,
+        File,
+        Histogram,
+        HyperParameters,
+        Image,
+        Loggable,
+        Memory,
+        MLflow,
+        Scalar,
+        TensorBoard,
+        Text,
+        WandB,
+        log_to,
+    )
+    from fluxloop.loop import runepoch, runstep, watching
+    from fluxloop.losses import MixedLoss, MixedTargets
+    from fluxloop.lr_finder import LRSweep, find_lr
+    from fluxloop.metrics import Loss, Metric, SmoothLoss, accuracy, binary_accuracy, mae, mse, rmse, top_k
+    from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, FittingPhase, Phase, ProbePhase
+    from fluxloop.phases import (
+        AutoencoderPhase,
+        AveragedValidationPhase,
+        BarlowTwinsPhase,
+        BYOLPhase,
+        DINOPhase,
+        DistillationPhase,
+        GANPhase,
+        GANValidationPhase,
+        JointEmbeddingPhase,
+        MAEPhase,
+        MoCoPhase,
+        ObjectivePhase,
+        ObjectiveValidationPhase,
+        PerOptimizerPhase,
+        PerOptimizerValidationPhase,
+        PredictionPhase,
+        SimCLRPhase,
+        SimSiamPhase,
+        SupConPhase,
+        TeacherPhase,
+        TrainingPhase,
+        TripletPhase,
+        TwinPhase,
+        VAEPhase,
+        ValidationPhase,
+        VICRegPhase,
+    )
+    from fluxloop.randomness import seed_everything, start_generators, stream_seed
+    from fluxloop.schedules import (
+        constant,
+        cosine,
+        exponential,
+        inverse_sqrt,
+        linear,
+        one_cycle,
+        polynomial,
+        repeat,
+        sequence,
+        shift,
+        sine,
+        triangle,
+        warmup,
+    )
+    from fluxloop.stopping import (
+        GL,
+        PQ,
+        InvalidValue,
+        Never,
+        NoImprovement,
+        NumberLimit,
+        NumberSinceBest,
+        Patience,
+        Threshold,
+        TimeLimit,
+        Warmup,
+    )
 
 __version__ = "0.1.0"
 
@@ -234,6 +235,7 @@ __all__ = [
     "Check",
     "CheckpointError",
     "Checkpointer",
+    "CompileError",
     "ConditionalCallback",
     "Counts",
     "CustomCallback",
@@ -405,9 +407,61 @@ __all__ = [
     "watching",
 ]
 
-
-def __getattr__(name: str) -> _Any:
-    """Load `fluxloop.testing` when it is asked for; say what else is not there."""
-    if name == "testing":
-        return _import_module("fluxloop.testing")
-    raise AttributeError(f"fluxloop has no {name!r}{errors.did_you_mean(name, __all__)}")
+if not TYPE_CHECKING:  # so that type checkers see misspelt names
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "accelerator": "Accelerator",
+            "augment": "MultiCrop TwoViews ViewDataset",
+            "callback": "Callback NoConflict RunFirst Unresolvable UnsafeCallback on resolve_conflict",
+            "callbacks": (
+                "EMA ActivationStats BatchLimit Check Checkpointer ConditionalCallback CSVLogger CustomCallback "
+                "CutMix EarlyStopping FeatureStats GarbageCollect GradientClip KeepBestModel KNNProbe LinearProbe "
+                "LogHistograms LogHyperParams LogImages LogMetrics LogTraces LogVisualization LRScheduler Metrics "
+                "MetricSource MetricsPrinter MixUp Profile ProgressBar Recorder SampleImages SanityCheck Scheduler "
+                "SetEpoch StochasticWeightAveraging StopOnNaNLoss Timer Traces Unfreeze throttle"
+            ),
+            "data": "TensorBatches as_dataloader overfit split",
+            "errors": (
+                "AmbiguousHandlerError BatchError CallbackConflictError CallbackCycleError CallbackError "
+                "CallbackTypeError CancelEpochException CancelFittingException CancelSignal CancelStepException "
+                "CheckpointError CompileError DataError DuplicateCallbackError FluxloopError HandlerError "
+                "LogExistsError LossError MetricError MissingEntryError MissingProducerError ModelError OptimizerError "
+                "PhaseError ReentrantFitError SanityCheckError StateAccessError"
+            ),
+            "events": (
+                "BackwardBegin BackwardEnd CycleBegin CycleEnd EpochBegin EpochEnd Event FitBegin FitEnd LossBegin "
+                "StepBegin StepEnd UpdateBegin UpdateEnd"
+            ),
+            "history": "Counts History",
+            "hyperparameters": (
+                "Attribute Betas HyperParameter LearningRate Momentum OptimizerOption WeightDecay get_hyperparameter "
+                "set_hyperparameter"
+            ),
+            "learner": "Learner",
+            "logging": (
+                "CSV JSONL Audio Backend Figure File Histogram HyperParameters Image Loggable Memory MLflow Scalar "
+                "TensorBoard Text WandB log_to"
+            ),
+            "loop": "runepoch runstep watching",
+            "losses": "MixedLoss MixedTargets",
+            "lr_finder": "LRSweep find_lr",
+            "metrics": "Loss Metric SmoothLoss accuracy binary_accuracy mae mse rmse top_k",
+            "phase": "AbstractTrainingPhase AbstractValidationPhase FittingPhase Phase ProbePhase",
+            "phases": (
+                "AutoencoderPhase AveragedValidationPhase BarlowTwinsPhase BYOLPhase DINOPhase DistillationPhase "
+                "GANPhase GANValidationPhase JointEmbeddingPhase MAEPhase MoCoPhase ObjectivePhase "
+                "ObjectiveValidationPhase PerOptimizerPhase PerOptimizerValidationPhase PredictionPhase SimCLRPhase "
+                "SimSiamPhase SupConPhase TeacherPhase TrainingPhase TripletPhase TwinPhase VAEPhase ValidationPhase "
+                "VICRegPhase"
+            ),
+            "randomness": "seed_everything start_generators stream_seed",
+            "schedules": (
+                "constant cosine exponential inverse_sqrt linear one_cycle polynomial repeat sequence shift sine "
+                "triangle warmup"
+            ),
+            "stopping": (
+                "GL PQ InvalidValue Never NoImprovement NumberLimit NumberSinceBest Patience Threshold TimeLimit Warmup"
+            ),
+        },
+    )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,30 +21,57 @@ class Accelerator:
 
     Args:
         device: ``"auto"`` (CUDA, else MPS, else the CPU), or anything ``torch.device`` takes.
+        compile: ``"step"``: forward, loss, backward and update of a step are one compiled graph for
+            each shape of batch (`docs/speed.md`); who needs a moment inside the step is an error.
+            ``"model"``: each model's forward is compiled by ``torch.compile``. False: neither.
 
     Raises:
-        ValueError: The device is not available on this machine.
+        ValueError: The device is not available on this machine, or `compile` is something else.
     """
 
-    def __init__(self, device: str | torch.device = "auto") -> None:
+    def __init__(
+        self, device: str | torch.device = "auto", *, compile: Literal[False, "model", "step"] = False
+    ) -> None:
+        if compile not in (False, "model", "step"):
+            raise ValueError(f"Accelerator(compile={compile!r}) was given; expected False, 'model' or 'step'")
         self.device = _choose(device)
+        self.compile = compile
 
     def place_model(self, model: nn.Module) -> None:
         """Move a module's parameters and buffers to the device, in place."""
         model.to(self.device)
 
+    def compile_model(self, model: nn.Module) -> None:
+        """Have a model's forward be compiled by torch, where that was asked for; it stays what it is."""
+        if self.compile == "model":
+            model.compile()
+
     def place(self, entries: dict[str, Any]) -> None:
-        """Move every tensor in a step's entries to the device, in nested containers too."""
+        """Move every tensor in a step's entries to the device, in nested containers too.
+
+        To a CUDA device they are copied by a stream of their own, from pinned memory: while the
+        device still computes the steps before, of which the host runs ahead.
+        """
         device = self.device
         for name, value in entries.items():
             if type(value) is Tensor:
                 if value.device != device:
-                    entries[name] = value.to(device, non_blocking=True)
+                    entries[name] = self._move(value)
             else:
                 entries[name] = map_tensors(self._move, value)
 
     def _move(self, tensor: Tensor) -> Tensor:
-        return tensor if tensor.device == self.device else tensor.to(self.device, non_blocking=True)
+        if tensor.device == self.device:
+            return tensor
+        if self.device.type != "cuda" or not tensor.is_cpu:
+            return tensor.to(self.device, non_blocking=True)
+        copies, computes = _copy_stream(self.device), torch.cuda.current_stream(self.device)
+        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+        with torch.cuda.stream(copies):
+            moved = pinned.to(self.device, non_blocking=True)
+        computes.wait_stream(copies)
+        moved.record_stream(computes)
+        return moved
 
     def backward(
         self, loss: Tensor, parameters: Sequence[nn.Parameter], *, alone: bool = False, retain_graph: bool = False
@@ -64,7 +92,14 @@ class Accelerator:
         step_optimizer(optimizer)
 
     def __repr__(self) -> str:
-        return f"Accelerator(device={str(self.device)!r})"
+        compiled = f", compile={self.compile!r}" if self.compile else ""
+        return f"Accelerator(device={str(self.device)!r}{compiled})"
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Give the stream that copies batches to a CUDA device."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types there
 
 
 def _choose(device: str | torch.device) -> torch.device:

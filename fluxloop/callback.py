@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from types import MethodType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 from attrs import define, field, frozen
@@ -28,7 +28,7 @@ from multipledispatch.conflict import supercedes
 
 from fluxloop.errors import AmbiguousHandlerError, HandlerError, describe, did_you_mean
 from fluxloop.events import Event, event_types
-from fluxloop.phase import Phase, require_pair
+from fluxloop.phase import Phase, phase_types, require_pair
 
 Handler = Callable[[Event, Phase, Any], None]
 Signature = tuple[type[Event], type[Phase], type]
@@ -81,7 +81,7 @@ def on(event: type[Event], phase: type[Phase] = Phase, callback: type[Callback] 
             f"@on was given {describe(event)} as an event; expected an event type, e.g. @on(StepEnd){hint}"
         )
     if not (isinstance(phase, type) and issubclass(phase, Phase)):
-        hint = did_you_mean(phase, phase_names()) if isinstance(phase, str) else ""
+        hint = did_you_mean(phase, [cls.__name__ for cls in phase_types()]) if isinstance(phase, str) else ""
         raise HandlerError(
             f"@on({event.__name__}, …) was given {describe(phase)} as a phase; expected a phase type, "
             f"e.g. @on({event.__name__}, AbstractTrainingPhase){hint}"
@@ -104,11 +104,6 @@ def on(event: type[Event], phase: type[Phase] = Phase, callback: type[Callback] 
         return function
 
     return register
-
-
-def phase_names(cls: type[Phase] = Phase) -> list[str]:
-    """List the names of the phase types that exist."""
-    return [cls.__name__, *(name for sub in cls.__subclasses__() for name in phase_names(sub))]
 
 
 def registrations(cls: type) -> dict[Signature, _Registration]:
@@ -219,6 +214,11 @@ class Callback:
     - ``draws``: whether its handlers draw from the global random generators. True: they get a
       stream of their own. None: what they draw inside an epoch is put back, which costs about
       14 µs per handler between two steps, 80 in the middle of one. False: they promise not to draw.
+    - ``in_compiled_step``: how it gets along with a step that ``Accelerator(compile="step")`` makes
+      one graph of. None: its handlers in the middle of a step need their moment, so that step cannot
+      be compiled. ``"after"``: they only take note of the event, and are called when the graph has
+      run. ``"inside"``: they are operations on the step's tensors and gradients alone, and part of
+      the graph. ``"never"``: it looks into the step by other means, such as hooks of modules.
     - ``state_dict()`` and ``load_state_dict(state)``, both or neither: what a checkpoint keeps.
       With neither, a checkpoint keeps the attributes that have changed since `init` and are plain
       data: numbers, texts, tensors, generators, and containers of them.
@@ -233,6 +233,7 @@ class Callback:
     writes: ClassVar[Sequence[str]] = ()
     run_after: ClassVar[Sequence[type[Callback]]] = ()
     draws: ClassVar[bool | None] = None
+    in_compiled_step: ClassVar[Literal["after", "inside", "never"] | None] = None
     transient: ClassVar[Sequence[str]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -24,7 +24,7 @@ from fluxloop.history import INTERRUPTED, TERMINATED
 from fluxloop.nested import tensors
 from fluxloop.optimizers import owned_parameters
 from fluxloop.persist import Kept, class_name, is_held, keep, put_back, size, snapshot
-from fluxloop.phase import Phase
+from fluxloop.phase import Phase, phase_types
 from fluxloop.sources import keeps_place, put_source_back, source_state
 from fluxloop.state import StepState
 from fluxloop.view import View
@@ -37,13 +37,6 @@ FORMAT = 1
 """Number of the layout below; a file of another one is refused."""
 
 State = dict[str, Any]
-
-
-def phase_types(cls: type[Phase] = Phase) -> Iterator[type[Phase]]:
-    """Give the phase types that exist."""
-    yield cls
-    for sub in cls.__subclasses__():
-        yield from phase_types(sub)
 
 
 # Gathering
@@ -411,7 +404,7 @@ def apply(learner: Learner, state: State, *, begun: bool) -> None:
     """
     learner.seed = learner.history.seed = state["seed"]
     learner.streams.go_on(state["seed"], state["streams"])
-    types, device = list(phase_types()), learner.accelerator.device
+    types, device = phase_types(), learner.accelerator.device
     how: Any = {"begun": begun, "borrowed": _borrowed(learner), "phases": types, "device": device}
     _load_callbacks(learner, state["callbacks"], how)  # first: they may still refuse
     for name, module in learner.models.items():
@@ -514,7 +507,7 @@ def take_up_state(learner: Learner, kept: Kept, begun: bool = True) -> None:
     """Have a phase take up the state that waits for it, if any."""
     waiting = learner.waiting_states.get(class_name(type(kept.thing)))
     if waiting:
-        types, device = list(phase_types()), learner.accelerator.device
+        types, device = phase_types(), learner.accelerator.device
         kept.load(waiting.pop(0), begun, _borrowed(learner), phases=types, device=device)
 
 

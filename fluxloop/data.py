@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -50,12 +51,72 @@ def _count_rows(data: Any) -> int:
     return lengths.pop()
 
 
+AHEAD = 256 * 1024
+"""How many bytes of shuffled rows are gathered at once on the CPU."""
+AHEAD_ELSEWHERE = 16 * 1024 * 1024
+"""The same on other devices, where each gather is a launch."""
+ALIGNMENT = 64
+"""Bytes that a tensor of its own is aligned to: the last bits of a product may depend on it."""
+AT_ONCE = 64
+"""How many batches are made at once, at most."""
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Tell whether ``index_select`` copies a tensor's rows as stacking them does, only faster."""
+    return (
+        type(tensor) is Tensor
+        and not tensor.requires_grad
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and tensor.is_contiguous()
+    )
+
+
+def _is_packed(tensor: Tensor) -> bool:
+    """Tell whether a tensor is plain and has the strides of a new one, which channels last has not."""
+    return is_plain(tensor) and tensor.stride() == torch.empty(tensor.shape, device="meta").stride()
+
+
+def _gather(tensor: Tensor) -> Callable[[Tensor], Tensor]:
+    """Give what copies rows of a tensor, into pinned memory where it is pinned."""
+    if not _is_packed(tensor):
+        return tensor.__getitem__
+    if tensor.is_pinned():
+        return partial(_gather_pinned, tensor)
+    return partial(tensor.index_select, 0)
+
+
+def _gather_pinned(tensor: Tensor, rows: Tensor) -> Tensor:
+    out = tensor.new_empty((len(rows), *tensor.shape[1:]), pin_memory=True)
+    return torch.index_select(tensor, 0, rows, out=out)
+
+
+def _rebuild(like: Any, leaves: Iterator[Tensor]) -> Any:
+    """Put tensors where those of `like`, made by `_as_tensors`, are."""
+    if isinstance(like, Tensor):
+        return next(leaves)
+    if isinstance(like, dict):
+        return {key: _rebuild(value, leaves) for key, value in like.items()}
+    items = [_rebuild(value, leaves) for value in like]
+    return type(like)(*items) if hasattr(like, "_fields") else tuple(items)
+
+
 class TensorBatches:
     """Loads batches from tensors in memory by slicing whole batches: no per-sample work.
 
     A batch has the structure of what was given: a tensor for one tensor, a tuple for several, a
     dict for a dict. Without shuffling, batches are views of the tensors (do not change them in
-    place); with it, copies. May be iterated any number of times; the tensors may lie on any device.
+    place); with it, copies, which may be changed. May be iterated any number of times; the tensors may
+    lie on any device: the order is drawn on the CPU, the same for all, and moved there once per iteration.
+
+    Shuffled batches are gathered several at a time, up to 64 as long as they fit into 256 KiB (16 MiB on other
+    devices than the CPU, which was not measured), and are views of what was gathered: it lives as long as one
+    of them does, and rows that are changed while an iteration runs may be seen some batches later. Measured
+    per batch against gathering each on its own: 0.4 with batches of 2 KB and 0.9 with 200 KB; against that, all batches
+    of an epoch gathered at once cost 4 times as much with 400 KB, all of it memory traffic. Batches are
+    gathered one by one where they would not lie at multiples of 64 bytes, as tensors of their own do, and
+    where a tensor requires a gradient, is of a subclass, or has other strides than a new one. What is
+    gathered from pinned memory is pinned.
 
     Args:
         tensors: Tensors or arrays (or dicts of them) of shape (rows, …), with equal numbers of rows.
@@ -121,29 +182,57 @@ class TensorBatches:
     def from_batch(self, first: int) -> Iterator[Any]:
         """Begin an iteration at a batch, from 0: the order is that of a whole one."""
         epoch, self.epoch = self.epoch, self.epoch + 1
-        return self._slices(first, self._order(epoch) if self.shuffle else None)
+        data, leaves = self.data, list(tensors(self.data))
+        start, stop = first * self.batch_size, len(self) * self.batch_size if self.drop_last else self.num_rows
+        # each chunk has the same batches of every leaf; between chunks no Python runs for a tensor or a flat tuple
+        if self.shuffle:
+            chunks = self._gathered(leaves, self._order(epoch)[start:stop])
+        else:
+            chunks = self._views(leaves, start, stop)
+        if isinstance(data, Tensor):
+            return chain.from_iterable(batches for (batches,) in chunks)
+        rows = chain.from_iterable(zip(*chunk, strict=True) for chunk in chunks)
+        if type(data) is tuple and len(data) == len(leaves):
+            return rows
+        return (_rebuild(data, iter(row)) for row in rows)
 
-    def _slices(self, first: int, order: Tensor | None) -> Iterator[Any]:
-        data, size = self.data, self.batch_size
-        pair = type(data) is tuple and len(data) == 2 and all(isinstance(t, Tensor) for t in data)
-        rows = len(self) * size if self.drop_last else self.num_rows
-        for start in range(first * size, rows, size):
-            if order is None:
-                part: Any = slice(start, start + size)
+    def _views(self, leaves: list[Tensor], start: int, stop: int) -> Iterator[list[Sequence[Tensor]]]:
+        size = self.batch_size
+        at_once = AT_ONCE if all(map(_is_packed, leaves)) else 1
+        for first in range(start, stop, at_once * size):
+            rows = slice(first, min(first + at_once * size, stop))
+            if at_once == 1:
+                yield [(leaf[rows],) for leaf in leaves]
             else:
-                part = order[start : start + size]
-            if pair:
-                yield data[0][part], data[1][part]
-            elif isinstance(data, Tensor):
-                yield data[part]
+                yield [leaf[rows].split(size) for leaf in leaves]  # type: ignore[no-untyped-call]  # torch has no types there
+
+    def _gathered(self, leaves: list[Tensor], order: Tensor) -> Iterator[list[Sequence[Tensor]]]:
+        size, at_once = self.batch_size, self._at_once(leaves)
+        gathers = [_gather(leaf) for leaf in leaves]
+        for first in range(0, len(order), size * at_once):
+            rows = order[first : first + size * at_once]
+            if at_once == 1:
+                yield [(gather(rows),) for gather in gathers]
             else:
-                yield map_tensors(lambda tensor, part=part: tensor[part], data)  # type: ignore[misc]  # mypy: default in lambda
+                with torch.inference_mode(False):  # some of the batches may be asked for outside it
+                    gathered = [gather(rows) for gather in gathers]
+                yield [chunk.unsafe_split(size) for chunk in gathered]  # each may be changed, whatever the others do
+
+    def _at_once(self, leaves: list[Tensor]) -> int:
+        """Give how many batches are gathered at once."""
+        if not all(map(_is_packed, leaves)):
+            return 1
+        sizes = [self.batch_size * leaf[:1].nbytes for leaf in leaves]
+        if any(size % ALIGNMENT for size in sizes):
+            return 1
+        ahead = AHEAD if leaves[0].device.type == "cpu" else AHEAD_ELSEWHERE
+        return max(1, min(AT_ONCE, ahead // max(1, sum(sizes))))
 
     def _order(self, epoch: int) -> Tensor:
         generator = None
         if self.seed is not None:
             generator = torch.Generator().manual_seed(stream_seed(self.seed, "TensorBatches", epoch))
-        order = torch.randperm(self.num_rows, generator=generator)
+        order = torch.randperm(self.num_rows, generator=generator, device="cpu")
         return order.to(next(tensors(self.data)).device)
 
     def __repr__(self) -> str:

@@ -12,6 +12,7 @@ built-in exception a caller would expect, so ``except ValueError`` keeps working
     ├── PhaseError (TypeError)             not a phase, or a phase used where it cannot be
     ├── MetricError (ValueError)           duplicate or unusable metrics
     ├── SanityCheckError (ValueError)      a check before the first step failed
+    ├── CompileError (RuntimeError)        a step cannot be compiled whole, as was asked for
     ├── CheckpointError (ValueError)       a checkpoint cannot be written, read or gone on from
     ├── LogExistsError (FileExistsError)   a new run would write into another run's log
     ├── ReentrantFitError (RuntimeError)   ``fit`` inside ``fit`` of the same learner
@@ -76,6 +77,10 @@ class MetricError(FluxloopError, ValueError):
 
 class SanityCheckError(FluxloopError, ValueError):
     """A check of the `SanityCheck` callback failed before the first step."""
+
+
+class CompileError(FluxloopError, RuntimeError):
+    """A step cannot be compiled as one graph: somebody needs a moment inside it, or it cannot be traced."""
 
 
 class CheckpointError(FluxloopError, ValueError):

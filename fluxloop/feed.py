@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, cast
 
 from fluxloop.data import TensorBatches
 from fluxloop.errors import CheckpointError, DataError, describe
 from fluxloop.persist import keep, put_back
 from fluxloop.phase import Stateful
-from fluxloop.randomness import Streams, put_generators, start_torch
+from fluxloop.randomness import Stream, Streams, put_generators, start_torch
 from fluxloop.sources import (
     Numbers,
     can_skip,
@@ -72,7 +73,7 @@ class Feed:
 
     Attributes:
         count: Batches given in this epoch, those before a checkpoint it goes on from too.
-        limit: How many batches an epoch has at most; None for all there are.
+        limit: How many batches an epoch has at most, as it begins; None for all there are.
     """
 
     def __init__(
@@ -190,22 +191,30 @@ class Feed:
         if place is not None:
             put_generators(put_back(place["global_generators"]))
             put_private_back(self.source, place["private_now"])
-        draws = getattr(self.source, "draws_at_fetch", not isinstance(self.source, (list, tuple)))
-        while self.limit is None or self.count < self.limit:
-            self._before_batch()
-            if draws and self.count:  # not the first: loaders draw the order when they are first asked
+        if getattr(self.source, "draws_at_fetch", not isinstance(self.source, (list, tuple))):
+            batches = self._starting(batches, fetch)
+        if self.limit is not None:
+            batches = islice(batches, max(self.limit - self.count, 0))
+        before_batch = self._before_batch
+        before_batch()
+        for batch in batches:
+            self.count += 1
+            yield batch
+            before_batch()
+        if self.count == 0 and self._name is not None:
+            raise self._empty()
+        self._begun = None
+
+    def _starting(self, batches: Iterator[Any], fetch: Stream) -> Iterator[Any]:
+        """Start torch's generators for each batch but the first: loaders draw the order when they are first asked."""
+        while True:
+            if self.count:
                 start_torch(fetch.next())
             try:
                 batch = next(batches)
             except StopIteration:
-                break
-            self.count += 1
+                return
             yield batch
-        else:
-            self._before_batch()
-        if self.count == 0 and self._name is not None:
-            raise self._empty()
-        self._begun = None
 
     def __len__(self) -> int:
         length = self.num_batches

@@ -220,6 +220,8 @@ def check_runs(learner: Learner, phase: Phase) -> None:
     check_phase(phase)
     check_view(learner, phase)
     phase.check(learner)
+    if learner.compiled is not None:
+        learner.compiled.require([type(phase)])
     if isinstance(phase, Stateful):
         bring_state(learner, phase)
 

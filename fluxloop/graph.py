@@ -30,6 +30,7 @@ from fluxloop.errors import (
     MissingProducerError,
     describe,
 )
+from fluxloop.lazy import all_subclasses
 
 
 @frozen(eq=False)
@@ -311,7 +312,7 @@ def check_producers(nodes: list[Node]) -> None:
                     f"{keeper('.'.join(path[1:]) or 'model', view_of(path))}"
                 )
             if path[:1] == ("cbstate",) and len(path) > 1 and not any(overlap(path, w) for w in written):
-                known = set(_providers(path, Callback))
+                known = set(_providers(path))
                 ours = sorted(name for name, builtin in known if builtin) or sorted(name for name, _ in known)
                 providers = " or ".join(ours) or "a callback that writes it"
                 raise MissingProducerError(
@@ -319,15 +320,14 @@ def check_producers(nodes: list[Node]) -> None:
                 )
 
 
-def _providers(path: Path, cls: type[Callback]) -> Iterator[tuple[str, bool]]:
+def _providers(path: Path) -> Iterator[tuple[str, bool]]:
     """Give the names of the callback classes that declare to write `path`, and whether they are fluxloop's."""
-    for sub in cls.__subclasses__():
-        writes = vars(sub).get("writes")
+    for cls in all_subclasses(Callback, "fluxloop.callbacks"):
+        writes = vars(cls).get("writes")
         if isinstance(writes, tuple) and any(
             overlap(tuple(w.split(".")), path) for w in writes if w != "*" and w != "cbstate"
         ):
-            yield f"{sub.__name__}()", sub.__module__.startswith("fluxloop.")
-        yield from _providers(path, sub)
+            yield f"{cls.__name__}()", cls.__module__.startswith("fluxloop.")
 
 
 def touches(node: Node, path: Path) -> list[tuple[str, Path]]:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from fluxloop.accelerator import Accelerator
 from fluxloop.callback import Callback
 from fluxloop.callbacks.defaults import with_defaults
-from fluxloop.check import check
 from fluxloop.checkpoint import Manifest, check_fits, gather, load_weights, manifest, take
 from fluxloop.data import name_data
 from fluxloop.errors import (
     CallbackTypeError,
     CancelFittingException,
+    CompileError,
     LossError,
     PhaseError,
     describe,
@@ -41,7 +41,6 @@ from fluxloop.randomness import Streams, check_seed, draw_seed
 from fluxloop.resume import place_of
 from fluxloop.runner import Callbacks
 from fluxloop.state import SharedState, State, StepState
-from fluxloop.summary import Summary, summary
 from fluxloop.updates import UpdateBlock, Updates
 from fluxloop.weights import Weights
 
@@ -49,6 +48,9 @@ C = TypeVar("C", bound=Callback)
 
 if TYPE_CHECKING:
     import typing_extensions
+
+    from fluxloop.compiled import CompiledSteps
+    from fluxloop.summary import Summary
 
     M = typing_extensions.TypeVar("M", default=Any)
 else:
@@ -94,6 +96,7 @@ class Learner(Generic[M]):
         OptimizerError: Trainable parameters are in no optimizer, in two, or belong to no model.
         DataError: Data that cannot be loaded.
         CallbackError: The callbacks have no order (one of its kinds).
+        CompileError: Steps are to be compiled whole, and a callback needs a moment inside them.
     """
 
     def __init__(
@@ -123,6 +126,8 @@ class Learner(Generic[M]):
         self.loss_fn: Any = loss_fn
         for module in self.modules():
             self.accelerator.place_model(module)
+        for module in self.models.values():
+            self.accelerator.compile_model(module)
         self.model: M = like(model, self.models)
         self.weights = Weights(self.models, self.model)
         self.params: Any = like(model, {k: tuple(m.parameters()) for k, m in self.models.items()})
@@ -155,6 +160,12 @@ class Learner(Generic[M]):
         self.told_lost = False
         """Whether it was said what a checkpoint does not keep."""
         self.updates = Updates(self, parameter_names(self.models, loss_fn), optimizers)
+        self.compiled: CompiledSteps | None = None
+        """Its steps as graphs, where they are compiled whole."""
+        if self.accelerator.compile == "step":
+            from fluxloop.compiled import CompiledSteps
+
+            self.compiled = CompiledSteps(self)
         self.callbacks = Callbacks(self)
         given = listed(callbacks)
         self.callbacks.set(with_defaults(given) if default_callbacks else given)
@@ -305,6 +316,20 @@ class Learner(Generic[M]):
         """
         self.host_queue.request(tensor, then)
 
+    def skip_update(self, when: Tensor) -> None:
+        """Have parameters and optimizers' states stay as they are in this step where the scalar `when` is true.
+
+        For handlers that are part of a compiled step (``in_compiled_step = "inside"``), which cannot
+        ask for a number; the choice is made on the device. Others raise `CancelStepException`.
+
+        Raises:
+            CompileError: No step is being compiled.
+        """
+        raise CompileError(
+            "learner.skip_update was called outside of a step that is compiled; expected raise CancelStepException, or "
+            "a look at torch.compiler.is_compiling() first"
+        )
+
     def request_stop(self, reason: str) -> None:
         """End the fit before its next batch, once a checkpoint could be written; a later fit goes on from there.
 
@@ -429,6 +454,8 @@ class Learner(Generic[M]):
         Returns:
             One sentence per finding; an empty list where all is well.
         """
+        from fluxloop.check import check
+
         return check(self, batch, phases)
 
     # Callbacks
@@ -503,6 +530,8 @@ class Learner(Generic[M]):
             batch: Left out, the first of the training data.
             depth: How deep to go into modules; left out, to the end.
         """
+        from fluxloop.summary import summary
+
         return summary(self, batch, depth)
 
     def phases_in_use(self) -> list[type[Phase]]:

@@ -10,8 +10,8 @@
     │   └── ProbePhase             what callbacks measure on held-out data by themselves
     └── FittingPhase               the fit itself: FitBegin, CycleBegin, CycleEnd, FitEnd
 
-A new method of training is a subclass with its own `step`; callbacks that handle an abstract
-phase act on it.
+A new method of training is a subclass with its own `body` (what happens between StepBegin and
+StepEnd), or, where that is not enough, its own `step`; callbacks that handle an abstract phase act on it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from functools import update_wrapper
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
-from fluxloop.errors import CancelStepException, PhaseError
-from fluxloop.loop import runepoch
+from fluxloop.errors import BatchError, CancelStepException, PhaseError, describe
+from fluxloop.lazy import all_subclasses
+from fluxloop.loop import runepoch, runstep
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
+    from fluxloop.loop import Handle
+    from fluxloop.state import StepState
 
 
 class Step:
@@ -58,9 +61,10 @@ class Step:
 class Phase:
     """Base of all phases.
 
-    Subclasses override `step`, seldom `epoch`. One that keeps something between steps has
-    ``state_dict()`` and ``load_state_dict(state)``, both or neither; in a second learner it begins
-    as in the first. A class may say otherwise on these:
+    Subclasses override `step`, or the parts of it: `entries`, `body` and `finish`, as the built-in
+    ones do, so that a step can be compiled whole. Seldom `epoch`. One that keeps something between
+    steps has ``state_dict()`` and ``load_state_dict(state)``, both or neither; in a second learner it
+    begins as in the first. A class may say otherwise on these:
     """
 
     data_key: ClassVar[str] = ""
@@ -76,6 +80,9 @@ class Phase:
     what it keeps between steps has to be in attributes."""
     transient: ClassVar[Sequence[str]] = ()
     """Names of attributes that no checkpoint needs to keep; others that change are kept, where they are plain data."""
+
+    compiled: ClassVar[bool] = True
+    """Whether ``Accelerator(compile="step")`` is to compile its steps; False: they run as they are."""
 
     owner: ClassVar[str] = ""
     """Whose the phase's random numbers are: the data key's where it trains, its own where it watches."""
@@ -96,17 +103,38 @@ class Phase:
             setattr(cls, "step", Step(cls.step))  # noqa: B010 - mypy knows no other way
 
     def step(self, learner: Learner, batch: Any) -> Any:
-        """Do one step on one batch. What a phase has to say.
+        """Do one step on one batch: its `entries`, then `body` between StepBegin and StepEnd, then `finish`.
 
         Returns:
             Anything; the built-in phases return the step's state.
+
+        Raises:
+            PhaseError: The phase says neither a step nor a body.
         """
-        raise PhaseError(
-            f"{type(self).__name__} says no step; write one:\n"
-            "    def step(self, learner, batch):\n"
-            "        with runstep(learner, self, xs=batch[0], ys=batch[1]) as (handle, state):\n"
-            "            ..."
-        )
+        if type(self).body is Phase.body:
+            raise PhaseError(
+                f"{type(self).__name__} says no step; write one:\n"
+                "    def step(self, learner, batch):\n"
+                "        with runstep(learner, self, xs=batch[0], ys=batch[1]) as (handle, state):\n"
+                "            ..."
+            )
+        with runstep(learner, self, **self.entries(batch)) as (handle, state):
+            if learner.compiled is None:
+                self.body(learner, handle, state)
+            else:
+                learner.compiled.run(self, handle, state)
+            self.finish(learner, state)
+        return state
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        """Give the entries that a step starts with: ``xs``, and ``ys`` where the batch is a pair."""
+        return inputs_and_labels(batch)
+
+    def body(self, learner: Learner, handle: Handle, state: StepState) -> None:
+        """Do what happens between StepBegin and StepEnd, in tensors alone where it is to be compiled."""
+
+    def finish(self, learner: Learner, state: StepState) -> None:
+        """Do what follows the body before StepEnd, in Python, such as counting steps; it is not compiled."""
 
     def epoch(self, learner: Learner, data: Iterable[Any]) -> None:
         """Do one epoch: a step on each batch of `data`."""
@@ -119,6 +147,22 @@ class Phase:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+def inputs_and_labels(batch: Any) -> dict[str, Any]:
+    """Give ``xs``, and ``ys`` of a batch that is a pair; a tuple or list of one item is that item.
+
+    Raises:
+        BatchError: It has more items.
+    """
+    if not isinstance(batch, (tuple, list)):
+        return {"xs": batch}
+    if len(batch) not in (1, 2):
+        raise BatchError(
+            f"a batch of {len(batch)} items was given ({describe(batch)}); expected xs, (xs,) or (xs, ys). For others "
+            "say in the phase's entries(batch) what they are"
+        )
+    return dict(zip(("xs", "ys"), batch, strict=False))
 
 
 def require_pair(cls: type, error: type[Exception]) -> None:
@@ -174,3 +218,8 @@ class FittingPhase(Phase):
     def check(self, learner: Learner) -> None:
         """Raise: it has no epochs of its own."""
         raise PhaseError("FittingPhase is the fit itself and has no epochs; expected a phase such as TrainingPhase()")
+
+
+def phase_types() -> list[type[Phase]]:
+    """List the phase types that exist, fluxloop's and users'."""
+    return all_subclasses(Phase, "fluxloop.phases")

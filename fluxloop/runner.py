@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 Bound = tuple[Handler, Any, str]
 """What delivering one event to one callback takes: the call, its view, the callback's id."""
+
+
+_versions = count()
 
 
 class Table(dict[type[Event], tuple[Bound, ...]]):
@@ -55,6 +59,8 @@ class Callbacks:
         self._views: dict[str, Any] = {}
         self._tables: dict[type[Phase], Table] = {}
         self._kept: dict[str, tuple[Kept, list[Kept]]] = {}
+        self.version = next(_versions)
+        """Another number, of all learners', after each change of the callbacks or their handlers."""
 
     # Managing
 
@@ -63,6 +69,7 @@ class Callbacks:
 
         Raises:
             CallbackError: They have no order; the old ones stay.
+            CompileError: Steps are to be compiled whole, and one of them stands in the way; the old ones stay.
         """
         graph = CallbackGraph(callbacks)
         known = [id(node.callback.unwrapped) for node in self._graph.nodes]
@@ -77,6 +84,8 @@ class Callbacks:
             for node in graph.nodes:
                 if id(node.callback.unwrapped) not in known:
                     self._init(node)
+            if self._learner.compiled is not None:
+                self._learner.compiled.require(self._learner.phases_in_use())
             former = {id(kept.thing): kept for own, around in self._kept.values() for kept in (own, *around)}
             self._kept = {node.id: watch(node, former) for node in graph.nodes}
         except BaseException:
@@ -108,6 +117,7 @@ class Callbacks:
 
     def forget(self) -> None:
         """Resolve handlers anew when they are next needed: a callback or a handler was added."""
+        self.version = next(_versions)
         for table in self._tables.values():
             table.clear()
 
@@ -163,6 +173,31 @@ class Callbacks:
             return between_steps(call, lambda: self._learner.streams[f"callback/{node.id}/apart"])
         return call
 
+    def obstacles(self, phase: type[Phase]) -> list[str]:
+        """Say who keeps a phase's steps from being one graph: callbacks with event and paths, or its own step."""
+        found = []
+        if not hasattr(phase.step, "function") or phase.step.function is not Phase.step:
+            found.append(
+                f"{phase.__name__} has a step of its own; say what it does in entries(batch), "
+                "body(learner, handle, state) and finish(learner, state)"
+            )
+        for node in self._graph.nodes:
+            handled = [e for e in fired_with(phase) if e.inside_epoch and node.callback.handler(e, phase) is not None]
+            how = node.callback.in_compiled_step
+            inside = [event.__name__ for event in handled if event.inside_step]
+            paths = [f"reads '{dotted(p)}'" for p in node.access.reads]
+            paths += [f"writes '{dotted(p)}'" for p in node.access.writes]
+            if how is None and inside:
+                touching = f" ({', '.join(paths)})" if paths else ""
+                found.append(f"{node.id} handles {', '.join(inside)} of {phase.__name__}, inside the step{touching}")
+            elif how == "never" and handled:
+                found.append(f"{node.id} looks into the step while it runs ({', '.join(paths)})")
+            elif how != "inside" and handled and any(path[:2] == ("step", "grads") for path in node.access.reads):
+                found.append(
+                    f"{node.id} reads 'step.grads' at {handled[-1].__name__}, which a compiled step does not keep"
+                )
+        return found
+
     # Explaining
 
     @property
@@ -214,6 +249,10 @@ class Callbacks:
                 if handlers:
                     told.update(handlers)
                     yield f"  {event.__name__}: {' → '.join(handlers)}"
+            if phase.data_key:
+                obstacles = self.obstacles(phase)
+                yield f"  a step can{'not' if obstacles else ''} be compiled whole{':' if obstacles else ''}"
+                yield from (f"    {obstacle}" for obstacle in obstacles)
         edges = [edge for edge in self._graph.edges if edge.before in told and edge.after in told]
         if edges:
             yield "because"

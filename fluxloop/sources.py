@@ -4,16 +4,22 @@ A ``DataLoader`` over map-style data is run through a twin: the same loader, wit
 whose indices carry the number that the sample's random numbers start from. So what an
 augmentation draws depends on the epoch and on the sample's place in it, neither on the number of
 workers nor on who loads it; and an epoch that is resumed begins behind the indices already
-used, without loading them.
+used, without loading them. Where the data is torch's own tensors, which draw nothing, the twin fetches whole
+batches: the same, in a fraction of the time.
 """
 
 from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+import sys
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
+from numbers import Integral
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,6 +28,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 from torch.utils.data import (
+    BatchSampler,
     ConcatDataset,
     DataLoader,
     Dataset,
@@ -32,7 +39,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from fluxloop.data import TensorBatches
+from fluxloop.data import TensorBatches, is_plain
 from fluxloop.persist import SCALARS, Changes, attributes, is_numpy_generator, is_stateful, keep, put_back
 from fluxloop.randomness import others_apart, others_going_on, start_generators, start_torch
 
@@ -66,6 +73,7 @@ class _Indices:
         self.batched = loader.batch_sampler is not None
         self.sampler: Any = loader.batch_sampler if self.batched else loader.sampler
         self.draws = draws
+        self.others_too = not _is_torchs(self.sampler)
         self.running: _Running | None = None
 
     def prepare(self, numbers: Numbers, skip: int) -> None:
@@ -86,6 +94,13 @@ class _Indices:
         return [(generator, generator.get_state()) for generator in (torch.default_generator, *self.own)]
 
 
+def _is_torchs(sampler: Any) -> bool:
+    """Tell whether a sampler is torch's own, down to the innermost: it draws from torch's generators alone."""
+    while type(sampler) is BatchSampler:
+        sampler = sampler.sampler
+    return type(sampler).__module__ == BatchSampler.__module__
+
+
 def _put(states: list[tuple[torch.Generator, Tensor]]) -> None:
     for generator, state in states:
         generator.set_state(state)
@@ -103,7 +118,9 @@ class _Running:
         self._indices = indices
         _put(indices.generators)
         start_torch(indices.numbers.order)
-        self._others = others_going_on(indices.numbers.order)
+        self._others: AbstractContextManager[None] = (
+            others_going_on(indices.numbers.order) if indices.others_too else nullcontext()
+        )
         with self._others:
             self._source = iter(indices.sampler)
         torch.empty((), dtype=torch.int64).random_(generator=indices.generator)
@@ -145,22 +162,14 @@ class _Running:
         return [(numbers.sample(first + place), index) for place, index in enumerate(indices)]
 
 
-class _Seeded:
-    """A map-style dataset whose indices carry the number that the sample's random numbers start from."""
+class _Behind:
+    """A map-style dataset behind another way of fetching: its attributes are the dataset's."""
 
     def __init__(self, dataset: Any) -> None:
         object.__setattr__(self, "_dataset", dataset)
 
-    def __getitem__(self, marked: Any) -> Any:
-        number, index = marked
-        start_generators(number)
+    def __getitem__(self, index: Any) -> Any:
         return self._dataset[index]
-
-    def __getitems__(self, marked: list[Any]) -> Any:
-        if not callable(getattr(self._dataset, "__getitems__", None)):
-            return [self[each] for each in marked]
-        start_generators(marked[0][0])
-        return self._dataset.__getitems__([index for _, index in marked])
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -174,7 +183,75 @@ class _Seeded:
         setattr(self._dataset, name, value)
 
     def __reduce__(self) -> Any:
-        return _Seeded, (self._dataset,)
+        return type(self), (self._dataset,)
+
+
+class _Seeded(_Behind):
+    """A map-style dataset whose indices carry the number that the sample's random numbers start from."""
+
+    def __getitem__(self, marked: Any) -> Any:
+        number, index = marked
+        start_generators(number)
+        return self._dataset[index]
+
+    def __getitems__(self, marked: list[Any]) -> Any:
+        if not callable(getattr(self._dataset, "__getitems__", None)):
+            return [self[each] for each in marked]
+        start_generators(marked[0][0])
+        return self._dataset.__getitems__([index for _, index in marked])
+
+
+class _Whole(_Behind):
+    """One of torch's datasets that only hand out tensors; gives batches as `default_collate` makes them."""
+
+    def __getitems__(self, indices: Any) -> Any:
+        batch = _fetch(self._dataset, indices)
+        return default_collate([self._dataset[index] for index in indices]) if batch is None else batch
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _fetch(dataset: Any, indices: Any) -> list[Tensor] | None:
+    """Fetch rows of torch's own datasets at once, tensor by tensor; None where one by one may be another thing."""
+    if type(dataset) is Subset:
+        return _fetch(dataset.dataset, [dataset.indices[index] for index in indices])
+    kinds = set(map(type, indices))
+    if not kinds or not all(issubclass(kind, Integral) and not issubclass(kind, bool) for kind in kinds):
+        return None
+    if type(dataset) is ConcatDataset:
+        return _fetch_from_several(dataset, indices)
+    if not all(map(is_plain, dataset.tensors)) or min(indices) < 0 or max(indices) >= len(dataset):
+        return None
+    return _select(dataset.tensors, indices)
+
+
+def _select(tensors: Iterable[Tensor], indices: Iterable[int]) -> list[Tensor]:
+    rows = torch.frombuffer(array("q", indices), dtype=torch.int64)  # in a quarter of the time of torch.tensor
+    return [tensor.index_select(0, rows.to(tensor.device)) for tensor in tensors]
+
+
+def _fetch_from_several(dataset: ConcatDataset[Any], indices: Any) -> list[Tensor] | None:
+    ends = dataset.cumulative_sizes
+    places: dict[int, list[int]] = {}
+    for place, index in enumerate(indices):
+        places.setdefault(bisect_right(ends, index), []).append(place)
+    parts: list[list[Tensor]] = []
+    for which, at in places.items():
+        begin = ends[which - 1] if which else 0
+        part = _fetch(dataset.datasets[which], [indices[place] - begin for place in at])
+        if part is None or _kinds(part) != _kinds(parts[0] if parts else part):
+            return None
+        parts.append(part)
+    if len(parts) == 1:
+        return parts[0]
+    where = {place: row for row, place in enumerate(chain.from_iterable(places.values()))}
+    return _select(map(torch.cat, zip(*parts, strict=True)), [where[place] for place in range(len(where))])
+
+
+def _kinds(tensors: list[Tensor]) -> list[Any]:
+    return [(tensor.dtype, tensor.device, tensor.shape[1:]) for tensor in tensors]
 
 
 def _never_draws(dataset: Any) -> bool:
@@ -184,6 +261,14 @@ def _never_draws(dataset: Any) -> bool:
     if type(dataset) is ConcatDataset:
         return all(map(_never_draws, dataset.datasets))
     return type(dataset) is TensorDataset
+
+
+def _collates_as_torch() -> bool:
+    """Tell whether nobody has taught `default_collate` another way with tuples or tensors; False where unknown."""
+    module = default_collate.__module__
+    ways = getattr(sys.modules[module], "default_collate_fn_map", {})
+    own = getattr(ways.get(Tensor), "__module__", None) == module
+    return own and not any(issubclass(tuple, kinds) for kinds in ways)
 
 
 def is_loader(source: Any) -> bool:
@@ -219,6 +304,8 @@ def _make_twin(loader: DataLoader[Any]) -> tuple[DataLoader[Any], _Indices]:
         vars(twin)[place] = _Indices(loader, draws)
         if draws:
             vars(twin)["dataset"] = _Seeded(loader.dataset)
+        elif loader.batch_sampler is not None and _collates_as_torch():
+            vars(twin).update(dataset=_Whole(loader.dataset), collate_fn=_as_it_is)
         _twins[loader] = twin
     return twin, vars(twin)[place]
 

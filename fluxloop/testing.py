@@ -108,6 +108,7 @@ class EventRecorder(Callback):
     trace: list[tuple[str, str]] = field(factory=list, init=False)
 
     draws = False
+    in_compiled_step = "after"
 
     @on(Event)
     def record(self, event: Event, phase: Phase, learner: Any) -> None:

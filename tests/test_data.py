@@ -169,6 +169,155 @@ def test_unshuffled_batches_are_views_and_shuffled_ones_copies() -> None:
     assert xs.tolist() == [1, 1, 0, 0]
 
 
+def by_hand(data: tuple[Tensor, ...], batch_size: int, seed: int, epoch: int = 0) -> list[tuple[Tensor, ...]]:
+    generator = torch.Generator().manual_seed(stream_seed(seed, "TensorBatches", epoch))
+    order = torch.randperm(len(data[0]), generator=generator)
+    return [tuple(tensor[rows] for tensor in data) for rows in order.split(batch_size)]  # type: ignore[no-untyped-call]
+
+
+def assert_same(given: Any, expected: list[tuple[Tensor, ...]]) -> None:
+    """Compare batches: bits, types and strides."""
+    given = list(given)
+    assert len(given) == len(expected)
+    for ours, theirs in zip(given, expected, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+        assert [(type(part), part.dtype, part.stride()) for part in ours] == [
+            (type(part), part.dtype, part.stride()) for part in theirs
+        ]
+
+
+class Wide(Tensor):
+    """A tensor of the user's own."""
+
+
+LAYOUTS = {
+    "small": lambda rows: (torch.randn(rows, 16), torch.arange(rows)),
+    "large": lambda rows: (torch.randn(rows, 3, 20, 50), torch.arange(rows)),
+    "images of one channel": lambda rows: (torch.randn(rows, 1, 8, 8),),
+    "bytes": lambda rows: (torch.randint(256, (rows, 5), dtype=torch.uint8), torch.rand(rows) < 0.5),
+    "no width": lambda rows: (torch.zeros(rows, 0),),
+    "columns": lambda rows: (torch.randn(3, rows).T, torch.arange(rows)),
+    "every other": lambda rows: (torch.randn(rows, 8)[:, ::2], torch.arange(2 * rows)[::2]),
+    "channels last": lambda rows: (torch.randn(rows, 3, 4, 5).to(memory_format=torch.channels_last),),
+    "channel last": lambda rows: (torch.randn(rows, 1, 4, 5).to(memory_format=torch.channels_last),),
+    "of a class of its own": lambda rows: (torch.randn(rows, 4).as_subclass(Wide), torch.arange(rows)),
+    "complex": lambda rows: (torch.randn(rows, 4, dtype=torch.complex64).conj(),),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("batch_size", [1, 5, 32, 64])
+def test_shuffled_batches_are_those_indexed_by_hand(layout: Any, batch_size: int) -> None:
+    data = layout(2500 if batch_size == 32 else 150)
+    expected = by_hand(data, batch_size, seed=4)
+    assert_same(TensorBatches(tuple(data), batch_size=batch_size, shuffle=True, seed=4), expected)
+    loader = TensorBatches(tuple(data), batch_size=batch_size, shuffle=True, seed=4)
+    for first in (1, len(expected) // 2, len(expected)):
+        loader.set_epoch(0)
+        assert_same(loader.from_batch(first), expected[first:])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_batches_in_order_are_those_sliced_by_hand(layout: Any) -> None:
+    data = layout(300)
+    expected = [tuple(tensor[start : start + 4] for tensor in data) for start in range(0, 300, 4)]
+    loader = TensorBatches(tuple(data), batch_size=4)
+    assert_same(loader, expected)
+    assert_same(loader.from_batch(70), expected[70:])
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_nested_data_comes_in_the_same_batches(shuffle: bool) -> None:
+    xs, ys = torch.arange(300), 10 * torch.arange(300)
+    nested = {"a": xs, "b": (ys, {"c": Views(xs, ys)})}
+    for batch in TensorBatches(nested, batch_size=8, shuffle=shuffle, seed=0):
+        assert list(batch) == ["a", "b"]
+        assert [type(batch["b"]), type(batch["b"][1]), type(batch["b"][1]["c"])] == [tuple, dict, Views]
+        assert [tensor.tolist() for tensor in tensors(batch)] == [batch["a"].tolist(), (10 * batch["a"]).tolist()] * 2
+
+
+def test_what_was_used_before_is_not_gathered_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: list[int] = []
+
+    def gather(tensor: Tensor) -> Any:
+        return lambda rows: gathered.extend(rows.tolist()) or tensor[rows]  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr("fluxloop.data._gather", gather)
+    rest = rows_of(TensorBatches(torch.arange(100), batch_size=8, shuffle=True, seed=0).from_batch(9))
+    assert gathered == rest
+    assert len(rest) == 28
+
+
+def test_a_batch_can_be_changed_while_the_gradient_of_another_waits() -> None:
+    weight = torch.ones(4, requires_grad=True)
+    first, second, *_ = TensorBatches(torch.ones(64, 4), batch_size=16, shuffle=True)
+    loss = (first * weight).sum()
+    second.mul_(5).add_(weight)
+    loss.backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [16] * 4
+
+
+def test_batches_read_ahead_without_autograd_can_be_trained_on() -> None:
+    weight = torch.ones(4, requires_grad=True)
+    for shuffle in (False, True):
+        batches = iter(TensorBatches(torch.ones(64, 4), batch_size=16, shuffle=shuffle))
+        with torch.inference_mode():
+            next(batches)
+        (next(batches) * weight).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [32] * 4
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_gradients_reach_the_rows_of_each_batch(shuffle: bool) -> None:
+    latents = torch.zeros(64, 4, requires_grad=True)
+    for rows, _ in TensorBatches(latents, torch.arange(64), batch_size=16, shuffle=shuffle):
+        (3 * rows).sum().backward()
+        assert "Split" not in rows.grad_fn.name(), "its gradient costs as much as that of many batches"
+    assert latents.grad is not None
+    assert torch.equal(latents.grad, torch.full((64, 4), 3.0))
+
+
+@pytest.mark.parametrize(("width", "batch_size"), [(16, 32), (13, 50), (3, 7), (784, 128)])
+def test_shuffled_batches_lie_where_tensors_of_their_own_do(width: int, batch_size: int) -> None:
+    loader = TensorBatches(torch.zeros(1000, width), torch.zeros(1000), batch_size=batch_size, shuffle=True)
+    assert {part.data_ptr() % 64 for batch in loader for part in batch} == {0}
+
+
+def test_a_batch_that_is_kept_keeps_few_others_in_memory() -> None:
+    for width, most in ((16, 256 * 1024), (112, 256 * 1024), (4000, 32 * 16_000)):
+        batch = next(iter(TensorBatches(torch.zeros(2048, width), batch_size=32, shuffle=True)))
+        assert batch.untyped_storage().nbytes() <= most
+
+
+def test_the_order_is_drawn_on_the_cpu_whatever_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    orders = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            torch.manual_seed(0)
+            data = torch.arange(64, device="cpu")
+            orders.append([rows_of(TensorBatches(data, batch_size=8, shuffle=True, seed=seed)) for seed in (None, 1)])
+    assert orders[0] == orders[1]
+    elsewhere = TensorBatches(torch.zeros(70, 3, device="meta"), batch_size=16, shuffle=True)
+    assert [(batch.device.type, len(batch)) for batch in elsewhere] == [("meta", 16)] * 4 + [("meta", 6)]
+    devices: set[str] = set()
+    monkeypatch.setattr(
+        "fluxloop.data._gather", lambda tensor: lambda rows: (devices.add(rows.device.type), tensor[rows])[1]
+    )
+    assert len(list(elsewhere)) == 5
+    assert devices == {"meta"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA to pin memory")
+@pytest.mark.parametrize("width", [16, 4000])
+def test_what_is_gathered_from_pinned_memory_is_pinned(width: int) -> None:
+    data = torch.randn(640, width).pin_memory(), torch.arange(640)
+    loader = TensorBatches(*data, batch_size=32, shuffle=True, seed=0)
+    assert_same(loader, by_hand(data, 32, seed=0))
+    assert {(x.is_pinned(), y.is_pinned()) for x, y in loader} == {(True, False)}
+
+
 def test_arrays_are_used_where_they_are() -> None:
     array = np.zeros((4, 2), dtype=np.float32)
     loader = TensorBatches(array, batch_size=4)

@@ -54,7 +54,7 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(
 def test_the_examples_in_docstrings_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(name)
-    names = {key: value for key, value in vars(fluxloop).items() if not key.startswith("__")}
+    names = {key: getattr(fluxloop, key) for key in fluxloop.__all__}
     globs = {**names, **vars(module), "torch": torch}
     assert doctest.testmod(module, globs=globs, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
 

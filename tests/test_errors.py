@@ -31,6 +31,7 @@ TREE = {
     "MetricError": (FluxloopError, ValueError),
     "SanityCheckError": (FluxloopError, ValueError),
     "CheckpointError": (FluxloopError, ValueError),
+    "CompileError": (FluxloopError, RuntimeError),
     "LogExistsError": (FluxloopError, FileExistsError),
     "ReentrantFitError": (FluxloopError, RuntimeError),
     "MissingEntryError": (FluxloopError, AttributeError),

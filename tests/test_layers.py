@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "augment",
         "folder",
         "host",
+        "lazy",
         "logging.loggables",
         "losses.mixed",
         "metrics.classification",
@@ -112,11 +113,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "phases.vae",
         "resume",
         "runner",
+        "tracing",
     ),
     (
         "callbacks.lr_scheduler",
         "callbacks.metrics",
         "callbacks.profile",
+        "compiled",
         "phases.barlow_twins",
         "phases.byol",
         "phases.dino",
@@ -148,10 +151,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("inference",),
     ("check",),
     ("learner",),
-    (
-        "",
-        "testing",
-    ),
+    ("testing",),
+    ("",),
 )
 """The modules in reading order: each may import those of lower layers alone. "" is the package itself."""
 
@@ -176,20 +177,23 @@ def is_for_types(node: ast.AST) -> bool:
     )
 
 
-def run_time_nodes(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
+def run_time_nodes(nodes: Iterable[ast.AST], lazy: bool) -> Iterator[ast.AST]:
     """Walk statements, functions' bodies included, leaving out what is there for type checkers alone."""
     for node in nodes:
-        if is_for_types(node):
+        if is_for_types(node) and not lazy:
             assert isinstance(node, ast.If)
-            yield from run_time_nodes(node.orelse)
+            yield from run_time_nodes(node.orelse, lazy)
         else:
             yield node
-            yield from run_time_nodes(ast.iter_child_nodes(node))
+            yield from run_time_nodes(ast.iter_child_nodes(node), lazy)
 
 
-def imported(source: str) -> Iterator[str]:
-    """Give the names of the package's modules that some source imports at run time; "" for the package itself."""
-    for node in run_time_nodes(ast.parse(source).body):
+def imported(source: str, lazy: bool = False) -> Iterator[str]:
+    """Give the names of the package's modules that some source imports at run time; "" for the package itself.
+
+    A lazy package shows its names to type checkers and loads them when they are asked for, which is at run time.
+    """
+    for node in run_time_nodes(ast.parse(source).body, lazy):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == "fluxloop":
@@ -207,7 +211,8 @@ def imported(source: str) -> Iterator[str]:
 @cache
 def imports(name: str) -> frozenset[str]:
     """Give whom a module imports; a package's module stands for its package too where an outsider imports it."""
-    found = set(imported(modules()[name].read_text(encoding="utf-8")))
+    path = modules()[name]
+    found = set(imported(path.read_text(encoding="utf-8"), lazy=path.name == "__init__.py"))
     for other in list(found):
         package = other.rpartition(".")[0]
         if package and not (name == package or name.startswith(f"{package}.")):
@@ -281,3 +286,10 @@ def test_only_the_learner_makes_an_accelerator() -> None:
 )
 def test_imports_are_found_wherever_they_stand(source: str, expected: list[str]) -> None:
     assert list(imported(source)) == expected
+
+
+def test_what_a_package_loads_lazily_counts_as_what_it_imports() -> None:
+    source = "if TYPE_CHECKING:\n    from fluxloop.callbacks.ema import EMA"
+    assert list(imported(source, lazy=True)) == ["callbacks.ema"]
+    assert {"callbacks", "learner", "phases", "testing"} <= imports("")
+    assert {"phases.gan", "phases.supervised"} <= imports("phases")

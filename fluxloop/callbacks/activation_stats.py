@@ -61,6 +61,7 @@ class ActivationStats(Callback):
     run_after = (Recorder,)
     transient = ("_waits",)
     draws = False
+    in_compiled_step = "never"  # it hooks modules
 
     @every.validator
     def _check_every(self, attribute: object, value: int) -> None:

@@ -92,6 +92,7 @@ class Checkpointer(UnsafeCallback):
     _writing: Future[None] | None = field(default=None, init=False, repr=False)
 
     draws = False
+    in_compiled_step = "after"
     transient = (
         *("last", "_progress", "_batch", "_reason", "_since", "_owing", "_waits", "_told", "_over"),
         *("_terminated", "_is_copy", "_writer", "_writing"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Any
+from typing import Any, Literal
 
 from attrs import define, field
 
@@ -73,6 +73,12 @@ class ConditionalCallback(Callback):
         """Whether the wrapped callback draws random numbers."""
         draws = self.callback.draws
         return None if draws is False and not isinstance(self.condition, Every) else draws
+
+    @property
+    def in_compiled_step(self) -> Literal["after", "inside", "never"] | None:  # type: ignore[override]  # as above
+        """As the wrapped callback; a handler under a condition cannot be part of a graph."""
+        how = self.callback.in_compiled_step
+        return None if how == "inside" else how
 
     def init(self, learner: Any) -> None:
         """Set the wrapped callback up; counting begins anew."""

@@ -77,6 +77,7 @@ class EMA(Callback):
     _owners: dict[tuple[int, ...], list[torch.optim.Optimizer]] = field(factory=dict, init=False, repr=False)
 
     draws = False
+    in_compiled_step = "after"  # at UpdateEnd it takes note alone
 
     def __attrs_post_init__(self) -> None:
         if "@" in self.model:

@@ -14,7 +14,7 @@ from fluxloop.callback import NoConflict, RunFirst, on, resolve_conflict
 from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.probe import Announcing
 from fluxloop.errors import CallbackConflictError, OptimizerError, did_you_mean
-from fluxloop.events import EpochBegin, EpochEnd, UpdateBegin
+from fluxloop.events import EpochBegin, EpochEnd, StepEnd, UpdateBegin
 from fluxloop.optimizers import owned_parameters
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.view import look_up
@@ -59,6 +59,7 @@ class GradientClip(Announcing):
 
     reads = ("optimizer", "history")
     draws = False
+    in_compiled_step = "inside"
 
     def __attrs_post_init__(self) -> None:
         for name, value in (("max_norm", self.max_norm), ("norm_type", self.norm_type), ("value", self.value)):
@@ -118,12 +119,19 @@ class GradientClip(Announcing):
             if "grad_norms" not in learner.step:
                 learner.step.grad_norms = {}
             learner.step.grad_norms[name] = norm
-        metric = _metric(name)
-        if metric in self._totals:
-            self._totals[metric] = self._totals[metric] + norm
-        else:
-            self._totals[metric] = norm.to(torch.float32 if norm.device.type == "mps" else torch.float64)
-        self._counts[metric] = self._counts.get(metric, 0) + 1
+
+    @on(StepEnd, AbstractTrainingPhase)
+    def add(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Take the norms of a step's updates into the averages."""
+        step = learner.step
+        norms = {None: step.grad_norm} if "grad_norm" in step else {}
+        for name, norm in (norms | (step.grad_norms if "grad_norms" in step else {})).items():
+            metric = _metric(name)
+            if metric in self._totals:
+                self._totals[metric] = self._totals[metric] + norm
+            else:
+                self._totals[metric] = norm.to(torch.float32 if norm.device.type == "mps" else torch.float64)
+            self._counts[metric] = self._counts.get(metric, 0) + 1
 
     @on(EpochEnd, AbstractTrainingPhase)
     def record(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:

@@ -57,6 +57,7 @@ class KeepBestModel(UnsafeCallback):
     writes = ("model",)
     run_after = (Recorder, Metrics, Announcing)
     draws = False
+    in_compiled_step = "after"
 
     def __attrs_post_init__(self) -> None:
         Monitor(self.monitor, self.mode)

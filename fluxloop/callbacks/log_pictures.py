@@ -64,6 +64,11 @@ class LogHistograms(LogCallback):
         self.pattern = re.compile(pattern or "")
         self._given: dict[str, Tensor] = {}
 
+    @property
+    def in_compiled_step(self) -> Literal["after", "never"]:  # type: ignore[override]  # depends on what is logged
+        """Gradients and activations are what a compiled step does not keep."""
+        return "after" if set(self.of) <= {"weights"} else "never"
+
     @on(StepBegin, AbstractTrainingPhase)
     def listen(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Have the modules tell what they give, in a step that is logged."""

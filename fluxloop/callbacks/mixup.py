@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.distributions import Beta
 from torch.nn import functional
 
-from fluxloop.callback import Callback, RunFirst, on, resolve_conflict
+from fluxloop.callback import Callback, Handler, RunFirst, on, resolve_conflict
 from fluxloop.errors import DataError, LossError, describe
-from fluxloop.events import LossBegin, StepBegin, StepEnd
+from fluxloop.events import Event, LossBegin, StepBegin, StepEnd
 from fluxloop.losses.mixed import MixedLoss, MixedTargets
 from fluxloop.nested import map_tensors, tensors
-from fluxloop.phase import AbstractTrainingPhase
+from fluxloop.phase import AbstractTrainingPhase, Phase
 from fluxloop.randomness import preserved, start_torch, stream_seed
 
 HARD_ONLY = (functional.nll_loss, functional.multi_margin_loss, nn.NLLLoss, nn.MultiMarginLoss)
@@ -77,6 +77,12 @@ class Mixing(Callback):
 
     def _forget(self) -> None:
         self._waiting = self._after = None
+
+    def handler(self, event: type[Event], phase: type[Phase]) -> Handler | None:
+        """Give no handler inside the step where the number of classes is known when it begins."""
+        if self.num_classes is not None and issubclass(event, LossBegin):
+            return None
+        return super().handler(event, phase)
 
     def mix(self, xs: Any) -> tuple[Any, Tensor, Tensor]:
         """Mix rows; what is drawn, it draws from torch's generator.

@@ -24,6 +24,7 @@ class Recorder(Callback):
 
     writes = ("cbstate.history",)
     draws = False
+    in_compiled_step = "after"
 
     def init(self, learner: Any) -> None:
         """Publish the counts, once."""

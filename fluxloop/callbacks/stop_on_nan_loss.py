@@ -7,6 +7,7 @@ from functools import partial
 from math import isfinite
 from typing import Any
 
+import torch
 from attrs import define, field
 from torch import Tensor
 
@@ -22,7 +23,8 @@ class StopOnNaNLoss(Callback):
 
     On the CPU, and with ``wait=True``, the loss is looked at before its gradients are computed,
     so the weights stay those of the last good step. On a GPU that would stop the queue at every
-    step: there the number is delivered a step or two later, and the fit ends then.
+    step: there the number is delivered a step or two later, and the fit ends then. A compiled step
+    leaves the weights as they are where its loss is not finite, and the fit ends when it has run.
 
     A phase that fires no `BackwardBegin` is looked at when its step ends.
 
@@ -37,6 +39,7 @@ class StopOnNaNLoss(Callback):
 
     reads = ("step.loss", "step.losses")
     draws = False
+    in_compiled_step = "inside"
     transient = ("_looked",)
 
     @on(StepBegin, AbstractTrainingPhase)
@@ -47,7 +50,7 @@ class StopOnNaNLoss(Callback):
     @on(BackwardBegin, AbstractTrainingPhase)
     def look_before(self, event: BackwardBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Look at the losses before gradients are computed."""
-        self._looked = True
+        self._looked = not torch.compiler.is_compiling()  # then the number is looked at when the step ends
         self._look_at_all(learner)
 
     @on(StepEnd, AbstractTrainingPhase)
@@ -67,6 +70,8 @@ class StopOnNaNLoss(Callback):
     def _look(self, learner: Any, loss: Any, name: str) -> None:
         if not isinstance(loss, Tensor):
             stop_unless_finite(name, float(loss))
+        elif torch.compiler.is_compiling():
+            learner.skip_update(~loss.detach().isfinite().all())
         elif loss.numel() == 1:
             if loss.is_cpu or self.wait:
                 stop_unless_finite(name, loss.item())

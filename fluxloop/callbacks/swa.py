@@ -88,6 +88,7 @@ class StochasticWeightAveraging(Callback):
     _average: nn.Module | None = field(default=None, init=False, repr=False)
     _kept: dict[str, Any] | None = field(default=None, init=False, repr=False)
 
+    in_compiled_step = "after"
     draws = False  # what running over the data draws is put back
 
     def __attrs_post_init__(self) -> None:

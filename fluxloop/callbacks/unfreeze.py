@@ -78,6 +78,11 @@ class Unfreeze(Callback):
         if self.unit not in ("epoch", "step"):
             raise ValueError(f"Unfreeze(unit={self.unit!r}) was given; expected 'epoch' or 'step'")
 
+    @property
+    def in_compiled_step(self) -> Literal["after"] | None:  # type: ignore[override]  # depends on the unit
+        """Whether models are as they were from step to step."""
+        return "after" if self.unit == "epoch" else None
+
     def init(self, learner: Any) -> None:
         """Look for what the patterns match; begin anew."""
         self._done, self._frozen, self._next = 0, False, None

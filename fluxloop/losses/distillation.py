@@ -26,7 +26,7 @@ def dino_loss(
     teacher: list[Tensor],
     center: Tensor | float = 0.0,
     student_temperature: float = 0.1,
-    teacher_temperature: float = 0.04,
+    teacher_temperature: float | Tensor = 0.04,
 ) -> Tensor:
     """Have the student predict, from each crop, what the teacher says of each other global crop.
 

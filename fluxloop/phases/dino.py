@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fluxloop.errors import BatchError, PhaseError, describe
 from fluxloop.losses.distillation import dino_loss
+from fluxloop.nested import tensors
 from fluxloop.phases.joint_embedding import TeacherPhase, Views
 from fluxloop.schedules import Schedule, value_at
 
@@ -78,6 +79,15 @@ class DINOPhase(TeacherPhase):
             )
         return checked
 
+    def entries(self, batch: Any) -> dict[str, Any]:
+        """Give the views or ``xs``, and ``temperature``, the teacher's in this step, where it has a schedule."""
+        entries = super().entries(batch)
+        if callable(self.teacher_temperature):
+            dtypes = (tensor.dtype for tensor in tensors(entries) if tensor.is_floating_point())
+            temperature = value_at(self.teacher_temperature, self._steps)
+            entries["temperature"] = torch.tensor(temperature, dtype=next(dtypes, None))
+        return entries
+
     def forward(self, learner: Learner, state: StepState) -> None:
         """Run both networks on their crops."""
         views = self.seen(state)
@@ -88,7 +98,7 @@ class DINOPhase(TeacherPhase):
 
     def loss(self, learner: Learner, state: StepState) -> Tensor:
         """Compare the student's crops with the teacher's."""
-        temperature = value_at(self.teacher_temperature, self._steps)
+        temperature = state.temperature if callable(self.teacher_temperature) else self.teacher_temperature
         center = 0.0 if self.center is None else self.center.to(state.student[0])
         return dino_loss(state.student, state.teacher, center, self.student_temperature, temperature)
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from fluxloop.errors import BatchError, PhaseError, describe, did_you_mean
 from fluxloop.events import LossBegin
-from fluxloop.loop import runstep
 from fluxloop.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss, gradient_penalty, r1_penalty
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.phases.twin import TwinPhase
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
+    from fluxloop.loop import Handle
     from fluxloop.state import StepState
 
 Noise = int | Sequence[int] | Callable[[int, torch.device], Tensor]
@@ -97,7 +97,7 @@ class GANPhase(AbstractTrainingPhase):
         self.r1 = r1
         self.conditional = conditional
         self.roles = {"generator": generator, "critic": critic}
-        self._critic_updates = 0
+        self._count(0)
 
     def entries(self, batch: Any) -> dict[str, Any]:
         """Give ``real``, and ``ys`` where both models take labels."""
@@ -122,28 +122,33 @@ class GANPhase(AbstractTrainingPhase):
         noise = torch.randn(count, *shape, device=device)
         return noise.to(state.real.dtype) if state.real.is_floating_point() else noise
 
-    def step(self, learner: Learner, batch: Any) -> StepState:
+    def body(self, learner: Learner, handle: Handle, state: StepState) -> None:
         """Train the critic on one batch, and the generator when it is its turn."""
-        with runstep(learner, self, **self.entries(batch)) as (handle, state):
-            (generator_name, generator), (critic_name, critic) = self.models(learner)
-            labels = (state.ys,) if self.conditional else ()
-            state.noise = self.draw_noise(state)
-            turn = (self._critic_updates + 1) % self.critic_steps == 0
-            with torch.set_grad_enabled(turn):
-                state.fake = generator(state.noise, *labels)
-            with learner.optimizing(critic_name) as block:
-                fake = state.fake.detach()
-                state.real_scores, state.fake_scores = critic(state.real, *labels), critic(fake, *labels)
+        (generator_name, generator), (critic_name, critic) = self.models(learner)
+        labels = (state.ys,) if self.conditional else ()
+        state.noise = self.draw_noise(state)
+        with torch.set_grad_enabled(self._generator_too):
+            state.fake = generator(state.noise, *labels)
+        with learner.optimizing(critic_name) as block:
+            fake = state.fake.detach()
+            state.real_scores, state.fake_scores = critic(state.real, *labels), critic(fake, *labels)
+            handle(LossBegin())
+            block.loss = self.adversarial.critic(state.real_scores, state.fake_scores)
+            block.loss = self.penalized(block.loss, critic, state, fake, labels)
+        if self._generator_too:
+            with learner.optimizing(generator_name) as block:
+                state.fake_scores = critic(state.fake, *labels)
                 handle(LossBegin())
-                block.loss = self.adversarial.critic(state.real_scores, state.fake_scores)
-                block.loss = self.penalized(block.loss, critic, state, fake, labels)
-            self._critic_updates += 1
-            if turn:
-                with learner.optimizing(generator_name) as block:
-                    state.fake_scores = critic(state.fake, *labels)
-                    handle(LossBegin())
-                    block.loss = self.adversarial.generator(state.fake_scores)
-        return state
+                block.loss = self.adversarial.generator(state.fake_scores)
+
+    def finish(self, learner: Learner, state: StepState) -> None:
+        """Count the critic's update."""
+        self._count(self._critic_updates + 1)
+
+    def _count(self, critic_updates: int) -> None:
+        """Note how often the critic was updated, and whether the generator is, too, in the next step."""
+        self._critic_updates = critic_updates
+        self._generator_too = (critic_updates + 1) % self.critic_steps == 0
 
     def penalized(
         self, loss: Tensor, critic: nn.Module, state: StepState, fake: Tensor, labels: tuple[Tensor, ...]
@@ -198,7 +203,7 @@ class GANPhase(AbstractTrainingPhase):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a kept state."""
-        self._critic_updates = state["critic_updates"]
+        self._count(state["critic_updates"])
 
 
 class GANValidationPhase(TwinPhase):
@@ -216,21 +221,19 @@ class GANValidationPhase(TwinPhase):
 
     of = GANPhase
 
-    def step(self, learner: Learner, batch: Any) -> StepState:
+    def body(self, learner: Learner, handle: Handle, state: StepState) -> None:
         """Compute both losses on one batch."""
-        with runstep(learner, self, **self.training.entries(batch)) as (handle, state):
-            (generator_name, generator), (critic_name, critic) = self.training.models(learner)
-            labels = (state.ys,) if self.training.conditional else ()
-            state.noise = self.training.draw_noise(state)
-            state.fake = generator(state.noise, *labels)
-            state.real_scores, state.fake_scores = critic(state.real, *labels), critic(state.fake, *labels)
-            handle(LossBegin())
-            adversarial = self.training.adversarial
-            state.losses = {
-                critic_name: adversarial.critic(state.real_scores, state.fake_scores),
-                generator_name: adversarial.generator(state.fake_scores),
-            }
-        return state
+        (generator_name, generator), (critic_name, critic) = self.training.models(learner)
+        labels = (state.ys,) if self.training.conditional else ()
+        state.noise = self.training.draw_noise(state)
+        state.fake = generator(state.noise, *labels)
+        state.real_scores, state.fake_scores = critic(state.real, *labels), critic(state.fake, *labels)
+        handle(LossBegin())
+        adversarial = self.training.adversarial
+        state.losses = {
+            critic_name: adversarial.critic(state.real_scores, state.fake_scores),
+            generator_name: adversarial.generator(state.fake_scores),
+        }
 
     def check(self, learner: Learner) -> None:
         """Raise for missing models."""

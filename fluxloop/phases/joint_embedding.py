@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fluxloop.errors import BatchError, PhaseError, describe
-from fluxloop.phases.objective import ObjectivePhase, can_run, inputs_and_labels, require_parts
+from fluxloop.phase import inputs_and_labels
+from fluxloop.phases.objective import ObjectivePhase, can_run, require_parts
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner

@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fluxloop.errors import BatchError, PhaseError, describe
+from fluxloop.errors import PhaseError
 from fluxloop.events import BackwardBegin, BackwardEnd, LossBegin
-from fluxloop.loop import runstep
 from fluxloop.phase import AbstractTrainingPhase, Phase
 from fluxloop.phases.twin import TwinPhase
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
+    from fluxloop.loop import Handle
     from fluxloop.state import StepState
 
 
 class ObjectivePhase(AbstractTrainingPhase):
-    """Train by one loss: say the step's `entries`, its `forward` and its `loss`.
+    """Train by one loss: say the step's `entries`, its `forward` and its `loss`, and perhaps its `finish`.
 
     Whatever the learner holds, its models are trained by the one loss: several optimizers step
     one after the other on the gradients of the same backward. Many of fluxloop's phases are
@@ -35,10 +35,6 @@ class ObjectivePhase(AbstractTrainingPhase):
     (what `forward` stores), `BackwardBegin` (``loss``, a scalar), `BackwardEnd` (``grads``),
     `UpdateBegin` and `UpdateEnd` of each optimizer, `StepEnd` (what `finish` stores).
     """
-
-    def entries(self, batch: Any) -> dict[str, Any]:
-        """Give the entries that a step starts with: ``xs``, and ``ys`` where the batch is a pair."""
-        return inputs_and_labels(batch)
 
     def forward(self, learner: Learner, state: StepState) -> None:
         """Run the models on the entries, and store what they give."""
@@ -62,21 +58,15 @@ class ObjectivePhase(AbstractTrainingPhase):
         """Raise what is wrong with the learner for this phase."""
         self.require(learner)
 
-    def finish(self, learner: Learner, state: StepState) -> None:
-        """Do what follows the update, such as keeping keys for the next step; not called in validation."""
-
-    def step(self, learner: Learner, batch: Any) -> StepState:
+    def body(self, learner: Learner, handle: Handle, state: StepState) -> None:
         """Train on one batch."""
-        with runstep(learner, self, **self.entries(batch)) as (handle, state):
-            self.forward(learner, state)
-            handle(LossBegin())
-            state.loss = self.loss(learner, state)
-            handle(BackwardBegin())
-            learner.backward(state.loss)
-            handle(BackwardEnd())
-            learner.update()
-            self.finish(learner, state)
-        return state
+        self.forward(learner, state)
+        handle(LossBegin())
+        state.loss = self.loss(learner, state)
+        handle(BackwardBegin())
+        learner.backward(state.loss)
+        handle(BackwardEnd())
+        learner.update()
 
 
 class ObjectiveValidationPhase(TwinPhase):
@@ -98,33 +88,15 @@ class ObjectiveValidationPhase(TwinPhase):
 
     of = ObjectivePhase
 
-    def step(self, learner: Learner, batch: Any) -> StepState:
+    def body(self, learner: Learner, handle: Handle, state: StepState) -> None:
         """Compute the loss on one batch."""
-        with runstep(learner, self, **self.training.entries(batch)) as (handle, state):
-            self.training.forward(learner, state)
-            handle(LossBegin())
-            state.loss = self.training.loss(learner, state)
-        return state
+        self.training.forward(learner, state)
+        handle(LossBegin())
+        state.loss = self.training.loss(learner, state)
 
     def check(self, learner: Learner) -> None:
         """Raise for a learner without the models that the training phase calls."""
         self.training.require(learner)
-
-
-def inputs_and_labels(batch: Any) -> dict[str, Any]:
-    """Give ``xs``, and ``ys`` of a batch that is a pair; a tuple or list of one item is that item.
-
-    Raises:
-        BatchError: It has more items.
-    """
-    if not isinstance(batch, (tuple, list)):
-        return {"xs": batch}
-    if len(batch) not in (1, 2):
-        raise BatchError(
-            f"a batch of {len(batch)} items was given ({describe(batch)}); expected xs, (xs,) or (xs, ys). For others "
-            "say in the phase's entries(batch) what they are"
-        )
-    return dict(zip(("xs", "ys"), batch, strict=False))
 
 
 def can_run(model: Any) -> bool:

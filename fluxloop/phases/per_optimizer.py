@@ -8,13 +8,13 @@ from torch import Tensor
 
 from fluxloop.errors import PhaseError
 from fluxloop.events import LossBegin
-from fluxloop.loop import runstep
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.phases.supervised import unpack
 from fluxloop.phases.twin import TwinPhase
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
+    from fluxloop.loop import Handle
     from fluxloop.state import StepState
 
 
@@ -52,15 +52,13 @@ class PerOptimizerPhase(AbstractTrainingPhase):
         if callable(learner.model):
             state.preds = learner.model(state.xs)
 
-    def step(self, learner: Learner, batch: Any) -> StepState:
+    def body(self, learner: Learner, handle: Handle, state: StepState) -> None:
         """Train each optimizer's parameters on one batch."""
-        with runstep(learner, self, **self.entries(batch)) as (handle, state):
-            for name in learner.optimizer_names:
-                with learner.optimizing(name) as block:
-                    self.forward(learner, state, name)
-                    handle(LossBegin())
-                    block.loss = self.loss(learner, state, name)
-        return state
+        for name in learner.optimizer_names:
+            with learner.optimizing(name) as block:
+                self.forward(learner, state, name)
+                handle(LossBegin())
+                block.loss = self.loss(learner, state, name)
 
 
 class PerOptimizerValidationPhase(TwinPhase):
@@ -77,16 +75,14 @@ class PerOptimizerValidationPhase(TwinPhase):
 
     of = PerOptimizerPhase
 
-    def step(self, learner: Learner, batch: Any) -> StepState:
+    def body(self, learner: Learner, handle: Handle, state: StepState) -> None:
         """Compute each optimizer's loss on one batch."""
-        with runstep(learner, self, **self.training.entries(batch)) as (handle, state):
-            named = learner.optimizer_names != (None,)
-            for name in learner.optimizer_names:
-                self.training.forward(learner, state, name)
-                handle(LossBegin())
-                loss = self.training.loss(learner, state, name)
-                if named:
-                    vars(state).setdefault("losses", {})[name] = loss
-                else:
-                    state.loss = loss
-        return state
+        named = learner.optimizer_names != (None,)
+        for name in learner.optimizer_names:
+            self.training.forward(learner, state, name)
+            handle(LossBegin())
+            loss = self.training.loss(learner, state, name)
+            if named:
+                vars(state).setdefault("losses", {})[name] = loss
+            else:
+                state.loss = loss

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from fluxloop.errors import BatchError, LossError, PhaseError, describe
 from fluxloop.events import BackwardBegin, BackwardEnd, LossBegin
-from fluxloop.loop import runstep
 from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, Phase
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
+    from fluxloop.loop import Handle
     from fluxloop.state import StepState
 
 
@@ -48,6 +48,11 @@ def check_supervised(phase: Phase, learner: Learner) -> None:
         )
 
 
+def runs(phase: Phase, cls: type[Phase]) -> bool:
+    """Tell whether a phase's step is that of a class: neither its step nor its body is its own."""
+    return (type(phase).step, type(phase).body) == (cls.step, cls.body)
+
+
 class TrainingPhase(AbstractTrainingPhase):
     """Supervised training: forward, loss, backward, update.
 
@@ -66,27 +71,32 @@ class TrainingPhase(AbstractTrainingPhase):
     Every stage reads the state again: what a callback puts there is used next.
     """
 
-    def step(self, learner: Learner, batch: Any) -> StepState:
-        """Train on one batch.
+    def entries(self, batch: Any) -> dict[str, Any]:
+        """Give ``xs`` and ``ys``.
 
         Raises:
             BatchError: The batch is no pair.
-            LossError: The loss is no scalar, or has no gradient.
         """
         xs, ys = unpack(self, batch)
-        with runstep(learner, self, xs=xs, ys=ys) as (handle, state):
-            state.preds = learner.model(state.xs)
-            handle(LossBegin())
-            state.loss = learner.loss_fn(state.preds, state.ys)
-            handle(BackwardBegin())
-            learner.backward(state.loss)
-            handle(BackwardEnd())
-            learner.update()
-        return state
+        return {"xs": xs, "ys": ys}
+
+    def body(self, learner: Learner, handle: Handle, state: StepState) -> None:
+        """Train on one batch.
+
+        Raises:
+            LossError: The loss is no scalar, or has no gradient.
+        """
+        state.preds = learner.model(state.xs)
+        handle(LossBegin())
+        state.loss = learner.loss_fn(state.preds, state.ys)
+        handle(BackwardBegin())
+        learner.backward(state.loss)
+        handle(BackwardEnd())
+        learner.update()
 
     def check(self, learner: Learner) -> None:
         """Raise what is wrong with the learner for this phase's own step."""
-        if type(self).step is TrainingPhase.step:
+        if runs(self, TrainingPhase):
             check_supervised(self, learner)
 
 
@@ -97,22 +107,17 @@ class ValidationPhase(AbstractValidationPhase):
     `StepBegin` (``xs``, ``ys``), `LossBegin` (``preds``), `StepEnd` (``loss``).
     """
 
-    def step(self, learner: Learner, batch: Any) -> StepState:
-        """Validate on one batch.
+    entries = TrainingPhase.entries
 
-        Raises:
-            BatchError: The batch is no pair.
-        """
-        xs, ys = unpack(self, batch)
-        with runstep(learner, self, xs=xs, ys=ys) as (handle, state):
-            state.preds = learner.model(state.xs)
-            handle(LossBegin())
-            state.loss = learner.loss_fn(state.preds, state.ys)
-        return state
+    def body(self, learner: Learner, handle: Handle, state: StepState) -> None:
+        """Validate on one batch."""
+        state.preds = learner.model(state.xs)
+        handle(LossBegin())
+        state.loss = learner.loss_fn(state.preds, state.ys)
 
     def check(self, learner: Learner) -> None:
         """Raise what is wrong with the learner for this phase's own step."""
-        if type(self).step is ValidationPhase.step:
+        if runs(self, ValidationPhase):
             check_supervised(self, learner)
 
 
@@ -123,16 +128,17 @@ class PredictionPhase(AbstractValidationPhase):
     A model with a method ``predict`` is asked through it. The step stores ``xs``, then ``preds``.
     """
 
-    def step(self, learner: Learner, batch: Any) -> StepState:
+    def entries(self, batch: Any) -> dict[str, Any]:
+        """Give ``xs``."""
+        return {"xs": batch[0] if isinstance(batch, (tuple, list)) and batch else batch}
+
+    def body(self, learner: Learner, handle: Handle, state: StepState) -> None:
         """Predict one batch."""
-        xs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-        with runstep(learner, self, xs=xs) as (_, state):
-            state.preds = getattr(learner.model, "predict", learner.model)(state.xs)
-        return state
+        state.preds = getattr(learner.model, "predict", learner.model)(state.xs)
 
     def check(self, learner: Learner) -> None:
         """Raise what is wrong with the learner for this phase's own step."""
-        if type(self).step is PredictionPhase.step and not callable(learner.model):
+        if runs(self, PredictionPhase) and not callable(learner.model):
             raise PhaseError(
                 f"predict runs one model, and the learner has {sorted(map(str, learner.models))}; write a phase "
                 "whose step stores state.preds: learner.predict(data, phase=MyPhase())"

@@ -31,5 +31,10 @@ class TwinPhase(AbstractValidationPhase):
             )
         self.training: Any = training
 
+    def entries(self, batch: Any) -> dict[str, Any]:
+        """Give those of the training phase."""
+        entries: dict[str, Any] = self.training.entries(batch)
+        return entries
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.training!r})"

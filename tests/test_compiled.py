@@ -1,0 +1,666 @@
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fluxloop.compiled
+from fluxloop import (
+    EMA,
+    AbstractTrainingPhase,
+    Accelerator,
+    ActivationStats,
+    AutoencoderPhase,
+    BackwardBegin,
+    BackwardEnd,
+    BarlowTwinsPhase,
+    BYOLPhase,
+    Callback,
+    CompileError,
+    CustomCallback,
+    DINOPhase,
+    GANPhase,
+    GANValidationPhase,
+    GradientClip,
+    Learner,
+    LearningRate,
+    LogHistograms,
+    LossBegin,
+    LossError,
+    LRScheduler,
+    Memory,
+    MetricsPrinter,
+    MixUp,
+    MoCoPhase,
+    ObjectiveValidationPhase,
+    PerOptimizerPhase,
+    PerOptimizerValidationPhase,
+    Phase,
+    Scheduler,
+    SimCLRPhase,
+    SimSiamPhase,
+    StepBegin,
+    StepEnd,
+    TrainingPhase,
+    TwoViews,
+    Unfreeze,
+    UpdateBegin,
+    VAEPhase,
+    ValidationPhase,
+    VICRegPhase,
+    WeightDecay,
+    accuracy,
+    cosine,
+    linear,
+    on,
+    one_cycle,
+    runstep,
+    throttle,
+)
+from fluxloop.testing import assert_observer, assert_resumes_exactly, toy_learner
+
+ROWS = 70
+"""Two full batches of 32 and a ragged one."""
+SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+ADAM = partial(torch.optim.Adam, lr=1e-3, fused=False)
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the graphs as they were traced, without a compiler: the same operations, in no time."""
+    monkeypatch.setattr(fluxloop.compiled, "lower", lambda graph, inputs, device: graph)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4))
+
+
+def rows() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(ROWS, 16, generator=generator), torch.randint(4, (ROWS,), generator=generator)
+
+
+def learner(compile: Any = "step", model: Callable[[], Any] = mlp, **options: Any) -> Learner[Any]:
+    torch.manual_seed(0)
+    defaults = {"data": (rows(), rows()), "optimizer": SGD, "loss_fn": functional.cross_entropy}
+    made = Learner(model(), **{**defaults, **options}, accelerator=Accelerator("cpu", compile=compile), seed=0)
+    made.remove_callback(MetricsPrinter)
+    return made
+
+
+def weights(of: Learner[Any]) -> list[Tensor]:
+    return [t.detach().clone() for m in of.modules() for t in (*m.parameters(), *m.buffers())]
+
+
+def both(
+    epochs: int = 3,
+    phases: Callable[[], list[Phase]] | None = None,
+    callbacks: Callable[[], list[Callback]] = list,
+    tolerance: float = 2e-6,
+    **options: Any,
+) -> tuple[Learner[Any], Learner[Any]]:
+    """Train eagerly and compiled; the weights have to agree as floating point allows."""
+    trained = []
+    for compile in (False, "step"):
+        made = learner(compile, callbacks=callbacks(), **options)
+        made.fit(epochs, phases=None if phases is None else phases())
+        trained.append(made)
+    eager, compiled = trained
+    for a, b in zip(weights(eager), weights(compiled), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    return eager, compiled
+
+
+def graphs(of: Learner[Any], phase: type[Phase] = TrainingPhase) -> int:
+    assert of.compiled is not None
+    return sum(map(len, of.compiled._plans[phase]._graphs.values()))
+
+
+# Compiled by TorchInductor
+
+
+def test_a_compiled_training_agrees_with_eager_after_100_steps_ragged_batches_and_dropout_too() -> None:
+    model = lambda: nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))  # noqa: E731
+    clip = lambda: [GradientClip(0.5), Scheduler({LearningRate: one_cycle(100, 0.05)})]  # noqa: E731
+    eager, compiled = both(34, callbacks=clip, model=model, tolerance=1e-4)
+    assert compiled.history[TrainingPhase].steps == 102
+    assert compiled.history[TrainingPhase].updates == eager.history[TrainingPhase].updates == {None: 102}
+    assert graphs(compiled) == 2  # full batches, and the ragged one
+    for name in ("training/loss", "training/grad_norm", "validation/loss"):
+        assert compiled.history[name] == pytest.approx(eager.history[name], rel=1e-3)
+
+
+def test_a_compiled_dropout_draws_other_numbers_at_each_step_the_same_in_each_run() -> None:
+    def outputs() -> list[Tensor]:
+        seen: list[Tensor] = []
+        note = CustomCallback(lambda learner: seen.append(learner.step.preds.clone()), StepEnd, TrainingPhase)
+        xs = torch.ones(64 * 3, 8)
+        model = lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 4))  # noqa: E731
+        data = ([(xs[:64], torch.zeros(64, dtype=torch.long))] * 4,)
+        learner(model=model, data=data, callbacks=[note], optimizer=partial(torch.optim.SGD, lr=0.0)).fit(1)
+        return seen
+
+    first, again = outputs(), outputs()
+    assert len(first) == 4
+    assert not torch.equal(first[1], first[2])
+    assert not torch.equal(first[2], first[3])
+    assert all(map(torch.equal, first, again))
+
+
+# What a step does, graph by graph
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        partial(torch.optim.SGD, lr=0.1),
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+        partial(torch.optim.SGD, lr=0.1, maximize=True),
+        partial(torch.optim.Adam, lr=1e-3, fused=True),
+        partial(torch.optim.AdamW, lr=1e-3, amsgrad=True, foreach=False),
+        partial(torch.optim.AdamW, lr=torch.tensor(1e-3), foreach=False),
+        *(getattr(torch.optim, name) for name in ("Adagrad", "NAdam", "RAdam", "RMSprop", "Adadelta", "Adamax")),
+    ],
+    ids=str,
+)
+def test_torchs_optimizers_step_inside_the_graph(optimizer: Any) -> None:
+    eager, compiled = both(2, optimizer=optimizer, tolerance=1e-5)
+    state, other = eager.optimizer.state_dict()["state"], compiled.optimizer.state_dict()["state"]
+    assert state.keys() == other.keys()
+    for index, entries in state.items():
+        for name, value in entries.items():
+            torch.testing.assert_close(value, other[index][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize(
+    "callbacks",
+    [
+        lambda: [GradientClip(0.1)],
+        lambda: [GradientClip(value=0.01)],
+        lambda: [Scheduler({LearningRate: one_cycle(9, 0.1)})],
+        lambda: [LRScheduler(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2), unit="step")],
+        lambda: [EMA("model", 0.9)],
+        lambda: [MixUp(0.4, num_classes=4)],
+        lambda: [Unfreeze({"0": 1})],
+        lambda: [Unfreeze({"0": 3}, unit="step")],
+        lambda: [LogHistograms(Memory(), of="weights", every=2)],
+    ],
+    ids=["clip", "clip values", "schedule", "torch's", "average", "mixup", "unfreeze", "unfreeze in an epoch", "log"],
+)
+def test_callbacks_work_with_compiled_steps(callbacks: Callable[[], list[Callback]]) -> None:
+    eager, compiled = both(callbacks=callbacks)
+    assert compiled.history[TrainingPhase] == eager.history[TrainingPhase]
+    for name in eager.history.metrics[TrainingPhase]:
+        assert compiled.history[f"training/{name}"] == pytest.approx(eager.history[f"training/{name}"], rel=1e-4)
+    for view in ("model@ema",):
+        if view in eager.weights:
+            for a, b in zip(eager.weights[view].parameters(), compiled.weights[view].parameters(), strict=True):
+                torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_schedule_of_the_learning_rate_makes_no_new_graph_one_of_weight_decay_does() -> None:
+    _, compiled = both(5, callbacks=lambda: [Scheduler({LearningRate: linear(12, 0.1, 0.01)})])
+    assert graphs(compiled) == 2
+    _, compiled = both(2, callbacks=lambda: [Scheduler({WeightDecay: linear(4, 0.1, 0.01)})])
+    assert graphs(compiled) > 2
+
+
+def encoder() -> dict[str, nn.Module]:
+    return {"encoder": nn.Linear(16, 8), "projector": nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 6))}
+
+
+def student(*parts: str) -> dict[str, nn.Module]:
+    network = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 6))
+    return {
+        "student": network,
+        "teacher": copy.deepcopy(network).requires_grad_(False),
+        **{part: nn.Linear(6, 6) for part in parts},
+    }
+
+
+VIEWS = TwoViews(lambda xs: xs + 0.1 * torch.randn_like(xs))
+
+
+def with_twin(phase: Any) -> list[Phase]:
+    return [phase, ObjectiveValidationPhase(phase)]
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize(
+    ("phases", "model", "callbacks"),
+    [
+        (lambda: with_twin(SimCLRPhase(VIEWS)), encoder, list),
+        (lambda: [BarlowTwinsPhase(VIEWS)], encoder, list),
+        (lambda: [VICRegPhase(VIEWS)], encoder, list),
+        (lambda: [SimSiamPhase(VIEWS)], lambda: {**encoder(), "predictor": nn.Linear(6, 6)}, list),
+        (
+            lambda: with_twin(BYOLPhase(VIEWS)),
+            lambda: student("predictor"),
+            lambda: [EMA("student", cosine(total=9, start=0.9, end=1.0), into="teacher")],
+        ),
+        (lambda: with_twin(MoCoPhase(VIEWS, queue_size=64)), student, lambda: [EMA("student", 0.9, into="teacher")]),
+        (
+            lambda: [DINOPhase(VIEWS, teacher_temperature=linear(9, 0.04, 0.07))],
+            student,
+            lambda: [EMA("student", 0.9, into="teacher")],
+        ),
+        (lambda: [VAEPhase()], lambda: {"encoder": nn.Linear(16, 8), "decoder": nn.Linear(4, 16)}, list),
+        (lambda: [AutoencoderPhase()], lambda: {"encoder": nn.Linear(16, 8), "decoder": nn.Linear(8, 16)}, list),
+    ],
+    ids=["SimCLR", "Barlow Twins", "VICReg", "SimSiam", "BYOL", "MoCo", "DINO", "VAE", "autoencoder"],
+)
+def test_phases_of_one_loss_are_compiled(phases: Any, model: Any, callbacks: Any) -> None:
+    _, compiled = both(phases=phases, model=model, callbacks=callbacks, loss_fn=functional.mse_loss)
+    assert graphs(compiled, type(phases()[0])) == 2
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_gan_is_compiled_with_a_graph_for_each_kind_of_step() -> None:
+    models = lambda: {"G": nn.Linear(8, 16), "D": nn.Linear(16, 1)}  # noqa: E731
+    gan = lambda: GANPhase(noise=8, critic_steps=2, gradient_penalty=10.0)  # noqa: E731
+    phases = lambda: (lambda phase: [phase, GANValidationPhase(phase)])(gan())  # noqa: E731
+    eager, compiled = both(4, phases=phases, model=models, loss_fn=None, optimizer=ADAM)
+    assert graphs(compiled, GANPhase) == 4  # with the generator and without, full batches and the ragged one
+    assert compiled.history[GANPhase].updates == eager.history[GANPhase].updates == {"D": 12, "G": 6}
+
+
+class TwoRates(PerOptimizerPhase):
+    def loss(self, learner: Any, state: Any, name: str | None) -> Tensor:
+        loss: Tensor = learner.loss_fn(state.preds, state.ys)
+        return loss + learner.model[0].weight.square().sum() if name == "0" else loss
+
+
+@pytest.mark.usefixtures("plain")
+def test_one_graph_holds_the_updates_of_several_optimizers_in_order() -> None:
+    phases = lambda: [TwoRates(), PerOptimizerValidationPhase(TwoRates())]  # noqa: E731
+    optimizers = {"0": SGD, "2": ADAM}
+    eager, compiled = both(phases=phases, optimizer=optimizers, callbacks=lambda: [GradientClip(0.5)])
+    assert compiled.history[TwoRates].updates == eager.history[TwoRates].updates == {"0": 9, "2": 9}
+    assert graphs(compiled, TwoRates) == 2
+    assert compiled.history["training/grad_norm_2"] == pytest.approx(eager.history["training/grad_norm_2"], rel=1e-4)
+
+
+class Nested(AbstractTrainingPhase):
+    """A phase of a user's, with entries of its own."""
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        return {"batch": {"rows": batch[0], "more": [batch[1]], "name": "digits"}}
+
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        state.preds = learner.model(state.batch["rows"])
+        state.seen = {"preds": state.preds.detach() * 2, "number": 3}
+        with learner.optimizing() as block:
+            block.loss = functional.cross_entropy(state.preds, state.batch["more"][0])
+
+    def finish(self, learner: Any, state: Any) -> None:
+        state.mean = state.preds.mean().item()
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_phase_of_ones_own_is_compiled_by_its_entries_body_and_finish() -> None:
+    eager, compiled = both(phases=lambda: [Nested()])
+    for made in (eager, compiled):
+        assert made.step.seen["number"] == 3
+        assert isinstance(made.step.mean, float)
+        torch.testing.assert_close(made.step.seen["preds"], made.step.preds * 2)
+    assert compiled.step.mean == pytest.approx(eager.step.mean, abs=1e-5)
+
+
+@pytest.mark.usefixtures("plain")
+def test_shared_parametrized_recurrent_unused_and_normalized_parameters() -> None:
+    shared = nn.Linear(16, 16)
+    models: list[Callable[[], nn.Module]] = [
+        lambda: nn.Sequential(copied := copy.deepcopy(shared), nn.Tanh(), copied, nn.Linear(16, 4)),
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(16, 4))),
+        lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(16, 4))),
+        lambda: nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)),
+        Recurrent,
+        Unused,
+    ]
+    for model in models:
+        both(model=model, tolerance=1e-5)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, xs: Tensor) -> Tensor:
+        out: Tensor = self.head(self.lstm(xs.view(-1, 4, 4))[0][:, -1])
+        return out
+
+
+class Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(16, 4), nn.Linear(3, 3)
+
+    def forward(self, xs: Tensor) -> Tensor:
+        out: Tensor = self.used(xs)
+        return out
+
+
+class Rebinding(Unused):
+    """Puts another tensor into the place of its buffer, as many do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, xs: Tensor) -> Tensor:
+        self.seen = self.seen + 1
+        return super().forward(xs) * (1 + 0.1 * self.seen)
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_buffer_that_forward_replaces_counts_on() -> None:
+    _, compiled = both(model=Rebinding)
+    assert compiled.model.seen == 2 * 9  # training and validation
+
+
+@pytest.mark.usefixtures("plain")
+def test_tensors_that_a_loss_function_holds_are_looked_up_not_copied() -> None:
+    balance = torch.ones(4)
+    made = learner(loss_fn=partial(functional.cross_entropy, weight=balance))
+    made.fit(1)
+    graph_count = graphs(made)
+    balance[:] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    made.fit(1)
+    assert graphs(made) == graph_count
+    with torch.no_grad():
+        expected = functional.cross_entropy(made.model(made.step.xs), made.step.ys, weight=balance)
+    torch.testing.assert_close(made.step.loss, expected)  # of the validation step, the last
+
+
+# What a step leaves
+
+
+@pytest.mark.usefixtures("plain")
+def test_entries_stay_readable_without_graphs_and_gradients_are_not_kept() -> None:
+    made = learner()
+    made.fit(1, phases=[TrainingPhase()])
+    step = made.step
+    assert {"xs", "ys", "preds", "loss"} == set(vars(step))
+    assert not step.loss.requires_grad
+    assert step.preds.shape == (ROWS % 32, 4)
+    assert all(parameter.grad is None for parameter in made.model.parameters())
+
+
+@pytest.mark.usefixtures("plain")
+def test_events_outside_and_counts_of_updates_are_as_ever() -> None:
+    heard: list[str] = []
+
+    class Note(Callback):
+        in_compiled_step = "after"
+
+        @on(StepBegin)
+        @on(StepEnd)
+        @on(LossBegin)
+        @on(BackwardBegin)
+        @on(UpdateBegin)
+        def note(self, event: Any, phase: Any, learner: Any) -> None:
+            heard.append(type(event).__name__)
+
+    learner(callbacks=[Note()]).fit(1, phases=[TrainingPhase()])
+    one = ["StepBegin", "LossBegin", "BackwardBegin", "UpdateBegin", "StepEnd"]
+    assert heard == one * 3
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_loss_that_is_not_finite_leaves_weights_and_state_as_they_are_and_ends_the_fit() -> None:
+    xs, ys = rows()
+    batches = [(xs[:32], ys[:32]), (xs[32:64], ys[32:64]), (xs[:32] * float("nan"), ys[:32]), (xs[:32], ys[:32])]
+    eager, compiled = both(2, data=(batches,), optimizer=ADAM)
+    assert graphs(compiled) == 1
+    assert compiled.history.stop_reason == eager.history.stop_reason == "the loss became nan"
+    assert compiled.history[TrainingPhase].steps == eager.history[TrainingPhase].steps + 1  # seen when it has run
+    steps = [state["step"].item() for state in compiled.optimizer.state.values()]
+    assert steps == [2.0] * 4
+
+
+# Resume, and watching
+
+
+@pytest.mark.usefixtures("plain")
+def test_compiled_runs_resume_to_the_bit() -> None:
+    def make() -> Learner[Any]:
+        callbacks = [Scheduler({LearningRate: one_cycle(9, 0.1)}), GradientClip(0.5), EMA("model", 0.9)]
+        model = lambda: nn.Sequential(nn.Linear(16, 8), nn.Dropout(0.3), nn.BatchNorm1d(8), nn.Linear(8, 4))  # noqa: E731
+        return learner(model=model, callbacks=callbacks, optimizer=ADAM)
+
+    assert_resumes_exactly(make, epochs=2, at=[1, 2, 3, 5, 8, 12])
+
+
+def test_a_compiled_run_resumes_to_the_bit_with_inductor_too() -> None:
+    accelerator = partial(Accelerator, "cpu", compile="step")
+    assert_resumes_exactly(lambda: toy_learner(accelerator=accelerator()), epochs=1, at=[1, 9])
+
+
+@pytest.mark.usefixtures("plain")
+def test_watching_changes_nothing_in_compiled_steps() -> None:
+    note = CustomCallback(lambda learner: torch.rand(3), StepEnd, TrainingPhase)
+    assert_observer(note, lambda: toy_learner(accelerator=Accelerator("cpu", compile="step")))
+    assert_observer(ValidationPhase(), lambda: toy_learner(accelerator=Accelerator("cpu", compile="step")))
+
+
+# What stands in the way
+
+
+class Reads(Callback):
+    reads = ("step.preds",)
+    writes = ("step.loss",)
+
+    @on(BackwardBegin, TrainingPhase)
+    def change(self, event: Any, phase: Any, learner: Any) -> None:
+        learner.step.loss = learner.step.loss * 2
+
+
+class ReadsGradients(Callback):
+    reads = ("step.grads",)
+
+    @on(StepEnd, AbstractTrainingPhase)
+    def look(self, event: Any, phase: Any, learner: Any) -> None:
+        list(learner.step.grads)
+
+
+@pytest.mark.parametrize(
+    ("callback", "words"),
+    [
+        (Reads(), ("Reads handles BackwardBegin of TrainingPhase", "reads 'step.preds'", "writes 'step.loss'")),
+        (CustomCallback(print, BackwardEnd, TrainingPhase), ("CustomCallback handles BackwardEnd", "reads '*'")),
+        (ReadsGradients(), ("ReadsGradients reads 'step.grads' at StepEnd",)),
+        (ActivationStats(), ("ActivationStats looks into the step",)),
+        (LogHistograms(Memory()), ("LogHistograms looks into the step",)),
+        (MixUp(0.4), ("MixUp handles LossBegin",)),
+        (throttle(GradientClip(), UpdateBegin, freq=2), ("GradientClip handles UpdateBegin",)),
+    ],
+    ids=lambda value: value[0].split(" ")[0] if isinstance(value, tuple) else "",
+)
+def test_a_callback_that_needs_a_moment_inside_is_an_error_when_the_learner_is_made(
+    callback: Callback, words: tuple[str, ...]
+) -> None:
+    learner(False, callbacks=[copy.deepcopy(callback)])
+    with pytest.raises(CompileError) as caught:
+        learner(callbacks=[callback])
+    for word in (*words, "compile=False"):
+        assert word in str(caught.value)
+
+
+def test_a_callback_added_later_is_refused_and_the_old_ones_stay() -> None:
+    made = learner()
+    before = made.callbacks.order
+    with pytest.raises(CompileError, match="Reads handles BackwardBegin"):
+        made.add_callback(Reads())
+    assert made.callbacks.order == before
+
+
+def test_a_handler_added_from_outside_is_noticed_at_the_next_step(plain: None) -> None:
+    class Taught(Callback):
+        pass
+
+    made = learner(callbacks=[Taught()])
+    made.fit(1)
+
+    @on(BackwardEnd, TrainingPhase, Taught)
+    def look(callback: Any, event: Any, phase: Any, learner: Any) -> None: ...
+
+    with pytest.raises(CompileError, match="Taught handles BackwardEnd"):
+        made.fit(1)
+
+
+class OwnStep(TrainingPhase):
+    def step(self, learner: Any, batch: Any) -> Any:
+        with runstep(learner, self, xs=batch[0], ys=batch[1]) as (_, state):
+            state.loss = learner.loss_fn(learner.model(state.xs), state.ys)
+            learner.backward(state.loss)
+            learner.update()
+        return state
+
+
+class AsItIs(OwnStep):
+    compiled = False
+
+
+def test_a_step_of_ones_own_is_refused_unless_its_class_says_that_it_runs_as_it_is(plain: None) -> None:
+    with pytest.raises(
+        CompileError, match=r"OwnStep has a step of its own; say what it does in entries\(batch\), body"
+    ):
+        learner().fit(1, phases=[OwnStep()])
+    _, compiled = both(phases=lambda: [AsItIs()], tolerance=0.0)
+    assert compiled.compiled is not None
+    assert AsItIs not in compiled.compiled._plans
+
+
+def test_explain_says_which_steps_can_be_compiled() -> None:
+    text = learner(False, callbacks=[Reads()]).callbacks.explain().text
+    training, validation = text.split("ValidationPhase")
+    assert "a step cannot be compiled whole:\n    Reads handles BackwardBegin of TrainingPhase" in training
+    assert "a step can be compiled whole" in validation
+
+
+def test_what_compile_may_be() -> None:
+    with pytest.raises(ValueError, match="expected False, 'model' or 'step'"):
+        Accelerator("cpu", compile="all")  # type: ignore[arg-type]  # what is tested
+
+
+# Graphs are made anew where what they rest on has changed
+
+
+class Weighted(TrainingPhase):
+    """Weighs its loss by a number that changes."""
+
+    def __init__(self, change: float) -> None:
+        self.weight, self.change = 1.0, change
+
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        state.preds = learner.model(state.xs)
+        state.loss = learner.loss_fn(state.preds, state.ys) * self.weight
+        learner.backward(state.loss)
+        learner.update()
+
+    def finish(self, learner: Any, state: Any) -> None:
+        self.weight *= self.change
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_number_of_the_phase_that_changes_is_seen_and_said_when_it_changes_often() -> None:
+    with pytest.warns(UserWarning, match=r"Weighted has been compiled 8 times.*Weighted.weight"):
+        both(5, phases=lambda: [Weighted(0.9)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, compiled = both(5, phases=lambda: [Weighted(1.0)])
+    assert graphs(compiled, Weighted) == 2
+
+
+@pytest.mark.usefixtures("plain")
+def test_modes_attributes_and_frozen_parameters_are_compared_at_each_epoch() -> None:
+    model = lambda: nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 4), nn.LeakyReLU(0.1))  # noqa: E731
+    changes: list[Callable[[nn.Sequential], object]] = [
+        lambda model: setattr(model[3], "negative_slope", 0.5),
+        lambda model: model[0].requires_grad_(False),
+        lambda model: setattr(model[1], "momentum", 0.5),
+        lambda model: model[2].weight.data.mul_(0.5),
+        lambda model: setattr(model[2].bias, "data", model[2].bias.data + 1),
+    ]
+    for change in changes:
+        made = [learner(compile, model=model) for compile in (False, "step")]
+        for each in made:
+            each.fit(2)
+            change(each.model)
+            each.fit(2)
+        for a, b in zip(*map(weights, made), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_callback_that_changes_the_model_between_steps_is_seen() -> None:
+    class Slope(Callback):
+        writes = ("model",)
+
+        @on(StepBegin, TrainingPhase)
+        def change(self, event: Any, phase: Any, learner: Any) -> None:
+            learner.model[1].negative_slope += 0.1
+
+    model = lambda: nn.Sequential(nn.Linear(16, 8), nn.LeakyReLU(0.1), nn.Linear(8, 4))  # noqa: E731
+    both(1, model=model, callbacks=lambda: [Slope()])
+
+
+@pytest.mark.usefixtures("plain")
+def test_loading_a_state_goes_on_with_the_tensors_that_are_there_then() -> None:
+    other = learner(optimizer=ADAM)
+    other.fit(1)
+    state = copy.deepcopy(other.state_dict())
+    made = learner(optimizer=ADAM)
+    made.fit(3)
+    made.load_state_dict(state)
+    other.fit(2)
+    made.fit(2)
+    for a, b in zip(weights(other), weights(made), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("plain")
+def test_evaluate_and_predict_are_compiled_and_reuse_their_graphs() -> None:
+    made = learner(callbacks=[])
+    made.fit(2)
+    assert made.compiled is not None
+    expected = learner(False)
+    expected.model.load_state_dict(made.model.state_dict())
+    for _ in range(2):
+        assert made.evaluate(rows(), metrics=[accuracy]) == pytest.approx(
+            expected.evaluate(rows(), metrics=[accuracy]), rel=1e-5
+        )
+        torch.testing.assert_close(made.predict(rows()), expected.predict(rows()))
+    assert graphs(made, ValidationPhase) == 2
+    assert sum(len(plan._graphs) for plan in made.compiled._plans.values()) == 6
+
+
+@pytest.mark.usefixtures("plain")
+def test_gradients_that_wait_for_an_update_are_not_forgotten() -> None:
+    made = learner()
+    made.fit(1)
+    made.backward(made.loss_fn(made.model(rows()[0]), rows()[1]))
+    with pytest.raises(LossError, match="gradients of another loss wait"):
+        made.fit(1)
+
+
+def test_a_model_is_compiled_by_torch_and_stays_what_it_is() -> None:
+    eager, made = learner(False), learner("model")
+    kind, names = type(made.model), list(made.model.state_dict())
+    assert made.model._compiled_call_impl is not None
+    assert (type(eager.model), list(eager.model.state_dict())) == (kind, names)
+    for each in (eager, made):
+        each.fit(1, steps_per_epoch=2)
+    for a, b in zip(weights(eager), weights(made), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
