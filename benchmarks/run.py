@@ -1,8 +1,8 @@
 """Run the benchmarks, and write what they print to results.md.
 
-    python benchmarks/run.py                        # all: about 25 minutes on two cores
+    python benchmarks/run.py                        # all: about half an hour on two idle cores
     python benchmarks/run.py step_overhead data     # these; the other results stay
-    python benchmarks/run.py --quick                # all in about four minutes, to see that they run; writes nothing
+    python benchmarks/run.py --quick                # all in some minutes, to see that they run; writes nothing
     python benchmarks/run.py --out other.md
 
 Each script runs in a process of its own, and prints Markdown tables, or columns. One that says that it can
