@@ -13,21 +13,20 @@ the others are compared with:
   fetching (or takes away: it fetches whole batches from such a loader);
 - *TensorBatches*, alone and in a learner.
 
-Per round each side runs an epoch, in alternating order. Wall time and CPU time (of this process alone: not
-that of workers) are medians over rounds of the time per batch, and the ratios medians of the rounds' ratios.
-Before that all sides are checked to give the same number of batches and the same rows. One thread.
+Per round each side runs an epoch, in alternating order. µs are medians over rounds of the wall time per batch,
+the ratios medians of the rounds' ratios, of wall time and of CPU time (of this process alone: not that of
+workers). Before that all sides are checked to give the same number of batches and the same rows.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import time
-from collections.abc import Callable, Iterable, Iterator
-from statistics import median
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from timing import Table, arguments, interleave
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -40,38 +39,7 @@ WORK: dict[str, tuple[tuple[int, ...], int, int]] = {
     "conv (1×28×28), batch 64": ((1, 28, 28), 64, 100),
 }
 
-WARM_UP = 2
 REFERENCE = "DataLoader"
-
-
-def interleaved(
-    sides: dict[str, Callable[[], int]], rounds: int, reference: str
-) -> dict[str, tuple[float, float, float, float]]:
-    """Run all sides in turn, each round in the other direction.
-
-    Args:
-        sides: By name, what does a side's work and gives how many units it did.
-        rounds: How often.
-        reference: The side that the others are compared with.
-
-    Returns:
-        By name, the medians of wall and CPU time per unit in µs, and of the rounds' ratios of both.
-    """
-    wall: dict[str, list[float]] = {name: [] for name in sides}
-    cpu: dict[str, list[float]] = {name: [] for name in sides}
-    for index in range(rounds + WARM_UP):
-        for name in list(sides) if index % 2 else reversed(sides):
-            gc.collect()
-            start, start_cpu = time.perf_counter(), time.process_time()
-            units = sides[name]()
-            if index >= WARM_UP:
-                cpu[name].append((time.process_time() - start_cpu) / units * 1e6)
-                wall[name].append((time.perf_counter() - start) / units * 1e6)
-
-    def ratio(times: dict[str, list[float]], name: str) -> float:
-        return median(ours / other for ours, other in zip(times[name], times[reference], strict=True))
-
-    return {name: (median(wall[name]), median(cpu[name]), ratio(wall, name), ratio(cpu, name)) for name in sides}
 
 
 class Fetching(TrainingPhase):
@@ -147,41 +115,26 @@ def check(name: str, epoch: Epoch, xs: Tensor, count: int) -> None:
         raise SystemExit(f"{name}: expected {count} batches with each row once")
 
 
-def count_batches(epoch: Epoch) -> Callable[[], int]:
-    def run() -> int:
-        count = 0
-
-        def take(batch: Any) -> None:
-            nonlocal count
-            count += 1
-
-        epoch(take)
-        return count
-
-    return run
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    arguments = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    rounds = 6 if arguments(__doc__, argv).quick else 30
     torch.set_num_threads(1)
     gc.disable()
-    rounds = 10 if arguments.quick else 40
-    print(f"torch {torch.__version__}, one thread, medians of {rounds} interleaved rounds, µs per batch")
-    print(f"{'workload':<26}{'order':<10}{'side':<37}{'wall':>9}{'CPU':>9}{'ratio':>8}{'of CPU':>8}")
+    print(f"One thread, medians of {rounds} interleaved rounds, µs per batch.\n")
+    table = Table({"workload": "<24", "order": "<8", "side": "<35", "µs": ">8.2f", "ratio": ">6.3f", "CPU": ">6.3f"})
     for name, (shape, size, count) in WORK.items():
         xs = torch.randn(count * size, *shape, generator=torch.Generator().manual_seed(0))
         ys = torch.arange(len(xs))
         for shuffle in (True, False):
-            sides = make_sides(xs, ys, size, shuffle)
-            for side, epoch in sides.items():
+            epochs = make_sides(xs, ys, size, shuffle)
+            for side, epoch in epochs.items():
                 check(f"{name}, {side}", epoch, xs, count)
-            results = interleaved({side: count_batches(epoch) for side, epoch in sides.items()}, rounds, REFERENCE)
-            for side, (wall, cpu, ratio, cpu_ratio) in results.items():
+            counted = {side: partial(epoch, lambda batch: None) for side, epoch in epochs.items()}
+            got = interleave(lambda sides=counted: sides, units=count, rounds=rounds)
+            for side in counted:
                 order = "shuffled" if shuffle else "in order"
-                figures = f"{wall:>9.2f}{cpu:>9.2f}{ratio:>8.3f}{cpu_ratio:>8.3f}"
-                print(f"{name:<26}{order:<10}{side:<37}{figures}", flush=True)
+                table.row(
+                    name, order, side, got.micro(side), got.ratio(side, REFERENCE), got.cpu_ratio(side, REFERENCE)
+                )
 
 
 if __name__ == "__main__":

@@ -44,7 +44,11 @@ class Accelerator:
 
     def compile_model(self, model: nn.Module) -> None:
         """Have a model's forward be compiled by torch, where that was asked for; it stays what it is."""
-        if self.compile == "model":
+        if self.compile == "model" and hasattr(model, "_compiled_call_impl"):  # a private name of torch's
+            # model.compile() would do nothing for torch's own classes, such as Sequential: their code is left alone
+            call: Callable[..., Any] = model._call_impl
+            model._compiled_call_impl = torch.compile(lambda *args, **kwargs: call(*args, **kwargs))
+        elif self.compile == "model":
             model.compile()
 
     def place(self, entries: dict[str, Any]) -> None:
