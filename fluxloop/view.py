@@ -31,7 +31,6 @@ class View:
 
     def __init__(self, learner: Learner) -> None:
         object.__setattr__(self, "_learner", learner)
-
         for name, nested in self._nested.items():
             object.__setattr__(self, name, nested(learner))
 

@@ -39,6 +39,21 @@ def test_a_mean_of_many_small_steps_is_exact() -> None:
     assert mean.compute().item() == pytest.approx(torch.tensor(0.1).double().item(), rel=1e-14)
 
 
+@pytest.mark.parametrize("count", [3, FOLD_AFTER, 2 * FOLD_AFTER + 5])
+def test_values_may_be_divided_later(count: int) -> None:
+    mean, hits = Mean(), [(number % 7, 7 + number % 3) for number in range(count)]
+    for hit, rows in hits:
+        mean.add(torch.tensor(hit), rows, over=rows)
+    restored = Mean()
+    restored.load_state_dict(mean.state_dict())
+    expected = sum(hit for hit, _ in hits) / sum(rows for _, rows in hits)
+    assert mean.compute().item() == restored.compute().item() == pytest.approx(expected, rel=1e-14)
+    with_last = Mean()
+    for hit, rows in [(1, 2), (3, 4)]:
+        with_last.add(torch.tensor(hit), 1, over=rows)
+    assert with_last.compute().item() == 0.625
+
+
 def test_without_values_there_is_no_mean() -> None:
     assert Mean().compute() is None
     assert MovingAverage(0.9).compute() is None

@@ -37,6 +37,7 @@ from fluxloop import (
     runstep,
     top_k,
 )
+from fluxloop.state import State
 from fluxloop.testing import Coefficient, toy_learner
 
 quick = settings(deadline=None, max_examples=40)
@@ -595,3 +596,32 @@ def test_the_default_callbacks_copy_the_training_loss_alone_per_step(
     few, many = (copies_of_a_fit(copies, count, callbacks(), default_callbacks=True) for count in (3, 103))
     assert len(many) - len(few) == 100, "StopOnNaNLoss' look at each training step's loss, on the CPU"
     assert set(many) == {"item"}
+
+
+def test_the_share_of_hits_is_that_of_all_rows_at_any_time_and_goes_on_from_a_kept_state() -> None:
+    generator = torch.Generator().manual_seed(0)
+    preds, ys = torch.randn(900, 3, 2, generator=generator), torch.randint(3, (900, 2), generator=generator)
+    tracker = Metric(accuracy).start()
+    assert tracker.latest() == tracker.compute() == {}
+    seen = 0
+    for step, size in enumerate([5, 1, 3] * 60):
+        part = slice(seen, seen + size)
+        tracker.update(State({"preds": preds[part], "ys": ys[part]}), size)
+        assert tracker.latest()["accuracy"].item() == accuracy(preds[part], ys[part]).item()
+        seen += size
+        if step == 100:
+            kept = tracker.state_dict()
+            tracker = Metric(accuracy).start()
+            tracker.load_state_dict(kept)
+    hits = (preds[:seen].argmax(1) == ys[:seen]).sum().item()
+    assert tracker.compute()["accuracy"].item() == pytest.approx(hits / (2 * seen), rel=1e-14)
+
+
+def test_metrics_of_graphs_keep_none_and_a_users_function_sees_none() -> None:
+    weight = torch.ones((), requires_grad=True)
+    ours, theirs = Metric(mae).start(), Metric(lambda p, y: (weight * p - y).mean(), name="own").start()
+    state = State({"preds": 2 * weight * torch.ones(3, 1), "ys": torch.zeros(3, 1)})
+    for tracker in (ours, theirs):
+        tracker.update(state, 3)
+        for values in (tracker.latest(), tracker.compute()):
+            assert not any(value.requires_grad for value in values.values())
