@@ -93,7 +93,7 @@ def test_e01_fit_reports_loss_and_accuracy_of_both_sets(capsys: pytest.CaptureFi
         Net(),
         nn.CrossEntropyLoss(),
         data=(train, valid),
-        optimizer=partial(Adam, lr=0.05),
+        optimizer=partial(Adam, lr=0.05, fused=False),
         callbacks=[Metrics(accuracy)],
     )
     history = learner.fit(10)
@@ -353,7 +353,9 @@ def by_hand_accumulated(net: nn.Module, data: Any, every: int, epochs: int, flus
 def test_e05_an_update_every_third_batch_equals_hand_written_accumulation(rows: int) -> None:
     net, data = Net(), batches(rows, batch_size=8)
     own = deepcopy(net)
-    learner = quiet(net, cross_entropy, data=(data,), optimizer=partial(AdamW, lr=0.01), callbacks=[Recorder()])
+    learner = quiet(
+        net, cross_entropy, data=(data,), optimizer=partial(AdamW, lr=0.01, fused=False), callbacks=[Recorder()]
+    )
     learner.fit(3, phases=[VirtualBatches(3)])
     by_hand_accumulated(own, data, every=3, epochs=3)
     assert_equal_weights(net, own)
@@ -374,7 +376,9 @@ def test_e05_an_accumulated_update_equals_one_step_on_the_larger_batch() -> None
 
 def test_e05_batches_left_at_the_end_of_an_epoch_count_in_the_next_one() -> None:
     net, data = Net(), batches(40, batch_size=8)  # 5 batches
-    learner = quiet(net, cross_entropy, data=(data,), optimizer=partial(AdamW, lr=0.01), callbacks=[Recorder()])
+    learner = quiet(
+        net, cross_entropy, data=(data,), optimizer=partial(AdamW, lr=0.01, fused=False), callbacks=[Recorder()]
+    )
     phase = VirtualBatches(3)
     learner.epoch(phase)
     assert learner.history[phase].updates == {None: 1}
@@ -387,7 +391,9 @@ def test_e05_batches_left_at_the_end_of_an_epoch_count_in_the_next_one() -> None
 def test_e05_an_epoch_of_ones_own_can_update_with_what_is_left() -> None:
     net, data = Net(), batches(40, batch_size=8)
     own = deepcopy(net)
-    learner = quiet(net, cross_entropy, data=(data,), optimizer=partial(AdamW, lr=0.01), callbacks=[Recorder()])
+    learner = quiet(
+        net, cross_entropy, data=(data,), optimizer=partial(AdamW, lr=0.01, fused=False), callbacks=[Recorder()]
+    )
     history = learner.fit(3, phases=[FlushedVirtualBatches(3)])
     by_hand_accumulated(own, data, every=3, epochs=3, flush=True)
     assert_equal_weights(net, own)
@@ -410,7 +416,7 @@ class ConvNet(nn.Module):
 
 def test_e07_hyperparameters_of_the_model_and_the_optimizer_may_come_later() -> None:
     prepare = partial(ConvNet, channels=5)
-    learner = quiet(prepare(num_classes=10), cross_entropy, optimizer=partial(Adam, lr=0.003))
+    learner = quiet(prepare(num_classes=10), cross_entropy, optimizer=partial(Adam, lr=0.003, fused=False))
     learner.fit(1, ((torch.randn(8, 1, 6, 6), torch.randint(10, (8,))),))
     assert learner.model.head.weight.shape == (10, 5)
     assert learner.optimizer.param_groups[0]["lr"] == 0.003
@@ -597,7 +603,7 @@ def test_e15_backward_changes_gradients_alone_and_the_first_adam_step_moves_each
     watch = ParameterWatch()
     model = nn.Linear(3, 1)
     data = [(torch.randn(100, 3), torch.randn(100, 1))]
-    learner = quiet(model, mse_loss, data=(data,), optimizer=partial(Adam, lr=0.01), callbacks=[watch])
+    learner = quiet(model, mse_loss, data=(data,), optimizer=partial(Adam, lr=0.01, fused=False), callbacks=[watch])
     learner.fit(1)
     assert watch.before
     assert watch.after
@@ -619,7 +625,7 @@ def test_e16_full_batch_regression_prints_the_loss_at_each_tenth_step(capsys: py
         net,
         partial(mse_loss, reduction="sum"),
         data=([(xs, ys)],),
-        optimizer=partial(Adam, lr=0.08),
+        optimizer=partial(Adam, lr=0.08, fused=False),
         callbacks=[throttle(show, StepEnd, freq=10)],
     )
     learner.fit(200)
@@ -702,7 +708,9 @@ STEP_EVENTS = ["StepBegin", "LossBegin", "BackwardBegin", "BackwardEnd", "Update
 def test_e17_to_e20_each_stage_of_a_phase_trains_as_the_bare_step_function(phase: Any, events: list[str]) -> None:
     net, data, recorder = Net(), batches(32), EventRecorder()
     own = deepcopy(net)
-    learner = quiet(net, cross_entropy, data=(data,), optimizer=partial(Adam, lr=0.05), callbacks=[recorder])
+    learner = quiet(
+        net, cross_entropy, data=(data,), optimizer=partial(Adam, lr=0.05, fused=False), callbacks=[recorder]
+    )
     for _ in range(3):
         learner.epoch(phase)
     optimizer = Adam(own.parameters(), lr=0.05)
@@ -722,7 +730,7 @@ def test_e19_the_state_is_the_learners_step_and_feeds_the_metrics() -> None:
     assert history[WithState].steps == 6
 
 
-@pytest.mark.parametrize("make_optimizer", [partial(SGD, lr=0.1, momentum=0.9), partial(AdamW, lr=0.01)])
+@pytest.mark.parametrize("make_optimizer", [partial(SGD, lr=0.1, momentum=0.9), partial(AdamW, lr=0.01, fused=False)])
 def test_e20_the_phase_of_the_tutorial_is_the_training_phase_to_the_bit(make_optimizer: Any) -> None:
     model, data = regularized(), TensorBatches(*classification(40), batch_size=16, shuffle=True)
     recorders = EventRecorder(), EventRecorder()
@@ -849,7 +857,7 @@ class GAN(AbstractTrainingPhase):
 
 def test_e25_a_gan_with_named_models_equals_the_hand_written_loop() -> None:
     models, data = make_gan(), TensorBatches(torch.randn(40, 3), batch_size=8)
-    own, adam = deepcopy(models), partial(Adam, lr=0.01, betas=(0.5, 0.999))
+    own, adam = deepcopy(models), partial(Adam, lr=0.01, betas=(0.5, 0.999), fused=False)
     learner = quiet(models, data=(data,), optimizer=adam, callbacks=[Recorder(), Metrics()])
     history = learner.fit(3, phases=[GAN()])
 
