@@ -24,7 +24,7 @@ class GAN(TrainingPhase):
                 block.loss = softplus(-disc(state.fake)).mean()
 
 
-adam = partial(torch.optim.Adam, lr=GAN_LR, betas=BETAS)
+adam = partial(torch.optim.Adam, lr=GAN_LR, betas=BETAS, fused=False)
 callbacks = [
     GradientClip(CLIP),
     LRScheduler(partial(LambdaLR, lr_lambda=lr_factor), unit="step"),

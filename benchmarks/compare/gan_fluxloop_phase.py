@@ -11,7 +11,7 @@ from fluxloop import EMA, Checkpointer, GANPhase, GradientClip, Learner, LRSched
 gen, disc, loader = gan_setup()
 
 # --- counted ---
-adam = partial(torch.optim.Adam, lr=GAN_LR, betas=BETAS)
+adam = partial(torch.optim.Adam, lr=GAN_LR, betas=BETAS, fused=False)
 callbacks = [
     GradientClip(CLIP),
     LRScheduler(partial(LambdaLR, lr_lambda=lr_factor), unit="step"),

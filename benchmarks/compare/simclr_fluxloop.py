@@ -21,7 +21,7 @@ class SimCLR(TrainingPhase):
                 block.loss = nt_xent(z1, z2, TEMPERATURE)
 
 
-adam = partial(torch.optim.AdamW, lr=SSL_LR)
+adam = partial(torch.optim.AdamW, lr=SSL_LR, fused=False)
 callbacks = [
     LRScheduler(partial(LambdaLR, lr_lambda=lr_factor), unit="step"),
     KNNProbe("encoder", bank=bank),

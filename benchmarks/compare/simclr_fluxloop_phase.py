@@ -11,7 +11,7 @@ from fluxloop import Checkpointer, KNNProbe, Learner, LRScheduler, SimCLRPhase
 model, _, loader, bank, valid = ssl_setup()
 
 # --- counted ---
-adam = partial(torch.optim.AdamW, lr=SSL_LR)
+adam = partial(torch.optim.AdamW, lr=SSL_LR, fused=False)
 callbacks = [
     LRScheduler(partial(LambdaLR, lr_lambda=lr_factor), unit="step"),
     KNNProbe("encoder", bank=bank),
