@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
 from fluxloop.errors import CompileError, LossError, warn_user
 from fluxloop.events import Event, StepBegin, StepEnd, event_types
@@ -31,7 +30,7 @@ from fluxloop.phase import Phase
 from fluxloop.randomness import preserved
 from fluxloop.runner import Bound, deliver
 from fluxloop.state import StepState
-from fluxloop.tracing import DECAY, HOOKS, MODULE_INTERNALS, Traced, first_line, holders_of
+from fluxloop.tracing import HOOKS, MODULE_INTERNALS, Traced, first_line, holders_of
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -119,11 +118,10 @@ class Plan:
         self._epoch: Scope | None = None
         self._callbacks = -1
         self._is_watched = False
-        self._inside: tuple[int, ...] = ()
+        self._inside: tuple[Same, ...] = ()
         self._rests_on: dict[str, Any] = {}
         self._count = 0
         self._why = ""
-        self._changing: tuple[str, ...] = ("lr",)
 
     def graph(self, phase: Phase, state: StepState) -> Graph | None:
         """Give the graph for a step, compiled now if there is none; None where this step has to run as it is.
@@ -165,11 +163,8 @@ class Plan:
                 return None  # the first step makes what the others find: optimizers' states, a phase's queue
         alike = self._graphs.setdefault(key, [])
         self._why = next((why for graph in alike if (why := graph.misfit(phase))), self._why)
-        scheduled = any(DECAY in graph.changed_options() for graph in alike)
-        if scheduled and all(is_torchs(slot.optimizer) for slot in learner.updates.slots):
-            self._changing = ("lr", DECAY)  # an input from now on
         with preserved():
-            traced = Traced(learner, phase, modules, state, self._changing)
+            traced = Traced(learner, phase, modules, state)
             if traced.makes_state:  # an optimizer's, of parameters that were frozen
                 return None
             graph = Graph(learner, phase, traced)
@@ -211,7 +206,11 @@ class Graph:
         self._of_phases = traced.of_phases
         self._shapes = [describe(vars(traced.holders[number])[name]) for number, name in traced.of_phases]
         self._reads = list(traced.reads.items())
-        self._changing = {"params", *(name for _, name, _ in traced.options)}
+        self._inputs = {
+            id(group): {"params"} for slot in learner.updates.slots for group in slot.optimizer.param_groups
+        }
+        for group, name, _ in traced.options:
+            self._inputs[id(group)].add(name)
         self._optimizers = [(slot, self._options_of(slot)) for slot in learner.updates.slots if phase.gradients]
         self._stored = list(traced.stored.items())
         self._events = traced.fired
@@ -239,24 +238,16 @@ class Graph:
                 if describe(holders[number].get(name)) != expected:
                     return f"the shape of {type(phase).__name__}.{name}"
         for slot, options in self._optimizers:
-            if self._options_of(slot) != options:
-                return f"{slot.label}: {', '.join(self.changed_options())}"
+            for now, before in zip(self._options_of(slot), options, strict=True):
+                if now != before:
+                    changed = [f"{name} = {value!r}" for name, value in now.items() if value != before.get(name)]
+                    return f"{slot.label}: {', '.join(changed)}"
         return None
 
-    def changed_options(self) -> list[str]:
-        """Name the options of the optimizers that are not as they were when the step was traced."""
-        return [
-            name
-            for slot, options in self._optimizers
-            for now, before in zip(self._options_of(slot), options, strict=False)
-            for name in now
-            if now[name] != before.get(name)
-        ]
-
     def _options_of(self, slot: Slot) -> list[dict[str, Any]]:
-        """Give the options of an optimizer's groups that are part of the graph."""
+        """Give the options of an optimizer's groups that are part of the graph, and no inputs of it."""
         groups = slot.optimizer.param_groups
-        return [{name: value for name, value in group.items() if name not in self._changing} for group in groups]
+        return [{name: group[name] for name in group if name not in self._inputs[id(group)]} for group in groups]
 
     def run(self, phase: Phase, state: StepState) -> None:
         """Run the step: change what it changes, and store its entries.
@@ -376,9 +367,9 @@ def rests_on(learner: Learner, phase: Phase) -> dict[str, Any]:
                 if attribute not in MODULE_INTERNALS:
                     found[f"{name}.{attribute}"] = as_seen(value)
             for attribute, parameter in part._parameters.items():
-                found[f"{name}.{attribute}"] = None if parameter is None else (id(parameter), parameter.requires_grad)
+                found[f"{name}.{attribute}"] = Same(parameter), parameter is not None and parameter.requires_grad
             for attribute, buffer in part._buffers.items():
-                found[f"{name}.{attribute}"] = id(buffer)
+                found[f"{name}.{attribute}"] = Same(buffer)
             found[f"the hooks of {name}"] = [len(getattr(part, hooks)) for hooks in HOOKS]
     if not isinstance(learner.loss_fn, nn.Module):
         found |= {f"loss_fn.{name}": as_seen(value) for name, value in attributes(learner.loss_fn).items()}
@@ -386,16 +377,31 @@ def rests_on(learner: Learner, phase: Phase) -> dict[str, Any]:
         for index, parameter in enumerate(slot.parameters):
             entries = slot.optimizer.state.get(parameter, {})
             found[f"{slot.label}, state {index}"] = [
-                (name, id(value)) for name, value in entries.items() if isinstance(value, Tensor)
+                (name, Same(value)) for name, value in entries.items() if isinstance(value, Tensor)
             ]
-        found[f"the groups of {slot.label}"] = [id(group) for group in slot.optimizer.param_groups]
+        found[f"the groups of {slot.label}"] = [Same(group) for group in slot.optimizer.param_groups]
     return found
 
 
 def as_seen(value: Any) -> Any:
     """Describe an attribute: a number, a text or a container by what it says, anything else by which it is."""
     plain = value is None or isinstance(value, (bool, int, float, str, list, tuple, dict, set))
-    return look(value) if plain else id(value)
+    return look(value) if plain else Same(value)
+
+
+class Same:
+    """Equal to another one of the same object; holds it, so that no other object takes its place."""
+
+    __slots__ = ("thing",)
+
+    def __init__(self, thing: Any) -> None:
+        self.thing = thing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.thing is other.thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)
 
 
 def changes_between_steps(learner: Learner, phase: type[Phase]) -> bool:
@@ -412,20 +418,15 @@ def changes_between_steps(learner: Learner, phase: type[Phase]) -> bool:
     return False
 
 
-def inside(learner: Learner, phase: type[Phase]) -> tuple[int, ...]:
+def inside(learner: Learner, phase: type[Phase]) -> tuple[Same, ...]:
     """Tell which callbacks have handlers that are part of a phase's graphs."""
     nodes = learner.callbacks.graph.nodes
     events = [event for event in event_types() if event.inside_step]
     return tuple(
-        id(node.callback)
+        Same(node.callback)
         for node in nodes
         if node.callback.in_compiled_step == "inside" and any(node.callback.handler(e, phase) for e in events)
     )
-
-
-def is_torchs(optimizer: Optimizer) -> bool:
-    """Tell whether an optimizer is one of torch's own."""
-    return type(optimizer).__module__.startswith("torch.optim.")
 
 
 def listeners(learner: Learner, phase: Phase, events: list[Event]) -> list[tuple[tuple[Bound, ...], Event]]:

@@ -153,14 +153,7 @@ class Traced:
         CompileError: The step is no function of tensors.
     """
 
-    def __init__(
-        self,
-        learner: Learner,
-        phase: Phase,
-        modules: list[nn.Module],
-        state: StepState,
-        changing: tuple[str, ...] = ("lr",),
-    ) -> None:
+    def __init__(self, learner: Learner, phase: Phase, modules: list[nn.Module], state: StepState) -> None:
         self._learner, self._phase = learner, phase
         self._parts = [part for module in modules for part in module.modules()]
         self._slots = learner.updates.slots if phase.gradients else ()
@@ -175,8 +168,8 @@ class Traced:
             (group, name, as_tensor(group, name))
             for slot in self._slots
             for group in slot.optimizer.param_groups
-            for name in changing
-            if group["params"] and group.get(name) is not None
+            for name in ("lr", DECAY)
+            if is_input(slot.optimizer, group, name)
         ]
         self.holders = holders_of(phase)
         self.of_phases = [
@@ -386,6 +379,17 @@ def as_tensor(group: dict[str, Any], name: str) -> Tensor:
 
 
 DECAY = "weight_decay"
+
+
+def is_input(optimizer: Optimizer, group: dict[str, Any], name: str) -> bool:
+    """Tell whether an option of a group is an input of the graph; others, and no decay at all, are part of it.
+
+    What a graph computes has to follow from the numbers of the step alone: a resumed run makes it anew.
+    """
+    if name == DECAY and not type(optimizer).__module__.startswith("torch.optim."):
+        return False  # nobody knows what it does with it
+    value = group.get(name)
+    return bool(group["params"]) and isinstance(value, (float, int, Tensor)) and (name == "lr" or bool(value))
 
 
 def twin_of(
