@@ -219,6 +219,8 @@ class Callback:
       be compiled. ``"after"``: they only take note of the event, and are called when the graph has
       run. ``"inside"``: they are operations on the step's tensors and gradients alone, and part of
       the graph. ``"never"``: it looks into the step by other means, such as hooks of modules.
+      ``"watched"``: between steps it may change attributes of models that it does not declare, so
+      they are compared at every step. (One with ``"after"`` changes numbers of models in place alone.)
     - ``state_dict()`` and ``load_state_dict(state)``, both or neither: what a checkpoint keeps.
       With neither, a checkpoint keeps the attributes that have changed since `init` and are plain
       data: numbers, texts, tensors, generators, and containers of them.
@@ -233,7 +235,7 @@ class Callback:
     writes: ClassVar[Sequence[str]] = ()
     run_after: ClassVar[Sequence[type[Callback]]] = ()
     draws: ClassVar[bool | None] = None
-    in_compiled_step: ClassVar[Literal["after", "inside", "never"] | None] = None
+    in_compiled_step: ClassVar[Literal["after", "inside", "never", "watched"] | None] = None
     transient: ClassVar[Sequence[str]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

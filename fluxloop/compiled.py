@@ -22,15 +22,17 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 
+from fluxloop.callback import Callback
 from fluxloop.errors import CompileError, LossError, warn_user
 from fluxloop.events import Event, StepBegin, StepEnd, event_types
 from fluxloop.nested import map_tensors, tensors
-from fluxloop.persist import attributes, look
+from fluxloop.persist import attributes
 from fluxloop.phase import Phase
 from fluxloop.randomness import preserved
 from fluxloop.runner import Bound, deliver
+from fluxloop.seen import Same, seen
 from fluxloop.state import StepState
-from fluxloop.tracing import HOOKS, MODULE_INTERNALS, Traced, first_line, holders_of
+from fluxloop.tracing import HOOKS, MODULE_INTERNALS, Traced, describe, first_line, has_hooks, holders_of
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -50,7 +52,8 @@ def lower(graph: GraphModule, inputs: list[Any], device: torch.device) -> Compil
     """
     import torch._inductor
 
-    options = {"cpp_wrapper": True} if device.type == "cpu" else {}
+    is_complex = any(tensor.is_complex() for tensor in inputs)  # the wrapper in C++ knows no such operations
+    options = {"cpp_wrapper": True} if device.type == "cpu" and not is_complex else {}
     with torch.no_grad(), warnings.catch_warnings():
         for torchs_own in (DeprecationWarning, FutureWarning):  # about how torch uses torch
             warnings.simplefilter("ignore", torchs_own)
@@ -73,8 +76,12 @@ class CompiledSteps:
         """Raise for phases whose steps cannot be one graph.
 
         Raises:
-            CompileError: Names who stands in the way: a callback, its event and path; or the phase's own step.
+            CompileError: Names who stands in the way: a callback, its event and path; the phase's own step; or an
+                accelerator that computes gradients or updates in ways of its own.
         """
+        kind = type(self._learner.accelerator)
+        if any(not method.__module__.startswith("fluxloop.") for method in (kind.backward, kind.update)):
+            raise CompileError(f"{kind.__name__} has a backward or update of its own; use it with compile=False")
         for phase in phases:
             obstacles = self._learner.callbacks.obstacles(phase) if phase.data_key and phase.compiled else []
             if obstacles:
@@ -118,9 +125,10 @@ class Plan:
         self._epoch: Scope | None = None
         self._callbacks = -1
         self._is_watched = False
-        self._inside: tuple[Same, ...] = ()
+        self._inside: list[Callback] = []
         self._rests_on: dict[str, Any] = {}
         self._count = 0
+        self._keys: list[Any] = []
         self._why = ""
 
     def graph(self, phase: Phase, state: StepState) -> Graph | None:
@@ -139,7 +147,7 @@ class Plan:
         if self._is_watched or epoch is None or epoch is not self._epoch:
             self._compare(phase)
             self._epoch = epoch
-        key = (self._inside, shape(vars(state)))
+        key = (*map(Same, self._inside), *shape(state, learner.accelerator.device))
         for graph in self._graphs.get(key, ()):
             if graph.misfit(phase) is None:
                 return graph
@@ -153,6 +161,8 @@ class Plan:
             self._why = ", ".join(changed[:3]) if self._rests_on else ""
             self._graphs.clear()
             self._rests_on = now
+        for alike in self._graphs.values():
+            alike[:] = [graph for graph in alike if graph.calls_the_same(phase)]
 
     def _make(self, key: Any, phase: Phase, state: StepState) -> Graph | None:
         learner = self._learner
@@ -163,19 +173,22 @@ class Plan:
                 return None  # the first step makes what the others find: optimizers' states, a phase's queue
         alike = self._graphs.setdefault(key, [])
         self._why = next((why for graph in alike if (why := graph.misfit(phase))), self._why)
+        if not self._why and self._keys:
+            self._why = ", ".join(f"the entry {n!r}" for n in differing(self._keys[-1], key)) or self._why
         with preserved():
-            traced = Traced(learner, phase, modules, state)
+            traced = Traced(learner, phase, modules, self._inside, state)
             if traced.makes_state:  # an optimizer's, of parameters that were frozen
                 return None
-            graph = Graph(learner, phase, traced)
+            graph = Graph(learner, phase, self._inside, traced)
+        self._keys = [key]
         alike.append(graph)
         del alike[:-MANY]  # numbers that change at every step do not fill the memory
         self._count += 1
         if self._count == MANY:
             warn_user(
                 f"the step of {type(phase).__name__} has been compiled {MANY} times, which takes seconds each, the "
-                f"last time for {self._why or 'a batch of another shape'}; expected batches of few shapes "
-                "(drop_last=True, padding) and numbers that stay, or compile=False"
+                f"last time for {self._why or 'another batch'}; expected batches of few shapes (drop_last=True, "
+                "padding), and numbers and texts that stay, or compile=False"
             )
         self._why = ""
         return graph
@@ -187,25 +200,22 @@ class Graph:
     Args:
         learner: Whose step it is.
         phase: The phase it was made of.
-        traced: What was made of it.
+        callbacks: Those with handlers that are part of it.
+        traced: What was made of the phase's body.
 
     Raises:
         CompileError: It cannot be compiled.
     """
 
-    def __init__(self, learner: Learner, phase: Phase, traced: Traced) -> None:
+    def __init__(self, learner: Learner, phase: Phase, callbacks: list[Callback], traced: Traced) -> None:
         self._learner = learner
+        self._inside = callbacks
         self._fixed = traced.fixed
         self._constants = traced.constants
-        self._options = [option for *_, option in traced.options]
-        self._numbers = [
-            (group, name, option, Last(group[name]))
-            for group, name, option in traced.options
-            if group[name] is not option
-        ]
-        self._of_phases = traced.of_phases
-        self._shapes = [describe(vars(traced.holders[number])[name]) for number, name in traced.of_phases]
-        self._reads = list(traced.reads.items())
+        self._options = [(group, name, option, Last(group[name])) for group, name, option in traced.options]
+        self._held = traced.held
+        self._shapes = [describe(getattr(traced.holders[number], name)) for number, name in traced.held]
+        self._reads = [(n, name, value, seen(value)) for (n, name), value in traced.reads.items()]
         self._inputs = {
             id(group): {"params"} for slot in learner.updates.slots for group in slot.optimizer.param_groups
         }
@@ -213,6 +223,7 @@ class Graph:
             self._inputs[id(group)].add(name)
         self._optimizers = [(slot, self._options_of(slot)) for slot in learner.updates.slots if phase.gradients]
         self._stored = list(traced.stored.items())
+        self._removed = traced.removed
         self._events = traced.fired
         self._callbacks = -1
         self._after: list[tuple[tuple[Bound, ...], Event]] = []
@@ -226,17 +237,29 @@ class Graph:
         if all(tensor.is_cuda for tensor in traced.example):  # what happens on the host would happen once
             self._call = Replayed(self._call, len(traced.fixed))
 
+    def calls_the_same(self, phase: Phase) -> bool:
+        """Tell whether the functions and objects that a step calls, such as what makes views, are as they were."""
+        holders = [*holders_of(phase), *self._inside]
+        return all(
+            seen(getattr(holders[number], name, None)) == as_seen
+            for number, name, before, as_seen in self._reads
+            if callable(before)
+        )
+
     def misfit(self, phase: Phase) -> str | None:
         """Say what of a phase, or of the optimizers' options, is not as it was when the step was traced."""
-        if self._reads or self._of_phases:
-            holders = [vars(holder) for holder in holders_of(phase)]
-            for (number, name), value in self._reads:
-                now = holders[number].get(name)
-                if now is not value and (type(now) is not type(value) or now != value):
-                    return f"{type(phase).__name__}.{name} = {now!r}, which was {value!r}"
-            for (number, name), expected in zip(self._of_phases, self._shapes, strict=True):
-                if describe(holders[number].get(name)) != expected:
-                    return f"the shape of {type(phase).__name__}.{name}"
+        if self._reads or self._held:
+            holders = [*holders_of(phase), *self._inside]
+            for number, name, before, as_seen in self._reads:
+                now = getattr(holders[number], name, None)
+                if now is before and (type(now) in SCALARS or callable(now)):  # what is called: see calls_the_same
+                    continue
+                if seen(now) != as_seen:
+                    return f"{type(holders[number]).__name__}.{name} = {now!r}, which was {before!r}"
+            for (number, name), expected in zip(self._held, self._shapes, strict=True):
+                tensor = getattr(holders[number], name, None)
+                if not isinstance(tensor, Tensor) or describe(tensor) != expected:
+                    return f"the shape of {type(holders[number]).__name__}.{name}"
         for slot, options in self._optimizers:
             for now, before in zip(self._options_of(slot), options, strict=True):
                 if now != before:
@@ -262,14 +285,20 @@ class Graph:
                     f"gradients of another loss wait for an update of {slot.label}, and a compiled step has its own; "
                     "call learner.update() first"
                 )
-        for group, name, option, last in self._numbers:
-            if group[name] != last.value:
-                last.value = group[name]
-                option.fill_(last.value)
-        moving: list[Any] = list(self._options)
-        if self._of_phases:
-            holders = [vars(holder) for holder in holders_of(phase)]
-            moving += [holders[number][name] for number, name in self._of_phases]
+            if "step" in vars(slot.optimizer):  # wrapped by a scheduler of torch's, which notes that there was one
+                slot.optimizer._opt_called = True  # type: ignore[attr-defined]  # where torch looks
+        moving: list[Any] = []
+        for group, name, option, last in self._options:
+            value = group[name]
+            if isinstance(value, Tensor):
+                option.copy_(value.reshape(()))
+            elif value != last.value:
+                last.value = value
+                option.fill_(value)
+            moving.append(option)
+        if self._held:
+            holders = [*holders_of(phase), *self._inside]
+            moving += [getattr(holders[number], name) for number, name in self._held]
         for value in entries.values():
             if type(value) is Tensor:
                 moving.append(value)
@@ -278,18 +307,23 @@ class Graph:
         given = iter(self._call(*self._fixed, *moving, *self._constants))
         for name, value in self._stored:
             entries[name] = next(given) if isinstance(value, Tensor) else map_tensors(lambda _: next(given), value)
+        for name in self._removed:
+            del entries[name]
         if self._callbacks != learner.callbacks.version:
             self._callbacks, self._after = learner.callbacks.version, listeners(learner, phase, self._events)
         for bound, event in self._after:
             deliver(bound, event, phase, learner)
 
 
+SCALARS = frozenset((type(None), bool, int, float, str))
+
+
 class Last:
-    """The number that a tensor holds now."""
+    """The number that a tensor was last filled with."""
 
     __slots__ = ("value",)
 
-    def __init__(self, value: float) -> None:
+    def __init__(self, value: Any) -> None:
         self.value = value
 
 
@@ -334,27 +368,32 @@ class Replayed:
 # What a graph rests on
 
 
-def describe(value: Any) -> tuple[Any, ...]:
-    """Describe a value by the shapes of the tensors in it, and by what everything else says."""
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return type(value), value
-    return repr(map_tensors(lambda _: NOTHING, value)), type(value), *map(describe, tensors(value))
+def shape(state: StepState, device: torch.device) -> Any:
+    """Describe the entries of a step and what autocast does, so that steps of equal descriptions share a graph.
+
+    Raises:
+        CompileError: An entry holds what no graph can take.
+    """
+    entries = vars(state)
+    found = [(name, describe(value, f"the entry {name!r}")) for name, value in entries.items()]
+    values = list(entries.values())
+    twice = tuple([i for i, value in enumerate(values) if any(other is value for other in values[:i])])
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    return (*found, twice, autocast)
 
 
-NOTHING = torch.empty(0)
-
-
-def shape(entries: dict[str, Any]) -> Any:
-    """Describe the entries of a step, so that those of equal descriptions share a graph."""
-    return tuple([(name, *describe(value)) for name, value in entries.items()])
+def differing(before: tuple[Any, ...], now: tuple[Any, ...]) -> list[str]:
+    """Name the entries whose descriptions differ."""
+    old = {part[0]: part for part in before if isinstance(part, tuple) and part and isinstance(part[0], str)}
+    new = {part[0]: part for part in now if isinstance(part, tuple) and part and isinstance(part[0], str)}
+    return [name for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
 def modules_of(learner: Learner, phase: Phase) -> list[nn.Module]:
-    """List the models, the loss function where it is a module, and the view of the weights that a phase runs."""
+    """List the models, the loss function where it is a module, a phase's own, and the view of weights that it runs."""
     views = learner.weights.copies(phase.model_view).values() if phase.model_view else ()
-    return [*learner.modules(), *views]
+    own = [value for holder in holders_of(phase) for value in attributes(holder).values()]
+    return [*learner.modules(), *views, *(value for value in own if isinstance(value, nn.Module))]
 
 
 def rests_on(learner: Learner, phase: Phase) -> dict[str, Any]:
@@ -363,51 +402,50 @@ def rests_on(learner: Learner, phase: Phase) -> dict[str, Any]:
     for number, module in enumerate(modules_of(learner, phase)):
         for path, part in module.named_modules():
             name = f"{number}.{path}".rstrip(".")
+            found[f"the module {name}"] = Same(part), type(part)
             for attribute, value in vars(part).items():
                 if attribute not in MODULE_INTERNALS:
-                    found[f"{name}.{attribute}"] = as_seen(value)
-            for attribute, parameter in part._parameters.items():
-                found[f"{name}.{attribute}"] = Same(parameter), parameter is not None and parameter.requires_grad
-            for attribute, buffer in part._buffers.items():
-                found[f"{name}.{attribute}"] = Same(buffer)
+                    found[f"{name}.{attribute}"] = as_tensor_or_seen(value)
+            for attribute, tensor in (*part._parameters.items(), *part._buffers.items()):
+                found[f"{name}.{attribute}"] = as_tensor_or_seen(tensor)
             found[f"the hooks of {name}"] = [len(getattr(part, hooks)) for hooks in HOOKS]
-    if not isinstance(learner.loss_fn, nn.Module):
-        found |= {f"loss_fn.{name}": as_seen(value) for name, value in attributes(learner.loss_fn).items()}
+    found["hooks of all modules"] = [len(getattr(nn.modules.module, f"_global{hooks}", ())) for hooks in HOOKS]
+    found["loss_fn"] = Same(learner.loss_fn), seen(learner.loss_fn)
     for slot in learner.updates.slots if phase.gradients else ():
+        found[f"the groups of {slot.label}"] = [
+            (Same(group), [Same(parameter) for parameter in group["params"]]) for group in slot.optimizer.param_groups
+        ]
+        found[f"the step and hooks of {slot.label}"] = (
+            has_hooks(slot.optimizer),
+            Same(vars(slot.optimizer).get("step")),
+            *map(has_hooks, slot.parameters),
+        )
         for index, parameter in enumerate(slot.parameters):
             entries = slot.optimizer.state.get(parameter, {})
             found[f"{slot.label}, state {index}"] = [
-                (name, Same(value)) for name, value in entries.items() if isinstance(value, Tensor)
+                (name, as_tensor_or_seen(value)) for name, value in entries.items() if isinstance(value, Tensor)
             ]
-        found[f"the groups of {slot.label}"] = [Same(group) for group in slot.optimizer.param_groups]
     return found
 
 
-def as_seen(value: Any) -> Any:
-    """Describe an attribute: a number, a text or a container by what it says, anything else by which it is."""
-    plain = value is None or isinstance(value, (bool, int, float, str, list, tuple, dict, set))
-    return look(value) if plain else Same(value)
-
-
-class Same:
-    """Equal to another one of the same object; holds it, so that no other object takes its place."""
-
-    __slots__ = ("thing",)
-
-    def __init__(self, thing: Any) -> None:
-        self.thing = thing
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self.thing is other.thing
-
-    def __hash__(self) -> int:
-        return id(self.thing)
+def as_tensor_or_seen(value: Any) -> Any:
+    """Describe a tensor by which it is and how it lies in memory, anything else by what Python sees of it."""
+    if not isinstance(value, Tensor) or is_lazy(value):
+        return seen(value)
+    return Same(value), describe(value)
 
 
 def changes_between_steps(learner: Learner, phase: type[Phase]) -> bool:
-    """Tell whether a callback may change between two steps what a graph rests on: modes, attributes, hooks."""
+    """Tell whether somebody may change between two steps what a graph rests on: modes, attributes, hooks.
+
+    That is a user's own `finish`, and callbacks that write to models or loss function, or read them when a step begins.
+    """
+    if not phase.finish.__module__.startswith("fluxloop."):
+        return True
     roots = {"model", "params", "loss_fn", "weights"}
     for node in learner.callbacks.graph.nodes:
+        if node.callback.in_compiled_step == "watched":
+            return True
         if node.callback.in_compiled_step is not None:
             continue
         begins, ends = (node.callback.handler(event, phase) is not None for event in (StepBegin, StepEnd))
@@ -418,15 +456,14 @@ def changes_between_steps(learner: Learner, phase: type[Phase]) -> bool:
     return False
 
 
-def inside(learner: Learner, phase: type[Phase]) -> tuple[Same, ...]:
-    """Tell which callbacks have handlers that are part of a phase's graphs."""
-    nodes = learner.callbacks.graph.nodes
+def inside(learner: Learner, phase: type[Phase]) -> list[Callback]:
+    """List the callbacks that have handlers that are part of a phase's graphs."""
     events = [event for event in event_types() if event.inside_step]
-    return tuple(
-        Same(node.callback)
-        for node in nodes
+    return [
+        node.callback
+        for node in learner.callbacks.graph.nodes
         if node.callback.in_compiled_step == "inside" and any(node.callback.handler(e, phase) for e in events)
-    )
+    ]
 
 
 def listeners(learner: Learner, phase: Phase, events: list[Event]) -> list[tuple[tuple[Bound, ...], Event]]:

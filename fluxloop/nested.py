@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 
-def _fields(value: Any) -> dict[str, str] | None:
+def init_fields(value: Any) -> dict[str, str] | None:
     """Name the init fields of a dataclass or attrs instance and their arguments; None for anything else."""
     if isinstance(value, type):
         return None
@@ -60,7 +60,7 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, Mapping):
         changed = {key: map_tensors(change, item) for key, item in value.items()}
         return value if all(changed[key] is value[key] for key in changed) else _with_items(value, changed)
-    fields = _fields(value)
+    fields = init_fields(value)
     if fields is not None:
         new = {name: map_tensors(change, getattr(value, name)) for name in fields}
         if any(new[name] is not getattr(value, name) for name in fields):
@@ -79,7 +79,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
         for item in value.values():
             yield from tensors(item)
     else:
-        for name in _fields(value) or ():
+        for name in init_fields(value) or ():
             yield from tensors(getattr(value, name))
 
 
@@ -99,7 +99,7 @@ def concatenate(parts: list[Any]) -> Any:
         return _with_items(first, [concatenate(list(column)) for column in zip(*parts, strict=True)])
     if isinstance(first, Mapping):
         return _with_items(first, {key: concatenate([part[key] for part in parts]) for key in first})
-    fields = _fields(first)
+    fields = init_fields(first)
     if fields is not None:
         return _with_fields(
             first, {arg: concatenate([getattr(part, name) for part in parts]) for name, arg in fields.items()}

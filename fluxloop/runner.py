@@ -194,7 +194,7 @@ class Callbacks:
             inside = [event.__name__ for event in handled if event.inside_step]
             paths = [f"reads '{dotted(p)}'" for p in node.access.reads]
             paths += [f"writes '{dotted(p)}'" for p in node.access.writes]
-            if how is None and inside:
+            if how in (None, "watched") and inside:
                 touching = f" ({', '.join(paths)})" if paths else ""
                 found.append(f"{node.id} handles {', '.join(inside)} of {phase.__name__}, inside the step{touching}")
             elif how == "never" and handled:

@@ -397,15 +397,20 @@ MOST = 500
 
 
 def private_generators(source: Any, samplers_too: bool = True) -> list[Any]:
-    """List the random generators that a loader's dataset, functions and samplers keep for themselves.
+    """List the random generators that a loader's dataset, functions and samplers keep for themselves."""
+    if not isinstance(source, DataLoader):
+        return []
+    return generators_of([source.dataset, source.collate_fn, *(_samplers(source) if samplers_too else ())])
+
+
+def generators_of(things: list[Any]) -> list[Any]:
+    """List the random generators that objects and functions keep for themselves.
 
     They are looked for in attributes, containers, partial functions and what functions close over.
     """
-    if not isinstance(source, DataLoader):
-        return []
     found: list[Any] = []
     seen: set[int] = set()
-    todo: list[Any] = [source.dataset, source.collate_fn, *(_samplers(source) if samplers_too else ())]
+    todo = list(things)
     while todo and len(seen) < MOST:
         thing = todo.pop()
         if id(thing) in seen or isinstance(thing, (Tensor, type, ModuleType, *SCALARS)):

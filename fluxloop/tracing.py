@@ -13,21 +13,27 @@ import random
 import sys
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
-from fluxloop.errors import CompileError, annotate
+from fluxloop.callback import Callback
+from fluxloop.errors import CancelSignal, CompileError, annotate
+from fluxloop.errors import describe as describe_briefly
 from fluxloop.events import Event
-from fluxloop.nested import map_tensors, tensors
-from fluxloop.persist import look
+from fluxloop.nested import init_fields, map_tensors, tensors
+from fluxloop.persist import attributes, look
 from fluxloop.phase import Phase
+from fluxloop.seen import seen
+from fluxloop.sources import generators_of
 from fluxloop.state import StepState
 from fluxloop.updates import UpdateBlock, Updates
 from fluxloop.view import make_view
@@ -137,15 +143,16 @@ class Traced:
     """A step as a graph, and where its inputs come from.
 
     Attributes:
-        graph: Of the tensors in `fixed`, those of `options`, the tensors of the phases in `of_phases`, those in the
-            step's entries, and `constants`, in this order.
-        fixed: Parameters, buffers and the optimizers' state.
+        graph: Of the tensors in `fixed`, those of `options`, those that holders hold, those in the step's entries,
+            and `constants`, in this order.
+        fixed: Parameters, buffers and other tensors of modules, and the optimizers' state.
         options: Of the optimizers, those that may change from step to step: the group, the name, and a tensor of it.
-        holders: The phase, and phases that it holds.
-        of_phases: Tensors that those hold, as (number of the holder, attribute).
-        reads: What the body read of them otherwise, as (number of the holder, attribute) and value.
-        constants: Tensors from elsewhere, such as those that a loss function holds.
+        holders: The phase, phases that it holds, and the callbacks with handlers that are part of the graph.
+        held: Tensors that the holders hold, as (number of the holder, attribute).
+        reads: What else was read of the holders, as (number of the holder, attribute) and value.
+        constants: Tensors from elsewhere, such as those that a function closes over.
         stored: The entries that the body stored, each with stand-ins for its tensors.
+        removed: Names of the entries that it removed.
         fired: The events that it fired.
         makes_state: Whether an optimizer makes its state in this step, so that it has to run as it is.
 
@@ -153,15 +160,26 @@ class Traced:
         CompileError: The step is no function of tensors.
     """
 
-    def __init__(self, learner: Learner, phase: Phase, modules: list[nn.Module], state: StepState) -> None:
+    def __init__(
+        self, learner: Learner, phase: Phase, modules: list[nn.Module], callbacks: list[Callback], state: StepState
+    ) -> None:
         self._learner, self._phase = learner, phase
         self._parts = [part for module in modules for part in module.modules()]
         self._slots = learner.updates.slots if phase.gradients else ()
+        self._places: list[tuple[dict[str, Any], str, Tensor]] = [
+            (where, name, tensor)
+            for part in self._parts
+            for where in (part._parameters, part._buffers, vars(part))
+            for name, tensor in where.items()
+            if isinstance(tensor, Tensor)
+        ]
+        owned = [parameter for slot in self._slots for parameter in slot.parameters]
+        states = [entries for slot in self._slots for entries in slot.optimizer.state.values()]
         self.fixed = unique(
             [
-                *(tensor for part in self._parts for tensor in (*part._parameters.values(), *part._buffers.values())),
-                *(parameter for slot in self._slots for parameter in slot.parameters),
-                *(v for slot in self._slots for p in slot.parameters for v in slot.optimizer.state.get(p, {}).values()),
+                *(tensor for *_, tensor in self._places),
+                *owned,
+                *(value for entries in states if isinstance(entries, dict) for value in entries.values()),
             ]
         )
         self.options = [
@@ -171,62 +189,98 @@ class Traced:
             for name in ("lr", DECAY)
             if is_input(slot.optimizer, group, name)
         ]
-        self.holders = holders_of(phase)
-        self.of_phases = [
+        self.holders: list[Any] = [*holders_of(phase), *callbacks]
+        self.held = [
             (number, name)
             for number, holder in enumerate(self.holders)
-            for name, value in vars(holder).items()
+            for name, value in attributes(holder).items()
             if isinstance(value, Tensor)
         ]
         self.reads: dict[tuple[int, str], Any] = {}
         self.stored: dict[str, Any] = {}
+        self.removed: list[str] = []
         self.fired: list[Event] = []
         self.makes_state = False
         self._entries = dict(vars(state))
-        self._check_hooks()
+        self._check_inputs()
         given = [tensor for value in self._entries.values() for tensor in tensors(value)]
-        held = [vars(self.holders[number])[name] for number, name in self.of_phases]
-        self.example: list[Any] = [*self.fixed, *(option for _, _, option in self.options), *held, *given]
+        held = [getattr(self.holders[number], name) for number, name in self.held]
+        self.example: list[Any] = [*self.fixed, *(option for *_, option in self.options), *held, *given]
         self.graph = self._trace()
         self.constants = lift_constants(self.graph)
         self.example += self.constants
 
-    def _check_hooks(self) -> None:
+    def _refusal(self, why: str) -> CompileError:
+        return CompileError(f"the step of {self._phase!r} cannot be one graph: {why}")
+
+    def _check_inputs(self) -> None:
+        """Raise for hooks, for optimizers that are not stepped as torch's are, and for tensors that share memory."""
         hooked = [type(part).__name__ for part in self._parts if any(getattr(part, hooks) for hooks in HOOKS)]
-        hooked += [n for p, n in self._learner.updates.names.items() if p._backward_hooks or getattr(p, POST, None)]
+        hooked += [n for p, n in self._learner.updates.names.items() if has_hooks(p)]
+        hooked += [slot.label for slot in self._slots if has_hooks(slot.optimizer)]
         if hooked:
             raise self._refusal(
                 f"there are hooks on {', '.join(dict.fromkeys(hooked))}, and nobody can look into a graph while it "
                 "runs; remove the hooks, or the callback that registers them"
             )
+        if any(getattr(nn.modules.module, f"_global{hooks}", None) for hooks in HOOKS):
+            raise self._refusal("there are hooks on all modules (register_module_forward_hook, …); remove them")
         for slot in self._slots:
-            if any(getattr(slot.optimizer, f"_optimizer_step_{kind}_hooks", None) for kind in ("pre", "post")):
-                raise self._refusal(f"{slot.label} has step hooks; remove them")
-
-    def _refusal(self, why: str) -> CompileError:
-        return CompileError(f"the step of {self._phase!r} cannot be one graph: {why}")
+            step = vars(slot.optimizer).get("step")
+            if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):  # torch's schedulers count there
+                raise self._refusal(f"the step of {slot.label} was replaced by {step!r}; put the optimizer's own back")
+            entries = [e for p, e in slot.optimizer.state.items() if isinstance(p, Tensor) and isinstance(e, dict)]
+            odd = [v for each in entries for v in each.values() if not isinstance(v, (Tensor, *NUMBERS))]
+            if odd or len(entries) != len(slot.optimizer.state):
+                raise self._refusal(
+                    f"{slot.label}, a {type(slot.optimizer).__name__}, keeps more than tensors and numbers for each "
+                    "parameter"
+                )
+        computed = [
+            f"{type(part).__name__}.{name}"
+            for part in self._parts
+            for name, value in vars(part).items()
+            if isinstance(value, Tensor) and not value.is_leaf
+        ]
+        if computed:  # by the step before
+            raise self._changes(computed)
+        shared = overlapping(self.fixed)
+        if shared:
+            raise self._refusal(f"tensors of shapes {shared} share memory; give each its own (.clone())")
 
     # Tracing
 
     def _trace(self) -> GraphModule:
         from torch.fx.experimental.proxy_tensor import make_fx
 
-        generators = drawn_from()
+        own = [g for g in generators_of([*self.holders, *self._parts, self._learner.loss_fn]) if is_pythons(g)]
+        before = numbers_of(own)
         with ExitStack() as undone:
             undone.enter_context(compiling())
             undone.enter_context(self._unchanged())
             undone.enter_context(torch.set_grad_enabled(self._phase.gradients))
+            sets_seed = undone.enter_context(noting_seeds())
             try:
                 graph = make_fx(self._run, tracing_mode="fake", _allow_non_fake_inputs=True)(*self.example)
             except CompileError:
                 raise
+            except CancelSignal as signal:
+                raise self._refusal(
+                    f"it raises {type(signal).__name__}; raise it in finish(learner, state), or in a handler of "
+                    "StepBegin"
+                ) from signal
             except Exception as error:
                 why = f"{first_line(error)}{where(error)}. A graph holds tensors alone{hint(error)}"
                 raise self._refusal(why) from error
-        if drawn_from() != generators:
+        if numbers_of(own) != before:
             raise self._refusal(
                 "it draws from Python's or NumPy's random numbers, which would be the same ones at every step; draw "
                 "from torch, or before the step: in the data or at StepBegin"
+            )
+        if sets_seed and any(draws(node) for node in graph.graph.nodes):
+            raise self._refusal(
+                "it draws random numbers and sets where they start (torch.manual_seed, set_rng_state, fork_rng, or a "
+                "checkpoint that draws them again), which a graph does not do"
             )
         return graph
 
@@ -235,46 +289,71 @@ class Traced:
         inputs = iter(flat)
         stand_ins = {id(tensor): next(inputs) for tensor in self.fixed}
         options = {(id(group), name): next(inputs) for group, name, _ in self.options}
-        for number, name in self.of_phases:
-            object.__setattr__(self.holders[number], name, next(inputs))
+        held = [next(inputs) for _ in self.held]
+        for (number, name), stand_in in zip(self.held, held, strict=True):
+            object.__setattr__(self.holders[number], name, stand_in)
         leaves: dict[Any, Tensor] = {}
         for part in self._parts:
-            for name, parameter in part._parameters.items():
-                if parameter is not None:
-                    leaf = leaves.get(parameter)
-                    if leaf is None:
-                        leaf = leaves[parameter] = stand_ins[id(parameter)].detach()
-                        leaf.requires_grad_(parameter.requires_grad and self._phase.gradients)
-                    part._parameters[name] = leaf  # type: ignore[assignment]  # as torch.func.functional_call does
-            for name, buffer in part._buffers.items():
-                part._buffers[name] = None if buffer is None else stand_ins[id(buffer)]
+            for parameter in part._parameters.values():
+                if parameter is not None and parameter not in leaves:
+                    leaf = leaves[parameter] = stand_ins[id(parameter)].detach()
+                    leaf.requires_grad_(parameter.requires_grad and self._phase.gradients)
+        memory = {leaf: leaf.untyped_storage()._cdata for leaf in leaves.values()}
+        put = [leaves[t] if isinstance(t, nn.Parameter) else stand_ins[id(t)] for *_, t in self._places]
+        for (place, name, _), stand_in in zip(self._places, put, strict=True):
+            place[name] = stand_in
         twins = {slot.name: twin_of(slot.optimizer, leaves, stand_ins, options) for slot in self._slots}
+        made = {name: of_optimizer(twin) for name, twin in twins.items()}
         entries = {name: map_tensors(lambda _: next(inputs), value) for name, value in self._entries.items()}
         state = StepState(dict(entries))
         learner = StandIn(self._learner, self._phase, state, leaves, twins)
         with self._reading():
             self._phase.body(learner, learner.fire, state)  # type: ignore[arg-type]  # it stands for one
         self.fired = learner.fired
-        self._put_buffers_back(stand_ins)
+        if any(slot.window is not None for slot in learner.updates.slots):
+            raise self._refusal("it leaves gradients for a later step; update in each step, or compile=False")
+        if any(leaf.untyped_storage()._cdata != before for leaf, before in memory.items()):
+            raise self._refusal("it assigns .data of a parameter; change it in place under torch.no_grad(): p.copy_(…)")
+        self._put_back(put, held)
         for slot in self._slots:
             self._put_state_back(slot.optimizer, twins[slot.name], leaves, stand_ins)
+            changed = [name for name, value in of_optimizer(twins[slot.name]).items() if made[slot.name][name] != value]
+            if changed:
+                raise self._refusal(f"{slot.label} changes {', '.join(changed)} in Python; expected it to keep tensors")
+        self._note_entries(entries, state)
+        return [tensor.detach() for value in self.stored.values() for tensor in tensors(value)]
+
+    def _note_entries(self, entries: dict[str, Any], state: StepState) -> None:
+        """Note which entries the body stored and removed."""
         vars(state).pop("grads", None)
         given = {id(tensor) for value in entries.values() for tensor in tensors(value)}
         for name, value in vars(state).items():
             if value is not entries.get(name) or any(id(tensor) not in given for tensor in tensors(value)):
+                describe(value, f"the entry {name!r} that it stores")
                 self.stored[name] = value
-        return [tensor.detach() for value in self.stored.values() for tensor in tensors(value)]
+        self.removed = [name for name in entries if name not in vars(state)]
+        together = [tensor for value in entries.values() for tensor in tensors(value)]
+        originals = [tensor for value in self._entries.values() for tensor in tensors(value)]
+        if any(new._version and not old.is_contiguous() for new, old in zip(together, originals, strict=True)):
+            raise self._refusal("it changes an entry in place whose rows have gaps in memory; give it .contiguous()")
+        twice = {id(tensor) for tensor in originals if sum(other is tensor for other in originals) > 1}
+        if any(new._version and id(old) in twice for new, old in zip(together, originals, strict=True)):
+            raise self._refusal("it changes an entry in place that is another entry too; give it a copy (.clone())")
 
-    def _put_buffers_back(self, stand_ins: dict[int, Tensor]) -> None:
-        """Have a buffer that the body replaced be changed in place."""
-        for part, buffers in zip(self._parts, self._buffers, strict=True):
-            for name, now in part._buffers.items():
-                buffer = buffers.get(name)
-                if buffer is None or now is None:
-                    if buffer is not now:
-                        raise self._refusal(f"{type(part).__name__} makes the buffer {name!r} in its forward")
-                elif now is not stand_ins[id(buffer)]:
-                    stand_ins[id(buffer)].copy_(now.detach())
+    def _put_back(self, put: list[Tensor], held: list[Tensor]) -> None:
+        """Have buffers, and tensors of the holders, that the body replaced be changed in place."""
+        buffers = {id(part._buffers) for part in self._parts}
+        for (place, name, _), stand_in in zip(self._places, put, strict=True):
+            now = place.get(name)
+            if now is not stand_in and not (id(place) in buffers and replaces(now, stand_in)):
+                raise self._refusal(
+                    f"it puts something else in the place of the tensor {name!r} of a module; change it in place, or "
+                    "register it as a buffer"
+                )
+        for (number, name), stand_in in zip(self.held, held, strict=True):
+            now = getattr(self.holders[number], name, None)
+            if now is not stand_in and not replaces(now, stand_in):
+                raise self._refusal(f"it changes the shape of {type(self.holders[number]).__name__}.{name}")
 
     def _put_state_back(self, optimizer: Optimizer, twin: Any, leaves: Any, stand_ins: dict[int, Tensor]) -> None:
         """Have an optimizer's state that its step replaced be changed in place; see whether it made some."""
@@ -295,67 +374,87 @@ class Traced:
 
     @contextmanager
     def _unchanged(self) -> Iterator[None]:
-        """Put modules and phases back as they were, and raise for attributes that a step changes."""
-        own_tensors = [{name for n, name in self.of_phases if n == number} for number in range(len(self.holders))]
-        things: list[tuple[Any, Any]] = [(part, MODULE_INTERNALS) for part in self._parts]
-        things += zip(self.holders, own_tensors, strict=True)
-        self._buffers = [dict(part._buffers) for part in self._parts]
-        parameters = [dict(part._parameters) for part in self._parts]
-        attributes = [dict(vars(thing)) for thing, _ in things]
-        looked = [looks(thing, left_out) for thing, left_out in things]
+        """Put modules, holders and the loss function back as they were; raise for attributes that a step changes."""
+        in_place = [{name for where, name, _ in self._places if where is vars(part)} for part in self._parts]
+        held = [
+            {name for n, name in self.held if n == number}
+            | {name for name, value in attributes(holder).items() if isinstance(value, Phase)}
+            for number, holder in enumerate(self.holders)
+        ]
+        things: list[tuple[Any, Any]] = [
+            (p, MODULE_INTERNALS | names) for p, names in zip(self._parts, in_place, strict=True)
+        ]
+        things += zip(self.holders, held, strict=True)
+        things += [(self._learner.loss_fn, ())] if hasattr(self._learner.loss_fn, "__dict__") else []
+        buffers = [set(part._buffers) for part in self._parts]
+        tensors_of: list[tuple[Any, Any]] = [
+            (where, dict(where)) for part in self._parts for where in (part._parameters, part._buffers)
+        ]
+        kept = [attributes(thing) for thing, _ in things]
+        before = [looks(thing, left_out) for thing, left_out in things]
         changed: dict[str, None] = {}
         try:
             yield
-            for (thing, left_out), before in zip(things, looked, strict=True):
+            for (thing, left_out), old in zip(things, before, strict=True):
                 now = looks(thing, left_out)
-                names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+                names = [name for name in {**old, **now} if old.get(name) != now.get(name)]
                 changed.update({f"{type(thing).__name__}.{name}": None for name in names})
+            for part, names_before in zip(self._parts, buffers, strict=True):
+                changed.update({f"{type(part).__name__}.{name}": None for name in names_before ^ set(part._buffers)})
         finally:
-            for (thing, _), held in zip(things, attributes, strict=True):
-                put_dict_back(vars(thing), held)
-            for part, own_parameters, own_buffers in zip(self._parts, parameters, self._buffers, strict=True):
-                put_dict_back(part._parameters, own_parameters)
-                put_dict_back(part._buffers, own_buffers)
+            for (thing, _), own in zip(things, kept, strict=True):
+                for name in attributes(thing).keys() - own.keys():
+                    object.__delattr__(thing, name)
+                for name, value in own.items():
+                    object.__setattr__(thing, name, value)
+            for where, own in tensors_of:
+                where.clear()
+                where.update(own)
         if changed:
-            raise self._refusal(
-                f"it changes {', '.join(changed)}, which Python would do once and not at every step; keep numbers that "
-                "change in buffers, give what is computed back, or change it in the phase's finish(learner, state)"
-            )
+            raise self._changes(changed)
+
+    def _changes(self, names: Iterable[str]) -> CompileError:
+        return self._refusal(
+            f"it changes {', '.join(names)}, which Python would do once and not at every step; keep numbers that "
+            "change in buffers, make what is kept before, or change it in the phase's finish(learner, state)"
+        )
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Note which attributes of the phases are read."""
+        """Note which attributes of the holders are read, but tensors and methods."""
         numbers = {id(holder): number for number, holder in enumerate(self.holders)}
+        own = [attributes(holder).keys() for holder in self.holders]
         kinds = {type(holder) for holder in self.holders}
-        tensor_names = set(self.of_phases)
 
-        def noting(kind: type[Phase]) -> Callable[[Any, str], Any]:
-            get: Callable[[Any, str], Any] = kind.__getattribute__
+        def noting(kind: type) -> Callable[[Any, str], Any]:
+            get: Callable[[Any, str], Any] = kind.__getattribute__  # type: ignore[assignment]  # of instances
 
             def read(holder: Any, name: str) -> Any:
                 value = get(holder, name)
                 number = numbers.get(id(holder))
-                if number is not None and (number, name) not in tensor_names and name in get(holder, "__dict__"):
+                if number is None or name.startswith("__") or isinstance(value, (Tensor, Phase)):
+                    return value
+                if name in own[number] or not callable(value):  # a method of the class stays what it is
                     self.reads.setdefault((number, name), value)
                 return value
 
             return read
 
-        own = {kind: vars(kind).get("__getattribute__") for kind in kinds}
+        overridden = {kind: vars(kind).get("__getattribute__") for kind in kinds}
         for kind in kinds:
             setattr(kind, "__getattribute__", noting(kind))  # noqa: B010 - mypy knows no other way
         try:
             yield
         finally:
-            for kind, function in own.items():
+            for kind, function in overridden.items():
                 if function is None:
                     delattr(kind, "__getattribute__")
                 else:
                     setattr(kind, "__getattribute__", function)  # noqa: B010 - as above
 
 
-POST = "_post_accumulate_grad_hooks"
 LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
+NUMBERS = (type(None), bool, int, float, str)
 
 
 def unique(found: list[Any]) -> list[Tensor]:
@@ -363,19 +462,65 @@ def unique(found: list[Any]) -> list[Tensor]:
     return list({id(thing): thing for thing in found if isinstance(thing, Tensor)}.values())
 
 
+def has_hooks(thing: Any) -> bool:
+    """Tell whether a parameter or an optimizer has hooks."""
+    names = (
+        "_backward_hooks",
+        "_post_accumulate_grad_hooks",
+        "_optimizer_step_pre_hooks",
+        "_optimizer_step_post_hooks",
+    )
+    return any(getattr(thing, name, None) for name in names)
+
+
+def overlapping(found: list[Tensor]) -> list[tuple[int, ...]]:
+    """Give the shapes of two tensors that share memory; none where each has its own."""
+    spans = []
+    for tensor in found:
+        if tensor.layout is torch.strided and tensor.numel():
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            spans.append((tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size(), tensor.shape))
+    spans.sort()
+    pairs = ([tuple(a[2]), tuple(b[2])] for a, b in pairwise(spans) if b[0] < a[1])
+    return next(pairs, [])
+
+
+def replaces(now: Any, stand_in: Tensor) -> bool:
+    """Change a stand-in in place to the tensor that was put there instead; tell whether that can be done."""
+    if not isinstance(now, Tensor) or (now.shape, now.dtype) != (stand_in.shape, stand_in.dtype):
+        return False
+    stand_in.copy_(now.detach())
+    return True
+
+
 def holders_of(phase: Phase) -> list[Phase]:
     """List a phase and the phases that it holds, as the validation twin of one does."""
     return [phase, *(value for value in vars(phase).values() if isinstance(value, Phase))]
 
 
-def as_tensor(group: dict[str, Any], name: str) -> Tensor:
-    """Give a number of a parameter group as a tensor on its parameters' device; one that is a tensor is itself."""
-    if isinstance(group[name], Tensor):
-        number: Tensor = group[name]
-        return number
-    parameter = group["params"][0]
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return torch.tensor(group[name], dtype=dtype, device=parameter.device)
+def describe(value: Any, whose: str = "it") -> Any:
+    """Describe a value by the shapes of the tensors in it, and by what everything else in it says.
+
+    Raises:
+        CompileError: There is something else in it than tensors, numbers, texts and containers of them.
+    """
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+    if isinstance(value, float):
+        return float, repr(value)  # NaN is NaN
+    if value is None or isinstance(value, (bool, int, str, bytes, torch.dtype, torch.device)):
+        return type(value), value
+    fields = init_fields(value)
+    if isinstance(value, Mapping):
+        return type(value), tuple([(key, describe(item, whose)) for key, item in value.items()])
+    if isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence):
+        return type(value), tuple([describe(item, whose) for item in value])
+    if fields is not None:
+        return type(value), tuple([(name, describe(getattr(value, name), whose)) for name in fields])
+    raise CompileError(
+        f"{whose} holds {describe_briefly(value)}, which a compiled step cannot take; expected tensors, numbers and "
+        "texts, in tuples, lists, dicts or dataclasses"
+    )
 
 
 DECAY = "weight_decay"
@@ -392,12 +537,28 @@ def is_input(optimizer: Optimizer, group: dict[str, Any], name: str) -> bool:
     return bool(group["params"]) and isinstance(value, (float, int, Tensor)) and (name == "lr" or bool(value))
 
 
+def as_tensor(group: dict[str, Any], name: str) -> Tensor:
+    """Give a number of a parameter group as a tensor of its own on its parameters' device."""
+    parameter = group["params"][0]
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    return torch.as_tensor(group[name]).detach().reshape(()).to(parameter.device, dtype, copy=True)
+
+
+def of_optimizer(optimizer: Optimizer) -> dict[str, Any]:
+    """Describe what an optimizer keeps besides its state and its parameters."""
+    left_out = {"state", "param_groups", "_opt_called"}
+    found = {name: seen(value) for name, value in vars(optimizer).items() if name not in left_out}
+    for number, group in enumerate(optimizer.param_groups):
+        found |= {f"{n} of group {number}": seen(v) for n, v in group.items() if n not in ("params", DECAY)}
+    return found
+
+
 def twin_of(
     optimizer: Optimizer, leaves: Any, stand_ins: dict[int, Tensor], options: dict[tuple[int, str], Tensor]
 ) -> Optimizer:
     """Give an optimizer of the same kind and options over stand-ins, whose step is operations on tensors alone."""
     twin: Optimizer = object.__new__(type(optimizer))
-    twin.__dict__.update(vars(optimizer))
+    twin.__dict__.update({name: value for name, value in vars(optimizer).items() if name != "step"})
     how = {"foreach": True, "fused": False, "capturable": True}
     twin.param_groups = []
     for group in optimizer.param_groups:
@@ -464,21 +625,49 @@ def compiling() -> Iterator[None]:
         torch.compiler._is_compiling_flag = before
 
 
-def looks(thing: Any, leave: Any) -> dict[str, Any]:
+def looks(thing: Any, left_out: Any) -> dict[str, Any]:
     """Describe the attributes of an object, apart from some."""
-    return {name: look(value) for name, value in vars(thing).items() if name not in leave}
+    return {name: seen(value) for name, value in attributes(thing).items() if name not in left_out}
 
 
-def put_dict_back(held: dict[str, Any], before: dict[str, Any]) -> None:
-    """Have a dict hold what it held."""
-    held.clear()
-    held.update(before)
+def is_pythons(generator: Any) -> bool:
+    """Tell whether a random generator is one of Python's or NumPy's."""
+    return not isinstance(generator, torch.Generator)
 
 
-def drawn_from() -> tuple[Any, ...]:
-    """Tell where Python's and NumPy's global generators stand."""
+def numbers_of(generators: list[Any]) -> list[Any]:
+    """Tell where Python's and NumPy's generators stand, the global ones and some others."""
     numpy = sys.modules.get("numpy")
-    return random.getstate(), None if numpy is None else repr(numpy.random.get_state())
+    return [
+        random.getstate(),
+        None if numpy is None else repr(numpy.random.get_state()),
+        *map(look, generators),
+    ]
+
+
+@contextmanager
+def noting_seeds() -> Iterator[list[str]]:
+    """Note who sets the state of torch's random numbers."""
+    noted: list[str] = []
+    module: Any = torch.random
+    own = module.default_generator
+
+    class Noting:
+        def __getattr__(self, name: str) -> Any:
+            if name in ("set_state", "manual_seed", "seed"):
+                noted.append(name)
+            return getattr(own, name)
+
+    module.default_generator = Noting()
+    try:
+        yield noted
+    finally:
+        module.default_generator = own
+
+
+def draws(node: Any) -> bool:
+    """Tell whether an operation draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def first_line(error: Exception) -> str:
@@ -488,9 +677,12 @@ def first_line(error: Exception) -> str:
 
 
 def where(error: Exception) -> str:
-    """Tell in which line of the user's code an error was raised; "" where in none."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(LIBRARIES)]
-    return f" (in {frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
+    """Tell in which line of the user's code an error was raised, or of torch's where the user has none."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if os.path.exists(f.filename)]
+    users = [f for f in frames if not f.filename.startswith(LIBRARIES)]
+    modules = [f for f in frames if f"{os.sep}nn{os.sep}modules{os.sep}" in f.filename]
+    last = (users or modules)[-1:]
+    return "".join(f" (in {f.filename}, line {f.lineno}: {f.line})" for f in last)
 
 
 def hint(error: Exception) -> str:

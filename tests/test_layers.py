@@ -73,6 +73,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "metrics.base",
         "phases.supervised",
         "phases.twin",
+        "seen",
         "view",
     ),
     (

@@ -75,7 +75,7 @@ class ConditionalCallback(Callback):
         return None if draws is False and not isinstance(self.condition, Every) else draws
 
     @property
-    def in_compiled_step(self) -> Literal["after", "inside", "never"] | None:  # type: ignore[override]  # as above
+    def in_compiled_step(self) -> Literal["after", "inside", "never", "watched"] | None:  # type: ignore[override]  # as above
         """As the wrapped callback; a handler under a condition cannot be part of a graph."""
         how = self.callback.in_compiled_step
         return None if how == "inside" else how

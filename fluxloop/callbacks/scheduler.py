@@ -11,7 +11,13 @@ from attrs import define, field
 from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
 from fluxloop.errors import CallbackConflictError, CheckpointError, describe, did_you_mean
 from fluxloop.events import EpochBegin, EpochEnd, StepBegin, StepEnd
-from fluxloop.hyperparameters import HyperParameter, as_hyperparameter, get_hyperparameter, set_hyperparameter
+from fluxloop.hyperparameters import (
+    Attribute,
+    HyperParameter,
+    as_hyperparameter,
+    get_hyperparameter,
+    set_hyperparameter,
+)
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.schedules import Schedule, check_schedule, value_at, written
 
@@ -129,6 +135,11 @@ class Scheduler(Callback):
         """The records, and what the hyperparameters change."""
         changed = dict.fromkeys(path for parameter in self.schedules for path in parameter.writes)
         return ("cbstate.hyperparameters", *changed)
+
+    @property
+    def in_compiled_step(self) -> Literal["watched"] | None:  # type: ignore[override]  # depends on what it sets
+        """What attributes of others it sets is seen where models are compared at every step."""
+        return "watched" if any(isinstance(parameter, Attribute) for parameter in self.schedules) else None
 
     def init(self, learner: Any) -> None:
         """Check that every hyperparameter is there, and begin counting; nothing is set yet."""
