@@ -37,7 +37,6 @@ from fluxloop.tracing import HOOKS, MODULE_INTERNALS, Traced, describe, first_li
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
     from fluxloop.loop import Handle, Scope
-    from fluxloop.updates import Slot
 
 Compiled = Callable[..., Any]
 
@@ -61,6 +60,28 @@ def lower(graph: GraphModule, inputs: list[Any], device: torch.device) -> Compil
     return compiled
 
 
+def require(learner: Learner, phases: Iterable[type[Phase]]) -> None:
+    """Raise for phases whose steps cannot be one graph.
+
+    Raises:
+        CompileError: Names who stands in the way: a callback, its event and path; the phase's own step; or an
+            accelerator that computes gradients or updates in ways of its own.
+    """
+    kind = type(learner.accelerator)
+    if any(not method.__module__.startswith("fluxloop.") for method in (kind.backward, kind.update)):
+        raise CompileError(f"{kind.__name__} has a backward or update of its own; use it with compile=False")
+    for phase in phases:
+        obstacles = learner.callbacks.obstacles(phase) if phase.data_key and phase.compiled else []
+        if obstacles:
+            found = "\n".join(f"  {obstacle}" for obstacle in obstacles)
+            raise CompileError(
+                f'Accelerator(compile="step") makes one graph of a step of {phase.__name__}, and this stands in '
+                f"the way:\n{found}\nHandle StepBegin or StepEnd instead, leave the callback out, or have steps "
+                'run as they are: Accelerator(compile=False) or compile="model" for a learner, compiled = False '
+                "in a phase's class"
+            )
+
+
 class CompiledSteps:
     """The compiled steps of a learner, by phase class: ``learner.compiled``.
 
@@ -73,25 +94,8 @@ class CompiledSteps:
         self._plans: dict[type[Phase], Plan] = {}
 
     def require(self, phases: Iterable[type[Phase]]) -> None:
-        """Raise for phases whose steps cannot be one graph.
-
-        Raises:
-            CompileError: Names who stands in the way: a callback, its event and path; the phase's own step; or an
-                accelerator that computes gradients or updates in ways of its own.
-        """
-        kind = type(self._learner.accelerator)
-        if any(not method.__module__.startswith("fluxloop.") for method in (kind.backward, kind.update)):
-            raise CompileError(f"{kind.__name__} has a backward or update of its own; use it with compile=False")
-        for phase in phases:
-            obstacles = self._learner.callbacks.obstacles(phase) if phase.data_key and phase.compiled else []
-            if obstacles:
-                found = "\n".join(f"  {obstacle}" for obstacle in obstacles)
-                raise CompileError(
-                    f'Accelerator(compile="step") makes one graph of a step of {phase.__name__}, and this stands in '
-                    f"the way:\n{found}\nHandle StepBegin or StepEnd instead, leave the callback out, or have steps "
-                    'run as they are: Accelerator(compile=False) or compile="model" for a learner, compiled = False '
-                    "in a phase's class"
-                )
+        """Raise for phases whose steps cannot be one graph; see `require`."""
+        require(self._learner, phases)
 
     def run(self, phase: Phase, handle: Handle, state: StepState) -> None:
         """Do what a phase's body does, in one graph unless the phase says otherwise.
@@ -139,12 +143,13 @@ class Plan:
         """
         learner = self._learner
         if learner.callbacks.version != self._callbacks:
-            CompiledSteps(learner).require([type(phase)])
+            require(learner, [type(phase)])
             self._callbacks = learner.callbacks.version
             self._is_watched = changes_between_steps(learner, type(phase))
             self._inside = inside(learner, type(phase))
         epoch = None if learner.scope is None else learner.scope.parent
-        if self._is_watched or epoch is None or epoch is not self._epoch:
+        ours = learner.driven is phase and type(phase).epoch is Phase.epoch  # nobody's code runs between its steps
+        if self._is_watched or not ours or epoch is not self._epoch:
             self._compare(phase)
             self._epoch = epoch
         key = (*map(Same, self._inside), *shape(state, learner.accelerator.device))
@@ -216,12 +221,13 @@ class Graph:
         self._held = traced.held
         self._shapes = [describe(getattr(traced.holders[number], name)) for number, name in traced.held]
         self._reads = [(n, name, value, seen(value)) for (n, name), value in traced.reads.items()]
-        self._inputs = {
-            id(group): {"params"} for slot in learner.updates.slots for group in slot.optimizer.param_groups
-        }
-        for group, name, _ in traced.options:
-            self._inputs[id(group)].add(name)
-        self._optimizers = [(slot, self._options_of(slot)) for slot in learner.updates.slots if phase.gradients]
+        self._slots = learner.updates.slots if phase.gradients else ()
+        self._groups = [(s, n, group) for s in self._slots for n, group in enumerate(s.optimizer.param_groups)]
+        inputs = {(id(group), name) for group, name, _ in traced.options}
+        self._names = [[n for n in g if n != "params" and (id(g), n) not in inputs] for *_, g in self._groups]
+        self._values = [
+            self._options_of(group, names) for (*_, group), names in zip(self._groups, self._names, strict=True)
+        ]
         self._stored = list(traced.stored.items())
         self._removed = traced.removed
         self._events = traced.fired
@@ -234,7 +240,7 @@ class Graph:
                 f"the step of {phase!r} was traced, but could not be compiled: {first_line(error)}. On the CPU this "
                 "needs a C++ compiler (g++ or clang++), on CUDA Triton; or use compile=False"
             ) from error
-        if all(tensor.is_cuda for tensor in traced.example):  # what happens on the host would happen once
+        if can_replay(traced.example):
             self._call = Replayed(self._call, len(traced.fixed))
 
     def calls_the_same(self, phase: Phase) -> bool:
@@ -260,17 +266,18 @@ class Graph:
                 tensor = getattr(holders[number], name, None)
                 if not isinstance(tensor, Tensor) or describe(tensor) != expected:
                     return f"the shape of {type(holders[number]).__name__}.{name}"
-        for slot, options in self._optimizers:
-            for now, before in zip(self._options_of(slot), options, strict=True):
-                if now != before:
-                    changed = [f"{name} = {value!r}" for name, value in now.items() if value != before.get(name)]
-                    return f"{slot.label}: {', '.join(changed)}"
+        for (slot, number, group), names, values in zip(self._groups, self._names, self._values, strict=True):
+            if slot.optimizer.param_groups[number] is not group:
+                return f"the groups of {slot.label}"
+            if self._options_of(group, names) != values:
+                changed = [name for name, value in zip(names, values[1:], strict=True) if group.get(name) != value]
+                return f"{slot.label}: {', '.join(f'{name} = {group.get(name)!r}' for name in changed)}"
         return None
 
-    def _options_of(self, slot: Slot) -> list[dict[str, Any]]:
-        """Give the options of an optimizer's groups that are part of the graph, and no inputs of it."""
-        groups = slot.optimizer.param_groups
-        return [{name: group[name] for name in group if name not in self._inputs[id(group)]} for group in groups]
+    @staticmethod
+    def _options_of(group: dict[str, Any], names: list[str]) -> list[Any]:
+        """Give how many options a group has, and those that are part of the graph."""
+        return [len(group), *map(group.get, names)]
 
     def run(self, phase: Phase, state: StepState) -> None:
         """Run the step: change what it changes, and store its entries.
@@ -279,7 +286,7 @@ class Graph:
             LossError: Gradients of another loss wait for an update.
         """
         learner, entries = self._learner, vars(state)
-        for slot, _ in self._optimizers:
+        for slot in self._slots:
             if slot.window is not None:
                 raise LossError(
                     f"gradients of another loss wait for an update of {slot.label}, and a compiled step has its own; "
@@ -325,6 +332,11 @@ class Last:
 
     def __init__(self, value: Any) -> None:
         self.value = value
+
+
+def can_replay(inputs: list[Any]) -> bool:
+    """Tell whether a step can be replayed as a CUDA graph: what it does on the host would happen once."""
+    return all(tensor.is_cuda for tensor in inputs)
 
 
 class Replayed:
@@ -375,11 +387,18 @@ def shape(state: StepState, device: torch.device) -> Any:
         CompileError: An entry holds what no graph can take.
     """
     entries = vars(state)
-    found = [(name, describe(value, f"the entry {name!r}")) for name, value in entries.items()]
-    values = list(entries.values())
-    twice = tuple([i for i, value in enumerate(values) if any(other is value for other in values[:i])])
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    return (*found, twice, autocast)
+    found: list[Any] = []
+    for name, value in entries.items():
+        if type(value) is Tensor:  # as `describe` does, without a call
+            found.append((name, value.shape, value.stride(), value.dtype, value.device, value.requires_grad))
+        else:
+            found.append((name, describe(value, f"the entry {name!r}")))
+    if len({*map(id, entries.values())}) < len(entries):
+        values = list(entries.values())
+        found.append(tuple([i for i, value in enumerate(values) if any(other is value for other in values[:i])]))
+    if torch.is_autocast_enabled(device.type):
+        found.append(torch.get_autocast_dtype(device.type))
+    return tuple(found)
 
 
 def differing(before: tuple[Any, ...], now: tuple[Any, ...]) -> list[str]:

@@ -231,7 +231,8 @@ def run_epoch(learner: Learner, phase: Phase, data: Any = None, scope: FitScope 
     check_runs(learner, phase)
     if not learner.fitting:
         meet_phases(learner, [phase])
-    kept = learner.data, learner.num_batches
+    kept = learner.data, learner.num_batches, learner.driven
+    learner.driven = phase
     if data is not None:
         learner.data = State({**vars(learner.data), phase.data_key: load(data, phase.data_key)})
     try:
@@ -250,7 +251,7 @@ def run_epoch(learner: Learner, phase: Phase, data: Any = None, scope: FitScope 
     except CancelEpochException:
         pass  # raised by a handler of EpochBegin, after EpochEnd was fired
     finally:
-        learner.data, learner.num_batches = kept
+        learner.data, learner.num_batches, learner.driven = kept
 
 
 def left_alone(learner: Learner, phase: Phase, source: Any) -> AbstractContextManager[None]:

@@ -39,6 +39,7 @@ def add_gradients(loss: Tensor, parameters: Sequence[nn.Parameter] | None, retai
         and torch.autograd.backward is _backward
         and not has_torch_function((loss, *inputs))
         and not _transforming()
+        and not loss.is_complex()
         and (inputs or parameters is None)
     ):
         _engine(

@@ -148,6 +148,8 @@ class Learner(Generic[M]):
         """The phases that have run, by class."""
         self.scope: Scope | None = None
         self.fitting = False
+        self.driven: Phase | None = None
+        """The phase whose epoch `epoch` or `fit` runs; None in a loop of the user's own."""
         self.stop_requested: str | None = None
         self.safe_points: list[Callable[[], object]] = []
         """Called at each moment of a fit in which no step is under way, until it ends."""

@@ -126,6 +126,9 @@ def runstep(learner: Learner, phase: Phase, /, **entries: Any) -> StepScope:
     handler of `StepBegin`, it leaves the ``with`` statement (whose body it cannot skip) and is
     taken by the `Phase.step` around it.
 
+    What it gives is entered at once, and once: ``with runstep(...) as (handle, state):``; an epoch
+    uses it again for its next step.
+
     Args:
         learner: Whose step it is.
         phase: The running phase.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from fluxloop.errors import OptimizerError, describe, did_you_mean
@@ -282,6 +283,16 @@ def step_fused(calls: list[FusedCall]) -> None:
             _add(steps, 1)
             kernel = _fused_adamw if group.get("decoupled_weight_decay") else _fused_adam
             kernel(params, *columns, steps, **options)
+            count_changes(params)
+
+
+def count_changes(params: Sequence[Tensor]) -> None:
+    """Have autograd know that parameters were changed in place, which fused kernels do not tell it.
+
+    Without that a graph made before the step, and differentiated after it, would give wrong gradients in silence.
+    """
+    for parameter in params:
+        increment_version(parameter)
 
 
 def step_optimizer(optimizer: Optimizer) -> None:
@@ -305,7 +316,11 @@ def step_optimizer(optimizer: Optimizer) -> None:
     ):
         if calls is not None and wrapper.__wrapped__ is _adam_step:
             step_fused(calls)
-        else:
-            wrapper.__wrapped__(optimizer)
+            return
+        wrapper.__wrapped__(optimizer)
     else:
         optimizer.step()
+    if type(optimizer) in ADAMS:
+        for group in optimizer.param_groups:
+            if group["fused"]:
+                count_changes([parameter for parameter in group["params"] if parameter.grad is not None])

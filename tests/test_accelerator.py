@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import fluxloop.accelerator
 from fluxloop import AbstractTrainingPhase, Accelerator, Learner, runstep
 from fluxloop.nested import tensors
 from fluxloop.testing import Coefficient, assert_same_bits, toy_learner
@@ -190,3 +193,52 @@ def test_the_device_is_chosen_when_none_is_given(machine: Any) -> None:
     chosen.fit(1)
     plain.fit(1)
     assert_same_bits(chosen, plain)
+
+
+def test_batches_for_cuda_are_copied_from_pinned_memory_by_a_stream_that_the_computing_one_waits_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    did: list[str] = []
+
+    class Stream:
+        def wait_stream(self, other: object) -> None:
+            did.append("wait")
+
+    class OnCpu:
+        is_cpu, device = True, torch.device("cpu")
+
+        def __init__(self, pinned: bool) -> None:
+            self.pinned = pinned
+
+        def is_pinned(self) -> bool:
+            return self.pinned
+
+        def pin_memory(self) -> OnCpu:
+            did.append("pin")
+            return OnCpu(True)
+
+        def to(self, device: torch.device, non_blocking: bool) -> OnCpu:
+            assert self.pinned
+            assert non_blocking
+            did.append(f"copy to {device}")
+            return self
+
+        def record_stream(self, stream: object) -> None:
+            did.append("record")
+
+    @contextmanager
+    def stream(entered: object) -> Iterator[None]:
+        did.append("enter")
+        yield
+        did.append("leave")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(fluxloop.accelerator, "_copy_stream", lambda device: Stream())
+    accelerator = Accelerator("cpu")
+    accelerator.device = torch.device("cuda", 0)
+    accelerator._move(OnCpu(pinned=False))  # type: ignore[arg-type]  # it stands for a tensor
+    assert did == ["pin", "enter", "copy to cuda:0", "leave", "wait", "record"]
+    did.clear()
+    accelerator._move(OnCpu(pinned=True))  # type: ignore[arg-type]  # as above
+    assert did == ["enter", "copy to cuda:0", "leave", "wait", "record"]

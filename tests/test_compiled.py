@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +64,7 @@ from fluxloop import (
     linear,
     on,
     one_cycle,
+    runepoch,
     runstep,
     throttle,
 )
@@ -616,6 +618,7 @@ def test_modes_attributes_and_frozen_parameters_are_compared_at_each_epoch() -> 
 
 
 @pytest.mark.usefixtures("plain")
+@pytest.mark.filterwarnings("ignore:the step of TrainingPhase has been compiled")
 def test_a_callback_that_changes_the_model_between_steps_is_seen() -> None:
     class Slope(Callback):
         writes = ("model",)
@@ -625,7 +628,22 @@ def test_a_callback_that_changes_the_model_between_steps_is_seen() -> None:
             learner.model[1].negative_slope += 0.1
 
     model = lambda: nn.Sequential(nn.Linear(16, 8), nn.LeakyReLU(0.1), nn.Linear(8, 4))  # noqa: E731
-    both(1, model=model, callbacks=lambda: [Slope()])
+    both(3, model=model, callbacks=lambda: [Slope()])
+
+
+@pytest.mark.usefixtures("plain")
+def test_in_a_loop_of_ones_own_the_model_is_compared_at_every_step() -> None:
+    found = []
+    for compile in (False, "step"):
+        model = lambda: nn.Sequential(nn.Linear(16, 8), nn.LeakyReLU(0.1), nn.Linear(8, 4))  # noqa: E731
+        made, phase, (xs, ys) = learner(compile, model=model), TrainingPhase(), rows()
+        with runepoch(made, phase):
+            for _ in range(5):
+                made.model[1].negative_slope += 0.1
+                phase.step(made, (xs, ys))
+        found.append(weights(made))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("plain")
@@ -714,3 +732,9 @@ def test_a_replayed_graph_gets_what_moves_and_gives_what_is_the_callers_own(monk
     given = [replayed(weight, torch.full((3,), float(number)))[0] for number in range(1, 7)]
     assert [each.item() for each in given] == [3.0, 9.0, 18.0, 30.0, 45.0, 63.0]
     assert torch.equal(weight, torch.full((3,), 21.0))
+
+
+def test_a_step_is_replayed_only_where_all_of_it_is_on_the_device() -> None:
+    on, off = SimpleNamespace(is_cuda=True), SimpleNamespace(is_cuda=False)
+    assert fluxloop.compiled.can_replay([on, on])
+    assert not fluxloop.compiled.can_replay([on, off])

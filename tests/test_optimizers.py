@@ -679,3 +679,18 @@ def test_a_training_goes_on_with_the_implementation_it_began_with(first: Any, se
     assert fused(other.optimizer) == fused(whole.optimizer)
     other.fit(2)
     assert all(map(torch.equal, whole.model.parameters(), other.model.parameters()))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_graph_made_before_a_fused_step_is_refused_after_it_as_without_fusing(hooked: bool) -> None:
+    learner = Learner(nn.Linear(3, 3), data=(torch.randn(4, 3),), optimizer=torch.optim.Adam, default_callbacks=False)
+    assert learner.optimizer.param_groups[0]["fused"]
+    if hooked:
+        learner.optimizer.register_step_post_hook(lambda *_: None)
+    xs = torch.randn(4, 3)
+    hidden = learner.model(xs)
+    stale = learner.model(hidden).sum()  # its gradient needs the weights as they are now
+    learner.backward(learner.model(xs).square().mean())
+    learner.update()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()

@@ -31,9 +31,9 @@ class GradientClip(Announcing):
     torch makes of them: an infinite one zeros (NaN where an entry is infinite), NaN all NaN.
 
     The norm before clipping is the step's entry ``grad_norm``, with named optimizers
-    ``grad_norms[name]``, a tensor on the device; its average over an epoch's updates is recorded
+    ``grad_norms[name]``, a tensor on the device; its average over an epoch's steps is recorded
     as ``"training/grad_norm"``, with named optimizers ``"training/grad_norm_<name>"`` (where a
-    `Recorder` counts the epochs).
+    `Recorder` counts the epochs). Of several updates of one optimizer in a step the last counts.
 
     Args:
         max_norm: Largest norm, 0 or more; with 0 all gradients become 0.

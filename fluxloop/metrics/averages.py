@@ -74,6 +74,8 @@ class Mean:
         """Go on from a kept state."""
         for name, value in state.items():
             setattr(self, f"_{name}", value)
+        if "over" not in state:  # of a checkpoint written before there was one
+            self._over = [1] * len(self._pending)
 
 
 class MovingAverage:

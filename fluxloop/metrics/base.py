@@ -199,7 +199,7 @@ class MeanTracker(Tracker):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a kept state."""
         self._mean.load_state_dict(state["mean"])
-        self._last, self._over = state["last"], state["over"]
+        self._last, self._over = state["last"], state.get("over", 1)
 
 
 class ObjectTracker(Tracker):

@@ -83,9 +83,9 @@ class DINOPhase(TeacherPhase):
         """Give the views or ``xs``, and ``temperature``, the teacher's in this step, where it has a schedule."""
         entries = super().entries(batch)
         if callable(self.teacher_temperature):
-            dtypes = (tensor.dtype for tensor in tensors(entries) if tensor.is_floating_point())
+            double = any(tensor.dtype == torch.float64 for tensor in tensors(entries))
             temperature = value_at(self.teacher_temperature, self._steps)
-            entries["temperature"] = torch.tensor(temperature, dtype=next(dtypes, None))
+            entries["temperature"] = torch.tensor(temperature, dtype=torch.float64 if double else torch.float32)
         return entries
 
     def forward(self, learner: Learner, state: StepState) -> None:

@@ -37,7 +37,7 @@ from fluxloop import (
     runstep,
     top_k,
 )
-from fluxloop.state import State
+from fluxloop.state import State, StepState
 from fluxloop.testing import Coefficient, toy_learner
 
 quick = settings(deadline=None, max_examples=40)
@@ -625,3 +625,12 @@ def test_metrics_of_graphs_keep_none_and_a_users_function_sees_none() -> None:
         tracker.update(state, 3)
         for values in (tracker.latest(), tracker.compute()):
             assert not any(value.requires_grad for value in values.values())
+
+
+def test_the_last_value_of_a_share_survives_being_kept() -> None:
+    step = StepState({"preds": torch.eye(4), "ys": torch.tensor([0, 1, 2, 0])})
+    tracker, other = Metric(accuracy).start(), Metric(accuracy).start()
+    tracker.update(step, 4)
+    other.load_state_dict(tracker.state_dict())
+    assert other.latest()["accuracy"] == tracker.latest()["accuracy"] == 0.75
+    assert other.compute()["accuracy"] == 0.75
