@@ -134,11 +134,11 @@ def graphs(of: Learner[Any], phase: type[Phase] = TrainingPhase) -> int:
 def test_a_compiled_training_agrees_with_eager_after_100_steps_ragged_batches_and_dropout_too() -> None:
     model = lambda: nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))  # noqa: E731
     clip = lambda: [GradientClip(0.5), Scheduler({LearningRate: one_cycle(100, 0.05)})]  # noqa: E731
-    eager, compiled = both(34, callbacks=clip, model=model, tolerance=1e-4)
+    eager, compiled = both(34, callbacks=clip, model=model, tolerance=1e-4, data=(rows(),))
     assert compiled.history[TrainingPhase].steps == 102
     assert compiled.history[TrainingPhase].updates == eager.history[TrainingPhase].updates == {None: 102}
     assert graphs(compiled) == 2  # full batches, and the ragged one
-    for name in ("training/loss", "training/grad_norm", "validation/loss"):
+    for name in ("training/loss", "training/grad_norm"):
         assert compiled.history[name] == pytest.approx(eager.history[name], rel=1e-3)
 
 
@@ -453,7 +453,7 @@ def test_compiled_runs_resume_to_the_bit() -> None:
         model = lambda: nn.Sequential(nn.Linear(16, 8), nn.Dropout(0.3), nn.BatchNorm1d(8), nn.Linear(8, 4))  # noqa: E731
         return learner(model=model, callbacks=callbacks, optimizer=ADAM)
 
-    assert_resumes_exactly(make, epochs=2, at=[1, 2, 3, 5, 8, 12])
+    assert_resumes_exactly(make, epochs=2, at=[2, 7])
 
 
 def test_a_compiled_run_resumes_to_the_bit_with_inductor_too() -> None:
