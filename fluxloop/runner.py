@@ -258,7 +258,7 @@ class Callbacks:
                     yield f"  {event.__name__}: {' → '.join(handlers)}"
             if phase.data_key:
                 obstacles = self.obstacles(phase)
-                yield f"  a step can{'not' if obstacles else ''} be compiled whole{':' if obstacles else ''}"
+                yield f"  steps are {'not fusable:' if obstacles else 'fusable: one may be compiled as one graph'}"
                 yield from (f"    {obstacle}" for obstacle in obstacles)
         edges = [edge for edge in self._graph.edges if edge.before in told and edge.after in told]
         if edges:

@@ -559,8 +559,8 @@ def test_a_step_of_ones_own_is_refused_unless_its_class_says_that_it_runs_as_it_
 def test_explain_says_which_steps_can_be_compiled() -> None:
     text = learner(False, callbacks=[Reads()]).callbacks.explain().text
     training, validation = text.split("ValidationPhase")
-    assert "a step cannot be compiled whole:\n    Reads handles BackwardBegin of TrainingPhase" in training
-    assert "a step can be compiled whole" in validation
+    assert "steps are not fusable:\n    Reads handles BackwardBegin of TrainingPhase" in training
+    assert "steps are fusable" in validation
 
 
 def test_what_compile_may_be() -> None:
