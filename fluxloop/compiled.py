@@ -57,7 +57,8 @@ def lower(graph: GraphModule, inputs: list[Any], device: torch.device) -> Compil
         for torchs_own in (DeprecationWarning, FutureWarning):  # about how torch uses torch
             warnings.simplefilter("ignore", torchs_own)
         compiled: Compiled = torch._inductor.compile(graph, inputs, options)
-    return compiled
+    inner: Compiled = getattr(compiled, "_torchdynamo_orig_callable", compiled)  # without a wrapper for torch.compile
+    return inner
 
 
 def require(learner: Learner, phases: Iterable[type[Phase]]) -> None:

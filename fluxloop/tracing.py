@@ -434,7 +434,8 @@ class Traced:
                 number = numbers.get(id(holder))
                 if number is None or name.startswith("__") or isinstance(value, (Tensor, Phase)):
                     return value
-                if name in own[number] or not callable(value):  # a method of the class stays what it is
+                declared = callable(value) or hasattr(Phase, name)  # methods, and what every phase class says
+                if name in own[number] or not declared:
                     self.reads.setdefault((number, name), value)
                 return value
 
