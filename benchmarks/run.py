@@ -1,6 +1,6 @@
 """Run the benchmarks, and write what they print to results.md.
 
-    python benchmarks/run.py                        # all: about half an hour on two idle cores
+    python benchmarks/run.py                        # all: about forty minutes on two cores
     python benchmarks/run.py step_overhead data     # these; the other results stay
     python benchmarks/run.py --quick                # all in some minutes, to see that they run; writes nothing
     python benchmarks/run.py --out other.md
