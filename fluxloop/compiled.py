@@ -133,7 +133,7 @@ class Plan:
         self._inside: list[Callback] = []
         self._rests_on: dict[str, Any] = {}
         self._count = 0
-        self._keys: list[Any] = []
+        self._last_key: Any = None
         self._why = ""
 
     def graph(self, phase: Phase, state: StepState) -> Graph | None:
@@ -179,14 +179,14 @@ class Plan:
                 return None  # the first step makes what the others find: optimizers' states, a phase's queue
         alike = self._graphs.setdefault(key, [])
         self._why = next((why for graph in alike if (why := graph.misfit(phase))), self._why)
-        if not self._why and self._keys:
-            self._why = ", ".join(f"the entry {n!r}" for n in differing(self._keys[-1], key)) or self._why
+        if not self._why and self._last_key is not None:
+            self._why = ", ".join(f"the entry {name!r}" for name in differing(self._last_key, key))
         with preserved():
             traced = Traced(learner, phase, modules, self._inside, state)
             if traced.makes_state:  # an optimizer's, of parameters that were frozen
                 return None
             graph = Graph(learner, phase, self._inside, traced)
-        self._keys = [key]
+        self._last_key = key
         alike.append(graph)
         del alike[:-MANY]  # numbers that change at every step do not fill the memory
         self._count += 1
