@@ -12,8 +12,6 @@ import pkgutil
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,7 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # some write files
-    namespace: dict[str, object] = {"__name__": "docs"}
+    namespace: dict[str, Any] = {"__name__": "docs"}
     printed = ""
     for match in FENCE.finditer(page.read_text()):
         language, code = match.groups()
@@ -63,37 +61,26 @@ TWO_EPOCHS = ["digits.py", "plain_digits.py"]
 ONE_EPOCH = sorted({path.name for path in EXAMPLES.glob("*.py")} - ELSEWHERE)
 
 
-def run_example(script: str, out: Path) -> dict[str, object]:
-    epochs = 2 if script in TWO_EPOCHS else 1
+def run_example(script: str, out: Path, epochs: int) -> dict[str, Any]:
     command = [sys.executable, str(EXAMPLES / script), "--epochs", str(epochs), "--seed", "1", "--out", str(out)]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, capture_output=True, timeout=600, env=alone)
-    result: dict[str, object] = json.loads((out / "result.json").read_text())
+    result: dict[str, Any] = json.loads((out / "result.json").read_text())
     assert result["epochs"] == epochs
     assert result["seed"] == 1
     return result
 
 
-@pytest.fixture(scope="module")
-def examples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, Future[dict[str, object]]]]]:
-    """Run all of them, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        folders = {script: tmp_path_factory.mktemp(script) for script in [*ONE_EPOCH, *TWO_EPOCHS]}
-        yield {script: (folder, pool.submit(run_example, script, folder)) for script, folder in folders.items()}
-
-
 @pytest.mark.parametrize("script", TWO_EPOCHS)
-def test_the_digits_are_learned_in_two_epochs(script: str, examples: Any) -> None:
-    folder, result = examples[script]
-    assert result.result()["accuracy"] > 0.9
-    assert matplotlib.image.imread(folder / "history.png").std() > 0
+def test_the_digits_are_learned_in_two_epochs(script: str, tmp_path: Path) -> None:
+    assert run_example(script, tmp_path, epochs=2)["accuracy"] > 0.9
+    assert matplotlib.image.imread(tmp_path / "history.png").std() > 0
 
 
 @pytest.mark.parametrize("script", ONE_EPOCH)
-def test_an_example_runs_and_writes_its_results_and_pictures(script: str, examples: Any) -> None:
-    folder, result = examples[script]
-    assert len(result.result()) > 2
-    pictures = list(folder.rglob("*.png"))
+def test_an_example_runs_and_writes_its_results_and_pictures(script: str, tmp_path: Path) -> None:
+    assert len(run_example(script, tmp_path, epochs=1)) > 2
+    pictures = list(tmp_path.rglob("*.png"))
     assert pictures
     for picture in pictures:
         assert matplotlib.image.imread(picture).std() > 0

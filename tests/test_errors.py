@@ -158,7 +158,6 @@ def test_did_you_mean_names_a_near_miss_and_nothing_else(word, known, expected):
         (torch.nn.Linear(1, 1), "a Linear"),
         (object(), "a object"),
     ],
-    ids=str,
 )
 def test_describe_says_what_a_value_is(value, expected):
     assert describe(value) == expected

@@ -119,7 +119,7 @@ def test_d_lz_09_the_training_is_that_of_a_hand_written_loop_with_a_share_per_ro
     assert torch.equal(learner.model[1].bias, model[1].bias)
 
 
-@pytest.mark.parametrize("loss", [nn.NLLLoss(), nn.NLLLoss(reduction="sum"), nll_loss], ids=repr)
+@pytest.mark.parametrize("loss", [nn.NLLLoss(), nn.NLLLoss(reduction="sum"), nll_loss])
 def test_d_lz_09_a_mixed_loss_blends_the_losses_of_each_row(loss: Any) -> None:
     def model() -> nn.Module:
         return nn.Sequential(*net(), nn.LogSoftmax(1))
@@ -222,7 +222,7 @@ def test_classes_per_place_are_mixed_too() -> None:
 # Validation, metrics, the loop
 
 
-@pytest.mark.parametrize("loss", [cross_entropy, nn.CrossEntropyLoss(), MixedLoss(nn.CrossEntropyLoss())], ids=repr)
+@pytest.mark.parametrize("loss", [cross_entropy, nn.CrossEntropyLoss(), MixedLoss(nn.CrossEntropyLoss())])
 def test_d_lz_10_validation_is_not_touched_whatever_the_loss(loss: Any) -> None:
     learner = learner_of(MixUp(), Metrics(accuracy), Recorder(), loss=loss)
     learner.fit(2)

@@ -205,7 +205,7 @@ def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bits(unit: Any) -> No
         (Scheduler({LearningRate: lambda t: 0.01}), r"and is now by a function per step"),
         (Scheduler({WeightDecay: 0.1}), r"learning_rate was scheduled by one_cycle.*, and is now by nothing"),
     ],
-    ids=repr,
+    ids=["another length", "another unit", "a function", "another attribute"],
 )
 def test_a_resumed_run_with_another_schedule_is_refused(now: Scheduler, message: str, tmp_path: Path) -> None:
     first = learner_of(Scheduler({LearningRate: one_cycle(32, 0.01)}), Recorder())
