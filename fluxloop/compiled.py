@@ -23,7 +23,7 @@ from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 
 from fluxloop.callback import Callback
-from fluxloop.errors import CompileError, LossError, warn_user
+from fluxloop.errors import CompileError, warn_user
 from fluxloop.events import Event, StepBegin, StepEnd, event_types
 from fluxloop.nested import map_tensors, tensors
 from fluxloop.persist import attributes
@@ -132,6 +132,7 @@ class Plan:
         self._is_watched = False
         self._inside: list[Callback] = []
         self._rests_on: dict[str, Any] = {}
+        self._states: dict[str, Any] = {}
         self._count = 0
         self._last_key: Any = None
         self._why = ""
@@ -154,6 +155,10 @@ class Plan:
             self._compare(phase)
             self._epoch = epoch
         key = (*map(Same, self._inside), *shape(state, learner.accelerator.device))
+        if phase.gradients:
+            for number, slot in enumerate(learner.updates.slots):
+                if slot.window is not None:
+                    key = (*key, (number, slot.in_block, *map(as_waits, slot.parameters)))
         for graph in self._graphs.get(key, ()):
             if graph.misfit(phase) is None:
                 return graph
@@ -161,12 +166,15 @@ class Plan:
 
     def _compare(self, phase: Phase) -> None:
         """Drop the graphs where something that they rest on has changed."""
-        now = rests_on(self._learner, phase)
-        if now != self._rests_on:
-            changed = [name for name in {**self._rests_on, **now} if self._rests_on.get(name) != now.get(name)]
-            self._why = ", ".join(changed[:3]) if self._rests_on else ""
+        before, now = self._rests_on, rests_on(self._learner, phase)
+        states = states_of(self._learner) if phase.gradients else {}
+        changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        # a state that was not there yet changes nothing: no graph steps its parameter, or the optimizer keeps none
+        changed += [name for name, state in self._states.items() if states.get(name) != state]
+        if changed:
+            self._why = ", ".join(changed[:3]) if before else ""
             self._graphs.clear()
-            self._rests_on = now
+        self._rests_on, self._states = now, states
         for alike in self._graphs.values():
             alike[:] = [graph for graph in alike if graph.calls_the_same(phase)]
 
@@ -176,6 +184,7 @@ class Plan:
         if phase.gradients:
             lazy = any(is_lazy(parameter) for module in modules for parameter in module.parameters())
             if lazy or learner.streams[phase.step_stream].index == 1:
+                self._epoch = None
                 return None  # the first step makes what the others find: optimizers' states, a phase's queue
         alike = self._graphs.setdefault(key, [])
         self._why = next((why for graph in alike if (why := graph.misfit(phase))), self._why)
@@ -183,7 +192,8 @@ class Plan:
             self._why = ", ".join(f"the entry {name!r}" for name in differing(self._last_key, key))
         with preserved():
             traced = Traced(learner, phase, modules, self._inside, state)
-            if traced.makes_state:  # an optimizer's, of parameters that were frozen
+            if traced.makes_state:  # an optimizer's, of parameters that were frozen, or wait for their first update
+                self._epoch = None
                 return None
             graph = Graph(learner, phase, self._inside, traced)
         self._last_key = key
@@ -231,6 +241,7 @@ class Graph:
         ]
         self._stored = list(traced.stored.items())
         self._removed = traced.removed
+        self._left = traced.left
         self._events = traced.fired
         self._callbacks = -1
         self._after: list[tuple[tuple[Bound, ...], Event]] = []
@@ -242,7 +253,7 @@ class Graph:
                 "needs a C++ compiler (g++ or clang++), on CUDA Triton; or use compile=False"
             ) from error
         if can_replay(traced.example):
-            self._call = Replayed(self._call, len(traced.fixed))
+            self._call = Replayed(self._call, len(traced.fixed), traced.changed)
 
     def calls_the_same(self, phase: Phase) -> bool:
         """Tell whether the functions and objects that a step calls, such as what makes views, are as they were."""
@@ -281,18 +292,9 @@ class Graph:
         return [len(group), *map(group.get, names)]
 
     def run(self, phase: Phase, state: StepState) -> None:
-        """Run the step: change what it changes, and store its entries.
-
-        Raises:
-            LossError: Gradients of another loss wait for an update.
-        """
+        """Run the step: change what it changes, and store its entries."""
         learner, entries = self._learner, vars(state)
         for slot in self._slots:
-            if slot.window is not None:
-                raise LossError(
-                    f"gradients of another loss wait for an update of {slot.label}, and a compiled step has its own; "
-                    "call learner.update() first"
-                )
             if "step" in vars(slot.optimizer):  # wrapped by a scheduler of torch's, which notes that there was one
                 slot.optimizer._opt_called = True  # type: ignore[attr-defined]  # where torch looks
         moving: list[Any] = []
@@ -312,11 +314,16 @@ class Graph:
                 moving.append(value)
             else:
                 moving.extend(tensors(value))
+        for slot in self._slots:
+            if slot.window is not None:
+                moving += [parameter.grad for parameter in slot.waiting]
         given = iter(self._call(*self._fixed, *moving, *self._constants))
         for name, value in self._stored:
             entries[name] = next(given) if isinstance(value, Tensor) else map_tensors(lambda _: next(given), value)
         for name in self._removed:
             del entries[name]
+        for left in self._left:
+            left.put(self._slots[left.number], state, given)
         if self._callbacks != learner.callbacks.version:
             self._callbacks, self._after = learner.callbacks.version, listeners(learner, phase, self._events)
         for bound, event in self._after:
@@ -349,18 +356,21 @@ class Replayed:
     Args:
         compiled: The step.
         num_fixed: How many of its inputs, the first ones, are at fixed places.
+        changed: Which of the others it changes in place, by number.
     """
 
     WARM_UP = 3
 
-    def __init__(self, compiled: Compiled, num_fixed: int) -> None:
+    def __init__(self, compiled: Compiled, num_fixed: int, changed: Iterable[int]) -> None:
         self._compiled = compiled
         self._num_fixed = num_fixed
+        self._changed = [num_fixed + number for number in changed]
         self._calls = 0
         self._inputs: list[Tensor] = []
         self._outputs: list[Tensor] = []
         self._graph: Any = None
 
+    @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """Run the step; its outputs are the caller's to keep."""
         self._calls += 1
@@ -375,6 +385,8 @@ class Replayed:
         for place, given in zip(self._inputs[self._num_fixed :], inputs[self._num_fixed :], strict=True):
             place.copy_(given, non_blocking=True)
         self._graph.replay()
+        for number in self._changed:
+            inputs[number].copy_(self._inputs[number], non_blocking=True)
         return [output.clone() for output in self._outputs]
 
 
@@ -400,6 +412,14 @@ def shape(state: StepState, device: torch.device) -> Any:
     if torch.is_autocast_enabled(device.type):
         found.append(torch.get_autocast_dtype(device.type))
     return tuple(found)
+
+
+def as_waits(parameter: nn.Parameter) -> Any:
+    """Describe the gradient of a parameter that waits for an update."""
+    gradient = parameter.grad
+    if gradient is None or gradient.layout is not torch.strided:
+        return gradient is None
+    return gradient.shape, gradient.stride(), gradient.dtype
 
 
 def differing(before: tuple[Any, ...], now: tuple[Any, ...]) -> list[str]:
@@ -440,11 +460,18 @@ def rests_on(learner: Learner, phase: Phase) -> dict[str, Any]:
             Same(vars(slot.optimizer).get("step")),
             *map(has_hooks, slot.parameters),
         )
+    return found
+
+
+def states_of(learner: Learner) -> dict[str, Any]:
+    """Describe the tensors that optimizers keep for parameters, those that have some."""
+    found: dict[str, Any] = {}
+    for slot in learner.updates.slots:
         for index, parameter in enumerate(slot.parameters):
             entries = slot.optimizer.state.get(parameter, {})
-            found[f"{slot.label}, state {index}"] = [
-                (name, as_tensor_or_seen(value)) for name, value in entries.items() if isinstance(value, Tensor)
-            ]
+            kept = [(name, as_tensor_or_seen(value)) for name, value in entries.items() if isinstance(value, Tensor)]
+            if kept:
+                found[f"{slot.label}, state {index}"] = kept
     return found
 
 

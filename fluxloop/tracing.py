@@ -2,8 +2,9 @@
 
 ``make_fx`` runs the body on fake tensors (shapes without numbers) and records every operation on
 them, those of autograd and of the optimizer too. The graph that comes of it takes parameters,
-buffers, the optimizer's state, learning rates and the batch, changes what a step changes in place,
-and gives the entries that the body stored.
+buffers, the optimizer's state, learning rates, the batch and gradients that wait for an update,
+changes what a step changes in place, and gives the entries that the body stored, and gradients that
+it leaves for a later step.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from attrs import define
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.utils.rnn import PackedSequence
@@ -35,7 +37,7 @@ from fluxloop.phase import Phase
 from fluxloop.seen import seen
 from fluxloop.sources import generators_of
 from fluxloop.state import StepState
-from fluxloop.updates import UpdateBlock, Updates
+from fluxloop.updates import Slot, UpdateBlock, Updates
 from fluxloop.view import make_view
 
 if TYPE_CHECKING:
@@ -78,6 +80,9 @@ class StandIn:
         self.accelerator = AcceleratorStandIn(learner.accelerator.device)
         names: Any = {leaves[parameter]: name for parameter, name in learner.updates.names.items()}
         self.updates = Updates(self, names, optimizers)  # type: ignore[arg-type]  # it stands for one
+        for slot, theirs in zip(self.updates.slots, learner.updates.slots, strict=False):  # none where none is trained
+            slot.consumed, slot.in_block = False, theirs.in_block
+            slot.window = None if theirs.window is None else StepState()
         self.backward, self.update = self.updates.backward, self.updates.update
         self.skip_update = self.accelerator.skip_update
         self.fired: list[Event] = []
@@ -120,11 +125,17 @@ class AcceleratorStandIn:
         self._skip: Tensor | None = None
 
     def backward(self, loss: Tensor, own: Any, *, alone: bool = False, retain_graph: bool = False) -> None:
-        """Compute the gradients of a loss, as `Accelerator.backward` does."""
+        """Add the gradients of a loss, as `Accelerator.backward` does, in new tensors: old ones may be inputs."""
+        before = {leaf: leaf.grad for leaf in own if leaf.grad is not None}
+        for leaf in before:
+            leaf.grad = None
         torch.autograd.backward(loss, retain_graph=retain_graph, inputs=None if alone else own)
+        for leaf, old in before.items():
+            total = old if leaf.grad is None else old + leaf.grad
+            leaf.grad = total if self._skip is None else torch.where(self._skip, old, total)
 
     def skip_update(self, when: Tensor) -> None:
-        """Have parameters and optimizers' states stay as they are from here on where `when` is true."""
+        """Have parameters, optimizers' states and gradients that wait stay as they are from here on, if `when`."""
         self._skip = when if self._skip is None else self._skip | when
 
     def update(self, optimizer: Optimizer) -> None:
@@ -139,19 +150,50 @@ class AcceleratorStandIn:
                 tensor.copy_(torch.where(self._skip, old, tensor))  # type: ignore[arg-type]  # there if `before` is
 
 
+@define(frozen=True)
+class Left:
+    """What a step does to the gradients of one optimizer that wait for an update.
+
+    Args:
+        number: Of the optimizer.
+        parameters: Those whose gradients it leaves for a later step, in the order of the graph's outputs.
+        waits: Whether it leaves any.
+        begun: Whether none has waited before.
+        in_block: Whether the first of them was computed in the optimizer's own block.
+    """
+
+    number: int
+    parameters: list[nn.Parameter]
+    waits: bool
+    begun: bool
+    in_block: bool
+
+    def put(self, slot: Slot, state: StepState, gradients: Iterator[Tensor]) -> None:
+        """Have an optimizer's gradients be what a step has left."""
+        slot.release()
+        for parameter in self.parameters:
+            parameter.grad = next(gradients)
+        if not self.waits:
+            slot.window = None
+        elif self.begun:
+            slot.window, slot.in_block = state, self.in_block
+
+
 class Traced:
     """A step as a graph, and where its inputs come from.
 
     Attributes:
         graph: Of the tensors in `fixed`, those of `options`, those that holders hold, those in the step's entries,
-            and `constants`, in this order.
+            gradients that wait, and `constants`, in this order.
         fixed: Parameters, buffers and other tensors of modules, and the optimizers' state.
         options: Of the optimizers, those that may change from step to step: the group, the name, and a tensor of it.
         holders: The phase, phases that it holds, and the callbacks with handlers that are part of the graph.
         held: Tensors that the holders hold, as (number of the holder, attribute).
         reads: What else was read of the holders, as (number of the holder, attribute) and value.
         constants: Tensors from elsewhere, such as those that a function closes over.
+        changed: Which of the inputs after `fixed` it changes in place, by number.
         stored: The entries that the body stored, each with stand-ins for its tensors.
+        left: What becomes of gradients that wait, for each optimizer that has some before the step or after it.
         removed: Names of the entries that it removed.
         fired: The events that it fired.
         makes_state: Whether an optimizer makes its state in this step, so that it has to run as it is.
@@ -200,12 +242,17 @@ class Traced:
         self.stored: dict[str, Any] = {}
         self.removed: list[str] = []
         self.fired: list[Event] = []
+        self.left: list[Left] = []
+        self.changed: list[int] = []
         self.makes_state = False
         self._entries = dict(vars(state))
         self._check_inputs()
         given = [tensor for value in self._entries.values() for tensor in tensors(value)]
         held = [getattr(self.holders[number], name) for number, name in self.held]
-        self.example: list[Any] = [*self.fixed, *(option for *_, option in self.options), *held, *given]
+        self._waiting = [parameter for slot in self._slots for parameter in slot.waiting]
+        waiting = [parameter.grad for parameter in self._waiting]
+        options = [option for *_, option in self.options]
+        self.example: list[Any] = [*self.fixed, *options, *held, *given, *waiting]
         self.graph = self._trace()
         self.constants = lift_constants(self.graph)
         self.example += self.constants
@@ -244,6 +291,8 @@ class Traced:
         ]
         if computed:  # by the step before
             raise self._changes(computed)
+        if any(p.grad.layout is not torch.strided for slot in self._slots for p in slot.waiting if p.grad is not None):
+            raise self._refusal("sparse gradients wait for an update, which a graph cannot add to")
         shared = overlapping(self.fixed)
         if shared:
             raise self._refusal(f"tensors of shapes {shared} share memory; give each its own (.clone())")
@@ -285,8 +334,10 @@ class Traced:
         return graph
 
     def _run(self, *flat: Any) -> list[Tensor]:
-        """Run the body on stand-ins for all inputs; give the tensors that it stored."""
+        """Run the body on stand-ins for all inputs; give the tensors that it stored, and gradients that it leaves."""
         inputs = iter(flat)
+        moving = flat[len(self.fixed) :]
+        versions = [tensor._version for tensor in moving]
         stand_ins = {id(tensor): next(inputs) for tensor in self.fixed}
         options = {(id(group), name): next(inputs) for group, name, _ in self.options}
         held = [next(inputs) for _ in self.held]
@@ -305,13 +356,15 @@ class Traced:
         twins = {slot.name: twin_of(slot.optimizer, leaves, stand_ins, options) for slot in self._slots}
         made = {name: of_optimizer(twin) for name, twin in twins.items()}
         entries = {name: map_tensors(lambda _: next(inputs), value) for name, value in self._entries.items()}
+        waiting = {leaves[parameter]: next(inputs) for parameter in self._waiting}
+        for leaf, gradient in waiting.items():
+            leaf.grad = gradient
         state = StepState(dict(entries))
         learner = StandIn(self._learner, self._phase, state, leaves, twins)
         with self._reading():
             self._phase.body(learner, learner.fire, state)  # type: ignore[arg-type]  # it stands for one
         self.fired = learner.fired
-        if any(slot.window is not None for slot in learner.updates.slots):
-            raise self._refusal("it leaves gradients for a later step; update in each step, or compile=False")
+        self._note_gradients(learner, waiting)
         if any(leaf.untyped_storage()._cdata != before for leaf, before in memory.items()):
             raise self._refusal("it assigns .data of a parameter; change it in place under torch.no_grad(): p.copy_(…)")
         self._put_back(put, held)
@@ -320,11 +373,27 @@ class Traced:
             changed = [name for name, value in of_optimizer(twins[slot.name]).items() if made[slot.name][name] != value]
             if changed:
                 raise self._refusal(f"{slot.label} changes {', '.join(changed)} in Python; expected it to keep tensors")
-        self._note_entries(entries, state)
-        return [tensor.detach() for value in self.stored.values() for tensor in tensors(value)]
+        self.changed = [n for n, (t, before) in enumerate(zip(moving, versions, strict=True)) if t._version != before]
+        self._note_entries(entries, state, {id(moving[number]) for number in self.changed})
+        stored = [tensor for value in self.stored.values() for tensor in tensors(value)]
+        gradients = [leaves[parameter].grad for left in self.left for parameter in left.parameters]
+        return [tensor.detach() for tensor in (*stored, *apart(gradients, [*flat, *stored]))]
 
-    def _note_entries(self, entries: dict[str, Any], state: StepState) -> None:
-        """Note which entries the body stored and removed."""
+    def _note_gradients(self, learner: StandIn, before: dict[Tensor, Tensor]) -> None:
+        """Note what becomes of gradients that wait."""
+        for number, (slot, now) in enumerate(zip(self._slots, learner.updates.slots, strict=True)):
+            leaves = [leaf for leaf in now.parameters if leaf.grad is not None]
+            waits, begun = now.window is not None, now.window is learner.step
+            if slot.window is None and not waits:
+                continue
+            if waits and not begun and all(leaf.grad is before.get(leaf) for leaf in leaves):
+                continue  # another optimizer's step
+            names = dict(zip(now.parameters, slot.parameters, strict=True))
+            left = [names[leaf] for leaf in leaves] if waits else []
+            self.left.append(Left(number, left, waits, begun, now.in_block))
+
+    def _note_entries(self, entries: dict[str, Any], state: StepState, changed: set[int]) -> None:
+        """Note which entries the body stored and removed; some were changed in place."""
         vars(state).pop("grads", None)
         given = {id(tensor) for value in entries.values() for tensor in tensors(value)}
         for name, value in vars(state).items():
@@ -334,10 +403,10 @@ class Traced:
         self.removed = [name for name in entries if name not in vars(state)]
         together = [tensor for value in entries.values() for tensor in tensors(value)]
         originals = [tensor for value in self._entries.values() for tensor in tensors(value)]
-        if any(new._version and not old.is_contiguous() for new, old in zip(together, originals, strict=True)):
+        if any(id(new) in changed and not old.is_contiguous() for new, old in zip(together, originals, strict=True)):
             raise self._refusal("it changes an entry in place whose rows have gaps in memory; give it .contiguous()")
         twice = {id(tensor) for tensor in originals if sum(other is tensor for other in originals) > 1}
-        if any(new._version and id(old) in twice for new, old in zip(together, originals, strict=True)):
+        if any(id(new) in changed and id(old) in twice for new, old in zip(together, originals, strict=True)):
             raise self._refusal("it changes an entry in place that is another entry too; give it a copy (.clone())")
 
     def _put_back(self, put: list[Tensor], held: list[Tensor]) -> None:
@@ -484,6 +553,17 @@ def overlapping(found: list[Tensor]) -> list[tuple[int, ...]]:
     spans.sort()
     pairs = ([tuple(a[2]), tuple(b[2])] for a, b in pairwise(spans) if b[0] < a[1])
     return next(pairs, [])
+
+
+def apart(found: list[Any], others: list[Any]) -> list[Tensor]:
+    """Give tensors that share memory neither with each other nor with others: copies of those that do."""
+    known = {other.untyped_storage()._cdata for other in others}
+    given = []
+    for tensor in found:
+        memory = tensor.untyped_storage()._cdata
+        given.append(tensor.clone() if memory in known else tensor)
+        known.add(memory)
+    return given
 
 
 def replaces(now: Any, stand_in: Tensor) -> bool:

@@ -58,6 +58,11 @@ class Slot:
         self.consumed = False
 
     @property
+    def waiting(self) -> list[nn.Parameter]:
+        """Its parameters whose gradients wait for an update."""
+        return [] if self.window is None else [parameter for parameter in self.parameters if parameter.grad is not None]
+
+    @property
     def label(self) -> str:
         """What it is called in messages."""
         return "the optimizer" if self.name is None else f"optimizer {self.name!r}"

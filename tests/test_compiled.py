@@ -25,6 +25,7 @@ from fluxloop import (
     BarlowTwinsPhase,
     BYOLPhase,
     Callback,
+    CancelStepException,
     CompileError,
     CustomCallback,
     DINOPhase,
@@ -35,7 +36,6 @@ from fluxloop import (
     LearningRate,
     LogHistograms,
     LossBegin,
-    LossError,
     LRScheduler,
     Memory,
     MetricsPrinter,
@@ -676,13 +676,206 @@ def test_evaluate_and_predict_are_compiled_and_reuse_their_graphs() -> None:
     assert sum(len(plan._graphs) for plan in made.compiled._plans.values()) == 6
 
 
+# Gradients that wait for an update
+
+
+class Every(TrainingPhase):
+    """Updates with the mean gradient of `every` batches."""
+
+    def __init__(self, every: int = 3) -> None:
+        self.every = every
+        self.batches = 0
+        self.updates = every == 1
+
+    def loss(self, learner: Any, state: Any) -> Tensor:
+        state.preds = learner.model(state.xs)
+        found: Tensor = learner.loss_fn(state.preds, state.ys)
+        return found
+
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        state.loss = self.loss(learner, state)
+        handle(BackwardBegin())
+        learner.backward(state.loss / self.every)
+        handle(BackwardEnd())
+        if self.updates:
+            learner.update()
+
+    def finish(self, learner: Any, state: Any) -> None:
+        self.batches += 1
+        self.updates = (self.batches + 1) % self.every == 0
+
+
+def gradients(of: Learner[Any]) -> list[Tensor | None]:
+    return [parameter.grad for module in of.modules() for parameter in module.parameters()]
+
+
 @pytest.mark.usefixtures("plain")
-def test_gradients_that_wait_for_an_update_are_not_forgotten() -> None:
-    made = learner()
-    made.fit(1)
-    made.backward(made.loss_fn(made.model(rows()[0]), rows()[1]))
-    with pytest.raises(LossError, match="gradients of another loss wait"):
-        made.fit(1)
+@pytest.mark.parametrize("optimizer", [SGD, ADAM, partial(torch.optim.SGD, lr=0.1)], ids=["SGD", "Adam", "plain SGD"])
+def test_gradients_are_added_up_over_compiled_steps_and_used_by_a_later_one(optimizer: Any) -> None:
+    # three batches an epoch, the last of them smaller, so that windows end in any of them and span epochs
+    eager, made = both(8, lambda: [Every(4)], lambda: [GradientClip(0.1)], optimizer=optimizer, tolerance=1e-5)
+    assert made.history[Every].updates == eager.history[Every].updates == {None: 6}
+    assert graphs(made, Every) <= 6  # begins, adds, updates: of full batches and of smaller ones
+    made.fit(1, phases=[Every(4)])
+    eager.fit(1, phases=[Every(4)])
+    for a, b in zip(gradients(eager), gradients(made), strict=True):
+        assert a is not None  # three batches wait
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_added_up_in_graphs_of_inductor_too() -> None:
+    _, made = both(5, lambda: [Every(2)], data=(rows(),), optimizer=ADAM, tolerance=1e-5)
+    assert made.history[Every].updates == {None: 7}
+
+
+@pytest.mark.usefixtures("plain")
+def test_an_optimizer_that_takes_its_first_step_late_costs_no_graph_of_a_later_epoch() -> None:
+    made = learner(optimizer=ADAM, data=((rows()[0][:64], rows()[1][:64]),))
+    made.fit(4, phases=[phase := Every(2)])
+    plan = made.compiled._plans[Every]  # type: ignore[union-attr]  # it is compiled
+    assert plan._count == 2
+    made.load_state_dict(copy.deepcopy(made.state_dict()))
+    made.fit(2, phases=[phase])
+    assert plan._count == 4  # the states are other tensors now
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_window_that_is_open_resumes_to_the_bit_in_compiled_steps() -> None:
+    assert_resumes_exactly(lambda: learner(optimizer=ADAM), epochs=3, phases=lambda: [Every(4)])
+
+
+@pytest.mark.usefixtures("plain")
+def test_what_waits_at_the_end_of_an_epoch_can_be_used_outside_of_a_step() -> None:
+    class Flushed(Every):
+        def epoch(self, learner: Any, data: Any) -> None:
+            with runepoch(learner, self):
+                for batch in data:
+                    self.step(learner, batch)
+                if self.batches % self.every:
+                    learner.update()
+
+    eager, made = both(3, lambda: [Flushed(2)], tolerance=1e-5)
+    assert made.history[Flushed].updates == eager.history[Flushed].updates
+
+
+class Halves(Every):
+    """Adds up the gradients of the halves of a batch in one step."""
+
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        xs, ys = state.xs, state.ys
+        for state.xs, state.ys in zip(xs.chunk(2), ys.chunk(2), strict=True):
+            learner.backward(self.loss(learner, state) / (2 * self.every))
+        state.xs, state.ys = xs, ys
+        if self.updates:
+            learner.update()
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("every", [1, 3])
+def test_gradients_of_parts_of_a_batch_are_added_up_in_one_graph(every: int) -> None:
+    both(4, lambda: [Halves(every)], tolerance=1e-5)
+
+
+class TurnByTurn(AbstractTrainingPhase):
+    """Two optimizers whose windows are open at different times."""
+
+    def __init__(self) -> None:
+        self.batches, self.first, self.second = 0, False, False
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        return {"xs": batch[0]}
+
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        for name, updates in (("a", self.first), ("b", self.second)):
+            with learner.optimizing(name) as block:
+                learner.backward(learner.models[name](state.xs).square().mean())
+                if updates:
+                    learner.update()
+            assert block.loss is None
+
+    def finish(self, learner: Any, state: Any) -> None:
+        self.batches += 1
+        self.first, self.second = self.batches % 2 == 1, self.batches % 3 == 2
+
+
+@pytest.mark.usefixtures("plain")
+def test_each_optimizer_has_a_window_of_its_own_in_compiled_steps() -> None:
+    model = lambda: {"a": nn.Linear(16, 4), "b": nn.Linear(16, 2)}  # noqa: E731
+    eager, made = both(5, lambda: [TurnByTurn()], model=model, loss_fn=None, data=(rows(),), tolerance=1e-5)
+    assert made.history[TurnByTurn].updates == eager.history[TurnByTurn].updates == {"a": 7, "b": 5}
+    assert len(made.updates.slots[0].waiting) == 2
+    assert made.updates.slots[0].in_block
+
+
+class Same(Every):
+    """Its two parameters have one gradient, which is an entry of the batch."""
+
+    def loss(self, learner: Any, state: Any) -> Tensor:
+        first, second = learner.model.parameters()
+        return ((first + second) * state.xs).sum()
+
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        learner.backward(self.loss(learner, state))
+        if self.updates:
+            learner.update()
+
+
+@pytest.mark.parametrize("compiler", ["none", "inductor"])
+def test_gradients_that_wait_share_no_memory(compiler: str, request: pytest.FixtureRequest) -> None:
+    if compiler == "none":
+        request.getfixturevalue("plain")
+    data = [(torch.randn(4, generator=torch.Generator().manual_seed(n)), torch.zeros(1)) for n in range(4)]
+    before = [xs.clone() for xs, _ in data]
+    model = lambda: nn.ParameterList([torch.zeros(4), torch.zeros(4)])  # noqa: E731
+    _, made = both(2, lambda: [Same(5)], model=model, data=(data,))
+    assert all(torch.equal(xs, old) for (xs, _), old in zip(data, before, strict=True))
+    a, b = gradients(made)
+    assert a is not None
+    assert b is not None
+    assert a.data_ptr() != b.data_ptr()
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_loss_that_is_not_finite_leaves_gradients_that_waited_as_they_are() -> None:
+    xs, ys = rows()
+    batches = [(xs[:8], ys[:8]), (xs[8:16], ys[8:16]), (xs[16:24] * float("nan"), ys[16:24])]
+    found = []
+    for compile in (False, "step"):
+        made = learner(compile, data=(batches,))
+        history = made.fit(1, phases=[Every(5)])
+        assert history.stop_reason == "the loss became nan"
+        found.append(gradients(made))
+    for a, b in zip(*found, strict=True):
+        assert a is not None
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_cancelled_step_takes_only_its_own_gradients_with_it() -> None:
+    class Once(Callback):
+        def __init__(self, number: int) -> None:
+            self.number, self.steps = number, 0
+
+        @on(StepEnd, AbstractTrainingPhase)
+        def cancel(self, event: Any, phase: Any, learner: Any) -> None:
+            self.steps += 1
+            if self.steps == self.number:
+                raise CancelStepException
+
+    for number in (4, 5):
+        both(3, lambda: [Every(3)], lambda: [Once(number)], tolerance=1e-5)  # noqa: B023 - called at once
+
+
+@pytest.mark.usefixtures("plain")
+def test_sparse_gradients_that_wait_are_refused() -> None:
+    class Embeds(Every):
+        def loss(self, learner: Any, state: Any) -> Tensor:
+            found: Tensor = learner.model(state.ys).square().mean()
+            return found
+
+    made = learner(model=lambda: nn.Embedding(4, 2, sparse=True), optimizer=partial(torch.optim.SGD, lr=0.1))
+    with pytest.raises(CompileError, match="sparse gradients wait for an update"):
+        made.fit(1, phases=[Embeds()])
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own use of it
@@ -715,23 +908,53 @@ def test_a_replayed_graph_gets_what_moves_and_gives_what_is_the_callers_own(monk
     recording = Recording()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recording)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
-    weight = torch.zeros(3)
+    weight, queue = torch.zeros(3), torch.zeros(3)
 
-    def compiled(weight: Tensor, xs: Tensor) -> list[Tensor]:
+    def compiled(*inputs: Tensor) -> list[Tensor]:
         if not hasattr(recording, "replaying") and replayed._calls > replayed.WARM_UP:
             recording.compiled, recording.inputs, recording.replaying = step, replayed._inputs, True  # type: ignore[attr-defined]  # a recording runs nothing
             recording.outputs = [torch.zeros(())]  # type: ignore[attr-defined]  # as above
             return recording.outputs  # type: ignore[attr-defined, no-any-return]  # as above
-        return step(weight, xs)
+        return step(*inputs)
 
-    def step(weight: Tensor, xs: Tensor) -> list[Tensor]:
+    def step(weight: Tensor, xs: Tensor, queue: Tensor) -> list[Tensor]:
         weight += xs
+        queue += 2 * xs
         return [weight.sum().clone()]
 
-    replayed = fluxloop.compiled.Replayed(compiled, num_fixed=1)
-    given = [replayed(weight, torch.full((3,), float(number)))[0] for number in range(1, 7)]
+    replayed = fluxloop.compiled.Replayed(compiled, num_fixed=1, changed=[1])
+    given = [replayed(weight, torch.full((3,), float(number)), queue)[0] for number in range(1, 7)]
     assert [each.item() for each in given] == [3.0, 9.0, 18.0, 30.0, 45.0, 63.0]
     assert torch.equal(weight, torch.full((3,), 21.0))
+    assert torch.equal(queue, torch.full((3,), 42.0))  # what moves and is changed in place is the caller's too
+
+
+class Averages(TrainingPhase):
+    """Keeps an average of its predictions."""
+
+    def __init__(self) -> None:
+        self.average = torch.zeros(4)
+
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        super().body(learner, handle, state)
+        self.average = self.average.lerp(state.preds.detach().mean(0), 0.1)
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_replayed_graph_is_told_what_it_changes_besides_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[list[int]] = []
+
+    def replayed(call: Any, num_fixed: int, changed: list[int]) -> Any:
+        told.append(changed)
+        return call
+
+    monkeypatch.setattr(fluxloop.compiled, "can_replay", lambda inputs: True)
+    monkeypatch.setattr(fluxloop.compiled, "Replayed", replayed)
+    for phase in (TrainingPhase(), Averages()):
+        learner(data=(rows(),)).fit(1, phases=[phase])
+    full, smaller, averages, averages_smaller = told
+    assert full == smaller == []
+    assert averages == averages_smaller == [1]  # the second of what moves: the first is the learning rate
 
 
 def test_a_step_is_replayed_only_where_all_of_it_is_on_the_device() -> None:

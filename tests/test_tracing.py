@@ -351,11 +351,6 @@ def test_an_attribute_that_a_schedule_sets_is_noticed_although_nobody_says_what_
         torch.testing.assert_close(eager, compiled, rtol=1e-5, atol=1e-6)
 
 
-class Accumulating(TrainingPhase):
-    def body(self, learner: Any, handle: Any, state: Any) -> None:
-        learner.backward(learner.loss_fn(learner.model(state.xs), state.ys))
-
-
 class Assigning(TrainingPhase):
     def body(self, learner: Any, handle: Any, state: Any) -> None:
         super().body(learner, handle, state)
@@ -408,7 +403,6 @@ class CountingGroups(torch.optim.SGD):
 @pytest.mark.parametrize(
     ("make", "phase", "words"),
     [
-        (lambda: learner(Scale()), Accumulating, "leaves gradients for a later step"),
         (lambda: learner(Scale()), Assigning, "assigns .data of a parameter"),
         (lambda: learner(Scale()), Cancelling, "raises CancelStepException"),
         (lambda: learner(Scale()), Wrapped, "the entry 'batch' holds a SimpleNamespace"),
@@ -426,7 +420,7 @@ class CountingGroups(torch.optim.SGD):
             "Own has a backward or update",
         ),
     ],
-    ids=["accumulates", "assigns", "cancels", "wraps", "seeds", "recomputes", "own numbers", "groups", "accelerator"],
+    ids=["assigns", "cancels", "wraps", "seeds", "recomputes", "own numbers", "groups", "accelerator"],
 )
 def test_what_a_graph_would_get_wrong_is_refused(make: Any, phase: Any, words: str) -> None:
     def train() -> None:
