@@ -241,7 +241,7 @@ class Graph:
         ]
         self._stored = list(traced.stored.items())
         self._removed = traced.removed
-        self._left = traced.left
+        self._waiting, self._left = traced.waiting, traced.left
         self._events = traced.fired
         self._callbacks = -1
         self._after: list[tuple[tuple[Bound, ...], Event]] = []
@@ -314,9 +314,8 @@ class Graph:
                 moving.append(value)
             else:
                 moving.extend(tensors(value))
-        for slot in self._slots:
-            if slot.window is not None:
-                moving += [parameter.grad for parameter in slot.waiting]
+        if self._waiting:
+            moving += [parameter.grad for parameter in self._waiting]
         given = iter(self._call(*self._fixed, *moving, *self._constants))
         for name, value in self._stored:
             entries[name] = next(given) if isinstance(value, Tensor) else map_tensors(lambda _: next(given), value)

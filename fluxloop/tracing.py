@@ -190,6 +190,7 @@ class Traced:
         holders: The phase, phases that it holds, and the callbacks with handlers that are part of the graph.
         held: Tensors that the holders hold, as (number of the holder, attribute).
         reads: What else was read of the holders, as (number of the holder, attribute) and value.
+        waiting: Parameters whose gradients wait for an update when it begins.
         constants: Tensors from elsewhere, such as those that a function closes over.
         changed: Which of the inputs after `fixed` it changes in place, by number.
         stored: The entries that the body stored, each with stand-ins for its tensors.
@@ -249,8 +250,8 @@ class Traced:
         self._check_inputs()
         given = [tensor for value in self._entries.values() for tensor in tensors(value)]
         held = [getattr(self.holders[number], name) for number, name in self.held]
-        self._waiting = [parameter for slot in self._slots for parameter in slot.waiting]
-        waiting = [parameter.grad for parameter in self._waiting]
+        self.waiting = [parameter for slot in self._slots for parameter in slot.waiting]
+        waiting = [parameter.grad for parameter in self.waiting]
         options = [option for *_, option in self.options]
         self.example: list[Any] = [*self.fixed, *options, *held, *given, *waiting]
         self.graph = self._trace()
@@ -356,7 +357,7 @@ class Traced:
         twins = {slot.name: twin_of(slot.optimizer, leaves, stand_ins, options) for slot in self._slots}
         made = {name: of_optimizer(twin) for name, twin in twins.items()}
         entries = {name: map_tensors(lambda _: next(inputs), value) for name, value in self._entries.items()}
-        waiting = {leaves[parameter]: next(inputs) for parameter in self._waiting}
+        waiting = {leaves[parameter]: next(inputs) for parameter in self.waiting}
         for leaf, gradient in waiting.items():
             leaf.grad = gradient
         state = StepState(dict(entries))
