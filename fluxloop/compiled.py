@@ -158,7 +158,7 @@ class Plan:
         if phase.gradients:
             for number, slot in enumerate(learner.updates.slots):
                 if slot.window is not None:
-                    key = (*key, (number, slot.in_block, *map(as_waits, slot.parameters)))
+                    key = (*key, (number, slot.in_block, *map(describe_gradient, slot.parameters)))
         for graph in self._graphs.get(key, ()):
             if graph.misfit(phase) is None:
                 return graph
@@ -413,8 +413,8 @@ def shape(state: StepState, device: torch.device) -> Any:
     return tuple(found)
 
 
-def as_waits(parameter: nn.Parameter) -> Any:
-    """Describe the gradient of a parameter that waits for an update."""
+def describe_gradient(parameter: nn.Parameter) -> Any:
+    """Describe the gradient of a parameter: whether there is one, and how it lies in memory."""
     gradient = parameter.grad
     if gradient is None or gradient.layout is not torch.strided:
         return gradient is None

@@ -355,6 +355,7 @@ class Traced:
         for (place, name, _), stand_in in zip(self._places, put, strict=True):
             place[name] = stand_in
         twins = {slot.name: twin_of(slot.optimizer, leaves, stand_ins, options) for slot in self._slots}
+        stepped = [noting_steps(twin) for twin in twins.values()]
         made = {name: of_optimizer(twin) for name, twin in twins.items()}
         entries = {name: map_tensors(lambda _: next(inputs), value) for name, value in self._entries.items()}
         waiting = {leaves[parameter]: next(inputs) for parameter in self.waiting}
@@ -365,7 +366,7 @@ class Traced:
         with self._reading():
             self._phase.body(learner, learner.fire, state)  # type: ignore[arg-type]  # it stands for one
         self.fired = learner.fired
-        self._note_gradients(learner, waiting)
+        self._note_gradients(learner, waiting, stepped)
         if any(leaf.untyped_storage()._cdata != before for leaf, before in memory.items()):
             raise self._refusal("it assigns .data of a parameter; change it in place under torch.no_grad(): p.copy_(…)")
         self._put_back(put, held)
@@ -380,18 +381,25 @@ class Traced:
         gradients = [leaves[parameter].grad for left in self.left for parameter in left.parameters]
         return [tensor.detach() for tensor in (*stored, *apart(gradients, [*flat, *stored]))]
 
-    def _note_gradients(self, learner: StandIn, before: dict[Tensor, Tensor]) -> None:
-        """Note what becomes of gradients that wait."""
+    def _note_gradients(self, learner: StandIn, before: dict[Tensor, Tensor], stepped: list[list[None]]) -> None:
+        """Note what becomes of gradients that wait.
+
+        Raises:
+            CompileError: Some that were computed by hand would be lost.
+        """
         for number, (slot, now) in enumerate(zip(self._slots, learner.updates.slots, strict=True)):
-            leaves = [leaf for leaf in now.parameters if leaf.grad is not None]
             waits, begun = now.window is not None, now.window is learner.step
+            leaves = [leaf for leaf in now.parameters if leaf.grad is not None]
             if slot.window is None and not waits:
-                continue
-            if waits and not begun and all(leaf.grad is before.get(leaf) for leaf in leaves):
-                continue  # another optimizer's step
-            names = dict(zip(now.parameters, slot.parameters, strict=True))
-            left = [names[leaf] for leaf in leaves] if waits else []
-            self.left.append(Left(number, left, waits, begun, now.in_block))
+                if leaves and not now.consumed and not stepped[number]:
+                    raise self._refusal(
+                        "it computes gradients by hand, and leaves them for a later step; expected "
+                        "learner.backward(loss) in the place of loss.backward()"
+                    )
+            elif begun or not waits or any(leaf.grad is not before.get(leaf) for leaf in now.parameters):
+                names = dict(zip(now.parameters, slot.parameters, strict=True))
+                left = [names[leaf] for leaf in leaves] if waits else []
+                self.left.append(Left(number, left, waits, begun, now.in_block))
 
     def _note_entries(self, entries: dict[str, Any], state: StepState, changed: set[int]) -> None:
         """Note which entries the body stored and removed; some were changed in place."""
@@ -652,6 +660,19 @@ def twin_of(
     for parameter, entries in optimizer.state.items():
         twin.state[leaves[parameter]] = {name: stand_ins.get(id(value), value) for name, value in entries.items()}
     return twin
+
+
+def noting_steps(optimizer: Optimizer) -> list[None]:
+    """Have an optimizer note each of its steps in a list."""
+    steps: list[None] = []
+    own = optimizer.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        steps.append(None)
+        return own(*args, **kwargs)
+
+    optimizer.step = step  # type: ignore[method-assign]  # of this one alone
+    return steps
 
 
 def decay_weights(optimizer: Optimizer) -> None:

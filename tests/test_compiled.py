@@ -866,6 +866,40 @@ def test_a_cancelled_step_takes_only_its_own_gradients_with_it() -> None:
         both(3, lambda: [Every(3)], lambda: [Once(number)], tolerance=1e-5)  # noqa: B023 - called at once
 
 
+class ByHand(Every):
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        if self.every == 1:
+            learner.optimizer.zero_grad()
+        (self.loss(learner, state) / self.every).backward()
+        if self.updates:
+            learner.optimizer.step()
+            if self.every > 1:
+                learner.optimizer.zero_grad()
+
+
+@pytest.mark.usefixtures("plain")
+def test_gradients_computed_by_hand_are_used_in_their_step_or_refused() -> None:
+    both(2, lambda: [ByHand(1)], tolerance=1e-5)
+    with pytest.raises(CompileError, match="by hand, and leaves them for a later step"):
+        learner().fit(2, phases=[ByHand(3)])
+
+
+class Dropping(Every):
+    """Drops what waits in every second batch."""
+
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        if self.updates:
+            learner.optimizer.zero_grad()
+        else:
+            learner.backward(self.loss(learner, state))
+
+
+@pytest.mark.usefixtures("plain")
+def test_gradients_that_waited_and_were_dropped_are_gone() -> None:
+    eager, made = both(2, lambda: [Dropping(2)])
+    assert gradients(eager) == gradients(made) == [None] * 4
+
+
 @pytest.mark.usefixtures("plain")
 def test_sparse_gradients_that_wait_are_refused() -> None:
     class Embeds(Every):
