@@ -242,6 +242,7 @@ class Graph:
         self._stored = list(traced.stored.items())
         self._removed = traced.removed
         self._waiting, self._left = traced.waiting, traced.left
+        self._consumed = [self._slots[number] for number in traced.consumed]
         self._events = traced.fired
         self._callbacks = -1
         self._after: list[tuple[tuple[Bound, ...], Event]] = []
@@ -323,6 +324,8 @@ class Graph:
             del entries[name]
         for left in self._left:
             left.put(self._slots[left.number], state, given)
+        for slot in self._consumed:
+            slot.consumed = True
         if self._callbacks != learner.callbacks.version:
             self._callbacks, self._after = learner.callbacks.version, listeners(learner, phase, self._events)
         for bound, event in self._after:

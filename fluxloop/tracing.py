@@ -195,6 +195,7 @@ class Traced:
         changed: Which of the inputs after `fixed` it changes in place, by number.
         stored: The entries that the body stored, each with stand-ins for its tensors.
         left: What becomes of gradients that wait, for each optimizer that has some before the step or after it.
+        consumed: Numbers of the optimizers whose gradients an update has used in the end.
         removed: Names of the entries that it removed.
         fired: The events that it fired.
         makes_state: Whether an optimizer makes its state in this step, so that it has to run as it is.
@@ -244,6 +245,7 @@ class Traced:
         self.removed: list[str] = []
         self.fired: list[Event] = []
         self.left: list[Left] = []
+        self.consumed: list[int] = []
         self.changed: list[int] = []
         self.makes_state = False
         self._entries = dict(vars(state))
@@ -367,6 +369,7 @@ class Traced:
             self._phase.body(learner, learner.fire, state)  # type: ignore[arg-type]  # it stands for one
         self.fired = learner.fired
         self._note_gradients(learner, waiting, stepped)
+        self.consumed = [number for number, slot in enumerate(learner.updates.slots) if slot.consumed]
         if any(leaf.untyped_storage()._cdata != before for leaf, before in memory.items()):
             raise self._refusal("it assigns .data of a parameter; change it in place under torch.no_grad(): p.copy_(…)")
         self._put_back(put, held)
@@ -631,7 +634,7 @@ def as_tensor(group: dict[str, Any], name: str) -> Tensor:
     """Give a number of a parameter group as a tensor of its own on its parameters' device."""
     parameter = group["params"][0]
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return torch.as_tensor(group[name]).detach().reshape(()).to(parameter.device, dtype, copy=True)
+    return torch.as_tensor(group[name], dtype=dtype).detach().reshape(()).to(parameter.device, copy=True)
 
 
 def of_optimizer(optimizer: Optimizer) -> dict[str, Any]:

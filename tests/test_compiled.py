@@ -884,6 +884,30 @@ def test_gradients_computed_by_hand_are_used_in_their_step_or_refused() -> None:
         learner().fit(2, phases=[ByHand(3)])
 
 
+class AsEver(TrainingPhase):
+    compiled = False
+
+
+@pytest.mark.usefixtures("plain")
+def test_gradients_that_somebody_computes_after_an_update_are_released() -> None:
+    found = []
+    for compile in (False, "step"):
+        made = learner(compile)
+        made.fit(2)
+        made.loss_fn(made.model(rows()[0]), rows()[1]).backward()
+        assert made.state_dict()["updates"]["gradients"] == {}
+        made.fit(1, phases=[AsEver()])
+        found.append(weights(made))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.usefixtures("plain")
+def test_options_of_a_float64_model_are_not_rounded() -> None:
+    data = ((rows()[0].double(), rows()[1]),)
+    both(2, data=data, model=lambda: mlp().double(), optimizer=partial(torch.optim.SGD, lr=0.05), tolerance=1e-13)
+
+
 class Dropping(Every):
     """Drops what waits in every second batch."""
 
