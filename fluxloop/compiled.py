@@ -168,7 +168,7 @@ class Plan:
         """Drop the graphs where something that they rest on has changed."""
         before, now = self._rests_on, rests_on(self._learner, phase)
         states = states_of(self._learner) if phase.gradients else {}
-        changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        changed = [] if now == before else [n for n in {**before, **now} if before.get(n) != now.get(n)]
         # a state that was not there yet changes nothing: no graph steps its parameter, or the optimizer keeps none
         changed += [name for name, state in self._states.items() if states.get(name) != state]
         if changed:

@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
 from fluxloop.callback import Callback
-from fluxloop.errors import CancelSignal, CompileError, annotate
+from fluxloop.errors import CancelSignal, CompileError, LossError, OptimizerError, PhaseError, annotate
 from fluxloop.errors import describe as describe_briefly
 from fluxloop.events import Event
 from fluxloop.nested import init_fields, map_tensors, tensors
@@ -80,7 +80,9 @@ class StandIn:
         self.accelerator = AcceleratorStandIn(learner.accelerator.device)
         names: Any = {leaves[parameter]: name for parameter, name in learner.updates.names.items()}
         self.updates = Updates(self, names, optimizers)  # type: ignore[arg-type]  # it stands for one
-        for slot, theirs in zip(self.updates.slots, learner.updates.slots, strict=False):  # none where none is trained
+        for slot, theirs in zip(
+            self.updates.slots, learner.updates.slots, strict=False
+        ):  # a phase without gradients has no optimizers here
             slot.consumed, slot.in_block = False, theirs.in_block
             slot.window = None if theirs.window is None else StepState()
         self.backward, self.update = self.updates.backward, self.updates.update
@@ -130,12 +132,20 @@ class AcceleratorStandIn:
         for leaf in before:
             leaf.grad = None
         torch.autograd.backward(loss, retain_graph=retain_graph, inputs=None if alone else own)
-        for leaf, old in before.items():
-            total = old if leaf.grad is None else old + leaf.grad
-            leaf.grad = total if self._skip is None else torch.where(self._skip, old, total)
+        for leaf in own:
+            old, new = before.get(leaf), leaf.grad
+            if new is None:
+                leaf.grad = old
+                continue
+            total = new if old is None else old + new
+            kept = torch.zeros_like(new) if old is None else old
+            leaf.grad = total if self._skip is None else torch.where(self._skip, kept, total)
 
     def skip_update(self, when: Tensor) -> None:
-        """Have parameters, optimizers' states and gradients that wait stay as they are from here on, if `when`."""
+        """Have parameters, optimizers' states and gradients stay as they are from here on, if `when`.
+
+        Gradients that waited for the update that is left out are dropped.
+        """
         self._skip = when if self._skip is None else self._skip | when
 
     def update(self, optimizer: Optimizer) -> None:
@@ -157,8 +167,8 @@ class Left:
     Args:
         number: Of the optimizer.
         parameters: Those whose gradients it leaves for a later step, in the order of the graph's outputs.
-        waits: Whether it leaves any.
-        begun: Whether none has waited before.
+        waits: Whether their window is still open.
+        begun: Whether the first of them was computed in this step.
         in_block: Whether the first of them was computed in the optimizer's own block.
     """
 
@@ -195,7 +205,7 @@ class Traced:
         changed: Which of the inputs after `fixed` it changes in place, by number.
         stored: The entries that the body stored, each with stand-ins for its tensors.
         left: What becomes of gradients that wait, for each optimizer that has some before the step or after it.
-        consumed: Numbers of the optimizers whose gradients an update has used in the end.
+        consumed: Numbers of the optimizers whose last gradients an update has used.
         removed: Names of the entries that it removed.
         fired: The events that it fired.
         makes_state: Whether an optimizer makes its state in this step, so that it has to run as it is.
@@ -314,8 +324,8 @@ class Traced:
             sets_seed = undone.enter_context(noting_seeds())
             try:
                 graph = make_fx(self._run, tracing_mode="fake", _allow_non_fake_inputs=True)(*self.example)
-            except CompileError:
-                raise
+            except (CompileError, LossError, OptimizerError, PhaseError):
+                raise  # they say what to do
             except CancelSignal as signal:
                 raise self._refusal(
                     f"it raises {type(signal).__name__}; raise it in finish(learner, state), or in a handler of "
@@ -396,8 +406,8 @@ class Traced:
             if slot.window is None and not waits:
                 if leaves and not now.consumed and not stepped[number]:
                     raise self._refusal(
-                        "it computes gradients by hand, and leaves them for a later step; expected "
-                        "learner.backward(loss) in the place of loss.backward()"
+                        "it computes gradients by hand, and leaves them for a later step; call "
+                        "learner.backward(loss) instead of loss.backward()"
                     )
             elif begun or not waits or any(leaf.grad is not before.get(leaf) for leaf in now.parameters):
                 names = dict(zip(now.parameters, slot.parameters, strict=True))
