@@ -162,7 +162,10 @@ class Plan:
         for graph in self._graphs.get(key, ()):
             if graph.misfit(phase) is None:
                 return graph
-        return self._make(key, phase, state)
+        made = self._make(key, phase, state)
+        if made is None:
+            self._epoch = None  # what this step makes is looked at before the next
+        return made
 
     def _compare(self, phase: Phase) -> None:
         """Drop the graphs where something that they rest on has changed."""
@@ -184,7 +187,6 @@ class Plan:
         if phase.gradients:
             lazy = any(is_lazy(parameter) for module in modules for parameter in module.parameters())
             if lazy or learner.streams[phase.step_stream].index == 1:
-                self._epoch = None
                 return None  # the first step makes what the others find: optimizers' states, a phase's queue
         alike = self._graphs.setdefault(key, [])
         self._why = next((why for graph in alike if (why := graph.misfit(phase))), self._why)
@@ -193,7 +195,6 @@ class Plan:
         with preserved():
             traced = Traced(learner, phase, modules, self._inside, state)
             if traced.makes_state:  # an optimizer's, of parameters that were frozen, or wait for their first update
-                self._epoch = None
                 return None
             graph = Graph(learner, phase, self._inside, traced)
         self._last_key = key
@@ -242,7 +243,7 @@ class Graph:
         self._stored = list(traced.stored.items())
         self._removed = traced.removed
         self._waiting, self._left = traced.waiting, traced.left
-        self._consumed = [self._slots[number] for number in traced.consumed]
+        self._consumed = traced.consumed
         self._events = traced.fired
         self._callbacks = -1
         self._after: list[tuple[tuple[Bound, ...], Event]] = []
@@ -315,15 +316,14 @@ class Graph:
                 moving.append(value)
             else:
                 moving.extend(tensors(value))
-        if self._waiting:
-            moving += [parameter.grad for parameter in self._waiting]
+        moving += [parameter.grad for parameter in self._waiting]
         given = iter(self._call(*self._fixed, *moving, *self._constants))
         for name, value in self._stored:
             entries[name] = next(given) if isinstance(value, Tensor) else map_tensors(lambda _: next(given), value)
         for name in self._removed:
             del entries[name]
         for left in self._left:
-            left.put(self._slots[left.number], state, given)
+            left.put(state, given)
         for slot in self._consumed:
             slot.consumed = True
         if self._callbacks != learner.callbacks.version:

@@ -80,9 +80,8 @@ class StandIn:
         self.accelerator = AcceleratorStandIn(learner.accelerator.device)
         names: Any = {leaves[parameter]: name for parameter, name in learner.updates.names.items()}
         self.updates = Updates(self, names, optimizers)  # type: ignore[arg-type]  # it stands for one
-        for slot, theirs in zip(
-            self.updates.slots, learner.updates.slots, strict=False
-        ):  # a phase without gradients has no optimizers here
+        for slot in self.updates.slots:  # none in a phase without gradients
+            theirs = learner.updates.find(slot.name)
             slot.consumed, slot.in_block = False, theirs.in_block
             slot.window = None if theirs.window is None else StepState()
         self.backward, self.update = self.updates.backward, self.updates.update
@@ -132,17 +131,17 @@ class AcceleratorStandIn:
         for leaf in before:
             leaf.grad = None
         torch.autograd.backward(loss, retain_graph=retain_graph, inputs=None if alone else own)
-        for leaf in own:
-            old, new = before.get(leaf), leaf.grad
-            if new is None:
-                leaf.grad = old
-                continue
-            total = new if old is None else old + new
-            kept = torch.zeros_like(new) if old is None else old
-            leaf.grad = total if self._skip is None else torch.where(self._skip, kept, total)
+        for leaf, old in before.items():
+            leaf.grad = old if leaf.grad is None else old + leaf.grad
+
+    def left(self, before: Tensor | None, now: Tensor) -> Tensor:
+        """Give a gradient that is left for a later step: what it was before, where updates are skipped."""
+        if self._skip is None:
+            return now
+        return torch.where(self._skip, torch.zeros_like(now) if before is None else before, now)
 
     def skip_update(self, when: Tensor) -> None:
-        """Have parameters, optimizers' states and gradients stay as they are from here on, if `when`.
+        """Have parameters, optimizers' states, and gradients left for later stay as they are from here on, if `when`.
 
         Gradients that waited for the update that is left out are dropped.
         """
@@ -165,21 +164,22 @@ class Left:
     """What a step does to the gradients of one optimizer that wait for an update.
 
     Args:
-        number: Of the optimizer.
+        slot: The optimizer.
         parameters: Those whose gradients it leaves for a later step, in the order of the graph's outputs.
         waits: Whether their window is still open.
         begun: Whether the first of them was computed in this step.
         in_block: Whether the first of them was computed in the optimizer's own block.
     """
 
-    number: int
+    slot: Slot
     parameters: list[nn.Parameter]
     waits: bool
     begun: bool
     in_block: bool
 
-    def put(self, slot: Slot, state: StepState, gradients: Iterator[Tensor]) -> None:
-        """Have an optimizer's gradients be what a step has left."""
+    def put(self, state: StepState, gradients: Iterator[Tensor]) -> None:
+        """Have the optimizer's gradients be what a step has left."""
+        slot = self.slot
         slot.release()
         for parameter in self.parameters:
             parameter.grad = next(gradients)
@@ -205,7 +205,7 @@ class Traced:
         changed: Which of the inputs after `fixed` it changes in place, by number.
         stored: The entries that the body stored, each with stand-ins for its tensors.
         left: What becomes of gradients that wait, for each optimizer that has some before the step or after it.
-        consumed: Numbers of the optimizers whose last gradients an update has used.
+        consumed: The optimizers whose last gradients an update has used.
         removed: Names of the entries that it removed.
         fired: The events that it fired.
         makes_state: Whether an optimizer makes its state in this step, so that it has to run as it is.
@@ -255,15 +255,17 @@ class Traced:
         self.removed: list[str] = []
         self.fired: list[Event] = []
         self.left: list[Left] = []
-        self.consumed: list[int] = []
+        self.consumed: list[Slot] = []
         self.changed: list[int] = []
         self.makes_state = False
         self._entries = dict(vars(state))
+        self.waiting = [parameter for slot in self._slots for parameter in slot.waiting]
+        waiting = [parameter.grad for parameter in self.waiting]
+        if any(gradient.layout is not torch.strided for gradient in waiting if gradient is not None):  # each has one
+            raise self._refusal("sparse gradients wait for an update, which a graph cannot add to")
         self._check_inputs()
         given = [tensor for value in self._entries.values() for tensor in tensors(value)]
         held = [getattr(self.holders[number], name) for number, name in self.held]
-        self.waiting = [parameter for slot in self._slots for parameter in slot.waiting]
-        waiting = [parameter.grad for parameter in self.waiting]
         options = [option for *_, option in self.options]
         self.example: list[Any] = [*self.fixed, *options, *held, *given, *waiting]
         self.graph = self._trace()
@@ -304,8 +306,6 @@ class Traced:
         ]
         if computed:  # by the step before
             raise self._changes(computed)
-        if any(p.grad.layout is not torch.strided for slot in self._slots for p in slot.waiting if p.grad is not None):
-            raise self._refusal("sparse gradients wait for an update, which a graph cannot add to")
         shared = overlapping(self.fixed)
         if shared:
             raise self._refusal(f"tensors of shapes {shared} share memory; give each its own (.clone())")
@@ -367,7 +367,9 @@ class Traced:
         for (place, name, _), stand_in in zip(self._places, put, strict=True):
             place[name] = stand_in
         twins = {slot.name: twin_of(slot.optimizer, leaves, stand_ins, options) for slot in self._slots}
-        stepped = [noting_steps(twin) for twin in twins.values()]
+        stepped: set[str | None] = set()
+        for optimizer_name, twin in twins.items():
+            note_steps(optimizer_name, twin, stepped)
         made = {name: of_optimizer(twin) for name, twin in twins.items()}
         entries = {name: map_tensors(lambda _: next(inputs), value) for name, value in self._entries.items()}
         waiting = {leaves[parameter]: next(inputs) for parameter in self.waiting}
@@ -379,7 +381,6 @@ class Traced:
             self._phase.body(learner, learner.fire, state)  # type: ignore[arg-type]  # it stands for one
         self.fired = learner.fired
         self._note_gradients(learner, waiting, stepped)
-        self.consumed = [number for number, slot in enumerate(learner.updates.slots) if slot.consumed]
         if any(leaf.untyped_storage()._cdata != before for leaf, before in memory.items()):
             raise self._refusal("it assigns .data of a parameter; change it in place under torch.no_grad(): p.copy_(…)")
         self._put_back(put, held)
@@ -391,20 +392,27 @@ class Traced:
         self.changed = [n for n, (t, before) in enumerate(zip(moving, versions, strict=True)) if t._version != before]
         self._note_entries(entries, state, {id(moving[number]) for number in self.changed})
         stored = [tensor for value in self.stored.values() for tensor in tensors(value)]
-        gradients = [leaves[parameter].grad for left in self.left for parameter in left.parameters]
+        gradients = [
+            learner.accelerator.left(None if left.begun else waiting.get(leaf), leaf.grad)
+            for left in self.left
+            for leaf in (leaves[parameter] for parameter in left.parameters)
+            if leaf.grad is not None  # each has one
+        ]
         return [tensor.detach() for tensor in (*stored, *apart(gradients, [*flat, *stored]))]
 
-    def _note_gradients(self, learner: StandIn, before: dict[Tensor, Tensor], stepped: list[list[None]]) -> None:
-        """Note what becomes of gradients that wait.
+    def _note_gradients(self, learner: StandIn, before: dict[Tensor, Tensor], stepped: set[str | None]) -> None:
+        """Note what becomes of gradients that wait, and which an update has used.
 
         Raises:
             CompileError: Some that were computed by hand would be lost.
         """
-        for number, (slot, now) in enumerate(zip(self._slots, learner.updates.slots, strict=True)):
+        for slot, now in zip(self._slots, learner.updates.slots, strict=True):
+            if now.consumed:
+                self.consumed.append(slot)
             waits, begun = now.window is not None, now.window is learner.step
             leaves = [leaf for leaf in now.parameters if leaf.grad is not None]
             if slot.window is None and not waits:
-                if leaves and not now.consumed and not stepped[number]:
+                if leaves and slot.name not in stepped:
                     raise self._refusal(
                         "it computes gradients by hand, and leaves them for a later step; call "
                         "learner.backward(loss) instead of loss.backward()"
@@ -412,7 +420,7 @@ class Traced:
             elif begun or not waits or any(leaf.grad is not before.get(leaf) for leaf in now.parameters):
                 names = dict(zip(now.parameters, slot.parameters, strict=True))
                 left = [names[leaf] for leaf in leaves] if waits else []
-                self.left.append(Left(number, left, waits, begun, now.in_block))
+                self.left.append(Left(slot, left, waits, begun, now.in_block))
 
     def _note_entries(self, entries: dict[str, Any], state: StepState, changed: set[int]) -> None:
         """Note which entries the body stored and removed; some were changed in place."""
@@ -675,17 +683,15 @@ def twin_of(
     return twin
 
 
-def noting_steps(optimizer: Optimizer) -> list[None]:
-    """Have an optimizer note each of its steps in a list."""
-    steps: list[None] = []
+def note_steps(name: str | None, optimizer: Optimizer, stepped: set[str | None]) -> None:
+    """Have an optimizer note its name when it steps."""
     own = optimizer.step
 
     def step(*args: Any, **kwargs: Any) -> Any:
-        steps.append(None)
+        stepped.add(name)
         return own(*args, **kwargs)
 
     optimizer.step = step  # type: ignore[method-assign]  # of this one alone
-    return steps
 
 
 def decay_weights(optimizer: Optimizer) -> None:
