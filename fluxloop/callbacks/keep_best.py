@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from attrs import define, field
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fluxloop.callback import Callback, NoConflict, UnsafeCallback, on, resolve_conflict
 from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.probe import Announcing
 from fluxloop.callbacks.recorder import Recorder
-from fluxloop.checkpoint import put_weights, weights_of
+from fluxloop.checkpoint import weights_differ, weights_of, with_metadata
+from fluxloop.errors import CallbackConflictError, ModelError, warn_user
 from fluxloop.events import CycleEnd, EpochEnd, FitBegin
 from fluxloop.monitor import Mode, Monitor
-from fluxloop.persist import snapshot
+from fluxloop.persist import put_back, snapshot
 from fluxloop.phase import FittingPhase, Phase
+
+Weights = dict[str, dict[str, Any]]
+"""By path, what a module saves by itself, and buffers that it leaves out."""
 
 
 @define
 class KeepBestModel(UnsafeCallback):
     """Keep a copy of the weights whenever a metric improves, and put the best back when the fit ends.
 
-    Put back are parameters and buffers of all models, and nothing else: optimizers, counts and
-    callbacks stay where training left them. It happens after every handler of `FitEnd`, and after
-    the last checkpoint, so files hold what training made; also when the fit ends early or by an
-    error. A metric that is NaN is no improvement; where none was recorded, nothing is put back.
-    In a second fit the best so far still counts.
+    Put back are parameters and buffers of all models, of a loss function that is a module and, where
+    the metric was measured on averaged weights (``"validation/loss@ema"``), of those averages too.
+    Optimizers, counts and callbacks stay where training left them. It
+    happens after every handler of `FitEnd`, and after the last checkpoint, so files hold what training
+    made; also when the fit ends early or by an error. A metric that is NaN is no improvement; where
+    none was recorded, nothing is put back.
+
+    Each fit begins anew, whatever another fit, or another learner with the same callback, has reached;
+    a resumed one goes on with the best so far. There is one copy, on the device of the weights: as
+    much memory as they take.
 
     Args:
         monitor: The metric's name, ``"validation/loss"``.
@@ -33,7 +45,9 @@ class KeepBestModel(UnsafeCallback):
         min_delta: An improvement is more than this, in the metric's unit.
 
     Raises:
+        CallbackConflictError: Another one is among the callbacks: both would put weights back.
         MetricError: No such metric has been recorded at the end of a cycle.
+        ModelError: The best weights of a resumed run do not fit the models.
         ValueError: `min_delta` is less than 0.
 
     Attributes:
@@ -41,7 +55,7 @@ class KeepBestModel(UnsafeCallback):
         epoch: The epoch of it, from 1.
 
     Reads: cbstate.metrics
-    Writes: model (when the fit has ended)
+    Writes: model (when the fit has ended; a loss function that is a module, and averages that were measured, too)
     Runs after: Recorder, Metrics, Announcing
     """
 
@@ -50,7 +64,7 @@ class KeepBestModel(UnsafeCallback):
     min_delta: float = field(default=0.0, kw_only=True)
     best: float | None = field(default=None, init=False, repr=False)
     epoch: int | None = field(default=None, init=False, repr=False)
-    _weights: dict[str, dict[str, Any]] = field(factory=dict, init=False, repr=False)
+    _weights: Weights = field(factory=dict, init=False, repr=False)
     _seen: int = field(default=0, init=False, repr=False)
 
     reads = ("cbstate.metrics",)
@@ -64,9 +78,24 @@ class KeepBestModel(UnsafeCallback):
         if not isinstance(self.min_delta, (int, float)) or not self.min_delta >= 0:
             raise ValueError(f"KeepBestModel(min_delta={self.min_delta!r}) was given; expected 0 or more")
 
+    def init(self, learner: Any) -> None:
+        """Forget what another learner has reached."""
+        self.best, self.epoch, self._weights, self._seen = None, None, {}, 0
+
     @on(FitBegin, FittingPhase)
     def start(self, event: FitBegin, phase: FittingPhase, learner: Any) -> None:
-        """Have the best weights put back at the very end."""
+        """Begin anew, unless a fit goes on; have the best weights put back at the very end.
+
+        Raises:
+            ModelError: Those of a resumed run do not fit the models.
+        """
+        if not event.resumed:
+            self.init(learner)
+            newest = Monitor(self.monitor, self.mode).newest(learner.cbstate.metrics)
+            self._seen = 0 if newest is None else newest[0]  # a former fit's
+        wrong = list(self._misfits(learner))
+        if wrong:
+            raise ModelError("the best weights so far do not fit the models:\n  " + "\n  ".join(wrong))
         learner.defer(lambda: self._put_back(learner))
 
     @on(EpochEnd)
@@ -79,20 +108,102 @@ class KeepBestModel(UnsafeCallback):
         self._seen, value = new
         if monitor.better(value, self.best, self.min_delta):
             self.best, self.epoch = value, self._seen
-            self._weights = {name or "": snapshot(weights_of(module)) for name, module in learner.models.items()}
+            former = self._weights
+            self._weights = {path: _copied(module, former.get(path, {})) for path, module in self._modules(learner)}
 
     @on(CycleEnd, FittingPhase)
     def check(self, event: CycleEnd, phase: FittingPhase, learner: Any) -> None:
         """Raise for a metric that nobody records."""
         Monitor(self.monitor, self.mode).require(learner.cbstate.metrics)
 
-    def _put_back(self, learner: Any) -> None:
+    def _modules(self, learner: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Give, with their paths, the modules that training changes, and the averages that were measured."""
         for name, module in learner.models.items():
-            if (name or "") in self._weights:
-                put_weights(module, self._weights[name or ""])
+            yield ("model" if name is None else f"model.{name}"), module
+        if isinstance(learner.loss_fn, nn.Module):
+            yield "loss_fn", learner.loss_fn
+        view = self.monitor.rpartition("@")[2].lower() if "@" in self.monitor else ""
+        for name in learner.weights:
+            if view and name.rpartition("@")[2].lower() == view:
+                yield f"model.{name}", learner.weights[name]
+
+    def _misfits(self, learner: Any) -> Iterator[str]:
+        for path, module in self._modules(learner):
+            if path in self._weights:
+                yield from weights_differ(module, self._weights[path]["state"], path)
+
+    def _put_back(self, learner: Any) -> None:
+        wrong = list(self._misfits(learner))
+        if wrong:
+            warn_user(
+                f"the best weights, of epoch {self.epoch}, are not put back: the models have changed since\n  "
+                + "\n  ".join(wrong)
+            )
+            return
+        for path, module in self._modules(learner):
+            if path in self._weights:
+                _load(module, self._weights[path])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps: the best value, its epoch, and the weights."""
+        return {"best": self.best, "epoch": self.epoch, "seen": self._seen, "weights": self._weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a kept state."""
+        self.best, self.epoch, self._seen = state["best"], state["epoch"], state["seen"]
+        self._weights = {
+            path: {part: {name: _copy(value) for name, value in items.items()} for part, items in kept.items()}
+            for path, kept in state["weights"].items()
+        }
+
+
+def _copied(module: nn.Module, former: dict[str, Any]) -> dict[str, Any]:
+    """Copy what a module saves by itself, and the buffers that it leaves out; into a former copy where that fits."""
+    kept = weights_of(module)
+    kept["buffers"] = {name: tensor for name, tensor in module.named_buffers() if name not in kept["state"]}
+    return {
+        part: {name: _copy(value, former.get(part, {}).get(name)) for name, value in items.items()}
+        for part, items in kept.items()
+    }
+
+
+def _copy(value: Any, into: Any = None) -> Any:
+    """Copy a tensor on its device, into another one of its kind where there is one; or other plain data."""
+    if not isinstance(value, Tensor) or is_lazy(value):
+        return snapshot(value)
+    value = value.detach()
+    if isinstance(into, Tensor) and not is_lazy(into) and _kind(into) == _kind(value):
+        return into.copy_(value)
+    return value.clone()
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
+
+
+def _load(module: nn.Module, kept: dict[str, Any]) -> None:
+    """Have a module hold what `_copied` gave."""
+    own = {name: value if isinstance(value, Tensor) else put_back(value) for name, value in kept["state"].items()}
+    module.load_state_dict(with_metadata(own, put_back(kept["metadata"])))
+    buffers = dict(module.named_buffers())
+    for name in kept["buffers"].keys() & buffers:
+        buffers[name].detach().copy_(kept["buffers"][name])
 
 
 @resolve_conflict.register(KeepBestModel, Callback)  # type: ignore[untyped-decorator]  # multipledispatch has no types
 def _at_the_very_end(keeper: KeepBestModel, other: Callback) -> NoConflict:
     """It writes the weights when nobody's handler runs any more; `run_after` says the rest."""
     return NoConflict()
+
+
+@resolve_conflict.register(KeepBestModel, KeepBestModel)  # type: ignore[untyped-decorator]  # as above
+def _one_of_them(a: KeepBestModel, b: KeepBestModel) -> None:
+    """Two of them cannot both put their weights back.
+
+    Raises:
+        CallbackConflictError: Says what to use for the second.
+    """
+    raise CallbackConflictError(
+        f"{a!r} and {b!r} would both put their best weights back when the fit ends, and one would be lost; keep one, "
+        f"and have the other's best in files: Checkpointer(folder, keep_best=1, monitor={b.monitor!r}, mode={b.mode!r})"
+    )

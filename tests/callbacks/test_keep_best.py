@@ -15,27 +15,32 @@ from fluxloop import (
     EMA,
     AbstractTrainingPhase,
     Callback,
+    CallbackConflictError,
     CancelFittingException,
     EpochEnd,
     FitEnd,
     Learner,
+    Metric,
     MetricError,
     Metrics,
     MissingProducerError,
+    ModelError,
     Phase,
     Recorder,
     StepEnd,
+    StochasticWeightAveraging,
     TensorBatches,
     TrainingPhase,
     UnsafeCallback,
     ValidationPhase,
     on,
     runstep,
+    throttle,
 )
 from fluxloop.callbacks.checkpointer import Checkpointer
 from fluxloop.callbacks.early_stopping import EarlyStopping
 from fluxloop.callbacks.keep_best import KeepBestModel
-from fluxloop.folder import Folder, read
+from fluxloop.folder import Folder, read, write
 from fluxloop.testing import assert_resumes_exactly, assert_same_bits, bits, toy_learner
 
 VALUES = [3.0, 1.0, 2.0, 4.0]
@@ -186,13 +191,263 @@ def test_the_best_are_put_back_after_early_stopping() -> None:
     assert same(weights(learner), weights(trained(2)))
 
 
-def test_the_best_of_before_still_counts_in_a_second_fit() -> None:
-    values = [3.0, 1.0, 2.0, 4.0]
+def test_a_second_fit_begins_anew_and_does_not_take_the_last_value_of_the_first_for_its_own() -> None:
     learner = toy(keeper := KeepBestModel())
+    phases = [TrainingPhase(), Scored([3.0, 1.0, 2.0, 4.0])]
+    learner.fit(2, phases=phases)
+    assert (keeper.epoch, keeper.best) == (2, 1.0)
+    ends: list[dict[str, Tensor]] = []
+
+    class Look(UnsafeCallback):
+        @on(EpochEnd, Scored)
+        def look(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
+            ends.append(weights(learner))
+
+    learner.add_callback(Look())
+    learner.fit(2, phases=phases)
+    assert (keeper.epoch, keeper.best) == (3, 2.0)
+    assert same(weights(learner), ends[0])
+    assert not same(ends[0], ends[1])
+
+
+def test_a_second_fit_on_other_data_ends_with_the_best_on_that_data() -> None:
+    torch.manual_seed(0)
+    xs = torch.rand(16, 1)
+    easy, hard = (xs, 3 * xs), (xs, 300 * xs)
+    learner = toy(keeper := KeepBestModel(), data=(easy, easy))
+    learner.fit(3)
+    history = learner.fit(3, data=(hard, hard))
+    assert keeper.best == min(history["validation/loss"][3:])
+    assert learner.evaluate(hard)["loss"] == pytest.approx(keeper.best, rel=1e-6)
+
+
+def test_one_object_in_two_learners_keeps_the_weights_of_each_apart() -> None:
+    keeper = KeepBestModel()
+    first = toy(keeper)
+    first.fit(4, phases=[TrainingPhase(), Scored(VALUES)])
+    second = toy(keeper)
+    assert keeper.best is keeper.epoch is None
+    assert not keeper.state_dict()["weights"]
+    second.fit(3, phases=[TrainingPhase(), Scored([9.0, 8.0, 7.0])])
+    assert (keeper.epoch, keeper.best) == (3, 7.0)
+    assert same(weights(second), weights(trained(3)))
+    first.fit(1, phases=[TrainingPhase(), Scored([0.0] * 5)])  # and back in the first
+    assert (keeper.epoch, keeper.best) == (5, 0.0)
+
+
+def test_learners_of_other_architectures_can_share_it_one_after_the_other() -> None:
+    keeper = KeepBestModel("training/loss")
+    for width in (2, 5):
+        model = nn.Sequential(nn.Linear(1, width), nn.Linear(width, 1))
+        xs = torch.rand(8, 1)
+        learner = Learner(model, nn.functional.mse_loss, data=((xs, xs),), callbacks=[keeper], seed=0)
+        history = learner.fit(2)
+        assert keeper.best == min(history["training/loss"])
+
+
+class Scaled(nn.Module):
+    """A loss with a parameter, and buffers that a checkpoint of a module holds and does not hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("unsaved", torch.zeros(()), persistent=False)
+
+    def forward(self, preds: Tensor, ys: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.calls += 1
+            self.unsaved += 1
+        return nn.functional.mse_loss(self.scale * preds, ys) + self.scale.square()
+
+
+def with_loss(*callbacks: Callback) -> Learner[Any]:
+    torch.manual_seed(7)
+    model, loss = nn.Sequential(nn.Linear(1, 3), nn.Linear(3, 1)), Scaled()
+    return Learner(
+        model,
+        loss,
+        data=vars(toy().data),
+        optimizer=torch.optim.Adam([*model.parameters(), *loss.parameters()], lr=0.1),
+        callbacks=[Recorder(), Metrics(), *callbacks],
+        default_callbacks=False,
+        seed=1,
+    )
+
+
+def test_a_loss_with_parameters_comes_back_with_the_models_its_buffers_too() -> None:
+    learner, plain = with_loss(KeepBestModel()), with_loss()
+    learner.fit(4, phases=[TrainingPhase(), Scored(VALUES)])
+    plain.fit(2, phases=[TrainingPhase(), Scored(VALUES)])
+    assert same(weights(learner), weights(plain))
+    assert torch.equal(learner.loss_fn.scale, plain.loss_fn.scale)
+    assert not torch.equal(plain.loss_fn.scale, torch.ones(()))
+    assert learner.loss_fn.calls == plain.loss_fn.calls == 4
+    assert learner.loss_fn.unsaved == plain.loss_fn.unsaved == 4
+
+
+def test_the_best_loss_with_parameters_survives_a_resume() -> None:
+    assert_resumes_exactly(lambda: with_loss(KeepBestModel()), epochs=3, at=[4, 7])
+
+
+class ScoredAverage(Scored):
+    model_view = "ema"
+
+
+class ScoredSwa(Scored):
+    model_view = "swa"
+
+
+@pytest.mark.parametrize("phase", [ScoredAverage, ScoredSwa], ids=lambda phase: phase.model_view)
+def test_an_average_that_was_measured_comes_back_with_the_weights_of_its_epoch(phase: type[Scored]) -> None:
+    keep = EMA("model", 0.5) if phase is ScoredAverage else StochasticWeightAveraging()
+    view = phase.model_view
+    kept, plain = toy(keeper := KeepBestModel(f"validation/loss@{view}"), keep), toy(copy.deepcopy(keep))
+    phases = [TrainingPhase(), ValidationPhase(), phase(VALUES)]
+    kept.fit(4, phases=phases)
+    plain.fit(2, phases=phases)
+    assert (keeper.epoch, keeper.best) == (2, 1.0)
+    assert same(weights(kept), weights(plain))
+    average = kept.weights[f"model@{view}"].state_dict()
+    assert same(average, plain.weights[f"model@{view}"].state_dict())
+    assert not same(average, weights(kept))
+
+
+def test_of_several_averages_the_measured_view_alone_comes_back() -> None:
+    emas = EMA("model", 0.5), EMA("model", 0.9, view="slow")
+    kept, plain, end = toy(KeepBestModel("validation/loss@ema"), *emas), *(toy(*copy.deepcopy(emas)) for _ in "ab")
+    for learner, epochs in ((kept, 4), (plain, 2), (end, 4)):
+        learner.fit(epochs, phases=[TrainingPhase(), ScoredAverage(VALUES)])
+    assert same(kept.weights["model@ema"].state_dict(), plain.weights["model@ema"].state_dict())
+    assert same(kept.weights["model@slow"].state_dict(), end.weights["model@slow"].state_dict())
+
+
+def test_a_metric_whose_name_has_an_at_sign_needs_no_average() -> None:
+    class Precision(ValidationPhase):
+        def step(self, learner: Learner[Any], batch: Any) -> None:
+            with runstep(learner, self, xs=batch[0]) as (_, state):
+                state.preds, state.ys = batch[0], batch[1]
+                state.loss = torch.ones(())
+
+    learner = toy(keeper := KeepBestModel("validation/precision@k", "max"))
+    learner.replace_callback(Metrics(Metric(lambda preds, ys: preds.mean(), name="precision@k", phase=Precision)))
+    learner.fit(2, phases=[TrainingPhase(), Precision()])
+    assert keeper.epoch == 1
+
+
+def test_two_of_them_are_a_conflict_that_says_what_to_use_for_the_second() -> None:
+    with pytest.raises(CallbackConflictError, match=r"would both put .*Checkpointer\(folder, keep_best=1, monitor="):
+        toy(KeepBestModel("validation/a"), throttle(KeepBestModel("validation/b", "max"), EpochEnd, freq=2))
+
+    class Mine(KeepBestModel):
+        """A subclass conflicts likewise."""
+
+    learner = toy(KeepBestModel("validation/a"))
+    with pytest.raises(CallbackConflictError, match="keep one"):
+        learner.add_callback(Mine("validation/b"))
+    assert [type(callback) for callback in learner.callbacks].count(KeepBestModel) == 1
+
+
+def test_after_load_it_is_as_it_was_saved_and_the_best_comes_back_again(tmp_path: Path) -> None:
+    learner = toy(keeper := KeepBestModel())
+    learner.save(tmp_path / "start.pt")
+    phases = [TrainingPhase(), Scored(VALUES)]
     for _ in range(2):
-        learner.fit(2, phases=[TrainingPhase(), Scored(values)])
+        learner.fit(4, phases=phases)
+        assert (keeper.epoch, keeper.best) == (2, 1.0)
+        assert same(weights(learner), weights(trained(2)))
+        learner.load(tmp_path / "start.pt")
+        assert (keeper.best, keeper.epoch, keeper.state_dict()["weights"]) == (None, None, {})
+
+
+def test_a_run_that_failed_goes_on_in_the_same_learner_with_its_best(tmp_path: Path) -> None:
+    class Fail(UnsafeCallback):
+        at = 7
+
+        @on(StepEnd, AbstractTrainingPhase)
+        def fail(self, event: StepEnd, phase: Phase, learner: Any) -> None:
+            if learner.history[type(phase)].steps == self.at:
+                raise ValueError("no more")
+
+    fail = Fail()
+    learner = toy(keeper := KeepBestModel(), Checkpointer(tmp_path), fail)
+    phases = [TrainingPhase(), Scored(VALUES)]
+    with pytest.raises(ValueError, match="no more"):
+        learner.fit(4, phases=phases, resume=tmp_path)
+    fail.at = -1
+    learner.fit(4, phases=phases, resume=tmp_path)
     assert (keeper.epoch, keeper.best) == (2, 1.0)
     assert same(weights(learner), weights(trained(2)))
+
+
+def test_a_copied_learner_keeps_its_own_best() -> None:
+    learner = toy(KeepBestModel())
+    learner.fit(1, phases=[TrainingPhase(), Scored(VALUES)])
+    copied = copy.deepcopy(learner)
+    for each in (copied, learner):
+        each.fit(3, phases=[TrainingPhase(), Scored(VALUES)])
+        keeper = each.get_callback(KeepBestModel)
+        assert keeper is not None
+        assert (keeper.epoch, keeper.best) == (2, 1.0)
+        assert same(keeper.state_dict()["weights"]["model"]["state"], weights(each))
+        each.model[0].weight.data.zero_()
+        assert same(keeper.state_dict()["weights"]["model"]["state"], weights(trained(2)))
+
+
+def test_there_is_one_copy_that_is_written_over() -> None:
+    places: set[frozenset[int]] = set()
+
+    class Look(UnsafeCallback):
+        run_after = (KeepBestModel,)
+
+        @on(EpochEnd, Scored)
+        def look(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
+            kept = learner.get_callback(KeepBestModel).state_dict()["weights"]["model"]["state"]
+            places.add(frozenset(tensor.data_ptr() for tensor in kept.values()))
+
+    toy(KeepBestModel(), Look()).fit(4, phases=[TrainingPhase(), Scored([4.0, 3.0, 2.0, 1.0])])
+    assert len(places) == 1
+
+
+def test_a_state_of_its_own_shares_nothing_with_the_one_it_was_taken_from() -> None:
+    learner = toy(first := KeepBestModel())
+    learner.fit(1, phases=[TrainingPhase(), Scored(VALUES)])
+    second = KeepBestModel()
+    second.load_state_dict(first.state_dict())
+    for tensor in second.state_dict()["weights"]["model"]["state"].values():
+        tensor.zero_()
+    assert same(first.state_dict()["weights"]["model"]["state"], weights(trained(1)))
+
+
+def test_best_weights_of_another_architecture_are_an_error_before_a_resumed_run_trains(tmp_path: Path) -> None:
+    toy(KeepBestModel(), Checkpointer(tmp_path)).fit(2, phases=[TrainingPhase(), Scored(VALUES)])
+    newest = Folder(tmp_path).files()[-1][1]
+    state = read(newest)
+    kept = state["callbacks"]["KeepBestModel"]["state"]["pair"]["weights"]["model"]["state"]
+    kept["0.weight"] = torch.zeros(9, 1)
+    del state["callbacks"]["Checkpointer"]
+    other = tmp_path / "other" / newest.name
+    other.parent.mkdir()
+    write(other, state)
+    learner = toy(KeepBestModel())
+    with pytest.raises(
+        ModelError, match=r"best weights so far do not fit the models:\n.*'0.weight' has shape \(3, 1\)"
+    ):
+        learner.fit(4, phases=[TrainingPhase(), Scored(VALUES)], resume=other)
+    assert learner.history[TrainingPhase].steps == 4
+
+
+def test_a_model_that_has_grown_since_its_best_is_left_as_training_made_it_with_a_warning() -> None:
+    class Grow(UnsafeCallback):
+        @on(EpochEnd, Scored)
+        def grow(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
+            if learner.history[Scored].epochs == 3:
+                learner.model.append(nn.Linear(1, 1).requires_grad_(False))
+
+    learner = toy(KeepBestModel(), Grow())
+    with pytest.warns(UserWarning, match=r"best weights, of epoch 2, are not put back: .*\n.*lacks '3"):
+        learner.fit(4, phases=[TrainingPhase(), Scored(VALUES)])
+    assert len(learner.model) == 4
 
 
 def test_d_mt_09_the_best_weights_survive_a_resume(tmp_path: Path) -> None:
