@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from attrs import frozen
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -22,7 +21,8 @@ from fluxloop.callback import Callback
 from fluxloop.errors import CheckpointError, describe, did_you_mean, warn_user
 from fluxloop.history import INTERRUPTED, TERMINATED
 from fluxloop.nested import tensors
-from fluxloop.optimizers import owned_parameters
+from fluxloop.optimizer_state import load_optimizer, optimizer_differs, optimizer_state, plain_defaults
+from fluxloop.optimizers import parameter_names, parameters_by_name
 from fluxloop.persist import Kept, class_name, is_held, keep, put_back, size, snapshot
 from fluxloop.phase import Phase, phase_types
 from fluxloop.sources import keeps_place, put_source_back, source_state
@@ -55,6 +55,7 @@ def gather(learner: Learner, place: State | None) -> State:
     learner.host_queue.flush()
     lost: list[str] = []
     borrowed = _borrowed(learner)
+    parameters = parameter_names(learner.models, learner.loss_fn)
     loss_fn = None
     if isinstance(learner.loss_fn, nn.Module):
         loss_fn = _module_state(learner, learner.loss_fn, borrowed, lost)
@@ -69,12 +70,7 @@ def gather(learner: Learner, place: State | None) -> State:
         "loss_fn": loss_fn,
         "views": {path: learner.weights[path].state_dict() for path in _kept_views(learner)},
         "optimizers": {
-            slot.name or "": {
-                "class": class_name(type(slot.optimizer)),
-                "defaults": {k: v for k, v in slot.optimizer.defaults.items() if _is_plain(v)},
-                "state": keep(slot.optimizer.state_dict(), f"the state of {slot.label}"),
-            }
-            for slot in learner.updates.slots
+            slot.name or "": optimizer_state(slot.optimizer, parameters, slot.label) for slot in learner.updates.slots
         },
         "updates": _updates_state(learner),
         "streams": learner.streams.positions(),
@@ -100,12 +96,6 @@ def _note_lost(found: tuple[Any, list[str]], lost: list[str]) -> Any:
     """Give a state, and note what of it is lost."""
     lost += found[1]
     return found[0]
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str, type(None))) or (
-        isinstance(value, tuple) and all(map(_is_plain, value))
-    )
 
 
 def lasting(reason: str | None) -> str | None:
@@ -305,10 +295,11 @@ def _misfits(learner: Learner, state: State) -> Iterator[str]:
     elif isinstance(learner.loss_fn, nn.Module) and kept_loss is not None:
         yield from weights_differ(learner.loss_fn, kept_loss, "the loss function")
     slots = {slot.name or "": slot for slot in learner.updates.slots}
+    by_name = parameters_by_name(learner.models, learner.loss_fn)
     yield from _names_differ("optimizer", slots, state["optimizers"])
     for name, kept in state["optimizers"].items():
         if name in slots:
-            yield from _optimizer_differs(slots[name].optimizer, kept, slots[name].label)
+            yield from optimizer_differs(slots[name].optimizer, kept, by_name, slots[name].label)
     ids = {node.id: class_name(type(node.callback.unwrapped)) for node in learner.callbacks.graph.nodes}
     for id, kept in state["callbacks"].items():
         if id in ids and ids[id] != kept["class"]:
@@ -334,25 +325,6 @@ def weights_differ(module: nn.Module, state: dict[str, Any], label: str) -> Iter
             yield f"{label}: {name!r} has shape {tuple(tensor.shape)}, in the checkpoint {tuple(kept.shape)}"
 
 
-def _optimizer_differs(optimizer: torch.optim.Optimizer, kept: State, label: str) -> Iterator[str]:
-    name = class_name(type(optimizer))
-    if kept["class"] != name:
-        yield f"{label} was a {kept['class']} and is a {name}"
-    groups = [len(group["params"]) for group in optimizer.param_groups]
-    former = [len(group["params"]) for group in kept["state"]["param_groups"]]
-    if groups != former:
-        yield f"{label} has groups of {groups} parameters, in the checkpoint of {former}"
-        return
-    parameters = owned_parameters(optimizer)
-    for index, entries in kept["state"]["state"].items():
-        for entry, value in entries.items() if isinstance(index, int) and index < len(parameters) else ():
-            if not isinstance(value, Tensor) or not value.ndim or is_lazy(parameters[index]):
-                continue
-            shape = tuple(parameters[index].shape)
-            if value.ndim == len(shape) and tuple(value.shape) != shape:
-                yield f"{label}: {entry!r} of parameter {index} has shape {tuple(value.shape)}, expected {shape}"
-
-
 def check_same_run(learner: Learner, state: State) -> None:
     """Raise where going on would not be going on with the same run.
 
@@ -364,8 +336,8 @@ def check_same_run(learner: Learner, state: State) -> None:
         wrong.append(f"seed={learner.seed} was given, and the run has seed={state['seed']}")
     for slot in learner.updates.slots:
         former = state["optimizers"][slot.name or ""]["defaults"]
-        for option, value in slot.optimizer.defaults.items():
-            if _is_plain(value) and former.get(option, value) != value:
+        for option, value in plain_defaults(slot.optimizer).items():
+            if former.get(option, value) != value:
                 wrong.append(f"{slot.label} was made with {option}={former[option]!r}, and now with {option}={value!r}")
     if wrong:
         raise CheckpointError(
@@ -416,8 +388,9 @@ def apply(learner: Learner, state: State, *, begun: bool) -> None:
     for path, kept in state["views"].items():
         if path in learner.weights:
             learner.weights[path].load_state_dict(kept)
+    by_name = parameters_by_name(learner.models, learner.loss_fn)
     for slot in learner.updates.slots:
-        _load_optimizer(slot.optimizer, put_back(state["optimizers"][slot.name or ""]["state"], device=device))
+        load_optimizer(slot.optimizer, state["optimizers"][slot.name or ""], by_name, slot.label, device)
     _load_updates(learner, state["updates"])
     learner.history.cycles = state["history"]["cycles"]
     learner.history.stop_reason = state["history"]["stop_reason"]
@@ -440,16 +413,6 @@ def apply(learner: Learner, state: State, *, begun: bool) -> None:
             if kept["own"] is not None and keeps_place(source):
                 source.load_state_dict(put_back(kept["own"]))
                 learner.begun_data.add(key)
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
-    """Load an optimizer's state, in the precision it was kept in: torch casts it to that of the parameters."""
-    optimizer.load_state_dict(state)
-    for index, parameter in enumerate(owned_parameters(optimizer)):
-        for name, value in state["state"].get(index, {}).items():
-            loaded = optimizer.state[parameter].get(name)
-            if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
-                optimizer.state[parameter][name] = value.to(loaded.device, copy=True)
 
 
 def _load_module(learner: Learner, module: nn.Module, kept: State, borrowed: Callable[[Any], bool]) -> None:

@@ -8,9 +8,11 @@ of the newest; `fluxloop.json` says whose folder it is.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,8 +21,11 @@ from typing import Any
 import torch
 from attrs import field, frozen
 
+from fluxloop.digests import check_sums, checksums, first_difference, named_tensors
 from fluxloop.errors import CheckpointError, annotate, warn_user
 
+CHECKSUMS = "checksums"
+"""Where a file has those of its tensors."""
 MARKER, LATEST = "fluxloop.json", "latest"
 NAME = re.compile(r"epoch-(\d+)-step-(\d+)-phase-(\d+)\.pt")
 LEFT = re.compile(rf"\.({NAME.pattern}|{re.escape(MARKER)}|{LATEST})\.\d+\.tmp")
@@ -28,32 +33,87 @@ Progress = tuple[int, int, int]
 """Complete epochs, steps, and complete phases of the next epoch."""
 
 
-def write(path: Path, state: Any) -> None:
+def write(path: Path, state: dict[str, Any]) -> None:
     """Write plain data so that the file is either complete or not there, also after a crash.
 
     Raises:
-        CheckpointError: It cannot be written; what was there before is untouched.
+        CheckpointError: It cannot be written, or could not be read again; what was there before is untouched.
     """
-    _replace(path, lambda file: torch.save(state, file))
+    tensors = list(named_tensors(state))
+    needed = sum(tensor.nbytes for _, tensor in tensors)
+    data = {**state, CHECKSUMS: checksums(tensors)}
+    _replace(path, lambda file: torch.save(data, file), needed)
 
 
-def _replace(path: Path, put: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+class _Noting:
+    """A file that notes why it could not be written to: torch gives another error."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write to the file."""
+        try:
+            written: int = self._file.write(data)
+            return written
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def _replace(path: Path, put: Any, needed: int = 0) -> None:
+    temporary, noting = path.with_name(f".{path.name}.{os.getpid()}.tmp"), _Noting(None)
     try:
         with open(temporary, "wb") as file:
-            put(file)
+            noting = _Noting(file)
+            put(noting)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync(path.parent)
     except BaseException as error:
+        free = _free(path.parent)  # before the part that was written is removed
         try:
             temporary.unlink(missing_ok=True)
         except OSError as failure:
             annotate(error, f"fluxloop: removing {temporary} failed as well: {failure!r}")
-        if isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as a RuntimeError
-            raise CheckpointError(f"the checkpoint {path} cannot be written: {error}") from error
+        if isinstance(error, (OSError, RuntimeError)):
+            raise _unwritten(path, noting.error or error, needed, free) from error
         raise
+
+
+FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file may not be so big"}
+"""What a system says where there is no room for a file."""
+
+
+def _unwritten(path: Path, error: Exception, needed: int, free: int | None) -> CheckpointError:
+    """Say why a file could not be written."""
+    number = getattr(error, "errno", None)
+    text = f"the checkpoint {path} cannot be written: "
+    if isinstance(error, FileNotFoundError) and not path.parent.is_dir():
+        return CheckpointError(
+            f"{text}its folder is not there, or no longer ({error}); make it, and leave it where it is while the run "
+            "goes on"
+        )
+    if number in FULL or isinstance(error, RuntimeError):  # torch reports a failing file as a RuntimeError
+        room = "" if free is None else f", and {free:,} bytes are free there"
+        why = f"{FULL[number]} ({error})" if number in FULL else f"{error}"
+        return CheckpointError(
+            f"{text}{why}. It needs about {needed:,} bytes{room}. Make room (or keep fewer: Checkpointer(keep_last=1)); "
+            "what was there before is untouched"
+        )
+    return CheckpointError(f"{text}{error}")
+
+
+def _free(folder: Path) -> int | None:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
 
 
 def _sync(folder: Path) -> None:
@@ -84,6 +144,13 @@ def read(path: Path, weights_only: bool = False) -> dict[str, Any]:
         if damaged is not None:
             raise CheckpointError(f"the checkpoint {path} is damaged: {damaged!r} in it does not have its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
+        sums = state.pop(CHECKSUMS, None) if isinstance(state, dict) else None
+        wrong = [] if sums is None else list(check_sums(state, sums))
+        if wrong:
+            raise CheckpointError(
+                f"the checkpoint {path} is not as it was written: {'; '.join(wrong[:5])}"
+                f"{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}; expected a file that nobody has changed"
+            )
     except CheckpointError:
         raise
     except UnpicklingError as error:
@@ -148,9 +215,10 @@ class Folder:
 
     def files(self) -> list[tuple[Progress, Path]]:
         """List the checkpoints, by progress."""
-        if not self.path.is_dir():
+        try:
+            found = [(NAME.fullmatch(entry.name), entry) for entry in self.path.iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        found = [(NAME.fullmatch(entry.name), entry) for entry in self.path.iterdir()]
         return sorted((self._progress(match), entry) for match, entry in found if match)
 
     @staticmethod
@@ -187,7 +255,7 @@ class Folder:
             raise CheckpointError(f"{path} is there already, and is not overwritten; give the run a folder of its own")
         write(path, state)
         if first:  # better now than after days
-            read(path)
+            _check_reads(path, state)
         _replace(self.path / LATEST, lambda file: file.write(f"{path.name}\n".encode()))
         return path
 
@@ -195,7 +263,28 @@ class Folder:
         """Remove checkpoints by name; other files are never touched."""
         for _, path in self.files():
             if path.name in names:
-                path.unlink(missing_ok=True)
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    raise CheckpointError(f"the checkpoint {path} is to be removed, and cannot be: {error}") from error
+
+
+def _check_reads(path: Path, state: dict[str, Any]) -> None:
+    """Read what was just written, and compare.
+
+    Raises:
+        CheckpointError: It is not what was written; the file is removed.
+    """
+    try:
+        difference = first_difference(state, read(path))
+        if difference is not None:
+            raise CheckpointError(difference)
+    except CheckpointError as error:
+        path.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"the first checkpoint of the run was written to {path} and does not come back from there, so it was "
+            f"removed: {error}"
+        ) from error
 
 
 def name_of(progress: Progress) -> str:

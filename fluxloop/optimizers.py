@@ -31,6 +31,17 @@ def parameter_names(models: Models, loss_fn: object = None) -> dict[nn.Parameter
     return names
 
 
+def parameters_by_name(models: Models, loss_fn: object = None) -> dict[str, nn.Parameter]:
+    """Return the parameters that `parameter_names` names, by every name: a shared one has several."""
+    if isinstance(loss_fn, nn.Module):
+        models = {**models, "loss_fn": loss_fn}
+    return {
+        name if model_name is None else f"{model_name}.{name}": parameter
+        for model_name, model in models.items()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
 def build_optimizers(models: Models, optimizer: Any, loss_fn: object = None) -> Optimizers:
     """Make one optimizer per name from a factory, an optimizer, or a mapping of names to either.
 

@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import builtins
 import errno
+import io
 import json
 import os
+import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +161,55 @@ def test_contents_are_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch
     monkeypatch.setattr("fluxloop.folder.os.replace", lambda a, b: (done.append("rename"), replace(a, b))[1])
     write(tmp_path / "state.pt", STATE)
     assert done == ["fsync", "rename", "fsync"]
+
+
+def test_a_full_disk_is_told_with_what_is_needed_and_what_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            raise FULL
+
+    monkeypatch.setattr("fluxloop.folder.open", lambda path, mode: Full(path, mode), raising=False)
+    with pytest.raises(
+        CheckpointError,
+        match=r"state.pt cannot be written: the disk is full .*. It needs about 40,000 bytes, and [\d,]+ bytes are "
+        r"free there. Make room .* what was there before is untouched",
+    ):
+        write(tmp_path / "state.pt", {"fluxloop": 1, "value": torch.zeros(10_000)})
+    assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process whose files may not grow")
+def test_a_file_that_may_not_grow_is_told_by_a_real_system(tmp_path: Path) -> None:
+    script = f"""
+import resource, sys
+import torch
+from pathlib import Path
+from fluxloop.errors import CheckpointError
+from fluxloop.folder import write
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+path = Path({str(tmp_path)!r}) / "state.pt"
+write(path, {{"fluxloop": 1}})
+try:
+    write(path, {{"fluxloop": 1, "value": torch.zeros(100_000)}})
+except CheckpointError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "It needs about 400,000 bytes, and " in done.stdout
+    assert "a file may not be so big (" in done.stdout
+    assert names(tmp_path) == ["state.pt"]
+    assert read(tmp_path / "state.pt") == {"fluxloop": 1}
+
+
+def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "run")
+    folder.claim()
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="its folder is not there, or no longer"):
+        folder.add((1, 4, 0), STATE)
+    assert folder.files() == []
 
 
 # Reading

@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "access",
         "augment",
-        "folder",
+        "digests",
         "host",
         "lazy",
         "logging.loggables",
@@ -47,6 +47,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "accelerator",
         "data",
+        "folder",
         "history",
         "logging.backend",
         "loop",
@@ -62,6 +63,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "logging.tensorboard",
         "logging.text_files",
         "logging.wandb",
+        "optimizer_state",
         "phase",
         "sources",
         "weights",

@@ -257,6 +257,11 @@ class Checkpointer(UnsafeCallback):
         """Write a file, in the place of one of the same moment; only then remove those that need not stay."""
         self.last = folder.add(progress, state, again)
         names = [path.name for _, path in folder.files()]
+        if self.last.name not in names:
+            raise CheckpointError(
+                f"{self.last} was written, and is gone: was the folder removed or renamed? Leave it where it is while "
+                "the run goes on"
+            )
         if names[0] == name_of(START) and len(names) > 1:
             folder.remove({names.pop(0)})
         if self.keep_last is None:

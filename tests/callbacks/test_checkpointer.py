@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import signal
 import threading
 import warnings
@@ -801,6 +802,28 @@ def test_the_same_learner_goes_on_when_the_disk_has_room_again(tmp_path: Path, m
 
 
 # In the background
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_folder_that_is_removed_while_the_run_goes_on_is_told(
+    moment: str, background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = Folder.add
+
+    def removing(self: Folder, progress: Any, state: Any, again: bool = False) -> Path:
+        if progress[0] == 2 and moment == "before":
+            shutil.rmtree(self.path)
+        path = add(self, progress, state, again)
+        if progress[0] == 2:
+            shutil.rmtree(self.path)
+        return path
+
+    monkeypatch.setattr(Folder, "add", removing)
+    learner = toy(Checkpointer(tmp_path / "run", background=background))
+    told = "its folder is not there" if moment == "before" else "was written, and is gone: was the folder removed"
+    with pytest.raises(CheckpointError, match=told):
+        learner.fit(4)
 
 
 def test_files_written_in_the_background_equal_those_of_the_foreground(tmp_path: Path) -> None:
