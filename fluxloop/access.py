@@ -33,6 +33,8 @@ ROOTS = (
     "history",
     "accelerator",
     "num_batches",
+    "num_epochs",
+    "fit_phases",
     "batch_size",
     "seed",
 )

@@ -23,10 +23,10 @@ from fluxloop.history import INTERRUPTED, TERMINATED
 from fluxloop.nested import tensors
 from fluxloop.optimizer_state import load_optimizer, optimizer_differs, optimizer_state, plain_defaults
 from fluxloop.optimizers import parameter_names, parameters_by_name
-from fluxloop.persist import Kept, class_name, is_held, keep, put_back, size, snapshot
+from fluxloop.persist import Kept, class_name, is_held, keep, phase_id, put_back, size, snapshot
 from fluxloop.phase import Phase, phase_types
 from fluxloop.sources import keeps_place, put_source_back, source_state
-from fluxloop.state import StepState
+from fluxloop.state import StepState, name_of
 from fluxloop.view import View
 
 if TYPE_CHECKING:
@@ -233,11 +233,11 @@ def _borrowed(learner: Learner) -> Callable[[Any], bool]:
 
 
 def _phases_state(learner: Learner, borrowed: Callable[[Any], bool], lost: list[str]) -> State:
-    """Give the states of phases by class, in the order in which the learner met them."""
+    """Give the states of phases by class and name, in the order in which the learner met them."""
     states: State = {}
     for kept in learner.kept_phases:
         state = _note_lost(kept.state(borrowed), lost)
-        states.setdefault(class_name(type(kept.thing)), []).append(state)
+        states.setdefault(phase_id(kept.thing), []).append(state)
     for name, waiting in learner.waiting_states.items():
         states.setdefault(name, []).extend(waiting)
     return {name: given for name, given in states.items() if any(given)}
@@ -454,21 +454,21 @@ def _load_callbacks(learner: Learner, states: State, how: dict[str, Any]) -> Non
 def meet_phases(learner: Learner, phases: list[Phase]) -> None:
     """Note phases that are about to run, and have new ones take up the states that wait for them.
 
-    Of two instances of a class the learner forgets the one that runs no more.
+    Of two instances of a class with one name the learner forgets the one that runs no more.
     """
-    classes = {type(phase) for phase in phases}
-    kept = [k for k in learner.kept_phases if type(k.thing) not in classes or any(k.thing is each for each in phases)]
+    ids = {phase_id(phase) for phase in phases}
+    kept = [k for k in learner.kept_phases if phase_id(k.thing) not in ids or any(k.thing is each for each in phases)]
     known = [each.thing for each in kept]
     for phase in phases:
         if not any(phase is each for each in known):
-            kept.append(Kept(phase, type(phase).__name__))
+            kept.append(Kept(phase, name_of(phase)))
             take_up_state(learner, kept[-1])
     learner.kept_phases = kept
 
 
 def take_up_state(learner: Learner, kept: Kept, begun: bool = True) -> None:
     """Have a phase take up the state that waits for it, if any."""
-    waiting = learner.waiting_states.get(class_name(type(kept.thing)))
+    waiting = learner.waiting_states.get(phase_id(kept.thing))
     if waiting:
         types, device = phase_types(), learner.accelerator.device
         kept.load(waiting.pop(0), begun, _borrowed(learner), phases=types, device=device)
@@ -591,7 +591,8 @@ def manifest(learner: Learner) -> Manifest:
     for id, kept in state["callbacks"].items():
         lines.append(Entry(f"callbacks.{id}", id, "persisted", size(kept)))
     for name, kept in state["phases"].items():
-        lines.append(Entry(f"phases.{name.rpartition('.')[2]}", name, "persisted", size(kept)))
+        cls, bracket, own = name.partition("[")
+        lines.append(Entry(f"phases.{cls.rpartition('.')[2]}{bracket}{own}", name, "persisted", size(kept)))
     for part in ("seed", "streams", "updates", "history"):
         lines.append(Entry(part, "learner", "persisted", size(state[part])))
     lines.append(Entry("data", "learner", "persisted", size(state["data"])))

@@ -29,11 +29,12 @@ from fluxloop.feed import Feed, untouched
 from fluxloop.folder import find_state
 from fluxloop.history import INTERRUPTED, History
 from fluxloop.loop import check_view
-from fluxloop.phase import Phase, Stateful
+from fluxloop.persist import attributes, phase_id
+from fluxloop.phase import AbstractValidationPhase, Phase, Stateful, check_every, check_name, is_due
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.randomness import preserved
 from fluxloop.resume import FitScope, check_resumes
-from fluxloop.state import State
+from fluxloop.state import State, name_of
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -64,6 +65,9 @@ def fit(
             raise PhaseError(f"phases={describe(phases)} was given; expected a list of instances: phases=[{name}()]")
         chosen = list(phases) if phases is not None else _default_phases(learner.data)
         for phase in chosen:
+            check_phase(phase)
+        check_names(learner, chosen)
+        for phase in chosen:
             check_runs(learner, phase)
             feed(learner, phase).check()
         state = None if resume is None else find_state(resume)
@@ -81,7 +85,7 @@ def fit(
                 f"this run has already stopped: {reason}. Nothing is trained. To train further: learner.load(file), "
                 "then learner.fit(epochs), in a folder and with logs of its own"
             )
-        learner.fitting = True
+        learner.fitting, learner.fit_phases, learner.num_epochs = True, tuple(chosen), until
         with preserved() if state is not None else nullcontext():
             scope = FitScope(learner, chosen, steps_per_epoch, state)
             state = None  # the scope has it, until it has come to where it was written
@@ -90,6 +94,7 @@ def fit(
         if learner.fitting:
             learner.safe_points.clear()
         learner.data, learner.fitting, learner.stop_requested = kept, False, None
+        learner.fit_phases, learner.num_epochs = (), None
 
 
 def _run(learner: Learner, scope: FitScope, until: int, reason: str | None) -> History:
@@ -108,9 +113,13 @@ def _run(learner: Learner, scope: FitScope, until: int, reason: str | None) -> H
                 scope.handle(CycleBegin(scope.goes_on))
                 scope.put_again("cycle")
                 while scope.index < len(scope.phases):
-                    run_epoch(learner, scope.phases[scope.index], scope=scope)
-                    scope.ended()
-                    learner.safe_point()
+                    phase = scope.phases[scope.index]
+                    if scope.is_under_way or is_due(phase, history.cycles + 1, until):
+                        run_epoch(learner, phase, scope=scope)
+                        scope.ended()
+                        learner.safe_point()
+                    else:
+                        scope.index += 1
                 scope.index = 0
                 history.cycles += 1
                 scope.handle(CycleEnd())
@@ -183,6 +192,43 @@ def check_phase(phase: object) -> None:
             f"{phase!r} has a data_key of its own, {phase.data_key!r}; expected a class: "
             f"class MyPhase({type(phase).__name__}): data_key = {phase.data_key!r}"
         )
+    check_name(phase)
+    if isinstance(phase, AbstractValidationPhase):
+        check_every(phase)
+
+
+def check_names(learner: Learner, phases: Iterable[Phase]) -> None:
+    """Raise for phases whose numbers could not be told apart, from each other's and from those that have run.
+
+    Two phases of one name are the same phase: of one class, and without anything of their own where they only watch.
+
+    Raises:
+        PhaseError: Says which, and where to name them.
+    """
+    counts = vars(learner.cbstate).get("history")
+    seen: dict[str, Phase] = {}
+    for phase in phases:
+        name = name_of(phase)
+        if name in learner.data and name != phase.data_key:
+            raise PhaseError(
+                f"{phase!r} is called {name!r}, as some data of the learner is, on which it does not run; expected "
+                "another name, so that 'validation/loss' is that of the data"
+            )
+        other = seen.setdefault(name, phase)
+        former: Any = other if other is not phase else None if counts is None else counts.key(name)
+        if former is None:
+            continue
+        if phase_id(former) != phase_id(phase):
+            raise PhaseError(
+                f"two phases are called {name!r}: {phase_id(former)} and {phase_id(phase)}; their numbers would be one "
+                f"series. Give one a name of its own, in the class or when it is made: name = '{name.lower()}2'"
+            )
+        if other is not phase and not phase.gradients and (attributes(phase) or attributes(other)):
+            raise PhaseError(
+                f"a cycle has two phases that are called {name!r}, {other!r} and {phase!r}, whose numbers would be one "
+                f"series. Give each a name of its own: {type(phase).__name__}(..., name='{name.lower()}2'), or "
+                f"phase.name = '{name.lower()}2'"
+            )
 
 
 class _PerLearner:
@@ -229,6 +275,7 @@ def check_runs(learner: Learner, phase: Phase) -> None:
 def run_epoch(learner: Learner, phase: Phase, data: Any = None, scope: FitScope | None = None) -> None:
     """Run one epoch of a phase, of a fit's cycle where there is one; see `Learner.epoch`."""
     check_runs(learner, phase)
+    check_names(learner, [phase])
     if not learner.fitting:
         meet_phases(learner, [phase])
     kept = learner.data, learner.num_batches, learner.driven

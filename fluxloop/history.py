@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from attrs import Factory, define
+from attrs import Factory, define, field
 
-from fluxloop.errors import MetricError, did_you_mean
-from fluxloop.state import Container, PhaseDict, SharedState
+from fluxloop.errors import MetricError
+from fluxloop.monitor import all_series, find_series
+from fluxloop.state import Container, PhaseDict, SharedState, name_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,20 +27,35 @@ class Counts(Container):
         steps: Steps ended, in all epochs.
         steps_epoch: Steps ended in the last or running epoch.
         updates: Optimizer steps by the optimizer's name (None for a single unnamed one).
+        epoch: Where the values of its last epoch stand, from 1: the cycle of the fit in which it ran; outside of a fit,
+            the phase's own epoch, or that of the training before it.
+        label: What logs call it: the data key of the phase that was alone on the data when it first ran, of another one
+            its name.
     """
 
     epochs: int = 0
     steps: int = 0
     steps_epoch: int = 0
     updates: dict[str | None, int] = Factory(dict)
+    epoch: int = field(default=0, eq=False, repr=False)
+    label: str = field(default="", eq=False, repr=False)
+
+
+def trained_epochs(counts: Mapping[Any, Counts]) -> int:
+    """Return the epoch that training has come to, of whichever training phase.
+
+    Args:
+        counts: ``cbstate.history``.
+    """
+    return max((max(counts[phase].epoch, counts[phase].epochs) for phase in counts if phase.gradients), default=0)
 
 
 class History(Container):
     """The history of a learner: ``learner.history``.
 
     ``history[TrainingPhase]`` gives the `Counts` of a phase, ``history.metrics[TrainingPhase]``
-    its epoch values by metric, ``history["validation/loss"]`` the values of one metric (where
-    several phases ran on the same data, of the one that was used first last).
+    its epoch values by metric. ``history["ValidationPhase/loss"]`` gives the values of one metric by
+    the phase's name; ``history["validation/loss"]`` by its data key, where one phase alone records it.
 
     Attributes:
         seed: The seed that decides the run's random numbers.
@@ -53,9 +70,11 @@ class History(Container):
         self.stop_reason: str | None = None
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, str):
-            return self._series(key)
         counts = vars(self._shared).get("history")
+        if isinstance(key, str):
+            if counts is not None and "/" not in key and counts.key(key) is not None:
+                return counts[counts.key(key)]
+            return self._series(key)
         return counts.peek(key) if counts is not None else Counts()
 
     @property
@@ -67,26 +86,17 @@ class History(Container):
         return found
 
     def _series(self, monitor: str) -> list[Any]:
-        """Give the epoch values of ``"<data_key>/<metric>"``.
+        """Return the epoch values of ``"<phase or data key>/<metric>"``.
 
         Raises:
-            MetricError: No such metric has been recorded.
+            MetricError: No such metric has been recorded, or several phases on the same data record it.
         """
-        known = {
-            f"{phase.data_key or phase.__name__}/{name}": values
-            for phase, series in self.metrics.items()
-            for name, values in series.items()
-        }
-        if monitor not in known:
-            raise MetricError(
-                f"no metric {monitor!r} was recorded; there are {sorted(known)}{did_you_mean(monitor, known)}"
-            )
-        return known[monitor]
+        return [value for _, value in find_series(vars(self._shared).get("metrics", {}), monitor)]
 
     def rows(self) -> list[dict[str, Any]]:
         """Give every recorded epoch value as a row: phase, metric, epoch (from 1), value."""
         return [
-            {"phase": phase.__name__, "metric": name, "epoch": epoch, "value": value}
+            {"phase": name_of(phase), "metric": name, "epoch": epoch, "value": value}
             for phase, metrics in vars(self._shared).get("metrics", {}).items()
             for name, series in metrics.epochs.items()
             for epoch, value in series
@@ -134,12 +144,11 @@ class History(Container):
 
     def __repr__(self) -> str:
         counts = vars(self._shared).get("history", {})
-        parts = [f"{phase.__name__}: {c.epochs} epochs, {c.steps} steps" for phase, c in counts.items()]
+        parts = [f"{name_of(phase)}: {c.epochs} epochs, {c.steps} steps" for phase, c in counts.items()]
         latest = [
-            f"{phase.data_key or phase.__name__}/{name}: {values[-1]:.4g}"
-            for phase, series in self.metrics.items()
-            for name, values in series.items()
-            if values and isinstance(values[-1], float)
+            f"{name}: {series[-1][1]:.4g}"
+            for name, series in all_series(vars(self._shared).get("metrics", {})).items()
+            if isinstance(series[-1][1], float)
         ]
         stopped = [f"stopped: {self.stop_reason}"] if self.stop_reason else []
         return f"History({'; '.join([*parts, *latest, *stopped, f'seed {self.seed}'])})"

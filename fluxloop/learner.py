@@ -93,6 +93,8 @@ class Learner(Generic[M]):
         callbacks: The callbacks in their proved order; ``learner.callbacks.explain()`` tells why.
         seed: The run's seed.
         num_batches: Batches of the running epoch, None where its data does not know.
+        num_epochs: How many epochs (cycles) the running fit comes to, those before it too; None outside of a fit.
+        fit_phases: What a cycle of the running fit runs, in order; empty outside of a fit.
 
     Raises:
         ModelError: The model is no module, or its names cannot be used.
@@ -144,6 +146,8 @@ class Learner(Generic[M]):
         self.cbstate = SharedState()
         self.history = History(self.cbstate, self.seed)
         self.num_batches: int | None = None
+        self.num_epochs: int | None = None
+        self.fit_phases: tuple[Phase, ...] = ()
         self.phases: dict[type[Phase], Phase] = {}
         """The phases that have run, by class."""
         self.scope: Scope | None = None

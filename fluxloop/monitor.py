@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from math import isnan
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 from attrs import field, frozen
 
 from fluxloop.errors import MetricError, did_you_mean
+from fluxloop.state import name_of
 
 Mode = Literal["min", "max"]
 
@@ -32,7 +34,8 @@ class Monitor:
     """A recorded metric, and which of two values of it is better.
 
     Args:
-        metric: The phase's data key and the metric's name, ``"validation/loss"``.
+        metric: The phase's name, or its data key where one phase alone records the metric; then the metric's name:
+            ``"Noisy/loss"``, ``"validation/loss"``.
         mode: ``"min"`` where less is better, ``"max"`` where more is.
 
     Raises:
@@ -83,15 +86,11 @@ class Monitor:
             MetricError: Names those that have been recorded.
         """
         announced = {f"{phase.data_key}/{name}" for phase, recorded in metrics.items() for name in recorded.announced}
-        if not self._series(metrics) and self.metric not in announced:
-            known = sorted(_known(metrics))
-            raise MetricError(
-                f"no metric {self.metric!r} was recorded; there are {known or 'none'}{did_you_mean(self.metric, known)}"
-            )
+        if self.metric not in announced:
+            find_series(metrics, self.metric)
 
     def _series(self, metrics: Mapping[Any, Any]) -> list[tuple[int, Any]]:
-        series: list[tuple[int, Any]] = _known(metrics).get(self.metric, [])
-        return series
+        return find_series(metrics, self.metric, missing_ok=True)
 
     def better(self, value: float, than: float | None, min_delta: float = 0.0) -> bool:
         """Tell whether a value improves on another by more than `min_delta`; NaN never does.
@@ -108,11 +107,53 @@ class Monitor:
         return value < than - min_delta if self.mode == "min" else value > than + min_delta
 
 
-def _known(metrics: Mapping[Any, Any]) -> dict[str, list[tuple[int, Any]]]:
-    """Give the recorded values by full name; of several phases on the same data, those used last."""
-    return {
-        f"{phase.data_key or phase.__name__}/{name}": series
-        for phase, recorded in metrics.items()
-        for name, series in recorded.epochs.items()
-        if series
+def find_series(metrics: Mapping[Any, Any], metric: str, *, missing_ok: bool = False) -> list[tuple[int, Any]]:
+    """Return the recorded (epoch, value) pairs of a metric.
+
+    Args:
+        metrics: ``cbstate.metrics``.
+        metric: The phase's name, or its data key where one phase alone records the metric; then the metric's name.
+        missing_ok: Whether one that has not been recorded gives an empty list.
+
+    Raises:
+        MetricError: It has not been recorded, or by several phases on the data.
+    """
+    key, _, name = metric.partition("/")
+    found: dict[str, list[tuple[int, Any]]] = {
+        name_of(phase): recorded.epochs[name] for phase, recorded in _recorded(metrics, name)
     }
+    if key in found:
+        return found[key]
+    on_data = [name_of(phase) for phase, _ in _recorded(metrics, name) if phase.data_key == key]
+    if len(on_data) == 1:
+        return found[on_data[0]]
+    if on_data:
+        raise MetricError(
+            f"{metric!r} is recorded by {len(on_data)} phases on the {key} data; expected the name of one of them: "
+            f"{' or '.join(repr(f'{phase}/{name}') for phase in on_data)}"
+        )
+    if missing_ok:
+        return []
+    known = sorted(all_series(metrics))
+    raise MetricError(f"no metric {metric!r} was recorded; there are {known}{did_you_mean(metric, known)}")
+
+
+def _recorded(metrics: Mapping[Any, Any], name: str) -> list[tuple[Any, Any]]:
+    """List the phases that have recorded a metric, with what they have."""
+    return [(phase, recorded) for phase, recorded in metrics.items() if recorded.epochs.get(name)]
+
+
+def all_series(metrics: Mapping[Any, Any]) -> dict[str, list[tuple[int, Any]]]:
+    """Return every recorded series under the shortest name that no other one has.
+
+    Args:
+        metrics: ``cbstate.metrics``.
+    """
+    every = [(phase, name, series) for phase, recorded in metrics.items() for name, series in recorded.epochs.items()]
+    plain = Counter(f"{phase.data_key}/{name}" for phase, name, series in every if series)
+    found = {}
+    for phase, name, series in every:
+        if series:
+            short = f"{phase.data_key}/{name}"
+            found[short if phase.data_key and plain[short] == 1 else f"{name_of(phase)}/{name}"] = series
+    return found

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from fluxloop.errors import CheckpointError, describe, warn_user
-from fluxloop.state import Container, PhaseDict
+from fluxloop.state import Container, NamedPhase, PhaseDict, name_of
 
 MARK = "__kept__"
 SCALARS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
@@ -34,6 +34,25 @@ SCALARS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch
 def class_name(cls: type) -> str:
     """Name a class with its module, as a checkpoint does."""
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def phase_id(phase: Any) -> str:
+    """Name a phase as a checkpoint does: by its class and, where it has one, its own name in brackets."""
+    cls = phase.cls if isinstance(phase, NamedPhase) else phase if isinstance(phase, type) else type(phase)
+    name = name_of(phase)
+    return class_name(cls) if name == name_of(cls) else f"{class_name(cls)}[{name}]"
+
+
+def phase_of(id: str, phases: Iterable[type]) -> NamedPhase | None:
+    """Return the phase that `phase_id` named, or None where there is no such class.
+
+    Args:
+        id: What a checkpoint calls it.
+        phases: The phase types that there are.
+    """
+    name, _, own = id.partition("[")
+    cls = next((cls for cls in phases if class_name(cls) == name), None)
+    return None if cls is None else NamedPhase(cls, own[:-1] or name_of(cls))
 
 
 # Writing
@@ -71,7 +90,7 @@ def _keep(value: Any, where: str) -> Any:
     if isinstance(value, SCALARS):
         return _plain_scalar(value, where)
     if isinstance(value, PhaseDict):
-        return {MARK: "phases", "items": {class_name(k): _keep(v, f"{where}[{k.__name__}]") for k, v in value.items()}}
+        return {MARK: "phases", "items": {phase_id(k): _keep(v, f"{where}[{k.__name__}]") for k, v in value.items()}}
     if type(value) is list and _is_simple(value):
         return list(value)
     if type(value) in (list, tuple):
@@ -261,15 +280,15 @@ def put_back(
     if kind == "phases":
         if not isinstance(live, PhaseDict):
             raise _misplaced(where, "a PhaseDict", live)
-        known = {class_name(cls): cls for cls in phases}
-        missing = sorted(kept["items"].keys() - known)
+        found = {id: phase_of(id, phases) for id in kept["items"]}
+        missing = sorted(id for id, phase in found.items() if phase is None)
         if missing:
             warn_user(f"{where} was kept for the phases {missing}, which nobody has defined now")
-        for cls in [cls for cls in live if class_name(cls) not in kept["items"]]:
-            del live[cls]
-        for name in [name for name in kept["items"] if name in known]:
-            item = kept["items"][name]
-            live[known[name]] = again(item, live[known[name]], f"[{known[name].__name__}]")
+        for phase in [phase for phase in live if phase_id(phase) not in kept["items"]]:
+            del live[phase]
+        for id, phase in found.items():
+            if phase is not None:
+                live[phase] = again(kept["items"][id], live[phase], f"[{phase.name}]")
         return live
     return _into(kept, live, again, where)
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 from fluxloop.errors import BatchError, CancelStepException, PhaseError, describe
 from fluxloop.lazy import all_subclasses
 from fluxloop.loop import runepoch, runstep
+from fluxloop.state import name_of
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -84,10 +85,15 @@ class Phase:
     compiled: ClassVar[bool] = True
     """Whether ``Accelerator(compile="step")`` is to compile its steps; False: they run as they are."""
 
-    owner: ClassVar[str] = ""
-    """Whose the phase's random numbers are: the data key's where it trains, its own where it watches."""
-    epoch_stream: ClassVar[str] = "/epoch"
-    step_stream: ClassVar[str] = "/step"
+    name: str = "Phase"
+    """What its numbers are called by in the history, monitors and logs; left out, the class's name. It is given when
+    the phase is made, ``ValidationPhase(name="noisy")``, or is an attribute of the class or of the phase."""
+
+    def __init__(self, *, name: str | None = None) -> None:
+        super().__init__()  # of a class that stands beside it
+        if name is not None:
+            self.name = name
+            check_name(self)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -96,11 +102,28 @@ class Phase:
                 f"{cls.__name__} has data_key as a field; it belongs to the class, without an annotation: "
                 "data_key = 'training'"
             )
-        cls.owner = cls.data_key if cls.gradients and cls.data_key else f"{cls.data_key}/{cls.__name__}".lstrip("/")
-        cls.epoch_stream, cls.step_stream = f"{cls.owner}/epoch", f"{cls.owner}/step"
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
         require_pair(cls, PhaseError)
         if not isinstance(cls.step, Step):
             setattr(cls, "step", Step(cls.step))  # noqa: B010 - mypy knows no other way
+
+    @property
+    def owner(self) -> str:
+        """Whose the phase's random numbers are: the data key's where it trains, its own where it watches."""
+        if self.gradients and self.data_key:
+            return self.data_key
+        return f"{self.data_key}/{name_of(self)}".lstrip("/")
+
+    @property
+    def epoch_stream(self) -> str:
+        """The name of the stream that its epochs start from."""
+        return f"{self.owner}/epoch"
+
+    @property
+    def step_stream(self) -> str:
+        """The name of the stream that its steps start from."""
+        return f"{self.owner}/step"
 
     def step(self, learner: Learner, batch: Any) -> Any:
         """Do one step on one batch: its `entries`, then `body` between StepBegin and StepEnd, then `finish`.
@@ -146,7 +169,48 @@ class Phase:
         """Raise what is wrong with the learner for this phase, before anything has begun."""
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
+        name = name_of(self)
+        return f"{type(self).__name__}({'' if name == name_of(type(self)) else f'name={name!r}'})"
+
+
+def check_name(phase: Phase) -> None:
+    """Raise for a phase whose name cannot stand before a metric's: ``"noisy/loss"``.
+
+    Raises:
+        PhaseError: It is no text, empty, or has a slash or a bracket in it.
+    """
+    name = getattr(phase, "name", None)
+    if name is not None and (not isinstance(name, str) or not name.strip() or any(mark in name for mark in "/[]")):
+        cls = type(phase).__name__
+        raise PhaseError(
+            f"a {cls} has name={name!r}; expected a text without slashes and brackets, as in 'noisy/loss': "
+            f"{cls}.name = 'noisy', or phase.name = 'noisy'"
+        )
+
+
+def check_every(phase: AbstractValidationPhase) -> None:
+    """Raise for a validation phase that says no number of cycles.
+
+    Raises:
+        PhaseError: `every` is no whole number from 1.
+    """
+    if type(phase.every) is not int or phase.every < 1:
+        cls = type(phase).__name__
+        raise PhaseError(
+            f"a {cls} has every={phase.every!r}; expected in which cycles of a fit it runs, a whole number from 1: "
+            f"{cls}.every = 3 for every third"
+        )
+
+
+def is_due(phase: Phase, cycle: int, last: int) -> bool:
+    """Return whether a phase runs in a cycle: one that trains always does.
+
+    Args:
+        phase: The phase.
+        cycle: Number of the cycle, from 1.
+        last: Number of the fit's last one.
+    """
+    return not isinstance(phase, AbstractValidationPhase) or cycle % phase.every == 0 or cycle == last
 
 
 def inputs_and_labels(batch: Any) -> dict[str, Any]:
@@ -195,9 +259,30 @@ class AbstractTrainingPhase(Phase):
 
 
 class AbstractValidationPhase(Phase):
-    """Base of the phases that only watch: data ``"validation"``, eval mode, gradients off."""
+    """Base of the phases that only watch: data ``"validation"``, eval mode, gradients off.
+
+    Args:
+        name: What its numbers are called by; left out, the class's name.
+        every: In a fit it runs in every so many cycles, counted over all fits, and in the last one of the fit.
+
+    Raises:
+        PhaseError: `name` cannot stand before a metric's, or `every` is no whole number from 1.
+    """
 
     data_key = "validation"
+    every: int = 1
+    """In which cycles of a fit it runs; it may be an attribute of the class or of the phase as well."""
+
+    def __init__(self, *, name: str | None = None, every: int = 1) -> None:
+        super().__init__(name=name)
+        if type(every) is not int or every != 1:
+            self.every = every
+            check_every(self)
+
+    def __repr__(self) -> str:
+        options = {"name": name_of(self), "every": self.every}
+        usual = {"name": name_of(type(self)), "every": 1}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in options.items() if v != usual[k])})"
 
 
 class ProbePhase(AbstractValidationPhase):

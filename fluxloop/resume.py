@@ -14,7 +14,7 @@ from fluxloop.checkpoint import apply, check_fits, check_same_run
 from fluxloop.errors import CheckpointError
 from fluxloop.feed import Feed
 from fluxloop.loop import Scope, StepScope, runepoch
-from fluxloop.persist import class_name, keep, put_back
+from fluxloop.persist import keep, phase_id, put_back
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.randomness import generator_states, put_generators
 
@@ -88,6 +88,11 @@ class FitScope(Scope):
         """Whether the epoch that begins in it goes on from a checkpoint."""
         return self.goes_on and self.feed is not None
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether the phase that comes next goes on in the middle of its epoch."""
+        return self._again is not None and self._again["place"] is not None and self._again["place"]["feed"] is not None
+
     def put_again(self, inside: str) -> None:
         """Put the state in place again, once what was under way has begun again.
 
@@ -152,7 +157,7 @@ class FitScope(Scope):
             if place is None:
                 raise CheckpointError("an epoch is just beginning; a state can be kept between two of its steps")
             place["global_generators"] = keep(generator_states(), "the random generators")
-        names = [class_name(type(phase)) for phase in self.phases]
+        names = [phase_id(phase) for phase in self.phases]
         script = keep(self.script, "the random generators")
         return {"phases": names, "index": self.index, "feed": place, "script": script}
 
@@ -191,7 +196,7 @@ def check_resumes(learner: Learner, state: dict[str, Any], epochs: int, phases: 
     """
     check_fits(learner, state)
     check_same_run(learner, state)
-    place, names = state["place"], [class_name(type(phase)) for phase in phases]
+    place, names = state["place"], [phase_id(phase) for phase in phases]
     if is_under_way(place) and place["phases"] != names:
         raise CheckpointError(f"the fit ran the phases {place['phases']}, and now {names}; expected the same")
     if is_under_way(place) and place["feed"] is not None:

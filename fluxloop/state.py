@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from attrs import frozen
 from torch import Tensor, nn
 
 from fluxloop.errors import MissingEntryError, PhaseError, describe, did_you_mean
@@ -89,8 +90,47 @@ class SharedState(State):
     __hint__ = " A callback publishes one in init(), with writes = ('cbstate.NAME',)."
 
 
+def name_of(phase: Any) -> str:
+    """Return the name of a phase or of a phase class: its own where it has one, else that of the class.
+
+    >>> class Noisy:
+    ...     name = "noise of 3"
+    >>> name_of(Noisy), name_of(Noisy())
+    ('noise of 3', 'noise of 3')
+    """
+    name = getattr(phase, "name", None)
+    if isinstance(name, str):
+        return name
+    return (phase if isinstance(phase, type) else type(phase)).__name__
+
+
+@frozen
+class NamedPhase:
+    """Stands for the phases of one class that have a name of their own, where a `PhaseDict` lists its keys.
+
+    What the class says can be read from it: ``data_key``, ``gradients``, ``model_view``.
+
+    Args:
+        cls: The class.
+        name: The phases' name.
+    """
+
+    cls: type
+    name: str
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute == "__name__":
+            return self.name
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        return getattr(self.cls, attribute)
+
+
 class PhaseDict(Container, MutableMapping[Any, V], Generic[V]):
-    """A mapping keyed by the phase's class; an instance of it finds the same entry.
+    """A mapping keyed by the phase's name; the phase and its class find the same entry.
+
+    Iterating gives the class of each phase or, where the phase has a name of its own, a `NamedPhase`.
+    A class whose phases all have such names finds the entry of the only one.
 
     Args:
         default: Makes the entry of a phase that has none yet.
@@ -98,48 +138,83 @@ class PhaseDict(Container, MutableMapping[Any, V], Generic[V]):
 
     def __init__(self, default: Callable[[], V]) -> None:
         self._default = default
-        self._entries: dict[type, V] = {}
+        self._entries: dict[str, V] = {}
+        self._classes: dict[str, type] = {}
 
     @staticmethod
-    def _key(phase: Any) -> type:
-        cls = phase if isinstance(phase, type) else type(phase)
+    def _split(phase: Any) -> tuple[str, type]:
+        """Return the name and the class of a phase.
+
+        Raises:
+            PhaseError: It is none.
+        """
+        cls = phase.cls if isinstance(phase, NamedPhase) else phase if isinstance(phase, type) else type(phase)
         if not hasattr(cls, "data_key"):
             raise PhaseError(
                 f"{describe(phase)} was used as a key; expected a phase or its class, e.g. [TrainingPhase]"
             )
-        return cls
+        return name_of(phase), cls
+
+    def _find(self, phase: Any) -> tuple[str, type]:
+        """Return the name and the class of a phase; of a class that has no entry, those of its only phase.
+
+        Raises:
+            PhaseError: It is none, or several phases of the class have names of their own.
+        """
+        name, cls = self._split(phase)
+        if isinstance(phase, type) and name not in self._entries:
+            names = [each for each, known in self._classes.items() if known is cls]
+            if len(names) > 1:
+                raise PhaseError(
+                    f"{cls.__name__} was used as a key, and there are phases of it called {sorted(names)}; expected "
+                    f"one of those phases, or its name: history[{names[0]!r}]"
+                )
+            name = names[0] if names else name
+        return name, cls
 
     def __getitem__(self, phase: Any) -> V:
-        found = self._entries.get(type(phase))  # at every step: an instance that has an entry
-        if found is not None:
-            return found
-        cls = self._key(phase)
-        if cls not in self._entries:
-            self._entries[cls] = self._default()
-        return self._entries[cls]
+        try:
+            return self._entries[phase.name]  # at every step: a phase that has an entry
+        except (KeyError, AttributeError, TypeError):
+            pass
+        name, cls = self._find(phase)
+        if name not in self._entries:
+            self._entries[name], self._classes[name] = self._default(), cls
+        return self._entries[name]
 
     def peek(self, phase: Any) -> V:
-        """Give the entry of a phase, or a new one that is not kept."""
-        cls = self._key(phase)
-        return self._entries[cls] if cls in self._entries else self._default()
+        """Return the entry of a phase, or a new one that is not kept."""
+        try:
+            return self._entries[phase.name]
+        except (KeyError, AttributeError, TypeError):
+            pass
+        name, _ = self._find(phase)
+        return self._entries[name] if name in self._entries else self._default()
+
+    def key(self, name: str) -> Any:
+        """Return what iterating gives for the phase of a name, or None where it has no entry."""
+        cls = self._classes.get(name)
+        return cls if cls is None or name_of(cls) == name else NamedPhase(cls, name)
 
     def __setitem__(self, phase: Any, value: V) -> None:
-        self._entries[self._key(phase)] = value
+        name, cls = self._split(phase)
+        self._entries[name], self._classes[name] = value, cls
 
     def __delitem__(self, phase: Any) -> None:
-        del self._entries[self._key(phase)]
+        name, _ = self._split(phase)
+        del self._entries[name], self._classes[name]
 
     def __contains__(self, phase: object) -> bool:
-        return self._key(phase) in self._entries
+        return self._find(phase)[0] in self._entries
 
-    def __iter__(self) -> Iterator[type]:
-        return iter(self._entries)
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.key, self._entries)
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __repr__(self) -> str:
-        inside = ", ".join(f"{cls.__name__}: {value!r}" for cls, value in self._entries.items())
+        inside = ", ".join(f"{name}: {value!r}" for name, value in self._entries.items())
         return f"{{{inside}}}"
 
 

@@ -266,3 +266,57 @@ def test_plot_without_anything_recorded_says_what_is_missing() -> None:
 def test_one_name_in_two_phases_is_one_panel() -> None:
     figure = recorded(1, Metric(mae, name="hits")).plot()
     assert [axes.get_title() for axes in figure.axes] == ["loss", "hits"]
+
+
+class Shifted(ValidationPhase):
+    def step(self, learner: Any, batch: Any) -> Any:
+        return super().step(learner, (batch[0], batch[1] + 5))
+
+
+class Pretext(TrainingPhase):
+    pass
+
+
+def test_two_phases_on_one_data_have_series_of_their_own_and_the_plain_name_lists_them() -> None:
+    learner = toy_learner(Recorder(), Metrics())
+    history = learner.fit(3, phases=[TrainingPhase(), ValidationPhase(), Shifted()])
+    assert history["Shifted/loss"] == history.metrics[Shifted]["loss"]
+    assert history["ValidationPhase/loss"] == history.metrics[ValidationPhase]["loss"]
+    assert history["Shifted/loss"] != history["ValidationPhase/loss"]
+    assert history["TrainingPhase/loss"] == history["training/loss"]
+    with pytest.raises(MetricError, match=r"by 2 phases on the validation data; expected the name of one of them: "):
+        history["validation/loss"]
+    with pytest.raises(MetricError, match=r"'ValidationPhase/loss' or 'Shifted/loss'"):
+        history["validation/loss"]
+
+
+def test_a_metric_that_one_of_two_phases_records_is_found_by_the_data() -> None:
+    only = Metric(mae, name="only", phase=Shifted)
+    history = toy_learner(Recorder(), Metrics(only)).fit(2, phases=[TrainingPhase(), ValidationPhase(), Shifted()])
+    assert history["validation/only"] == history["Shifted/only"]
+    assert "validation/only" in repr(history)
+    assert "Shifted/loss" in repr(history)
+
+
+def test_two_training_phases_are_told_apart() -> None:
+    history = toy_learner(Recorder(), Metrics()).fit(2, phases=[Pretext(), TrainingPhase()])
+    assert len(history["Pretext/loss"]) == len(history["TrainingPhase/loss"]) == 2
+    with pytest.raises(MetricError, match="'Pretext/loss' or 'TrainingPhase/loss'"):
+        history["training/loss"]
+
+
+def test_two_phases_of_one_class_are_told_apart_by_name() -> None:
+    far, near = Shifted(name="far"), Shifted(name="near")
+    history = toy_learner(Recorder(), Metrics()).fit(2, phases=[TrainingPhase(), far, near])
+    assert [row["phase"] for row in history.rows()] == ["TrainingPhase"] * 2 + ["far"] * 2 + ["near"] * 2
+    assert history["far/loss"] == history["near/loss"] == history.metrics[far]["loss"]
+    assert history[far].epochs == history["near"].epochs == 2
+    assert [str(phase.__name__) for phase in history.metrics] == ["TrainingPhase", "far", "near"]
+    with pytest.raises(PhaseError, match=r"phases of it called \['far', 'near'\]; expected one of those phases"):
+        history[Shifted]
+
+
+def test_a_class_whose_only_phase_has_a_name_finds_it() -> None:
+    history = toy_learner(Recorder(), Metrics()).fit(2, phases=[TrainingPhase(), Shifted(name="far")])
+    assert history[Shifted] is history["far"]
+    assert history["validation/loss"] == history["far/loss"]

@@ -213,6 +213,16 @@ def test_entries_by_phase_come_back_for_the_phases_there_are() -> None:
         put_back(kept, PhaseDict(list), phases=[TrainingPhase])
 
 
+def test_entries_of_phases_with_names_come_back_under_them() -> None:
+    value: PhaseDict[list[int]] = PhaseDict(list)
+    value[ValidationPhase(name="noisy")].append(1)
+    value[ValidationPhase()].append(2)
+    live: PhaseDict[list[int]] = PhaseDict(list)
+    live[ValidationPhase(name="gone")].append(3)
+    put_back(through_a_file(keep(value, "it")), live, phases=[ValidationPhase])
+    assert [(phase.__name__, held) for phase, held in live.items()] == [("noisy", [1]), ("ValidationPhase", [2])]
+
+
 class Colour(enum.Enum):
     RED = object()
 

@@ -20,6 +20,7 @@ from fluxloop import (
     FittingPhase,
     Learner,
     LossBegin,
+    Metrics,
     Phase,
     PhaseError,
     PredictionPhase,
@@ -485,3 +486,149 @@ def test_a_data_key_set_on_an_instance_is_refused():
     ):
         with pytest.raises(PhaseError, match=r"data_key of its own, 'test'; expected a class"):
             run()
+
+
+# Names
+
+
+@define
+class AttrsPhase(ValidationPhase):
+    noise: float = 0.0
+    name: str | None = None
+
+
+@dataclass
+class DataPhase(ValidationPhase):
+    noise: float = 0.0
+    name: str | None = None
+
+
+class InitPhase(ValidationPhase):
+    def __init__(self, noise: float, name: str | None = None) -> None:
+        self.noise = noise
+        if name is not None:
+            self.name = name
+
+
+class ClassNamed(ValidationPhase):
+    name = "noisy"
+
+
+@pytest.mark.parametrize("phase", [AttrsPhase, DataPhase, InitPhase])
+def test_a_phase_of_any_kind_of_class_can_be_named(phase: Any) -> None:
+    learner = toy_learner(Recorder(), Metrics(), num_batches=2)
+    history = learner.fit(2, phases=[TrainingPhase(), phase(1.0, "one"), phase(2.0, name="two"), phase(3.0)])
+    assert [len(history[f"{name}/loss"]) for name in ("one", "two", phase.__name__)] == [2, 2, 2]
+
+
+def test_a_name_may_be_said_in_the_class_and_a_subclass_has_its_own() -> None:
+    class Below(ClassNamed):
+        pass
+
+    history = toy_learner(Recorder(), Metrics(), num_batches=2).fit(1, phases=[TrainingPhase(), ClassNamed(), Below()])
+    assert len(history["noisy/loss"]) == len(history["Below/loss"]) == 1
+    assert history[ClassNamed] is history["noisy"]
+
+
+def test_a_name_can_be_given_to_a_phase_that_is_made() -> None:
+    phase = ValidationPhase()
+    phase.name = "later"
+    history = toy_learner(Recorder(), Metrics(), num_batches=2).fit(1, phases=[TrainingPhase(), phase])
+    assert len(history["later/loss"]) == 1
+    assert repr(phase) == "ValidationPhase(name='later')"
+    assert repr(ValidationPhase(name="a", every=2)) == "ValidationPhase(name='a', every=2)"
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", "a[b]", 3])
+def test_a_name_that_cannot_stand_before_a_metrics_is_refused(name: Any) -> None:
+    with pytest.raises(PhaseError, match=r"has name=.*; expected a text without slashes and brackets"):
+        ValidationPhase(name=name)
+    phase = ValidationPhase()
+    phase.name = name
+    with pytest.raises(PhaseError, match="expected a text without slashes and brackets"):
+        toy_learner().fit(1, phases=[TrainingPhase(), phase])
+
+
+def test_two_different_phases_of_one_name_in_a_fit_are_refused_before_anything_runs() -> None:
+    learner = toy_learner(Recorder(), Metrics())
+    with pytest.raises(PhaseError, match=r"two phases that are called 'InitPhase'.*Give each a name of its own"):
+        learner.fit(1, phases=[TrainingPhase(), InitPhase(1.0), InitPhase(2.0)])
+    with pytest.raises(PhaseError, match=r"two phases are called 'noisy': .*ValidationPhase\[noisy\] and .*ClassNamed"):
+        learner.fit(1, phases=[TrainingPhase(), ValidationPhase(name="noisy"), ClassNamed()])
+    with pytest.raises(PhaseError, match=r"is called 'training', as some data of the learner is"):
+        learner.fit(1, phases=[TrainingPhase(), ValidationPhase(name="training")])
+    assert learner.history.cycles == 0
+
+
+def test_a_name_that_another_phase_had_is_refused_later_too() -> None:
+    learner = toy_learner(Recorder(), Metrics(), num_batches=2)
+    learner.fit(1, phases=[TrainingPhase(), ClassNamed()])
+    with pytest.raises(PhaseError, match="two phases are called 'noisy'"):
+        learner.epoch(ValidationPhase(name="noisy"))
+
+
+def test_phases_without_anything_of_their_own_are_one_phase() -> None:
+    learner = toy_learner(Recorder(), Metrics(), num_batches=2)
+    history = learner.fit(2, phases=[TrainingPhase(), ValidationPhase(), TrainingPhase(), ValidationPhase()])
+    assert history[ValidationPhase].epochs == len(history["validation/loss"]) == 4
+
+
+def test_a_validation_phase_with_a_name_draws_from_a_stream_of_its_own() -> None:
+    class Draws(ValidationPhase):
+        def step(self, learner: Any, batch: Any) -> Any:
+            drawn.setdefault(self.name, []).append(torch.rand(()).item())
+            return super().step(learner, batch)
+
+    drawn: dict[str, list[float]] = {}
+    toy_learner(num_batches=2).fit(1, phases=[TrainingPhase(), Draws(), Draws(name="a"), Draws(name="b")])
+    assert len({tuple(numbers) for numbers in drawn.values()}) == 3
+    assert Draws().owner == "validation/Draws"
+    assert TrainingPhase(name="other").owner == "training"
+
+
+# Every so many cycles
+
+
+def test_a_validation_phase_runs_in_every_nth_cycle_and_in_the_last() -> None:
+    recorder = EventRecorder()
+    learner = toy_learner(recorder, num_batches=1)
+    learner.fit(7, phases=[TrainingPhase(), ValidationPhase(every=3)])
+    begun = [phase for event, phase in recorder.trace if event == "EpochBegin"]
+    train, watch = "TrainingPhase", "ValidationPhase"
+    assert begun == [train, train, train, watch, train, train, train, watch, train, watch]
+
+
+def test_the_cycles_are_counted_over_all_fits() -> None:
+    learner = toy_learner(Recorder(), Metrics(), num_batches=1)
+    phases = [TrainingPhase(), ValidationPhase(every=3)]
+    for epochs in (2, 5):
+        learner.fit(epochs, phases=phases)
+    assert [row["epoch"] for row in learner.history.rows() if row["phase"] == "ValidationPhase"] == [2, 3, 6, 7]
+
+
+def test_a_class_says_in_which_cycles_its_phases_run() -> None:
+    class Seldom(AbstractValidationPhase):
+        every = 2
+
+        def body(self, learner: Any, handle: Any, state: Any) -> None:
+            state.loss = learner.loss_fn(learner.model(state.xs), state.ys)
+
+    history = toy_learner(Recorder(), Metrics(), num_batches=1).fit(5, phases=[TrainingPhase(), Seldom()])
+    assert [row["epoch"] for row in history.rows() if row["phase"] == "Seldom"] == [2, 4, 5]
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True, "3"])
+def test_a_number_of_cycles_that_is_none_is_refused(every: Any) -> None:
+    with pytest.raises(PhaseError, match=r"expected in which cycles of a fit it runs, a whole number from 1"):
+        ValidationPhase(every=every)
+    phase = ValidationPhase()
+    phase.every = every
+    with pytest.raises(PhaseError, match="whole number from 1"):
+        toy_learner().fit(1, phases=[TrainingPhase(), phase])
+
+
+def test_a_sparse_validation_changes_nothing_of_the_training() -> None:
+    plain, watched = toy_learner(), toy_learner()
+    plain.fit(4, phases=[TrainingPhase()])
+    watched.fit(4, phases=[TrainingPhase(), ValidationPhase(every=3), ValidationPhase(name="other", every=2)])
+    assert_same_bits(plain, watched)

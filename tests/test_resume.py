@@ -352,6 +352,47 @@ def test_two_instances_of_one_phase_each_go_on_with_their_own() -> None:
     )
 
 
+class Wobbles(ValidationPhase):
+    """Counts its steps, and draws."""
+
+    def __init__(self, size: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.size, self.n = size, 0
+
+    def step(self, learner: Any, batch: Any) -> Any:
+        self.n += 1
+        return super().step(learner, (batch[0] + self.size * torch.randn_like(batch[0]), batch[1]))
+
+
+def test_phases_of_one_class_with_names_each_go_on_with_their_own() -> None:
+    def make() -> Learner:
+        train, valid = (TensorBatches(*rows(), batch_size=6, shuffle=True) for _ in range(2))
+        return classifier((train, valid), Recorder(), fluxloop.Metrics())
+
+    assert_resumes_exactly(
+        make, phases=lambda: [TrainingPhase(), Wobbles(1.0, name="small"), Wobbles(9.0, name="large", every=2)]
+    )
+
+
+@pytest.mark.parametrize("moment", range(3, 12))
+def test_a_run_with_sparse_phases_ends_in_the_numbers_of_one_that_was_not_killed(tmp_path: Path, moment: int) -> None:
+    def make() -> Learner:
+        train, valid = (TensorBatches(*rows(), batch_size=6, shuffle=True) for _ in range(2))
+        return classifier((train, valid), Recorder(), fluxloop.Metrics())
+
+    def phases() -> list[Any]:
+        return [Wobbles(1.0, name="before"), TrainingPhase(), Wobbles(9.0, name="after", every=2)]
+
+    whole, killed, resumed = make(), make(), make()
+    whole.fit(3, phases=phases())
+    save_at(killed, moment, tmp_path / "state.pt", epochs=3, phases=phases())
+    again = phases()
+    resumed.fit(3, phases=again, resume=tmp_path / "state.pt")
+    assert resumed.history.rows() == whole.history.rows()
+    assert {row["epoch"] for row in resumed.history.rows() if row["phase"] == "after"} == {2, 3}
+    assert [phase.n for phase in again if isinstance(phase, Wobbles)] == [6, 4]
+
+
 def test_a_phase_without_data_does_not_matter() -> None:
     class Nothing(Phase):
         def step(self, learner: Any, batch: Any) -> None:

@@ -151,6 +151,27 @@ def test_a_phase_without_an_entry_gets_the_default() -> None:
     assert lists[TrainingPhase] == []
 
 
+def test_phases_of_one_class_with_names_have_entries_of_their_own() -> None:
+    counts: PhaseDict[int] = PhaseDict(int)
+    noisy, plain = ValidationPhase(name="noisy"), ValidationPhase()
+    counts[noisy] = 1
+    assert counts[ValidationPhase] == 1
+    counts[plain] = 2
+    assert (counts[noisy], counts[plain], counts[ValidationPhase]) == (1, 2, 2)
+    listed, by_class = list(counts)
+    assert (listed.name, listed.data_key, listed.gradients, by_class) == ("noisy", "validation", False, ValidationPhase)
+    assert counts[listed] == 1
+    del counts[listed]
+    assert list(counts) == [ValidationPhase]
+
+
+def test_setting_by_class_does_not_replace_the_entry_of_a_phase_with_a_name() -> None:
+    counts: PhaseDict[int] = PhaseDict(int)
+    counts[ValidationPhase(name="noisy")] = 1
+    counts[ValidationPhase] = 2
+    assert list(counts.values()) == [1, 2]
+
+
 def test_a_subclass_has_an_entry_of_its_own() -> None:
     counts: PhaseDict[Counts] = PhaseDict(Counts)
     counts[TrainingPhase].steps = 5

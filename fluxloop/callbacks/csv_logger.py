@@ -129,9 +129,10 @@ class CSVLogger(Callback):
     @on(EpochEnd)
     def add_row(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
         """Write what the epoch recorded."""
-        epoch = learner.cbstate.history[phase].epochs
-        row = {"epoch": epoch, "set": phase.data_key or type(phase).__name__}
-        for source in (type(phase), ProbePhase) if phase.gradients else (type(phase),):
+        counts = learner.cbstate.history[phase]
+        epoch = counts.epoch
+        row = {"epoch": epoch, "set": counts.label}
+        for source in (phase, ProbePhase) if phase.gradients else (phase,):
             for name, series in learner.cbstate.metrics[source].epochs.items():
                 if series and series[-1][0] == epoch and isinstance(series[-1][1], (int, float)):
                     row[name] = series[-1][1]

@@ -136,7 +136,7 @@ class GradientClip(Announcing):
     @on(EpochEnd, AbstractTrainingPhase)
     def record(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Record the averages of the epoch."""
-        epoch = learner.history[phase].epochs
+        epoch = learner.history[phase].epoch
         if epoch:
             metrics = learner.cbstate.metrics[phase]
             for name, total in self._totals.items():

@@ -97,11 +97,6 @@ def training_steps(learner: Any) -> int:
     return sum(counts[phase].steps for phase in counts if phase.gradients)
 
 
-def data_of(phase: Any) -> str:
-    """Give the group of a phase: its data key, or its class's name where it has none."""
-    return phase.data_key or (phase if isinstance(phase, type) else type(phase)).__name__
-
-
 class LogMetrics(LogCallback):
     """Log the metrics: each step's values, and those of each epoch.
 
@@ -145,20 +140,25 @@ class LogMetrics(LogCallback):
             self._steps += 1
         if (phase.gradients and self._steps % self.every) or not isinstance(phase, self.phase):
             return
-        step = training_steps(learner) if phase.gradients else learner.cbstate.history[phase].steps
+        counts = learner.cbstate.history[phase]
+        step = training_steps(learner) if phase.gradients else counts.steps
         if phase.gradients or step % self.every == 0:
-            group = ("step", data_of(phase))
+            group = ("step", counts.label or phase.data_key)
             for name, value in learner.cbstate.metrics[phase].latest().items():
                 learner.host(value, partial(self.log_number, seen_by(phase, name), step, group))
 
     @on(EpochEnd)
     def log_epoch(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
         """Log the values of an epoch."""
-        epoch = learner.cbstate.history[phase].epochs
-        for source in (type(phase), ProbePhase) if phase.gradients else (type(phase),):
+        counts = learner.cbstate.history[phase]
+        epoch = counts.epoch
+        sources: list[tuple[Any, str]] = [(phase, counts.label)]
+        if phase.gradients:
+            sources.append((ProbePhase, ProbePhase.data_key))
+        for source, label in sources:
             for name, series in learner.cbstate.metrics[source].epochs.items():
                 if series and series[-1][0] == epoch and isinstance(series[-1][1], (int, float)):
-                    self.log(Scalar(series[-1][1]), name, epoch, ("epoch", data_of(source)))
+                    self.log(Scalar(series[-1][1]), name, epoch, ("epoch", label))
         self.flush(event, phase, learner)
 
 

@@ -187,7 +187,7 @@ class Metrics(Callback):
         if not metrics.started:  # the epoch was cancelled when it began
             return
         metrics.started = False
-        epoch = learner.cbstate.history[phase].epochs
+        epoch = learner.cbstate.history[phase].epoch
         with torch.no_grad():
             for name, value in metrics.running().items():
                 metrics.record(seen_by(phase, name), epoch, value, "Metrics")

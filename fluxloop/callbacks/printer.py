@@ -12,6 +12,7 @@ from fluxloop.callbacks.progress import ProgressBar
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.events import EpochEnd, FitBegin
 from fluxloop.phase import Phase, ProbePhase
+from fluxloop.state import name_of
 
 
 @define
@@ -36,14 +37,14 @@ class MetricsPrinter(Callback):
         """Print where a resumed fit goes on."""
         if event.resumed:
             done = (
-                f"{type.__name__} {c.epochs} epochs, {c.steps} steps" for type, c in learner.cbstate.history.items()
+                f"{name_of(each)} {c.epochs} epochs, {c.steps} steps" for each, c in learner.cbstate.history.items()
             )
             print(f"resumed after {'; '.join(done) or 'nothing'}")
 
     @on(EpochEnd)
     def print_epoch(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
         """Print what this epoch recorded, and what probes found at its end."""
-        epoch = learner.cbstate.history[phase].epochs
+        epoch = learner.cbstate.history[phase].epoch
         metrics = learner.cbstate.metrics
         recorded = [metrics[phase], metrics[ProbePhase]] if phase.gradients else [metrics[phase]]
         values = [
@@ -52,4 +53,4 @@ class MetricsPrinter(Callback):
             for name, series in of_phase.epochs.items()
             if series and series[-1][0] == epoch and isinstance(series[-1][1], float)
         ]
-        print(f"{type(phase).__name__:<18} epoch {epoch:<4} {'   '.join(values)}".rstrip())
+        print(f"{name_of(phase):<18} epoch {epoch:<4} {'   '.join(values)}".rstrip())

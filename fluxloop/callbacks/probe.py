@@ -92,11 +92,11 @@ class MetricSource(Announcing):
     @on(EpochEnd, AbstractTrainingPhase)
     def record(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Measure, and record what was found."""
-        epoch = learner.cbstate.history[phase].epochs
-        if epoch % self.every == 0:
+        counts = learner.cbstate.history[phase]
+        if counts.epochs % self.every == 0:
             metrics = learner.cbstate.metrics[self.recorded_as or phase]
             for name, value in self.measure(learner).items():
-                metrics.record(name, epoch, value, type(self).__name__)
+                metrics.record(name, counts.epoch, value, type(self).__name__)
 
 
 @resolve_conflict.register(Announcing, Announcing)  # type: ignore[untyped-decorator]  # multipledispatch has no types

@@ -14,6 +14,7 @@ from fluxloop.callback import Callback, on
 from fluxloop.events import EpochBegin, EpochEnd, StepEnd
 from fluxloop.phase import Phase
 from fluxloop.randomness import preserved
+from fluxloop.state import name_of
 
 
 def in_notebook() -> bool:
@@ -76,7 +77,7 @@ class ProgressBar(Callback):
         if not self.is_shown():
             return
         epoch = learner.cbstate.history[phase].epochs + 1 if "history" in learner.cbstate else None
-        title = type(phase).__name__ + (f" {epoch}" if epoch else "")
+        title = name_of(phase) + (f" {epoch}" if epoch else "")
         bar = _Bar(
             tqdm(
                 total=learner.num_batches,

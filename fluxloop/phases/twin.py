@@ -11,19 +11,20 @@ from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase
 class TwinPhase(AbstractValidationPhase):
     """Base of phases that do on validation data what an instance of a training phase does, without updates.
 
-    A history is kept by class: for a second twin in one fit make a subclass.
-
     Args:
         training: The training phase.
+        name: What its numbers are called by; left out, the class's name. A second twin in one fit needs another one.
+        every: In a fit it runs in every so many cycles, and in the last one.
 
     Raises:
-        PhaseError: `training` is of another type.
+        PhaseError: `training` is of another type, or a name or number cannot be used.
     """
 
     of: ClassVar[type[AbstractTrainingPhase]] = AbstractTrainingPhase
     """What `training` is to be."""
 
-    def __init__(self, training: Any) -> None:
+    def __init__(self, training: Any, *, name: str | None = None, every: int = 1) -> None:
+        super().__init__(name=name, every=every)
         if not isinstance(training, self.of):
             raise PhaseError(
                 f"{type(self).__name__} was given {describe(training)}; expected an instance of the training phase, "

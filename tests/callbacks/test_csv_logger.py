@@ -209,3 +209,14 @@ def test_it_runs_after_the_metrics_and_changes_nothing(tmp_path: Path) -> None:
     assert_order(learner, Recorder, Metrics, CSVLogger)
     assert_observer(CSVLogger(tmp_path / "b.csv"), lambda: toy(Recorder(), Metrics()))
     assert repr(CSVLogger("log.csv")) == "CSVLogger(path='log.csv')"
+
+
+def test_the_rows_of_two_phases_on_one_data_name_the_phase(tmp_path: Path) -> None:
+    phases = [TrainingPhase(), ValidationPhase(), ValidationPhase(name="again", every=2)]
+    toy(Recorder(), Metrics(), CSVLogger(tmp_path / "log.csv")).fit(3, phases=phases)
+    both = ["training", "ValidationPhase", "again"]
+    assert epochs_and_sets(tmp_path / "log.csv") == [
+        *((1, name) for name in both[:2]),
+        *((2, name) for name in both),
+        *((3, name) for name in both),
+    ]

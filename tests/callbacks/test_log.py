@@ -132,7 +132,41 @@ def test_the_steps_of_two_training_phases_stand_on_one_axis() -> None:
 
     memory = Memory()
     toy(Recorder(), Metrics(), LogMetrics(memory)).fit(2, phases=[TrainingPhase(), Other()])
-    assert [step for step, _ in memory.series("step/training/loss")] == list(range(1, 4 * STEPS + 1))
+    first, second = (memory.series(f"step/{name}/loss") for name in ("TrainingPhase", "Other"))
+    assert [step for step, _ in first] == [*range(1, STEPS + 1), *range(2 * STEPS + 1, 3 * STEPS + 1)]
+    assert sorted(step for step, _ in [*first, *second]) == list(range(1, 4 * STEPS + 1))
+
+
+class Shifted(ValidationPhase):
+    def step(self, learner: Any, batch: Any) -> Any:
+        return super().step(learner, (batch[0], batch[1] + 5))
+
+
+def test_two_phases_on_one_data_are_logged_apart_and_the_only_one_by_its_data() -> None:
+    memory = Memory()
+    learner = toy(Recorder(), Metrics(), LogMetrics(memory))
+    learner.fit(2, phases=[TrainingPhase(), ValidationPhase(), Shifted()])
+    assert {name for name in memory.names if name.startswith("epoch")} == {
+        "epoch/training/loss",
+        "epoch/ValidationPhase/loss",
+        "epoch/Shifted/loss",
+    }
+    assert [value for _, value in memory.series("epoch/Shifted/loss")] == learner.history["Shifted/loss"]
+
+
+def test_a_series_keeps_its_name_when_a_second_phase_joins_in_a_later_fit() -> None:
+    memory = Memory()
+    learner = toy(Recorder(), Metrics(), LogMetrics(memory))
+    learner.fit(2)
+    learner.fit(2, phases=[TrainingPhase(), ValidationPhase(), Shifted()])
+    assert [epoch for epoch, _ in memory.series("epoch/validation/loss")] == [1, 2, 3, 4]
+    assert [epoch for epoch, _ in memory.series("epoch/Shifted/loss")] == [3, 4]
+
+
+def test_a_sparse_validation_is_logged_at_the_epochs_it_belongs_to() -> None:
+    memory = Memory()
+    toy(Recorder(), Metrics(), LogMetrics(memory)).fit(7, phases=[TrainingPhase(), ValidationPhase(every=3)])
+    assert [epoch for epoch, _ in memory.series("epoch/validation/loss")] == [3, 6, 7]
 
 
 def test_a_cancelled_step_is_not_logged_and_a_cancelled_epoch_is_logged_once() -> None:

@@ -164,3 +164,39 @@ def test_whoever_reads_the_counts_runs_after_they_were_made() -> None:
 
 def test_counting_changes_nothing() -> None:
     assert_observer(Recorder(), toy_learner)
+
+
+def epochs_of(learner: Learner, phase: Any) -> list[int]:
+    return [epoch for epoch, _ in learner.cbstate.metrics[phase].epochs["loss"]]
+
+
+def test_values_stand_at_the_cycle_of_the_fit_in_which_they_were_recorded() -> None:
+    class Later(TrainingPhase):
+        pass
+
+    learner = toy_learner(Recorder(), Metrics(), num_batches=2)
+    learner.fit(4, phases=[TrainingPhase(), ValidationPhase(every=2)])
+    learner.fit(2, phases=[Later(), ValidationPhase()])
+    assert epochs_of(learner, TrainingPhase) == [1, 2, 3, 4]
+    assert epochs_of(learner, Later) == [5, 6]
+    assert epochs_of(learner, ValidationPhase) == [2, 4, 5, 6]
+    assert learner.history[ValidationPhase].epochs == 4
+
+
+def test_a_validation_outside_of_the_cycles_stands_at_the_training_before_it() -> None:
+    learner = toy_learner(Recorder(), Metrics(), num_batches=2)
+    learner.fit(3, phases=[TrainingPhase()])
+    learner.fit(1, phases=[ValidationPhase()])
+    learner.fit(2, phases=[TrainingPhase()])
+    learner.epoch(ValidationPhase())
+    learner.epoch(TrainingPhase())
+    assert epochs_of(learner, TrainingPhase) == [1, 2, 3, 4, 5, 6]
+    assert epochs_of(learner, ValidationPhase) == [3, 5]
+
+
+def test_a_phase_that_runs_several_times_in_a_cycle_keeps_every_value() -> None:
+    learner = toy_learner(Recorder(), Metrics(), num_batches=2)
+    learner.fit(3, phases=[TrainingPhase()])
+    learner.fit(2, phases=[TrainingPhase(), ValidationPhase(), ValidationPhase()])
+    assert epochs_of(learner, ValidationPhase) == [4, 5, 6, 7]
+    assert len(learner.history["validation/loss"]) == 4
