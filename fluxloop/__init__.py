@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     )
     from fluxloop.errors import (
         AmbiguousHandlerError,
+        AssignmentError,
         BatchError,
         CallbackConflictError,
         CallbackCycleError,
@@ -210,6 +211,7 @@ __all__ = [
     "Accelerator",
     "ActivationStats",
     "AmbiguousHandlerError",
+    "AssignmentError",
     "Attribute",
     "Audio",
     "AutoencoderPhase",
@@ -423,8 +425,9 @@ if not TYPE_CHECKING:  # so that type checkers see misspelt names
             ),
             "data": "TensorBatches as_dataloader overfit split",
             "errors": (
-                "AmbiguousHandlerError BatchError CallbackConflictError CallbackCycleError CallbackError "
-                "CallbackTypeError CancelEpochException CancelFittingException CancelSignal CancelStepException "
+                "AmbiguousHandlerError AssignmentError BatchError CallbackConflictError CallbackCycleError "
+                "CallbackError CallbackTypeError CancelEpochException CancelFittingException CancelSignal "
+                "CancelStepException "
                 "CheckpointError CompileError DataError DuplicateCallbackError FluxloopError HandlerError "
                 "LogExistsError LossError MetricError MissingEntryError MissingProducerError ModelError OptimizerError "
                 "PhaseError ReentrantFitError SanityCheckError StateAccessError"

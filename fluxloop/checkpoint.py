@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fluxloop.access import dotted
+from fluxloop.assign import put
 from fluxloop.callback import Callback
 from fluxloop.errors import CheckpointError, describe, did_you_mean, warn_user
 from fluxloop.history import INTERRUPTED, TERMINATED
@@ -374,7 +375,8 @@ def apply(learner: Learner, state: State, *, begun: bool) -> None:
     Raises:
         CheckpointError: A state cannot be put back.
     """
-    learner.seed = learner.history.seed = state["seed"]
+    learner.history.seed = state["seed"]
+    put(learner, "seed", state["seed"])
     learner.streams.go_on(state["seed"], state["streams"])
     types, device = phase_types(), learner.accelerator.device
     how: Any = {"begun": begun, "borrowed": _borrowed(learner), "phases": types, "device": device}

@@ -16,6 +16,7 @@ built-in exception a caller would expect, so ``except ValueError`` keeps working
     ├── CheckpointError (ValueError)       a checkpoint cannot be written, read or gone on from
     ├── LogExistsError (FileExistsError)   a new run would write into another run's log
     ├── ReentrantFitError (RuntimeError)   ``fit`` inside ``fit`` of the same learner
+    ├── AssignmentError (AttributeError)   an attribute that does not exist, or cannot be replaced, was set
     ├── MissingEntryError (AttributeError) the step (or ``cbstate``) does not store this entry
     ├── StateAccessError                   a callback touched what it did not declare
     └── CallbackError
@@ -93,6 +94,10 @@ class LogExistsError(FluxloopError, FileExistsError):
 
 class ReentrantFitError(FluxloopError, RuntimeError):
     """``fit`` was called while the same learner was already fitting."""
+
+
+class AssignmentError(FluxloopError, AttributeError):
+    """An attribute was assigned that does not exist, or that cannot be replaced (now)."""
 
 
 class MissingEntryError(FluxloopError, AttributeError):

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakKeyDictionary, finalize, ref
 
+from fluxloop.assign import put
 from fluxloop.checkpoint import meet_phases, take
 from fluxloop.data import load, name_data
 from fluxloop.errors import (
@@ -58,7 +59,7 @@ def fit(
             "for a further epoch inside"
         )
     kept = learner.data
-    learner.data = kept if data is None else name_data(data)
+    put(learner, "data", kept if data is None else name_data(data))
     try:
         if isinstance(phases, (Phase, type)):
             name = phases.__name__ if isinstance(phases, type) else type(phases).__name__
@@ -70,6 +71,8 @@ def fit(
         for phase in chosen:
             check_runs(learner, phase)
             feed(learner, phase).check()
+            if phase.gradients:
+                learner.meet_parameters()
         state = None if resume is None else find_state(resume)
         if state is not None:
             check_resumes(learner, state, epochs, chosen, [feed(learner, phase) for phase in chosen])
@@ -93,8 +96,9 @@ def fit(
     finally:
         if learner.fitting:
             learner.safe_points.clear()
-        learner.data, learner.fitting, learner.stop_requested = kept, False, None
+        learner.fitting, learner.stop_requested = False, None
         learner.fit_phases, learner.num_epochs = (), None
+        put(learner, "data", kept)
 
 
 def _run(learner: Learner, scope: FitScope, until: int, reason: str | None) -> History:
@@ -278,16 +282,17 @@ def run_epoch(learner: Learner, phase: Phase, data: Any = None, scope: FitScope 
     check_names(learner, [phase])
     if not learner.fitting:
         meet_phases(learner, [phase])
-    kept = learner.data, learner.num_batches, learner.driven
+    kept, outer = learner.data, (learner.num_batches, learner.driven)
     learner.driven = phase
     if data is not None:
-        learner.data = State({**vars(learner.data), phase.data_key: load(data, phase.data_key)})
+        key = phase.data_key or ("training" if phase.gradients else "")  # shuffled where it trains
+        put(learner, "data", State({**vars(learner.data), phase.data_key: load(data, key)}))
     try:
         # an epoch inside another one does not end for a stop that was asked for: the outer one does, after it
         batches = feed(learner, phase, learner.safe_point if scope is not None else lambda: None)
         batches.check()
         if phase.gradients:
-            learner.updates.check_owned()
+            learner.meet_parameters()
         learner.phases[type(phase)] = phase
         if scope is not None:
             scope.take(batches)
@@ -298,7 +303,8 @@ def run_epoch(learner: Learner, phase: Phase, data: Any = None, scope: FitScope 
     except CancelEpochException:
         pass  # raised by a handler of EpochBegin, after EpochEnd was fired
     finally:
-        learner.data, learner.num_batches, learner.driven = kept
+        put(learner, "data", kept)
+        learner.num_batches, learner.driven = outer
 
 
 def left_alone(learner: Learner, phase: Phase, source: Any) -> AbstractContextManager[None]:
@@ -311,14 +317,24 @@ def left_alone(learner: Learner, phase: Phase, source: Any) -> AbstractContextMa
 
 
 def feed(learner: Learner, phase: Phase, before_batch: Callable[[], object] = lambda: None) -> Feed:
-    """Find the data of a phase.
+    """Find the data of a phase; one that names none gets what was given to its epoch, or the only data there is.
 
     Raises:
         DataError: The learner has none under the phase's key.
     """
     key = phase.data_key
     if not key:
-        return Feed((), phase.owner, learner.streams)
+        keys = list(vars(learner.data))
+        if "" not in keys and len(keys) != 1:
+            if type(phase).epoch is not Phase.epoch:
+                return Feed((), phase.owner, learner.streams)
+            raise DataError(
+                f"{type(phase).__name__} does not say which data it runs on, and there is {sorted(keys) or 'no data'}; "
+                f"say so in the class: data_key = {(keys or ['training'])[0]!r}, or give it data: "
+                "learner.epoch(phase, data)"
+            )
+        key = "" if "" in keys else keys[0]
+        return Feed(vars(learner.data)[key], phase.owner, learner.streams, key or "given", before_batch)
     if key not in learner.data:
         known = sorted(vars(learner.data))
         raise DataError(

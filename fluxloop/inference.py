@@ -34,25 +34,28 @@ def aside(learner: Learner, owner: str, callbacks: list[Callback]) -> Iterator[N
 
     So that evaluation and prediction leave no trace: what the training sees is as before.
     """
-    kept = learner.callbacks, learner.cbstate, learner.history, learner.streams, learner.step
-    kept_too = learner.host_queue, learner.phases, learner.scope, learner.model
+    fields = vars(learner)  # past the checks of what users assign
+    changed = ("callbacks", "cbstate", "history", "streams", "step", "host_queue", "phases", "scope", "model")
+    kept = {name: fields[name] for name in changed}
     updates, block = learner.updates, learner.updates.block
     try:
         if runs_a_view(learner.scope):
-            learner.model = learner.weights.given
-        learner.scope = updates.block = None
-        learner.host_queue = HostQueue(learner.accelerator.device)
-        learner.phases = dict(learner.phases)
-        learner.cbstate = SharedState()
-        learner.history = History(learner.cbstate, learner.seed)
-        learner.streams = Streams(learner.seed, prefix=f"{owner}/")
-        learner.step = StepState()
-        learner.callbacks = Callbacks(learner)
+            fields["model"] = learner.weights.given
+        fields["scope"] = updates.block = None
+        cbstate = SharedState()
+        fields |= {
+            "host_queue": HostQueue(learner.accelerator.device),
+            "phases": dict(learner.phases),
+            "cbstate": cbstate,
+            "history": History(cbstate, learner.seed),
+            "streams": Streams(learner.seed, prefix=f"{owner}/"),
+            "step": StepState(),
+            "callbacks": Callbacks(learner),
+        }
         learner.callbacks.set(callbacks)
         yield
     finally:
-        learner.callbacks, learner.cbstate, learner.history, learner.streams, learner.step = kept
-        learner.host_queue, learner.phases, learner.scope, learner.model = kept_too
+        fields.update(kept)
         updates.block = block
 
 

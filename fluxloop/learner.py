@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fluxloop.accelerator import Accelerator
+from fluxloop.assign import FIXED, check_known, put
 from fluxloop.callback import Callback
 from fluxloop.callbacks.defaults import with_defaults
 from fluxloop.checkpoint import Manifest, check_fits, gather, load_weights, manifest, take
 from fluxloop.data import name_data
 from fluxloop.errors import (
+    AssignmentError,
     CallbackTypeError,
     CancelFittingException,
     CompileError,
@@ -116,11 +118,7 @@ class Learner(Generic[M]):
         accelerator: Accelerator | None = None,
         seed: int | None = None,
     ) -> None:
-        if loss_fn is not None and (not callable(loss_fn) or isinstance(loss_fn, type)):
-            hint = f": {loss_fn.__name__}()" if isinstance(loss_fn, type) else ""
-            raise LossError(
-                f"loss_fn={describe(loss_fn)} was given; expected a function (preds, ys) -> scalar, or a module{hint}"
-            )
+        _check_loss_fn(loss_fn)
         self.models = named_models(model)
         self.data: State = name_data(data)
         if accelerator is not None and not isinstance(accelerator, Accelerator):
@@ -158,8 +156,7 @@ class Learner(Generic[M]):
         self.safe_points: list[Callable[[], object]] = []
         """Called at each moment of a fit in which no step is under way, until it ends."""
         self._changes = {module: _watch(module) for module in self.modules()}
-        plain = loss_fn is None or isinstance(loss_fn, (nn.Module, FunctionType, BuiltinFunctionType))
-        self.kept_loss = None if plain else Kept(loss_fn, "the loss function")
+        self.kept_loss = _kept_loss(loss_fn)
         self.kept_phases: list[Kept] = []
         """What checkpoints keep of the phases that run."""
         self.waiting_states: dict[str, list[Any]] = {}
@@ -178,6 +175,71 @@ class Learner(Generic[M]):
         self.callbacks = Callbacks(self)
         given = listed(callbacks)
         self.callbacks.set(with_defaults(given) if default_callbacks else given)
+        self._made = True
+
+    _made = False
+    """Whether what is assigned is a user's."""
+
+    if not TYPE_CHECKING:  # for type checkers every attribute is as `__init__` says
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Set an attribute where that takes effect; `loss_fn` and, between fits, `data` may be replaced.
+
+            Raises:
+                AssignmentError: There is no such attribute, or it cannot be replaced; says what to type.
+            """
+            if self._made and name[:1] != "_":
+                if name == "data":
+                    value = self._new_data(value)
+                elif name == "loss_fn":
+                    self._prepare_loss(value)
+                elif type(self) is Learner or name in FIXED:
+                    check_known(self, name, value)
+            put(self, name, value)
+
+    def _new_data(self, data: Any) -> State:
+        """Name and load data that replaces the learner's.
+
+        Raises:
+            AssignmentError: An epoch or a fit is running.
+            DataError: It cannot be loaded.
+        """
+        if self.fitting or self.driven is not None:
+            raise AssignmentError(
+                "learner.data was assigned during a fit or an epoch, which ends with the data it began with; give it "
+                "to the next one: learner.fit(epochs, data), or end this one first: learner.request_stop('new data')"
+            )
+        return data if isinstance(data, State) else name_data(data)
+
+    def _prepare_loss(self, loss_fn: Any) -> None:
+        """Get a loss function ready to replace the learner's.
+
+        Raises:
+            LossError: It is none.
+            OptimizerError: It has trainable parameters that are in no optimizer.
+        """
+        _check_loss_fn(loss_fn)
+        self._meet(loss_fn)
+        if isinstance(loss_fn, nn.Module) and loss_fn is not self.loss_fn:
+            self.accelerator.place_model(loss_fn)
+            self._changes[loss_fn] = _watch(loss_fn)
+        self.kept_loss = _kept_loss(loss_fn)
+
+    def meet_parameters(self) -> None:
+        """Take note of parameters that joined the models, were replaced or unfrozen; a training epoch begins with it.
+
+        Raises:
+            OptimizerError: Trainable ones are in no optimizer; says what to type.
+        """
+        self._meet(self.loss_fn)
+
+    def _meet(self, loss_fn: Any) -> None:
+        if self.updates.rename(parameter_names(self.models, loss_fn)):
+            params: Any = like(self.weights.given, {k: tuple(m.parameters()) for k, m in self.models.items()})
+            put(self, "params", params)
+            for module in self.models.values():
+                self.accelerator.place_model(module)
+                self._changes[module] = _watch(module, self._changes[module])
 
     # Training
 
@@ -562,10 +624,28 @@ class Learner(Generic[M]):
         return "\n".join(lines)
 
 
-def _watch(module: nn.Module) -> list[tuple[str, Changes]]:
-    """Look at the parts of a module, so that changes of their attributes are seen."""
-    name = type(module).__name__
-    return [(path, Changes(part, f"{name}.{path}".rstrip("."))) for path, part in module.named_modules()]
+def _check_loss_fn(loss_fn: object) -> None:
+    """Raise `LossError` for something that cannot be called as a loss function is."""
+    if loss_fn is not None and (not callable(loss_fn) or isinstance(loss_fn, type)):
+        hint = f": {loss_fn.__name__}()" if isinstance(loss_fn, type) else ""
+        raise LossError(
+            f"loss_fn={describe(loss_fn)} was given; expected a function (preds, ys) -> scalar, or a module{hint}"
+        )
+
+
+def _kept_loss(loss_fn: object) -> Kept | None:
+    """Look at a loss function whose attributes a checkpoint keeps; None where it has none of its own."""
+    plain = loss_fn is None or isinstance(loss_fn, (nn.Module, FunctionType, BuiltinFunctionType))
+    return None if plain else Kept(loss_fn, "the loss function")
+
+
+def _watch(module: nn.Module, former: Iterable[tuple[str, Changes]] = ()) -> list[tuple[str, Changes]]:
+    """Look at the parts of a module, so that changes of their attributes are seen; `former` have been looked at."""
+    known, name = {id(changes.thing): changes for _, changes in former}, type(module).__name__
+    return [
+        (path, known.get(id(part)) or Changes(part, f"{name}.{path}".rstrip(".")))
+        for path, part in module.named_modules()
+    ]
 
 
 def listed(callbacks: Any) -> list[Any]:

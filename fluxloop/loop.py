@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fluxloop.assign import put
 from fluxloop.errors import (
     CancelEpochException,
     CancelSignal,
@@ -135,7 +136,7 @@ def runstep(learner: Learner, phase: Phase, /, **entries: Any) -> StepScope:
         entries: Stored in ``state`` under their names.
     """
     epoch = learner.scope
-    if type(epoch) is runepoch and epoch.spare is not None and epoch.phase is phase:
+    if type(epoch) is runepoch and epoch.spare is not None and epoch.spare.phase is phase:
         step, epoch.spare = epoch.spare, None
     else:
         step = StepScope(learner, phase)
@@ -162,24 +163,25 @@ class StepScope(Scope):
         learner, phase, state = self._learner, self.phase, self.state
         self.parent = outer = learner.scope
         self._undo = None
-        if outer is not None and outer.phase is phase:  # the epoch has looked these up
+        of_outer = outer is not None and (outer.phase is phase or same_phase(outer.phase, phase))
+        if outer is not None and of_outer:  # the epoch has looked these up
             self.handle, self.stream = outer.handle, outer.stream
         else:
             self._look_up()
-        if outer is not None and (outer.phase is not phase or isinstance(outer, StepScope)):
+        if outer is not None and (not of_outer or isinstance(outer, StepScope)):
             self._set_apart()
         gradients = phase.gradients
         self._grad_enabled = torch.is_grad_enabled()
         try:
-            learner.scope = self
-            if outer is None or outer.phase is not phase:
+            put(learner, "scope", self)
+            if not of_outer:
                 show_weights(self, learner, phase)
             if self._grad_enabled is not gradients:
                 torch.set_grad_enabled(gradients)
             learner.accelerator.place(state.__dict__)
             if gradients:
                 learner.updates.begin_step(state)
-            learner.step = state
+            put(learner, "step", state)
             number = self.stream.next()
             self.handle(STEP_BEGIN)
             start_step(number)
@@ -204,7 +206,8 @@ class StepScope(Scope):
                 self._leave(failure)
                 raise
             if self._undo is None and self._apart is None and self._grad_enabled is self.phase.gradients:
-                learner.scope = outer = self.parent  # nothing to undo
+                outer = self.parent  # nothing to undo
+                put(learner, "scope", outer)
                 if type(outer) is runepoch:  # of this phase: another one's step would be set apart
                     outer.spare = self
             else:
@@ -281,6 +284,8 @@ class runepoch(Scope):  # noqa: N801 - used like a function
 
     def _set_up(self) -> None:
         learner = self._learner
+        if self.phase.gradients:
+            learner.meet_parameters()
         if isinstance(self.parent, StepScope):
             step = learner.step
             self.defer(lambda: setattr(learner, "step", step))
@@ -320,6 +325,14 @@ class runepoch(Scope):  # noqa: N801 - used like a function
             self.close(error)
 
 
+def same_phase(a: Phase, b: Phase) -> bool:
+    """Tell whether two phases are the same: one instance, or two of one class that have nothing of their own."""
+    if a is b:
+        return True
+    alike = type(a) is type(b) and not vars(a) and not vars(b)
+    return alike and (not hasattr(type(a), "__attrs_attrs__") or a == b)  # slots are not among vars()
+
+
 def check_view(learner: Learner, phase: Phase) -> None:
     """Raise for a phase that runs a view of the weights which there is not, or trains it.
 
@@ -345,12 +358,12 @@ def show_weights(scope: Scope, learner: Learner, phase: Phase) -> None:
     kept = learner.model
     if phase.model_view:
         check_view(learner, phase)
-        scope.defer(lambda: setattr(learner, "model", kept))
+        scope.defer(lambda: put(learner, "model", kept))
         scope.defer(switch_modes(list(learner.weights.copies(phase.model_view).values()), phase.train_mode))
-        learner.model = learner.weights.view(phase.model_view)
+        put(learner, "model", learner.weights.view(phase.model_view))
     elif runs_a_view(scope.parent):
-        scope.defer(lambda: setattr(learner, "model", kept))
-        learner.model = learner.weights.given
+        scope.defer(lambda: put(learner, "model", kept))
+        put(learner, "model", learner.weights.given)
 
 
 def runs_a_view(scope: Scope | None) -> bool:

@@ -226,7 +226,7 @@ def _copied(learner: Learner, phase: Phase, callbacks: list[Callback]) -> tuple[
         id(learner.weights.views): {},
     }
     trial, phase, callbacks = copy.deepcopy((learner, phase, callbacks), memo)
-    trial.callbacks = Callbacks(trial)
+    vars(trial)["callbacks"] = Callbacks(trial)  # past the checks of what users assign
     return trial, phase, callbacks
 
 

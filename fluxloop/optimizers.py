@@ -73,6 +73,7 @@ def build_optimizers(models: Models, optimizer: Any, loss_fn: object = None) -> 
             "(torch.optim.Adam, partial(torch.optim.SGD, lr=0.1)), an optimizer, or a mapping of names to either"
         )
     _check_ownership(parameter_names(models, loss_fn), built)
+    separate_options(built.values())
     return built
 
 
@@ -120,7 +121,38 @@ def _call(factory: Factory, model: nn.Module, name: str | None) -> Optimizer:
     if not isinstance(made, Optimizer):
         raise OptimizerError(f"the factory optimizer{label} made {describe(made)}; expected a torch.optim.Optimizer")
     choose_fused(made)
+    for options in (
+        *made.param_groups,
+        made.defaults,
+    ):  # the factory keeps what it was given, for whatever it makes next
+        options.update({name: _apart(value, set(), copy=True) for name, value in options.items() if name != "params"})
     return made
+
+
+def separate_options(optimizers: Iterable[Optimizer]) -> None:
+    """Have each parameter group hold tensors of its own as options, such as a learning rate.
+
+    torch keeps the one tensor that it was given in all groups, so that to change one would change all.
+    The first group that holds a tensor keeps it.
+    """
+    taken: set[Tensor] = set()
+    optimizers = list(optimizers)
+    for options in (*(group for each in optimizers for group in each.param_groups), *(o.defaults for o in optimizers)):
+        for name, value in options.items():
+            if name != "params" and isinstance(value, (Tensor, tuple, list)):
+                options[name] = _apart(value, taken)
+
+
+def _apart(value: Any, taken: set[Tensor], copy: bool = False) -> Any:
+    """Give an option with copies of its tensors where they are taken, or of all; one to differentiate by stays."""
+    if isinstance(value, (tuple, list)) and any(isinstance(item, Tensor) for item in value):
+        return type(value)(_apart(item, taken, copy) for item in value)
+    if not isinstance(value, Tensor) or value.requires_grad:
+        return value
+    if copy or value in taken:
+        value = value.detach().clone()
+    taken.add(value)
+    return value
 
 
 ADAMS = (torch.optim.Adam, torch.optim.AdamW)
@@ -212,8 +244,9 @@ def check_owned(names: Mapping[nn.Parameter, str], owned: set[nn.Parameter]) -> 
     missing = [name for p, name in names.items() if p.requires_grad and p not in owned]
     if missing:
         raise OptimizerError(
-            f"trainable parameters are in no optimizer: {_list(missing)}; add them to one (add_param_group, where "
-            "they were unfrozen later), or freeze them with requires_grad_(False)"
+            f"trainable parameters are in no optimizer: {_list(missing)}; add them to one, where they joined or were "
+            "unfrozen later by learner.optimizer.add_param_group({'params': [...]}), or freeze them with "
+            "requires_grad_(False)"
         )
 
 

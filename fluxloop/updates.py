@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fluxloop.access import Path
-from fluxloop.errors import LossError, OptimizerError, PhaseError, describe, did_you_mean
+from fluxloop.errors import LossError, OptimizerError, PhaseError, describe, did_you_mean, warn_user
 from fluxloop.events import BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd
-from fluxloop.optimizers import Optimizers, check_owned, owned_parameters
+from fluxloop.optimizers import Optimizers, check_owned, owned_parameters, separate_options
 from fluxloop.state import Gradients, StepState
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
+
+GONE = " (no longer in the model)"
+"""Follows the name of a parameter that an optimizer holds and no model has any more."""
 
 BACKWARD_BEGIN, BACKWARD_END = BackwardBegin(), BackwardEnd()
 
@@ -38,6 +41,7 @@ class Slot:
         consumed: Whether the gradients have been used by an update, and may be released.
         window: The step in which the first gradient since the last update was computed.
         in_block: Whether that was in the optimizer's own block.
+        told_resting: Whether it was said that all of its parameters are frozen.
     """
 
     name: str | None
@@ -50,6 +54,7 @@ class Slot:
     consumed: bool = True
     window: StepState | None = None
     in_block: bool = False
+    told_resting: bool = False
 
     def release(self) -> None:
         """Drop the gradients; memory is freed rather than set to zero."""
@@ -115,6 +120,8 @@ class Updates:
 
     def _read_parameters(self) -> None:
         """Read which parameters the optimizers own; a group may be added while training."""
+        if any(slot.num_groups not in (0, len(slot.optimizer.param_groups)) for slot in self.slots):
+            separate_options(slot.optimizer for slot in self.slots)  # a new group takes its options from the defaults
         for slot in self.slots:
             slot.parameters = tuple(owned_parameters(slot.optimizer))
             slot.num_groups = len(slot.optimizer.param_groups)
@@ -122,14 +129,21 @@ class Updates:
         for slot in self.slots:
             slot.others = tuple(p for other in self.slots if other is not slot for p in other.parameters)
 
-    def check_owned(self) -> None:
-        """Raise for a parameter that became trainable and is in no optimizer.
+    def rename(self, names: dict[nn.Parameter, str]) -> bool:
+        """Take the names of all parameters anew, as some may have joined; tell whether any has changed.
 
         Raises:
-            OptimizerError: Names it.
+            OptimizerError: A trainable one is in no optimizer; nothing is changed.
         """
         self._read_parameters()
-        check_owned(self.names, {p for slot in self.slots for p in slot.parameters})
+        owned = set(self.parameters)
+        check_owned(names, owned)
+        gone = {p: name for p, name in self.names.items() if p in owned and p not in names}
+        if self.names == {**names, **gone}:
+            return False
+        self.names = {**names, **{p: f"{name.removesuffix(GONE)}{GONE}" for p, name in gone.items()}}
+        self.gradients = Gradients((name, parameter) for parameter, name in self.names.items())
+        return True
 
     def begin_step(self, state: StepState) -> None:
         """Release what the last update consumed."""
@@ -220,7 +234,8 @@ class Updates:
 
         Raises:
             OptimizerError: There is no optimizer of that name, or it is not the block's.
-            PhaseError: The running phase has no gradients.
+            PhaseError: The running phase has no gradients, or nothing is running and there are none.
+            LossError: ``step.grads`` was replaced by something that does not say each gradient.
         """
         learner, block = self._learner, self.block
         phase = None if learner.scope is None else learner.scope.phase
@@ -235,8 +250,19 @@ class Updates:
             slots: tuple[Slot, ...] = (block.slot,)
         else:
             slots = self.slots if name is None else (self.find(name),)
+        if phase is None and all(slot.consumed for slot in slots):
+            raise PhaseError(
+                "learner.update was called outside of a step, and no gradient has been computed since the last update; "
+                "expected it in a step, after learner.backward(loss):\n"
+                "    with runstep(learner, phase, xs=xs, ys=ys) as (handle, state):\n"
+                "        ...\n"
+                "        learner.backward(loss)\n"
+                "        learner.update()"
+            )
         for slot in slots:
+            self._take_given(slot)
             learner.fire(slot.begin)
+            self._take_given(slot)
             try:
                 learner.accelerator.update(slot.optimizer)
             except TypeError as error:
@@ -249,6 +275,60 @@ class Updates:
             slot.consumed = True
             slot.window = None
             learner.fire(slot.end)
+
+    def resting(self, slot: Slot) -> bool:
+        """Tell whether an optimizer has nothing to train while another has, as one of a frozen network; warn once.
+
+        Its block makes no update then, so that one network can be trained alone first.
+        """
+        if any(parameter.requires_grad for parameter in slot.parameters):
+            return False
+        if not any(parameter.requires_grad for parameter in slot.others):
+            return False
+        if not slot.told_resting:
+            slot.told_resting = True
+            warn_user(
+                f"all parameters of {slot.label} are frozen: its update blocks compute their loss and change nothing, "
+                "until some are unfrozen"
+            )
+        return True
+
+    def _take_given(self, slot: Slot) -> None:
+        """Use the gradients of a mapping that somebody has put in the place of ``step.grads``.
+
+        Raises:
+            LossError: It does not say each gradient of the optimizer; nothing is changed.
+        """
+        step = self._learner.step
+        given = vars(step).get("grads", self.gradients)
+        if given is self.gradients or slot.window is None:
+            return
+        if not isinstance(given, Mapping):
+            raise LossError(
+                f"step.grads was replaced by {describe(given)}; expected gradients by name, {{'0.weight': tensor, ...}}"
+                ", or another name for an entry of your own"
+            )
+        parameters = {name: parameter for parameter, name in self.names.items()}
+        missing = [self.names[p] for p in slot.waiting if self.names[p] not in given]
+        unknown = [str(name) for name in given if name not in parameters]
+        if missing or unknown:
+            hint = "" if missing else did_you_mean(unknown[0], parameters)
+            what = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}, which is no parameter{hint}"
+            raise LossError(
+                f"step.grads was replaced by a mapping that {what}\n"
+                "  expected the gradient of each parameter, None for none; to replace one of them:\n"
+                f"    learner.step.grads[{next(iter(parameters))!r}] = tensor"
+            )
+        for name, gradient in given.items():
+            shape = parameters[name].shape
+            if gradient is not None and (not isinstance(gradient, Tensor) or gradient.shape != shape):
+                raise LossError(
+                    f"step.grads[{name!r}] is {describe(gradient)}; expected a tensor of shape {tuple(shape)}"
+                )
+        for name, gradient in given.items():
+            parameter = parameters[name]
+            parameter.grad = None if gradient is None else gradient.detach().to(parameter)
+        step.grads = self.gradients
 
     def explain(self, path: Path) -> Iterator[str]:
         """Tell which optimizers write a path below ``model``, ``params`` or ``optimizer``."""
@@ -318,6 +398,9 @@ class UpdateBlock:
         key = "loss" if name is None else name
         losses.pop(key, None)  # so that the newest comes last
         losses[key] = self.loss
+        if isinstance(self.loss, Tensor) and self._updates.resting(self.slot):
+            losses[key] = self.loss.detach()
+            return
         learner.fire(BACKWARD_BEGIN)
         loss = losses[key]
         if self._updates.findings is not None:

@@ -34,6 +34,7 @@ TREE = {
     "CompileError": (FluxloopError, RuntimeError),
     "LogExistsError": (FluxloopError, FileExistsError),
     "ReentrantFitError": (FluxloopError, RuntimeError),
+    "AssignmentError": (FluxloopError, AttributeError),
     "MissingEntryError": (FluxloopError, AttributeError),
     "StateAccessError": (FluxloopError, Exception),
     "CallbackError": (FluxloopError, Exception),

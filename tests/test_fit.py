@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from fluxloop import (
     Callback,
     CancelEpochException,
     CancelFittingException,
+    CustomCallback,
     CycleEnd,
     DataError,
     EpochBegin,
@@ -513,3 +514,77 @@ def test_no_entry_of_the_last_step_keeps_its_graph_after_a_fit(phases, stop):
     tensors = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
     assert len(tensors) >= 4
     assert all(tensor.grad_fn is None for tensor in tensors)
+
+
+# A phase that does not say which data it runs on
+
+
+class Keyless(Phase):
+    train_mode = gradients = True
+
+    def step(self, learner, batch):
+        with runstep(learner, self, xs=batch[0], ys=batch[1]) as (_, state):
+            state.loss = learner.loss_fn(learner.model(state.xs), state.ys)
+            learner.backward(state.loss)
+            learner.update()
+
+
+class OwnEpoch(Keyless):
+    given: ClassVar[list[Any]] = []
+
+    def epoch(self, learner, data):
+        self.given.append(list(data))
+
+
+BATCHES = [(torch.ones(2, 1) * i, torch.ones(2, 1)) for i in (1.0, 2.0, 3.0)]
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        lambda learner, phase: learner.epoch(phase, BATCHES),
+        lambda learner, phase: learner.fit(1, BATCHES, phases=[phase]),
+        lambda learner, phase: learner.fit(1, (BATCHES,), phases=[phase]),
+        lambda learner, phase: learner.fit(1, {"anything": BATCHES}, phases=[phase]),
+    ],
+)
+def test_data_that_is_given_to_a_phase_without_a_data_key_is_used(train):
+    learner, named = toy_learner(Recorder(), data=()), toy_learner(Recorder(), data=(BATCHES,))
+    train(learner, Keyless())
+    named.fit(1)
+    assert learner.history[Keyless].steps == 3
+    assert torch.equal(learner.model.value, named.model.value)
+
+
+def test_a_phase_without_a_data_key_runs_on_the_only_data_there_is():
+    learner = toy_learner(Recorder(), data=(BATCHES,))
+    learner.fit(2, phases=[Keyless()])
+    assert learner.history[Keyless].steps == 6
+
+
+def test_rows_that_are_given_to_a_training_phase_without_a_data_key_are_shuffled():
+    learner = toy_learner(data=())
+    seen = []
+    learner.add_callback(CustomCallback(lambda learner: seen.extend(learner.step.xs.flatten().tolist()), StepEnd))
+    learner.epoch(Keyless(), (torch.arange(64.0)[:, None], torch.zeros(64, 1)))
+    assert sorted(seen) == list(range(64)) != seen
+
+
+@pytest.mark.parametrize(("data", "known"), [((), "no data"), ((BATCHES, BATCHES), r"\['training', 'validation'\]")])
+@pytest.mark.parametrize("train", [lambda le, p: le.epoch(p), lambda le, p: le.fit(2, phases=[TrainingPhase(), p])])
+def test_a_phase_whose_data_nobody_knows_is_an_error_before_anything_has_begun(train, data, known):
+    learner = toy_learner(recorder := EventRecorder(), data=data)
+    with pytest.raises(DataError, match=rf"there is {known}|runs on the 'training' data") as caught:
+        train(learner, Keyless())
+    assert recorder.events == []
+    if data:
+        assert "data_key = 'training', or give it data: learner.epoch(phase, data)" in str(caught.value)
+
+
+def test_a_phase_with_an_epoch_of_its_own_needs_no_data_and_gets_what_is_given():
+    learner = toy_learner(data=())
+    phase = OwnEpoch()
+    learner.epoch(phase)
+    learner.epoch(phase, BATCHES)
+    learner.fit(1, BATCHES, phases=[phase])
+    assert [len(given) for given in phase.given] == [0, 3, 3]

@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "access",
+        "assign",
         "augment",
         "digests",
         "host",

@@ -929,3 +929,46 @@ def test_a_callback_added_between_two_steps_of_an_epoch_hears_of_the_next() -> N
         with runstep(learner, phase) as (handle_in_step, _):
             handle_in_step(LossBegin())
     assert recorder.events == ["LossBegin", "StepBegin", "LossBegin", "StepEnd", "EpochEnd"]
+
+
+# Equal phases
+
+
+@define
+class Options(TrainingPhase):
+    rate: float = 0.1
+
+
+class Keeps(TrainingPhase):
+    def __init__(self, value: int = 0) -> None:
+        self.value = value
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "same"),
+    [
+        (TrainingPhase(), TrainingPhase(), True),
+        (Options(), Options(), True),
+        (Options(), Options(0.2), False),
+        (Keeps(), Keeps(), False),
+        (TrainingPhase(), ValidationPhase(), False),
+    ],
+)
+def test_a_step_of_an_equal_phase_is_the_epochs_own(outer: Phase, inner: Phase, same: bool) -> None:
+    learner = toy_learner()
+    batch = next(iter(learner.data.training))
+    with runepoch(learner, outer):
+        inner.step(learner, batch)
+        assert ("loss" in learner.step) is same
+
+
+def test_a_loop_with_a_new_phase_for_each_step_is_the_loop_with_one() -> None:
+    losses = []
+    for phase_of in (lambda phase: phase, lambda phase: TrainingPhase()):
+        learner = toy_learner()
+        phase = TrainingPhase()
+        with runepoch(learner, phase):
+            for batch in learner.data.training:
+                phase_of(phase).step(learner, batch)
+                losses.append(learner.step.loss.item())
+    assert losses[: len(losses) // 2] == losses[len(losses) // 2 :]

@@ -1,13 +1,29 @@
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
-from fluxloop import Accelerator, Learner, OptimizerError, TensorBatches, TrainingPhase, optimizers, runstep
+from fluxloop import (
+    Accelerator,
+    Learner,
+    LearningRate,
+    Momentum,
+    OptimizerError,
+    Scheduler,
+    TensorBatches,
+    TrainingPhase,
+    get_hyperparameter,
+    optimizers,
+    runstep,
+    set_hyperparameter,
+)
+from fluxloop import linear as linear_schedule
 from fluxloop.optimizers import build_optimizers, owned_parameters, parameter_names, step_optimizer
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -694,3 +710,87 @@ def test_a_graph_made_before_a_fused_step_is_refused_after_it_as_without_fusing(
     learner.update()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         stale.backward()
+
+
+# Options that are tensors
+
+
+def halves() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    return {"G": nn.Linear(4, 2), "D": nn.Linear(2, 1)}
+
+
+def by_tensor(**options: Any) -> Any:
+    return partial(torch.optim.AdamW, lr=torch.tensor(1e-2), **options)
+
+
+def test_each_optimizer_of_a_factory_has_a_tensor_of_its_own_as_learning_rate() -> None:
+    make = by_tensor()
+    learner = Learner(halves(), optimizer=make, default_callbacks=False)
+    second = Learner(halves(), optimizer=make, default_callbacks=False)
+    set_hyperparameter(learner, LearningRate("G"), 0.5)
+    for held in (learner.optimizer.D, second.optimizer.G, second.optimizer.D):
+        assert held.param_groups[0]["lr"].item() == pytest.approx(1e-2)
+    assert make.keywords["lr"].item() == pytest.approx(1e-2)
+    assert learner.optimizer.G.param_groups[0]["lr"].item() == 0.5
+
+
+def test_betas_and_defaults_are_tensors_of_their_own_too() -> None:
+    make = by_tensor(betas=(torch.tensor(0.9), torch.tensor(0.99)), capturable=False)
+    learner = Learner(halves(), optimizer=make, default_callbacks=False)
+    set_hyperparameter(learner, Momentum("G"), 0.5)
+    assert get_hyperparameter(learner, Momentum("D")) == pytest.approx(0.9)
+    assert learner.optimizer.G.defaults["betas"][0].item() == pytest.approx(0.9)
+
+
+def test_a_group_that_joins_later_shares_no_tensor_with_the_others() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    learner = Learner(model, mse_loss, data=((torch.ones(4, 2),) * 2,), optimizer=by_tensor(), default_callbacks=False)
+    for _ in range(2):
+        model.append(nn.Linear(2, 2))
+        learner.optimizer.add_param_group({"params": model[-1].parameters()})
+    learner.fit(1)
+    set_hyperparameter(learner, LearningRate(group=1), 0.5)
+    rates = [group["lr"].item() for group in learner.optimizer.param_groups]
+    assert rates == pytest.approx([1e-2, 0.5, 1e-2])
+
+
+def test_groups_of_an_optimizer_made_beforehand_are_separated_and_the_first_keeps_its_tensor() -> None:
+    model, rate = nn.Linear(2, 2), torch.tensor(0.1)
+    optimizer = torch.optim.SGD([{"params": [model.weight]}, {"params": [model.bias]}], lr=rate)
+    learner = Learner(model, optimizer=optimizer, default_callbacks=False)
+    set_hyperparameter(learner, LearningRate(group=1), 0.5)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert rate.item() == pytest.approx(0.1)
+    assert get_hyperparameter(learner, LearningRate) == pytest.approx((0.1, 0.5))
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}])
+def test_tensor_rates_under_a_schedule_are_trained_with_as_numbers_are_also_copied_and_resumed(options: Any) -> None:
+    rows = torch.rand(8, 2, generator=torch.Generator().manual_seed(0))
+
+    def make(rate: Any) -> Learner:
+        torch.manual_seed(0)
+        factory = partial(torch.optim.AdamW, lr=rate, **options)
+        return Learner(
+            Two(),
+            mse_loss,
+            data=((rows, rows[:, :1]),),
+            optimizer={"encoder": factory, "head": factory},
+            callbacks=[Scheduler({LearningRate("encoder"): linear_schedule(4, 0.1, 0.0)})],
+            default_callbacks=False,
+            seed=0,
+        )
+
+    learner, plain, other = make(torch.tensor(1e-2)), make(1e-2), make(torch.tensor(1e-2))
+    learner.fit(2)
+    copied = copy.deepcopy(learner)
+    other.load_state_dict(learner.state_dict())
+    plain.fit(4)
+    for each in (learner, copied, other):
+        each.fit(2)
+        rates = [each.optimizer.encoder.param_groups[0]["lr"].item(), each.optimizer.head.param_groups[0]["lr"].item()]
+        assert rates == pytest.approx([0.025, 1e-2])
+        for mine, theirs in zip(each.model.parameters(), plain.model.parameters(), strict=True):
+            assert torch.allclose(mine, theirs, atol=1e-6)
+        assert all(map(torch.equal, each.model.parameters(), learner.model.parameters()))

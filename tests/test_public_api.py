@@ -29,6 +29,7 @@ PUBLIC = [
     "Accelerator",
     "ActivationStats",
     "AmbiguousHandlerError",
+    "AssignmentError",
     "Attribute",
     "Audio",
     "AutoencoderPhase",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import functools
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from fluxloop import (
     AbstractValidationPhase,
     BackwardBegin,
     BackwardEnd,
+    Callback,
     CancelEpochException,
     CancelFittingException,
     CancelStepException,
@@ -38,8 +40,10 @@ from fluxloop import (
     UpdateBegin,
     UpdateEnd,
     on,
+    runepoch,
     runstep,
 )
+from fluxloop.state import Gradients
 from fluxloop.testing import EventRecorder, assert_same_bits, bits, toy_learner
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -661,12 +665,169 @@ def test_misuse_says_what_is_wrong_and_changes_nothing(
     assert_same_bits(learner, untouched)
 
 
-def test_a_block_whose_parameters_are_all_frozen_says_so() -> None:
+def test_a_block_whose_parameters_are_all_frozen_changes_nothing_and_says_so_once() -> None:
     learner = gan()
     before = weights(learner)
-    with pytest.raises(LossError, match=r"optimizer 'D'"):
-        one_step(learner, Misuse(all_frozen))
+    with pytest.warns(UserWarning, match=r"all parameters of optimizer 'D' are frozen") as told:
+        learner.fit(2, phases=[Misuse(all_frozen)])
+    assert len(told) == 1
     assert same(weights(learner), before)
+    assert learner.step.losses["D"].grad_fn is None
+
+
+def test_one_network_can_be_trained_alone_first() -> None:
+    learner, alone = gan(), gan()
+    learner.model.G.requires_grad_(False)
+    with pytest.warns(UserWarning, match="optimizer 'G' are frozen"):
+        learner.epoch(Pair())
+    for real in images():
+        with runstep(alone, TrainingPhase(), real=real):
+            with alone.optimizing("D") as block:
+                block.loss = critic_loss(alone.model.D, real, alone.model.G(real))
+    assert same(weights(learner), weights(alone))
+    learner.model.G.requires_grad_(True)
+    before = weights(learner)
+    learner.epoch(Pair())
+    assert not torch.equal(before[0], weights(learner)[0])
+
+
+def test_where_every_network_is_frozen_a_block_is_an_error() -> None:
+    learner = gan()
+    learner.model.G.requires_grad_(False)
+    with pytest.raises(LossError, match="frozen"):
+        one_step(learner, Misuse(all_frozen))
+
+
+class Puts(Callback):
+    """Puts something in the place of the step's gradients."""
+
+    writes = ("step.grads",)
+
+    def __init__(self, make: Callable[[dict[str, Any]], Any], event: Any = BackwardEnd) -> None:
+        self.make, self.event = make, event
+
+    @on(BackwardEnd)
+    def after_backward(self, event: BackwardEnd, phase: Phase, learner: Any) -> None:
+        if self.event is BackwardEnd:
+            learner.step.grads = self.make(dict(learner.step.grads))
+
+    @on(UpdateBegin)
+    def before_update(self, event: UpdateBegin, phase: Phase, learner: Any) -> None:
+        if self.event is UpdateBegin:
+            learner.step.grads = self.make(dict(learner.step.grads))
+
+
+def halved(grads: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if grad is None else grad / 2 for name, grad in grads.items()}
+
+
+@pytest.mark.parametrize("event", [BackwardEnd, UpdateBegin])
+def test_gradients_that_are_put_in_the_place_of_the_steps_are_used(event: Any) -> None:
+    learner, slower = gan(Puts(halved, event)), gan(optimizer=partial(torch.optim.SGD, lr=SGD.keywords["lr"] / 2))
+    one_step(learner)
+    one_step(slower)
+    assert all(torch.allclose(a, b) for a, b in zip(weights(learner), weights(slower), strict=True))
+    assert isinstance(learner.step.grads, Gradients)
+
+
+def test_a_gradient_that_is_put_away_is_none() -> None:
+    learner = gan(Puts(lambda grads: dict.fromkeys(grads)))
+    before = weights(learner)
+    one_step(learner)
+    assert same(weights(learner), before)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda grads: 3, "replaced by 3; expected gradients by name"),
+        (lambda grads: [*grads.values()], "replaced by a list of length"),
+        (lambda grads: {}, "lacks 'D"),
+        (lambda grads: {**grads, "G.0.wieght": None}, "'G.0.wieght', which is no parameter"),
+        (lambda grads: {name: torch.zeros(7) for name in grads}, "expected a tensor of shape"),
+    ],
+)
+def test_gradients_that_do_not_fit_are_refused_before_anything_is_changed(make: Any, words: str) -> None:
+    learner = gan(Puts(make))
+    before = weights(learner)
+    with pytest.raises(LossError, match=words):
+        one_step(learner)
+    assert same(weights(learner), before)
+
+
+def test_an_update_outside_of_a_step_without_gradients_is_refused() -> None:
+    learner = gan()
+    for _ in range(2):  # before anything has run, and when all gradients have been used
+        before = weights(learner)
+        with pytest.raises(PhaseError, match=r"outside of a step.*\n.*runstep"):
+            learner.update()
+        assert same(weights(learner), before)
+        learner.epoch(Pair())
+
+
+Begin = Callable[[Learner], object]
+BEGINNINGS: list[Begin] = [
+    lambda learner: learner.fit(1, phases=[Pair()]),
+    lambda learner: learner.epoch(Pair()),
+    lambda learner: runepoch(learner, Pair()).__enter__(),
+]
+
+
+def join(learner: Learner) -> None:
+    learner.model.D.append(nn.Linear(1, 1))
+
+
+def replace(learner: Learner) -> None:
+    learner.model.D[2] = nn.Linear(4, 1)
+
+
+def thaw(learner: Learner) -> None:
+    learner.model.D.append(nn.Linear(1, 1).requires_grad_(False))
+    learner.epoch(Pair())
+    learner.model.D[3].requires_grad_(True)
+
+
+@pytest.mark.parametrize("begin", BEGINNINGS, ids=["fit", "epoch", "runepoch"])
+@pytest.mark.parametrize(("change", "number"), [(join, 3), (replace, 2), (thaw, 3)])
+def test_parameters_that_join_later_and_are_in_no_optimizer_are_named_when_training_begins(
+    change: Callable[[Learner], None], number: int, begin: Begin
+) -> None:
+    learner = gan(Recorder())
+    change(learner)
+    before, epochs = weights(learner), learner.history[Pair].epochs
+    with pytest.raises(OptimizerError, match=rf"in no optimizer: D.{number}.weight, D.{number}.bias.*add_param_group"):
+        begin(learner)
+    assert same(weights(learner), before)
+    assert learner.scope is None
+    assert learner.history[Pair].epochs == epochs
+
+
+@pytest.mark.parametrize(("change", "number"), [(join, 3), (replace, 2), (thaw, 3)])
+def test_parameters_that_join_an_optimizer_later_are_known_everywhere(
+    change: Callable[[Learner], None], number: int
+) -> None:
+    learner = gan(Recorder())
+    change(learner)
+    part = learner.model.D[number]
+    learner.optimizer.D.add_param_group({"params": part.parameters()})
+    before = part.weight.detach().clone()
+    one_step(learner)
+    assert not torch.equal(part.weight, before)
+    assert learner.step.grads[f"D.{number}.weight"] is part.weight.grad
+    assert list(learner.params.D) == list(learner.model.D.parameters())
+    copied = copy.deepcopy(learner)
+    copied.load_state_dict(learner.state_dict())
+    one_step(copied)
+    one_step(learner)
+    assert same(weights(learner), weights(copied))
+
+
+def test_a_part_that_was_replaced_keeps_its_name_where_an_optimizer_still_holds_it() -> None:
+    learner = gan()
+    replace(learner)
+    learner.optimizer.D.add_param_group({"params": learner.model.D[2].parameters()})
+    one_step(learner)
+    assert {"D.2.weight", "D.2.weight (no longer in the model)"} <= set(learner.step.grads)
 
 
 def test_a_name_that_no_optimizer_has_is_reported_for_a_learner_with_a_single_unnamed_one() -> None:
