@@ -322,7 +322,9 @@ class Learner(Generic[M]):
 
     # Inside a step
 
-    def optimizing(self, name: str | int | None = None, *, retain_graph: bool = False) -> UpdateBlock:
+    def optimizing(
+        self, name: str | int | None = None, *, loss: str | None = None, retain_graph: bool = False
+    ) -> UpdateBlock:
         """Open the block in which one optimizer's parameters may change.
 
         On leaving it with ``block.loss`` set, the gradients of those parameters alone are
@@ -331,6 +333,9 @@ class Learner(Generic[M]):
 
         Args:
             name: Of the optimizer; None for the only one.
+            loss: The name under which the block's loss is recorded, ``"r1"`` for ``"training/r1"``;
+                left out, ``"loss_<name>"`` (``"loss"`` for an only optimizer). Where a step opens
+                several blocks under one name, the last of their losses is recorded.
             retain_graph: Whether another block's loss needs the same graph.
 
         Raises:
@@ -343,7 +348,7 @@ class Learner(Generic[M]):
             with learner.optimizing("D") as block:
                 block.loss = softplus(-D(real)).mean() + softplus(D(fake.detach())).mean()
         """
-        return UpdateBlock(self, self.updates.find(name), retain_graph)
+        return UpdateBlock(self, self.updates.find(name), retain_graph, loss)
 
     def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
         """Compute the gradients of a scalar loss.

@@ -108,15 +108,45 @@ def concatenate(parts: list[Any]) -> Any:
 
 
 def batch_size(entries: Mapping[str, Any]) -> int:
-    """Number of rows of a step: the length of the first tensor found in its entries.
+    """Return the number of rows of a step, as its first entry that has rows tells it.
 
-    Returns 1 where no entry holds a tensor with a first dimension.
+    A tensor has as many rows as its first dimension is long. A list holds a row per item: the
+    images of a batch that differ in size. Where another entry has as many rows as each tensor in
+    the list, the list holds several views of these rows instead, as a tuple of tensors does. Of
+    the items of a mapping, or the fields of a dataclass, the number that most of them have counts.
+
+    Returns 1 where no entry has rows.
 
     >>> batch_size({"xs": torch.zeros(32, 4), "ys": torch.zeros(32)})
     32
+    >>> batch_size({"images": [torch.zeros(3, 8, 9), torch.zeros(3, 9, 9)], "ys": torch.zeros(2)})
+    2
     """
-    for entry in entries.values():
-        for tensor in (entry,) if isinstance(entry, Tensor) else tensors(entry):
-            if tensor.ndim:
-                return tensor.shape[0]
+    for name, entry in entries.items():
+        if type(entry) is Tensor and entry.ndim:
+            return entry.shape[0]
+        rows = _rows(entry)
+        if rows is None:
+            continue
+        if isinstance(entry, list):
+            inside = {len(item) for item in entry if isinstance(item, Tensor) and item.ndim}
+            others = (_rows(other) for key, other in entries.items() if key != name)
+            if len(inside) == 1 and next((number for number in others if number is not None), rows) in inside:
+                return inside.pop()
+        return rows
     return 1
+
+
+def _rows(value: Any) -> int | None:
+    """Return how many rows a value has; None where it has none."""
+    if isinstance(value, Tensor):
+        return value.shape[0] if value.ndim else None
+    if isinstance(value, PackedSequence):
+        return int(value.batch_sizes[0])
+    if isinstance(value, list):
+        return len(value) or None
+    if isinstance(value, tuple):
+        return next((rows for item in value if (rows := _rows(item)) is not None), None)
+    parts = value.values() if isinstance(value, Mapping) else (getattr(value, name) for name in init_fields(value) or ())
+    numbers = [rows for part in parts if (rows := _rows(part)) is not None]
+    return max(numbers, key=numbers.count) if numbers else None

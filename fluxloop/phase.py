@@ -24,9 +24,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 from fluxloop.errors import BatchError, CancelStepException, PhaseError, describe
 from fluxloop.lazy import all_subclasses
 from fluxloop.loop import runepoch, runstep
+from fluxloop.nested import batch_size
 from fluxloop.state import name_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fluxloop.learner import Learner
     from fluxloop.loop import Handle
     from fluxloop.state import StepState
@@ -164,6 +167,21 @@ class Phase:
         with runepoch(learner, self):
             for batch in data:
                 self.step(learner, batch)
+
+    def weight(self, state: StepState) -> float | Tensor:
+        """Return what a step weighs in the means of an epoch: of its losses, and of metrics that are functions.
+
+        It is asked when the step ends. By default the number of the step's rows: the length of its
+        first entry that is a tensor, or a list of as many rows. Where a loss is a mean over
+        something else, say what: ``return (state.ys != -100).sum()`` for the tokens that are no padding.
+
+        Args:
+            state: The step's entries.
+
+        Returns:
+            A number from 0 on, or a tensor with one such number, which stays on its device.
+        """
+        return batch_size(vars(state))
 
     def check(self, learner: Learner) -> None:
         """Raise what is wrong with the learner for this phase, before anything has begun."""

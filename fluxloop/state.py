@@ -83,6 +83,15 @@ class StepState(State):
     __hint__ = " A phase stores an entry with 'state.NAME = ...' or runstep(learner, self, NAME=...)."
 
 
+class LossName(str):
+    """A name that an update block gave to its loss: ``learner.optimizing("D", loss="r1")``.
+
+    A key of ``step.losses`` as the optimizers' names are; the loss is recorded under it as it is.
+    """
+
+    __slots__ = ()
+
+
 class SharedState(State):
     """What callbacks publish for other callbacks: ``learner.cbstate``."""
 

@@ -109,9 +109,11 @@ class StandIn:
                     annotate(error, f"fluxloop: raised by {node.id} at {type(event).__name__}, while it was traced")
                     raise
 
-    def optimizing(self, name: str | int | None = None, *, retain_graph: bool = False) -> UpdateBlock:
+    def optimizing(
+        self, name: str | int | None = None, *, loss: str | None = None, retain_graph: bool = False
+    ) -> UpdateBlock:
         """Open the block in which one optimizer's parameters may change."""
-        return UpdateBlock(self, self.updates.find(name), retain_graph)  # type: ignore[arg-type]  # as above
+        return UpdateBlock(self, self.updates.find(name), retain_graph, loss)  # type: ignore[arg-type]  # as above
 
 
 class AcceleratorStandIn:

@@ -15,7 +15,7 @@ from fluxloop.access import Path
 from fluxloop.errors import LossError, OptimizerError, PhaseError, describe, did_you_mean, warn_user
 from fluxloop.events import BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd
 from fluxloop.optimizers import Optimizers, check_owned, owned_parameters, separate_options
-from fluxloop.state import Gradients, StepState
+from fluxloop.state import Gradients, LossName, StepState
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -352,9 +352,15 @@ class UpdateBlock:
         loss: The scalar loss of this optimizer; None makes no update.
     """
 
-    __slots__ = ("_frozen", "_retain_graph", "_updates", "learner", "loss", "slot")
+    __slots__ = ("_frozen", "_name", "_retain_graph", "_updates", "learner", "loss", "slot")
 
-    def __init__(self, learner: Learner, slot: Slot, retain_graph: bool = False) -> None:
+    def __init__(self, learner: Learner, slot: Slot, retain_graph: bool = False, name: str | None = None) -> None:
+        if name is not None and (not isinstance(name, str) or not name or "/" in name):
+            raise LossError(
+                f"optimizing(loss={name!r}) was given; expected the name under which the block's loss is recorded, "
+                "without a slash: loss='r1'"
+            )
+        self._name = None if name is None else LossName(name)
         self._retain_graph = retain_graph
         self.learner = learner
         self._updates = learner.updates
@@ -392,7 +398,7 @@ class UpdateBlock:
 
     def _finish(self) -> None:
         """Keep the loss, compute its gradients, step; callbacks may replace the loss in between."""
-        learner, name = self.learner, self.slot.name
+        learner, name = self.learner, self._name or self.slot.name
         state = learner.step
         losses = vars(state) if name is None else vars(state).setdefault("losses", {})
         key = "loss" if name is None else name

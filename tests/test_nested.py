@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence
 
 from fluxloop.nested import batch_size, concatenate, map_tensors, tensors
 
@@ -163,4 +164,29 @@ def test_classes_are_no_containers() -> None:
     ],
 )
 def test_the_batch_size_is_the_length_of_the_first_tensor_with_rows(entries: dict[str, Any], size: int) -> None:
+    assert batch_size(entries) == size
+
+
+IMAGES = [torch.zeros(3, 8 + index, 9) for index in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("entries", "size"),
+    [
+        ({"images": IMAGES, "ys": torch.zeros(5)}, 5),
+        ({"images": IMAGES}, 5),
+        ({"texts": ["a", "b"], "ys": torch.zeros(2)}, 2),
+        ({"targets": [{"boxes": torch.zeros(7, 4)}, {"boxes": torch.zeros(1, 4)}]}, 2),
+        ({"views": [torch.zeros(6, 4), torch.zeros(6, 4)], "ys": torch.zeros(6)}, 6),  # a loader's collate makes lists
+        ({"views": (torch.zeros(6, 4), torch.zeros(6, 4))}, 6),
+        ({"crops": [torch.zeros(6, 8), torch.zeros(6, 8), torch.zeros(6, 4)], "names": list("abcdef")}, 6),
+        ({"batch": {"classes": torch.zeros(5, 2), "xs": torch.zeros(8, 4), "ys": torch.zeros(8)}}, 8),
+        ({"batch": {"classes": torch.zeros(5, 2), "images": [*IMAGES, *IMAGES], "ys": torch.zeros(10)}}, 10),
+        ({"scale": torch.tensor(2.0), "none": [], "xs": torch.zeros(4, 1)}, 4),
+        ({"words": pack_sequence([torch.zeros(3), torch.zeros(2), torch.zeros(1)])}, 3),
+    ],
+)
+def test_a_list_has_a_row_per_item_and_a_mapping_those_of_most_of_its_items(
+    entries: dict[str, Any], size: int
+) -> None:
     assert batch_size(entries) == size

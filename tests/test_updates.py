@@ -28,6 +28,8 @@ from fluxloop import (
     Learner,
     LossBegin,
     LossError,
+    MetricError,
+    Metrics,
     OptimizerError,
     Phase,
     PhaseError,
@@ -1632,3 +1634,23 @@ def test_a_block_after_a_backward_by_hand_uses_its_own_gradients_alone() -> None
 def test_an_optimizer_that_needs_a_closure_is_an_error_that_says_so() -> None:
     with pytest.raises(OptimizerError, match=r"LBFGS needs a closure.*optimizer\.step\(closure\)"):
         toy_learner(optimizer=torch.optim.LBFGS).fit(1)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", 3])
+def test_a_name_of_a_blocks_loss_that_cannot_be_recorded_is_refused(name: Any) -> None:
+    learner = toy_learner()
+    with pytest.raises(LossError, match=r"optimizing\(loss=.*was given; expected the name"):
+        learner.optimizing(loss=name)
+
+
+def test_a_blocks_loss_may_not_take_the_name_of_another() -> None:
+    class Twice(TrainingPhase):
+        def step(self, learner: Any, batch: Any) -> None:
+            with runstep(learner, self, xs=batch[0]) as (_, state):
+                for name in (None, "loss"):
+                    with learner.optimizing(loss=name) as block:
+                        block.loss = learner.model(state.xs).mean()
+
+    learner = toy_learner(Recorder(), Metrics())
+    with pytest.raises(MetricError, match="two losses of a step are recorded as 'loss'"):
+        learner.fit(1, phases=[Twice()])

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fluxloop.callback import Callback, on
 from fluxloop.callbacks.recorder import Recorder
-from fluxloop.errors import MetricError, annotate
-from fluxloop.events import EpochBegin, EpochEnd, StepEnd
+from fluxloop.errors import MetricError, annotate, describe, warn_user
+from fluxloop.events import EpochBegin, EpochEnd, FitEnd, StepEnd
 from fluxloop.metrics.base import Loss, Metric, SmoothLoss, Tracker
-from fluxloop.phase import Phase
+from fluxloop.phase import FittingPhase, Phase
 from fluxloop.state import Container, PhaseDict
 
 AnyMetric = Loss | SmoothLoss | Metric
@@ -116,9 +116,10 @@ class PhaseMetrics(Container):
 
 
 class Metrics(Callback):
-    """Compute metrics over each epoch, weighted by batch size, on the device they are computed on.
+    """Compute metrics over each epoch, on the device they are computed on.
 
-    The loss always comes first. Numbers reach the host once per epoch.
+    Each step has its weight in the means of an epoch: its number of rows, unless the phase says
+    otherwise (`Phase.weight`). The loss always comes first. Numbers reach the host once per epoch.
 
     Args:
         metrics: Functions ``(preds, ys) -> scalar``, `Metric`s, or objects with ``update``,
@@ -144,6 +145,8 @@ class Metrics(Callback):
             given.insert(0, Loss())
         given.sort(key=lambda metric: not isinstance(metric, Loss))
         self.metrics = given
+        self.found: set[str] = set()
+        """Names of optional metrics whose inputs a step has had."""
         names = [metric.name for metric in given]
         for metric_name in names:
             if names.count(metric_name) > 1:
@@ -172,10 +175,11 @@ class Metrics(Callback):
     def update(self, event: StepEnd, phase: Phase, learner: Any) -> None:
         """Take in a step."""
         trackers = learner.cbstate.metrics[phase].trackers
-        step, size = learner.step, learner.batch_size
+        step = learner.step
+        weight = learner.batch_size if type(phase).weight is Phase.weight else weight_of(phase, step)
         for metric, tracker in trackers:
             try:
-                tracker.update(step, size)
+                tracker.update(step, weight)
             except Exception as error:
                 annotate(error, f"fluxloop: while updating the metric {metric.name!r}")
                 raise
@@ -191,9 +195,41 @@ class Metrics(Callback):
         with torch.no_grad():
             for name, value in metrics.running().items():
                 metrics.record(seen_by(phase, name), epoch, value, "Metrics")
+        self.found.update(m.name for m, t in metrics.trackers if isinstance(m, Metric) and m.optional and t.started)
+
+    @on(FitEnd, FittingPhase)
+    def tell_absent(self, event: FitEnd, phase: FittingPhase, learner: Any) -> None:
+        """Warn of optional metrics whose inputs no step had: a misspelt name would never be noticed."""
+        ran = any(m.trackers for m in learner.cbstate.metrics.values())
+        for metric in self.metrics if ran and event.error is None else ():
+            if isinstance(metric, Metric) and metric.optional and metric.name not in self.found:
+                self.found.add(metric.name)  # it is said once
+                warn_user(
+                    f"no step had the inputs {list(metric.inputs)} of the optional metric {metric.name!r}, so it has no "
+                    "value; name entries that the phase stores: Metric(..., inputs=(...), optional=True)"
+                )
 
     def __repr__(self) -> str:
         return f"Metrics({', '.join(metric.name for metric in self.metrics)})"
+
+
+def weight_of(phase: Phase, step: Any) -> float | Tensor:
+    """Return what a phase of the user's says that a step weighs.
+
+    Raises:
+        MetricError: It is no number from 0 on, and no tensor with one element.
+    """
+    with torch.no_grad():
+        weight: Any = phase.weight(step)
+    if isinstance(weight, Tensor) and weight.numel() == 1 and not weight.is_complex():
+        if not weight.is_cpu or 0 <= weight < float("inf"):  # nothing waits for another device
+            return weight.detach().reshape(())
+    if isinstance(weight, (int, float)) and 0 <= weight < float("inf"):
+        return weight
+    raise MetricError(
+        f"{type(phase).__name__}.weight gave {describe(weight)}; expected what the step weighs in the means of an "
+        "epoch: a number from 0 on, such as len(state.xs), or a tensor with one: (state.ys != -100).sum()"
+    )
 
 
 def _of(metric: AnyMetric, compute: Any) -> dict[str, Any]:

@@ -18,17 +18,17 @@ class Mean:
 
     def __init__(self) -> None:
         self._pending: list[Tensor] = []
-        self._weights: list[int] = []
+        self._weights: list[float | Tensor] = []
         self._over: list[int] = []
         self._total: Tensor | None = None
-        self._weight = 0
+        self._weight: float | Tensor = 0
 
-    def add(self, value: Tensor, weight: int = 1, over: int = 1) -> None:
+    def add(self, value: Tensor, weight: float | Tensor = 1, over: int = 1) -> None:
         """Take one more value, which must not be changed in place afterwards.
 
         Args:
             value: A scalar.
-            weight: Of the value in the mean.
+            weight: Of the value in the mean, 0 or more; a value that weighs nothing may be NaN.
             over: What the value is to be divided by: many are divided at once.
         """
         self._last = value
@@ -50,21 +50,29 @@ class Mean:
         exact = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
         if any(over != 1 for over in self._over):
             exact = exact / torch.tensor(self._over, dtype=exact.dtype, device=exact.device)
-        weights = set(self._weights)
-        if len(weights) == 1:
-            total = exact.sum() * weights.pop()
+        first = self._weights[0]
+        if not isinstance(first, Tensor) and first > 0 and self._weights.count(first) == len(self._weights):
+            total = exact.sum() * first
         else:
-            total = (exact * torch.tensor(self._weights, dtype=exact.dtype, device=exact.device)).sum()
+            weights = self._stacked(exact)
+            total = torch.where(weights == 0, 0.0, exact * weights).sum()
         return total if self._total is None else self._total + total
+
+    def _stacked(self, like: Tensor) -> Tensor:
+        """Return the weights that wait as one tensor, in the type and on the device of another."""
+        if any(isinstance(weight, Tensor) for weight in self._weights):
+            return torch.stack([torch.as_tensor(weight).to(like) for weight in self._weights])
+        return torch.tensor(self._weights, dtype=like.dtype, device=like.device)
 
     def _fold(self) -> None:
         self._total, self._weight = self._sum(), self._weight + sum(self._weights)
         self._pending, self._weights, self._over = [], [], []
 
     def compute(self) -> Tensor | None:
-        """Give the mean so far, as a scalar tensor on the device; None without values."""
+        """Return the mean so far, as a scalar tensor on the device; None where no value weighs anything."""
         total = self._sum()
-        return None if total is None else total / (self._weight + sum(self._weights))
+        weight = self._weight + sum(self._weights)
+        return None if total is None or (not isinstance(weight, Tensor) and weight == 0) else total / weight
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a checkpoint keeps."""
@@ -86,8 +94,8 @@ class MovingAverage:
         self._value: Tensor | None = None
         self._weight = 0.0
 
-    def add(self, value: Tensor, weight: int = 1) -> None:
-        """Take one more value; the batch size plays no part."""
+    def add(self, value: Tensor, weight: float | Tensor = 1) -> None:
+        """Take one more value; its weight plays no part."""
         past = self._value if self._value is not None else torch.zeros_like(value)
         self._value = self._decay * past + (1 - self._decay) * value
         self._weight = self._decay * self._weight + (1 - self._decay)

@@ -16,6 +16,7 @@ from fluxloop.metrics.averages import Mean, MovingAverage
 from fluxloop.metrics.classification import HITS
 from fluxloop.persist import plain_attributes
 from fluxloop.phase import Phase
+from fluxloop.state import LossName
 
 
 @frozen
@@ -53,12 +54,15 @@ class Metric:
     """A metric, with its name, its inputs and the phases it is computed in.
 
     Args:
-        fn: A function ``(*inputs) -> scalar`` whose values are averaged over the epoch, weighted
-            by batch size; or any object with ``update(*inputs)``, ``compute()`` and ``reset()``
+        fn: A function ``(*inputs) -> scalar`` whose values are averaged over the epoch, each step
+            with its weight (`Phase.weight`: its rows, unless the phase says otherwise); or any object with ``update(*inputs)``, ``compute()`` and ``reset()``
             (every torchmetrics metric), of which each phase gets a copy.
         name: What it is recorded under, in lower case; left out, the function's or class's name.
         phase: The phase type it is computed in; left out: every phase.
         inputs: The step entries it is given, in order.
+        optional: Whether steps that do not store its inputs are left out: for an entry that a step
+            has now and then, such as a penalty computed in every sixteenth. An epoch without any
+            has no value.
 
     Raises:
         MetricError: `fn` is neither.
@@ -73,6 +77,7 @@ class Metric:
     name: str = ""
     phase: type[Phase] = Phase
     inputs: tuple[str, ...] = field(default=("preds", "ys"), converter=_names)
+    optional: bool = field(default=False, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         if isinstance(self.fn, type) or not (callable(self.fn) or is_stateful(self.fn)):
@@ -101,6 +106,10 @@ class Metric:
         module = getattr(fn, "__module__", None) or type(fn).__module__
         return isinstance(module, str) and module.split(".")[0] in ("fluxloop", "torchmetrics")
 
+    def is_left_out(self, step: Any) -> bool:
+        """Tell whether a step is left out: the metric is optional, and the step lacks one of its inputs."""
+        return self.optional and not all(name in step for name in self.inputs)
+
     def start(self) -> Tracker:
         """Begin an epoch: give what follows this metric through it."""
         return ObjectTracker(self) if is_stateful(self.fn) else MeanTracker(self)
@@ -114,12 +123,17 @@ def is_stateful(metric: object) -> bool:
 class Tracker:
     """Follows one metric through one epoch of one phase."""
 
-    def update(self, step: Any, size: int) -> None:
+    @property
+    def started(self) -> bool:
+        """Whether it has taken in a step."""
+        return True
+
+    def update(self, step: Any, weight: float | Tensor) -> None:
         """Take in a step.
 
         Args:
             step: The step's entries.
-            size: Its number of rows.
+            weight: What it weighs in a mean; see `Phase.weight`.
         """
         raise NotImplementedError
 
@@ -154,13 +168,15 @@ class MeanTracker(Tracker):
         self._last: Tensor | None = None
         self._over = 1
 
-    def update(self, step: Any, size: int) -> None:
+    def update(self, step: Any, weight: float | Tensor) -> None:
         """Compute the function on this step's entries."""
+        if self.metric.is_left_out(step):
+            return
         inputs = without_graph(inputs_of(self.metric, step))
         if self._hits is not None:
             hits = self._hits(*inputs)
             self._last, self._over = hits.count_nonzero(), hits.numel()
-            self._mean.add(self._last, size, self._over)
+            self._mean.add(self._last, weight, self._over)
             return
         if self._is_known:  # computes with nothing that has a gradient but its inputs
             value = self._fn(*inputs)
@@ -176,7 +192,12 @@ class MeanTracker(Tracker):
             )
         value = value.detach() if value.requires_grad else value
         self._last = value if value.ndim == 0 else value.reshape(())
-        self._mean.add(self._last, size)
+        self._mean.add(self._last, weight)
+
+    @property
+    def started(self) -> bool:
+        """Whether the function was computed."""
+        return self._last is not None
 
     def compute(self) -> dict[str, Any]:
         """Give the average so far."""
@@ -211,14 +232,21 @@ class ObjectTracker(Tracker):
         self._object.reset()
         self._updated = False
 
-    def update(self, step: Any, size: int) -> None:
+    def update(self, step: Any, weight: float | Tensor) -> None:
         """Update the object with this step's entries."""
+        if self.metric.is_left_out(step):
+            return
         inputs = without_graph(inputs_of(self.metric, step))
         if not self._updated and hasattr(self._object, "to") and isinstance(inputs[0], Tensor):
             self._object = self._object.to(inputs[0].device)
         with torch.no_grad():
             self._object.update(*inputs)
         self._updated = True
+
+    @property
+    def started(self) -> bool:
+        """Whether the object was updated."""
+        return self._updated
 
     def compute(self) -> dict[str, Any]:
         """Compute the object's value; a mapping (a collection) gives one per key."""
@@ -256,7 +284,8 @@ def inputs_of(metric: Metric, step: Any) -> list[Any]:
         annotate(
             error,
             f"fluxloop: the metric {metric.name!r} has inputs={metric.inputs!r}; restrict it with "
-            "Metric(..., phase=...) or name entries that the phase stores with Metric(..., inputs=(...))",
+            "Metric(..., phase=...), name entries that the phase stores with Metric(..., inputs=(...)), or leave out "
+            "the steps without them: Metric(..., optional=True)",
         )
         raise
 
@@ -267,10 +296,11 @@ def without_graph(values: list[Any]) -> list[Any]:
 
 
 class Loss:
-    """The loss of each step, averaged over the epoch and weighted by batch size.
+    """The loss of each step, averaged over the epoch, each step with its weight (`Phase.weight`).
 
     A step with ``loss`` gives ``"loss"``; one with ``losses`` by optimizer gives ``"loss_<name>"``
-    for each, in lower case; one with neither gives nothing.
+    for each, in lower case; one with neither gives nothing. A block that names its loss,
+    ``learner.optimizing("D", loss="r1")``, gives ``"r1"``, the mean over the steps that have it.
 
     Args:
         phase: The phase type it is computed in.
@@ -321,24 +351,33 @@ class LossTracker(Tracker):
         self._name = name
         self._averages: dict[str, Mean | MovingAverage] = {}
 
-    def update(self, step: Any, size: int) -> None:
+    def update(self, step: Any, weight: float | Tensor) -> None:
         """Take in the loss of a step."""
         if "loss" in step:
-            self._add(self._name, step.loss, size)
+            self._add(self._name, step.loss, weight)
         if "losses" in step and isinstance(step.losses, Mapping):
-            for name, loss in step.losses.items():
-                self._add(f"{self._name}_{name}".lower(), loss, size)
+            for key, loss in step.losses.items():
+                name = (key if self._name == "loss" and isinstance(key, LossName) else f"{self._name}_{key}").lower()
+                if isinstance(key, LossName) and self._is_taken(name, key, step):
+                    raise MetricError(f"two losses of a step are recorded as {name!r}; name the block's otherwise")
+                self._add(name, loss, weight)
 
-    def _add(self, name: str, loss: Any, size: int) -> None:
+    def _is_taken(self, name: str, key: LossName, step: Any) -> bool:
+        """Tell whether another loss of the step is recorded under the name that a block gave to its own."""
+        others = [f"{self._name}_{other}".lower() for other in step.losses if other != key]
+        return name in others or (name == self._name and "loss" in step)
+
+    def _add(self, name: str, loss: Any, weight: float | Tensor) -> None:
         value = loss.detach() if isinstance(loss, Tensor) else torch.as_tensor(loss)
         average = self._averages.get(name)
         if average is None:
             average = self._averages[name] = self._average()
-        average.add(value if value.ndim == 0 else value.mean(), size)
+        average.add(value if value.ndim == 0 else value.mean(), weight)
 
     def compute(self) -> dict[str, Any]:
-        """Give the average loss so far."""
-        return {name: average.compute() for name, average in self._averages.items()}
+        """Return the average losses so far."""
+        means = {name: average.compute() for name, average in self._averages.items()}
+        return {name: mean for name, mean in means.items() if mean is not None}
 
     def latest(self) -> dict[str, Tensor]:
         """Give the last step's loss, or the moving average after it."""

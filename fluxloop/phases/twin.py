@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fluxloop.errors import PhaseError, describe
 from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fluxloop.state import StepState
 
 
 class TwinPhase(AbstractValidationPhase):
@@ -36,6 +41,11 @@ class TwinPhase(AbstractValidationPhase):
         """Give those of the training phase."""
         entries: dict[str, Any] = self.training.entries(batch)
         return entries
+
+    def weight(self, state: StepState) -> float | Tensor:
+        """Return what a step weighs in the training phase."""
+        weight: float | Tensor = self.training.weight(state)
+        return weight
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.training!r})"

@@ -1,20 +1,30 @@
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import mse_loss
+from torchmetrics import MeanMetric
 
 from fluxloop import (
+    Accelerator,
     CancelEpochException,
     CancelFittingException,
     CancelStepException,
+    Checkpointer,
     CustomCallback,
+    Learner,
     Loss,
     Metric,
     MetricError,
     Metrics,
+    MissingEntryError,
     MissingProducerError,
+    PerOptimizerPhase,
+    PerOptimizerValidationPhase,
     Recorder,
     SmoothLoss,
     StateAccessError,
@@ -23,6 +33,7 @@ from fluxloop import (
     TrainingPhase,
     ValidationPhase,
     mae,
+    runstep,
     throttle,
 )
 from fluxloop.testing import assert_observer, assert_order, toy_learner
@@ -161,3 +172,167 @@ def test_evaluate_computes_the_learners_metrics_or_those_given() -> None:
 
 def test_measuring_changes_nothing() -> None:
     assert_observer(Metrics(mae, SmoothLoss(), level), lambda: toy_learner(Recorder()))
+
+
+class Ragged(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, images: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([self.scale[0] * image.mean() for image in images])
+
+
+class RaggedPhase(TrainingPhase):
+    def entries(self, batch: Any) -> dict[str, Any]:
+        return {"xs": batch[0], "ys": batch[1]}
+
+
+def test_images_of_different_size_in_a_list_count_a_row_each() -> None:
+    draw = torch.Generator().manual_seed(0)
+    batches = [
+        ([torch.randn(3, 8 + i, 9, generator=draw) for i in range(rows)], rows * torch.randn(rows, generator=draw))
+        for rows in (8, 8, 1)
+    ]
+    still = partial(torch.optim.SGD, lr=0.0)
+    learner = Learner(Ragged(), mse_loss, data={"training": batches}, optimizer=still, accelerator=Accelerator("cpu"))
+    learner.fit(1, phases=[RaggedPhase()])
+    per_row = torch.cat([(learner.model(images) - ys) ** 2 for images, ys in batches])
+    assert learner.history["training/loss"] == [pytest.approx(per_row.mean().item())]
+
+
+class TokenPhase(TrainingPhase):
+    def weight(self, state: Any) -> torch.Tensor:
+        return (state.ys != -100).sum()
+
+
+def token_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(1)
+    batches = []
+    for real in (6, 1, 0, 4):  # in the third every token is padding: its loss is NaN
+        ys = torch.randint(0, 5, (2, 3), generator=draw)
+        ys.view(-1)[real:] = -100
+        batches.append((torch.randn(2, 5, 3, generator=draw), ys))
+    return batches
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_phase_says_what_a_step_weighs(killed: bool, tmp_path: Path) -> None:
+    batches = token_batches()
+
+    def make() -> Learner[torch.nn.Module]:
+        still = partial(torch.optim.SGD, lr=0.0)
+        scale = torch.nn.Conv1d(5, 5, 1, bias=False)
+        torch.nn.init.dirac_(scale.weight)
+        callbacks = [Recorder(), Metrics(), Checkpointer(tmp_path / "run", unit="step"), CustomCallback(end, StepBegin)]
+        return Learner(
+            scale,
+            torch.nn.CrossEntropyLoss(),
+            data=(batches,),
+            optimizer=still,
+            callbacks=callbacks,
+            default_callbacks=False,
+            accelerator=Accelerator("cpu"),
+            seed=0,
+        )
+
+    steps = []
+
+    def end(learner: Any) -> None:
+        steps.append(1)
+        if killed and len(steps) == 3:
+            raise RuntimeError("killed")
+
+    learner = make()
+    if killed:
+        with pytest.raises(RuntimeError, match="killed"):
+            learner.fit(1, phases=[TokenPhase()])
+        learner = make()
+    learner.fit(1, phases=[TokenPhase()], resume=tmp_path / "run")
+    together = torch.nn.functional.cross_entropy(
+        torch.cat([xs for xs, _ in batches]), torch.cat([ys for _, ys in batches])
+    )
+    assert learner.history["training/loss"] == [pytest.approx(together.item(), rel=1e-6)]
+
+
+def test_the_validation_twin_weighs_as_its_training_phase() -> None:
+    class Weighed(PerOptimizerPhase):
+        def loss(self, learner: Any, state: Any, name: str | None) -> torch.Tensor:
+            return state.ys.mean() + 0 * state.preds.mean()
+
+        def weight(self, state: Any) -> float:
+            return float(state.ys[0])
+
+    learner = toy_learner(Recorder(), Metrics(), num_batches=3)
+    learner.fit(1, phases=[Weighed(), PerOptimizerValidationPhase(Weighed())])
+    pairs = [(batch[1].mean().item(), batch[1][0].item()) for batch in learner.data.validation]
+    expected = sum(mean * weight for mean, weight in pairs) / sum(weight for _, weight in pairs)
+    assert learner.history["validation/loss"] == [pytest.approx(expected)]
+
+
+@pytest.mark.parametrize("given", [-1, float("nan"), "8", None, torch.zeros(2), torch.tensor(-1.0)])
+def test_a_weight_that_is_none_is_refused_with_the_phase(given: Any) -> None:
+    class Wrong(TrainingPhase):
+        def weight(self, state: Any) -> Any:
+            return given
+
+    learner = toy_learner(Recorder(), Metrics())
+    with pytest.raises(MetricError, match=r"Wrong\.weight gave .*expected what the step weighs"):
+        learner.fit(1, phases=[Wrong()])
+
+
+class SometimesPhase(TrainingPhase):
+    """Stores ``penalty`` in every third step."""
+
+    number = 0
+
+    def finish(self, learner: Any, state: Any) -> None:
+        if self.number % 3 == 0:
+            state.penalty = torch.tensor(float(self.number))
+        self.number += 1
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_an_optional_metric_leaves_out_the_steps_without_its_inputs(stateful: bool) -> None:
+    fn = MeanMetric() if stateful else lambda penalty: penalty
+    metric = Metric(fn, name="penalty", inputs=("penalty",), optional=True)
+    learner = toy_learner(Recorder(), Metrics(metric), num_batches=8)
+    learner.fit(2, phases=[SometimesPhase(), ValidationPhase()])
+    assert learner.history["training/penalty"] == [3, 12]  # of 0, 3, 6, and of 9, 12, 15
+    assert "penalty" not in learner.history.metrics[ValidationPhase]
+
+
+def test_without_optional_the_missing_entry_is_an_error_that_says_so() -> None:
+    learner = toy_learner(Recorder(), Metrics(Metric(lambda penalty: penalty, name="penalty", inputs=("penalty",))))
+    with pytest.raises(MissingEntryError) as caught:
+        learner.fit(1)
+    assert "optional=True" in "".join(caught.value.__notes__)
+
+
+def test_an_optional_metric_whose_inputs_never_come_is_told_once() -> None:
+    metric = Metric(lambda penalty: penalty, name="penalty", inputs=("penaltie",), optional=True)
+    learner = toy_learner(Recorder(), Metrics(metric))
+    with pytest.warns(UserWarning, match=r"no step had the inputs \['penaltie'\] of the optional metric 'penalty'"):
+        learner.fit(1)
+    learner.fit(1)
+
+
+def test_blocks_record_their_losses_under_their_own_names() -> None:
+    class Lazy(TrainingPhase):
+        number = 0
+
+        def step(self, learner: Any, batch: Any) -> None:
+            with runstep(learner, self, xs=batch[0]) as (_, state):
+                with learner.optimizing() as block:
+                    block.loss = learner.model(state.xs).mean() * 0 + self.number
+                if self.number % 4 == 0:
+                    with learner.optimizing(loss="R1") as block:
+                        block.loss = learner.model(state.xs).mean() * 0 + 100
+            self.number += 1
+
+    learner = toy_learner(Recorder(), Metrics(SmoothLoss()), num_batches=8)
+    learner.fit(1, phases=[Lazy()])
+    assert learner.history["training/loss"] == [3.5]
+    assert learner.history["training/r1"] == [100]
+    assert set(learner.history.metrics[Lazy]) == {"loss", "r1", "smoothloss", "smoothloss_r1"}
+    assert learner.history[Lazy].updates == {None: 10}

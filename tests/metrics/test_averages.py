@@ -65,3 +65,30 @@ def test_smoothloss_is_smooth() -> None:
         average.add(torch.tensor(1.0))
     average.add(torch.tensor(11.0))
     assert average.compute().item() == pytest.approx(1 + 10 * 0.02, rel=0.02)
+
+
+@pytest.mark.parametrize("count", [4, FOLD_AFTER + 3])
+def test_weights_may_be_tensors_and_fractions(count: int) -> None:
+    values = [torch.tensor(float(number)) for number in range(count)]
+    weights = [torch.tensor(number % 5) if number % 2 else 0.5 + number % 3 for number in range(count)]
+    mean = Mean()
+    for value, weight in zip(values, weights, strict=True):
+        mean.add(value, weight)
+    restored = Mean()
+    restored.load_state_dict(mean.state_dict())
+    expected = sum(v.item() * float(w) for v, w in zip(values, weights, strict=True)) / sum(map(float, weights))
+    assert mean.compute().item() == restored.compute().item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("nothing", [0, 0.0, torch.tensor(0)])
+def test_a_value_that_weighs_nothing_may_be_nan(nothing: float | torch.Tensor) -> None:
+    mean = Mean()
+    mean.add(torch.tensor(2.0), 3)
+    mean.add(torch.tensor(float("nan")), nothing)
+    assert mean.compute().item() == 2
+
+
+def test_values_that_all_weigh_nothing_have_no_mean() -> None:
+    mean = Mean()
+    mean.add(torch.tensor(2.0), 0)
+    assert mean.compute() is None
