@@ -74,6 +74,9 @@ class OptimizerOption(HyperParameter):
 
     options: ClassVar[Sequence[str]] = ()
     """What it is called in parameter groups; the first that an optimizer has is meant."""
+    scales: ClassVar[bool] = False
+    """Whether a schedule for several parameter groups scales what each was given, as torch's schedulers do; otherwise
+    groups that differ are an error, and one has to be named."""
 
     @optimizer.validator
     def _check_optimizer(self, attribute: object, name: object) -> None:
@@ -136,6 +139,19 @@ class OptimizerOption(HyperParameter):
                     raise self._refuse(name, optimizer, f"no {wanted}; it has {known}")
         return found
 
+    def given(self, learner: Any) -> dict[str, Any]:
+        """Return the present values of the groups that are meant, by their place: ``{"G/0": 0.1, "G/1": 0.01}``."""
+        return {place: _number(group[option]) for place, group, option in self.places(learner)}
+
+    def places(self, learner: Any) -> list[tuple[str, dict[str, Any], str]]:
+        """Return the parameter groups that are meant, each with its place and the option's name in it."""
+        places = [
+            f"{'' if name is None else name}/{index}"
+            for name, optimizer in self.optimizers(learner)
+            for index in (range(len(optimizer.param_groups)) if self.group is None else [self.group])
+        ]
+        return [(place, group, option) for place, (group, option) in zip(places, self.groups(learner), strict=True)]
+
     def _refuse(self, name: str | None, optimizer: Optimizer, what: str) -> OptimizerError:
         label = type(optimizer).__name__ if name is None else f"{type(optimizer).__name__} {name!r}"
         return OptimizerError(f"{self!r}: {label} has {what}")
@@ -177,6 +193,7 @@ class LearningRate(OptimizerOption):
     """The learning rate: ``lr``."""
 
     options = ("lr",)
+    scales = True
 
 
 @frozen
@@ -184,6 +201,7 @@ class WeightDecay(OptimizerOption):
     """The weight decay: ``weight_decay``."""
 
     options = ("weight_decay",)
+    scales = True
 
 
 @frozen

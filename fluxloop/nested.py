@@ -147,6 +147,8 @@ def _rows(value: Any) -> int | None:
         return len(value) or None
     if isinstance(value, tuple):
         return next((rows for item in value if (rows := _rows(item)) is not None), None)
-    parts = value.values() if isinstance(value, Mapping) else (getattr(value, name) for name in init_fields(value) or ())
+    parts = (
+        value.values() if isinstance(value, Mapping) else (getattr(value, name) for name in init_fields(value) or ())
+    )
     numbers = [rows for part in parts if (rows := _rows(part)) is not None]
     return max(numbers, key=numbers.count) if numbers else None

@@ -186,7 +186,5 @@ IMAGES = [torch.zeros(3, 8 + index, 9) for index in range(5)]
         ({"words": pack_sequence([torch.zeros(3), torch.zeros(2), torch.zeros(1)])}, 3),
     ],
 )
-def test_a_list_has_a_row_per_item_and_a_mapping_those_of_most_of_its_items(
-    entries: dict[str, Any], size: int
-) -> None:
+def test_a_list_has_a_row_per_item_and_a_mapping_those_of_most_of_its_items(entries: dict[str, Any], size: int) -> None:
     assert batch_size(entries) == size

@@ -37,8 +37,10 @@ class LRScheduler(Callback):
     Each optimizer gets a scheduler of its own, made once, when the learner is made. It is stepped
 
     - per epoch, when an epoch of a training phase ends;
-    - per step, when a training step ends in which its optimizer was updated (`UpdateEnd`), so not
-      after the in-between batches of an accumulation, and once however often it was updated;
+    - per step, when a training step ends in which its optimizer was updated (`UpdateEnd`), once
+      however often it was; torch's schedulers follow updates, so the in-between batches of an
+      accumulation do not count, as they do for ``Scheduler(unit="step")``;
+    - per update, as often as its optimizer was updated: what ``Scheduler(unit="update")`` counts;
     - a `ReduceLROnPlateau`, or another whose ``step`` takes ``metrics``, when the epoch ends that
       gave the monitored metric a new value. NaN is a value that is no improvement.
 
@@ -51,7 +53,7 @@ class LRScheduler(Callback):
 
     Args:
         factory: ``(optimizer) -> scheduler``: a ``functools.partial`` of a class, or a function.
-        unit: ``"step"`` or ``"epoch"``.
+        unit: ``"step"``, ``"update"`` or ``"epoch"``.
         optimizer: Name of the optimizer; left out, all of them.
         monitor: What a plateau's scheduler watches; left out, ``"validation/loss"``.
 
@@ -77,7 +79,7 @@ class LRScheduler(Callback):
     _made: dict[str | None, dict[str, Any]] = field(factory=dict, init=False, repr=False)
     _watched: Monitor | None = field(default=None, init=False, repr=False)
     _target: LearningRate = field(init=False, repr=False)
-    _updated: set[str | None] = field(factory=set, init=False, repr=False)
+    _updated: Counter[str | None] = field(factory=Counter, init=False, repr=False)
     _steps: int = field(default=0, init=False, repr=False)
     _seen: int = field(default=0, init=False, repr=False)
 
@@ -124,7 +126,7 @@ class LRScheduler(Callback):
             raise
         self.schedulers = schedulers
         self._made = {name: _state_when_made(scheduler) for name, scheduler in schedulers.items()}
-        self._updated, self._steps, self._seen = set(), 0, 0
+        self._updated, self._steps, self._seen = Counter(), 0, 0
         if self._watched is not None:
             newest = self._watched.newest(learner.cbstate.metrics)
             self._seen = 0 if newest is None else newest[0]
@@ -152,7 +154,7 @@ class LRScheduler(Callback):
         name = type(scheduler).__name__
         if _takes_metrics(scheduler) and self._watched is None:
             raise ValueError(f"{name} watches a metric; say which: LRScheduler(..., monitor='validation/loss')")
-        if _takes_metrics(scheduler) and self.unit == "step":
+        if _takes_metrics(scheduler) and self.unit != "epoch":
             raise ValueError(f"{name} watches a metric of each epoch; expected LRScheduler(..., unit='epoch')")
         if self._watched is not None and not _takes_metrics(scheduler):
             raise ValueError(
@@ -169,23 +171,23 @@ class LRScheduler(Callback):
     @on(StepBegin, AbstractTrainingPhase)
     def begin_step(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Record the rates of a step."""
-        if self.unit == "step":
+        if self.unit != "epoch":
             self._record(learner)
 
     @on(UpdateEnd, AbstractTrainingPhase)
     def note_update(self, event: UpdateEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Note that an optimizer was updated."""
         if event.name in self.schedulers:
-            self._updated.add(event.name)
+            self._updated[event.name] += 1
 
     @on(StepEnd, AbstractTrainingPhase)
     def end_step(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Step the schedulers of the optimizers that were updated."""
         self._steps += 1
-        if self.unit == "step":
-            for name, scheduler in self.schedulers.items():
-                if name in self._updated:
-                    _advance(scheduler)
+        for name, scheduler in self.schedulers.items() if self.unit != "epoch" else ():
+            updates = self._updated[name]
+            for _ in range(updates if self.unit == "update" else min(updates, 1)):
+                _advance(scheduler)
         self._updated.clear()
 
     @on(EpochEnd)
@@ -229,7 +231,7 @@ class LRScheduler(Callback):
             }
             for name, scheduler in self.schedulers.items()
         ]
-        updated = [name for name in self.schedulers if name in self._updated]
+        updated = list(self._updated.elements())
         return {"schedulers": schedulers, "updated": updated, "steps": self._steps, "seen": self._seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -248,7 +250,7 @@ class LRScheduler(Callback):
             _check_same(scheduler, self._made[name], kept[name])
         for name, scheduler in self.schedulers.items():
             scheduler.load_state_dict(_restored(kept[name]["now"], scheduler.state_dict()))
-        self._updated, self._steps, self._seen = set(state["updated"]), state["steps"], state["seen"]
+        self._updated, self._steps, self._seen = Counter(state["updated"]), state["steps"], state["seen"]
 
 
 @cache

@@ -12,7 +12,7 @@ from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import MetricError, annotate, describe, warn_user
 from fluxloop.events import EpochBegin, EpochEnd, FitEnd, StepEnd
 from fluxloop.metrics.base import Loss, Metric, SmoothLoss, Tracker
-from fluxloop.phase import FittingPhase, Phase
+from fluxloop.phase import FittingPhase, Phase, weight_of
 from fluxloop.state import Container, PhaseDict
 
 AnyMetric = Loss | SmoothLoss | Metric
@@ -176,7 +176,7 @@ class Metrics(Callback):
         """Take in a step."""
         trackers = learner.cbstate.metrics[phase].trackers
         step = learner.step
-        weight = learner.batch_size if type(phase).weight is Phase.weight else weight_of(phase, step)
+        weight = learner.batch_size if type(phase).weight is Phase.weight else checked_weight(phase, step)
         for metric, tracker in trackers:
             try:
                 tracker.update(step, weight)
@@ -205,26 +205,27 @@ class Metrics(Callback):
             if isinstance(metric, Metric) and metric.optional and metric.name not in self.found:
                 self.found.add(metric.name)  # it is said once
                 warn_user(
-                    f"no step had the inputs {list(metric.inputs)} of the optional metric {metric.name!r}, so it has no "
-                    "value; name entries that the phase stores: Metric(..., inputs=(...), optional=True)"
+                    f"no step had the inputs {list(metric.inputs)} of the optional metric {metric.name!r}, so it has "
+                    "no value; name entries that the phase stores: Metric(..., inputs=(...), optional=True)"
                 )
 
     def __repr__(self) -> str:
         return f"Metrics({', '.join(metric.name for metric in self.metrics)})"
 
 
-def weight_of(phase: Phase, step: Any) -> float | Tensor:
+def checked_weight(phase: Phase, step: Any) -> float | Tensor:
     """Return what a phase of the user's says that a step weighs.
 
     Raises:
         MetricError: It is no number from 0 on, and no tensor with one element.
     """
     with torch.no_grad():
-        weight: Any = phase.weight(step)
-    if isinstance(weight, Tensor) and weight.numel() == 1 and not weight.is_complex():
-        if not weight.is_cpu or 0 <= weight < float("inf"):  # nothing waits for another device
+        weight = weight_of(phase, step)
+    if isinstance(weight, Tensor):
+        scalar = weight.numel() == 1 and not weight.is_complex()
+        if scalar and (not weight.is_cpu or 0 <= weight < float("inf")):  # nothing waits for another device
             return weight.detach().reshape(())
-    if isinstance(weight, (int, float)) and 0 <= weight < float("inf"):
+    elif isinstance(weight, (int, float)) and 0 <= weight < float("inf"):
         return weight
     raise MetricError(
         f"{type(phase).__name__}.weight gave {describe(weight)}; expected what the step weighs in the means of an "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from itertools import combinations
 from typing import Any, Literal
@@ -9,31 +10,35 @@ from typing import Any, Literal
 from attrs import define, field
 
 from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
-from fluxloop.errors import CallbackConflictError, CheckpointError, describe, did_you_mean
+from fluxloop.errors import CallbackConflictError, CheckpointError, OptimizerError, describe, did_you_mean
 from fluxloop.events import EpochBegin, EpochEnd, StepBegin, StepEnd
 from fluxloop.hyperparameters import (
     Attribute,
     HyperParameter,
+    OptimizerOption,
     as_hyperparameter,
     get_hyperparameter,
+    named_optimizers,
+    put,
     set_hyperparameter,
 )
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.schedules import Schedule, check_schedule, value_at, written
 
-Unit = Literal["step", "epoch"]
+Unit = Literal["step", "update", "epoch"]
+UNITS = ("step", "update", "epoch")
 
 
 def check_unit(callback: str, unit: object) -> None:
-    """Raise for a unit that is neither ``"step"`` nor ``"epoch"``.
+    """Raise for a unit that is none.
 
     Raises:
         ValueError: Names the one that was probably meant.
     """
-    if unit not in ("step", "epoch"):
+    if unit not in UNITS:
         raise ValueError(
-            f"{callback}(unit={unit!r}) was given; expected 'step' or 'epoch'"
-            f"{did_you_mean(str(unit), ('step', 'epoch'))}"
+            f"{callback}(unit={unit!r}) was given; expected 'step' or 'epoch', or 'update'"
+            f"{did_you_mean(str(unit), UNITS)}"
         )
 
 
@@ -89,9 +94,16 @@ class Scheduler(Callback):
     """Set hyperparameters by schedules: ``Scheduler({LearningRate: one_cycle(1000, 0.1)})``.
 
     At the begin of each training step (or epoch) every hyperparameter is set to ``schedule(t)``,
-    where `t` counts the training steps (or epochs) that have ended, from 0, over all training
-    phases together. So a step that was cancelled does not count: the next one gets the same value.
-    In other phases nothing is set and nothing counted.
+    where `t` counts from 0, over all training phases together, what has ended: training steps
+    (each batch is one), updates of an optimizer (fewer, where gradients of several batches add
+    up), or epochs. A step that was cancelled does not count: the next one gets the same value. In
+    other phases nothing is set and nothing counted.
+
+    Learning rates and weight decays of several parameter groups keep the ratios that they were
+    given: the group with the largest gets the schedule's value, the others their share of it, so a
+    group without weight decay stays without. (``find_lr`` does the same, and a group's
+    ``lr_scale``, as timm makes it, is a further factor.) A group that is named,
+    ``LearningRate("G", group=1)``, gets the value itself.
 
     ``cbstate.hyperparameters["learning_rate"]`` is the list of (training step from 1, value), with
     one entry for each time it was set. Schedules must not draw random numbers.
@@ -103,14 +115,17 @@ class Scheduler(Callback):
         schedules: Schedules or numbers by hyperparameter: `LearningRate` (every optimizer and
             parameter group), ``LearningRate("G", group=1)``, `WeightDecay`, `Momentum`,
             ``Attribute(ema, "decay")``, or one of your own.
-        unit: What `t` counts, ``"step"`` or ``"epoch"``.
+        unit: What `t` counts: ``"step"``, ``"update"`` (of the optimizer that a hyperparameter names,
+            or the only one) or ``"epoch"``.
 
     Raises:
         TypeError: Something is no hyperparameter.
         ValueError: Something is no schedule, two set the same thing, or there is no such unit.
-        OptimizerError: When the learner is made: it has no such optimizer, group or option.
+        OptimizerError: When the learner is made: it has no such optimizer, group or option; groups
+            differ in an option other than these two; or it is unclear whose updates count.
         CheckpointError: When a checkpoint is loaded: it is of a run with other schedules.
 
+    Reads: (cbstate.history and optimizer for ``unit="update"``)
     Writes: cbstate.hyperparameters, optimizer (or what its hyperparameters say)
     """
 
@@ -119,6 +134,10 @@ class Scheduler(Callback):
     _labels: tuple[str, ...] = field(init=False, repr=False)
     _steps: int = field(default=0, init=False, repr=False)
     _epochs: int = field(default=0, init=False, repr=False)
+    _given: dict[str, dict[str, Any]] = field(factory=dict, init=False, repr=False)
+    """By label, what each parameter group had when the learner was made, where its ratio to the others is kept."""
+    _before: dict[str | None, int] = field(factory=dict, init=False, repr=False)
+    """By optimizer, its updates before the learner had this callback."""
 
     draws = False
 
@@ -129,6 +148,11 @@ class Scheduler(Callback):
     @unit.validator
     def _check_unit(self, attribute: object, unit: object) -> None:
         check_unit("Scheduler", unit)
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the unit
+        """The counts of updates, where it counts these."""
+        return ("cbstate.history", "optimizer") if self.unit == "update" else ()
 
     @property
     def writes(self) -> tuple[str, ...]:  # type: ignore[override]  # its hyperparameters'
@@ -143,9 +167,16 @@ class Scheduler(Callback):
 
     def init(self, learner: Any) -> None:
         """Check that every hyperparameter is there, and begin counting; nothing is set yet."""
-        for parameter in self.schedules:
+        given = {}
+        for parameter, label in zip(self.schedules, self._labels, strict=True):
             get_hyperparameter(learner, parameter)
+            if isinstance(parameter, OptimizerOption) and parameter.group is None:
+                given[label] = _ratios_of(parameter, learner)
+            if self.unit == "update":
+                _optimizer_of(parameter, learner)
+        self._given = {label: values for label, values in given.items() if values}
         self._steps = self._epochs = 0
+        self._before = _updates(learner) if self.unit == "update" else {}
         if "hyperparameters" not in learner.cbstate:
             learner.cbstate.hyperparameters = {}
 
@@ -158,7 +189,7 @@ class Scheduler(Callback):
     @on(StepBegin, AbstractTrainingPhase)
     def begin_step(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Set the hyperparameters of a step."""
-        if self.unit == "step":
+        if self.unit != "epoch":
             self._set(learner, self._steps)
 
     @on(StepEnd, AbstractTrainingPhase)
@@ -177,7 +208,13 @@ class Scheduler(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a checkpoint keeps: the schedules as texts, and where they are."""
-        return {"schedules": self._written(), "steps": self._steps, "epochs": self._epochs}
+        return {
+            "schedules": self._written(),
+            "steps": self._steps,
+            "epochs": self._epochs,
+            "given": self._given,
+            "before": self._before,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a kept state.
@@ -194,13 +231,74 @@ class Scheduler(Callback):
                     "run from the weights: learner.load_weights(file)"
                 )
         self._steps, self._epochs = state["steps"], state["epochs"]
+        self._given = state.get("given", self._given)  # older checkpoints have neither
+        self._before = state.get("before", self._before)
 
     def _set(self, learner: Any, t: int) -> None:
         table = learner.cbstate.hyperparameters
+        updates = _updates(learner) if self.unit == "update" else {}
         for (parameter, schedule), label in zip(self.schedules.items(), self._labels, strict=True):
+            if self.unit == "update":
+                name = _optimizer_of(parameter, learner)
+                t = updates.get(name, 0) - self._before.get(name, 0)
             value = value_at(schedule, t)
-            set_hyperparameter(learner, parameter, value)
+            given = self._given.get(label)
+            if given and isinstance(parameter, OptimizerOption):
+                largest = max(given.values())
+                for place, group, option in parameter.places(learner):
+                    share = given.setdefault(place, _given_to(group, option))  # a group may join while training
+                    put(group, option, value * (share / largest))
+            else:
+                set_hyperparameter(learner, parameter, value)
             record(table, label, self._steps + 1, value)
+
+
+def _given_to(group: dict[str, Any], option: str) -> float:
+    """Return what a parameter group was given, times its ``lr_scale`` where it has one."""
+    return float(group[option]) * (float(group.get("lr_scale", 1.0)) if option == "lr" else 1.0)
+
+
+def _ratios_of(parameter: OptimizerOption, learner: Any) -> dict[str, float]:
+    """Return what each parameter group was given, where they differ and a schedule keeps their ratios; else nothing.
+
+    Raises:
+        OptimizerError: They differ in an option whose ratios mean nothing.
+    """
+    if parameter.scales:
+        given = {place: _given_to(group, option) for place, group, option in parameter.places(learner)}
+        return given if len(set(given.values())) > 1 else {}
+    values = parameter.given(learner)
+    if any(value != next(iter(values.values())) for value in values.values()):
+        raise OptimizerError(
+            f"a schedule of {parameter!r} would set all parameter groups alike, and they were given {values} (by "
+            f"optimizer and group); name the one that is meant: {type(parameter).__name__}(group=0)"
+        )
+    return {}
+
+
+def _optimizer_of(parameter: HyperParameter, learner: Any) -> str | None:
+    """Return the name of the optimizer whose updates a schedule counts.
+
+    Raises:
+        OptimizerError: There are several, and the hyperparameter names none.
+    """
+    if isinstance(parameter, OptimizerOption) and parameter.optimizer is not None:
+        return parameter.optimizer
+    names = [name for name, _ in named_optimizers(learner.optimizer)]
+    if len(names) == 1:
+        return names[0]
+    raise OptimizerError(
+        f"Scheduler(unit='update') counts the updates of one optimizer, and the learner has {names}; name it, such as "
+        f"LearningRate({names[0]!r}), or count training steps: unit='step' (given: {parameter!r})"
+    )
+
+
+def _updates(learner: Any) -> dict[str | None, int]:
+    """Return the updates of each optimizer so far, over all phases."""
+    total: Counter[str | None] = Counter()
+    for counts in learner.cbstate.history.values():
+        total.update(dict(counts.updates))
+    return dict(total)
 
 
 @resolve_conflict.register(Scheduler, Scheduler)  # type: ignore[untyped-decorator]  # multipledispatch has no types

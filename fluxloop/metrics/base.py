@@ -55,8 +55,9 @@ class Metric:
 
     Args:
         fn: A function ``(*inputs) -> scalar`` whose values are averaged over the epoch, each step
-            with its weight (`Phase.weight`: its rows, unless the phase says otherwise); or any object with ``update(*inputs)``, ``compute()`` and ``reset()``
-            (every torchmetrics metric), of which each phase gets a copy.
+            with its weight (`Phase.weight`: its rows, unless the phase says otherwise); or any object
+            with ``update(*inputs)``, ``compute()`` and ``reset()`` (every torchmetrics metric), of
+            which each phase gets a copy.
         name: What it is recorded under, in lower case; left out, the function's or class's name.
         phase: The phase type it is computed in; left out: every phase.
         inputs: The step entries it is given, in order.

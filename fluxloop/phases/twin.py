@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fluxloop.errors import PhaseError, describe
-from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase
+from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, weight_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ class TwinPhase(AbstractValidationPhase):
 
     def weight(self, state: StepState) -> float | Tensor:
         """Return what a step weighs in the training phase."""
-        weight: float | Tensor = self.training.weight(state)
+        weight: float | Tensor = weight_of(self.training, state)
         return weight
 
     def __repr__(self) -> str:

@@ -476,6 +476,13 @@ def test_per_step_the_batches_between_two_updates_do_not_count() -> None:
     assert rates == [0.01 * 0.5**k for k in (0, 0, 1, 1, 2, 2, 3, 3, 4, 4)]
 
 
+def test_per_update_every_update_counts() -> None:
+    learner = learner_of(LRScheduler(partial(ExponentialLR, gamma=0.5), unit="update"), num_batches=5)
+    learner.fit(1, phases=[Accumulating()])
+    rates = [rate for _, rate in learner.cbstate.hyperparameters["learning_rate"]]
+    assert rates == [0.01 * 0.5**k for k in (0, 0, 2, 2, 4)]
+
+
 def test_d_lz_06_and_d_mt_15_the_optimizer_that_is_named_is_the_one_that_is_scheduled() -> None:
     learner = gan(LRScheduler(partial(ExponentialLR, gamma=0.5), optimizer="D"))
     learner.fit(2, phases=[GAN()])

@@ -11,6 +11,7 @@ import torch
 from attrs import fields
 from torch import nn
 from torch.nn.functional import softplus
+from torch.optim.lr_scheduler import LambdaLR
 
 from fluxloop import (
     EMA,
@@ -22,6 +23,7 @@ from fluxloop import (
     EpochBegin,
     Learner,
     LossBegin,
+    LRScheduler,
     Metrics,
     OptimizerError,
     Recorder,
@@ -407,3 +409,152 @@ def test_it_begins_anew_in_a_second_learner() -> None:
         learner.fit(1)
         records.append(learner.cbstate.hyperparameters)
     assert records[0] == records[1]
+
+
+def grouped(scheduler: Scheduler | None, *more: Callback, seed: int = 0, **adamw: Any) -> Learner:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+    weights, biases = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": weights, "weight_decay": 0.2}, {"params": biases, "weight_decay": 0.0, "lr": 0.001}]
+    optimizer = torch.optim.AdamW(groups, lr=0.01, **adamw)
+    xs = torch.linspace(-1, 1, 8 * BATCHES)[:, None]
+    callbacks = [*([] if scheduler is None else [scheduler]), *more]
+    data = (TensorBatches(xs, xs.cos(), batch_size=8),)
+    return Learner(model, nn.functional.mse_loss, data=data, optimizer=optimizer, callbacks=callbacks, seed=0)
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_groups_keep_the_ratios_that_they_were_given(tensor: bool) -> None:
+    rate, decay = cosine(2 * BATCHES, 0.04, 0.0), linear(2 * BATCHES, 0.1, 0.3)
+    learner = grouped(Scheduler({LearningRate: rate, WeightDecay: decay}))
+    if tensor:
+        for group in learner.optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"])
+    learner.fit(2)
+    by_hand = grouped(None)
+    for epoch in range(2):
+        for batch, (xs, ys) in enumerate(by_hand.data.training):
+            t = epoch * BATCHES + batch
+            for group, share, decays in zip(by_hand.optimizer.param_groups, (1.0, 0.1), (1, 0), strict=True):
+                group["lr"], group["weight_decay"] = rate(t) * share, decay(t) * decays
+            by_hand.optimizer.zero_grad()
+            nn.functional.mse_loss(by_hand.model(xs), ys).backward()
+            by_hand.optimizer.step()
+    for ours, theirs in zip(learner.model.parameters(), by_hand.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 if tensor else 0)
+    assert learner.cbstate.hyperparameters["learning_rate"][-1] == (2 * BATCHES, rate(2 * BATCHES - 1))
+
+
+def test_ratios_are_those_given_also_in_a_resumed_run(tmp_path: Path) -> None:
+    def make(*callbacks: Callback) -> Learner:
+        return grouped(Scheduler({LearningRate: cosine(3 * BATCHES, 0.04, 0.0)}), *callbacks)
+
+    whole, file = make(), tmp_path / "file.pt"
+    whole.fit(2)
+    whole.save(file)
+    whole.fit(1)
+    again = make()
+    again.load(file)
+    again.fit(1)
+    assert_same_bits(again, whole)
+    assert [group["lr"] for group in again.optimizer.param_groups] == [g["lr"] for g in whole.optimizer.param_groups]
+
+
+def test_two_optimizers_keep_the_ratio_of_their_rates_too() -> None:
+    models = {"G": nn.Linear(2, 2), "D": nn.Linear(2, 1)}
+    optimizers = {"G": partial(torch.optim.SGD, lr=0.1), "D": partial(torch.optim.SGD, lr=0.4)}
+    data = (torch.randn(8, 2),)
+    scheduler = Scheduler({LearningRate: constant(0.2)})
+    learner = Learner(models, data=data, optimizer=optimizers, callbacks=[scheduler], seed=0)
+    learner.fit(1, phases=[GAN()])
+    assert get_hyperparameter(learner, LearningRate) == (pytest.approx(0.05), 0.2)
+    named = Scheduler({LearningRate("G"): 0.3, LearningRate("D"): 0.3})
+    learner.set_callbacks([named])
+    learner.fit(1, phases=[GAN()])
+    assert get_hyperparameter(learner, LearningRate) == 0.3
+
+
+def test_a_group_that_is_named_gets_the_value_itself() -> None:
+    learner = grouped(Scheduler({LearningRate(group=1): 0.5}))
+    learner.fit(1)
+    assert get_hyperparameter(learner, LearningRate) == (0.01, 0.5)
+
+
+def test_a_group_that_joins_while_training_gets_its_share() -> None:
+    extra = nn.Parameter(torch.zeros(1))
+
+    def join(learner: Any) -> None:
+        groups = learner.optimizer.param_groups
+        if len(groups) == 2:
+            learner.optimizer.add_param_group({"params": [extra], "lr": 0.005})
+
+    learner = grouped(Scheduler({LearningRate: linear(2 * BATCHES, 0.02, 0.0)}))
+    learner.fit(1)
+    join(learner)
+    learner.fit(1)
+    rates = get_hyperparameter(learner, LearningRate)
+    assert rates == tuple(pytest.approx(linear(2 * BATCHES, 0.02, 0.0)(2 * BATCHES - 1) * r) for r in (1, 0.1, 0.5))
+
+
+def test_a_scale_of_a_groups_rate_is_respected() -> None:
+    learner = grouped(None)
+    for group, scale in zip(learner.optimizer.param_groups, (0.25, 1.0), strict=True):
+        group["lr"], group["lr_scale"] = 0.01, scale
+    learner.add_callback(Scheduler({LearningRate: 0.8}))
+    learner.fit(1)
+    assert get_hyperparameter(learner, LearningRate) == (0.2, 0.8)
+
+
+def test_groups_that_differ_in_what_has_no_ratio_are_to_be_named() -> None:
+    model = nn.Linear(1, 1)
+    groups = [{"params": [model.weight], "momentum": 0.9}, {"params": [model.bias], "momentum": 0.5}]
+    sgd = torch.optim.SGD(groups, lr=0.1)
+    with pytest.raises(OptimizerError, match=r"would set all parameter groups alike.*'/0': 0\.9, '/1': 0\.5.*group=0"):
+        Learner(model, nn.functional.mse_loss, optimizer=sgd, callbacks=[Scheduler({Momentum: 0.8})])
+
+
+class Window(TrainingPhase):
+    """Updates after every second batch."""
+
+    batches = 0
+
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        state.loss = learner.loss_fn(learner.model(state.xs), state.ys)
+        learner.backward(state.loss)
+        if self.batches % 2:
+            learner.update()
+
+    def finish(self, learner: Any, state: Any) -> None:
+        self.batches += 1
+
+
+def test_updates_can_be_counted_instead_of_steps() -> None:
+    rate = linear(6, 0.06, 0.0)
+    by_step, by_update = (learner_of(Scheduler({LearningRate: rate}, unit=u), Recorder()) for u in ("step", "update"))
+    theirs = learner_of(LRScheduler(lambda o: LambdaLR(o, lambda t: rate(t) / 0.001), unit="update"), Recorder())
+    for learner in (by_step, by_update, theirs):
+        learner.fit(1, phases=[Window()])
+        learner.fit(1, phases=[Window()])
+
+    def values(learner: Learner) -> list[float]:
+        return [value for _, value in learner.cbstate.hyperparameters["learning_rate"]]
+
+    assert values(by_step) == [rate(t) for t in range(8)]
+    assert values(by_update) == [rate(t // 2) for t in range(8)]
+    assert values(theirs) == pytest.approx(values(by_update))
+
+
+@pytest.mark.parametrize("unit", ["step", "update", "epoch"])
+def test_every_unit_resumes_exactly(unit: Any) -> None:
+    def make() -> Learner:
+        return learner_of(Scheduler({LearningRate: linear(12, 0.06, 0.0)}, unit=unit), Recorder())
+
+    assert_resumes_exactly(make, phases=lambda: [Window()])
+
+
+def test_with_several_optimizers_the_one_whose_updates_count_is_to_be_named() -> None:
+    with pytest.raises(OptimizerError, match=r"has \['G', 'D'\]; name it, such as LearningRate\('G'\)"):
+        gan(Scheduler({LearningRate: 0.1}, unit="update"), Recorder())
+    learner = gan(Scheduler({LearningRate("D"): linear(8, 0.8, 0.0)}, unit="update"), Recorder())
+    learner.fit(1, phases=[GAN()])
+    assert get_hyperparameter(learner, LearningRate("D")) == pytest.approx(0.8 - 0.1 * (BATCHES - 1))
