@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -246,6 +247,12 @@ class Attribute(HyperParameter):
             known = [name for name in dir(self.thing) if not name.startswith("_")]
             raise AttributeError(
                 f"{describe(self.thing)} has no attribute {self.name!r} to schedule{did_you_mean(self.name, known)}"
+            )
+
+        if isinstance(getattr(self.thing, self.name), MethodType):
+            raise TypeError(
+                f"Attribute({type(self.thing).__name__}, {self.name!r}) was given, which is a method; expected the "
+                "name of an attribute that holds a number"
             )
 
     @property

@@ -295,3 +295,8 @@ def test_a_hyperparameter_can_be_pickled() -> None:
 def test_a_name_is_a_text_and_an_index_a_whole_number(given: Any) -> None:
     with pytest.raises(OptimizerError, match=r"LearningRate\(.*was given; expected the (name|index)"):
         LearningRate(**given)
+
+
+def test_a_method_cannot_be_scheduled_as_an_attribute() -> None:
+    with pytest.raises(TypeError, match=r"Attribute\(TrainingPhase, 'weight'\) was given, which is a method"):
+        Attribute(TrainingPhase(), "weight")

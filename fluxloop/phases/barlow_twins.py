@@ -29,8 +29,8 @@ class BarlowTwinsPhase(JointEmbeddingPhase):
 
     def __init__(self, views: Views | None = None, *, weight: float = 5e-3) -> None:
         super().__init__(views)
-        self.weight = weight
+        self.redundancy_weight = weight
 
     def loss(self, learner: Learner, state: StepState) -> Tensor:
         """Compare the cross-correlation with the identity."""
-        return barlow_twins_loss(state.z1, state.z2, self.weight)
+        return barlow_twins_loss(state.z1, state.z2, self.redundancy_weight)

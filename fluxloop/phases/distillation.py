@@ -38,7 +38,7 @@ class DistillationPhase(ObjectivePhase):
 
     def __init__(self, temperature: float = 4.0, weight: float = 0.9) -> None:
         self.temperature = temperature
-        self.weight = weight
+        self.soft_weight = weight
 
     def entries(self, batch: Any) -> dict[str, Any]:
         """Give ``xs`` and ``ys`` of a pair."""
@@ -56,7 +56,7 @@ class DistillationPhase(ObjectivePhase):
         soft = distillation_loss(state.preds, state.teacher_preds, self.temperature)
         of_labels = cross_entropy if learner.loss_fn is None else learner.loss_fn
         hard: Tensor = of_labels(state.preds, state.ys)
-        return self.weight * soft + (1 - self.weight) * hard
+        return self.soft_weight * soft + (1 - self.soft_weight) * hard
 
     def require(self, learner: Learner) -> None:
         """Raise for missing models, and for a teacher that is trained."""
