@@ -374,15 +374,19 @@ class Learner(Generic[M]):
         if self.scope is not None:
             self.scope.handle(event)
 
-    def defer(self, undo: Callable[[], object]) -> None:
+    def defer(self, undo: Callable[[], object], *, early: bool = False) -> None:
         """Call `undo` when the running step, epoch or fit ends, whatever way it ends.
+
+        Args:
+            undo: A function without arguments.
+            early: Whether it is called only where that is left early, by a cancel or an error.
 
         Raises:
             PhaseError: Nothing is running.
         """
         if self.scope is None:
             raise PhaseError("learner.defer was called while nothing is running; expected a fit, an epoch or a step")
-        self.scope.defer(undo)
+        self.scope.defer(undo, early)
 
     def host(self, tensor: Tensor, then: Callable[[Any], object]) -> None:
         """Call ``then(number)`` when a scalar is on the host, without waiting for the device.
@@ -502,7 +506,9 @@ class Learner(Generic[M]):
         Raises:
             CheckpointError: The file is damaged or does not fit; nothing is changed.
         """
-        return load_weights(self, read(Path(path), weights_only=True), name, strict)
+        left = load_weights(self, read(Path(path), weights_only=True), name, strict)
+        self.weights.begin_anew(name)
+        return left
 
     def checkpoint_manifest(self) -> Manifest:
         """List what a checkpoint keeps: path, owner, kind and size in bytes of each part; prints as a table.

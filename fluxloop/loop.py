@@ -49,13 +49,14 @@ class Scope:
         stream: Where the phase's steps get their random numbers.
     """
 
-    __slots__ = ("_learner", "_undo", "handle", "parent", "phase", "stream")
+    __slots__ = ("_early", "_learner", "_undo", "handle", "parent", "phase", "stream")
 
     def __init__(self, learner: Learner, phase: Phase) -> None:
         self._learner = learner
         self.phase = phase
         self.parent: Scope | None = None
         self._undo: list[Callable[[], object]] | None = None
+        self._early: list[Callable[[], object]] | None = None
         self._look_up()
 
     def _look_up(self) -> None:
@@ -70,8 +71,11 @@ class Scope:
         self.handle: Handle = self._learner.callbacks.handle(self._learner, phase)
         self.stream = self._learner.streams[phase.step_stream]
 
-    def defer(self, undo: Callable[[], object]) -> None:
-        """Call `undo` when this scope ends, whatever way it ends; the last deferred goes first."""
+    def defer(self, undo: Callable[[], object], early: bool = False) -> None:
+        """Call `undo` when this scope ends, whatever way or early alone; the last deferred goes first."""
+        if early:
+            self._early = [*(self._early or ()), undo]
+            return
         if self._undo is None:
             self._undo = []
         self._undo.append(undo)
@@ -100,9 +104,12 @@ class Scope:
         """
         self._learner.scope = self.parent
         first = None if isinstance(error, CancelSignal) else error
-        while self._undo:
+        todo = self._undo or []
+        if error is not None and self._early:
+            todo += self._early
+        while todo:
             try:
-                self._undo.pop()()
+                todo.pop()()
             except BaseException as failure:
                 if first is None:
                     first = failure
@@ -162,7 +169,7 @@ class StepScope(Scope):
     def __enter__(self) -> tuple[Handle, StepState]:
         learner, phase, state = self._learner, self.phase, self.state
         self.parent = outer = learner.scope
-        self._undo = None
+        self._undo = self._early = None
         of_outer = outer is not None and (outer.phase is phase or same_phase(outer.phase, phase))
         if outer is not None and of_outer:  # the epoch has looked these up
             self.handle, self.stream = outer.handle, outer.stream
@@ -223,7 +230,7 @@ class StepScope(Scope):
             self._learner.updates.abandon_step(self.state)
             if not isinstance(error, CancelSignal):
                 locate(error, self._learner, self.phase)
-        with preserved() if self._undo else nullcontext():
+        with preserved() if self._undo or self._early else nullcontext():
             self.close(error)
         if self._apart is not None:
             self._apart.close()

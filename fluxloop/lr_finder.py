@@ -224,6 +224,7 @@ def _copied(learner: Learner, phase: Phase, callbacks: list[Callback]) -> tuple[
         id(learner.callbacks): State(),
         id(learner.phases): {},
         id(learner.weights.views): {},
+        id(learner.weights.followers): {},
     }
     trial, phase, callbacks = copy.deepcopy((learner, phase, callbacks), memo)
     vars(trial)["callbacks"] = Callbacks(trial)  # past the checks of what users assign

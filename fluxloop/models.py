@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fluxloop.errors import ModelError, describe
 from fluxloop.nested import map_tensors
@@ -89,6 +91,40 @@ def keep_tensors(modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> Cal
                 tensor.copy_(value)
 
     return put_back
+
+
+def check_not_lazy(module: nn.Module, whose: str) -> None:
+    """Raise for weights that cannot be averaged yet.
+
+    Raises:
+        ModelError: They have seen no batch (lazy modules).
+    """
+    if any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
+        raise ModelError(
+            f"{whose} cannot average weights that have seen no batch (lazy modules); run the model on one before the "
+            "learner is made"
+        )
+
+
+def copied_weights(module: nn.Module, whose: str) -> nn.Module:
+    """Copy a module, to hold an average of its weights: frozen, in eval mode.
+
+    Args:
+        module: The module.
+        whose: What keeps the average, for the message.
+
+    Raises:
+        ModelError: It has seen no batch (lazy modules), or cannot be copied.
+    """
+    check_not_lazy(module, whose)
+    try:
+        copied = copy.deepcopy(module)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{whose} cannot copy these weights: {error}. The old torch.nn.utils.weight_norm and spectral_norm keep "
+            "what they computed; those of torch.nn.utils.parametrizations can be copied"
+        ) from error
+    return copied.requires_grad_(False).eval()
 
 
 def device_of(module: nn.Module) -> torch.device:

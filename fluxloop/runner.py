@@ -74,7 +74,8 @@ class Callbacks:
         graph = CallbackGraph(callbacks)
         known = [id(node.callback.unwrapped) for node in self._graph.nodes]
         before = self._graph, self._views, self._kept
-        shared, views = dict(vars(self._learner.cbstate)), dict(self._learner.weights.views)
+        shared, weights = dict(vars(self._learner.cbstate)), self._learner.weights
+        views, followers = dict(weights.views), dict(weights.followers)
         self._graph = graph
         self._views = {
             node.id: make_view(node.access, self._learner) if node.is_safe else self._learner for node in graph.nodes
@@ -92,13 +93,13 @@ class Callbacks:
             self._graph, self._views, self._kept = before
             vars(self._learner.cbstate).clear()
             vars(self._learner.cbstate).update(shared)
-            self._learner.weights.views = views
+            weights.views, weights.followers = views, followers
             self.forget()
             raise
         kept = {path for node in graph.nodes for path in node.access.writes}
         for path in {path for node in before[0].nodes for path in node.access.writes if view_of(path)} - kept:
-            if dotted(path) in self._learner.weights:  # nobody keeps that view any more
-                del self._learner.weights[dotted(path)]
+            if dotted(path) in weights:  # nobody keeps that view any more
+                del weights[dotted(path)]
 
     def _init(self, node: Node) -> None:
         init: Callable[..., None] = node.callback.init

@@ -487,3 +487,7 @@ class _NotingWeights:
     def __setitem__(self, name: str, module: nn.Module) -> None:
         self._traced.writes_seen.add(parse(weights_path(name), "infer_access"))
         self._weights[name] = module
+
+    def follow(self, name: str, follower: Any) -> None:
+        self._traced.writes_seen.add(parse(weights_path(name), "infer_access"))
+        self._weights.follow(name, follower)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,7 @@ from fluxloop.models import like
 from fluxloop.state import Container
 
 Models = dict[str | None, nn.Module]
+Follower = Callable[[nn.Module, bool], object]
 
 
 class Weights(Container):
@@ -33,6 +34,8 @@ class Weights(Container):
         """The live models as the learner holds them, whatever view a phase runs."""
         self.views: dict[tuple[str, Path], nn.Module] = {}
         """By the view's name and the way from the models."""
+        self.followers: dict[tuple[str, Path], Follower] = {}
+        """What brings a view up to date before it is read, by the same."""
 
     def __getitem__(self, name: str) -> nn.Module:
         """Give the module of a name.
@@ -46,6 +49,7 @@ class Weights(Container):
         owners = [owner for kept, owner in self.views if kept == view and parts[: len(owner)] == owner]
         if owners:
             owner = max(owners, key=len)
+            self._bring_up_to_date(view, owner)
             return submodule(self.views[view, owner], ".".join(parts[len(owner) :]), name)
         raise ModelError(
             f"there are no weights {name!r}; the views are {self._view_names() or 'none'}: a callback such as "
@@ -68,7 +72,39 @@ class Weights(Container):
 
     def __delitem__(self, name: str) -> None:
         """Forget a view."""
-        del self.views[self._read(name)]
+        key = self._read(name)
+        del self.views[key]
+        self.followers.pop(key, None)
+
+    def follow(self, name: str, follower: Follower) -> None:
+        """Have a view be brought up to date before anybody reads it, and told when the live weights were loaded.
+
+        Args:
+            name: Of the view.
+            follower: Called as ``follower(module, anew)``: `anew` says that other weights have been loaded.
+        """
+        self.followers[self._read(name)] = follower
+
+    def begin_anew(self, name: str) -> None:
+        """Tell whoever keeps a view of weights, or of a part of them, that others have been loaded.
+
+        Args:
+            name: Of the live weights; ``"model"`` for those of all models.
+        """
+        view, loaded = self._read(name)
+        if view:
+            return
+        if name == "model":
+            loaded = ()
+        for key, follower in self.followers.items():
+            owner = key[1]
+            if key in self.views and loaded[: len(owner)] == owner[: len(loaded)]:
+                follower(self.views[key], True)
+
+    def _bring_up_to_date(self, view: str, owner: Path) -> None:
+        follower = self.followers.get((view, owner))
+        if follower is not None:
+            follower(self.views[view, owner], False)
 
     def _read(self, name: str) -> tuple[str, Path]:
         """Split a name into its view ("" for the live weights) and the way from the learner's models.
@@ -112,6 +148,8 @@ class Weights(Container):
                 f"a phase runs the weights '@{view}', and there are {self._view_names() or 'none'}; keep them with a "
                 f"callback: {keeper(str(next(iter(self._models)) or 'model'), view)}"
             )
+        for name in found:
+            self._bring_up_to_date(view, paths[name])
         return found
 
     def view(self, view: str) -> Any:
@@ -157,6 +195,11 @@ class DeclaredWeights:
     def __setitem__(self, name: str, module: nn.Module) -> None:
         self._access.require(parse(weights_path(name), self._access.callback), "write")
         self._weights[name] = module
+
+    def follow(self, name: str, follower: Follower) -> None:
+        """Have a view be brought up to date before anybody reads it; see `Weights.follow`."""
+        self._access.require(parse(weights_path(name), self._access.callback), "write")
+        self._weights.follow(name, follower)
 
     def __contains__(self, name: str) -> bool:
         return name in self._weights

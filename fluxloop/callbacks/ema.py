@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from attrs import define, field
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from fluxloop.access import overlap, parse, weights_path
 from fluxloop.callback import Callback, on, resolve_conflict
-from fluxloop.errors import CallbackConflictError, ModelError
+from fluxloop.errors import CallbackConflictError, ModelError, describe
 from fluxloop.events import StepBegin, StepEnd, UpdateEnd
+from fluxloop.models import check_not_lazy, copied_weights
 from fluxloop.optimizers import owned_parameters
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.schedules import Schedule, value_at
@@ -26,9 +26,11 @@ Buffers = Literal["copy", "average", "keep"]
 class EMA(Callback):
     """Keep the exponential moving average of a model's weights.
 
-    After each training step that updated the model's weights, every parameter of the average
-    becomes ``decay * average + (1 - decay) * live``, computed as torch's ``lerp``. That a step did is
-    seen from its `UpdateEnd`, and where an optimizer was stepped by hand from the parameters.
+    At the end of each training step that updated the model's weights, every parameter of the average
+    becomes ``decay * average + (1 - decay) * live``, computed as torch's ``lerp``; also where the step
+    is cancelled after its update. That a step did is told by its `UpdateEnd`. In a phase that steps the
+    optimizer by hand, without ``learner.update``, it is seen from the parameters at the step's begin
+    and end, which takes time and, on a GPU, waits for it.
 
     The average is a module of its own, at another path: ``learner.weights["G@ema"]``. Whatever
     evaluates or samples says that name (``SampleImages("G@ema")``, ``KNNProbe("encoder@ema")``,
@@ -37,7 +39,8 @@ class EMA(Callback):
 
     Average weights of 32 bits or more: in 16 bits a step of ``1 - decay`` is rounded away.
 
-    The average begins with the weights as they are when the first step begins.
+    Until the first step the average is the live weights, whatever they are; it begins with those, and
+    with others that ``learner.load_weights`` loads later.
 
     Args:
         model: Name of the weights: a model's, ``"model"`` for a single one, or a part's, ``"encoder.0"``.
@@ -69,24 +72,26 @@ class EMA(Callback):
     num_averaged: int = field(default=0, init=False, repr=False)
     _average: nn.Module | None = field(default=None, init=False, repr=False)
     _kept: dict[str, Any] | None = field(default=None, init=False, repr=False)
-    _begun: bool = field(default=False, init=False, repr=False)
-    _hooks: list[Any] = field(factory=list, init=False, repr=False)
-    _updated: bool = field(default=False, init=False, repr=False)
-    _before: int = field(default=0, init=False, repr=False)
-    _untouched: int = field(default=0, init=False, repr=False)
+    _follows: bool = field(default=True, init=False, repr=False)
+    _pending: bool = field(default=False, init=False, repr=False)
+    _counted: dict[str, bool] = field(factory=dict, init=False, repr=False)
+    _before: tuple[int, list[Tensor]] | None = field(default=None, init=False, repr=False)
+    _untouched: tuple[int, int] = field(default=(0, 0), init=False, repr=False)
     _owners: dict[tuple[int, ...], list[torch.optim.Optimizer]] = field(factory=dict, init=False, repr=False)
 
     draws = False
     in_compiled_step = "after"  # at UpdateEnd it takes note alone
 
     def __attrs_post_init__(self) -> None:
-        if "@" in self.model:
+        if not isinstance(self.model, str) or "@" in self.model:
             raise ModelError(f"EMA({self.model!r}) was given; expected live weights, such as EMA('G', 0.999)")
+        if self.into is not None and not isinstance(self.into, str):
+            raise ModelError(f"EMA(into={describe(self.into)}) was given; expected a model's name: into='teacher'")
         if not callable(self.decay):
             _check_decay(self.decay)
         if self.buffers not in (None, "copy", "average", "keep"):
             raise ValueError(f"buffers={self.buffers!r} was given; expected 'copy', 'average' or 'keep'")
-        if not self.view.isidentifier():
+        if not isinstance(self.view, str) or not self.view.isidentifier():
             raise ModelError(f"EMA(view={self.view!r}) was given; expected the name of a view, such as 'ema'")
 
     @property
@@ -107,50 +112,54 @@ class EMA(Callback):
     def init(self, learner: Any) -> None:
         """Begin the average."""
         live = learner.weights[self.model]
-        both = (live,) if self.into is None else (live, learner.weights[self.into])
-        if any(is_lazy(tensor) for module in both for tensor in (*module.parameters(), *module.buffers())):
-            raise ModelError(
-                f"EMA({self.model!r}) cannot average weights that have seen no batch (lazy modules); run the model on "
-                "one before the learner is made"
-            )
-        if self.into is None:
-            learner.weights[self.average] = self._average = self._copied(live)
-        else:
-            self._average = learner.weights[self.into]
-            _check_like(self.model, live, self.into, self._average, self.buffers not in (None, "keep"))
-        self.num_averaged, self._begun, self._untouched = 0, False, _changes(self._average)
+        self.num_averaged, self._pending = 0, False
+        self._counted.clear()
         self._owners.clear()
-        while self._hooks:
-            self._hooks.pop().remove()
+        if self.into is None:
+            learner.weights[self.average] = self._average = copied_weights(live, f"EMA({self.model!r})")
+            self._note_following(self._average)
+            learner.weights.follow(self.average, partial(self._follow, learner))
+        else:
+            self._follows, self._average = False, learner.weights[self.into]
+            for module in (live, self._average):
+                check_not_lazy(module, f"EMA({self.model!r})")
+            _check_like(self.model, live, self.into, self._average, self.buffers not in (None, "keep"))
         if self._kept is not None:
             self.load_state_dict(self._kept)
 
-    def _copied(self, live: nn.Module) -> nn.Module:
-        try:
-            average = copy.deepcopy(live)
-        except RuntimeError as error:
-            raise ModelError(
-                f"EMA({self.model!r}) cannot copy these weights: {error}. The old torch.nn.utils.weight_norm and "
-                "spectral_norm keep what they computed; those of torch.nn.utils.parametrizations can be copied"
-            ) from error
-        return average.requires_grad_(False).eval()
+    def _follow(self, learner: Any, average: nn.Module, anew: bool) -> None:
+        """Have an average that has not begun, or is to begin anew, be the live weights; not one that somebody wrote."""
+        if anew:
+            self._note_following(average)
+        where, changes = self._untouched
+        if self._follows and (where != id(average) or changes == _changes(average)):
+            self._move(average, learner.weights[self.model], 1.0, 1.0)
+            self._note_following(average)
+
+    def _note_following(self, average: nn.Module) -> None:
+        self._follows, self._untouched = True, (id(average), _changes(average))
 
     @on(StepBegin, AbstractTrainingPhase)
     def start(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
-        """Begin the average, at the first step."""
-        if not self._begun:
-            live, average = learner.weights[self.model], learner.weights[self.average]
-            if self.into is None and _changes(average) == self._untouched:  # the live ones may have been loaded since
-                self._move(average, live, 1.0, 1.0)
-            self._begun, self._updated, self._before = True, False, _changes(live)
-            for optimizer in self._owning(learner):
-                if any(
-                    group.get("fused") for group in optimizer.param_groups
-                ):  # its steps leave no trace in the parameters' counts
-                    self._hooks.append(optimizer.register_step_post_hook(self._note_step))
+        """Begin the average, at the first step; look at the weights where nobody has counted an update of them."""
+        if self._follows:
+            self._follow(learner, learner.weights[self.average], anew=False)
+            self._follows = False
+        if self._counted.get(type(phase).__qualname__) is not True:
+            self._look(learner)
+            learner.defer(partial(self._end, phase, learner), early=True)
 
-    def _note_step(self, *args: Any) -> None:
-        self._updated = True
+    def _look(self, learner: Any) -> None:
+        """Note how the weights are, so that a change of them is seen; fused kernels leave no trace in the counts."""
+        live = learner.weights[self.model]
+        self._before = _changes(live), _norms(live)
+
+    def _has_changed(self, learner: Any) -> bool:
+        """Tell whether the weights have changed since they were looked at."""
+        if self._before is None:
+            return False
+        live, (changes, norms) = learner.weights[self.model], self._before
+        return changes != _changes(live) or not all(map(torch.equal, norms, _norms(live)))
 
     def _owning(self, learner: Any) -> list[torch.optim.Optimizer]:
         """List the optimizers of the model's parameters."""
@@ -165,22 +174,33 @@ class EMA(Callback):
     def note_update(self, event: UpdateEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Note an update of the model's weights."""
         optimizer = learner.optimizer if event.name is None else look_up(learner.optimizer, event.name)
-        self._updated = self._updated or any(each in self._owning(learner) for each in _listed(optimizer))
+        if not self._pending and any(each in self._owning(learner) for each in _listed(optimizer)):
+            self._pending = True
+            self._counted[type(phase).__qualname__] = True
+            learner.defer(partial(self._end, phase, learner), early=True)
 
     @on(StepEnd, AbstractTrainingPhase)
     def take(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Take an average where the weights were updated."""
-        live = learner.weights[self.model]
-        changes = _changes(live)
-        if not self._updated and changes == self._before:
-            return
-        self._updated, self._before = False, changes
+        self._end(phase, learner)
+
+    def _end(self, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Take an average where the weights were updated: when a step ends, or is left early."""
+        name = type(phase).__qualname__
+        if not self._pending:
+            if self._counted.get(name) is True or not self._has_changed(learner):
+                return
+            self._counted[name] = False
+        self._pending, self._before = False, None
         decay = value_at(self.decay, self.num_averaged)
         _check_decay(decay)
         buffers = self.buffers or ("copy" if self.into is None else "keep")
         of_buffers = {"copy": 1.0, "average": 1 - decay, "keep": 0.0}[buffers]
+        live = learner.weights[self.model]
         self._move(learner.weights[self.average], live, 1 - decay, of_buffers)
         self.num_averaged += 1
+        if self._counted.get(name) is not True:
+            self._look(learner)  # a step around this one may go on
 
     @torch.no_grad()
     def _move(self, average: nn.Module, live: nn.Module, weight: float, of_buffers: float) -> None:
@@ -190,19 +210,25 @@ class EMA(Callback):
             _lerp(dict(average.named_buffers()), dict(live.named_buffers()), of_buffers)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps: the count, and the average where no model holds it."""
+        """Give what a checkpoint keeps: counts, what is noted of updates, and the average where no model holds it."""
         own = self._average is not None and self.into is None
         return {
             "num_averaged": self.num_averaged,
             "average": self._average.state_dict() if own and self._average is not None else None,
+            "follows": self._follows,
+            "pending": self._pending,
+            "counted": dict(self._counted),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a kept state; before there is a learner, when it is made."""
         self._kept = state if self._average is None else None
-        self.num_averaged = state["num_averaged"]
+        self.num_averaged, self._pending, self._before = state["num_averaged"], state.get("pending", False), None
+        self._counted = dict(state.get("counted", {}))
         if self._average is not None and state["average"] is not None:
             self._average.load_state_dict(state["average"])
+            self._note_following(self._average)
+        self._follows = state.get("follows", False)
 
 
 @resolve_conflict.register(EMA, EMA)  # type: ignore[untyped-decorator]  # multipledispatch has no types
@@ -230,6 +256,13 @@ def _listed(optimizers: Any) -> list[torch.optim.Optimizer]:
 def _changes(module: nn.Module) -> int:
     """Count the changes in place of a module's parameters, as autograd does."""
     return sum(parameter._version for parameter in module.parameters())
+
+
+@torch.no_grad()
+def _norms(module: nn.Module) -> list[Tensor]:
+    """Give the norm of each parameter, so that any change of its numbers is seen without a copy of them."""
+    numbers: list[Tensor] = [p for p in module.parameters() if p.is_floating_point() or p.is_complex()]
+    return list(torch._foreach_norm(numbers)) if numbers else []
 
 
 def _lerp(averages: dict[str, Tensor], live: dict[str, Tensor], weight: float) -> None:

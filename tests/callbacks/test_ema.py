@@ -3,20 +3,25 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, softplus
+from torch.nn.functional import cosine_similarity, cross_entropy, softplus
 
+import fluxloop.compiled
 from fluxloop import (
     EMA,
+    Accelerator,
     AveragedValidationPhase,
     BackwardBegin,
     BackwardEnd,
+    BYOLPhase,
     Callback,
     CallbackConflictError,
     CancelEpochException,
@@ -28,6 +33,7 @@ from fluxloop import (
     Event,
     GANPhase,
     GANValidationPhase,
+    KeepBestModel,
     KNNProbe,
     Learner,
     LossBegin,
@@ -42,18 +48,28 @@ from fluxloop import (
     StepEnd,
     TensorBatches,
     TrainingPhase,
+    TwoViews,
     UpdateBegin,
     UpdateEnd,
     ValidationPhase,
     cosine,
+    find_lr,
     loop,
+    on,
     runepoch,
     runstep,
     stream_seed,
     throttle,
 )
 from fluxloop.schedules import value_at
-from fluxloop.testing import EventRecorder, assert_observer, assert_order, assert_same_bits, bits
+from fluxloop.testing import (
+    EventRecorder,
+    assert_observer,
+    assert_order,
+    assert_resumes_exactly,
+    assert_same_bits,
+    bits,
+)
 
 SEED = 4
 BATCH, BATCHES, EPOCHS = 4, 10, 10
@@ -546,6 +562,411 @@ def test_an_optimizer_named_otherwise_than_its_model_counts() -> None:
     assert not torch.equal(learner.weights["0@ema"].weight, net()[0].weight)
 
 
+class EveryThird(TrainingPhase):
+    """Accumulates the gradients of three batches by hand, and counts its steps in an attribute."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def step(self, learner: Learner, batch: Any) -> None:
+        with runstep(learner, self, xs=batch[0], ys=batch[1]) as (_, state):
+            learner.backward(cross_entropy(learner.model(state.xs), state.ys) / 3)
+            self.count += 1
+            if self.count % 3 == 0:
+                learner.update()
+
+
+def checked(learner: Learner, phase: Phase, path: Path) -> None:
+    assert learner.check(phases=[TrainingPhase()]) == []
+
+
+def loaded(learner: Learner, phase: Phase, path: Path) -> None:
+    learner.save(path)
+    learner.load(path)
+
+
+def loaded_weights(learner: Learner, phase: Phase, path: Path) -> None:
+    torch.save(learner.model.state_dict(), path)
+    learner.model.load_state_dict(torch.load(path))
+
+
+def evaluated(learner: Learner, phase: Phase, path: Path) -> None:
+    learner.evaluate()
+    find_lr(learner, steps=3)
+
+
+@pytest.mark.parametrize("between", [checked, loaded, loaded_weights, evaluated], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_what_is_done_between_two_steps_is_no_update(
+    between: Callable[[Learner, Phase, Path], None], fused: bool, tmp_path: Path
+) -> None:
+    ema, phase = EMA("model", 0.5), EveryThird()
+    optimizer = partial(torch.optim.Adam, lr=0.01, fused=fused)
+    learner, plain = (
+        learner_of(ema, Recorder(), optimizer=optimizer),
+        learner_of(EMA("model", 0.5), optimizer=optimizer),
+    )
+    other = EveryThird()
+    for batch in list(batches())[:7]:
+        learner.epoch(phase, [batch])
+        between(learner, phase, tmp_path / "state.pt")
+        plain.epoch(other, [batch])
+    assert ema.num_averaged == learner.history[EveryThird].updates[None] == 2
+    assert equal(learner.weights["model@ema"], plain.weights["model@ema"])
+
+
+def test_critic_steps_and_a_check_between_epochs_leave_one_average_per_update_of_each_model(tmp_path: Path) -> None:
+    emas = EMA("generator", 0.9), EMA("critic", 0.9)
+    learner = learner_of(*emas, Recorder(), Metrics(), KeepBestModel("training/loss_critic"), model=gan_models())
+    phase = GANPhase(noise=2, critic_steps=3)
+    for _ in range(3):
+        learner.fit(1, data=(list(torch.split(rows()[0], 8)),), phases=[phase])  # the best weights are put back
+        learner.check(rows()[0])
+        learner.save(tmp_path / "state.pt")
+        learner.load(tmp_path / "state.pt")
+        learner = copy.deepcopy(learner)
+        phase = learner.phases[GANPhase]
+    updates = learner.history[GANPhase].updates
+    averaged = {ema.model: ema.num_averaged for ema in learner.callbacks if isinstance(ema, EMA)}
+    assert averaged == updates == {"critic": 15, "generator": 5}
+
+
+@pytest.mark.parametrize("event", [UpdateEnd, StepEnd], ids=lambda event: event.__name__)
+@pytest.mark.parametrize("error", [CancelStepException(), CancelEpochException(), ValueError("broken")], ids=repr)
+def test_a_step_that_is_left_after_its_update_is_averaged_there_and_then(
+    event: type[Event], error: BaseException
+) -> None:
+    class Leave(Callback):
+        reads = ("step.loss",)
+        runs = 0
+
+        @on(event, TrainingPhase)
+        def leave(self, event: Event, phase: Phase, learner: Any) -> None:
+            self.runs += 1
+            if self.runs == 2:
+                raise error
+
+    ema = EMA("model", 0.9)
+    learner = learner_of(Leave(), ema)
+    with pytest.raises(ValueError, match="broken") if isinstance(error, ValueError) else nullcontext():
+        learner.epoch(TrainingPhase(), list(batches())[:2])
+    *_, (_, average) = train_by_hand(0.9, steps=2)
+    assert ema.num_averaged == 2
+    assert equal(learner.weights["model@ema"], average)
+
+
+def test_a_run_whose_steps_are_cancelled_after_their_updates_is_resumed_to_the_bit() -> None:
+    class Leave(Callback):
+        reads = ("step.loss",)
+        runs = 0
+
+        @on(UpdateEnd, TrainingPhase)
+        def leave(self, event: Event, phase: Phase, learner: Any) -> None:
+            self.runs += 1
+            if self.runs % 3 == 2:
+                raise CancelStepException
+
+    def make() -> Learner:
+        return learner_of(Leave(), EMA("model", cosine(20, 0.5, 1.0)), Recorder(), Metrics())
+
+    assert_resumes_exactly(make, epochs=2, at=[1, 2, 3, 5, 6, 11, 12])
+
+
+def test_a_throttled_average_of_accumulated_updates_is_resumed_to_the_bit() -> None:
+    """An update whose average waits for its turn is part of the checkpoint."""
+
+    def make() -> Learner:
+        return learner_of(throttle(EMA("model", 0.5), StepEnd, freq=4), Recorder(), Metrics())
+
+    assert_resumes_exactly(make, epochs=2, phases=lambda: [EveryThird()], at=[1, 3, 4, 5, 10, 13])
+
+
+class BothWays(TrainingPhase):
+    """Steps by hand from the fourth step on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def step(self, learner: Learner, batch: Any) -> None:
+        self.count += 1
+        (ByHand() if self.count > 3 else TrainingPhase()).step(learner, batch)
+
+
+@pytest.mark.parametrize("phase", [ByHand, HalfByHand, BothWays, EveryThird])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_a_run_whose_optimizer_is_stepped_by_hand_is_resumed_to_the_bit(phase: type[Phase], fused: bool) -> None:
+    def make() -> Learner:
+        optimizer = partial(torch.optim.Adam, lr=0.01, fused=fused)
+        return learner_of(EMA("model", 0.9), Recorder(), Metrics(), optimizer=optimizer)
+
+    assert_resumes_exactly(make, epochs=1, phases=lambda: [phase()], at=[1, 3, 4, 6])
+
+
+def test_each_phase_of_a_cycle_is_followed_in_its_own_way() -> None:
+    ema = EMA("model", 0.9)
+    learner = learner_of(ema)
+    learner.fit(2, phases=[TrainingPhase(), ByHand(), HalfByHand()])
+    assert ema.num_averaged == 2 * 3 * BATCHES
+
+
+def test_a_step_by_hand_is_averaged_where_it_is_cancelled_and_where_the_rate_is_0() -> None:
+    class Cancelling(TrainingPhase):
+        def step(self, learner: Learner, batch: Any) -> None:
+            with runstep(learner, self, xs=batch[0], ys=batch[1]) as (_, state):
+                learner.optimizer.zero_grad()
+                cross_entropy(learner.model(state.xs), state.ys).backward()
+                learner.optimizer.step()
+                raise CancelStepException
+
+    for optimizer in (adam, partial(torch.optim.SGD, lr=0.0)):
+        ema = EMA("model", 0.9)
+        learner_of(ema, optimizer=optimizer).fit(1, phases=[Cancelling()])
+        assert ema.num_averaged == BATCHES
+
+
+def test_weights_that_a_callback_writes_in_a_step_without_an_update_are_no_update() -> None:
+    class Clamp(Callback):
+        reads, writes = ("model",), ("model",)
+
+        @on(StepEnd, TrainingPhase)
+        def clamp(self, event: Event, phase: Phase, learner: Any) -> None:
+            with torch.no_grad():
+                for parameter in learner.model.parameters():
+                    parameter.clamp_(-0.5, 0.5)
+
+    ema = EMA("model", 0.5)
+    learner = learner_of(ema, Clamp())
+    learner.epoch(TrainingPhase(), list(batches())[:1])
+    averaged = learner.weights["model@ema"][0].weight
+    assert torch.equal(averaged, torch.lerp(net()[0].weight, learner.model[0].weight, 0.5))  # clamped before
+    phase = EveryThird()
+    phase.count = 2
+    learner.epoch(phase, list(batches())[:8])
+    assert ema.num_averaged == 1 + 3
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD], ids=lambda o: o.__name__)
+def test_no_hook_is_left_on_an_optimizer_not_even_while_training(optimizer: Any) -> None:
+    hooks: list[int] = []
+
+    def look(learner: Any) -> None:
+        hooks.append(
+            len(learner.optimizer._optimizer_step_post_hooks) + len(learner.optimizer._optimizer_step_pre_hooks)
+        )
+
+    callbacks = EMA("model", 0.5), CustomCallback(look, StepEnd, reads=("optimizer",))
+    learner = learner_of(*callbacks, optimizer=partial(optimizer, lr=0.01, fused=True))
+    learner.fit(1, phases=[ByHand(), TrainingPhase()])
+    learner.replace_callback(EMA("model", 0.9))
+    learner.fit(1, phases=[TrainingPhase()])
+    look(learner)
+    assert set(hooks) == {0}
+
+
+def test_two_optimizers_over_one_model_give_one_average_per_step() -> None:
+    class Turns(TrainingPhase):
+        count = 0
+
+        def step(self, learner: Learner, batch: Any) -> None:
+            with runstep(learner, self, xs=batch[0], ys=batch[1]) as (_, state):
+                learner.backward(cross_entropy(learner.model(state.xs), state.ys))
+                learner.update()
+
+    whole, head = EMA("model", 0.5), EMA("4", 0.5, view="head")
+    learner = learner_of(whole, head, optimizer={"0": sgd, "1": sgd, "4": adam})
+    learner.fit(1, phases=[Turns()])
+    assert (whole.num_averaged, head.num_averaged) == (BATCHES, BATCHES)
+
+
+# Steps that are compiled whole
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run graphs as they were traced, without gradients as the product does, and without a compiler."""
+
+    def lower(graph: Any, inputs: Any, device: Any) -> Any:
+        return torch.no_grad()(graph)
+
+    monkeypatch.setattr(fluxloop.compiled, "lower", lower)
+
+
+def views(xs: Tensor) -> Tensor:
+    return xs + torch.linspace(0, 1, xs.numel()).reshape(xs.shape)
+
+
+def byol_models() -> dict[str, nn.Module]:
+    torch.manual_seed(5)
+    student = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4))
+    return {
+        "student": student,
+        "teacher": copy.deepcopy(student).requires_grad_(False),
+        "predictor": nn.Linear(4, 4),
+    }
+
+
+def byol_by_hand(decay: float) -> dict[str, nn.Module]:
+    """Train BYOL in plain PyTorch."""
+    models = byol_models()
+    student, teacher, predictor = models.values()
+    steppers = [torch.optim.AdamW(models[name].parameters(), lr=0.01, fused=True) for name in ("student", "predictor")]
+    for _ in range(2):
+        for xs in torch.split(rows()[0], 8):
+            for stepper in steppers:
+                stepper.zero_grad()
+            pairs = [(views(xs), views(xs))] * 2
+            losses = [
+                2 - 2 * cosine_similarity(predictor(student(a)), teacher(b).detach(), dim=1).mean() for a, b in pairs
+            ]
+            (sum(losses) / 2).backward()
+            for stepper in steppers:
+                stepper.step()
+            with torch.no_grad():
+                for a, b in zip(teacher.parameters(), student.parameters(), strict=True):
+                    a.lerp_(b, 1 - decay)
+    return models
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("compile", [False, "step"], ids=["eager", "compiled"])
+def test_a_teacher_moves_with_a_fused_optimizer_as_in_a_hand_written_loop(compile: Any) -> None:
+    ema = EMA("student", 0.9, into="teacher")
+    learner = learner_of(
+        ema,
+        Recorder(),
+        model=byol_models(),
+        data=(list(torch.split(rows()[0], 8)),),
+        optimizer=partial(torch.optim.AdamW, lr=0.01),
+        accelerator=Accelerator("cpu", compile=compile),
+    )
+    assert learner.optimizer.student.param_groups[0]["fused"]
+    learner.fit(2, phases=[BYOLPhase(TwoViews(views))])
+    assert ema.num_averaged == learner.history[BYOLPhase].updates["student"] == 10
+    expected = byol_by_hand(0.9)
+    for name in ("student", "teacher"):
+        for a, b in zip(learner.weights[name].parameters(), expected[name].parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("phase", [GANPhase, ByHand, EveryThird], ids=lambda phase: phase.__name__)
+def test_compiled_steps_take_the_averages_that_eager_ones_take(phase: type[Phase]) -> None:
+    class Body(TrainingPhase):
+        """The body of a step by hand."""
+
+        def body(self, learner: Any, handle: Any, state: Any) -> None:
+            learner.optimizer.zero_grad()
+            cross_entropy(learner.model(state.xs), state.ys).backward()
+            learner.optimizer.step()
+
+    class Third(TrainingPhase):
+        def __init__(self) -> None:
+            self.is_third, self.count = False, 0
+
+        def body(self, learner: Any, handle: Any, state: Any) -> None:
+            learner.backward(cross_entropy(learner.model(state.xs), state.ys))
+            if self.is_third:
+                learner.update()
+
+        def finish(self, learner: Any, state: Any) -> None:
+            self.count += 1
+            self.is_third = self.count % 3 == 2
+
+    found = []
+    for compile in (False, "step"):
+        torch.manual_seed(6)
+        gan = phase is GANPhase
+        emas = [EMA("generator", 0.9), EMA("critic", 0.9)] if gan else [EMA("model", 0.9)]
+        learner = learner_of(
+            *emas,
+            model=gan_models() if gan else nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)),
+            optimizer=partial(torch.optim.Adam if phase is ByHand else torch.optim.AdamW, lr=0.01),
+            accelerator=Accelerator("cpu", compile=compile),
+            **({"data": (list(torch.split(rows()[0], 8)),)} if gan else {}),
+        )
+        runs = {GANPhase: lambda: GANPhase(noise=2, critic_steps=2), ByHand: Body, EveryThird: Third}[phase]()
+        learner.fit(2, phases=[runs])
+        found.append(([ema.num_averaged for ema in emas], [learner.weights[ema.average] for ema in emas]))
+    (counts, averages), (compiled_counts, compiled) = found
+    assert counts == compiled_counts
+    for a, b in zip(averages, compiled, strict=True):
+        for one, other in zip(a.parameters(), b.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+# What the average is before it begins, and after others have been loaded
+
+
+def other_net() -> nn.Sequential:
+    torch.manual_seed(9)
+    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
+
+
+def test_until_the_first_step_the_average_is_the_live_weights_whatever_they_are(tmp_path: Path) -> None:
+    learner = learner_of(EMA("model", 0.5), Recorder(), Metrics())
+    other = other_net()
+    torch.save(other.state_dict(), tmp_path / "weights.pt")
+    learner.load_weights(tmp_path / "weights.pt")
+    assert learner.evaluate(phase=AveragedValidationPhase())["loss@ema"] == learner.evaluate()["loss"]
+    assert equal(learner.weights["model@ema"], other)
+    learner.model.load_state_dict(net().state_dict())
+    assert equal(learner.weights["model@ema"], net())
+    assert equal(learner.weights["4@ema"], net()[4])
+    copied = copy.deepcopy(learner)
+    copied.model.load_state_dict(other.state_dict())
+    assert equal(copied.weights["model@ema"], other)
+    assert equal(learner.weights["model@ema"], net())
+
+
+def test_after_other_weights_were_loaded_the_average_begins_with_them(tmp_path: Path) -> None:
+    ema = EMA("model", 0.5)
+    learner = learner_of(ema)
+    learner.fit(1, phases=[TrainingPhase()])
+    other = other_net()
+    torch.save(other.state_dict(), tmp_path / "weights.pt")
+    learner.load_weights(tmp_path / "weights.pt")
+    assert equal(learner.weights["model@ema"], other)
+    learner.epoch(TrainingPhase(), [next(iter(batches()))])
+    assert ema.num_averaged == BATCHES + 1
+    assert torch.equal(
+        learner.weights["model@ema"][0].weight, torch.lerp(other[0].weight, learner.model[0].weight, 0.5)
+    )
+
+
+def test_weights_loaded_for_one_model_leave_the_averages_of_others(tmp_path: Path) -> None:
+    learner = learner_of(EMA("student"), EMA("teacher"), model=with_teacher())
+    torch.save(other_net().state_dict(), tmp_path / "weights.pt")
+    learner.fit(1, phases=[StudentPhase()])
+    before = copy.deepcopy(learner.weights["student@ema"])
+    learner.load_weights(tmp_path / "weights.pt", "teacher")
+    assert equal(learner.weights["teacher@ema"], other_net())
+    assert equal(learner.weights["student@ema"], before)
+    learner.load_weights(tmp_path / "weights.pt", "student")
+    assert equal(learner.weights["student@ema"], other_net())
+
+
+def test_an_average_that_was_given_weights_of_its_own_begins_with_those(tmp_path: Path) -> None:
+    other = other_net()
+    torch.save(other.state_dict(), tmp_path / "weights.pt")
+    learner = learner_of(EMA("model", 0.5))
+    learner.load_weights(tmp_path / "weights.pt", "model@ema")
+    assert equal(learner.weights["model@ema"], other)
+    learner.epoch(TrainingPhase(), [next(iter(batches()))])
+    assert torch.equal(
+        learner.weights["model@ema"][0].weight, torch.lerp(other[0].weight, learner.model[0].weight, 0.5)
+    )
+
+
+def test_a_learner_that_is_loaded_before_its_first_step_has_an_average_that_follows_again(tmp_path: Path) -> None:
+    learner = learner_of(EMA("model", 0.5))
+    learner.save(tmp_path / "start.pt")
+    learner.fit(1, phases=[TrainingPhase()])
+    learner.load(tmp_path / "start.pt")
+    assert equal(learner.weights["model@ema"], net())
+    learner.model.load_state_dict(other_net().state_dict())
+    assert equal(learner.weights["model@ema"], other_net())
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD], ids=lambda o: o.__name__)
 def test_fused_optimizers_are_followed(optimizer: Any) -> None:
     fused = partial(optimizer, lr=0.01, fused=True)
@@ -693,6 +1114,8 @@ MISTAKES: dict[str, tuple[Callable[[], EMA], Callable[[], Any], type[Exception],
     "decay above 1": (lambda: EMA("model", 1.001), net, ValueError, "from 0 to 1"),
     "decay NaN": (lambda: EMA("model", float("nan")), net, ValueError, "from 0 to 1"),
     "buffers": (lambda: EMA("model", buffers="share"), net, ValueError, "expected 'copy', 'average' or 'keep'"),  # type: ignore[arg-type]  # on purpose
+    "a decay for a name": (lambda: EMA(0.999), net, ModelError, r"EMA\(0\.999\) was given; expected live weights"),  # type: ignore[arg-type]  # on purpose
+    "into a module": (lambda: EMA("model", into=net()), net, ModelError, "expected a model's name: into='teacher'"),  # type: ignore[arg-type]  # on purpose
     "name of the view": (lambda: EMA("model", view="my view"), net, ModelError, "expected the name of a view"),
 }
 
@@ -803,7 +1226,8 @@ def test_the_state_of_a_copy_holds_the_average_and_that_of_a_teacher_only_the_co
     assert state["num_averaged"] == BATCHES
     assert state["average"].keys() == net().state_dict().keys()
     learner = learner_of(EMA("student", into="teacher"), model=with_teacher())
-    assert learner.get_callback(EMA).state_dict() == {"num_averaged": 0, "average": None}
+    state = learner.get_callback(EMA).state_dict()
+    assert (state["num_averaged"], state["average"]) == (0, None)
 
 
 def test_in_a_second_learner_the_average_and_its_schedule_begin_anew() -> None:
