@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -12,7 +13,6 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
 
 from fluxloop.access import weights_path
 from fluxloop.callback import Callback, on
@@ -21,7 +21,7 @@ from fluxloop.events import EpochBegin, EpochEnd, FitEnd, StepEnd
 from fluxloop.feed import untouched
 from fluxloop.history import INTERRUPTED, TERMINATED
 from fluxloop.loop import switch_modes
-from fluxloop.models import to_device_of
+from fluxloop.models import copied_weights, to_device_of
 from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from fluxloop.randomness import drawing, stream_seed
 
@@ -39,7 +39,8 @@ class StochasticWeightAveraging(Callback):
 
     The n-th average moves by ``(live - average) / n``, as ``torch.optim.swa_utils.AveragedModel``
     computes it. It is a module of its own, ``learner.weights["model@swa"]``; the live weights are
-    never replaced. Until the first average it is the live weights. Whatever evaluates it says so::
+    never replaced. Until the first average it is the live weights, whoever reads it; so it is again
+    after ``learner.load_weights``, and begins anew. Whatever evaluates it says so::
 
         class SWAValidation(ValidationPhase):
             model_view = "swa"
@@ -50,7 +51,8 @@ class StochasticWeightAveraging(Callback):
     Batch norm's statistics of the average are those of its own activations, computed over the training data
     (as ``torch.optim.swa_utils.update_bn`` does) before a phase runs the average, and when the
     fit ends by itself; the training's data order and random numbers are not moved. Who reads the
-    average at another time, such as a probe, or after Ctrl+C, finds the live model's statistics.
+    average at another time, such as a probe, or after Ctrl+C, finds the live model's statistics. A
+    batch norm that training holds in eval mode keeps its statistics.
 
     The averaged weights should differ: the paper keeps the learning rate constant or cyclic from
     `start` on, which is a `Scheduler`'s to say, or ``torch.optim.swa_utils.SWALR``'s with `LRScheduler`.
@@ -66,7 +68,7 @@ class StochasticWeightAveraging(Callback):
 
     Raises:
         ModelError: There are no such weights, or they have seen no batch (lazy modules).
-        ValueError: `start` is less than 0, `every` less than 1, or `unit` another word.
+        ValueError: `start` is no whole number of 0 or more, `every` none of 1 or more, or `unit` another word.
         DataError: There is batch norm, and no training data that can be iterated again.
 
     Attributes:
@@ -85,6 +87,7 @@ class StochasticWeightAveraging(Callback):
     num_averaged: int = field(default=0, init=False, repr=False)
     _done: int = field(default=0, init=False, repr=False)
     _stale: bool = field(default=False, init=False, repr=False)
+    _held: list[str] = field(factory=list, init=False, repr=False)
     _average: nn.Module | None = field(default=None, init=False, repr=False)
     _kept: dict[str, Any] | None = field(default=None, init=False, repr=False)
 
@@ -92,12 +95,17 @@ class StochasticWeightAveraging(Callback):
     draws = False  # what running over the data draws is put back
 
     def __attrs_post_init__(self) -> None:
-        if self.start < 0 or self.every < 1 or self.unit not in ("epoch", "step"):
+        names = isinstance(self.model, str) and isinstance(self.view, str)
+        if not names or "@" in self.model or not self.view.isidentifier():
+            raise ModelError(
+                f"{self!r} was given; expected live weights, and the name of a view: "
+                "StochasticWeightAveraging('model', start=10, view='swa')"
+            )
+        whole = type(self.start) is type(self.every) is int
+        if not whole or self.start < 0 or self.every < 1 or self.unit not in ("epoch", "step"):
             raise ValueError(
                 f"{self!r} was given; expected start of 0 or more, every of 1 or more, and unit='epoch' or 'step'"
             )
-        if "@" in self.model or not self.view.isidentifier():
-            raise ModelError(f"{self!r} was given; expected live weights, and the name of a view, such as 'swa'")
 
     @property
     def average(self) -> str:
@@ -116,24 +124,31 @@ class StochasticWeightAveraging(Callback):
 
     def init(self, learner: Any) -> None:
         """Begin the average."""
-        live = learner.weights[self.model]
-        if any(is_lazy(tensor) for tensor in (*live.parameters(), *live.buffers())):
-            raise ModelError(
-                f"{self!r} cannot average weights that have seen no batch (lazy modules); run the model on one before "
-                "the learner is made"
-            )
-        self._average = copy.deepcopy(live).requires_grad_(False).eval()
+        self._average = copied_weights(learner.weights[self.model], f"{self!r}")
         learner.weights[self.average] = self._average
-        self.num_averaged, self._done, self._stale = 0, 0, False
+        learner.weights.follow(self.average, partial(self._follow, learner))
+        self.num_averaged, self._done, self._stale, self._held = 0, 0, False, []
         if self._kept is not None:
             self.load_state_dict(self._kept)
+
+    def _follow(self, learner: Any, average: nn.Module, anew: bool) -> None:
+        """Have the average be the live weights before there is one, or where it begins anew."""
+        if anew:
+            self.num_averaged, self._stale = 0, False
+        if not self.num_averaged:
+            self._move(learner.weights[self.model], average, 1.0)
 
     @on(EpochBegin, AbstractTrainingPhase)
     def look_for_data(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Have missing data, or data the average cannot be run on, be an error before the first step."""
-        average = learner.weights[self.average]
-        if norms(average) and not self._done:
-            self._update_norms(learner, copy.deepcopy(average), batches=1)
+        held = self._held_norms(learner)
+        if not self._done and norms(learner.weights[self.model], held):
+            self._update_norms(learner, copy.deepcopy(learner.weights[self.average]), held, batches=1)
+
+    def _held_norms(self, learner: Any) -> list[str]:
+        """Name the batch norms that are in eval mode while the model is trained."""
+        parts = learner.weights[self.model].named_modules()
+        return [name for name, part in parts if isinstance(part, _BatchNorm) and not part.training]
 
     @on(EpochEnd, AbstractTrainingPhase)
     def end_epoch(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
@@ -151,13 +166,15 @@ class StochasticWeightAveraging(Callback):
         self._done += 1
         past = self._done - self.start
         if past > 0 and past % self.every == 0:
+            average = learner.weights[self.average]
             self.num_averaged += 1
-            self._move(learner, 1 / self.num_averaged)
+            self._held = self._held_norms(learner)
+            self._move(learner.weights[self.model], average, 1 / self.num_averaged)
+            self._stale = True
 
     @torch.no_grad()
-    def _move(self, learner: Any, weight: float) -> None:
+    def _move(self, live: nn.Module, average: nn.Module, weight: float) -> None:
         """Move the average towards the live weights; buffers become the live ones."""
-        live, average = learner.weights[self.model], learner.weights[self.average]
         moved: list[Tensor] = []
         towards: list[Tensor] = []
         for old, new in zip(average.parameters(), live.parameters(), strict=True):
@@ -168,9 +185,8 @@ class StochasticWeightAveraging(Callback):
                 towards.append(new.to(old.dtype))
         if moved:
             torch._foreach_lerp_(moved, towards, weight)  # as torch.optim.swa_utils does
-        for old, new in zip(average.buffers(), live.buffers(), strict=True):
-            old.copy_(new)
-        self._stale = bool(self.num_averaged)
+        for buffer, new_buffer in zip(average.buffers(), live.buffers(), strict=True):
+            buffer.copy_(new_buffer)
 
     @on(EpochBegin, AbstractValidationPhase)
     def show(self, event: EpochBegin, phase: AbstractValidationPhase, learner: Any) -> None:
@@ -185,15 +201,15 @@ class StochasticWeightAveraging(Callback):
             self._refresh(learner)
 
     def _refresh(self, learner: Any) -> None:
-        """Bring the average up to date: batch norm's statistics; before there is one, the live weights."""
-        average = learner.weights[self.average]
-        if not self.num_averaged:
-            self._move(learner, 1.0)
-        elif self._stale and norms(average):
-            self._update_norms(learner, average)
+        """Bring batch norm's statistics of the average up to date."""
+        average = learner.weights[self.average]  # before there is one: the live weights
+        if self._stale and norms(average, self._held):
+            self._update_norms(learner, average, self._held)
         self._stale = False
 
-    def _update_norms(self, learner: Any, average: nn.Module, batches: int | None = None) -> None:
+    def _update_norms(
+        self, learner: Any, average: nn.Module, held: Collection[str], batches: int | None = None
+    ) -> None:
         """Compute batch norm's statistics of the average anew.
 
         Raises:
@@ -202,7 +218,7 @@ class StochasticWeightAveraging(Callback):
         source = self._data(learner)
         with drawing(stream_seed(learner.seed, f"callback/{self.average}", self._done)):
             try:
-                update_norms(average, source, self.forward, batches)
+                update_norms(average, source, self.forward, batches, held)
             except Exception as error:
                 raise DataError(
                     f"{self!r} could not run the average on a batch of the training data for batch norm's statistics "
@@ -231,6 +247,7 @@ class StochasticWeightAveraging(Callback):
             "num_averaged": self.num_averaged,
             "done": self._done,
             "stale": self._stale,
+            "held": list(self._held),
             "average": None if self._average is None else self._average.state_dict(),
         }
 
@@ -238,34 +255,46 @@ class StochasticWeightAveraging(Callback):
         """Go on from a kept state; before there is a learner, when it is made."""
         self._kept = state if self._average is None else None
         self.num_averaged, self._done, self._stale = state["num_averaged"], state["done"], state["stale"]
+        self._held = list(state.get("held", ()))
         if self._average is not None and state["average"] is not None:
             self._average.load_state_dict(state["average"])
 
 
-def norms(module: nn.Module) -> list[_BatchNorm]:
-    """List the batch norms that keep statistics."""
-    found = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+def norms(module: nn.Module, held: Collection[str] = ()) -> list[_BatchNorm]:
+    """List the batch norms that keep statistics, but those that are held as they are, by name."""
+    found = [part for name, part in module.named_modules() if isinstance(part, _BatchNorm) and name not in held]
     return [norm for norm in found if norm.track_running_stats]
 
 
-def update_norms(module: nn.Module, source: Any, forward: Forward = run_inputs, batches: int | None = None) -> None:
+def update_norms(
+    module: nn.Module,
+    source: Any,
+    forward: Forward = run_inputs,
+    batches: int | None = None,
+    held: Collection[str] = (),
+) -> None:
     """Compute batch norm's statistics anew over data, every batch weighing the same.
 
     The module is in train mode meanwhile, without gradients; its modes, and a loader's own generators,
-    are put back.
+    are put back. A batch norm that stays in eval mode then (its ``train()`` says so) keeps its statistics.
 
     Args:
         module: Whose statistics.
         source: Batches.
         forward: ``(module, batch)`` runs the module on a batch.
         batches: How many; left out, all.
+        held: Names of batch norms that stay in eval mode.
     """
     with ExitStack() as undone:
-        for norm in norms(module):
-            norm.reset_running_stats()
-            undone.callback(setattr, norm, "momentum", norm.momentum)
-            norm.momentum = None  # a plain average
         undone.callback(switch_modes([module], True))
+        for name, part in module.named_modules():
+            if name in held:
+                part.training = False
+        for norm in norms(module, held):
+            if norm.training:
+                norm.reset_running_stats()
+                undone.callback(setattr, norm, "momentum", norm.momentum)
+                norm.momentum = None  # a plain average
         undone.enter_context(untouched(source))
         undone.enter_context(torch.no_grad())
         for batch in islice(source, batches):

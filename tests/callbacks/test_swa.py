@@ -4,6 +4,7 @@ import copy
 import io
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from fluxloop import (
     CancelFittingException,
     CustomCallback,
     DataError,
+    EpochBegin,
     EpochEnd,
+    KNNProbe,
     Learner,
     Metrics,
     ModelError,
@@ -252,6 +255,87 @@ def test_statistics_are_computed_as_torch_does_with_other_momenta_too() -> None:
     assert norms(nn.BatchNorm1d(3, track_running_stats=False)) == []
 
 
+class HeldNorm(nn.BatchNorm1d):
+    """Stays in eval mode, as a pretrained one does whose statistics are to be kept."""
+
+    def train(self, mode: bool = True) -> Any:
+        return super().train(False)
+
+
+def pretrained() -> nn.Sequential:
+    """A network with a batch norm of statistics of its own, and one that is trained."""
+    torch.manual_seed(1)
+    held = HeldNorm(3)
+    held.load_state_dict({**held.state_dict(), "running_mean": torch.ones(3), "running_var": torch.full((3,), 4.0)})
+    return nn.Sequential(held, nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+
+def test_a_batch_norm_that_training_holds_in_eval_mode_keeps_its_statistics_in_the_average() -> None:
+    learner = learner_of(StochasticWeightAveraging(), Recorder(), Metrics(), model=pretrained())
+    learner.fit(3, phases=[TrainingPhase(), SWAValidation()])
+    held, _, norm, _ = average = learner.weights["model@swa"]
+    assert torch.equal(held.running_mean, torch.ones(3))
+    assert torch.equal(held.running_var, torch.full((3,), 4.0))
+    with torch.no_grad():
+        fed = average[1](average[0](torch.cat([xs for xs, _ in batches()])))
+    torch.testing.assert_close(norm.running_mean, fed.mean(0))
+    with torch.no_grad():
+        losses = [cross_entropy(average(xs), ys) for xs, ys in batches()]
+    assert learner.history["validation/loss@swa"][-1] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
+
+
+def test_a_batch_norm_that_a_callback_puts_into_eval_mode_keeps_its_statistics_too() -> None:
+    def hold(learner: Any) -> None:
+        learner.model[1].eval()
+
+    def make() -> Learner:
+        holder = CustomCallback(hold, EpochBegin, TrainingPhase, reads=("model",), writes=("model",))
+        model = net()
+        model[1].running_mean.fill_(0.5)
+        return learner_of(StochasticWeightAveraging(), holder, Recorder(), Metrics(), model=model)
+
+    learner = make()
+    learner.fit(2, phases=[TrainingPhase(), SWAValidation()])
+    assert torch.equal(learner.weights["model@swa"][1].running_mean, torch.full((8,), 0.5))
+    assert_resumes_exactly(make, epochs=2, phases=lambda: [TrainingPhase(), SWAValidation()], at=[3, 5, 6, 9])
+
+
+def test_where_every_batch_norm_is_held_no_data_is_needed() -> None:
+    model = nn.Sequential(HeldNorm(3), nn.Linear(3, 3))
+    learner = learner_of(StochasticWeightAveraging(), model=model, data=())
+    learner.fit(2, data=(iter(batches()),), phases=[TrainingPhase()], steps_per_epoch=2)
+    assert torch.equal(learner.weights["model@swa"][0].running_mean, torch.zeros(3))
+
+
+def test_before_the_first_average_a_probe_sees_the_live_weights() -> None:
+    """Whoever reads it, also where no phase runs it."""
+    probes = [KNNProbe(name, bank=rows(), queries=rows(), metric=name[-5:]) for name in ("model", "model@swa")]
+    learner = learner_of(StochasticWeightAveraging(start=30), *probes, Recorder(), Metrics())
+    learner.fit(3, phases=[TrainingPhase()])
+    assert len(set(learner.history["validation/model"])) > 1
+    assert learner.history["validation/l@swa"] == learner.history["validation/model"]
+    assert learner.evaluate(phase=SWAValidation())["loss@swa"] == learner.evaluate()["loss"]
+
+
+def test_after_other_weights_were_loaded_it_begins_anew(tmp_path: Path) -> None:
+    torch.save(net().state_dict(), tmp_path / "weights.pt")
+    learner = learner_of(swa := StochasticWeightAveraging())
+    learner.fit(2, phases=[TrainingPhase()])
+    learner.load_weights(tmp_path / "weights.pt")
+    assert swa.num_averaged == 0
+    assert same(learner.weights["model@swa"], net())
+    learner.epoch(TrainingPhase())
+    assert swa.num_averaged == 1
+    averages = zip(learner.weights["model@swa"].parameters(), learner.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in averages)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_weights_that_cannot_be_copied_say_what_to_use_instead() -> None:
+    with pytest.raises(ModelError, match=r"cannot copy these weights.*torch\.nn\.utils\.parametrizations"):
+        learner_of(StochasticWeightAveraging(), model=nn.utils.weight_norm(nn.Linear(3, 3)))
+
+
 def test_a_failing_forward_puts_modes_and_momenta_back() -> None:
     model = net().eval()
 
@@ -349,13 +433,17 @@ def test_lazy_weights_and_unknown_ones_are_refused() -> None:
         learner_of(StochasticWeightAveraging("encoder"))
 
 
-@pytest.mark.parametrize("options", [{"start": -1}, {"every": 0}, {"unit": "second"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"start": -1}, {"start": 1.5}, {"start": "2"}, {"every": 0}, {"every": None}, {"unit": "second"}],
+    ids=str,
+)
 def test_settings_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected start of 0 or more, every of 1 or more, and unit"):
         StochasticWeightAveraging(**options)
 
 
-@pytest.mark.parametrize("options", [{"model": "G@ema"}, {"view": "a b"}])
+@pytest.mark.parametrize("options", [{"model": "G@ema"}, {"model": -1}, {"view": "a b"}, {"view": None}], ids=str)
 def test_names_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match="expected live weights, and the name of a view"):
         StochasticWeightAveraging(**options)
