@@ -1,25 +1,27 @@
-"""A step on the side that looks at where gradients go: `Learner.check`."""
+"""A step of each phase on the side, to find what is wrong with it before a fit: `Learner.check`."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from attrs import frozen
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from fluxloop.errors import DataError, PhaseError
+from fluxloop.errors import DataError, MissingEntryError, PhaseError
 from fluxloop.feed import untouched
-from fluxloop.fit import check_phase, feed
+from fluxloop.fit import check_phase, default_phases, feed
 from fluxloop.inference import aside
 from fluxloop.loop import switch_modes
 from fluxloop.models import keep_tensors
-from fluxloop.phase import Phase, Stateful
-from fluxloop.phases.supervised import TrainingPhase
+from fluxloop.phase import Phase
 from fluxloop.randomness import preserved
 from fluxloop.updates import Updates
 
@@ -50,18 +52,25 @@ def _kept(optimizer: Optimizer) -> Callable[[], None]:
 
 
 def _first(learner: Learner, phase: Phase) -> Any:
-    """Give the first batch of a phase's data.
+    """Return the first batch of a phase's data.
 
     Raises:
-        DataError: The data can be iterated once only: its first batch would be lost.
+        DataError: There is none, or the data can be iterated once only: its first batch would be lost.
     """
     data = feed(learner, phase)
+    data.check()
     if hasattr(data.source, "__next__"):
-        raise DataError(
+        raise OnceOnlyError(
             f"the {phase.data_key!r} data can be iterated once only; give a batch to look at: learner.check(batch)"
         )
     with untouched(data.source):
-        return next(iter(data))
+        for batch in data:
+            return batch
+    raise PhaseError(f"{phase!r} runs on no data of the learner's; give a batch to look at: learner.check(batch)")
+
+
+class OnceOnlyError(DataError):
+    """The data can be iterated once only, so nothing of it can be looked at beforehand."""
 
 
 def _kept_gradients(updates: Updates) -> Callable[[], None]:
@@ -81,29 +90,147 @@ def _kept_gradients(updates: Updates) -> Callable[[], None]:
 
 
 def check(learner: Learner, batch: Any, phases: Iterable[Phase] | None) -> list[str]:
-    """Run one step per phase and collect findings; everything is put back. See `Learner.check`."""
-    trained = [phase for phase in learner.phases.values() if phase.gradients]
-    chosen = (trained or [TrainingPhase()]) if phases is None else list(phases)
+    """Run one step per phase and list what is wrong; everything is put back. See `Learner.check`."""
+    chosen = phases_to_check(learner) if phases is None else list(phases)
     for phase in chosen:
         check_phase(phase)
-        phase.check(learner)
-    modules, updates = learner.modules(), learner.updates
-    if any(is_lazy(parameter) for module in modules for parameter in module.parameters()):
+    if any(is_lazy(parameter) for module in learner.modules() for parameter in module.parameters()):
         raise PhaseError("learner.check cannot look at lazy modules that have seen no batch; run one step first")
+    problems = [problem for phase in chosen for problem in look_at(learner, phase, batch)]
+    return list(dict.fromkeys(problem.text for problem in problems))
+
+
+def phases_to_check(learner: Learner) -> list[Phase]:
+    """Return the phases that have run or, before any has, those of a plain fit."""
+    return list(learner.phases.values()) or default_phases(learner.data)
+
+
+@frozen
+class Problem:
+    """What is wrong with a phase.
+
+    Args:
+        text: A sentence for the user.
+        error: What the phase raised; None for what is only wasteful.
+    """
+
+    text: str
+    error: BaseException | None = None
+
+
+def look_at(learner: Learner, phase: Phase, batch: Any = None) -> list[Problem]:
+    """Run one step of a copy of a phase on the side, and return what is wrong.
+
+    Args:
+        learner: Everything in it is put back.
+        phase: It is left as it is.
+        batch: Left out, the first of the phase's data.
+    """
     findings: list[str] = []
-    for phase in chosen:
-        with ExitStack() as undone:
-            undone.enter_context(preserved())
-            undone.enter_context(aside(learner, "check", []))
-            undone.callback(_kept_gradients(updates))
-            for slot in updates.slots:
-                undone.callback(_kept(slot.optimizer))
-            weights = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
-            undone.callback(keep_tensors(modules, weights))
-            undone.callback(switch_modes(modules, phase.train_mode))
-            undone.callback(setattr, updates, "findings", None)
-            updates.findings = findings
-            if isinstance(phase, Stateful):
-                undone.callback(phase.load_state_dict, copy.deepcopy(phase.state_dict()))
-            phase.step(learner, _first(learner, phase) if batch is None else batch)
-    return list(dict.fromkeys(findings))
+    problems: list[Problem] = []
+    try:
+        phase.check(learner)
+        if type(phase).step is not Phase.step or type(phase).body is not Phase.body:  # else it has an epoch alone
+            with _aside(learner, phase, findings) as copied:
+                copied.step(learner, _first(learner, phase) if batch is None else batch)
+    except Exception as error:
+        problems.append(Problem(f"{phase!r}: {type(error).__name__}: {error}{_place(error)}", error))
+    return [*map(Problem, findings), *problems]
+
+
+@contextmanager
+def _aside(learner: Learner, phase: Phase, findings: list[str]) -> Iterator[Phase]:
+    """Give a copy of a phase to run one step of; put everything back after it."""
+    modules, updates = learner.modules(), learner.updates
+    with ExitStack() as undone:
+        undone.enter_context(preserved())
+        undone.enter_context(aside(learner, "check", []))
+        undone.callback(_kept_gradients(updates))
+        for slot in updates.slots:
+            undone.callback(_kept(slot.optimizer))
+        weights = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+        undone.callback(keep_tensors(modules, weights))
+        undone.callback(_kept_attributes(modules))
+        undone.callback(switch_modes(modules, phase.train_mode))
+        undone.callback(setattr, updates, "findings", None)
+        updates.findings = findings
+        for name, kept in (("loss_fn", learner.loss_fn), ("compiled", learner.compiled)):
+            undone.callback(setattr, learner, name, kept)
+        memo = {id(thing): thing for thing in (learner, *_held(learner))}
+        learner.compiled = None  # a step as it is written finds the same, and compiles nothing
+        if not isinstance(learner.loss_fn, nn.Module):
+            learner.loss_fn = _copied(learner.loss_fn, memo, "the loss function")
+        yield _copied(phase, memo, repr(phase))
+
+
+def _held(learner: Learner) -> Iterator[Any]:
+    """Yield what a phase may hold of the learner's: the copy of the phase holds the same."""
+    for module in learner.modules():
+        yield from module.modules()
+        yield from module.parameters()
+        yield from module.buffers()
+    yield from (slot.optimizer for slot in learner.updates.slots)
+    yield from vars(learner.data).values()
+
+
+def _copied(thing: Any, memo: dict[int, Any], name: str) -> Any:
+    """Copy something whose step leaves traces in it.
+
+    Raises:
+        PhaseError: It cannot be copied, so nothing can be run without a trace.
+    """
+    try:
+        return copy.deepcopy(thing, memo)
+    except Exception as error:
+        raise UncopiedError(
+            f"{name} cannot be copied ({type(error).__name__}: {error}), so a step of it would leave traces in it; "
+            "nothing was run. Give its class a __deepcopy__"
+        ) from error
+
+
+class UncopiedError(PhaseError):
+    """A phase cannot be copied, so no step of it can be run on the side."""
+
+
+def _kept_attributes(modules: list[nn.Module]) -> Callable[[], None]:
+    """Keep the plain attributes of modules, such as a count of calls; return what puts them back."""
+    torchs = vars(nn.Module()).keys()
+    kept = [
+        (vars(part), name, value, copy.copy(value))
+        for module in modules
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if name not in torchs and type(value) in PLAIN
+    ]
+
+    def put_back() -> None:
+        for attributes, name, value, copied in kept:
+            if isinstance(value, list):  # in place: others may hold it
+                value[:] = copied
+            elif isinstance(value, (dict, set)):
+                value.clear()
+                value.update(copied)
+            attributes[name] = value
+
+    return put_back
+
+
+PLAIN = (bool, int, float, str, type(None), list, dict, set, tuple)
+
+
+def _place(error: BaseException) -> str:
+    """Return where an error was raised, in the user's code where it passed through it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not _is_librarys(frame.filename)]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+
+
+def _is_librarys(filename: str) -> bool:
+    return filename.startswith((str(Path(__file__).parent), str(Path(torch.__file__).parent), "<"))
+
+
+def is_fatal(problem: Problem) -> bool:
+    """Tell whether a fit would meet a problem too: not what only a look on the side, without callbacks, meets."""
+    return problem.error is not None and not isinstance(
+        problem.error, (MissingEntryError, OnceOnlyError, UncopiedError)
+    )

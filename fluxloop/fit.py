@@ -64,7 +64,7 @@ def fit(
         if isinstance(phases, (Phase, type)):
             name = phases.__name__ if isinstance(phases, type) else type(phases).__name__
             raise PhaseError(f"phases={describe(phases)} was given; expected a list of instances: phases=[{name}()]")
-        chosen = list(phases) if phases is not None else _default_phases(learner.data)
+        chosen = list(phases) if phases is not None else default_phases(learner.data)
         for phase in chosen:
             check_phase(phase)
         check_names(learner, chosen)
@@ -182,7 +182,8 @@ def _count(epochs: Any) -> int:
     return count
 
 
-def _default_phases(sources: State) -> list[Phase]:
+def default_phases(sources: State) -> list[Phase]:
+    """Return the phases of a plain fit: training, and validation where there is data for it."""
     return [TrainingPhase(), ValidationPhase()] if "validation" in sources else [TrainingPhase()]
 
 

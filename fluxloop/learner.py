@@ -524,17 +524,24 @@ class Learner(Generic[M]):
         return batch_size(vars(self.step))
 
     def check(self, batch: Any = None, *, phases: Iterable[Phase] | None = None) -> list[str]:
-        """Run one step of each training phase on the side, and tell what is wrong with its gradients.
+        """Run one step of each phase on the side, before a fit, and list what is wrong.
 
-        Finds a block's loss that also reaches another optimizer's parameters through a forgotten
-        ``detach``, and where. Weights, optimizers, data order and random numbers are put back.
+        Finds what a phase raises on its first batch, and a block's loss that also reaches another
+        optimizer's parameters through a forgotten ``detach``, and where. Each phase is run by
+        itself, without the callbacks, so one that needs an entry of a callback's is listed too.
+        Everything is put back: weights, buffers, optimizers, data order and random numbers; the
+        phases are copied, and the copies run.
 
         Args:
-            batch: Left out, the first of the phase's data.
-            phases: Left out, the training phases that have run (before any has: `TrainingPhase`).
+            batch: Left out, the first of each phase's data.
+            phases: Left out, those that have run (before any has: `TrainingPhase`, and
+                `ValidationPhase` where there is validation data).
 
         Returns:
-            One sentence per finding; an empty list where all is well.
+            One sentence per problem of every phase; an empty list where all is well.
+
+        Raises:
+            PhaseError: Something in `phases` is no phase, or a module is lazy.
         """
         from fluxloop.check import check
 

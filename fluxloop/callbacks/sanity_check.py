@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import field, frozen
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fluxloop.callback import Callback, on
+from fluxloop.check import OnceOnlyError, Problem, is_fatal, look_at, phases_to_check
 from fluxloop.errors import SanityCheckError, describe
 from fluxloop.events import EpochBegin
 from fluxloop.feed import untouched
@@ -19,6 +20,10 @@ from fluxloop.loop import watching
 from fluxloop.models import to_device_of
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.randomness import preserved
+from fluxloop.resume import FitScope
+
+if TYPE_CHECKING:
+    from fluxloop.learner import Learner
 
 
 @frozen
@@ -48,8 +53,12 @@ class SanityCheck(Callback):
 
     The default checks are: there is training data; there is validation data (a warning); the
     parameters are finite; and, for a single model with a loss function, batches unpack into
-    ``(xs, ys)`` and model and loss give a number for one. They leave model, data order and random
-    numbers as they were. Data that can be iterated once only is not looked into.
+    ``(xs, ys)`` and model and loss give a number for one. Where these pass, one step of every
+    phase of the fit is run on the side, as ``learner.check()`` does, so that an error in a
+    validation phase is found before the first training epoch and not after it.
+
+    They leave model, phases, data order and random numbers as they were. Data that can be iterated
+    once only is not looked into.
 
     Args:
         checks: Further checks.
@@ -65,6 +74,7 @@ class SanityCheck(Callback):
     def __init__(self, *checks: Check, defaults: bool = True, name: str | None = None) -> None:
         super().__init__(name=name)
         self.checks = (*(default_checks() if defaults else ()), *checks)
+        self._defaults = defaults
         self._done = False
 
     def init(self, learner: Any) -> None:
@@ -85,6 +95,10 @@ class SanityCheck(Callback):
             except Exception as error:
                 failed.append(f"{check.severity}: {check.name}: {error}. {check.hint}".rstrip())
                 fatal = fatal or check.severity == "error"
+        if self._defaults and not fatal:
+            for problem in _of_phases(learner._learner):
+                fatal = fatal or is_fatal(problem)
+                failed.append(f"{'error' if is_fatal(problem) else 'warning'}: {problem.text}")
         report = "sanity check before the first step:\n" + "\n".join(f"  {line}" for line in failed)
         if fatal:
             raise SanityCheckError(report)
@@ -94,6 +108,18 @@ class SanityCheck(Callback):
 
     def __repr__(self) -> str:
         return f"SanityCheck({', '.join(check.name for check in self.checks)})"
+
+
+def _of_phases(learner: Learner) -> list[Problem]:
+    """Run a step of each phase of the running fit on the side, and return what is wrong with them."""
+    if any(is_lazy(parameter) for module in learner.modules() for parameter in module.parameters()):
+        return []
+    scope = learner.scope
+    while scope is not None and not isinstance(scope, FitScope):
+        scope = scope.parent
+    phases = phases_to_check(learner) if scope is None else scope.phases
+    problems = [problem for phase in phases for problem in look_at(learner, phase)]
+    return [problem for problem in problems if not isinstance(problem.error, OnceOnlyError)]
 
 
 def default_checks() -> tuple[Check, ...]:
