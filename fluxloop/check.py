@@ -7,10 +7,9 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from attrs import frozen
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -27,6 +26,9 @@ from fluxloop.updates import Updates
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
+
+
+Severity = Literal["error", "warning", "skipped"]
 
 
 def _kept(optimizer: Optimizer) -> Callable[[], None]:
@@ -60,7 +62,7 @@ def _first(learner: Learner, phase: Phase) -> Any:
     data = feed(learner, phase)
     data.check()
     if hasattr(data.source, "__next__"):
-        raise OnceOnlyError(
+        raise NotLookedAtError(
             f"the {phase.data_key!r} data can be iterated once only; give a batch to look at: learner.check(batch)"
         )
     with untouched(data.source):
@@ -69,8 +71,8 @@ def _first(learner: Learner, phase: Phase) -> Any:
     raise PhaseError(f"{phase!r} runs on no data of the learner's; give a batch to look at: learner.check(batch)")
 
 
-class OnceOnlyError(DataError):
-    """The data can be iterated once only, so nothing of it can be looked at beforehand."""
+class NotLookedAtError(PhaseError, DataError):
+    """Nothing could be run on the side without a trace: of data that can be iterated once, or in a phase."""
 
 
 def _kept_gradients(updates: Updates) -> Callable[[], None]:
@@ -91,34 +93,35 @@ def _kept_gradients(updates: Updates) -> Callable[[], None]:
 
 def check(learner: Learner, batch: Any, phases: Iterable[Phase] | None) -> list[str]:
     """Run one step per phase and list what is wrong; everything is put back. See `Learner.check`."""
-    chosen = phases_to_check(learner) if phases is None else list(phases)
+    in_use = list(learner.phases.values()) or default_phases(learner.data)
+    chosen = in_use if phases is None else list(phases)
     for phase in chosen:
         check_phase(phase)
     if any(is_lazy(parameter) for module in learner.modules() for parameter in module.parameters()):
         raise PhaseError("learner.check cannot look at lazy modules that have seen no batch; run one step first")
-    problems = [problem for phase in chosen for problem in look_at(learner, phase, batch)]
-    return list(dict.fromkeys(problem.text for problem in problems))
+    return list(dict.fromkeys(problem for phase in chosen for problem in look_at(learner, phase, batch)))
 
 
-def phases_to_check(learner: Learner) -> list[Phase]:
-    """Return the phases that have run or, before any has, those of a plain fit."""
-    return list(learner.phases.values()) or default_phases(learner.data)
+class Problem(str):
+    """What is wrong with a phase, in a sentence.
 
-
-@frozen
-class Problem:
-    """What is wrong with a phase.
-
-    Args:
-        text: A sentence for the user.
-        error: What the phase raised; None for what is only wasteful.
+    Attributes:
+        severity: ``"error"`` where a fit would fail too, ``"warning"`` where it would not (a gradient that
+            is computed and not used) or need not (an entry that a callback may store), ``"skipped"``
+            where nothing could be looked at.
     """
 
-    text: str
-    error: BaseException | None = None
+    __slots__ = ("severity",)
+    severity: Severity
+
+    def __new__(cls, text: str, severity: Severity) -> Problem:
+        """Make a problem of a sentence."""
+        problem = super().__new__(cls, text)
+        problem.severity = severity
+        return problem
 
 
-def look_at(learner: Learner, phase: Phase, batch: Any = None) -> list[Problem]:
+def look_at(learner: Learner, phase: Phase, batch: Any) -> list[Problem]:
     """Run one step of a copy of a phase on the side, and return what is wrong.
 
     Args:
@@ -134,8 +137,11 @@ def look_at(learner: Learner, phase: Phase, batch: Any = None) -> list[Problem]:
             with _aside(learner, phase, findings) as copied:
                 copied.step(learner, _first(learner, phase) if batch is None else batch)
     except Exception as error:
-        problems.append(Problem(f"{phase!r}: {type(error).__name__}: {error}{_place(error)}", error))
-    return [*map(Problem, findings), *problems]
+        severity: Severity = "warning" if isinstance(error, MissingEntryError) else "error"
+        if isinstance(error, NotLookedAtError):
+            severity = "skipped"
+        problems.append(Problem(f"{phase!r}: {type(error).__name__}: {error}{_place(error)}", severity))
+    return [*(Problem(finding, "warning") for finding in findings), *problems]
 
 
 @contextmanager
@@ -182,14 +188,10 @@ def _copied(thing: Any, memo: dict[int, Any], name: str) -> Any:
     try:
         return copy.deepcopy(thing, memo)
     except Exception as error:
-        raise UncopiedError(
+        raise NotLookedAtError(
             f"{name} cannot be copied ({type(error).__name__}: {error}), so a step of it would leave traces in it; "
             "nothing was run. Give its class a __deepcopy__"
         ) from error
-
-
-class UncopiedError(PhaseError):
-    """A phase cannot be copied, so no step of it can be run on the side."""
 
 
 def _kept_attributes(modules: list[nn.Module]) -> Callable[[], None]:
@@ -227,10 +229,3 @@ def _place(error: BaseException) -> str:
 
 def _is_librarys(filename: str) -> bool:
     return filename.startswith((str(Path(__file__).parent), str(Path(torch.__file__).parent), "<"))
-
-
-def is_fatal(problem: Problem) -> bool:
-    """Tell whether a fit would meet a problem too: not what only a look on the side, without callbacks, meets."""
-    return problem.error is not None and not isinstance(
-        problem.error, (MissingEntryError, OnceOnlyError, UncopiedError)
-    )

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from functools import partial
 from hashlib import sha256
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.nn.functional import cross_entropy, softplus
 from torch.utils.data import DataLoader, TensorDataset
 
 from fluxloop import (
+    Accelerator,
     CustomCallback,
     DataError,
     EpochEnd,
@@ -457,3 +459,115 @@ def test_lazy_modules_are_checked_after_a_step() -> None:
         learner.check()
     learner.fit(1)
     assert learner.check() == []
+
+
+class Keeps(TrainingPhase):
+    """Keeps a count, a pool and a running mean, without a pair of methods for them."""
+
+    def __init__(self) -> None:
+        self.count, self.pool, self.mean = 0, [], torch.zeros(1)
+
+    def finish(self, learner: Learner, state: Any) -> None:
+        self.count += 1
+        self.pool.append(state.loss.item())
+        self.mean.lerp_(state.loss.detach().reshape(1), 0.1)
+
+
+class CountingLoss:
+    calls = 0
+
+    def __call__(self, preds: Tensor, ys: Tensor) -> Tensor:
+        self.calls += 1
+        return nn.functional.mse_loss(preds, ys)
+
+
+class CountingModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.calls, self.seen = nn.Linear(1, 1), 0, []
+
+    def forward(self, xs: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(len(xs))
+        return self.layer(xs)
+
+
+def test_phases_losses_and_models_are_left_as_they_were() -> None:
+    xs = torch.ones(8, 1)
+    seen: list[int] = []
+    model, loss_fn, phase = CountingModel(), CountingLoss(), Keeps()
+    model.seen = seen
+    data = ((xs, xs), (xs, xs))
+    learner = Learner(model, loss_fn, data=data, optimizer=ADAM, default_callbacks=False, seed=0)
+    assert learner.check(phases=[phase, ValidationPhase()]) == []
+    assert (phase.count, phase.pool, phase.mean.item()) == (0, [], 0)
+    assert (loss_fn.calls, learner.loss_fn is loss_fn) == (0, True)
+    assert (model.calls, model.seen) == (0, [])
+    assert model.seen is seen
+
+
+def test_a_phase_that_shares_a_model_with_the_learner_is_checked_with_that_model() -> None:
+    class Holds(TrainingPhase):
+        def __init__(self, model: nn.Module) -> None:
+            self.model = model
+
+        def step(self, learner: Learner, batch: Any) -> None:
+            with runstep(learner, self, xs=batch[0]) as (_, state), learner.optimizing() as block:
+                block.loss = self.model(state.xs).mean()
+
+    learner = toy_learner()
+    assert learner.check(phases=[Holds(learner.model)]) == []
+
+
+class Broken(ValidationPhase):
+    def body(self, learner: Learner, handle: Any, state: Any) -> None:
+        state.loss = learner.loss_fn(learner.model(state.xs), state.labels)
+
+
+def test_every_problem_of_every_phase_is_listed_validation_too() -> None:
+    class Silent(TrainingPhase):
+        def body(self, learner: Learner, handle: Any, state: Any) -> None:
+            learner.backward(torch.zeros(1, requires_grad=True).sum())
+
+    problems = toy_learner().check(phases=[Silent(), Broken(), ValidationPhase()])
+    assert [problem.split(":")[0] for problem in problems] == ["Silent()", "Broken()"]
+    assert "LossError: the loss of the optimizer reaches none of its own parameters" in problems[0]
+    assert "MissingEntryError: The step has no entry 'labels'" in problems[1]
+    assert "test_check.py, line" in problems[1]
+
+
+def test_without_phases_those_of_a_plain_fit_are_checked() -> None:
+    xs, ys = torch.ones(8, 1), torch.ones(8, 1)
+    learner = Learner(nn.Linear(1, 1), nn.functional.mse_loss, data=((xs, ys), (torch.ones(8, 2), ys)))
+    (problem,) = learner.check()
+    assert problem.startswith("ValidationPhase(): RuntimeError: mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_data_that_can_be_iterated_once_is_left_alone() -> None:
+    batches = iter([(torch.ones(2, 1), torch.ones(2, 1))])
+    learner = Learner(nn.Linear(1, 1), nn.functional.mse_loss, data={"training": batches})
+    (problem,) = learner.check()
+    assert "can be iterated once only; give a batch to look at: learner.check(batch)" in problem
+    assert learner.check((torch.ones(2, 1), torch.ones(2, 1))) == []
+    assert len(list(batches)) == 1
+
+
+def test_a_phase_that_cannot_be_copied_is_not_run() -> None:
+    class Locked(Keeps):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lock = Lock()
+
+    phase = Locked()
+    (problem,) = toy_learner().check(phases=[phase])
+    assert "Locked() cannot be copied (TypeError: cannot pickle '_thread.lock' object)" in problem
+    assert phase.count == 0
+
+
+def test_steps_that_are_to_be_compiled_are_checked_as_they_are_written() -> None:
+    xs = torch.ones(8, 1)
+    accelerator = Accelerator("cpu", compile="step")
+    learner = Learner(nn.Linear(1, 1), nn.functional.mse_loss, data=((xs, xs),), accelerator=accelerator)
+    compiled = learner.compiled
+    assert learner.check() == []
+    assert learner.compiled is compiled

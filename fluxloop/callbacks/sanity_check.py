@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from attrs import field, frozen
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fluxloop.callback import Callback, on
-from fluxloop.check import OnceOnlyError, Problem, is_fatal, look_at, phases_to_check
 from fluxloop.errors import SanityCheckError, describe
 from fluxloop.events import EpochBegin
 from fluxloop.feed import untouched
@@ -20,10 +19,6 @@ from fluxloop.loop import watching
 from fluxloop.models import to_device_of
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.randomness import preserved
-from fluxloop.resume import FitScope
-
-if TYPE_CHECKING:
-    from fluxloop.learner import Learner
 
 
 @frozen
@@ -97,8 +92,8 @@ class SanityCheck(Callback):
                 fatal = fatal or check.severity == "error"
         if self._defaults and not fatal:
             for problem in _of_phases(learner._learner):
-                fatal = fatal or is_fatal(problem)
-                failed.append(f"{'error' if is_fatal(problem) else 'warning'}: {problem.text}")
+                failed.append(f"{problem.severity}: {problem}")
+                fatal = fatal or problem.severity == "error"
         report = "sanity check before the first step:\n" + "\n".join(f"  {line}" for line in failed)
         if fatal:
             raise SanityCheckError(report)
@@ -110,16 +105,16 @@ class SanityCheck(Callback):
         return f"SanityCheck({', '.join(check.name for check in self.checks)})"
 
 
-def _of_phases(learner: Learner) -> list[Problem]:
+def _of_phases(learner: Any) -> list[Any]:
     """Run a step of each phase of the running fit on the side, and return what is wrong with them."""
-    if any(is_lazy(parameter) for module in learner.modules() for parameter in module.parameters()):
+    modules = learner.modules()
+    if any(is_lazy(parameter) for module in modules for parameter in module.parameters()):
         return []
     scope = learner.scope
-    while scope is not None and not isinstance(scope, FitScope):
+    while scope is not None and not hasattr(scope, "phases"):
         scope = scope.parent
-    phases = phases_to_check(learner) if scope is None else scope.phases
-    problems = [problem for phase in phases for problem in look_at(learner, phase)]
-    return [problem for problem in problems if not isinstance(problem.error, OnceOnlyError)]
+    problems = learner.check(phases=None if scope is None else scope.phases)
+    return [problem for problem in problems if problem.severity != "skipped"]
 
 
 def default_checks() -> tuple[Check, ...]:

@@ -11,14 +11,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fluxloop import (
+    Callback,
     Check,
     FitBegin,
     Learner,
     Recorder,
     SanityCheck,
     SanityCheckError,
+    StepBegin,
     TensorBatches,
     TrainingPhase,
+    ValidationPhase,
+    on,
     runstep,
 )
 from fluxloop.testing import Coefficient, EventRecorder, assert_observer, assert_same_bits, toy_learner
@@ -262,3 +266,60 @@ def test_no_warning_is_given_when_all_is_well() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ready(SanityCheck()).fit(1)
+
+
+class Broken(ValidationPhase):
+    def finish(self, learner: Learner, state: Any) -> None:
+        raise KeyError("labels")
+
+
+def test_a_broken_validation_phase_is_found_before_the_first_training_step() -> None:
+    recorder = EventRecorder()
+    learner = ready(SanityCheck(), recorder)
+    text = failed(learner, phases=[TrainingPhase(), Broken()])
+    assert "error: Broken(): KeyError: 'labels' (test_sanity_check.py, line " in text
+    assert "StepBegin" not in recorder.events
+
+
+def test_without_the_default_checks_no_phase_is_run() -> None:
+    class Counts(TrainingPhase):
+        bodies = 0
+
+        def body(self, learner: Any, handle: Any, state: Any) -> None:
+            Counts.bodies += 1
+            super().body(learner, handle, state)
+
+    for defaults, more in ((False, 0), (True, 1)):
+        Counts.bodies = 0
+        ready(SanityCheck(defaults=defaults)).fit(1, phases=[Counts()])
+        assert Counts.bodies == 4 + more
+
+
+class Adds(Callback):
+    """Adds an entry that a phase needs: on the side, without callbacks, it is missing."""
+
+    writes = ("step.weights",)
+
+    @on(StepBegin)
+    def add(self, event: Any, phase: Any, learner: Any) -> None:
+        learner.step.weights = torch.ones(8, 1)
+
+
+class Weighted(TrainingPhase):
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        state.loss = (state.weights * (learner.model(state.xs) - state.ys).square()).mean()
+        learner.backward(state.loss)
+        learner.update()
+
+
+def test_an_entry_that_a_callback_adds_is_only_warned_of() -> None:
+    learner = ready(SanityCheck(), Adds())
+    with pytest.warns(UserWarning, match=r"warning: Weighted\(\): MissingEntryError: The step has no entry 'weights'"):
+        learner.fit(1, phases=[Weighted()])
+
+
+def test_looking_at_the_phases_changes_nothing() -> None:
+    plain, checked = (ready(*callbacks) for callbacks in ((), (SanityCheck(),)))
+    for learner in (plain, checked):
+        learner.fit(2)
+    assert_same_bits(plain, checked)
