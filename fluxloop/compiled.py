@@ -15,6 +15,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,15 +26,16 @@ from torch.nn.parameter import is_lazy
 
 from fluxloop.callback import Callback
 from fluxloop.errors import CompileError, warn_user
-from fluxloop.events import Event, StepBegin, StepEnd, event_types
+from fluxloop.events import Event, StepBegin, StepEnd
+from fluxloop.finite import bad_gradients
 from fluxloop.nested import map_tensors, tensors
 from fluxloop.persist import attributes
 from fluxloop.phase import Phase
 from fluxloop.randomness import preserved
-from fluxloop.runner import Bound, deliver
+from fluxloop.runner import Bound, deliver, fired_with
 from fluxloop.seen import Same, seen
 from fluxloop.state import StepState
-from fluxloop.tracing import HOOKS, MODULE_INTERNALS, Traced, describe, first_line, has_hooks, holders_of
+from fluxloop.tracing import HOOKS, MODULE_INTERNALS, Look, Traced, describe, first_line, has_hooks, holders_of
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -244,6 +247,7 @@ class Graph:
         self._removed = traced.removed
         self._waiting, self._left = traced.waiting, traced.left
         self._consumed = traced.consumed
+        self._looks = traced.looks
         self._events = traced.fired
         self._callbacks = -1
         self._after: list[tuple[tuple[Bound, ...], Event]] = []
@@ -318,10 +322,17 @@ class Graph:
                 moving.extend(tensors(value))
         moving += [parameter.grad for parameter in self._waiting]
         given = iter(self._call(*self._fixed, *moving, *self._constants))
+        bad = next(given) if self._looks else None
+        found = [next(given) for _ in self._looks]
         for name, value in self._stored:
             entries[name] = next(given) if isinstance(value, Tensor) else map_tensors(lambda _: next(given), value)
         for name in self._removed:
             del entries[name]
+        if bad is not None and bad.is_cpu and bad.item():
+            self._end_early(phase, found)
+            self._stop(found, learner.where(), True)
+        elif bad is not None and not bad.is_cpu:
+            learner.host(bad, partial(self._stop, found, learner.where()))
         for left in self._left:
             left.put(state, given)
         for slot in self._consumed:
@@ -330,6 +341,36 @@ class Graph:
             self._callbacks, self._after = learner.callbacks.version, listeners(learner, phase, self._events)
         for bound, event in self._after:
             deliver(bound, event, phase, learner)
+
+    def _stop(self, found: list[Tensor], where: str, bad: float) -> None:
+        """End the fit if a step has found something not to be finite.
+
+        Raises:
+            CancelFittingException: Says what became what, and where.
+        """
+        if not bad:
+            return
+        look, numbers = self._first_bad(found)
+        if not look.names:
+            what = f"{look.what} became {numbers[0]}"
+        else:
+            slot = self._learner.updates.find(look.what)
+            named = [name for name, number in zip(look.names, numbers, strict=False) if not isfinite(number)]
+            what = bad_gradients(slot, named)
+        self._learner.finite.stop(what, where)
+
+    def _first_bad(self, found: list[Tensor]) -> tuple[Look, list[float]]:
+        looks = zip(self._looks, found, strict=True)
+        return next((look, numbers.tolist()) for look, numbers in looks if not numbers.isfinite().all())
+
+    def _end_early(self, phase: Phase, found: list[Tensor]) -> None:
+        """Have a step that ends at what it found be the step up to there: updates before it have been made."""
+        events = self._events[: self._first_bad(found)[0].num_events]
+        for slot in self._slots:
+            if slot.end in events:
+                slot.consumed, slot.window = True, None
+        for bound, event in listeners(self._learner, phase, events):
+            deliver(bound, event, phase, self._learner)
 
 
 SCALARS = frozenset((type(None), bool, int, float, str))
@@ -507,7 +548,7 @@ def changes_between_steps(learner: Learner, phase: type[Phase]) -> bool:
 
 def inside(learner: Learner, phase: type[Phase]) -> list[Callback]:
     """List the callbacks that have handlers that are part of a phase's graphs."""
-    events = [event for event in event_types() if event.inside_step]
+    events = [event for event in fired_with(phase) if event.inside_step]
     return [
         node.callback
         for node in learner.callbacks.graph.nodes

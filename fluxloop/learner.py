@@ -27,12 +27,13 @@ from fluxloop.errors import (
     describe,
 )
 from fluxloop.events import Event
+from fluxloop.finite import Finite
 from fluxloop.fit import fit, run_epoch
 from fluxloop.folder import read, write
 from fluxloop.history import History
 from fluxloop.host import HostQueue
 from fluxloop.inference import evaluate, predict
-from fluxloop.loop import Scope
+from fluxloop.loop import Scope, place_in_words
 from fluxloop.models import like, named_models
 from fluxloop.nested import batch_size
 from fluxloop.optimizers import build_optimizers, parameter_names
@@ -166,6 +167,8 @@ class Learner(Generic[M]):
         self.told_lost = False
         """Whether it was said what a checkpoint does not keep."""
         self.updates = Updates(self, parameter_names(self.models, loss_fn), optimizers)
+        self.finite = Finite(self)
+        """Stops a fit whose loss or gradients are not finite, where `StopOnNaNLoss` asks for it."""
         self.compiled: CompiledSteps | None = None
         """Its steps as graphs, where they are compiled whole."""
         if self.accelerator.compile == "step":
@@ -395,6 +398,10 @@ class Learner(Generic[M]):
         epoch ends.
         """
         self.host_queue.request(tensor, then)
+
+    def where(self) -> str:
+        """Say where the training stands: ``"TrainingPhase(), epoch 2, step 16"``, both counted from 1."""
+        return "no phase" if self.scope is None else place_in_words(self, self.scope.phase)
 
     def skip_update(self, when: Tensor) -> None:
         """Have parameters and optimizers' states stay as they are in this step where the scalar `when` is true.

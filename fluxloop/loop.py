@@ -386,11 +386,16 @@ def locate(error: BaseException, learner: Learner, phase: Phase) -> None:
     """Note on an exception in which phase, epoch and step it was raised, once."""
     if any(note.startswith("fluxloop: in ") for note in getattr(error, "__notes__", ())):
         return
-    if phase.data_key:
-        epoch, step = learner.streams[phase.epoch_stream].index, learner.streams[phase.step_stream].index
-        annotate(error, f"fluxloop: in {phase!r}, epoch {epoch}, step {step} (both counted from 1)")
-    else:
-        annotate(error, f"fluxloop: in {phase!r}, after {learner.history.cycles} complete cycles")
+    counted = " (both counted from 1)" if phase.data_key else ""
+    annotate(error, f"fluxloop: in {place_in_words(learner, phase)}{counted}")
+
+
+def place_in_words(learner: Learner, phase: Phase) -> str:
+    """Say where a phase stands: ``"TrainingPhase(), epoch 2, step 16"``, both counted from 1."""
+    if not phase.data_key:
+        return f"{phase!r}, after {learner.history.cycles} complete cycles"
+    epoch, step = learner.streams[phase.epoch_stream].index, learner.streams[phase.step_stream].index
+    return f"{phase!r}, epoch {epoch}, step {step}"
 
 
 def switch_modes(models: list[nn.Module], train: bool) -> Callable[[], None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -337,6 +338,24 @@ def count_changes(params: Sequence[Tensor]) -> None:
     """
     for parameter in params:
         increment_version(parameter)
+
+
+def can_skip(optimizer: Optimizer) -> bool:
+    """Tell whether an optimizer's step can be left out on the device, without the host knowing: Adam's fused one."""
+    return type(optimizer) in ADAMS and all(group["fused"] for group in optimizer.param_groups)
+
+
+@contextmanager
+def skipping(optimizer: Optimizer, bad: Tensor | None) -> Iterator[None]:
+    """Have a step be left out on the device if `bad` is 1 there, in the way that torch's ``GradScaler`` does it."""
+    if bad is None or not can_skip(optimizer) or "found_inf" in vars(optimizer):
+        yield
+        return
+    optimizer.grad_scale, optimizer.found_inf = None, bad  # type: ignore[attr-defined]  # where a fused step looks
+    try:
+        yield
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]  # as above
 
 
 def step_optimizer(optimizer: Optimizer) -> None:

@@ -88,6 +88,7 @@ class StandIn:
         self.skip_update = self.accelerator.skip_update
         self.fired: list[Event] = []
         """Events, in order."""
+        self.finite = FiniteStandIn(self)
 
     def __getattr__(self, name: str) -> Any:
         if name in StandIn.PASSED_ON:
@@ -149,6 +150,12 @@ class AcceleratorStandIn:
         """
         self._skip = when if self._skip is None else self._skip | when
 
+    def restore(self, buffers: list[Tensor], copies: list[Tensor], versions: list[int]) -> None:
+        """Put a module's buffers back where updates are skipped, if the step changes one of them."""
+        if self._skip is not None and [buffer._version for buffer in buffers] != versions:
+            for buffer, copied in zip(buffers, copies, strict=True):
+                buffer.copy_(torch.where(self._skip, copied, buffer))
+
     def update(self, optimizer: Optimizer) -> None:
         """Step an optimizer."""
         changed = [leaf for group in optimizer.param_groups for leaf in group["params"] if leaf.grad is not None]
@@ -159,6 +166,64 @@ class AcceleratorStandIn:
             optimizer.step()
             for tensor, old in zip(changed, before, strict=False):
                 tensor.copy_(torch.where(self._skip, old, tensor))  # type: ignore[arg-type]  # there if `before` is
+
+
+@define(frozen=True)
+class Look:
+    """A loss or gradients that a step looks at while it runs.
+
+    Args:
+        numbers: A stand-in for the numbers that have to be finite: a loss, or one for each parameter.
+        what: What a loss is called; of gradients the name of the optimizer.
+        names: Of the parameters; none for a loss.
+        num_events: How many events the step had fired before.
+    """
+
+    numbers: Tensor
+    what: str | None
+    names: list[str]
+    num_events: int
+
+
+class FiniteStandIn:
+    """What looks at losses and gradients while a step is traced: it leaves out the updates that follow a bad one.
+
+    Args:
+        learner: What stands for the learner.
+    """
+
+    bad = None
+
+    def __init__(self, learner: StandIn) -> None:
+        self._learner = learner
+        self.looks: list[Look] = []
+
+    def require(self, what: str, number: Any, wait: bool) -> None:
+        """Have the updates that follow be left out unless a loss is finite."""
+        if isinstance(number, Tensor) and number.numel() == 1:
+            self._look(number.detach().reshape(1), what, [])
+
+    def require_gradients(self, name: str | None, norm: Any, wait: bool) -> None:
+        """Have an optimizer's update, and those that follow, be left out unless its gradients are finite."""
+        updates = self._learner.updates
+        updates.take_given(updates.find(name))
+        leaves = [leaf for leaf in updates.find(name).parameters if leaf.grad is not None]
+        numbers = [leaf.grad.detach() for leaf in leaves if leaf.grad is not None]
+        numbers += [norm.detach()] if isinstance(norm, Tensor) else []
+        if numbers:
+            fine = torch.stack([number.isfinite().all() for number in numbers])
+            self._look(torch.where(fine, 0.0, float("nan")), name, [updates.names[leaf] for leaf in leaves])
+
+    def _look(self, numbers: Tensor, what: str | None, names: list[str]) -> None:
+        self.looks.append(Look(numbers, what, names, len(self._learner.fired) - 1))
+        self._learner.skip_update(~numbers.isfinite().all())
+
+    def found(self) -> list[Tensor]:
+        """Give whether anything was not finite, and the numbers of each look; nothing where there was none."""
+        if not self.looks:
+            return []
+        bad = torch.stack([~look.numbers.isfinite().all() for look in self.looks])
+        return [bad.any(), *(look.numbers for look in self.looks)]
 
 
 @define(frozen=True)
@@ -195,6 +260,7 @@ class Traced:
     """A step as a graph, and where its inputs come from.
 
     Attributes:
+        looks: At losses and gradients, that the graph takes: its first outputs are what they found.
         graph: Of the tensors in `fixed`, those of `options`, those that holders hold, those in the step's entries,
             gradients that wait, and `constants`, in this order.
         fixed: Parameters, buffers and other tensors of modules, and the optimizers' state.
@@ -258,6 +324,7 @@ class Traced:
         self.fired: list[Event] = []
         self.left: list[Left] = []
         self.consumed: list[Slot] = []
+        self.looks: list[Look] = []
         self.changed: list[int] = []
         self.makes_state = False
         self._entries = dict(vars(state))
@@ -378,6 +445,7 @@ class Traced:
         for leaf, gradient in waiting.items():
             leaf.grad = gradient
         state = StepState(dict(entries))
+        buffers = self._copied() if self._phase.gradients else []
         learner = StandIn(self._learner, self._phase, state, leaves, twins)
         with self._reading():
             self._phase.body(learner, learner.fire, state)  # type: ignore[arg-type]  # it stands for one
@@ -393,6 +461,10 @@ class Traced:
                 raise self._refusal(f"{slot.label} changes {', '.join(changed)} in Python; expected it to keep tensors")
         self.changed = [n for n, (t, before) in enumerate(zip(moving, versions, strict=True)) if t._version != before]
         self._note_entries(entries, state, {id(moving[number]) for number in self.changed})
+        for each in buffers:
+            learner.accelerator.restore(*each)
+        self.looks = learner.finite.looks
+        found = learner.finite.found()
         stored = [tensor for value in self.stored.values() for tensor in tensors(value)]
         gradients = [
             learner.accelerator.left(None if left.begun else waiting.get(leaf), leaf.grad)
@@ -400,7 +472,12 @@ class Traced:
             for leaf in (leaves[parameter] for parameter in left.parameters)
             if leaf.grad is not None  # each has one
         ]
-        return [tensor.detach() for tensor in (*stored, *apart(gradients, [*flat, *stored]))]
+        return [tensor.detach() for tensor in (*found, *stored, *apart(gradients, [*flat, *found, *stored]))]
+
+    def _copied(self) -> list[tuple[list[Tensor], list[Tensor], list[int]]]:
+        """Copy the buffers of each module, to be put back where an update is skipped; give them with their versions."""
+        places = [[b for b in part._buffers.values() if b is not None] for part in self._parts if part._buffers]
+        return [(held, [b.clone() for b in held], [b._version for b in held]) for held in places]
 
     def _note_gradients(self, learner: StandIn, before: dict[Tensor, Tensor], stepped: set[str | None]) -> None:
         """Note what becomes of gradients that wait, and which an update has used.

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from fluxloop.access import Path
 from fluxloop.errors import LossError, OptimizerError, PhaseError, describe, did_you_mean, warn_user
 from fluxloop.events import BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd
-from fluxloop.optimizers import Optimizers, check_owned, owned_parameters, separate_options
+from fluxloop.optimizers import Optimizers, check_owned, owned_parameters, separate_options, skipping
 from fluxloop.state import Gradients, LossName, StepState
 
 if TYPE_CHECKING:
@@ -260,11 +260,11 @@ class Updates:
                 "        learner.update()"
             )
         for slot in slots:
-            self._take_given(slot)
+            self.take_given(slot)
             learner.fire(slot.begin)
-            self._take_given(slot)
+            self.take_given(slot)
             try:
-                learner.accelerator.update(slot.optimizer)
+                self._step(slot)
             except TypeError as error:
                 if "closure" in str(error):
                     raise OptimizerError(
@@ -293,7 +293,7 @@ class Updates:
             )
         return True
 
-    def _take_given(self, slot: Slot) -> None:
+    def take_given(self, slot: Slot) -> None:
         """Use the gradients of a mapping that somebody has put in the place of ``step.grads``.
 
         Raises:
@@ -329,6 +329,14 @@ class Updates:
             parameter = parameters[name]
             parameter.grad = None if gradient is None else gradient.detach().to(parameter)
         step.grads = self.gradients
+
+    def _step(self, slot: Slot) -> None:
+        learner = self._learner
+        if learner.finite.bad is None:
+            learner.accelerator.update(slot.optimizer)
+        else:
+            with skipping(slot.optimizer, learner.finite.bad):
+                learner.accelerator.update(slot.optimizer)
 
     def explain(self, path: Path) -> Iterator[str]:
         """Tell which optimizers write a path below ``model``, ``params`` or ``optimizer``."""

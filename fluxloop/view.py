@@ -21,7 +21,8 @@ class View:
 
     Everybody may call the services: ``defer(undo)`` (undo something when the running step, epoch
     or fit ends), ``host(tensor, then)`` (have a number on the host without waiting for the device)
-    ``request_stop(reason)`` (end the fit before its next batch) and, in a step that is being
+    ``request_stop(reason)`` (end the fit before its next batch), ``where()`` (phase, epoch and step in
+    words), ``finite`` (stop a fit whose numbers are not finite) and, in a step that is being
     compiled, ``skip_update(when)``. ``weights[name]`` gives the
     weights at a declared path, ``"model.G@ema"`` as ``weights["G@ema"]``.
     """
@@ -99,7 +100,7 @@ def live_models(learner: Any) -> Any:
     return learner.weights.given
 
 
-SERVICES = ("defer", "host", "request_stop", "skip_update")
+SERVICES = ("defer", "finite", "host", "request_stop", "skip_update", "where")
 
 
 def _generate(access: Access, path: Path, fetch: Callable[[Any], Any]) -> type[View]:

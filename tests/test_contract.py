@@ -842,6 +842,7 @@ def test_the_average_can_be_probed_sampled_and_explained(place: str, plain: Plai
     assert f"KNNProbe reads '{path}'" in told
 
 
+@pytest.mark.filterwarnings("ignore:the fit stops")
 @every_setting
 @pytest.mark.parametrize("callbacks", [False, True], ids=["defaults", "all"])
 def test_a_loss_that_is_no_number_stops_the_fit_before_it_reaches_the_weights(

@@ -47,6 +47,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "accelerator",
         "data",
+        "finite",
         "folder",
         "logging.backend",
         "loop",

@@ -17,6 +17,7 @@ from fluxloop.callback import UnsafeCallback, on
 from fluxloop.checkpoint import check_writers, gather, lasting
 from fluxloop.errors import CallbackConflictError, CheckpointError, MissingProducerError, warn_user
 from fluxloop.events import FitBegin, FitEnd, StepEnd
+from fluxloop.finite import first_names, not_finite, state_tensors
 from fluxloop.folder import Folder, Progress, name_of
 from fluxloop.history import TERMINATED
 from fluxloop.monitor import Mode, Monitor
@@ -42,7 +43,9 @@ class Checkpointer(UnsafeCallback):
     the running step is finished, a checkpoint written, and the process exits with status 143.
 
     Where the data or a phase's own `epoch` cannot be resumed in the middle of an epoch, that is
-    said once, and checkpoints wait until the epoch ends.
+    said once, and checkpoints wait until the epoch ends. A state in which numbers are NaN or infinite
+    that were not so when the fit began is not written, which is said once: the newest checkpoint is
+    one to go on from.
 
     Args:
         folder: Of this run alone.
@@ -88,6 +91,8 @@ class Checkpointer(UnsafeCallback):
     _over: bool = field(default=False, init=False, repr=False)
     _terminated: bool = field(default=False, init=False, repr=False)
     _is_copy: bool = field(default=False, init=False, repr=False)
+    _never_finite: set[str] = field(factory=set, init=False, repr=False)
+    _told_bad: bool = field(default=False, init=False, repr=False)
     _writer: ThreadPoolExecutor | None = field(default=None, init=False, repr=False)
     _writing: Future[None] | None = field(default=None, init=False, repr=False)
 
@@ -95,7 +100,7 @@ class Checkpointer(UnsafeCallback):
     in_compiled_step = "after"
     transient = (
         *("last", "_progress", "_batch", "_reason", "_since", "_owing", "_waits", "_told", "_over"),
-        *("_terminated", "_is_copy", "_writer", "_writing"),
+        *("_terminated", "_is_copy", "_never_finite", "_told_bad", "_writer", "_writing"),
     )
 
     def __attrs_post_init__(self) -> None:
@@ -162,6 +167,7 @@ class Checkpointer(UnsafeCallback):
         there = (self.folder / name_of(here)).exists()
         self._progress, self._reason = here if there else None, lasting(learner.history.stop_reason)
         self._since, self._over, self._owing, self._waits, self._told = monotonic(), False, False, False, False
+        self._never_finite, self._told_bad = set(not_finite(state_tensors(learner))), False
         learner.safe_points.append(partial(self._look, learner))
         learner.defer(self._leave)
         in_main = threading.current_thread() is threading.main_thread()
@@ -228,6 +234,8 @@ class Checkpointer(UnsafeCallback):
         if again and batch == self._batch and (not self._over or reason == self._reason):
             return
         self._written, self._since, self._owing, self._waits = self._steps, monotonic(), False, False
+        if not self._is_sound(learner):
+            return
         self._progress, self._batch, self._reason = progress, batch, reason
         self._finish_writing()
         folder = Folder(self.folder)
@@ -242,6 +250,19 @@ class Checkpointer(UnsafeCallback):
             self._writing = self._writer.submit(self._put, folder, progress, snapshot(state), again)
         else:
             self._put(folder, progress, state, again)
+
+    def _is_sound(self, learner: Any) -> bool:
+        """Tell whether weights, buffers and the optimizers' states are numbers to go on from; say once if not."""
+        learner.host_queue.flush()  # of a device: what it has found is heard first
+        bad = [name for name in not_finite(state_tensors(learner)) if name not in self._never_finite]
+        if bad and not self._told_bad:
+            self._told_bad = True
+            newest = f"the newest checkpoint stays {self.last}" if self.last else "no checkpoint is written"
+            warn_user(
+                f"numbers of the state became nan or infinite ({first_names(bad)}) by {learner.where()}; no run can go "
+                f"on from such a state: {newest}"
+            )
+        return not bad
 
     def _note_score(self, name: str, learner: Any) -> None:
         monitor = Monitor(self.monitor, self.mode)

@@ -1239,3 +1239,73 @@ def test_a_slice_of_the_data_does_not_bring_all_of_the_data_into_the_file(tmp_pa
     xs = torch.rand(100_000, 1)
     toy(Looks(), Checkpointer(tmp_path), data=(TensorBatches(xs, xs, batch_size=50_000),)).fit(1)
     assert Folder(tmp_path).files()[-1][1].stat().st_size < 300_000
+
+
+# Numbers that are not finite
+
+
+class BadOnce(TrainingPhase):
+    """The gradient of step `at` is NaN."""
+
+    transient = ("count",)
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.count = 0
+
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        self.count += 1
+        if self.count == self.at:
+            hook = next(learner.model.parameters()).register_hook(lambda gradient: gradient * nan)
+            learner.defer(hook.remove)
+        super().body(learner, handle, state)
+
+
+@pytest.mark.parametrize("unit", ["epoch", "step"])
+@pytest.mark.parametrize("at", [3, 8])
+def test_a_run_that_stopped_at_a_gradient_goes_on_from_before_it_once_the_cause_is_mended(
+    tmp_path: Path, unit: Any, at: int
+) -> None:
+    run = tmp_path / "run"
+    learner = toy(fluxloop.StopOnNaNLoss(), Recorder(), Checkpointer(run, unit=unit))
+    with pytest.warns(UserWarning, match=f"the fit stops: gradients of the optimizer .* step {at}"):
+        learner.fit(3, phases=[BadOnce(at)])
+    assert learner.history.stop_reason is not None
+    mended = toy(fluxloop.StopOnNaNLoss(), Recorder(), Checkpointer(run, unit=unit))
+    assert mended.fit(3, phases=[BadOnce(0)], resume=run).stop_reason is None
+    expected = toy(fluxloop.StopOnNaNLoss(), Recorder())
+    expected.fit(3, phases=[BadOnce(0)])
+    assert mended.history[BadOnce].steps == expected.history[BadOnce].steps == 12
+    assert_same_bits(bits(mended), bits(expected))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_state_with_numbers_that_are_not_finite_is_never_the_newest(tmp_path: Path, background: bool) -> None:
+    run = tmp_path / "run"
+    learner = toy(Recorder(), Checkpointer(run, background=background))
+    with pytest.warns(UserWarning, match=r"became nan or infinite \(.*the newest checkpoint stays .*run") as told:
+        learner.fit(3, phases=[BadOnce(7)])
+    assert len(told) == 1
+    assert epochs_of(run) == [1]
+    mended = toy(Recorder(), Checkpointer(run))
+    assert mended.fit(3, phases=[BadOnce(0)], resume=run).stop_reason is None
+    expected = toy(Recorder())
+    expected.fit(3, phases=[BadOnce(0)])
+    assert_same_bits(bits(mended), bits(expected))
+
+
+def test_numbers_that_were_infinite_when_the_fit_began_keep_no_checkpoint_from_being_written(tmp_path: Path) -> None:
+    class Masked(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(1, 1)
+            self.register_buffer("mask", torch.full((2,), -float("inf")))
+
+    learner = Learner(
+        Masked(),
+        nn.functional.mse_loss,
+        data=([(torch.ones(2, 1), torch.ones(2, 1))],),
+        callbacks=[Recorder(), Checkpointer(tmp_path / "run")],
+        default_callbacks=False,
+    )
+    learner.fit(2)
+    assert epochs_of(tmp_path / "run") == [1, 2]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -11,16 +12,23 @@ from fluxloop import (
     AbstractTrainingPhase,
     BackwardBegin,
     BackwardEnd,
+    Callback,
     CancelFittingException,
     CustomCallback,
     FitEnd,
+    GradientClip,
     Learner,
     Metrics,
     PerOptimizerPhase,
+    Phase,
     Recorder,
+    StepBegin,
     StopOnNaNLoss,
     TrainingPhase,
+    UnsafeCallback,
+    UpdateBegin,
     ValidationPhase,
+    on,
     runstep,
 )
 from fluxloop.testing import Coefficient, EventRecorder, assert_observer, toy_learner
@@ -28,6 +36,8 @@ from fluxloop.testing import Coefficient, EventRecorder, assert_observer, toy_le
 NAN, INF = float("nan"), float("inf")
 GOOD = 3  # batches before the bad one
 ADAM = partial(torch.optim.Adam, fused=False)
+
+pytestmark = pytest.mark.filterwarnings("ignore:the fit stops")  # one test looks at the warning
 
 
 def batches(bad: float) -> list[tuple[Tensor, Tensor]]:
@@ -73,7 +83,7 @@ def test_the_fit_ends_with_the_weights_of_the_last_good_step(
 ) -> None:
     learner = learner_of(StopOnNaNLoss(wait=wait), bad=bad, optimizer=optimizer)
     history = learner.fit(5)
-    assert history.stop_reason == f"the loss became {number}"
+    assert history.stop_reason == f"the loss became {number} in TrainingPhase(), epoch 1, step {GOOD + 1}"
     assert history[TrainingPhase].steps == GOOD
     assert history[TrainingPhase].updates == {None: GOOD}
     assert history[TrainingPhase].epochs == 0
@@ -101,11 +111,11 @@ def test_d_ft_13_fit_returns_and_its_end_says_why() -> None:
     assert learner.fit(5) is learner.history
     assert recorder.events.count("FitEnd") == 1
     assert recorder.events[-2:] == ["BackwardBegin", "FitEnd"]
-    assert reasons == [("the loss became nan", None)]
+    assert reasons == [("the loss became nan in TrainingPhase(), epoch 1, step 4", None)]
 
 
 def test_it_is_a_default_callback(capsys: pytest.CaptureFixture[str]) -> None:
-    assert learner_of(default_callbacks=True).fit(2).stop_reason == "the loss became nan"
+    assert "the loss became nan" in str(learner_of(default_callbacks=True).fit(2).stop_reason)
 
 
 def test_without_it_the_weights_are_lost() -> None:
@@ -137,9 +147,9 @@ def test_a_nan_of_the_validation_does_not_stop() -> None:
 
 def test_a_loss_replaced_before_the_backward_is_the_one_looked_at() -> None:
     def mend(learner: Any) -> None:
-        learner.step.loss = learner.step.loss.nan_to_num(0.0)
+        learner.step.loss = (learner.step.preds - learner.step.ys.nan_to_num(0.0)).square().mean()
 
-    mending = CustomCallback(mend, BackwardBegin, reads=("step.loss",), writes=("step.loss",))
+    mending = CustomCallback(mend, BackwardBegin, reads=("step.preds", "step.ys"), writes=("step.loss",))
     assert learner_of(StopOnNaNLoss(), mending).fit(1).stop_reason is None
 
 
@@ -184,7 +194,8 @@ def test_in_blocks_the_optimizer_is_named_and_its_parameters_unharmed(
     updates: Any, reason: str, values: tuple[float, float]
 ) -> None:
     learner = pair()
-    assert learner.fit(2, phases=[InOrder(*updates)]).stop_reason == reason
+    where = "in InOrder(), epoch 1, step 1"
+    assert learner.fit(2, phases=[InOrder(*updates)]).stop_reason == f"{reason} {where}"
     assert (learner.model.G.value.item(), learner.model.D.value.item()) == values
     assert all(p.requires_grad for p in (learner.model.G.value, learner.model.D.value))
 
@@ -197,7 +208,7 @@ def test_a_single_unnamed_block_is_looked_at_as_well() -> None:
                     block.loss = nn.functional.mse_loss(learner.model(state.xs), state.ys)
 
     learner = learner_of(StopOnNaNLoss())
-    assert learner.fit(1, phases=[Block()]).stop_reason == "the loss became nan"
+    assert learner.fit(1, phases=[Block()]).stop_reason == "the loss became nan in Block(), epoch 1, step 4"
     assert torch.equal(learner.model[0].weight, by_hand(GOOD)[0][0].weight)
 
 
@@ -208,7 +219,7 @@ def test_a_phase_with_a_loss_per_optimizer_is_looked_at_as_well() -> None:
 
     learner = learner_of(StopOnNaNLoss(), bad=0.0, optimizer={"0": torch.optim.SGD, "2": torch.optim.SGD})
     head = learner.model[2].weight.detach().clone()
-    assert learner.fit(1, phases=[Rates()]).stop_reason == "the loss of '2' became nan"
+    assert learner.fit(1, phases=[Rates()]).stop_reason == "the loss of '2' became nan in Rates(), epoch 1, step 1"
     assert torch.equal(learner.model[2].weight, head)
 
 
@@ -236,7 +247,7 @@ class Numbers(AbstractTrainingPhase):
 
 def test_a_phase_without_backwardbegin_is_looked_at_when_its_step_ends() -> None:
     learner = learner_of(StopOnNaNLoss())
-    assert learner.fit(2, phases=[ByHand()]).stop_reason == "the loss became nan"
+    assert learner.fit(2, phases=[ByHand()]).stop_reason == "the loss became nan in ByHand(), epoch 1, step 4"
     assert learner.history[ByHand].steps <= GOOD + 1
     assert learner.history[ByHand].epochs == 0
 
@@ -245,7 +256,7 @@ def test_a_phase_without_backwardbegin_is_looked_at_when_its_step_ends() -> None
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_losses_that_are_numbers_are_looked_at_too(entry: str, name: str, bad: float) -> None:
     learner = learner_of(StopOnNaNLoss(), bad=bad)
-    assert learner.fit(1, phases=[Numbers(entry)]).stop_reason == f"{name} became {bad}"
+    assert learner.fit(1, phases=[Numbers(entry)]).stop_reason == f"{name} became {bad} in Numbers(), epoch 1, step 4"
 
 
 class Nothing(AbstractTrainingPhase):
@@ -297,7 +308,7 @@ def test_an_explicit_loss_after_a_block_is_looked_at_before_its_update(loss: flo
         assert reason is None
         assert learner.model.G.value.item() != 2.0
     else:
-        assert reason == "the loss became nan"
+        assert reason == "the loss became nan in ThenExplicit(), epoch 1, step 1"
         assert learner.model.G.value.item() == 2.0
 
 
@@ -320,3 +331,324 @@ def test_an_entry_called_losses_that_is_a_list_is_ignored() -> None:
     assert history.cycles == 2
     assert list(history.metrics[LossesListed]) == ["loss"]
     assert len(history.metrics[LossesListed]["loss"]) == 2
+
+
+# Gradients
+
+
+class Spoiled(torch.autograd.Function):
+    """Passes a tensor on; one number of its gradient becomes `bad`."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, bad: float) -> Tensor:
+        ctx.bad = bad
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        spoiled = gradients[0].clone()
+        spoiled.view(-1)[0] = ctx.bad
+        return spoiled, None
+
+
+class Spoiling(TrainingPhase):
+    """Trains with the gradients of `window` batches; from step `at` on, the first layer's are `bad`."""
+
+    def __init__(self, at: int, bad: float, window: int = 1) -> None:
+        self.at, self.bad, self.window = at, bad, window
+        self.count = 0
+
+    def step(self, learner: Learner, batch: Any) -> Any:
+        with runstep(learner, self, xs=batch[0], ys=batch[1]) as (handle, state):
+            self.count += 1
+            hidden = learner.model[0](state.xs)
+            if self.count >= self.at:
+                hidden = Spoiled.apply(hidden, self.bad)
+            state.preds = learner.model[1:](hidden)
+            state.loss = learner.loss_fn(state.preds, state.ys) / self.window
+            handle(BackwardBegin())
+            learner.backward(state.loss)
+            handle(BackwardEnd())
+            if self.count % self.window == 0:
+                learner.update()
+
+
+class SpoilingBlocks(Spoiling):
+    """The same with two optimizers, in the blocks of a GAN: the second one's gradients become bad."""
+
+    def step(self, learner: Learner, batch: Any) -> Any:
+        with runstep(learner, self, xs=batch[0]) as (_, state):
+            self.count += 1
+            state.fake = learner.model.G(state.xs)
+            with learner.optimizing("D") as block:
+                block.loss = learner.model.D(state.fake.detach()).mean() - learner.model.D(state.xs).mean()
+            with learner.optimizing("G") as block:
+                fake = Spoiled.apply(state.fake, self.bad) if self.count >= self.at else state.fake
+                block.loss = -learner.model.D(fake).mean()
+
+
+class Weights(UnsafeCallback):
+    """Keeps weights, buffers and optimizers' states as they are when a step begins."""
+
+    reads = ("*",)
+    draws = False
+
+    @on(StepBegin, AbstractTrainingPhase)
+    def keep(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Learner) -> None:
+        self.kept = state_of(learner)
+
+
+def state_of(learner: Learner) -> dict[str, Tensor]:
+    found = {f"{name}.{key}": value for name, m in learner.models.items() for key, value in m.state_dict().items()}
+    for slot in learner.updates.slots:
+        for number, parameter in enumerate(slot.parameters):
+            state = slot.optimizer.state[parameter]
+            found |= {f"{slot.name} {number} {k}": v for k, v in state.items() if isinstance(v, Tensor)}
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+    return [name for name, tensor in after.items() if name not in before or not torch.equal(tensor, before[name])]
+
+
+def gan(*callbacks: Any) -> Learner:
+    torch.manual_seed(0)
+    return Learner(
+        {"G": nn.Linear(4, 4), "D": nn.Linear(4, 1)},
+        data=(batches(0.0) * 2,),
+        optimizer=ADAM,
+        callbacks=[Recorder(), *callbacks],
+        default_callbacks=False,
+        seed=0,
+    )
+
+
+SETTINGS: dict[str, Any] = {
+    "one optimizer": lambda *c: (learner_of(*c, bad=0.0, data=(batches(0.0) * 2,)), Spoiling),
+    "fused": lambda *c: (learner_of(*c, data=(batches(0.0) * 2,), optimizer=torch.optim.AdamW), Spoiling),
+    "blocks": lambda *c: (gan(*c), SpoilingBlocks),
+    "clipped": lambda *c: (learner_of(GradientClip(0.1), *c, data=(batches(0.0) * 2,)), Spoiling),
+    "clipped by value": lambda *c: (learner_of(GradientClip(value=0.1), *c, data=(batches(0.0) * 2,)), Spoiling),
+    "added up": lambda *c: (learner_of(*c, data=(batches(0.0) * 4,)), partial(Spoiling, window=2)),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_gradients_that_are_not_finite_change_nothing_at_any_step(setting: str, bad: float) -> None:
+    for at in range(1, 11):
+        weights = Weights()
+        learner, phase = SETTINGS[setting](StopOnNaNLoss(), weights)
+        step = at + at % 2 if setting == "added up" else at  # the update that would have used them
+        history = learner.fit(1, phases=[phase(at, bad)])
+        whose, parameters = ("optimizer 'G'", "G.weight, G.bias") if setting == "blocks" else ("the optimizer", "")
+        reason = f"gradients of {whose} became nan or infinite ({parameters}"
+        if setting == "clipped by value" and abs(bad) == INF:  # it is clipped, and its norm known from before
+            reason = "the norm of the gradients of the optimizer, before they were clipped, became nan or infinite"
+        assert str(history.stop_reason).startswith(reason), at
+        assert str(history.stop_reason).endswith(f"epoch 1, step {step}")
+        found = changed(weights.kept, state_of(learner))
+        if setting == "blocks":  # that of D was finite, and has been made
+            found = [name for name in found if not name.startswith("D")]
+        assert found == []
+        updates = {"G": at - 1, "D": at} if setting == "blocks" else {None: (step - 1) // (1 + (setting == "added up"))}
+        assert {k: v for k, v in history[phase if isinstance(phase, type) else Spoiling].updates.items() if v} == {
+            k: v for k, v in updates.items() if v
+        }
+
+
+def test_a_stop_is_a_warning_that_names_the_first_parameters_and_can_be_made_an_error() -> None:
+    learner = learner_of(StopOnNaNLoss(), bad=0.0)
+    with pytest.warns(UserWarning, match=r"the fit stops: gradients of the optimizer .* \(0\.weight, 0\.bias\) in Spo"):
+        learner.fit(1, phases=[Spoiling(2, NAN)])
+    learner = learner_of(StopOnNaNLoss())
+    with pytest.warns(UserWarning, match=r"the fit stops: the loss became nan in TrainingPhase\(\), epoch 1, step 4"):
+        learner.fit(1)
+    learner = learner_of(StopOnNaNLoss())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the fit stops")
+        with pytest.raises(UserWarning, match="the loss became nan"):
+            learner.fit(1)
+    assert torch.equal(learner.model[0].weight, by_hand(GOOD)[0][0].weight)
+
+
+def test_large_gradients_with_an_infinite_sum_are_fine() -> None:
+    class Large(AbstractTrainingPhase):
+        def step(self, learner: Learner, batch: Any) -> None:
+            with runstep(learner, self, xs=batch[0]) as (_, state), learner.optimizing() as block:
+                block.loss = (learner.model(state.xs) * 1.2e37).sum()
+
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1, bias=False)
+    model.weight.data.fill_(0.01)
+    learner = Learner(
+        model,
+        data=([(torch.full((8, 4), 1.9), 0)],),
+        optimizer=partial(torch.optim.SGD, lr=0.0),
+        callbacks=[StopOnNaNLoss(), Weights()],
+        default_callbacks=False,
+    )
+    assert learner.fit(1, phases=[Large()]).stop_reason is None
+    assert model.weight.grad is not None
+    assert not model.weight.grad.sum().isfinite()
+
+
+@pytest.mark.parametrize("kind", ["sparse", "complex", "frozen", "float64"])
+def test_gradients_of_every_kind_are_looked_at(kind: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(8, 4, sparse=kind == "sparse")
+            self.factor = nn.Parameter(torch.ones(4, dtype=torch.complex64 if kind == "complex" else torch.float64))
+            self.factor.requires_grad_(kind != "frozen")
+
+        def forward(self, xs: Tensor) -> Tensor:
+            rows = self.table(xs)
+            return (rows * (self.factor if self.factor.requires_grad else 1.0)).abs().float()
+
+    class Mean(AbstractTrainingPhase):
+        def step(self, learner: Learner, batch: Any) -> None:
+            with runstep(learner, self, xs=batch) as (_, state), learner.optimizing() as block:
+                block.loss = Spoiled.apply(learner.model(state.xs), NAN).mean()
+
+    torch.manual_seed(0)
+    learner = Learner(
+        Net(),
+        data=([torch.arange(3)],),
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        callbacks=[StopOnNaNLoss()],
+        default_callbacks=False,
+    )
+    before = state_of(learner)
+    reason = str(learner.fit(1, phases=[Mean()]).stop_reason)
+    assert "table.weight" in reason
+    assert ("factor" in reason) is (kind in ("complex", "float64", "sparse"))
+    assert changed(before, state_of(learner)) == []
+
+
+def test_gradients_are_looked_at_after_other_handlers_have_changed_them() -> None:
+    class Mend(Callback):
+        writes = ("step.grads",)
+
+        @on(UpdateBegin)
+        def mend(self, event: Any, phase: Any, learner: Any) -> None:
+            for name, gradient in learner.step.grads.items():
+                learner.step.grads[name] = gradient.nan_to_num()
+
+    class Spoil(Callback):
+        writes = ("step.grads",)
+        run_after = (GradientClip,)
+
+        @on(UpdateBegin)
+        def spoil(self, event: Any, phase: Any, learner: Any) -> None:
+            learner.step.grads["2.bias"].fill_(NAN)
+
+    assert learner_of(StopOnNaNLoss(), Mend(), bad=0.0).fit(1, phases=[Spoiling(2, NAN)]).stop_reason is None
+    learner = learner_of(StopOnNaNLoss(), Spoil(), GradientClip(1.0), bad=0.0)
+    assert "(2.bias)" in str(learner.fit(1).stop_reason)
+
+
+def test_a_phase_below_phase_is_looked_at_as_well() -> None:
+    class Below(Phase):
+        data_key = "training"
+        gradients = train_mode = True
+
+        def step(self, learner: Learner, batch: Any) -> None:
+            with runstep(learner, self, xs=batch[0], ys=batch[1]) as (_, state):
+                learner.backward(nn.functional.mse_loss(learner.model(state.xs), state.ys))
+                learner.update()
+
+    assert "epoch 1, step 4" in str(learner_of(StopOnNaNLoss()).fit(1, phases=[Below()]).stop_reason)
+
+
+# Buffers
+
+
+class Counting(nn.Module):
+    """Keeps a mean of what it saw, and replaces the tensor of the last batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("last", torch.zeros(4))
+        self.register_buffer("mask", torch.full((4,), -INF))
+
+    def forward(self, xs: Tensor) -> Tensor:
+        self.mean.lerp_(xs.mean(0), 0.1)
+        self.last = xs[0].clone()
+        return xs
+
+
+def with_buffers() -> nn.Module:
+    torch.manual_seed(0)
+    norms = nn.Sequential(nn.BatchNorm1d(8), nn.Unflatten(1, (2, 4)), nn.InstanceNorm1d(2, track_running_stats=True))
+    return nn.Sequential(Counting(), nn.Linear(4, 8), norms, nn.Flatten(), nn.Linear(8, 1))
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_buffers_stay_those_of_the_last_good_step(at: int) -> None:
+    data = batches(0.0)
+    data[at][0][2] = NAN
+    learner = Learner(
+        with_buffers(),
+        nn.functional.mse_loss,
+        data=(data,),
+        optimizer=ADAM,
+        callbacks=[StopOnNaNLoss()],
+        default_callbacks=False,
+        seed=0,
+    )
+    assert str(learner.fit(1).stop_reason).startswith("the loss became nan")
+    expected = with_buffers()
+    optimizer = ADAM(expected.parameters())
+    for xs, ys in data[:at]:
+        optimizer.zero_grad()
+        nn.functional.mse_loss(expected(xs), ys).backward()
+        optimizer.step()
+    for (name, ours), theirs in zip(learner.model.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_buffers_of_a_module_that_a_phase_holds_stay_as_well() -> None:
+    class Teacher(TrainingPhase):
+        def __init__(self) -> None:
+            self.teacher = nn.BatchNorm1d(4)
+
+        def body(self, learner: Learner, handle: Any, state: Any) -> None:
+            state.xs = self.teacher(state.xs)
+            super().body(learner, handle, state)
+
+    learner, phase = learner_of(StopOnNaNLoss()), Teacher()
+    learner.data.training[GOOD][0][0] = NAN
+    learner.fit(1, phases=[phase])
+    assert phase.teacher.running_mean is not None
+    assert phase.teacher.running_mean.isfinite().all()
+    assert phase.teacher.num_batches_tracked == GOOD
+
+
+# A device that is not waited for
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_on_a_device_the_fit_ends_when_the_number_has_come(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = learner_of(StopOnNaNLoss(), bad=0.0, optimizer=partial(torch.optim.Adam, fused=fused))
+    asked: list[Any] = []
+    monkeypatch.setattr(learner.host_queue, "request", lambda tensor, then: asked.append((tensor, then)))
+    seen: list[dict[str, Tensor]] = []
+
+    finite = learner.finite
+    slot = learner.updates.slots[0]
+    for number in range(3):
+        for parameter in slot.parameters:
+            parameter.grad = torch.full_like(parameter, NAN if number == 1 else 1.0)
+        finite._require_later(slot, list(slot.parameters), [])
+        learner.update()
+        seen.append(state_of(learner))
+    assert bool(changed(seen[0], seen[2])) is not fused
+    assert finite.bad is not None
+    (_, fine), (found, bad), _ = asked
+    fine(0.0)
+    with pytest.warns(UserWarning, match="The weights stay" if fused else "had gone on by then"):
+        with pytest.raises(CancelFittingException, match=r"\(0\.weight, 0\.bias, 2\.weight and 1 more\) in no phase"):
+            bad(found.item())
+    assert finite.bad is None

@@ -587,14 +587,15 @@ def test_metrics_copy_nothing_to_the_host_per_step(copies: list[str]) -> None:
     assert len(few) == 2 * 4, "one number per metric, phase and epoch"
 
 
-def test_the_default_callbacks_copy_the_training_loss_alone_per_step(
+def test_the_default_callbacks_copy_numbers_that_have_to_be_finite_alone_per_step(
     copies: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def callbacks() -> list[Callback]:
         return [Metrics(mae), ProgressBar(enabled=False)]
 
     few, many = (copies_of_a_fit(copies, count, callbacks(), default_callbacks=True) for count in (3, 103))
-    assert len(many) - len(few) == 100, "StopOnNaNLoss' look at each training step's loss, on the CPU"
+    looked_at = 1 + len(list(toy_learner().model.parameters()))
+    assert len(many) - len(few) == 100 * looked_at, "StopOnNaNLoss' look at the loss and each gradient, on the CPU"
     assert set(many) == {"item"}
 
 
