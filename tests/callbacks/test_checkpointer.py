@@ -1276,7 +1276,7 @@ def test_a_run_that_stopped_at_a_gradient_goes_on_from_before_it_once_the_cause_
     expected = toy(fluxloop.StopOnNaNLoss(), Recorder())
     expected.fit(3, phases=[BadOnce(0)])
     assert mended.history[BadOnce].steps == expected.history[BadOnce].steps == 12
-    assert_same_bits(bits(mended), bits(expected))
+    assert_same_bits(mended, expected)
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -1291,7 +1291,7 @@ def test_a_state_with_numbers_that_are_not_finite_is_never_the_newest(tmp_path: 
     assert mended.fit(3, phases=[BadOnce(0)], resume=run).stop_reason is None
     expected = toy(Recorder())
     expected.fit(3, phases=[BadOnce(0)])
-    assert_same_bits(bits(mended), bits(expected))
+    assert_same_bits(mended, expected)
 
 
 def test_numbers_that_were_infinite_when_the_fit_began_keep_no_checkpoint_from_being_written(tmp_path: Path) -> None:

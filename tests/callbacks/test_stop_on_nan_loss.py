@@ -642,7 +642,7 @@ def test_on_a_device_the_fit_ends_when_the_number_has_come(fused: bool, monkeypa
         for parameter in slot.parameters:
             parameter.grad = torch.full_like(parameter, NAN if number == 1 else 1.0)
         finite._require_later(slot, list(slot.parameters), [])
-        learner.update()
+        learner.updates._step(slot)
         seen.append(state_of(learner))
     assert bool(changed(seen[0], seen[2])) is not fused
     assert finite.bad is not None
