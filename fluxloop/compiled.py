@@ -31,17 +31,32 @@ from fluxloop.finite import bad_gradients
 from fluxloop.nested import map_tensors, tensors
 from fluxloop.persist import attributes
 from fluxloop.phase import Phase
-from fluxloop.randomness import preserved
+from fluxloop.randomness import generator_states, preserved, put_generators
 from fluxloop.runner import Bound, deliver, fired_with
 from fluxloop.seen import Same, seen
 from fluxloop.state import StepState
-from fluxloop.tracing import HOOKS, MODULE_INTERNALS, Look, Traced, describe, first_line, has_hooks, holders_of
+from fluxloop.tracing import (
+    HOOKS,
+    MODULE_INTERNALS,
+    Look,
+    Traced,
+    describe,
+    first_line,
+    has_hooks,
+    holders_of,
+    require_torch,
+)
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
     from fluxloop.loop import Handle, Scope
 
 Compiled = Callable[..., Any]
+
+WAYS_OUT = (
+    "Have steps of this phase run as they are, compiled = False in its class, or have torch compile the model alone, "
+    'Accelerator(compile="model")'
+)
 
 MANY = 8
 """After so many graphs of one phase it is said that each takes its time to compile."""
@@ -91,9 +106,13 @@ class CompiledSteps:
 
     Args:
         learner: Whose steps they are.
+
+    Raises:
+        CompileError: This torch cannot trace steps.
     """
 
     def __init__(self, learner: Learner) -> None:
+        require_torch()
         self._learner = learner
         self._plans: dict[type[Phase], Plan] = {}
 
@@ -229,6 +248,7 @@ class Graph:
 
     def __init__(self, learner: Learner, phase: Phase, callbacks: list[Callback], traced: Traced) -> None:
         self._learner = learner
+        self._whose = repr(phase)
         self._inside = callbacks
         self._fixed = traced.fixed
         self._constants = traced.constants
@@ -252,14 +272,15 @@ class Graph:
         self._callbacks = -1
         self._after: list[tuple[tuple[Bound, ...], Event]] = []
         try:
-            self._call = lower(traced.graph, traced.example, learner.accelerator.device)
+            self._compiled = lower(traced.graph, traced.example, learner.accelerator.device)
         except Exception as error:
             raise CompileError(
                 f"the step of {phase!r} was traced, but could not be compiled: {first_line(error)}. On the CPU this "
-                "needs a C++ compiler (g++ or clang++), on CUDA Triton; or use compile=False"
+                f"needs a C++ compiler (g++ or clang++), on CUDA Triton. {WAYS_OUT}"
             ) from error
         if can_replay(traced.example):
-            self._call = Replayed(self._call, len(traced.fixed), traced.changed)
+            self._compiled = Replayed(self._compiled, len(traced.fixed), traced.changed)
+        self._call: Compiled = self._call_first
 
     def calls_the_same(self, phase: Phase) -> bool:
         """Tell whether the functions and objects that a step calls, such as what makes views, are as they were."""
@@ -300,9 +321,6 @@ class Graph:
     def run(self, phase: Phase, state: StepState) -> None:
         """Run the step: change what it changes, and store its entries."""
         learner, entries = self._learner, vars(state)
-        for slot in self._slots:
-            if "step" in vars(slot.optimizer):  # wrapped by a scheduler of torch's, which notes that there was one
-                slot.optimizer._opt_called = True  # type: ignore[attr-defined]  # where torch looks
         moving: list[Any] = []
         for group, name, option, last in self._options:
             value = group[name]
@@ -322,6 +340,9 @@ class Graph:
                 moving.extend(tensors(value))
         moving += [parameter.grad for parameter in self._waiting]
         given = iter(self._call(*self._fixed, *moving, *self._constants))
+        for slot in self._slots:
+            if "step" in vars(slot.optimizer):  # wrapped by a scheduler of torch's, which notes that there was one
+                slot.optimizer._opt_called = True  # type: ignore[attr-defined]  # where torch looks
         bad = next(given) if self._looks else None
         found = [next(given) for _ in self._looks]
         for name, value in self._stored:
@@ -341,6 +362,33 @@ class Graph:
             self._callbacks, self._after = learner.callbacks.version, listeners(learner, phase, self._events)
         for bound, event in self._after:
             deliver(bound, event, phase, learner)
+
+    def _call_first(self, *inputs: Tensor) -> list[Tensor]:
+        """Run the graph for the first time; where it cannot run, everything is put back as it was.
+
+        For this one call what it is given is copied, on the host: a graph does not tell all that it changes.
+
+        Raises:
+            CompileError: An operation in it cannot be run as it was compiled.
+        """
+        before = [tensor.detach().to("cpu", copy=True) for tensor in inputs]
+        generators = generator_states()
+        try:
+            outputs = list(self._compiled(*inputs))
+        except Exception as error:
+            with torch.no_grad():
+                for tensor, old in zip(inputs, before, strict=True):
+                    if not torch.equal(tensor, old.to(tensor.device)):  # what overlaps itself cannot be copied to
+                        tensor.copy_(old)
+            put_generators(generators)
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise  # the graph can run, and callers know what this is
+            raise CompileError(
+                f"the step of {self._whose} was compiled, but cannot be run: {first_line(error)}. Nothing was changed. "
+                f"{WAYS_OUT}"
+            ) from error
+        self._call = self._compiled
+        return outputs
 
     def _stop(self, found: list[Tensor], where: str, bad: float) -> None:
         """End the fit if a step has found something not to be finite.

@@ -10,17 +10,17 @@ it leaves for a later step.
 from __future__ import annotations
 
 import os
-import random
-import sys
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._dispatch.python
 from attrs import define
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -31,8 +31,9 @@ from fluxloop.callback import Callback
 from fluxloop.errors import CancelSignal, CompileError, LossError, OptimizerError, PhaseError, annotate
 from fluxloop.errors import describe as describe_briefly
 from fluxloop.events import Event
+from fluxloop.forbidden import Transforms, noting_draws
 from fluxloop.nested import init_fields, map_tensors, tensors
-from fluxloop.persist import attributes, look
+from fluxloop.persist import attributes
 from fluxloop.phase import Phase
 from fluxloop.seen import seen
 from fluxloop.sources import generators_of
@@ -162,8 +163,8 @@ class AcceleratorStandIn:
         changed += [value for leaf in changed for value in optimizer.state[leaf].values() if isinstance(value, Tensor)]
         before = [] if self._skip is None else [tensor.detach().clone() for tensor in changed]
         with torch.no_grad():
-            decay_weights(optimizer)
-            optimizer.step()
+            with decayed(optimizer):
+                optimizer.step()
             for tensor, old in zip(changed, before, strict=False):
                 tensor.copy_(torch.where(self._skip, old, tensor))  # type: ignore[arg-type]  # there if `before` is
 
@@ -384,11 +385,14 @@ class Traced:
     def _trace(self) -> GraphModule:
         from torch.fx.experimental.proxy_tensor import make_fx
 
-        own = [g for g in generators_of([*self.holders, *self._parts, self._learner.loss_fn]) if is_pythons(g)]
-        before = numbers_of(own)
         with ExitStack() as undone:
-            undone.enter_context(compiling())
+            drawn = undone.enter_context(
+                noting_draws(generators_of([*self.holders, *self._parts, self._learner.loss_fn]))
+            )
+            undone.enter_context(as_compilers_trace(self._phase.gradients))
+            undone.enter_context(Transforms(self._refusal))
             undone.enter_context(self._unchanged())
+            undone.enter_context(self._own_options_unchanged())
             undone.enter_context(torch.set_grad_enabled(self._phase.gradients))
             sets_seed = undone.enter_context(noting_seeds())
             try:
@@ -403,10 +407,10 @@ class Traced:
             except Exception as error:
                 why = f"{first_line(error)}{where(error)}. A graph holds tensors alone{hint(error)}"
                 raise self._refusal(why) from error
-        if numbers_of(own) != before:
+        if drawn:
             raise self._refusal(
-                "it draws from Python's or NumPy's random numbers, which would be the same ones at every step; draw "
-                "from torch, or before the step: in the data or at StepBegin"
+                f"it draws from Python's or NumPy's random numbers ({', '.join(dict.fromkeys(drawn))}), which would be "
+                "the same ones at every step; draw from torch, or before the step: in the data or at StepBegin"
             )
         if sets_seed and any(draws(node) for node in graph.graph.nodes):
             raise self._refusal(
@@ -436,7 +440,7 @@ class Traced:
         for (place, name, _), stand_in in zip(self._places, put, strict=True):
             place[name] = stand_in
         twins = {slot.name: twin_of(slot.optimizer, leaves, stand_ins, options) for slot in self._slots}
-        stepped: set[str | None] = set()
+        stepped: dict[str | None, dict[str, None]] = {}
         for optimizer_name, twin in twins.items():
             note_steps(optimizer_name, twin, stepped)
         made = {name: of_optimizer(twin) for name, twin in twins.items()}
@@ -456,9 +460,12 @@ class Traced:
         self._put_back(put, held)
         for slot in self._slots:
             self._put_state_back(slot.optimizer, twins[slot.name], leaves, stand_ins)
-            changed = [name for name, value in of_optimizer(twins[slot.name]).items() if made[slot.name][name] != value]
-            if changed:
-                raise self._refusal(f"{slot.label} changes {', '.join(changed)} in Python; expected it to keep tensors")
+            if stepped.get(slot.name):
+                changed = ", ".join(stepped[slot.name])
+                raise self._refusal(f"{slot.label} changes {changed} in Python; expected it to keep tensors")
+            written = differing(made[slot.name], of_optimizer(twins[slot.name]))
+            if written:
+                raise self._writes(slot, written)
         self.changed = [n for n, (t, before) in enumerate(zip(moving, versions, strict=True)) if t._version != before]
         self._note_entries(entries, state, {id(moving[number]) for number in self.changed})
         for each in buffers:
@@ -479,7 +486,14 @@ class Traced:
         places = [[b for b in part._buffers.values() if b is not None] for part in self._parts if part._buffers]
         return [(held, [b.clone() for b in held], [b._version for b in held]) for held in places]
 
-    def _note_gradients(self, learner: StandIn, before: dict[Tensor, Tensor], stepped: set[str | None]) -> None:
+    def _writes(self, slot: Slot, names: Iterable[str]) -> CompileError:
+        return self._refusal(
+            f"it writes {', '.join(names)} of {slot.label}, which the optimizer, records and checkpoints would know "
+            "nothing of; set options in the phase's finish(learner, state), or by a callback: "
+            "Scheduler({LearningRate: ...})"
+        )
+
+    def _note_gradients(self, learner: StandIn, before: dict[Tensor, Tensor], stepped: Iterable[str | None]) -> None:
         """Note what becomes of gradients that wait, and which an update has used.
 
         Raises:
@@ -514,9 +528,12 @@ class Traced:
         originals = [tensor for value in self._entries.values() for tensor in tensors(value)]
         if any(id(new) in changed and not old.is_contiguous() for new, old in zip(together, originals, strict=True)):
             raise self._refusal("it changes an entry in place whose rows have gaps in memory; give it .contiguous()")
-        twice = {id(tensor) for tensor in originals if sum(other is tensor for other in originals) > 1}
-        if any(id(new) in changed and id(old) in twice for new, old in zip(together, originals, strict=True)):
-            raise self._refusal("it changes an entry in place that is another entry too; give it a copy (.clone())")
+        memory = [tensor.untyped_storage()._cdata for tensor in originals]
+        if any(id(new) in changed and memory.count(where) > 1 for new, where in zip(together, memory, strict=True)):
+            raise self._refusal(
+                "it changes an entry in place that is another entry too, or shares memory with one; give it a copy "
+                "(.clone())"
+            )
 
     def _put_back(self, put: list[Tensor], held: list[Tensor]) -> None:
         """Have buffers, and tensors of the holders, that the body replaced be changed in place."""
@@ -549,6 +566,23 @@ class Traced:
                         f"{type(optimizer).__name__} counts {name!r} in Python; expected an optimizer that keeps "
                         "tensors, as torch's do"
                     )
+
+    @contextmanager
+    def _own_options_unchanged(self) -> Iterator[None]:
+        """Put the options of the learner's own optimizers back; raise for those that a step writes past its learner."""
+        kept = [(slot, group, dict(group)) for slot in self._slots for group in slot.optimizer.param_groups]
+        before = [of_optimizer(slot.optimizer) for slot in self._slots]
+        now = before
+        try:
+            yield
+            now = [of_optimizer(slot.optimizer) for slot in self._slots]
+        finally:
+            for _, group, own in kept:
+                group.clear()
+                group.update(own)
+        for slot, old, new in zip(self._slots, before, now, strict=True):
+            if old != new:
+                raise self._writes(slot, differing(old, new))
 
     @contextmanager
     def _unchanged(self) -> Iterator[None]:
@@ -735,12 +769,20 @@ def as_tensor(group: dict[str, Any], name: str) -> Tensor:
 
 
 def of_optimizer(optimizer: Optimizer) -> dict[str, Any]:
-    """Describe what an optimizer keeps besides its state and its parameters."""
+    """Describe what an optimizer keeps besides its state and its parameters; tensors by how often they were changed."""
     left_out = {"state", "param_groups", "_opt_called"}
     found = {name: seen(value) for name, value in vars(optimizer).items() if name not in left_out}
     for number, group in enumerate(optimizer.param_groups):
-        found |= {f"{n} of group {number}": seen(v) for n, v in group.items() if n not in ("params", DECAY)}
+        for name, value in group.items():
+            if name != "params":
+                changes = [tensor._version for tensor in tensors(value)]
+                found[f"{name!r} in param_groups[{number}]"] = seen(value), changes
     return found
+
+
+def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return the names whose values differ."""
+    return [name for name in {**before, **now} if before.get(name) != now.get(name)]
 
 
 def twin_of(
@@ -762,29 +804,34 @@ def twin_of(
     return twin
 
 
-def note_steps(name: str | None, optimizer: Optimizer, stepped: set[str | None]) -> None:
-    """Have an optimizer note its name when it steps."""
+def note_steps(name: str | None, optimizer: Optimizer, stepped: dict[str | None, dict[str, None]]) -> None:
+    """Have an optimizer note, by its name, that it steps, and what of itself its steps change in Python."""
     own = optimizer.step
 
     def step(*args: Any, **kwargs: Any) -> Any:
-        stepped.add(name)
-        return own(*args, **kwargs)
+        changed = stepped.setdefault(name, {})
+        before = of_optimizer(optimizer)
+        result = own(*args, **kwargs)
+        changed.update(dict.fromkeys(differing(before, of_optimizer(optimizer))))
+        return result
 
     optimizer.step = step  # type: ignore[method-assign]  # of this one alone
 
 
-def decay_weights(optimizer: Optimizer) -> None:
+@contextmanager
+def decayed(optimizer: Optimizer) -> Iterator[None]:
     """Decay weights by a tensor, as torch's optimizers do by a number, and leave an optimizer none to decay by."""
-    for group in optimizer.param_groups:
-        weight = group.get(DECAY)
-        if not isinstance(weight, Tensor):
-            continue
+    weights = [(group, group[DECAY]) for group in optimizer.param_groups if isinstance(group.get(DECAY), Tensor)]
+    for group, weight in weights:
         for leaf in group["params"]:
             if leaf.grad is not None and group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)):
                 leaf.mul_(1 - group["lr"] * weight)
             elif leaf.grad is not None:
                 leaf.grad = leaf.grad + leaf * (-weight if group.get("maximize") else weight)
         group[DECAY] = 0.0
+    yield
+    for group, weight in weights:
+        group[DECAY] = weight
 
 
 def lift_constants(graph: GraphModule) -> list[Tensor]:
@@ -807,43 +854,46 @@ def lift_constants(graph: GraphModule) -> list[Tensor]:
 
 
 @contextmanager
-def compiling() -> Iterator[None]:
-    """Have torch, its optimizers above all, know that operations are recorded.
+def as_compilers_trace(gradients: bool) -> Iterator[None]:
+    """Have operations be recorded as ``torch.compile`` records them.
+
+    Optimizers know of it by a flag. Operations are decomposed before their gradients are taken, since
+    the compiler knows some backward operations only by what they are made of. Of a recurrent layer that
+    is done only where oneDNN is off, whose layer the compiler has no backward for.
+
+    Args:
+        gradients: Whether gradients are computed.
+    """
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    (onednn, *_) = torch.backends.mkldnn.set_flags(False) if gradients else (None,)  # type: ignore[no-untyped-call]  # torch's
+    try:
+        with torch._dispatch.python.enable_python_dispatcher():
+            yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+        if gradients:
+            torch.backends.mkldnn.set_flags(onednn)  # type: ignore[no-untyped-call]  # as above
+
+
+def require_torch() -> None:
+    """Raise where torch has not what steps are traced with.
 
     Raises:
-        CompileError: This torch has no such flag.
+        CompileError: It is too old, or too new.
     """
-    if not hasattr(torch.compiler, "_is_compiling_flag"):
+    try:
+        attrgetter("compiler._is_compiling_flag", "_C._functorch.get_interpreter_stack")(torch)
+    except AttributeError as error:
         raise CompileError(
             f'Accelerator(compile="step") cannot be used with torch {torch.__version__}; expected 2.4 or newer, or '
             'compile="model"'
-        )
-    before = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = True
-    try:
-        yield
-    finally:
-        torch.compiler._is_compiling_flag = before
+        ) from error
 
 
 def looks(thing: Any, left_out: Any) -> dict[str, Any]:
     """Describe the attributes of an object, apart from some."""
     return {name: seen(value) for name, value in attributes(thing).items() if name not in left_out}
-
-
-def is_pythons(generator: Any) -> bool:
-    """Tell whether a random generator is one of Python's or NumPy's."""
-    return not isinstance(generator, torch.Generator)
-
-
-def numbers_of(generators: list[Any]) -> list[Any]:
-    """Tell where Python's and NumPy's generators stand, the global ones and some others."""
-    numpy = sys.modules.get("numpy")
-    return [
-        random.getstate(),
-        None if numpy is None else repr(numpy.random.get_state()),
-        *map(look, generators),
-    ]
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -78,10 +79,21 @@ RMSPROP = partial(torch.optim.RMSprop, lr=1e-3)
 ADAM = partial(torch.optim.Adam, lr=1e-3, fused=False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _imported() -> Iterator[None]:
+    """Import what tracing needs, and keep it out of each later look through the process's objects."""
+    import torch._inductor
+    import torch.fx.experimental.proxy_tensor  # noqa: F401 - takes seconds
+
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the graphs as they were traced, without a compiler: the same operations, in no time."""
-    monkeypatch.setattr(fluxloop.compiled, "lower", lambda graph, inputs, device: graph)
+    monkeypatch.setattr(fluxloop.compiled, "lower", lambda graph, inputs, device: torch.no_grad()(graph))
 
 
 def mlp() -> nn.Module:
@@ -158,6 +170,66 @@ def test_a_compiled_dropout_draws_other_numbers_at_each_step_the_same_in_each_ru
     assert not torch.equal(first[1], first[2])
     assert not torch.equal(first[2], first[3])
     assert all(map(torch.equal, first, again))
+
+
+# A graph that was compiled and cannot be run
+
+
+def breaking(error: Exception, calls: int = 0) -> Callable[..., Any]:
+    """Compile to a function that changes all it is given, draws, and fails, for so many calls or for ever."""
+    failures = []
+
+    def lower(graph: Any, inputs: list[Any], device: torch.device) -> Any:
+        def call(*inputs: Tensor) -> Any:
+            if calls and len(failures) == calls:
+                with torch.no_grad():
+                    return graph(*inputs)
+            failures.append(error)
+            with torch.no_grad():
+                for tensor in inputs[: len(inputs) - 3]:  # the rate and the batch are no state
+                    tensor.add_(1)
+            torch.rand(3)
+            raise error
+
+        return call
+
+    return lower
+
+
+def test_what_fails_at_the_first_call_of_a_graph_is_an_error_that_says_what_to_do_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fluxloop.compiled, "lower", breaking(RuntimeError("no such kernel\nat some place"), calls=1))
+    made = learner(optimizer=SGD, model=lambda: nn.Sequential(nn.Linear(16, 4), nn.BatchNorm1d(4)), data=(rows(),))
+    state: list[Any] = []
+    note = lambda learner: state.append((weights(learner), copy.deepcopy(learner.optimizer.state_dict())))  # noqa: E731
+    made.add_callback(CustomCallback(note, StepEnd, TrainingPhase))
+    with pytest.raises(CompileError, match="was compiled, but cannot be run: RuntimeError: no such kernel") as caught:
+        made.fit(1)
+    for words in ("TrainingPhase()", "Nothing was changed", "compiled = False", 'compile="model"'):
+        assert words in str(caught.value)
+    assert len(state) == 1
+    assert all(map(torch.equal, state[0][0], weights(made)))
+    for old, new in zip(state[0][1]["state"].values(), made.optimizer.state_dict()["state"].values(), strict=True):
+        assert torch.equal(old["momentum_buffer"], new["momentum_buffer"])
+    made.fit(1)  # it may be tried again
+    assert len(state) == 4
+
+
+def test_memory_that_runs_out_at_the_first_call_is_the_error_that_everybody_knows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fluxloop.compiled, "lower", breaking(torch.cuda.OutOfMemoryError("CUDA out of memory")))
+    made = learner(data=(rows(),))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        made.fit(1)
+    assert all(weight.abs().max() < 1 for weight in weights(made))
+
+
+def test_a_torch_that_cannot_trace_is_said_when_the_learner_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.compiler, "_is_compiling_flag")
+    with pytest.raises(CompileError, match="cannot be used with torch"):
+        learner()
 
 
 # What a step does, graph by graph

@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "assign",
         "augment",
         "digests",
+        "forbidden",
         "host",
         "lazy",
         "logging.loggables",

@@ -22,21 +22,23 @@ from fluxloop import (
     CancelStepException,
     CompileError,
     Learner,
+    Momentum,
     Scheduler,
     TrainingPhase,
     UpdateBegin,
     linear,
     on,
+    set_hyperparameter,
 )
 from fluxloop.tracing import Traced, lift_constants
 
 
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fluxloop.compiled, "lower", lambda graph, inputs, device: graph)
+    monkeypatch.setattr(fluxloop.compiled, "lower", lambda graph, inputs, device: torch.no_grad()(graph))
 
 
-def learner(model: nn.Module, **options: Any) -> Learner[Any]:
+def learner(model: nn.Module, loss_fn: Any = functional.cross_entropy, **options: Any) -> Learner[Any]:
     xs, ys = torch.randn(32, 6), torch.randint(3, (32,))
     defaults: dict[str, Any] = {
         "data": ([(xs[:8], ys[:8]), (xs[8:16], ys[8:16]), (xs[16:24], ys[16:24])],),
@@ -44,7 +46,10 @@ def learner(model: nn.Module, **options: Any) -> Learner[Any]:
         "default_callbacks": False,
         "accelerator": Accelerator("cpu", compile="step"),
     }
-    return Learner(model, functional.cross_entropy, **{**defaults, **options}, seed=0)
+    return Learner(model, loss_fn, **{**defaults, **options}, seed=0)
+
+
+RNG = numpy.random.default_rng(0)
 
 
 class Model(nn.Module):
@@ -83,6 +88,7 @@ def append(model: Any, out: Tensor) -> Tensor:
     return out
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own use of it
 @pytest.mark.parametrize(
     ("function", "words"),
     [
@@ -93,8 +99,10 @@ def append(model: Any, out: Tensor) -> Tensor:
         (append, ("it changes Model.seen",)),
         (lambda model, out: out * random.random(), ("draws from Python's or NumPy's random numbers",)),
         (lambda model, out: out * float(numpy.random.rand()), ("draws from Python's or NumPy's random numbers",)),
+        (lambda model, out: out * RNG.random(), ("draws from Python's or NumPy's random numbers (test_tracing.RNG)",)),
+        (lambda model, out: torch.func.jvp(torch.sin, (out,), (out,))[1], ("forward-mode differentiation",)),
     ],
-    ids=["item", "if", "count", "keep", "append", "python random", "numpy random"],
+    ids=["item", "if", "count", "keep", "append", "python random", "numpy random", "own random", "jvp"],
 )
 def test_what_no_graph_can_hold_is_an_error_that_says_where_and_what_to_do(function: Any, words: Any) -> None:
     made = learner(Model(function))
@@ -131,6 +139,67 @@ def test_hooks_of_an_optimizer_are_refused() -> None:
     made.optimizer.register_step_post_hook(lambda *_: None)
     with pytest.raises(CompileError, match="there are hooks on the optimizer"):
         made.fit(1)
+
+
+def decay_rate(phase: Any, learner: Any) -> None:
+    learner.optimizer.param_groups[0]["lr"] *= 0.8
+
+
+def assign_rate(phase: Any, learner: Any) -> None:
+    for group in learner.optimizer.param_groups:
+        group["lr"] = group["lr"] * 0.8
+
+
+def add_decay(phase: Any, learner: Any) -> None:
+    learner.optimizer.param_groups[0].update(weight_decay=0.1)
+
+
+def set_momentum(phase: Any, learner: Any) -> None:
+    set_hyperparameter(learner, Momentum, 0.5)
+
+
+def past_the_learner(phase: Any, learner: Any) -> None:
+    phase.held["optimizer"].param_groups[0]["lr"] *= 0.8
+
+
+class Writing(TrainingPhase):
+    """Writes an option of the optimizer in its body."""
+
+    def __init__(self, write: Callable[[Any, Any], None]) -> None:
+        self.write = write
+        self.held: dict[str, Any] = {}
+
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        if state.step_number > 1:
+            self.write(self, learner)
+        super().body(learner, handle, state)
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        return {**super().entries(batch), "step_number": self.count_steps()}
+
+    def count_steps(self) -> int:
+        self.held["steps"] = self.held.get("steps", 0) + 1
+        return int(self.held["steps"])
+
+
+@pytest.mark.parametrize(
+    ("write", "option"),
+    [
+        (decay_rate, "'lr'"),
+        (assign_rate, "'lr'"),
+        (add_decay, "'weight_decay'"),
+        (set_momentum, "'momentum'"),
+        (past_the_learner, "'lr'"),
+    ],
+)
+def test_a_body_that_writes_an_option_of_an_optimizer_is_refused_and_the_option_stays(write: Any, option: str) -> None:
+    made = learner(Model(lambda model, out: out), optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+    phase = Writing(write)
+    phase.held["optimizer"] = made.optimizer
+    before = [dict(group) for group in made.optimizer.param_groups]
+    with pytest.raises(CompileError, match=rf"writes {option} in param_groups\[0\] of the optimizer.*finish\(learner"):
+        made.fit(1, phases=[phase])
+    assert made.optimizer.param_groups == before
 
 
 class CountingSGD(torch.optim.SGD):
@@ -412,7 +481,7 @@ class CountingGroups(torch.optim.SGD):
         (
             lambda: learner(Scale(), optimizer=partial(CountingGroups, lr=0.1)),
             TrainingPhase,
-            "changes count of group 0",
+            "changes 'count' in param_groups[0]",
         ),
         (
             lambda: learner(Scale(), accelerator=Own("cpu", compile="step")),
@@ -454,3 +523,36 @@ def test_a_copied_learner_compiles_steps_of_its_own() -> None:
     for a, b in zip(made.model.parameters(), copied.model.parameters(), strict=True):
         assert a is not b
         assert torch.equal(a, b)
+
+
+def test_the_compilers_decompositions_are_used_for_gradients() -> None:
+    model = nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Upsample(scale_factor=1.7), nn.Flatten())
+    layer = nn.Linear(6, 6)
+    made = learner(nn.Sequential(layer, model), loss_fn=lambda preds, ys: preds.square().mean())
+    made.fit(1)
+    traced = Traced(made, TrainingPhase(), made.modules(), [], made.step)
+    assert not any("upsample" in str(node.target) for node in traced.graph.graph.nodes)
+
+
+def test_a_recurrent_layer_is_traced_without_the_layer_of_onednn_and_onednn_stays_on() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.LSTM(6, 3, batch_first=True)
+
+        def forward(self, xs: Tensor) -> Tensor:
+            out: Tensor = self.layer(xs[:, None])[0][:, -1]
+            return out
+
+    enabled = torch.backends.mkldnn.enabled
+    found = []
+    for compile in (False, "step"):
+        torch.manual_seed(0)
+        made = learner(Net(), accelerator=Accelerator("cpu", compile=compile))
+        made.fit(2)
+        found.append([parameter.detach() for parameter in made.model.parameters()])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=1e-5, atol=1e-6)
+    assert torch.backends.mkldnn.enabled == enabled
+    traced = Traced(made, TrainingPhase(), made.modules(), [], made.step)
+    assert not any("mkldnn" in str(node.target) for node in traced.graph.graph.nodes)
