@@ -135,10 +135,11 @@ if TYPE_CHECKING:
         WandB,
         log_to,
     )
-    from fluxloop.loop import runepoch, runstep, watching
+    from fluxloop.loop import runepoch, runstep
     from fluxloop.losses import MixedLoss, MixedTargets
     from fluxloop.lr_finder import LRSweep, find_lr
     from fluxloop.metrics import Loss, Metric, SmoothLoss, accuracy, binary_accuracy, mae, mse, rmse, top_k
+    from fluxloop.modes import watching
     from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, FittingPhase, Phase, ProbePhase
     from fluxloop.phases import (
         AutoencoderPhase,
@@ -446,10 +447,11 @@ if not TYPE_CHECKING:  # so that type checkers see misspelt names
                 "CSV JSONL Audio Backend Figure File Histogram HyperParameters Image Loggable Memory MLflow Scalar "
                 "TensorBoard Text WandB log_to"
             ),
-            "loop": "runepoch runstep watching",
+            "loop": "runepoch runstep",
             "losses": "MixedLoss MixedTargets",
             "lr_finder": "LRSweep find_lr",
             "metrics": "Loss Metric SmoothLoss accuracy binary_accuracy mae mse rmse top_k",
+            "modes": "watching",
             "phase": "AbstractTrainingPhase AbstractValidationPhase FittingPhase Phase ProbePhase",
             "phases": (
                 "AutoencoderPhase AveragedValidationPhase BarlowTwinsPhase BYOLPhase DINOPhase DistillationPhase "

@@ -18,7 +18,7 @@ from fluxloop.errors import DataError, MissingEntryError, PhaseError
 from fluxloop.feed import untouched
 from fluxloop.fit import check_phase, default_phases, feed
 from fluxloop.inference import aside
-from fluxloop.loop import switch_modes
+from fluxloop.loop import set_modes
 from fluxloop.models import keep_tensors
 from fluxloop.phase import Phase
 from fluxloop.randomness import preserved
@@ -157,7 +157,7 @@ def _aside(learner: Learner, phase: Phase, findings: list[str]) -> Iterator[Phas
         weights = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
         undone.callback(keep_tensors(modules, weights))
         undone.callback(_kept_attributes(modules))
-        undone.callback(switch_modes(modules, phase.train_mode))
+        undone.callback(set_modes(learner, phase))
         undone.callback(setattr, updates, "findings", None)
         updates.findings = findings
         for name, kept in (("loss_fn", learner.loss_fn), ("compiled", learner.compiled)):

@@ -174,6 +174,7 @@ def _updates_state(learner: Learner) -> State:
                 "consumed": slot.consumed,
                 "waiting": slot.window is not None,
                 "in_block": slot.in_block,
+                "train_mode": slot.mode is not None and slot.mode.is_train,
             }
             for slot in updates.slots
         },
@@ -381,6 +382,9 @@ def apply(learner: Learner, state: State, *, begun: bool) -> None:
     types, device = phase_types(), learner.accelerator.device
     how: Any = {"begun": begun, "borrowed": _borrowed(learner), "phases": types, "device": device}
     _load_callbacks(learner, state["callbacks"], how)  # first: they may still refuse
+    for slot in learner.updates.slots:
+        if slot.mode is not None:  # before the weights of that mode are loaded
+            slot.mode.set(state["updates"]["slots"][slot.name or ""].get("train_mode", False))
     for name, module in learner.models.items():
         _load_module(learner, module, state["models"][name or ""], how["borrowed"])
     if isinstance(learner.loss_fn, nn.Module):

@@ -515,7 +515,15 @@ class Learner(Generic[M]):
         """
         left = load_weights(self, read(Path(path), weights_only=True), name, strict)
         self.weights.begin_anew(name)
+        loaded = {parameter for module in self._named(name) for parameter in module.parameters()}
+        for mode in self.updates.modes:
+            if not loaded.isdisjoint(mode.parameters):
+                mode.begin_anew()
         return left
+
+    def _named(self, name: str) -> list[nn.Module]:
+        """List the modules of a name, all models for ``"model"``."""
+        return list(self.models.values()) if name == "model" else [self.weights[name]]
 
     def checkpoint_manifest(self) -> Manifest:
         """List what a checkpoint keeps: path, owner, kind and size in bytes of each part; prints as a table.

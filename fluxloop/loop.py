@@ -7,13 +7,12 @@ out: normal, cancelled, or by an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from fluxloop.assign import put
 from fluxloop.errors import (
@@ -25,6 +24,7 @@ from fluxloop.errors import (
     describe,
 )
 from fluxloop.events import EpochBegin, EpochEnd, Event, StepBegin, StepEnd
+from fluxloop.modes import is_held_in_eval, switch_modes, switch_optimizers
 from fluxloop.randomness import forget_normal, preserved, start_generators, start_step
 from fluxloop.state import StepState
 
@@ -241,7 +241,7 @@ class StepScope(Scope):
         self._apart = ExitStack()
         self._apart.enter_context(preserved())
         self._apart.callback(setattr, learner, "step", learner.step)
-        self._apart.callback(switch_modes(learner.modules(), self.phase.train_mode))
+        self._apart.callback(set_modes(learner, self.phase))
 
 
 class runepoch(Scope):  # noqa: N801 - used like a function
@@ -299,7 +299,9 @@ class runepoch(Scope):  # noqa: N801 - used like a function
         generators = preserved()
         generators.__enter__()
         self.defer(lambda: generators.__exit__(None, None, None))
-        self.defer(switch_modes(learner.modules(), self.phase.train_mode))
+        if self.phase.gradients and not trains(self.parent):
+            self.defer(learner.updates.rest)
+        self.defer(set_modes(learner, self.phase))
         enabled = torch.is_grad_enabled()
         self.defer(lambda: torch.set_grad_enabled(enabled))
         torch.set_grad_enabled(self.phase.gradients)
@@ -373,6 +375,33 @@ def show_weights(scope: Scope, learner: Learner, phase: Phase) -> None:
         put(learner, "model", learner.weights.given)
 
 
+def set_modes(learner: Learner, phase: Phase) -> Callable[[], None]:
+    """Put models, loss function and optimizers into the modes of a phase; return what puts them back.
+
+    A model that is frozen and in eval mode stays in it where others are trained. Optimizers with
+    modes are in train mode where there are gradients.
+    """
+    modules = learner.modules()
+    if phase.gradients and phase.train_mode:
+        modules = [module for module in modules if not is_held_in_eval(module)]
+    undone = switch_modes(modules, phase.train_mode), switch_optimizers(learner.updates.modes, phase.gradients)
+
+    def put_back() -> None:
+        for undo in undone:
+            undo()
+
+    return put_back
+
+
+def trains(scope: Scope | None) -> bool:
+    """Tell whether a scope, or one around it, belongs to a phase that trains."""
+    while scope is not None:
+        if scope.phase.gradients:
+            return True
+        scope = scope.parent
+    return False
+
+
 def runs_a_view(scope: Scope | None) -> bool:
     """Tell whether a scope, or one around it, belongs to a phase that runs a view of the weights."""
     while scope is not None:
@@ -396,27 +425,3 @@ def place_in_words(learner: Learner, phase: Phase) -> str:
         return f"{phase!r}, after {learner.history.cycles} complete cycles"
     epoch, step = learner.streams[phase.epoch_stream].index, learner.streams[phase.step_stream].index
     return f"{phase!r}, epoch {epoch}, step {step}"
-
-
-def switch_modes(models: list[nn.Module], train: bool) -> Callable[[], None]:
-    """Put models into train or eval mode; return what puts each submodule back into its own."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.train(train)
-
-    def put_back() -> None:
-        for module, mode in modes:
-            module.training = mode
-
-    return put_back
-
-
-@contextmanager
-def watching(*models: nn.Module) -> Iterator[None]:
-    """Run models in eval mode and without gradients for a while; every submodule gets its own mode back."""
-    put_back = switch_modes(list(models), False)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        put_back()

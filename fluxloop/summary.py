@@ -12,8 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from fluxloop.errors import describe
 from fluxloop.feed import untouched
-from fluxloop.loop import watching
 from fluxloop.models import keep_tensors
+from fluxloop.modes import watching
 from fluxloop.nested import tensors
 from fluxloop.randomness import preserved
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from fluxloop.access import Path
 from fluxloop.errors import LossError, OptimizerError, PhaseError, describe, did_you_mean, warn_user
 from fluxloop.events import BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd
+from fluxloop.modes import OptimizerMode
 from fluxloop.optimizers import Optimizers, check_owned, owned_parameters, separate_options, skipping
 from fluxloop.state import Gradients, LossName, StepState
 
@@ -42,6 +43,7 @@ class Slot:
         window: The step in which the first gradient since the last update was computed.
         in_block: Whether that was in the optimizer's own block.
         told_resting: Whether it was said that all of its parameters are frozen.
+        mode: Of an optimizer that has ``train()`` and ``eval()``.
     """
 
     name: str | None
@@ -55,6 +57,7 @@ class Slot:
     window: StepState | None = None
     in_block: bool = False
     told_resting: bool = False
+    mode: OptimizerMode | None = None
 
     def release(self) -> None:
         """Drop the gradients; memory is freed rather than set to zero."""
@@ -87,9 +90,15 @@ class Updates:
         self.names = names
         self.gradients = Gradients((name, parameter) for parameter, name in self.names.items())
         self.slots = tuple(
-            Slot(name, optimizer, (), (), UpdateBegin(name), UpdateEnd(name), num_groups=0)
+            Slot(
+                *(name, optimizer, (), (), UpdateBegin(name), UpdateEnd(name)),
+                num_groups=0,
+                mode=OptimizerMode.of(optimizer),
+            )
             for name, optimizer in optimizers.items()
         )
+        self.modes = tuple(slot.mode for slot in self.slots if slot.mode is not None)
+        """Of optimizers that have ``train()`` and ``eval()``."""
         self.parameters: tuple[nn.Parameter, ...] = ()
         """Those of all optimizers."""
         self._read_parameters()
@@ -98,6 +107,12 @@ class Updates:
         """The last step in which `backward` was called outside of a block."""
         self.findings: list[str] | None = None
         """Where `check` collects what it finds while it runs a step."""
+
+    def rest(self) -> None:
+        """Put optimizers with modes into eval mode, as they are while nothing is trained."""
+        for mode in self.modes:
+            if mode.is_train:
+                mode.set(False)
 
     def find(self, name: str | int | None) -> Slot:
         """Give the optimizer of a name; None stands for the only one.

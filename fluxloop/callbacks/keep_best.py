@@ -16,8 +16,9 @@ from fluxloop.callbacks.recorder import Recorder
 from fluxloop.checkpoint import weights_differ, weights_of, with_metadata
 from fluxloop.errors import CallbackConflictError, ModelError, warn_user
 from fluxloop.events import CycleEnd, EpochEnd, FitBegin
+from fluxloop.modes import switch_optimizers
 from fluxloop.monitor import Mode, Monitor
-from fluxloop.persist import put_back, snapshot
+from fluxloop.persist import keep, put_back, snapshot
 from fluxloop.phase import FittingPhase, Phase
 
 Weights = dict[str, dict[str, Any]]
@@ -30,7 +31,8 @@ class KeepBestModel(UnsafeCallback):
 
     Put back are parameters and buffers of all models, of a loss function that is a module and, where
     the metric was measured on averaged weights (``"validation/loss@ema"``), of those averages too.
-    Optimizers, counts and callbacks stay where training left them. It
+    Optimizers, counts and callbacks stay where training left them (but optimizers with ``train()`` and
+    ``eval()``, which hold weights themselves: they come back too). It
     happens after every handler of `FitEnd`, and after the last checkpoint, so files hold what training
     made; also when the fit ends early or by an error. A metric that is NaN is no improvement; where
     none was recorded, nothing is put back.
@@ -41,12 +43,12 @@ class KeepBestModel(UnsafeCallback):
 
     Args:
         monitor: The metric's name, ``"validation/loss"``.
-        mode: ``"min"`` where less of it is better, else ``"max"``. Left out, what the metric says of itself.
+        mode: ``"min"`` where less of it is better, else ``"max"``.
         min_delta: An improvement is more than this, in the metric's unit.
 
     Raises:
         CallbackConflictError: Another one is among the callbacks: both would put weights back.
-        MetricError: When a fit begins: it will not record the metric, or nobody knows which way that is better.
+        MetricError: No such metric has been recorded at the end of a cycle.
         ModelError: The best weights of a resumed run do not fit the models.
         ValueError: `min_delta` is less than 0.
 
@@ -60,13 +62,13 @@ class KeepBestModel(UnsafeCallback):
     """
 
     monitor: str = "validation/loss"
-    mode: Mode | None = None
+    mode: Mode = "min"
     min_delta: float = field(default=0.0, kw_only=True)
     best: float | None = field(default=None, init=False, repr=False)
     epoch: int | None = field(default=None, init=False, repr=False)
     _weights: Weights = field(factory=dict, init=False, repr=False)
+    _optimizers: list[Any] = field(factory=list, init=False, repr=False)
     _seen: int = field(default=0, init=False, repr=False)
-    _watched: Monitor = field(init=False, repr=False)
 
     reads = ("cbstate.metrics",)
     writes = ("model",)
@@ -75,18 +77,13 @@ class KeepBestModel(UnsafeCallback):
     in_compiled_step = "after"
 
     def __attrs_post_init__(self) -> None:
-        self._watched = Monitor(self.monitor, self.mode)
+        Monitor(self.monitor, self.mode)
         if not isinstance(self.min_delta, (int, float)) or not self.min_delta >= 0:
             raise ValueError(f"KeepBestModel(min_delta={self.min_delta!r}) was given; expected 0 or more")
 
-    @property
-    def monitors(self) -> list[Monitor]:
-        """The metric."""
-        return [self._watched]
-
     def init(self, learner: Any) -> None:
         """Forget what another learner has reached."""
-        self.best, self.epoch, self._weights, self._seen = None, None, {}, 0
+        self.best, self.epoch, self._weights, self._optimizers, self._seen = None, None, {}, [], 0
 
     @on(FitBegin, FittingPhase)
     def start(self, event: FitBegin, phase: FittingPhase, learner: Any) -> None:
@@ -97,7 +94,7 @@ class KeepBestModel(UnsafeCallback):
         """
         if not event.resumed:
             self.init(learner)
-            newest = self._watched.newest(learner.cbstate.metrics)
+            newest = Monitor(self.monitor, self.mode).newest(learner.cbstate.metrics)
             self._seen = 0 if newest is None else newest[0]  # a former fit's
         wrong = list(self._misfits(learner))
         if wrong:
@@ -107,20 +104,24 @@ class KeepBestModel(UnsafeCallback):
     @on(EpochEnd)
     def look(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
         """Keep the weights where the metric has a new value, and it is the best."""
-        monitor = self._watched
+        monitor = Monitor(self.monitor, self.mode)
         new = monitor.new(learner.cbstate.metrics, self._seen)
         if new is None:
             return
         self._seen, value = new
         if monitor.better(value, self.best, self.min_delta):
             self.best, self.epoch = value, self._seen
+            modes = learner.updates.modes
+            undo = switch_optimizers(modes, False)  # the weights that are evaluated
             former = self._weights
             self._weights = {path: _copied(module, former.get(path, {})) for path, module in self._modules(learner)}
+            self._optimizers = [snapshot(keep(mode.optimizer.state_dict(), "an optimizer")) for mode in modes]
+            undo()
 
     @on(CycleEnd, FittingPhase)
     def check(self, event: CycleEnd, phase: FittingPhase, learner: Any) -> None:
         """Raise for a metric that nobody records."""
-        self._watched.require(learner.cbstate.metrics)
+        Monitor(self.monitor, self.mode).require(learner.cbstate.metrics)
 
     def _modules(self, learner: Any) -> Iterator[tuple[str, nn.Module]]:
         """Give, with their paths, the modules that training changes, and the averages that were measured."""
@@ -149,10 +150,18 @@ class KeepBestModel(UnsafeCallback):
         for path, module in self._modules(learner):
             if path in self._weights:
                 _load(module, self._weights[path])
+        for mode, state in zip(learner.updates.modes, self._optimizers, strict=False):
+            mode.optimizer.load_state_dict(put_back(state))
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a checkpoint keeps: the best value, its epoch, and the weights."""
-        return {"best": self.best, "epoch": self.epoch, "seen": self._seen, "weights": self._weights}
+        return {
+            "best": self.best,
+            "epoch": self.epoch,
+            "seen": self._seen,
+            "weights": self._weights,
+            "optimizers": self._optimizers,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a kept state."""
@@ -161,6 +170,7 @@ class KeepBestModel(UnsafeCallback):
             path: {part: {name: _copy(value) for name, value in items.items()} for part, items in kept.items()}
             for path, kept in state["weights"].items()
         }
+        self._optimizers = snapshot(state.get("optimizers", []))
 
 
 def _copied(module: nn.Module, former: dict[str, Any]) -> dict[str, Any]:

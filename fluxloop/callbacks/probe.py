@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,10 +20,9 @@ from fluxloop.data import as_dataloader, holds_rows
 from fluxloop.errors import DataError, MetricError, describe
 from fluxloop.events import EpochBegin, EpochEnd, StepEnd
 from fluxloop.feed import untouched
-from fluxloop.loop import watching
 from fluxloop.metrics.neighbors import knn_predict
 from fluxloop.models import to_device_of
-from fluxloop.monitor import Expected, Mode
+from fluxloop.modes import watching
 from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase
 from fluxloop.randomness import drawing, stream_seed
 from fluxloop.state import PhaseDict
@@ -39,8 +38,6 @@ class Announcing(Callback):
 
     recorded_as: ClassVar[type[Phase] | None] = None
     """The phase under which they are recorded; None for the one whose epoch ended."""
-    higher_is_better: ClassVar[bool | None] = None
-    """Which way they are better; None where that is not known."""
 
     @property
     def writes(self) -> tuple[str, ...]:  # type: ignore[override]  # computed: no message says to add one
@@ -53,16 +50,10 @@ class Announcing(Callback):
         return ()
 
     def init(self, learner: Any) -> None:
-        """Publish the metrics' container, once."""
+        """Publish the metrics' container, once, and announce what will be recorded in it."""
         if "metrics" not in learner.cbstate:
             learner.cbstate.metrics = PhaseDict(PhaseMetrics)
-
-    def records(self, phase: Phase | None) -> Sequence[Expected] | None:
-        """Return the metrics that it records, where it says their names."""
-        if phase is not None and not isinstance(phase, self.recorded_as or AbstractTrainingPhase):
-            return ()
-        mode: Mode | None = None if self.higher_is_better is None else "max" if self.higher_is_better else "min"
-        return [Expected(name.lower(), mode) for name in self.metric_names] or None
+        learner.cbstate.metrics[self.recorded_as or AbstractTrainingPhase].announced.update(self.metric_names)
 
 
 @define
@@ -211,7 +202,6 @@ class HeldOut(MetricSource):
     metric: str = field(default="", kw_only=True)
 
     prefix: ClassVar[str] = "probe"
-    higher_is_better = True
 
     def __attrs_post_init__(self) -> None:
         self.metric = (self.metric or f"{self.prefix}_{self.model}").lower()

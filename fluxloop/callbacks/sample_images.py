@@ -16,8 +16,8 @@ from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import CallbackConflictError, ModelError, describe
 from fluxloop.events import CycleEnd, EpochEnd, StepBegin
 from fluxloop.images import image_grid, pillow, save_image
-from fluxloop.loop import watching
 from fluxloop.models import to_device_of
+from fluxloop.modes import watching
 from fluxloop.nested import map_tensors
 from fluxloop.phase import AbstractTrainingPhase, Phase
 from fluxloop.randomness import drawing, stream_seed

@@ -15,8 +15,8 @@ from fluxloop.callback import Callback, on
 from fluxloop.errors import SanityCheckError, describe
 from fluxloop.events import EpochBegin
 from fluxloop.feed import untouched
-from fluxloop.loop import watching
 from fluxloop.models import to_device_of
+from fluxloop.modes import watching
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.randomness import preserved
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fluxloop.errors import PhaseError
-from fluxloop.loop import watching
 from fluxloop.losses.distillation import distillation_loss
+from fluxloop.modes import watching
 from fluxloop.phases.objective import ObjectivePhase
 from fluxloop.phases.supervised import unpack
 
