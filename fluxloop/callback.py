@@ -28,6 +28,7 @@ from multipledispatch.conflict import supercedes
 
 from fluxloop.errors import AmbiguousHandlerError, HandlerError, describe, did_you_mean
 from fluxloop.events import Event, event_types
+from fluxloop.monitor import Expected, Monitor
 from fluxloop.phase import Phase, phase_types, require_pair
 
 Handler = Callable[[Event, Phase, Any], None]
@@ -248,6 +249,19 @@ class Callback:
                     f"@on(Event, Phase) above it, e.g. @on(StepEnd) (or a name without 'on_')"
                 )
         require_pair(cls, HandlerError)
+
+    @property
+    def monitors(self) -> Sequence[Monitor]:
+        """The metrics that it watches; a fit that will not record one of them is refused before its first step."""
+        return ()
+
+    def records(self, phase: Phase | None) -> Sequence[Expected] | None:
+        """Return what it is going to record as metrics of a phase; None where that cannot be known before.
+
+        Args:
+            phase: The phase; None for any.
+        """
+        return None if {"*", "cbstate", "cbstate.metrics"}.intersection(self.writes) else ()
 
     def init(self, learner: Any) -> None:
         """Set up, once per learner, before anything else runs; may be called again.

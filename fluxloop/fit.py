@@ -30,6 +30,7 @@ from fluxloop.feed import Feed, untouched
 from fluxloop.folder import find_state
 from fluxloop.history import INTERRUPTED, History
 from fluxloop.loop import check_view
+from fluxloop.outlook import check_monitors
 from fluxloop.persist import attributes, phase_id
 from fluxloop.phase import AbstractValidationPhase, Phase, Stateful, check_every, check_name, is_due
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
@@ -73,6 +74,7 @@ def fit(
             feed(learner, phase).check()
             if phase.gradients:
                 learner.meet_parameters()
+        check_monitors(learner, chosen)
         state = None if resume is None else find_state(resume)
         if state is not None:
             check_resumes(learner, state, epochs, chosen, [feed(learner, phase) for phase in chosen])

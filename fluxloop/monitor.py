@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from math import isnan
 from typing import Any, Literal
 
-from attrs import field, frozen
+from attrs import define, field, frozen
 
 from fluxloop.errors import MetricError, did_you_mean
 from fluxloop.state import name_of
@@ -30,13 +30,41 @@ def _name(metric: Any) -> str:
 
 
 @frozen
+class Expected:
+    """A metric that a callback is going to record in the epochs of a phase.
+
+    Args:
+        name: Its name; with ``*`` at its end, the beginning of those of several that are not known before.
+        mode: Which way is better, ``"min"`` or ``"max"``; None where nobody knows.
+        certain: Whether it will be there for sure.
+        rare: Whether epochs may pass without a value.
+    """
+
+    name: str
+    mode: Mode | None = None
+    certain: bool = True
+    rare: bool = False
+
+    def fits(self, name: str) -> bool:
+        """Return whether a metric is the one, or one of those, that is meant."""
+        return name.startswith(self.name[:-1]) if self.name.endswith("*") else name == self.name
+
+
+@define
 class Monitor:
     """A recorded metric, and which of two values of it is better.
 
     Args:
         metric: The phase's name, or its data key where one phase alone records the metric; then the metric's name:
             ``"Noisy/loss"``, ``"validation/loss"``.
-        mode: ``"min"`` where less is better, ``"max"`` where more is.
+        mode: ``"min"`` where less is better, ``"max"`` where more is; None: what the metric says of itself.
+        purpose: What it is watched for, for messages.
+        compares: Whether its values are compared, so that which way is better has to be known.
+
+    Attributes:
+        known: What the metric says of itself, once a learner has it; None where it says nothing.
+        among: Names of the phases that may record it in the running fit; None outside of one.
+        waits: Whether it is known that it may come in the running fit, however late.
 
     Raises:
         MetricError: No such name can be recorded.
@@ -44,12 +72,39 @@ class Monitor:
     """
 
     metric: str = field(default="validation/loss", converter=_name)
-    mode: Mode = field(default="min")
+    mode: Mode | None = field(default=None)
+    purpose: str = field(default="", eq=False, repr=False)
+    compares: bool = field(default=True, eq=False, repr=False)
+    known: Mode | None = field(default=None, init=False, eq=False, repr=False)
+    among: tuple[str, ...] | None = field(default=None, init=False, eq=False, repr=False)
+    waits: bool = field(default=False, init=False, eq=False, repr=False)
 
     @mode.validator
-    def _check_mode(self, attribute: object, mode: str) -> None:
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode={mode!r} was given; expected 'min' or 'max'")
+    def _check_mode(self, attribute: object, mode: str | None) -> None:
+        if mode not in ("min", "max", None):
+            raise ValueError(f"mode={mode!r} was given; expected 'min' or 'max', or None where the metric knows")
+
+    @property
+    def direction(self) -> Mode | None:
+        """Which way is better: as it was given, as the metric says, ``"min"`` for a loss; None where nobody knows."""
+        return self.mode or self.known or ("min" if "loss" in self.metric.partition("/")[2] else None)
+
+    def require_direction(self, owner: str) -> Mode:
+        """Return `direction`; ``"min"`` where it does not matter.
+
+        Args:
+            owner: The class of the callback that watches.
+
+        Raises:
+            MetricError: Nobody knows it.
+        """
+        if self.direction is None and self.compares:
+            raise MetricError(
+                f"{owner} watches {self.metric!r}, and nobody says which way is better; expected mode='max' where more "
+                f"is, mode='min' where less is: {owner}(..., mode='max'). A metric of one's own may say so itself: "
+                "Metric(f, higher_is_better=True)"
+            )
+        return self.direction or "min"
 
     def newest(self, metrics: Mapping[Any, Any]) -> tuple[int, float] | None:
         """Give the newest (epoch from 1, value), or None where the metric has not been recorded.
@@ -80,17 +135,21 @@ class Monitor:
         return None if newest is None or newest[0] == seen else newest
 
     def require(self, metrics: Mapping[Any, Any]) -> None:
-        """Raise for a metric that has neither been recorded nor announced.
+        """Raise for a metric that has not been recorded though the phases that might have recorded it have run.
 
         Raises:
             MetricError: Names those that have been recorded.
         """
-        announced = {f"{phase.data_key}/{name}" for phase, recorded in metrics.items() for name in recorded.announced}
-        if self.metric not in announced:
-            find_series(metrics, self.metric)
+        recorded = {name_of(phase): metrics[phase] for phase in metrics}
+        waits = self.waits or any(phase not in recorded or not recorded[phase].has_ended for phase in self.among or ())
+        if not waits:
+            try:
+                find_series(metrics, self.metric, self.among)
+            except MetricError as error:
+                raise MetricError(f"{self.purpose}{error}") from None
 
     def _series(self, metrics: Mapping[Any, Any]) -> list[tuple[int, Any]]:
-        return find_series(metrics, self.metric, missing_ok=True)
+        return find_series(metrics, self.metric, self.among, missing_ok=True)
 
     def better(self, value: float, than: float | None, min_delta: float = 0.0) -> bool:
         """Tell whether a value improves on another by more than `min_delta`; NaN never does.
@@ -104,15 +163,19 @@ class Monitor:
             return False
         if than is None:
             return True
-        return value < than - min_delta if self.mode == "min" else value > than + min_delta
+        direction = self.require_direction("it")
+        return value < than - min_delta if direction == "min" else value > than + min_delta
 
 
-def find_series(metrics: Mapping[Any, Any], metric: str, *, missing_ok: bool = False) -> list[tuple[int, Any]]:
+def find_series(
+    metrics: Mapping[Any, Any], metric: str, among: tuple[str, ...] | None = None, *, missing_ok: bool = False
+) -> list[tuple[int, Any]]:
     """Return the recorded (epoch, value) pairs of a metric.
 
     Args:
         metrics: ``cbstate.metrics``.
         metric: The phase's name, or its data key where one phase alone records the metric; then the metric's name.
+        among: Names of the phases that are meant, where several on the data have recorded it; None for all.
         missing_ok: Whether one that has not been recorded gives an empty list.
 
     Raises:
@@ -125,6 +188,8 @@ def find_series(metrics: Mapping[Any, Any], metric: str, *, missing_ok: bool = F
     if key in found:
         return found[key]
     on_data = [name_of(phase) for phase, _ in _recorded(metrics, name) if phase.data_key == key]
+    if len(on_data) > 1 and among:
+        on_data = [phase for phase in on_data if phase in among]
     if len(on_data) == 1:
         return found[on_data[0]]
     if on_data:

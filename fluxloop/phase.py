@@ -85,6 +85,8 @@ class Phase:
     transient: ClassVar[Sequence[str]] = ()
     """Names of attributes that no checkpoint needs to keep; others that change are kept, where they are plain data."""
 
+    stores_loss: ClassVar[bool] = False
+    """Whether each of its steps stores ``loss``, so that a metric's misspelt name is found before the first step."""
     compiled: ClassVar[bool] = True
     """Whether ``Accelerator(compile="step")`` is to compile its steps; False: they run as they are."""
 

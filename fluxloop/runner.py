@@ -15,6 +15,7 @@ from fluxloop.errors import CancelEpochException, CancelFittingException, Cancel
 from fluxloop.events import FIT_EVENTS, GRADIENT_EVENTS, Event, FitEnd, event_types
 from fluxloop.graph import CallbackGraph, Node, touches
 from fluxloop.loop import Handle, locate
+from fluxloop.outlook import note_directions
 from fluxloop.persist import Kept
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.randomness import Stream, between_steps, putting_back, with_own_stream
@@ -82,6 +83,7 @@ class Callbacks:
         }
         self.forget()
         try:
+            note_directions(self)
             for node in graph.nodes:
                 if id(node.callback.unwrapped) not in known:
                     self._init(node)

@@ -77,6 +77,8 @@ class Criterion:
     mode: Mode = field(default="min", init=False, repr=False, eq=False)
 
     needs_training_losses: ClassVar[bool] = False
+    needs_mode: ClassVar[bool] = True
+    """Whether it matters which way is better."""
 
     def start(self: C, mode: Mode = "min") -> C:
         """Give a copy that has been told nothing yet; this one stays as it is.
@@ -105,6 +107,11 @@ class Criterion:
     def wants_training_losses(self) -> bool:
         """Tell whether it needs training losses."""
         return self.needs_training_losses or any(inner.wants_training_losses() for inner in self._inner().values())
+
+    def wants_mode(self) -> bool:
+        """Return whether it, or one that it is made of, has to know which way is better."""
+        inner = self._inner().values()
+        return any(each.wants_mode() for each in inner) if inner else self.needs_mode
 
     def _inner(self) -> dict[str, Criterion]:
         """Give the criteria it is made of, by field."""
@@ -192,6 +199,8 @@ class AllOf(_Pair):
 class Never(Criterion):
     """Never stop."""
 
+    needs_mode = False
+
     def update(self, value: float, training_losses: tuple[float, ...] = ()) -> str | None:
         """Go on."""
         return None
@@ -200,6 +209,8 @@ class Never(Criterion):
 @define
 class InvalidValue(Criterion):
     """Stop when a value or a training loss is NaN or infinite, and at every value after it."""
+
+    needs_mode = False
 
     invalid: float | None = field(default=None, init=False, repr=False, eq=False)
 
@@ -219,6 +230,8 @@ class TimeLimit(Criterion):
     Args:
         seconds: Above 0.
     """
+
+    needs_mode = False
 
     seconds: float = field(validator=_positive)
     elapsed: float = field(default=0.0, init=False, repr=False, eq=False)
@@ -377,6 +390,8 @@ class NumberLimit(Criterion):
     Args:
         n: 1 or more.
     """
+
+    needs_mode = False
 
     n: int = field(default=100, validator=_count)
     seen: int = field(default=0, init=False, repr=False, eq=False)

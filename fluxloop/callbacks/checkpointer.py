@@ -15,7 +15,7 @@ from attrs import define, field
 
 from fluxloop.callback import UnsafeCallback, on
 from fluxloop.checkpoint import check_writers, gather, lasting
-from fluxloop.errors import CallbackConflictError, CheckpointError, MissingProducerError, warn_user
+from fluxloop.errors import CallbackConflictError, CheckpointError, warn_user
 from fluxloop.events import FitBegin, FitEnd, StepEnd
 from fluxloop.finite import first_names, not_finite, state_tensors
 from fluxloop.folder import Folder, Progress, name_of
@@ -54,7 +54,8 @@ class Checkpointer(UnsafeCallback):
         keep_last: How many of the newest stay; None for all.
         keep_best: How many of those with the best metric at the end of an epoch stay besides.
         monitor: That metric.
-        mode: ``"min"`` where less of it is better, else ``"max"``. NaN is never best.
+        mode: ``"min"`` where less of it is better, else ``"max"``; left out, what the metric says of itself. NaN is
+            never best.
         background: Whether files are written by a thread, from a copy of the state in host memory.
 
     Raises:
@@ -74,11 +75,12 @@ class Checkpointer(UnsafeCallback):
     keep_last: int | None = field(default=2, kw_only=True)
     keep_best: int = field(default=0, kw_only=True)
     monitor: str = field(default="validation/loss", kw_only=True)
-    mode: Mode = field(default="min", kw_only=True)
+    mode: Mode | None = field(default=None, kw_only=True)
     background: bool = field(default=False, kw_only=True)
     last: Path | None = field(default=None, init=False, repr=False)
     _steps: int = field(default=0, init=False, repr=False)
     _written: int = field(default=0, init=False, repr=False)
+    _watched: Monitor = field(init=False, repr=False)
     _scores: dict[str, float] = field(factory=dict, init=False, repr=False)
     _scored: int = field(default=0, init=False, repr=False)
     _progress: Progress | None = field(default=None, init=False, repr=False)
@@ -100,11 +102,11 @@ class Checkpointer(UnsafeCallback):
     in_compiled_step = "after"
     transient = (
         *("last", "_progress", "_batch", "_reason", "_since", "_owing", "_waits", "_told", "_over"),
-        *("_terminated", "_is_copy", "_never_finite", "_told_bad", "_writer", "_writing"),
+        *("_terminated", "_is_copy", "_watched", "_never_finite", "_told_bad", "_writer", "_writing"),
     )
 
     def __attrs_post_init__(self) -> None:
-        Monitor(self.monitor, self.mode)
+        self._watched = Monitor(self.monitor, self.mode)
         if self.unit not in ("epoch", "step", "second"):
             raise ValueError(f"Checkpointer(unit={self.unit!r}) was given; expected 'epoch', 'step' or 'second'")
         number = isinstance(self.every, (int, float)) and not isinstance(self.every, bool) and self.every > 0
@@ -117,6 +119,11 @@ class Checkpointer(UnsafeCallback):
                     f"Checkpointer({name}={value!r}) was given; expected a whole number, {least} or more"
                     f"{', or None for all' if name == 'keep_last' else ''}"
                 )
+
+    @property
+    def monitors(self) -> list[Monitor]:
+        """The metric, where the best are kept."""
+        return [self._watched] if self.keep_best and not self._is_copy else []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Checkpointer:
         """Copy, for a learner on which something is tried out: the copy writes nothing."""
@@ -150,11 +157,6 @@ class Checkpointer(UnsafeCallback):
         if self._is_copy:
             return
         check_writers(learner)
-        if self.keep_best and not learner.callbacks.writers("cbstate.metrics"):
-            raise MissingProducerError(
-                f"{self!r} keeps those with the best {self.monitor!r}, and no callback records metrics; add Metrics() "
-                "to the callbacks"
-            )
         folder = Folder(self.folder)
         folder.claim()
         here = self._where(learner, learner.place())
@@ -265,7 +267,7 @@ class Checkpointer(UnsafeCallback):
         return not bad
 
     def _note_score(self, name: str, learner: Any) -> None:
-        monitor = Monitor(self.monitor, self.mode)
+        monitor = self._watched
         metrics = learner.cbstate.metrics
         monitor.require(metrics)
         new = monitor.new(metrics, self._scored)
@@ -287,7 +289,9 @@ class Checkpointer(UnsafeCallback):
             folder.remove({names.pop(0)})
         if self.keep_last is None:
             return
-        best = sorted(self._scores, key=lambda name: self._scores[name], reverse=self.mode == "max")[: self.keep_best]
+        best = sorted(self._scores, key=lambda name: self._scores[name], reverse=self._watched.direction == "max")[
+            : self.keep_best
+        ]
         folder.remove({name for name in names[: -self.keep_last] if name not in best})
 
     def _finish_writing(self) -> None:

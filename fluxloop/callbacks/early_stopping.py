@@ -9,13 +9,11 @@ from typing import Any
 from attrs import define, field
 
 from fluxloop.callback import Callback, on
-from fluxloop.errors import CancelFittingException, CheckpointError, MetricError, describe
+from fluxloop.errors import CancelFittingException, CheckpointError, describe
 from fluxloop.events import CycleEnd, EpochBegin, EpochEnd, FitBegin, StepEnd
 from fluxloop.monitor import Mode, Monitor
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.stopping import Criterion, NoImprovement
-
-TRAINING_LOSS = Monitor("training/loss")
 
 
 @define
@@ -34,15 +32,15 @@ class EarlyStopping(Callback):
         criterion: From `fluxloop.stopping`, such as ``Patience(3) | InvalidValue()``; a number n
             stands for ``NoImprovement(n, min_delta)``: n epochs without improvement on the best.
         monitor: The phase's data key and the metric's name.
-        mode: ``"min"`` where less is better; ``"max"`` where more is, as of an accuracy:
-            ``EarlyStopping(5, monitor="validation/accuracy", mode="max")``.
+        mode: ``"min"`` where less is better, ``"max"`` where more is. Left out, what the metric says of itself:
+            fluxloop's and torchmetrics' do, a loss is to be low, ``Metric(f, higher_is_better=True)`` says it.
         min_epochs: The fit does not end before the metric's epoch of this number, counted in each
             fit from 1; the criterion is told those values too.
         min_delta: With a number as `criterion`: an improvement is by more than this.
 
     Raises:
-        MetricError: The metric has not been recorded when the first cycle of a fit ends, is no
-            number, or the criterion needs training losses and there are none.
+        MetricError: When a fit begins: the metric will not be recorded in it, nobody knows which way it is better, or
+            the criterion needs training losses and there are none. Later: it is no number.
         CancelFittingException: Outside of a fit, to the caller of ``learner.epoch``.
         TypeError: `criterion` is neither a number nor a criterion.
         ValueError: A number out of range, or another mode.
@@ -52,10 +50,11 @@ class EarlyStopping(Callback):
 
     criterion: Criterion | int
     monitor: str = field(default="validation/loss", kw_only=True)
-    mode: Mode = field(default="min", kw_only=True)
+    mode: Mode | None = field(default=None, kw_only=True)
     min_epochs: int = field(default=0, kw_only=True)
     min_delta: float = field(default=0.0, kw_only=True)
     _watched: Monitor = field(init=False, repr=False)
+    _training: Monitor = field(init=False, repr=False)
     _template: Criterion = field(init=False, repr=False)
     _running: Criterion = field(init=False, repr=False)
     _seen: int = field(default=0, init=False, repr=False)
@@ -91,8 +90,14 @@ class EarlyStopping(Callback):
             self._template = NoImprovement(self.criterion, self.min_delta)
         if not isinstance(self.min_epochs, int) or isinstance(self.min_epochs, bool) or self.min_epochs < 0:
             raise ValueError(f"min_epochs={self.min_epochs!r} was given; expected a number of epochs, 0 or more")
-        self._watched = Monitor(self.monitor, self.mode)
-        self._running = self._template.start(self.mode)
+        self._watched = Monitor(self.monitor, self.mode, compares=self._template.wants_mode())
+        self._training = Monitor("training/loss", "min", purpose=f"{self._template!r} needs training losses: ")
+        self._running = self._template.start(self.mode or "min")
+
+    @property
+    def monitors(self) -> list[Monitor]:
+        """The metric, and the training loss where the criterion needs it."""
+        return [self._watched, self._training] if self._template.wants_training_losses() else [self._watched]
 
     def init(self, learner: Any) -> None:
         """Begin anew."""
@@ -100,7 +105,7 @@ class EarlyStopping(Callback):
         self._fitting, self._open = False, 0
 
     def _begin(self, seen: int, training_seen: int) -> None:
-        self._running = self._template.start(self.mode)
+        self._running = self._template.start(self._watched.direction or "min")
         self._seen = self._before = seen
         self._training_seen, self._training_losses, self._reason = training_seen, [], None
 
@@ -111,7 +116,7 @@ class EarlyStopping(Callback):
         learner.defer(self._leave_fit)
         if not event.resumed:
             metrics = learner.cbstate.metrics
-            newest, training = self._watched.newest(metrics), TRAINING_LOSS.newest(metrics)
+            newest, training = self._watched.newest(metrics), self._training.newest(metrics)
             self._begin(newest[0] if newest else 0, training[0] if training else 0)
 
     def _leave_fit(self) -> None:
@@ -136,6 +141,9 @@ class EarlyStopping(Callback):
         if new is None:
             return
         self._seen, value = new
+        direction = self._watched.require_direction(type(self).__name__)
+        if self._running.mode != direction:  # the metric was added after this
+            self._running = self._template.start(direction)
         why = self._running.update(value, tuple(self._training_losses))
         self._training_losses = []
         if why is None or self._seen - self._before < self.min_epochs:
@@ -147,7 +155,7 @@ class EarlyStopping(Callback):
             raise CancelFittingException(self._reason)
 
     def _keep_training_loss(self, metrics: Any) -> None:
-        new = TRAINING_LOSS.new(metrics, self._training_seen)
+        new = self._training.new(metrics, self._training_seen)
         if new is not None:
             self._training_seen = new[0]
             self._training_losses.append(new[1])
@@ -155,12 +163,8 @@ class EarlyStopping(Callback):
     @on(CycleEnd, FittingPhase)
     def stop(self, event: CycleEnd, phase: FittingPhase, learner: Any) -> None:
         """End the fit where the criterion said so; look whether there is such a metric."""
-        self._watched.require(learner.cbstate.metrics)
-        if self._template.wants_training_losses():
-            try:
-                TRAINING_LOSS.require(learner.cbstate.metrics)
-            except MetricError as error:
-                raise MetricError(f"{self._template!r} needs training losses: {error}") from error
+        for monitor in self.monitors:
+            monitor.require(learner.cbstate.metrics)
         if self._reason is not None:
             raise CancelFittingException(self._reason)
 
@@ -168,7 +172,7 @@ class EarlyStopping(Callback):
         """Give what a checkpoint keeps: the metric, what has been seen of it, and the criterion's state."""
         return {
             "monitor": self._watched.metric,
-            "mode": self.mode,
+            "mode": self._watched.direction,
             "seen": self._seen,
             "before": self._before,
             "training_seen": self._training_seen,
@@ -183,13 +187,13 @@ class EarlyStopping(Callback):
         Raises:
             CheckpointError: It is of another metric, mode or criterion; nothing is changed.
         """
-        for what, now in (("monitor", self._watched.metric), ("mode", self.mode)):
-            if state[what] != now:
+        for what, now in (("monitor", self._watched.metric), ("mode", self._watched.direction)):
+            if state[what] != now and None not in (state[what], now):
                 raise CheckpointError(
                     f"the kept state of EarlyStopping has {what}={state[what]!r}, and this one {what}={now!r}; go on "
                     "with the same, or begin anew in another folder"
                 )
-        running = self._template.start(self.mode)
+        running = self._template.start(self._watched.direction or state["mode"] or "min")
         running.load_state_dict(state["criterion"])
         self._running = running
         self._seen, self._before, self._training_seen = state["seen"], state["before"], state["training_seen"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isnan
 from typing import Any
 
 import torch
-from attrs import define, field
+from attrs import define, evolve, field
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
@@ -15,8 +16,9 @@ from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.probe import Announcing
 from fluxloop.errors import CallbackConflictError, OptimizerError, did_you_mean
 from fluxloop.events import EpochBegin, EpochEnd, StepEnd, UpdateBegin
+from fluxloop.monitor import Expected
 from fluxloop.optimizers import owned_parameters
-from fluxloop.phase import AbstractTrainingPhase
+from fluxloop.phase import AbstractTrainingPhase, Phase
 from fluxloop.view import look_up
 
 
@@ -81,6 +83,12 @@ class GradientClip(Announcing):
     def metric_names(self) -> tuple[str, ...]:
         """The norm of the one optimizer; those of all are known when they step."""
         return (_metric(self.optimizer),)
+
+    def records(self, phase: Phase | None) -> Sequence[Expected]:
+        """Return the norms by optimizer; whether there is one optimizer or several is known when they step."""
+        several = self.optimizer is None and (phase is None or phase.gradients)
+        found = [evolve(each, certain=False) for each in super().records(phase) or ()]
+        return [*found, *([Expected("grad_norm_*", None, False)] if several else [])]
 
     def init(self, learner: Any) -> None:
         """Look for the optimizer, and publish the metrics' container."""

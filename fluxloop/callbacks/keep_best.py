@@ -43,12 +43,12 @@ class KeepBestModel(UnsafeCallback):
 
     Args:
         monitor: The metric's name, ``"validation/loss"``.
-        mode: ``"min"`` where less of it is better, else ``"max"``.
+        mode: ``"min"`` where less of it is better, else ``"max"``. Left out, what the metric says of itself.
         min_delta: An improvement is more than this, in the metric's unit.
 
     Raises:
         CallbackConflictError: Another one is among the callbacks: both would put weights back.
-        MetricError: No such metric has been recorded at the end of a cycle.
+        MetricError: When a fit begins: it will not record the metric, or nobody knows which way that is better.
         ModelError: The best weights of a resumed run do not fit the models.
         ValueError: `min_delta` is less than 0.
 
@@ -62,13 +62,14 @@ class KeepBestModel(UnsafeCallback):
     """
 
     monitor: str = "validation/loss"
-    mode: Mode = "min"
+    mode: Mode | None = None
     min_delta: float = field(default=0.0, kw_only=True)
     best: float | None = field(default=None, init=False, repr=False)
     epoch: int | None = field(default=None, init=False, repr=False)
     _weights: Weights = field(factory=dict, init=False, repr=False)
     _optimizers: list[Any] = field(factory=list, init=False, repr=False)
     _seen: int = field(default=0, init=False, repr=False)
+    _watched: Monitor = field(init=False, repr=False)
 
     reads = ("cbstate.metrics",)
     writes = ("model",)
@@ -77,9 +78,14 @@ class KeepBestModel(UnsafeCallback):
     in_compiled_step = "after"
 
     def __attrs_post_init__(self) -> None:
-        Monitor(self.monitor, self.mode)
+        self._watched = Monitor(self.monitor, self.mode)
         if not isinstance(self.min_delta, (int, float)) or not self.min_delta >= 0:
             raise ValueError(f"KeepBestModel(min_delta={self.min_delta!r}) was given; expected 0 or more")
+
+    @property
+    def monitors(self) -> list[Monitor]:
+        """The metric."""
+        return [self._watched]
 
     def init(self, learner: Any) -> None:
         """Forget what another learner has reached."""
@@ -94,7 +100,7 @@ class KeepBestModel(UnsafeCallback):
         """
         if not event.resumed:
             self.init(learner)
-            newest = Monitor(self.monitor, self.mode).newest(learner.cbstate.metrics)
+            newest = self._watched.newest(learner.cbstate.metrics)
             self._seen = 0 if newest is None else newest[0]  # a former fit's
         wrong = list(self._misfits(learner))
         if wrong:
@@ -104,7 +110,7 @@ class KeepBestModel(UnsafeCallback):
     @on(EpochEnd)
     def look(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
         """Keep the weights where the metric has a new value, and it is the best."""
-        monitor = Monitor(self.monitor, self.mode)
+        monitor = self._watched
         new = monitor.new(learner.cbstate.metrics, self._seen)
         if new is None:
             return
@@ -121,7 +127,7 @@ class KeepBestModel(UnsafeCallback):
     @on(CycleEnd, FittingPhase)
     def check(self, event: CycleEnd, phase: FittingPhase, learner: Any) -> None:
         """Raise for a metric that nobody records."""
-        Monitor(self.monitor, self.mode).require(learner.cbstate.metrics)
+        self._watched.require(learner.cbstate.metrics)
 
     def _modules(self, learner: Any) -> Iterator[tuple[str, nn.Module]]:
         """Give, with their paths, the modules that training changes, and the averages that were measured."""

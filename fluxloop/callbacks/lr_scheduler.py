@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from fluxloop.access import overlap, parse
 from fluxloop.callback import Callback, NoConflict, RunFirst, on, resolve_conflict
 from fluxloop.callbacks.scheduler import Scheduler, Unit, check_unit, record
-from fluxloop.errors import CallbackConflictError, CheckpointError, describe
-from fluxloop.events import CycleEnd, EpochBegin, EpochEnd, StepBegin, StepEnd, UpdateEnd
+from fluxloop.errors import CallbackConflictError, CheckpointError, MetricError, describe
+from fluxloop.events import CycleEnd, EpochBegin, EpochEnd, FitBegin, StepBegin, StepEnd, UpdateEnd
 from fluxloop.hyperparameters import LearningRate, Momentum, OptimizerOption
 from fluxloop.monitor import Monitor
 from fluxloop.persist import keep, put_back
@@ -61,7 +61,8 @@ class LRScheduler(Callback):
         TypeError: The factory is no function, or makes no scheduler.
         ValueError: No such unit, or a monitor for a scheduler that takes none.
         OptimizerError: When the learner is made: it has no such optimizer.
-        MetricError: When the first cycle ends: the monitored metric is not recorded.
+        MetricError: When a fit begins: it will not record the monitored metric; or a plateau's scheduler that was not
+            told its `mode` takes what the metric calls better for worse.
         CheckpointError: When a checkpoint is loaded: it is of a scheduler with other arguments.
 
     Attributes:
@@ -100,6 +101,11 @@ class LRScheduler(Callback):
             self._watched = Monitor()
 
     @property
+    def monitors(self) -> list[Monitor]:
+        """The metric that a plateau's scheduler watches."""
+        return [] if self._watched is None else [self._watched]
+
+    @property
     def reads(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the scheduler
         """The metrics, where one is watched."""
         return () if self._watched is None else ("cbstate.metrics",)
@@ -128,6 +134,8 @@ class LRScheduler(Callback):
         self._made = {name: _state_when_made(scheduler) for name, scheduler in schedulers.items()}
         self._updated, self._steps, self._seen = Counter(), 0, 0
         if self._watched is not None:
+            modes = [scheduler.mode for scheduler in schedulers.values() if hasattr(scheduler, "mode")]
+            self._watched.mode = modes[0] if modes and modes[0] in ("min", "max") else "min"
             newest = self._watched.newest(learner.cbstate.metrics)
             self._seen = 0 if newest is None else newest[0]
 
@@ -161,6 +169,22 @@ class LRScheduler(Callback):
                 f"monitor={self._watched.metric!r} was given for {name}, which watches nothing; leave it out"
             )
         return scheduler
+
+    @on(FitBegin, FittingPhase)
+    def begin(self, event: FitBegin, phase: FittingPhase, learner: Any) -> None:
+        """Raise for a plateau's scheduler that was not told its mode, and takes better for worse.
+
+        Raises:
+            MetricError: Says what to type.
+        """
+        watched = self._watched
+        if watched is None or watched.known in (None, watched.mode) or "mode" in _given(self.factory):
+            return
+        name, metric = type(next(iter(self.schedulers.values()))).__name__, watched.metric
+        raise MetricError(
+            f"{name} watches {metric!r} with mode={watched.mode!r}, its default, and {watched.known!r} is better; say "
+            f"which: LRScheduler(partial({name}, mode={watched.known!r}), monitor={metric!r})"
+        )
 
     @on(EpochBegin, AbstractTrainingPhase)
     def begin_epoch(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
@@ -205,8 +229,8 @@ class LRScheduler(Callback):
 
     @on(CycleEnd, FittingPhase)
     def end_cycle(self, event: CycleEnd, phase: FittingPhase, learner: Any) -> None:
-        """Raise where nobody records the metric that is watched."""
-        if self._watched is not None and not self._seen:
+        """Raise where nobody has recorded the metric that is watched."""
+        if self._watched is not None:
             self._watched.require(learner.cbstate.metrics)
 
     def _record(self, learner: Any) -> None:
@@ -264,6 +288,18 @@ def _mentioned(factory: Any) -> set[str]:
         factory = factory.func
     code = getattr(factory, "__code__", None)
     return {getattr(factory, "__name__", ""), *(code.co_names if code is not None else ())}
+
+
+def _given(factory: Any) -> set[str]:
+    """Return the names of the arguments that a factory gives, and the texts in its code."""
+    names: set[str] = set()
+    while isinstance(factory, partial):
+        names |= set(factory.keywords)
+        names |= {"mode"} if factory.args else set()  # the first argument that is given beforehand
+        factory = factory.func
+    code = getattr(factory, "__code__", None)
+    texts = [each if isinstance(each, tuple) else (each,) for each in (code.co_consts if code is not None else ())]
+    return names | ({"mode"} if any("mode" in each for each in texts) else set())
 
 
 def _takes_metrics(scheduler: Any) -> bool:

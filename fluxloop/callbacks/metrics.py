@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from attrs import evolve
 from torch import Tensor
 
 from fluxloop.callback import Callback, on
@@ -12,7 +13,9 @@ from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import MetricError, annotate, describe, warn_user
 from fluxloop.events import EpochBegin, EpochEnd, FitEnd, StepEnd
 from fluxloop.metrics.base import Loss, Metric, SmoothLoss, Tracker
-from fluxloop.phase import FittingPhase, Phase, weight_of
+from fluxloop.metrics.expected import expected_of
+from fluxloop.monitor import Expected
+from fluxloop.phase import FittingPhase, Phase, ProbePhase, weight_of
 from fluxloop.state import Container, PhaseDict
 
 AnyMetric = Loss | SmoothLoss | Metric
@@ -23,17 +26,20 @@ class PhaseMetrics(Container):
 
     Attributes:
         epochs: By metric, the (epoch from 1, value) of each epoch.
-        announced: Names of metrics that somebody will record, not necessarily after each epoch.
     """
 
     def __init__(self) -> None:
         self.epochs: dict[str, list[tuple[int, Any]]] = {}
-        self.announced: set[str] = set()
         self._sources: dict[str, str] = {}
         self.trackers: list[tuple[AnyMetric, Tracker]] = []
         """The metrics of the running epoch, or of the last one."""
         self.started = False
         """Whether an epoch has begun whose values are not yet recorded."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether an epoch has ended in this process, so that what it gives is recorded."""
+        return bool(self.trackers) and not self.started
 
     def running(self) -> dict[str, Any]:
         """Compute the values of the epoch so far by name, on their device.
@@ -159,6 +165,13 @@ class Metrics(Callback):
         """False where all metrics are known not to draw; a user's function may."""
         return False if all(isinstance(m, (Loss, SmoothLoss)) or m.is_known for m in self.metrics) else None
 
+    def records(self, phase: Phase | None) -> list[Expected]:
+        """Return what its metrics are recorded as."""
+        if isinstance(phase, ProbePhase):  # which has no epochs
+            return []
+        found = [expected for metric in self.metrics for expected in expected_of(metric, phase)]
+        return found if phase is None else [evolve(each, name=seen_by(phase, each.name)) for each in found]
+
     def init(self, learner: Any) -> None:
         """Publish the metrics, once."""
         if "metrics" not in learner.cbstate:
@@ -245,4 +258,4 @@ def _of(metric: AnyMetric, compute: Any) -> dict[str, Any]:
 
 def seen_by(phase: Phase, name: str) -> str:
     """Give a metric's name with the view of the weights that the phase runs: ``"loss@ema"``."""
-    return f"{name}@{phase.model_view}" if phase.model_view else name
+    return f"{name}@{phase.model_view}" if phase.model_view and not name.endswith("*") else name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from fluxloop.feed import untouched
 from fluxloop.metrics.neighbors import knn_predict
 from fluxloop.models import to_device_of
 from fluxloop.modes import watching
+from fluxloop.monitor import Expected, Mode
 from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase
 from fluxloop.randomness import drawing, stream_seed
 from fluxloop.state import PhaseDict
@@ -38,6 +39,8 @@ class Announcing(Callback):
 
     recorded_as: ClassVar[type[Phase] | None] = None
     """The phase under which they are recorded; None for the one whose epoch ended."""
+    higher_is_better: ClassVar[bool | None] = None
+    """Which way they are better; None where that is not known."""
 
     @property
     def writes(self) -> tuple[str, ...]:  # type: ignore[override]  # computed: no message says to add one
@@ -50,10 +53,16 @@ class Announcing(Callback):
         return ()
 
     def init(self, learner: Any) -> None:
-        """Publish the metrics' container, once, and announce what will be recorded in it."""
+        """Publish the metrics' container, once."""
         if "metrics" not in learner.cbstate:
             learner.cbstate.metrics = PhaseDict(PhaseMetrics)
-        learner.cbstate.metrics[self.recorded_as or AbstractTrainingPhase].announced.update(self.metric_names)
+
+    def records(self, phase: Phase | None) -> Sequence[Expected] | None:
+        """Return the metrics that it records, where it says their names."""
+        if phase is not None and not isinstance(phase, self.recorded_as or AbstractTrainingPhase):
+            return ()
+        mode: Mode | None = None if self.higher_is_better is None else "max" if self.higher_is_better else "min"
+        return [Expected(name.lower(), mode) for name in self.metric_names] or None
 
 
 @define
@@ -202,6 +211,7 @@ class HeldOut(MetricSource):
     metric: str = field(default="", kw_only=True)
 
     prefix: ClassVar[str] = "probe"
+    higher_is_better = True
 
     def __attrs_post_init__(self) -> None:
         self.metric = (self.metric or f"{self.prefix}_{self.model}").lower()

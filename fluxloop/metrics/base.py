@@ -64,6 +64,8 @@ class Metric:
         optional: Whether steps that do not store its inputs are left out: for an entry that a step
             has now and then, such as a penalty computed in every sixteenth. An epoch without any
             has no value.
+        higher_is_better: Which way is better, for those who watch it and were not told; left out, what `fn` says by an
+            attribute of that name, as torchmetrics' metrics do.
 
     Raises:
         MetricError: `fn` is neither.
@@ -79,6 +81,7 @@ class Metric:
     phase: type[Phase] = Phase
     inputs: tuple[str, ...] = field(default=("preds", "ys"), converter=_names)
     optional: bool = field(default=False, kw_only=True)
+    higher_is_better: bool | None = field(default=None, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         if isinstance(self.fn, type) or not (callable(self.fn) or is_stateful(self.fn)):

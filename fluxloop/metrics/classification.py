@@ -124,4 +124,9 @@ def top_k(k: int) -> Callable[[Tensor, Tensor], Tensor]:
         return _share((best == _classes(ys, preds).unsqueeze(1)).any(1))
 
     metric.__name__ = f"top_{k}"
+    setattr(metric, "higher_is_better", True)  # noqa: B010 - mypy knows no other way
     return metric
+
+
+for share in (accuracy, binary_accuracy):
+    setattr(share, "higher_is_better", True)  # noqa: B010 - mypy knows no other way

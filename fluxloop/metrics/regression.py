@@ -46,3 +46,6 @@ def mse(preds: Tensor, ys: Tensor) -> Tensor:
 
 rmse = Averaged(mse, torch.sqrt, "rmse")
 """The root of the mean squared error over all rows of an epoch (not a mean of batches' roots)."""
+
+for error in (mae, mse):
+    setattr(error, "higher_is_better", False)  # noqa: B010 - mypy knows no other way

@@ -36,6 +36,8 @@ class ObjectivePhase(AbstractTrainingPhase):
     `UpdateBegin` and `UpdateEnd` of each optimizer, `StepEnd` (what `finish` stores).
     """
 
+    stores_loss = True
+
     def forward(self, learner: Learner, state: StepState) -> None:
         """Run the models on the entries, and store what they give."""
 
@@ -85,6 +87,8 @@ class ObjectiveValidationPhase(TwinPhase):
         simclr = SimCLRPhase(views)
         learner.fit(100, phases=[simclr, ObjectiveValidationPhase(simclr)])
     """
+
+    stores_loss = True
 
     of = ObjectivePhase
 

@@ -71,6 +71,8 @@ class TrainingPhase(AbstractTrainingPhase):
     Every stage reads the state again: what a callback puts there is used next.
     """
 
+    stores_loss = True
+
     def entries(self, batch: Any) -> dict[str, Any]:
         """Give ``xs`` and ``ys``.
 
@@ -106,6 +108,8 @@ class ValidationPhase(AbstractValidationPhase):
     Batches are pairs ``(xs, ys)``. The events in order, and what the step stores by then:
     `StepBegin` (``xs``, ``ys``), `LossBegin` (``preds``), `StepEnd` (``loss``).
     """
+
+    stores_loss = True
 
     entries = TrainingPhase.entries
 

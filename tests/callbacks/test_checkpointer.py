@@ -1218,7 +1218,7 @@ def test_the_pointer_to_the_newest_can_be_resumed_from(tmp_path: Path) -> None:
 def test_the_best_epoch_stays_also_where_few_epochs_are_due(tmp_path: Path) -> None:
     values = iter([5.0, 1.0, 4.0, 3.0])
     scores = fluxloop.Metric(lambda preds, ys: torch.tensor(next(values)), name="score", phase=ValidationPhase)
-    keeper = Checkpointer(tmp_path, every=4, keep_last=1, keep_best=1, monitor="validation/score")
+    keeper = Checkpointer(tmp_path, every=4, keep_last=1, keep_best=1, monitor="validation/score", mode="min")
     learner = toy(Recorder(), Metrics(scores), keeper)
     learner.data.validation = TensorBatches(torch.rand(2, 1), torch.rand(2, 1), batch_size=2)
     learner.fit(4)

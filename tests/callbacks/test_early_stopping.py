@@ -209,12 +209,12 @@ def test_d_lz_04_a_metric_is_found_in_any_case_and_with_underscores_in_its_name(
     assert str(learner.history.stop_reason).startswith("validation/top_1_of_preds was 1 in epoch 3: no improvement")
 
 
-def test_a_metric_that_was_not_recorded_in_the_first_cycle_is_an_error_that_names_what_there_is() -> None:
+def test_a_metric_that_a_fit_will_not_record_is_an_error_before_its_first_step() -> None:
     learner = learner_of(EarlyStopping(3, monitor="validation/acuracy"))
     message = r"no metric 'validation/acuracy' was recorded; there are \['training/loss', 'validation/loss'\]"
     with pytest.raises(MetricError, match=message):
         learner.fit(5)
-    assert learner.history[TrainingPhase].epochs == 1
+    assert learner.history[TrainingPhase].steps == 0
 
 
 def test_a_name_without_data_is_refused_at_once() -> None:

@@ -476,7 +476,7 @@ def test_an_unknown_metric_is_named_with_those_there_are() -> None:
         match=r"no metric 'validation/accuracy' was recorded; there are \['training/loss', 'validation/loss'\]",
     ):
         learner.fit(2)
-    assert learner.history[ValidationPhase].epochs == 1
+    assert learner.history[TrainingPhase].steps == 0
 
 
 def test_without_metrics_the_learner_cannot_be_built() -> None:

@@ -597,7 +597,7 @@ def test_a_nan_is_no_improvement() -> None:
     assert plateau_rates([nan, nan, 1.0]) == pytest.approx([0.01, 0.001, 0.001])
 
 
-def test_a_metric_that_nobody_records_is_an_error_after_the_first_cycle() -> None:
+def test_a_metric_that_nobody_records_is_an_error_before_the_first_step() -> None:
     learner = learner_of(LRScheduler(plateau, monitor="validation/acuracy"), Recorder(), Metrics())
     with pytest.raises(MetricError, match=r"no metric 'validation/acuracy' was recorded; there are \['training/loss'"):
         learner.fit(1)
