@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from attrs import setters
+
 from fluxloop.errors import AssignmentError, did_you_mean
 
 put = object.__setattr__
@@ -58,3 +62,68 @@ def check_known(learner: object, name: str, value: object) -> None:
             f"  to keep something of your own there, begin its name with an underscore (learner._{name} = ...), or "
             "write a subclass of Learner"
         )
+
+
+_DECLARED = ("name", "reads", "writes", "run_after", "draws", "in_compiled_step")
+"""What a learner looks at when it takes a callback."""
+
+
+def set_option(callback: Any, name: str, value: Any) -> None:
+    """Set a public attribute of one of fluxloop's callbacks: an option takes effect, or is refused.
+
+    An option is checked as it was when the callback was made, and what follows from it is computed anew.
+
+    Raises:
+        AssignmentError: There is no such attribute, or it has no effect once a learner has the callback.
+        Exception: What the callback's class raises for a wrong value; the old one stays.
+    """
+    adopted, kind = callback._adopted, type(callback).__name__
+    if adopted and name in (*_DECLARED, *callback._fixed):
+        raise AssignmentError(
+            f"{name} of {kind} was assigned, which has no effect once a learner has the callback; put another in its "
+            f"place: learner.replace_callback({kind}(..., {name}=...))"
+        )
+    option = callback._options.get(name)
+    if option is None:
+        known = callback._options or (vars(callback) if adopted else ())  # others begin without attributes
+        there = hasattr(type(callback), name) or name in vars(callback)
+        if known and not there and type(callback) is callback._built_in:
+            names = ", ".join(each for each in known if each[0] != "_")
+            raise AssignmentError(
+                f"{name} of {kind} was assigned, and it has no attribute {name!r}{did_you_mean(name, known)}\n"
+                f"  its options are {names}; to keep something of your own there, write a subclass"
+            )
+        put(callback, name, value)
+        return
+    if not adopted:  # checked when a learner takes it
+        put(callback, name, value)
+        return
+    value = setters.validate(callback, option, setters.convert(callback, option, value))
+    old = getattr(callback, name)
+    put(callback, name, value)
+    try:
+        derive(callback)
+    except BaseException:
+        put(callback, name, old)
+        derive(callback)
+        raise
+
+
+def derive(callback: Any) -> None:
+    """Compute anew what follows from the options of one of fluxloop's callbacks; raise for options that are wrong."""
+    again = getattr(callback._built_in, "__attrs_post_init__", None)
+    if again is not None:
+        again(callback)
+
+
+def adopt(callback: Any) -> None:
+    """Check and derive what was assigned to a callback before a learner takes it.
+
+    Raises:
+        Exception: What the callback's class raises for a wrong value.
+    """
+    if callback._adopted:
+        return
+    for name, option in callback._options.items():
+        put(callback, name, setters.validate(callback, option, getattr(callback, name)))
+    derive(callback)

@@ -19,13 +19,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from types import MethodType
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 from attrs import define, field, frozen
+from attrs import fields as attrs_fields
 from multipledispatch import Dispatcher
 from multipledispatch.conflict import supercedes
 
+from fluxloop.assign import put, set_option
 from fluxloop.errors import AmbiguousHandlerError, HandlerError, describe, did_you_mean
 from fluxloop.events import Event, event_types
 from fluxloop.monitor import Expected, Monitor
@@ -232,6 +234,7 @@ class Callback:
     """
 
     name: str | None = field(default=None, kw_only=True, repr=False)
+    _adopted: bool = field(default=False, init=False, repr=False, eq=False)  # whether a learner has it
     reads: ClassVar[Sequence[str]] = ()
     writes: ClassVar[Sequence[str]] = ()
     run_after: ClassVar[Sequence[type[Callback]]] = ()
@@ -249,6 +252,33 @@ class Callback:
                     f"@on(Event, Phase) above it, e.g. @on(StepEnd) (or a name without 'on_')"
                 )
         require_pair(cls, HandlerError)
+        if cls.__module__.startswith("fluxloop."):
+            cls._built_in = cls
+            if "__attrs_attrs__" in vars(cls):  # attrs has made it anew, with slots
+                cls._options = {a.name: a for a in attrs_fields(cls) if a.init and not a.name.startswith("_")}
+                if vars(cls).get("__attrs_own_setattr__") or vars(cls).get("__setattr__") is put:
+                    cls.__setattr__ = Callback.__setattr__  # type: ignore[method-assign]  # it converts and validates too
+                    cls.__attrs_own_setattr__ = False  # type: ignore[attr-defined]  # what attrs asks in subclasses
+
+    _built_in: ClassVar[type | None] = None
+    """The class of fluxloop's that it is, or is a subclass of."""
+    _options: ClassVar[Mapping[str, Any]] = {}
+    """The public fields of that class, by name: its options."""
+    _fixed: ClassVar[Sequence[str]] = ()
+    """Those of them that have no effect once a learner has the callback."""
+
+    if not TYPE_CHECKING:  # for type checkers every attribute is as the class says
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Set an attribute; an option of fluxloop's own callbacks takes effect, or is refused.
+
+            Raises:
+                AssignmentError: There is no such option, or it cannot be changed any more; says what to type.
+            """
+            if self._built_in is None or name[:1] == "_":
+                put(self, name, value)
+            else:
+                set_option(self, name, value)
 
     @property
     def monitors(self) -> Sequence[Monitor]:
@@ -300,7 +330,7 @@ class Callback:
         return bound
 
 
-Callback.name = None  # for subclasses whose own __init__ does not call ours
+Callback.name, Callback._adopted = None, False  # for subclasses whose own __init__ does not call ours
 
 
 @define(eq=False, slots=False)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from fluxloop.access import covers, dotted, parse, view_of
+from fluxloop.assign import adopt
 from fluxloop.callback import Callback, Handler, watchers
 from fluxloop.errors import CancelEpochException, CancelFittingException, CancelSignal, StateAccessError, annotate
 from fluxloop.events import FIT_EVENTS, GRADIENT_EVENTS, Event, FitEnd, event_types
@@ -72,6 +73,10 @@ class Callbacks:
             CallbackError: They have no order; the old ones stay.
             CompileError: Steps are to be compiled whole, and one of them stands in the way; the old ones stay.
         """
+        callbacks = list(callbacks)
+        for callback in callbacks:
+            if isinstance(callback, Callback):
+                adopt(callback.unwrapped)
         graph = CallbackGraph(callbacks)
         known = [id(node.callback.unwrapped) for node in self._graph.nodes]
         before = self._graph, self._views, self._kept
@@ -89,6 +94,8 @@ class Callbacks:
                     self._init(node)
             if self._learner.compiled is not None:
                 self._learner.compiled.require(self._learner.phases_in_use())
+            for node in graph.nodes:
+                node.callback.unwrapped._adopted = True
             former = {id(kept.thing): kept for own, around in self._kept.values() for kept in (own, *around)}
             self._kept = {node.id: watch(node, former) for node in graph.nodes}
         except BaseException:
@@ -98,6 +105,8 @@ class Callbacks:
             weights.views, weights.followers = views, followers
             self.forget()
             raise
+        for callback in (node.callback.unwrapped for node in before[0].nodes):
+            callback._adopted = any(callback is other for other in self)
         kept = {path for node in graph.nodes for path in node.access.writes}
         for path in {path for node in before[0].nodes for path in node.access.writes if view_of(path)} - kept:
             if dotted(path) in weights:  # nobody keeps that view any more

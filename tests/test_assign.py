@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from attrs import define
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
 from torch.optim import SGD
 
 from fluxloop import (
+    EMA,
     Accelerator,
     AssignmentError,
+    Attribute,
     Callback,
     DataError,
+    EarlyStopping,
     EpochEnd,
+    GradientClip,
+    KeepBestModel,
     Learner,
+    LearningRate,
+    LogMetrics,
     LossError,
+    LRScheduler,
+    Memory,
+    MetricError,
+    Metrics,
     OptimizerError,
+    Recorder,
+    Scheduler,
     StepEnd,
+    Timer,
     TrainingPhase,
+    Unfreeze,
+    linear,
     on,
 )
+from fluxloop.stopping import Patience
 
 CPU = Accelerator("cpu")
 XS = torch.rand(16, 4, generator=torch.Generator().manual_seed(0))
@@ -179,3 +198,144 @@ def test_what_is_no_loss_function_is_refused_when_it_is_assigned(wrong: Any) -> 
     with pytest.raises(LossError, match=r"loss_fn=.* was given; expected a function"):
         learner.loss_fn = wrong
     assert learner.loss_fn is mse_loss
+
+
+# Options of callbacks
+
+
+def watched(*callbacks: Callback, **options: Any) -> Learner:
+    against = (XS, -DATA[1])  # training raises the loss of these
+    return make(data=(DATA, against), callbacks=[Recorder(), Metrics(), *callbacks], **options)
+
+
+def epochs_of(early: EarlyStopping, change: Callable[[EarlyStopping], object], before: bool = False) -> int:
+    """Count the epochs until a fit is ended, where the validation loss rises all the time."""
+    if before:
+        change(early)
+    learner = watched(early, optimizer=partial(SGD, lr=0.01))
+    if not before:
+        change(early)
+    return len(learner.fit(9).metrics[TrainingPhase]["loss"])
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize(
+    ("early", "name", "value", "epochs"),
+    [
+        (lambda: EarlyStopping(5), "criterion", 2, 3),
+        (lambda: EarlyStopping(5), "criterion", Patience(3), 4),
+        (lambda: EarlyStopping(2), "mode", "max", 9),
+        (lambda: EarlyStopping(2), "min_epochs", 6, 6),
+        (lambda: EarlyStopping(2, monitor="training/loss"), "monitor", "validation/loss", 3),
+        (lambda: EarlyStopping(2, mode="max"), "min_delta", 100.0, 3),
+    ],
+)
+def test_what_is_assigned_to_early_stopping_is_what_it_does(
+    early: Any, name: str, value: Any, epochs: int, before: bool
+) -> None:
+    assert epochs_of(early(), lambda callback: setattr(callback, name, value), before) == epochs
+
+
+def test_options_of_a_copied_learners_callbacks_take_effect_there_alone() -> None:
+    learner = watched(early := EarlyStopping(5), optimizer=partial(SGD, lr=0.01))
+    other = copy.deepcopy(learner)
+    copied = other.get_callback(EarlyStopping)
+    assert copied is not None
+    copied.criterion = 2
+    assert len(other.fit(9).metrics[TrainingPhase]["loss"]) == 3
+    assert len(learner.fit(9).metrics[TrainingPhase]["loss"]) == 6
+    assert early.criterion == 5
+
+
+@pytest.mark.parametrize(
+    ("callback", "name", "value", "error"),
+    [
+        (EarlyStopping(3), "criterion", "soon", TypeError),
+        (EarlyStopping(3), "monitor", "loss", MetricError),
+        (Timer(hours=1), "hours", -1, ValueError),
+        (GradientClip(1.0), "max_norm", -1.0, ValueError),
+        (EMA("model", 0.9), "decay", 2, ValueError),
+        (Scheduler({LearningRate: 0.1}), "unit", "steps", ValueError),
+    ],
+)
+@pytest.mark.parametrize("adopted", [True, False])
+def test_a_wrong_option_is_refused_and_the_old_one_stays(
+    callback: Any, name: str, value: Any, error: type[Exception], adopted: bool
+) -> None:
+    callback, old = copy.deepcopy(callback), getattr(callback, name)
+    if adopted and name != "unit":
+        watched(callback)
+        with pytest.raises(error):
+            setattr(callback, name, value)
+        assert getattr(callback, name) == old
+    else:
+        setattr(callback, name, value)
+        with pytest.raises(error):  # when a learner takes it
+            watched(callback)
+
+
+@pytest.mark.parametrize(
+    ("callback", "name", "value"),
+    [
+        (EMA("model", 0.9), "model", "0"),
+        (EMA("model", 0.9), "view", "slow"),
+        (Scheduler({LearningRate: 0.1}), "schedules", {}),
+        (LRScheduler(partial(torch.optim.lr_scheduler.StepLR, step_size=1)), "unit", "step"),
+        (Unfreeze({"weight": 1}), "when", {}),
+        (KeepBestModel(), "monitor", "training/loss"),
+        (GradientClip(1.0), "name", "mine"),
+        (GradientClip(1.0), "run_after", (Recorder,)),
+    ],
+)
+def test_an_option_that_a_learner_has_read_is_refused_with_replace_callback(
+    callback: Any, name: str, value: Any
+) -> None:
+    callback = copy.deepcopy(callback)
+    learner = watched(callback)
+    kind = type(callback).__name__
+    with pytest.raises(AssignmentError, match=rf"{name} of {kind} .*learner.replace_callback\({kind}\(\.\.\., {name}="):
+        setattr(callback, name, value)
+    learner.remove_callback(type(callback))
+    setattr(callback, name, value)  # nobody has read it now
+
+
+@pytest.mark.parametrize("adopted", [True, False])
+def test_a_misspelt_option_is_refused_with_those_that_there_are(adopted: bool) -> None:
+    early = EarlyStopping(3)
+    if adopted:
+        watched(early)
+    with pytest.raises(AssignmentError, match=r"no attribute 'min_epoch'; did you mean 'min_epochs'\?(?s:.*)criterion"):
+        early.min_epoch = 3  # type: ignore[attr-defined]  # that it is none is the point
+
+
+def test_a_misspelt_option_of_a_callback_without_fields_is_refused_once_a_learner_has_it() -> None:
+    learner = watched(LogMetrics(Memory()))
+    logger: Any = learner.get_callback(LogMetrics)
+    with pytest.raises(AssignmentError, match=r"did you mean 'every'\?"):
+        logger.evrey = 3
+
+
+def test_a_subclass_keeps_what_it_likes_and_its_options_take_effect() -> None:
+    @define
+    class Mine(EarlyStopping):
+        rounds: int = 0
+
+        def __attrs_post_init__(self) -> None:
+            super().__attrs_post_init__()
+            self.rounds += 1
+
+    class Plain(EarlyStopping):
+        pass
+
+    mine, plain = Mine(5), Plain(5)
+    plain.note = "mine"  # type: ignore[attr-defined]  # any name
+    assert epochs_of(mine, lambda callback: setattr(callback, "criterion", 2)) == 3
+    assert epochs_of(plain, lambda callback: setattr(callback, "criterion", 2)) == 3
+    assert mine.rounds == 1
+
+
+def test_options_under_a_schedule_are_used_at_the_next_step() -> None:
+    clip = GradientClip(1.0)
+    learner = make(callbacks=[clip, Scheduler({Attribute(clip, "max_norm"): linear(4, 1.0, 0.0)})])
+    learner.fit(3)
+    assert clip.max_norm == 0.5

@@ -708,7 +708,7 @@ def test_an_attrs_class_with_slots_works(trace: list[Any]) -> None:
     slotted = Slotted(alpha=0.5)
     learner = once(slotted)
     assert slotted.seen == [0.5 * learner.step.loss.item()]
-    assert [a.name for a in attrs.fields(Slotted)] == ["name", "alpha", "seen"]
+    assert [a.name for a in attrs.fields(Slotted)] == ["name", "_adopted", "alpha", "seen"]
     assert repr(Slotted(0.2)) == "Slotted(alpha=0.2, seen=[])" or "alpha=0.2" in repr(Slotted(0.2))
 
 

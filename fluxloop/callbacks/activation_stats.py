@@ -61,6 +61,7 @@ class ActivationStats(Callback):
     run_after = (Recorder,)
     transient = ("_waits",)
     draws = False
+    _fixed = ("pattern",)
     in_compiled_step = "never"  # it hooks modules
 
     @every.validator

@@ -99,6 +99,7 @@ class Checkpointer(UnsafeCallback):
     _writing: Future[None] | None = field(default=None, init=False, repr=False)
 
     draws = False
+    _fixed = ("folder", "monitor", "mode")
     in_compiled_step = "after"
     transient = (
         *("last", "_progress", "_batch", "_reason", "_since", "_owing", "_waits", "_told", "_over"),

@@ -116,6 +116,7 @@ class CSVLogger(Callback):
     reads = ("cbstate.history", "cbstate.metrics")
     run_after = (Recorder, Metrics)
     draws = False
+    _fixed = ("path",)
 
     def __attrs_post_init__(self) -> None:
         self._table = _Table(self.path)

@@ -80,6 +80,7 @@ class EMA(Callback):
     _owners: dict[tuple[int, ...], list[torch.optim.Optimizer]] = field(factory=dict, init=False, repr=False)
 
     draws = False
+    _fixed = ("model", "into", "buffers", "view")
     in_compiled_step = "after"  # at UpdateEnd it takes note alone
 
     def __attrs_post_init__(self) -> None:

@@ -51,6 +51,7 @@ class FeatureStats(MetricSource):
 
     recorded_as = None
     draws = False
+    _fixed = ("entry",)
 
     @rows.validator
     def _check_rows(self, attribute: object, value: int) -> None:

@@ -61,6 +61,7 @@ class GradientClip(Announcing):
 
     reads = ("optimizer", "history")
     draws = False
+    _fixed = ("optimizer",)
     in_compiled_step = "inside"
 
     def __attrs_post_init__(self) -> None:

@@ -75,6 +75,7 @@ class KeepBestModel(UnsafeCallback):
     writes = ("model",)
     run_after = (Recorder, Metrics, Announcing)
     draws = False
+    _fixed = ("monitor", "mode")
     in_compiled_step = "after"
 
     def __attrs_post_init__(self) -> None:

@@ -85,6 +85,7 @@ class LRScheduler(Callback):
     _seen: int = field(default=0, init=False, repr=False)
 
     draws = False
+    _fixed = ("factory", "unit", "optimizer", "monitor")
     in_compiled_step = "after"  # at UpdateEnd it takes note alone
 
     def __attrs_post_init__(self) -> None:

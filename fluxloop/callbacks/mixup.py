@@ -62,6 +62,7 @@ class Mixing(Callback):
     writes = ("step.xs", "step.ys")
     transient = ("_waiting", "_after")
     draws = False  # what it draws is put back
+    _fixed = ("num_classes",)
 
     def __attrs_post_init__(self) -> None:
         kind = type(self).__name__

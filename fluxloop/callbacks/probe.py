@@ -212,6 +212,7 @@ class HeldOut(MetricSource):
 
     prefix: ClassVar[str] = "probe"
     higher_is_better = True
+    _fixed: ClassVar[tuple[str, ...]] = ("model", "metric")
 
     def __attrs_post_init__(self) -> None:
         self.metric = (self.metric or f"{self.prefix}_{self.model}").lower()
@@ -365,6 +366,7 @@ class LinearProbe(HeldOut):
 
     prefix = "linear"
     draws = False  # what its beginning and its measuring draw is put back
+    _fixed = ("model", "metric", "num_classes", "optimizer", "entries")
 
     @property
     def reads(self) -> tuple[str, ...]:  # type: ignore[override]  # the model's and the step's

@@ -73,6 +73,7 @@ class SampleImages(Callback):
     writes = ("cbstate.images",)
     run_after = (Recorder,)
     draws = False  # what the model draws is put back
+    _fixed = ("model", "inputs", "count")
 
     def __attrs_post_init__(self) -> None:
         for name, number in (("every", self.every), ("count", self.count), ("columns", self.columns)):

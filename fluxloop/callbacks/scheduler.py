@@ -140,6 +140,7 @@ class Scheduler(Callback):
     """By optimizer, its updates before the learner had this callback."""
 
     draws = False
+    _fixed = ("schedules", "unit")
 
     @_labels.default
     def _read_labels(self) -> tuple[str, ...]:

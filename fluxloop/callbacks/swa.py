@@ -93,6 +93,7 @@ class StochasticWeightAveraging(Callback):
 
     in_compiled_step = "after"
     draws = False  # what running over the data draws is put back
+    _fixed = ("model", "view")
 
     def __attrs_post_init__(self) -> None:
         names = isinstance(self.model, str) and isinstance(self.view, str)

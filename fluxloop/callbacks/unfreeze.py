@@ -63,6 +63,7 @@ class Unfreeze(Callback):
     reads = ("optimizer",)
     writes = ("model",)
     draws = False
+    _fixed = ("when", "unit")
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.when, dict) or not self.when or not all(isinstance(key, str) for key in self.when):
