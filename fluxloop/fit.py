@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import operator
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakKeyDictionary, finalize, ref
 
@@ -36,6 +34,7 @@ from fluxloop.phase import AbstractValidationPhase, Phase, Stateful, check_every
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.randomness import preserved
 from fluxloop.resume import FitScope, check_resumes
+from fluxloop.signals import EXIT_CODE, heeding_signals
 from fluxloop.state import State, name_of
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ def _run(learner: Learner, scope: FitScope, until: int, reason: str | None) -> H
     history.stop_reason = reason
     error: BaseException | None = None
     scope.open()
-    with interruptible(learner):
+    with heeding_signals(learner) as terminates:
         try:
             scope.handle(FitBegin(scope.goes_on))
             scope.put_again("fit" if history.cycles < until else "end")
@@ -136,7 +135,7 @@ def _run(learner: Learner, scope: FitScope, until: int, reason: str | None) -> H
             history.stop_reason = INTERRUPTED
         except BaseException as failure:
             if learner.stop_requested and "DataLoader worker" in str(failure):
-                history.stop_reason = INTERRUPTED  # Ctrl+C reached the workers too, and ended them
+                history.stop_reason = learner.stop_requested  # the signal reached the workers too, and ended them
             else:
                 error = failure
         error = _finish(scope, history, error)
@@ -145,6 +144,8 @@ def _run(learner: Learner, scope: FitScope, until: int, reason: str | None) -> H
             raise error
         finally:
             del error  # it holds this frame, and would live, with the loader's workers, until garbage is collected
+    if terminates.came:
+        raise SystemExit(EXIT_CODE)
     return history
 
 
@@ -345,25 +346,3 @@ def feed(learner: Learner, phase: Phase, before_batch: Callable[[], object] = la
             f"{did_you_mean(key, known)}; give it to the learner, data={{{key!r}: ...}}, or to this call"
         )
     return Feed(vars(learner.data)[key], phase.owner, learner.streams, key, before_batch)
-
-
-@contextmanager
-def interruptible(learner: Learner) -> Iterator[None]:
-    """Make the first Ctrl+C end the fit after its running step; the second interrupts at once.
-
-    Only in the main thread, and only where nobody else handles the signal.
-    """
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-
-    def request(number: int, frame: object) -> None:
-        learner.stop_requested = INTERRUPTED
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, request)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)

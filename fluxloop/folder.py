@@ -13,7 +13,9 @@ import json
 import os
 import re
 import shutil
+import socket
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -24,8 +26,14 @@ from attrs import field, frozen
 from fluxloop.digests import check_sums, checksums, first_difference, named_tensors
 from fluxloop.errors import CheckpointError, annotate, warn_user
 
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows
+    fcntl = None  # type: ignore[assignment]  # there are no such locks
+
 CHECKSUMS = "checksums"
 """Where a file has those of its tensors."""
+MARKED = {"what": "checkpoints of a training with fluxloop", "layout": 1}
 MARKER, LATEST = "fluxloop.json", "latest"
 NAME = re.compile(r"epoch-(\d+)-step-(\d+)-phase-(\d+)\.pt")
 LEFT = re.compile(rf"\.({NAME.pattern}|{re.escape(MARKER)}|{LATEST})\.\d+\.tmp")
@@ -204,14 +212,45 @@ class Folder:
         self.check()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for left in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
-                if LEFT.fullmatch(left.name):
-                    left.unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"the folder {self.path} cannot be written to: {error}") from error
         if not (self.path / MARKER).exists():
-            text = json.dumps({"what": "checkpoints of a training with fluxloop", "layout": 1})
+            text = json.dumps(MARKED)
             _replace(self.path / MARKER, lambda file: file.write(f"{text}\n".encode()))
+
+    def lock(self) -> Callable[[], None]:
+        """Keep other processes, and other fits of this one, from writing here; return what lets them again.
+
+        The system gives a lock back when its process ends, in whatever way, so that of a dead one
+        is taken over. What such a process left half written is removed. Where the system has no
+        such locks (Windows), nothing is locked.
+
+        Raises:
+            CheckpointError: Somebody holds it: names the process.
+        """
+        place = self.path.resolve()
+        if _held.get(place) == os.getpid():
+            raise self._busy(f"this process ({os.getpid()}), in another fit")
+        handle = _acquire(self.path / MARKER) if fcntl is not None else None
+        if handle is not None and handle < 0:
+            raise self._busy(_holder(self.path / MARKER))
+        _held[place] = os.getpid()
+        for left in self.path.glob(".*.tmp"):
+            if LEFT.fullmatch(left.name):
+                left.unlink(missing_ok=True)
+
+        def release() -> None:
+            _held.pop(place, None)
+            if handle is not None:
+                os.close(handle)
+
+        return release
+
+    def _busy(self, who: str) -> CheckpointError:
+        return CheckpointError(
+            f"the folder {self.path} is being written to by {who}; wait until that has ended, or give this run a "
+            "folder of its own"
+        )
 
     def files(self) -> list[tuple[Progress, Path]]:
         """List the checkpoints, by progress."""
@@ -285,6 +324,37 @@ def _check_reads(path: Path, state: dict[str, Any]) -> None:
             f"the first checkpoint of the run was written to {path} and does not come back from there, so it was "
             f"removed: {error}"
         ) from error
+
+
+_held: dict[Path, int] = {}
+"""Folders that a fit of this process writes to, and the process: the locks of one process are all its own."""
+
+
+def _acquire(marker: Path) -> int | None:
+    """Lock a run's marker and note the process in it; return the open file, -1 where another process holds it.
+
+    None where the file system has no locks. A lock belongs to the process, so a loader's worker
+    that outlives it holds none.
+    """
+    handle = os.open(marker, os.O_RDWR)
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        return -1 if error.errno in (errno.EACCES, errno.EAGAIN) else None
+    text = json.dumps({**MARKED, "process": os.getpid(), "host": socket.gethostname()})
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"{text}\n".encode(), 0)
+    return handle
+
+
+def _holder(marker: Path) -> str:
+    """Return which process holds a lock, as it noted itself."""
+    try:
+        noted = json.loads(marker.read_text())
+        return f"process {noted['process']} on {noted['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
 
 
 def name_of(progress: Progress) -> str:

@@ -19,12 +19,11 @@ from fluxloop.errors import CallbackConflictError, CheckpointError, warn_user
 from fluxloop.events import FitBegin, FitEnd, StepEnd
 from fluxloop.finite import first_names, not_finite, state_tensors
 from fluxloop.folder import Folder, Progress, name_of
-from fluxloop.history import TERMINATED
 from fluxloop.monitor import Mode, Monitor
 from fluxloop.persist import snapshot
 from fluxloop.phase import AbstractTrainingPhase, FittingPhase
+from fluxloop.signals import instead_of
 
-EXIT_CODE = 128 + signal.SIGTERM
 START: Progress = (0, 0, 0)
 """Where a run begins: written too, so that one killed early is known, and removed after the next."""
 
@@ -39,8 +38,10 @@ class Checkpointer(UnsafeCallback):
     Checkpoints are written between steps, when everybody has finished with the last one.
 
     One is written when the run begins (and removed with the first after it), and a last one when the
-    fit ends, also early, and where Ctrl+C ends it. At SIGTERM
-    the running step is finished, a checkpoint written, and the process exits with status 143.
+    fit ends, also early, and where Ctrl+C or SIGTERM ends it. At SIGUSR1, which batch systems can
+    send before their time limit, one is written between the next two steps and training goes on.
+
+    While a fit runs, the folder is locked: another process that would write to it is refused.
 
     Where the data or a phase's own `epoch` cannot be resumed in the middle of an epoch, that is
     said once, and checkpoints wait until the epoch ends. A state in which numbers are NaN or infinite
@@ -91,7 +92,6 @@ class Checkpointer(UnsafeCallback):
     _waits: bool = field(default=False, init=False, repr=False)
     _told: bool = field(default=False, init=False, repr=False)
     _over: bool = field(default=False, init=False, repr=False)
-    _terminated: bool = field(default=False, init=False, repr=False)
     _is_copy: bool = field(default=False, init=False, repr=False)
     _never_finite: set[str] = field(factory=set, init=False, repr=False)
     _told_bad: bool = field(default=False, init=False, repr=False)
@@ -103,7 +103,7 @@ class Checkpointer(UnsafeCallback):
     in_compiled_step = "after"
     transient = (
         *("last", "_progress", "_batch", "_reason", "_since", "_owing", "_waits", "_told", "_over"),
-        *("_terminated", "_is_copy", "_watched", "_never_finite", "_told_bad", "_writer", "_writing"),
+        *("_is_copy", "_watched", "_never_finite", "_told_bad", "_writer", "_writing"),
     )
 
     def __attrs_post_init__(self) -> None:
@@ -160,6 +160,7 @@ class Checkpointer(UnsafeCallback):
         check_writers(learner)
         folder = Folder(self.folder)
         folder.claim()
+        learner.defer(folder.lock())
         here = self._where(learner, learner.place())
         for progress, path in folder.files():
             if progress[:2] > here[:2] and folder.is_complete(path):
@@ -173,14 +174,14 @@ class Checkpointer(UnsafeCallback):
         self._never_finite, self._told_bad = set(not_finite(state_tensors(learner))), False
         learner.safe_points.append(partial(self._look, learner))
         learner.defer(self._leave)
-        in_main = threading.current_thread() is threading.main_thread()
-        if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            self._terminated = False
-            signal.signal(signal.SIGTERM, partial(self._note_termination, learner))
-            learner.defer(self._exit_if_terminated)
+        if hasattr(signal, "SIGUSR1") and threading.current_thread() is threading.main_thread():
+            heeding = instead_of(signal.SIG_DFL, signal.SIGUSR1, self._ask)
+            heeding.__enter__()
+            learner.defer(lambda: heeding.__exit__(None, None, None))
 
-    def _note_termination(self, learner: Any, number: int, frame: object) -> None:
-        self._terminated, learner.stop_requested = True, TERMINATED
+    def _ask(self, number: int, frame: object) -> None:
+        """Have a checkpoint written at the next moment between two steps."""
+        self._owing = True
 
     @on(StepEnd, AbstractTrainingPhase)
     def count_step(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
@@ -308,9 +309,3 @@ class Checkpointer(UnsafeCallback):
             if self._writer is not None:
                 self._writer.shutdown()
                 self._writer = None
-
-    def _exit_if_terminated(self) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if self._terminated:
-            self._terminated = False
-            raise SystemExit(EXIT_CODE)

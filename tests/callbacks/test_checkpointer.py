@@ -48,11 +48,12 @@ from fluxloop import (
     runstep,
 )
 from fluxloop import folder as folder_module
-from fluxloop.callbacks.checkpointer import EXIT_CODE, Checkpointer
+from fluxloop.callbacks.checkpointer import Checkpointer
 from fluxloop.callbacks.early_stopping import EarlyStopping
 from fluxloop.errors import CallbackConflictError, CheckpointError
 from fluxloop.folder import LATEST, MARKER, Folder, read
 from fluxloop.persist import snapshot
+from fluxloop.signals import EXIT_CODE
 from fluxloop.testing import (
     Coefficient,
     EventRecorder,
