@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         SanityCheck,
         Scheduler,
         SetEpoch,
+        StallReport,
         StochasticWeightAveraging,
         StopOnNaNLoss,
         Timer,
@@ -337,6 +338,7 @@ __all__ = [
     "SimCLRPhase",
     "SimSiamPhase",
     "SmoothLoss",
+    "StallReport",
     "StateAccessError",
     "StepBegin",
     "StepEnd",
@@ -422,7 +424,7 @@ if not TYPE_CHECKING:  # so that type checkers see misspelt names
                 "CutMix EarlyStopping FeatureStats GarbageCollect GradientClip KeepBestModel KNNProbe LinearProbe "
                 "LogHistograms LogHyperParams LogImages LogMetrics LogTraces LogVisualization LRScheduler Metrics "
                 "MetricSource MetricsPrinter MixUp Profile ProgressBar Recorder SampleImages SanityCheck Scheduler "
-                "SetEpoch StochasticWeightAveraging StopOnNaNLoss Timer Traces Unfreeze throttle"
+                "SetEpoch StallReport StochasticWeightAveraging StopOnNaNLoss Timer Traces Unfreeze throttle"
             ),
             "data": "TensorBatches as_dataloader overfit split",
             "errors": (

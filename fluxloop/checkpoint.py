@@ -20,12 +20,12 @@ from fluxloop.access import dotted
 from fluxloop.assign import put
 from fluxloop.callback import Callback
 from fluxloop.errors import CheckpointError, describe, did_you_mean, warn_user
-from fluxloop.history import INTERRUPTED, TERMINATED
 from fluxloop.nested import tensors
 from fluxloop.optimizer_state import load_optimizer, optimizer_differs, optimizer_state, plain_defaults
 from fluxloop.optimizers import parameter_names, parameters_by_name
 from fluxloop.persist import Kept, class_name, is_held, keep, phase_id, put_back, size, snapshot
 from fluxloop.phase import Phase, phase_types
+from fluxloop.signals import INTERRUPTED, TERMINATED
 from fluxloop.sources import keeps_place, put_source_back, source_state
 from fluxloop.state import StepState, name_of
 from fluxloop.view import View

@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
 
@@ -235,7 +235,30 @@ def warn_user(message: str) -> None:
     depth, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "fluxloop":
         frame, depth = frame.f_back, depth + 1
-    warnings.warn(message, stacklevel=depth)
+    try:
+        warnings.warn(message, stacklevel=depth)
+    except ValueError:  # Python writes it to a stream that somebody has closed
+        if not getattr(sys.stderr, "closed", False):
+            raise
+
+
+def shown(what: str, show: Callable[[], object]) -> bool:
+    """Call what writes for people to see; where its stream is closed or broken, warn, and return False.
+
+    What is shown never ends a training: a closed terminal, or a pipe whose reader has gone.
+
+    Args:
+        what: What falls silent, for the warning.
+        show: Writes it.
+    """
+    try:
+        show()
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and "closed file" not in str(error):
+            raise
+        warn_user(f"{what} falls silent, because what it writes to is gone ({error}); training goes on")
+        return False
+    return True
 
 
 def annotate(error: BaseException, note: str) -> None:

@@ -8,10 +8,11 @@ from itertools import islice
 from typing import Any, cast
 
 from fluxloop.data import TensorBatches
-from fluxloop.errors import CheckpointError, DataError, describe
+from fluxloop.errors import CancelFittingException, CheckpointError, DataError, describe
 from fluxloop.persist import keep, put_back
 from fluxloop.phase import Stateful
 from fluxloop.randomness import Stream, Streams, put_generators, start_torch
+from fluxloop.signals import TERMINATED, StopWaiting
 from fluxloop.sources import (
     Numbers,
     can_skip,
@@ -93,6 +94,8 @@ class Feed:
         self._from: dict[str, Any] | None = None
         self.count = 0
         self.limit: int | None = None
+        self.waiting = False
+        """Whether a batch is being fetched: no step is under way."""
 
     @property
     def num_batches(self) -> int | None:
@@ -197,13 +200,39 @@ class Feed:
             batches = islice(batches, max(self.limit - self.count, 0))
         before_batch = self._before_batch
         before_batch()
-        for batch in batches:
+        for batch in self._awaiting(batches, fetch):
             self.count += 1
             yield batch
             before_batch()
         if self.count == 0 and self._name is not None:
             raise self._empty()
         self._begun = None
+
+    def _awaiting(self, batches: Iterator[Any], fetch: Stream) -> Iterator[Any]:
+        """Wait for each batch, until the process is to end and none comes.
+
+        Where workers fetch, nothing of this process has changed meanwhile: the state between the
+        last step and this batch is one to go on from, and may be kept.
+
+        Raises:
+            CancelFittingException: The process is to end.
+        """
+        while True:
+            number = fetch.index
+            try:
+                self.waiting = True
+                batch = next(batches)
+                self.waiting = False
+            except StopIteration:
+                self.waiting = False
+                return
+            except StopWaiting:
+                self.waiting = False
+                fetch.index = number
+                if getattr(self.source, "num_workers", 0):
+                    self._before_batch()
+                raise CancelFittingException(TERMINATED) from None
+            yield batch
 
     def _starting(self, batches: Iterator[Any], fetch: Stream) -> Iterator[Any]:
         """Start torch's generators for each batch but the first: loaders draw the order when they are first asked."""

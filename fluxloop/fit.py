@@ -26,7 +26,7 @@ from fluxloop.errors import (
 from fluxloop.events import CycleBegin, CycleEnd, FitBegin, FitEnd
 from fluxloop.feed import Feed, untouched
 from fluxloop.folder import find_state
-from fluxloop.history import INTERRUPTED, History
+from fluxloop.history import History
 from fluxloop.loop import check_view
 from fluxloop.outlook import check_monitors
 from fluxloop.persist import attributes, phase_id
@@ -34,7 +34,7 @@ from fluxloop.phase import AbstractValidationPhase, Phase, Stateful, check_every
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.randomness import preserved
 from fluxloop.resume import FitScope, check_resumes
-from fluxloop.signals import EXIT_CODE, heeding_signals
+from fluxloop.signals import EXIT_CODE, INTERRUPTED, heeding_signals
 from fluxloop.state import State, name_of
 
 if TYPE_CHECKING:

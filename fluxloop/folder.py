@@ -111,8 +111,8 @@ def _unwritten(path: Path, error: Exception, needed: int, free: int | None) -> C
         room = "" if free is None else f", and {free:,} bytes are free there"
         why = f"{FULL[number]} ({error})" if number in FULL else f"{error}"
         return CheckpointError(
-            f"{text}{why}. It needs about {needed:,} bytes{room}. Make room (or keep fewer: Checkpointer(keep_last=1)); "
-            "what was there before is untouched"
+            f"{text}{why}. It needs about {needed:,} bytes{room}. Make room (or keep fewer: "
+            "Checkpointer(keep_last=1)); what was there before is untouched"
         )
     return CheckpointError(f"{text}{error}")
 
@@ -217,6 +217,9 @@ class Folder:
         if not (self.path / MARKER).exists():
             text = json.dumps(MARKED)
             _replace(self.path / MARKER, lambda file: file.write(f"{text}\n".encode()))
+        release = self._lock()
+        if release is not None:  # nobody is writing: what was left half written is gone now
+            release()
 
     def lock(self) -> Callable[[], None]:
         """Keep other processes, and other fits of this one, from writing here; return what lets them again.
@@ -228,16 +231,31 @@ class Folder:
         Raises:
             CheckpointError: Somebody holds it: names the process.
         """
+        release = self._lock()
+        if release is None:
+            ours = _held.get(self.path.resolve()) == os.getpid()
+            who = f"this process ({os.getpid()}), in another fit" if ours else _holder(self.path / MARKER)
+            raise CheckpointError(
+                f"the folder {self.path} is being written to by {who}; wait until that has ended, or give this run a "
+                "folder of its own"
+            )
+        return release
+
+    def _lock(self) -> Callable[[], None] | None:
+        """Lock the folder and remove what dead processes left; None where somebody holds the lock."""
         place = self.path.resolve()
         if _held.get(place) == os.getpid():
-            raise self._busy(f"this process ({os.getpid()}), in another fit")
-        handle = _acquire(self.path / MARKER) if fcntl is not None else None
-        if handle is not None and handle < 0:
-            raise self._busy(_holder(self.path / MARKER))
+            return None
+        try:
+            handle = None if fcntl is None else _acquire(self.path / MARKER)
+            if handle == BUSY:
+                return None
+            for left in self.path.glob(".*.tmp"):
+                if LEFT.fullmatch(left.name):
+                    left.unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"the folder {self.path} cannot be written to: {error}") from error
         _held[place] = os.getpid()
-        for left in self.path.glob(".*.tmp"):
-            if LEFT.fullmatch(left.name):
-                left.unlink(missing_ok=True)
 
         def release() -> None:
             _held.pop(place, None)
@@ -245,12 +263,6 @@ class Folder:
                 os.close(handle)
 
         return release
-
-    def _busy(self, who: str) -> CheckpointError:
-        return CheckpointError(
-            f"the folder {self.path} is being written to by {who}; wait until that has ended, or give this run a "
-            "folder of its own"
-        )
 
     def files(self) -> list[tuple[Progress, Path]]:
         """List the checkpoints, by progress."""
@@ -327,11 +339,12 @@ def _check_reads(path: Path, state: dict[str, Any]) -> None:
 
 
 _held: dict[Path, int] = {}
-"""Folders that a fit of this process writes to, and the process: the locks of one process are all its own."""
+"""Folders that a fit of this process writes to, and the process: the system tells only processes apart."""
+BUSY = -1
 
 
 def _acquire(marker: Path) -> int | None:
-    """Lock a run's marker and note the process in it; return the open file, -1 where another process holds it.
+    """Lock a run's marker and note the process in it; return the open file, `BUSY` where another process holds it.
 
     None where the file system has no locks. A lock belongs to the process, so a loader's worker
     that outlives it holds none.
@@ -341,7 +354,7 @@ def _acquire(marker: Path) -> int | None:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(handle)
-        return -1 if error.errno in (errno.EACCES, errno.EAGAIN) else None
+        return BUSY if error.errno in (errno.EACCES, errno.EAGAIN) else None
     text = json.dumps({**MARKED, "process": os.getpid(), "host": socket.gethostname()})
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"{text}\n".encode(), 0)

@@ -14,9 +14,6 @@ from fluxloop.state import Container, PhaseDict, SharedState, name_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INTERRUPTED, TERMINATED = "interrupted (Ctrl+C)", "terminated (SIGTERM)"
-"""Reasons of fits that are to go on another time."""
-
 
 @define
 class Counts(Container):

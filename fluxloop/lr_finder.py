@@ -15,7 +15,6 @@ from fluxloop.errors import CancelFittingException, DataError, LossError, Optimi
 from fluxloop.events import StepBegin, StepEnd
 from fluxloop.feed import untouched
 from fluxloop.fit import check_runs, feed
-from fluxloop.history import INTERRUPTED
 from fluxloop.host import HostQueue
 from fluxloop.hyperparameters import put
 from fluxloop.phase import AbstractTrainingPhase, Phase
@@ -23,6 +22,7 @@ from fluxloop.phases.supervised import TrainingPhase
 from fluxloop.randomness import Streams, preserved
 from fluxloop.runner import Callbacks
 from fluxloop.schedules import exponential
+from fluxloop.signals import INTERRUPTED
 from fluxloop.state import SharedState, State, StepState
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from fluxloop.history import INTERRUPTED, TERMINATED
-
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
 
+INTERRUPTED, TERMINATED = "interrupted (Ctrl+C)", "terminated (SIGTERM)"
+"""Reasons of fits that are to go on another time."""
 EXIT_CODE = 128 + signal.SIGTERM
 """The status of a process that SIGTERM has ended, as a shell tells it."""
 GRACE = 5.0
@@ -68,6 +68,7 @@ class _Interrupts:
         self._learner = learner
 
     def __call__(self, number: int, frame: object) -> None:
+        """Ask for the end; a second Ctrl+C is Python's again."""
         self._learner.stop_requested = INTERRUPTED
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -85,6 +86,7 @@ class Terminates:
         self.timer = threading.Timer(0, lambda: None)
 
     def __call__(self, number: int, frame: object) -> None:
+        """Ask for the end; end waiting for a batch when that has lasted too long."""
         self.came, self._learner.stop_requested = True, TERMINATED
         if self._late and is_waiting(self._learner):
             raise StopWaiting

@@ -25,9 +25,9 @@ from fluxloop import Callback, EpochBegin, Learner, Phase, Recorder, StepBegin, 
 from fluxloop import folder as files
 from fluxloop.callbacks.checkpointer import Checkpointer
 from fluxloop.callbacks.scheduler import Scheduler
-from fluxloop.history import INTERRUPTED
 from fluxloop.hyperparameters import LearningRate
 from fluxloop.schedules import cosine
+from fluxloop.signals import INTERRUPTED
 from fluxloop.testing import _parts
 
 EPOCHS = 8

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fluxloop import folder as folder_module
 from fluxloop.errors import CheckpointError
 from fluxloop.folder import LATEST, MARKER, Folder, find_state, name_of, read, write
 from fluxloop.testing import bits, toy_learner
@@ -186,6 +187,7 @@ def test_a_file_that_may_not_grow_is_told_by_a_real_system(tmp_path: Path) -> No
 import resource, sys
 import torch
 from pathlib import Path
+from fluxloop import folder as folder_module
 from fluxloop.errors import CheckpointError
 from fluxloop.folder import write
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -361,3 +363,63 @@ def test_a_file_that_is_not_there_begins_no_new_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"epoch-0003-step-00000012-phase-0.pt"):
         learner.fit(1, resume=tmp_path / name_of((3, 12, 0)))
     assert learner.history.cycles == 0
+
+
+# Locks
+
+
+HOLDER = """
+import sys
+from fluxloop.folder import Folder
+folder = Folder(sys.argv[1])
+folder.claim()
+release = folder.lock()
+print("locked", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start another process that holds the lock of a folder."""
+    root = str(Path(folder_module.__file__).parent.parent)
+    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "locked"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_folder_that_a_living_process_writes_to_is_refused_with_that_process(
+    tmp_path: Path, holder: subprocess.Popen[str]
+) -> None:
+    half = tmp_path / f".{name_of((2, 8, 0))}.{holder.pid}.tmp"
+    half.write_text("half")
+    folder = Folder(tmp_path)
+    folder.claim()
+    with pytest.raises(CheckpointError, match=rf"is being written to by process {holder.pid} on .*; wait until"):
+        folder.lock()
+    assert half.exists()  # of a file that is being written
+    holder.kill()
+    holder.wait()
+    folder.lock()()
+    assert not half.exists()
+
+
+def test_a_lock_is_held_by_one_fit_of_a_process_and_given_back(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.claim()
+    release = folder.lock()
+    folder.claim()  # looking at it takes nothing away
+    with pytest.raises(CheckpointError, match=rf"by this process \({os.getpid()}\), in another fit"):
+        folder.lock()
+    release()
+    folder.lock()()

@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "nested",
         "randomness",
         "schedules",
+        "signals",
     ),
     (
         "access",
@@ -93,6 +94,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "callbacks.progress",
         "callbacks.recorder",
         "callbacks.sanity_check",
+        "callbacks.stall_report",
         "callbacks.stop_on_nan_loss",
         "callbacks.swa",
         "callbacks.unfreeze",

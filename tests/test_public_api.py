@@ -154,6 +154,7 @@ PUBLIC = [
     "SimCLRPhase",
     "SimSiamPhase",
     "SmoothLoss",
+    "StallReport",
     "StateAccessError",
     "StepBegin",
     "StepEnd",

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fluxloop.callbacks.sanity_check import Check, SanityCheck
     from fluxloop.callbacks.scheduler import Scheduler
     from fluxloop.callbacks.set_epoch import SetEpoch
+    from fluxloop.callbacks.stall_report import StallReport
     from fluxloop.callbacks.stop_on_nan_loss import StopOnNaNLoss
     from fluxloop.callbacks.swa import StochasticWeightAveraging
     from fluxloop.callbacks.traces import Traces
@@ -80,6 +81,7 @@ __all__ = [
     "SanityCheck",
     "Scheduler",
     "SetEpoch",
+    "StallReport",
     "StochasticWeightAveraging",
     "StopOnNaNLoss",
     "Timer",
@@ -121,6 +123,7 @@ if not TYPE_CHECKING:  # so that type checkers see misspelt names
             "scheduler": "Scheduler",
             "set_epoch": "SetEpoch",
             "stop_on_nan_loss": "StopOnNaNLoss",
+            "stall_report": "StallReport",
             "swa": "StochasticWeightAveraging",
             "traces": "Traces",
             "unfreeze": "Unfreeze",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from attrs import define
+from attrs import define, field
 
 from fluxloop.callback import Callback, on
 from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.progress import ProgressBar
 from fluxloop.callbacks.recorder import Recorder
+from fluxloop.errors import shown
 from fluxloop.events import EpochEnd, FitBegin
 from fluxloop.phase import Phase, ProbePhase
 from fluxloop.state import name_of
@@ -27,10 +28,12 @@ class MetricsPrinter(Callback):
     """
 
     digits: int = 4
+    _is_silent: bool = field(default=False, init=False, repr=False)
 
     reads = ("cbstate.history", "cbstate.metrics")
     run_after = (Recorder, Metrics, ProgressBar)
     draws = False
+    transient = ("_is_silent",)
 
     @on(FitBegin)
     def print_resumed(self, event: FitBegin, phase: Phase, learner: Any) -> None:
@@ -39,7 +42,7 @@ class MetricsPrinter(Callback):
             done = (
                 f"{name_of(each)} {c.epochs} epochs, {c.steps} steps" for each, c in learner.cbstate.history.items()
             )
-            print(f"resumed after {'; '.join(done) or 'nothing'}")
+            self._print(f"resumed after {'; '.join(done) or 'nothing'}")
 
     @on(EpochEnd)
     def print_epoch(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
@@ -53,4 +56,9 @@ class MetricsPrinter(Callback):
             for name, series in of_phase.epochs.items()
             if series and series[-1][0] == epoch and isinstance(series[-1][1], float)
         ]
-        print(f"{name_of(phase):<18} epoch {epoch:<4} {'   '.join(values)}".rstrip())
+        self._print(f"{name_of(phase):<18} epoch {epoch:<4} {'   '.join(values)}".rstrip())
+
+    def _print(self, line: str) -> None:
+        """Print a line, until standard output is gone."""
+        if not self._is_silent:
+            self._is_silent = not shown("MetricsPrinter", lambda: print(line))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from time import monotonic
 from typing import Any, TextIO
@@ -11,6 +12,7 @@ from attrs import define, field
 from tqdm.auto import tqdm
 
 from fluxloop.callback import Callback, on
+from fluxloop.errors import shown
 from fluxloop.events import EpochBegin, EpochEnd, StepEnd
 from fluxloop.phase import Phase
 from fluxloop.randomness import preserved
@@ -27,8 +29,8 @@ def in_notebook() -> bool:
 class _Bar:
     """The bar of one epoch: what tqdm shows, how many steps it has seen, when it is due, its numbers."""
 
-    shown: Any
     due: float
+    shown: Any = None
     seen: int = 0
     numbers: dict[str, str] = field(factory=dict)
 
@@ -60,26 +62,32 @@ class ProgressBar(Callback):
     interval: float = 0.1
     file: TextIO | None = field(default=None, repr=False)
     _open: list[_Bar] = field(factory=list, init=False, repr=False)
+    _is_silent: bool = field(default=False, init=False, repr=False)
 
     reads = ("num_batches", "cbstate")
     draws = False
-    transient = ("_open",)
+    transient = ("_open", "_is_silent")
 
     def is_shown(self) -> bool:
         """Tell whether bars are shown."""
-        if self.enabled is not None:
-            return self.enabled
-        return in_notebook() or (self.file or sys.stderr).isatty()
+        if self.enabled is False:
+            return False
+        stream = self.file or sys.stderr
+        if stream is None or getattr(stream, "closed", False):
+            return in_notebook()
+        return bool(self.enabled) or in_notebook() or stream.isatty()
 
     @on(EpochBegin)
     def open(self, event: EpochBegin, phase: Phase, learner: Any) -> None:
         """Open a bar, to be closed when the epoch ends."""
-        if not self.is_shown():
+        if self._is_silent or not self.is_shown():
             return
         epoch = learner.cbstate.history[phase].epochs + 1 if "history" in learner.cbstate else None
         title = name_of(phase) + (f" {epoch}" if epoch else "")
-        bar = _Bar(
-            tqdm(
+        bar = _Bar(due=monotonic() + self.interval)
+
+        def show() -> None:
+            bar.shown = tqdm(
                 total=learner.num_batches,
                 desc=title,
                 leave=False,
@@ -87,11 +95,17 @@ class ProgressBar(Callback):
                 file=self.file or sys.stderr,
                 mininterval=0,  # refreshes are asked for when they are due
                 miniters=1,
-            ),
-            due=monotonic() + self.interval,
-        )
-        self._open.append(bar)
-        learner.defer(partial(self._take_away, bar))
+            )
+
+        if self._shows(show):
+            self._open.append(bar)
+            learner.defer(partial(self._take_away, bar))
+
+    def _shows(self, show: Callable[[], object]) -> bool:
+        """Write something of a bar; where that cannot be written, show none from now on."""
+        if not self._is_silent:
+            self._is_silent = not shown("ProgressBar", show)
+        return not self._is_silent
 
     @on(StepEnd)
     def advance(self, event: StepEnd, phase: Phase, learner: Any) -> None:
@@ -110,17 +124,17 @@ class ProgressBar(Callback):
                 if getattr(value, "numel", lambda: 0)() == 1:
                     learner.host(value, partial(bar.note, name))
         bar.shown.set_postfix(bar.numbers, refresh=False)
-        bar.catch_up()
+        self._shows(bar.catch_up)
         bar.due = monotonic() + self.interval
 
     @on(EpochEnd)
     def close(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
         """Take the bar away before others print about the epoch."""
         if self._open:
-            self._open[-1].catch_up()
+            self._shows(self._open[-1].catch_up)
             self._take_away(self._open[-1])
 
     def _take_away(self, bar: _Bar) -> None:
         if bar in self._open:
             self._open.remove(bar)
-            bar.shown.close()
+            self._shows(bar.shown.close)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fluxloop.callback import Callback, on
-from fluxloop.errors import SanityCheckError, describe
+from fluxloop.errors import SanityCheckError, describe, warn_user
 from fluxloop.events import EpochBegin
 from fluxloop.feed import untouched
 from fluxloop.models import to_device_of
@@ -99,7 +98,7 @@ class SanityCheck(Callback):
             raise SanityCheckError(report)
         self._done = True
         if failed:
-            warnings.warn(report, stacklevel=2)
+            warn_user(report)
 
     def __repr__(self) -> str:
         return f"SanityCheck({', '.join(check.name for check in self.checks)})"

@@ -19,11 +19,11 @@ from fluxloop.callback import Callback, on
 from fluxloop.errors import DataError, ModelError, describe
 from fluxloop.events import EpochBegin, EpochEnd, FitEnd, StepEnd
 from fluxloop.feed import untouched
-from fluxloop.history import INTERRUPTED, TERMINATED
 from fluxloop.models import copied_weights, to_device_of
 from fluxloop.modes import switch_modes
 from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from fluxloop.randomness import drawing, stream_seed
+from fluxloop.signals import INTERRUPTED, TERMINATED
 
 Forward = Callable[[nn.Module, Any], object]
 

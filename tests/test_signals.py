@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fluxloop
+from fluxloop import Checkpointer, CustomCallback, Recorder, StepBegin, TrainingPhase, UnsafeCallback, on
+from fluxloop.folder import Folder
+from fluxloop.testing import EventRecorder, assert_same_bits, toy_learner
+
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, [str(Path(fluxloop.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    ),
+}
+
+
+class Signal(UnsafeCallback):
+    """Sends this process a signal in a step of training, counted from 1."""
+
+    def __init__(self, number: int, step: int) -> None:
+        self.number, self.step = number, step
+
+    @on(StepBegin, TrainingPhase)
+    def send(self, event: StepBegin, phase: TrainingPhase, learner: Any) -> None:
+        if learner.history[type(phase)].steps + 1 == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def test_sigterm_ends_a_fit_without_a_checkpointer_in_good_order_too() -> None:
+    events = EventRecorder()
+    learner = toy_learner(Recorder(), Signal(signal.SIGTERM, 3), events)
+    with pytest.raises(SystemExit) as exit:
+        learner.fit(3)
+    assert exit.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert learner.history.stop_reason == "terminated (SIGTERM)"
+    assert learner.history[TrainingPhase].steps == 3
+    assert events.events[-1] == "FitEnd"
+
+
+def test_an_error_in_a_fit_that_is_being_terminated_is_not_lost() -> None:
+    def fail(learner: Any) -> None:
+        if learner.stop_requested:
+            raise ZeroDivisionError("on purpose")
+
+    class Fails(Signal):
+        @on(fluxloop.StepEnd, TrainingPhase)
+        def end(self, event: Any, phase: Any, learner: Any) -> None:
+            fail(learner)
+
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        toy_learner(Recorder(), Fails(signal.SIGTERM, 2)).fit(1)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="the system has no such signal")
+def test_sigusr1_writes_a_checkpoint_and_training_goes_on(tmp_path: Path) -> None:
+    plain = toy_learner(Recorder())
+    plain.fit(2)
+    files: list[list[int]] = []
+
+    def look(learner: Any) -> None:
+        files.append([progress[1] for progress, _ in Folder(tmp_path).files()])
+
+    asked = toy_learner(
+        Recorder(),
+        Signal(signal.SIGUSR1, 3),
+        Checkpointer(tmp_path, keep_last=None),
+        CustomCallback(look, StepBegin, TrainingPhase),
+    )
+    assert asked.fit(2).stop_reason is None
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    assert (files[2], files[3]) == ([0], [3])
+    assert_same_bits(plain, asked)
+
+
+HANGS = """
+import json, os, sys, time
+import torch
+from functools import partial
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from fluxloop import *
+from fluxloop import signals
+
+signals.GRACE = 0.3
+folder, hangs = sys.argv[1], sys.argv[2] == "hangs"
+torch.set_num_threads(1)
+
+class Rows(Dataset):
+    def __len__(self):
+        return 12
+    def __getitem__(self, index):
+        if hangs and index == 9:
+            print("hangs", flush=True)
+            time.sleep(60)
+        return torch.full((1,), float(index)) + torch.rand(1), torch.ones(1)
+
+torch.manual_seed(0)
+loader = DataLoader(Rows(), batch_size=2, num_workers=1, prefetch_factor=1)
+sgd = partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
+learner = Learner(
+    nn.Sequential(nn.Dropout(0.2), nn.Linear(1, 1)), nn.functional.mse_loss, data=(loader,), optimizer=sgd, seed=0,
+    callbacks=[Recorder(), Checkpointer(folder)], default_callbacks=False, accelerator=Accelerator("cpu"),
+)
+learner.fit(1, resume=folder)
+print(json.dumps([learner.model[1].weight.item(), learner.history[TrainingPhase].steps]))
+"""
+
+
+def run(folder: Path, how: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", HANGS, str(folder), how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+def test_sigterm_ends_a_process_whose_next_batch_never_comes_and_loses_no_step(tmp_path: Path) -> None:
+    process = run(tmp_path / "killed", "hangs")
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline().strip() == "hangs"
+        while not any(progress[1] == 0 for progress, _ in Folder(tmp_path / "killed").files()):
+            pass  # the run has begun
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143, errors
+    (left, *_) = reversed(Folder(tmp_path / "killed").files())
+    assert left[0][1] > 0, "the last complete step was not kept"
+    ends = []
+    for folder in ("killed", "whole"):
+        out, errors = run(tmp_path / folder, "mended").communicate(timeout=60)
+        ends.append(json.loads(out))
+    assert ends[0] == ends[1]
+    assert ends[0][1] == 6
+
+
+STREAMS = """
+import json, os, sys, warnings
+import torch
+from fluxloop import *
+from fluxloop.testing import toy_learner
+
+how, result = sys.argv[1], sys.argv[2]
+learner = toy_learner(Recorder(), Metrics(), ProgressBar(enabled=True, interval=0.0), MetricsPrinter(), SanityCheck())
+told = []
+def note(message, *rest, **more):
+    told.append(str(message))
+warnings.showwarning = note
+read, write = os.pipe()
+if how == "none":
+    sys.stdout = sys.stderr = None
+elif how == "closed":
+    sys.stdout.close(); sys.stderr.close()
+elif how == "descriptors":
+    os.close(1); os.close(2)
+elif how == "pipe":
+    os.close(read); os.dup2(write, 1); os.dup2(write, 2)
+learner.fit(2)
+with open(result, "w") as file:
+    json.dump({"weights": [p.tolist() for p in learner.model.parameters()], "told": told}, file)
+if how != "untouched":
+    os._exit(0)  # at its end Python itself flushes to what is gone
+"""
+
+
+def test_streams_that_are_gone_do_not_end_a_training(tmp_path: Path) -> None:
+    results = {}
+    for how in ("untouched", "none", "closed", "descriptors", "pipe"):
+        path = tmp_path / how
+        done = subprocess.run(
+            [sys.executable, "-u", "-c", STREAMS, how, str(path)], capture_output=True, text=True, env=ENVIRONMENT
+        )
+        assert done.returncode == 0, done.stderr
+        results[how] = json.loads(path.read_text())
+    weights = [result["weights"] for result in results.values()]
+    assert all(other == weights[0] for other in weights)
+    assert results["untouched"]["told"] == []
+    for how in ("closed", "descriptors", "pipe"):
+        told = [message for message in results[how]["told"] if "falls silent" in message]
+        assert len(told) == len({message.split()[0] for message in told}) > 0  # each says so once
