@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from inspect import signature
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,21 @@ from attrs import frozen
 from fluxloop.access import covers, dotted, parse, view_of
 from fluxloop.assign import adopt
 from fluxloop.callback import Callback, Handler, watchers
-from fluxloop.errors import CancelEpochException, CancelFittingException, CancelSignal, StateAccessError, annotate
+from fluxloop.errors import (
+    CancelEpochException,
+    CancelFittingException,
+    CancelSignal,
+    StateAccessError,
+    annotate,
+    warn_user,
+)
 from fluxloop.events import FIT_EVENTS, GRADIENT_EVENTS, Event, FitEnd, event_types
 from fluxloop.graph import CallbackGraph, Node, touches
 from fluxloop.loop import Handle, locate
 from fluxloop.outlook import note_directions
 from fluxloop.persist import Kept
 from fluxloop.phase import FittingPhase, Phase
-from fluxloop.randomness import Stream, between_steps, putting_back, with_own_stream
+from fluxloop.randomness import Stream, between_steps, noticing, putting_back, with_own_stream
 from fluxloop.view import make_view
 
 if TYPE_CHECKING:
@@ -61,6 +69,7 @@ class Callbacks:
         self._views: dict[str, Any] = {}
         self._tables: dict[type[Phase], Table] = {}
         self._kept: dict[str, tuple[Kept, list[Kept]]] = {}
+        self._told_drawing: set[str] = set()
         self.version = next(_versions)
         """Another number, of all learners', after each change of the callbacks or their handlers."""
 
@@ -186,11 +195,27 @@ class Callbacks:
         draws = node.callback.draws
         if draws:
             return with_own_stream(call, lambda: self._learner.streams[f"callback/{node.id}"])
-        if draws is None and (event.inside_step or event in FIT_EVENTS):
+        inside = event.inside_step or event in FIT_EVENTS
+        if node.callback.unwrapped.draws is None and changes_training(node) and (inside or event.inside_epoch):
+            call = noticing(call, lambda: self._tell_drawing(node, event), numpy_too=inside)
+        if draws is None and inside:
             return putting_back(call)
         if draws is None and event.inside_epoch:
             return between_steps(call, lambda: self._learner.streams[f"callback/{node.id}/apart"])
         return call
+
+    def _tell_drawing(self, node: Node, event: type[Event]) -> None:
+        """Warn, once, that what a handler writes may rest on random numbers that others draw too."""
+        if node.id in self._told_drawing:
+            return
+        self._told_drawing.add(node.id)
+        cls, paths = type(node.callback.unwrapped), ", ".join(map(dotted, node.access.writes))
+        is_argument = "draws" in signature(cls).parameters
+        line = f"{cls.__name__}(..., draws=True)" if is_argument else f"draws = True in the class {cls.__name__}"
+        warn_user(
+            f"{node.id} draws random numbers at {event.__name__} and writes {paths}: the step, and others like it, "
+            f"draw the same numbers there. For a stream of its own write {line}"
+        )
 
     def obstacles(self, phase: type[Phase]) -> list[str]:
         """Say who keeps a phase's steps from being one graph: callbacks with event and paths, or its own step."""
@@ -321,6 +346,11 @@ class Callbacks:
 
     def __repr__(self) -> str:
         return f"Callbacks({' → '.join(self.order)})"
+
+
+def changes_training(node: Node) -> bool:
+    """Tell whether a callback writes more than what callbacks share."""
+    return any(path[:1] != ("cbstate",) for path in node.access.writes)
 
 
 def watch(node: Node, former: dict[int, Kept]) -> tuple[Kept, list[Kept]]:

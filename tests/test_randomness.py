@@ -10,8 +10,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluxloop import seed_everything, start_generators, stream_seed
+from fluxloop import (
+    AbstractTrainingPhase,
+    Callback,
+    ConditionalCallback,
+    CustomCallback,
+    Event,
+    FitBegin,
+    LossBegin,
+    Phase,
+    StepBegin,
+    StepEnd,
+    on,
+    seed_everything,
+    start_generators,
+    stream_seed,
+)
 from fluxloop.randomness import (
+    NOTICED,
     Stream,
     Streams,
     between_steps,
@@ -20,6 +36,7 @@ from fluxloop.randomness import (
     start_step,
     with_own_stream,
 )
+from fluxloop.testing import toy_learner
 
 SEEDS = st.integers(0, 2**32 - 1)
 OWNERS = st.text(max_size=12)
@@ -260,3 +277,94 @@ def test_an_own_stream_gives_other_numbers_at_each_call_and_the_same_in_each_run
     first = numbers()
     assert len(set(first)) == 3
     assert numbers() == first
+
+
+# Handlers that draw
+
+
+DRAWING: dict[str, Callable[[], float]] = {
+    "torch": lambda: torch.rand(()).item(),
+    "NumPy": lambda: float(np.random.rand()),
+    "Python": random.random,
+}
+
+
+def noise(draw: Callable[[], float], event: type[Event], from_call: int = 0, **declared: Any) -> CustomCallback:
+    calls: list[int] = []
+
+    def add(learner: Any) -> None:
+        calls.append(1)
+        if len(calls) > from_call:
+            draw()
+
+    return CustomCallback(add, event, AbstractTrainingPhase, **{"reads": (), "writes": ("step.noise",), **declared})
+
+
+@pytest.mark.parametrize("event", [StepBegin, LossBegin, StepEnd], ids=lambda event: event.__name__)
+@pytest.mark.parametrize("kind", ["torch", "Python"])
+def test_a_handler_that_writes_and_draws_is_told_once_to_say_so(kind: str, event: type[Event]) -> None:
+    learner = toy_learner(noise(DRAWING[kind], event))
+    words = (
+        rf"CustomCallback draws random numbers at {event.__name__} and writes step.noise: .*CustomCallback\(..., draws="
+    )
+    with pytest.warns(UserWarning, match=words) as told:
+        learner.fit(2)
+    assert len(told) == 1
+
+
+def test_numpys_numbers_in_the_middle_of_a_step_are_told_and_between_two_steps_they_are_ones_own() -> None:
+    with pytest.warns(UserWarning, match="draws random numbers at LossBegin"):
+        toy_learner(noise(DRAWING["NumPy"], LossBegin)).fit(1)
+    toy_learner(noise(DRAWING["NumPy"], StepBegin)).fit(1)  # warnings are errors here
+
+
+def test_a_class_is_told_the_line_to_add_and_with_it_two_of_them_draw_different_numbers() -> None:
+    class Noise(Callback):
+        def __init__(self, entry: str) -> None:
+            super().__init__(name=entry)
+            self.writes = (f"step.{entry}",)  # type: ignore[misc]  # of this one
+            self.seen: list[float] = []
+
+        @on(StepBegin, AbstractTrainingPhase)
+        def add(self, event: Event, phase: Phase, learner: Any) -> None:
+            self.seen.append(torch.rand(()).item())
+
+    class OwnNoise(Noise):
+        draws = True
+
+    first, second = Noise("a"), Noise("b")
+    with pytest.warns(UserWarning, match="write draws = True in the class Noise") as told:
+        toy_learner(first, second).fit(2)
+    assert len(told) == 2
+    assert first.seen == second.seen
+    first, second = OwnNoise("a"), OwnNoise("b")
+    toy_learner(first, second).fit(1)
+    assert not set(first.seen) & set(second.seen)
+
+
+def test_whoever_draws_and_only_watches_has_a_stream_or_promises_not_to_draw_is_told_nothing() -> None:
+    torchs = DRAWING["torch"]
+    toy_learner(
+        noise(torchs, StepEnd, writes=(), name="watches"),
+        noise(torchs, LossBegin, draws=True, name="owns"),
+        noise(torchs, LossBegin, writes=("cbstate.noise",), name="records"),
+        noise(lambda: 0.0, LossBegin, writes=("step.more",), name="draws nothing"),
+    ).fit(1)
+
+
+def test_a_condition_that_draws_is_not_taken_for_its_callback() -> None:
+    quiet = noise(lambda: 0.0, StepEnd, draws=False)
+    toy_learner(ConditionalCallback(quiet, lambda event, phase: random.random() < 0.5)).fit(1)
+
+
+def test_the_first_calls_alone_are_looked_at() -> None:
+    batches = len(list(toy_learner().data.training))
+    toy_learner(noise(DRAWING["torch"], StepEnd, from_call=NOTICED)).fit(NOTICED // batches + 2)
+    with pytest.warns(UserWarning, match="draws random numbers at StepEnd"):
+        toy_learner(noise(DRAWING["torch"], StepEnd, from_call=NOTICED - 1)).fit(NOTICED // batches + 2)
+
+
+def test_a_handler_of_the_fits_own_events_is_told_too() -> None:
+    draw = CustomCallback(lambda learner: torch.rand(()), FitBegin, reads=(), writes=("model",))
+    with pytest.warns(UserWarning, match="draws random numbers at FitBegin and writes model"):
+        toy_learner(draw).fit(1)

@@ -23,6 +23,8 @@ class CustomCallback(Callback):
         reads: Paths it reads; None: everything.
         writes: Paths it writes.
         run_after: Callback types that run before it.
+        draws: Whether the function draws random numbers, and gets a stream of its own; None: what it
+            draws is put back.
         name: Tells two of them apart.
 
     Raises:
@@ -42,6 +44,7 @@ class CustomCallback(Callback):
         reads: Sequence[str] | None = None,
         writes: Sequence[str] = (),
         run_after: Sequence[type[Callback]] = (),
+        draws: bool | None = None,
         name: str | None = None,
     ) -> None:
         if not callable(f):
@@ -57,6 +60,7 @@ class CustomCallback(Callback):
         self.reads = ("*",) if reads is None else reads  # type: ignore[misc]  # computed per instance
         self.writes = writes  # type: ignore[misc]  # computed per instance
         self.run_after = run_after  # type: ignore[misc]  # computed per instance
+        self.draws = draws  # type: ignore[misc]  # computed per instance
 
     def handles(self) -> list[tuple[type[Event], type[Phase]]]:
         """Give the one event and phase it is for."""
