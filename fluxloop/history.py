@@ -15,6 +15,34 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+MOST_PARTS = 20
+"""How many numbers of a vector are shown and logged each by itself."""
+
+
+def numbers_in(name: str, value: Any) -> dict[str, float]:
+    """Return the numbers in a recorded value by the names under which they are shown and logged.
+
+    A number is one; a vector of up to 20 numbers, such as the accuracy of each class, is one for
+    each part, ``"accuracy/0"``, ``"accuracy/1"``, …. Nothing else has any.
+
+    >>> numbers_in("accuracy", [0.5, 1.0])
+    {'accuracy/0': 0.5, 'accuracy/1': 1.0}
+    """
+    if isinstance(value, (int, float)):
+        return {name: value}
+    parts = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(parts, (list, tuple)) or not 0 < len(parts) <= MOST_PARTS:
+        return {}
+    if not all(isinstance(part, (int, float)) for part in parts):
+        return {}
+    return {f"{name}/{index}": part for index, part in enumerate(parts)}
+
+
+def shown_as(number: float, digits: int) -> str:
+    """Return a number as people read it: whole numbers whole, others with so many significant digits."""
+    return str(number) if isinstance(number, int) else f"{number:.{digits}g}"
+
+
 @define
 class Counts(Container):
     """How much of one phase has run; cancelled steps are not counted.
@@ -125,7 +153,11 @@ class History(Container):
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError("history.plot() needs matplotlib: pip install 'torch-fluxloop[plot]'") from error
-        rows = [row for row in self.rows() if isinstance(row["value"], float)]
+        rows = [
+            {**row, "metric": name, "value": number}
+            for row in self.rows()
+            for name, number in numbers_in(row["metric"], row["value"]).items()
+        ]
         names = list(dict.fromkeys(row["metric"] for row in rows))
         if not names:
             raise MetricError("no metric was recorded; fit with the Metrics callback (a default one) first")
@@ -143,9 +175,9 @@ class History(Container):
         counts = vars(self._shared).get("history", {})
         parts = [f"{name_of(phase)}: {c.epochs} epochs, {c.steps} steps" for phase, c in counts.items()]
         latest = [
-            f"{name}: {series[-1][1]:.4g}"
+            f"{part}: {shown_as(number, 4)}"
             for name, series in all_series(vars(self._shared).get("metrics", {})).items()
-            if isinstance(series[-1][1], float)
+            for part, number in numbers_in(name, series[-1][1]).items()
         ]
         stopped = [f"stopped: {self.stop_reason}"] if self.stop_reason else []
         return f"History({'; '.join([*parts, *latest, *stopped, f'seed {self.seed}'])})"

@@ -245,7 +245,8 @@ def test_plot_leaves_out_values_that_are_no_numbers() -> None:
 
         def reset(self) -> None: ...
 
-    history = recorded(1, Metric(Confusion(), name="confusion"))
+    with pytest.warns(UserWarning, match="the metrics 'confusion' .* are kept in the history"):
+        history = recorded(1, Metric(Confusion(), name="confusion"))
     assert history["training/confusion"][0].shape == (2, 2)
     assert [axes.get_title() for axes in history.plot().axes] == ["loss"]
 

@@ -14,6 +14,7 @@ from fluxloop.callback import Callback, on
 from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.events import EpochEnd, FitBegin
+from fluxloop.history import numbers_in
 from fluxloop.logging.backend import Backend, log_to
 from fluxloop.logging.loggables import Loggable
 from fluxloop.logging.text_files import csv_line
@@ -135,8 +136,8 @@ class CSVLogger(Callback):
         row = {"epoch": epoch, "set": counts.label}
         for source in (phase, ProbePhase) if phase.gradients else (phase,):
             for name, series in learner.cbstate.metrics[source].epochs.items():
-                if series and series[-1][0] == epoch and isinstance(series[-1][1], (int, float)):
-                    row[name] = series[-1][1]
+                if series and series[-1][0] == epoch:
+                    row |= numbers_in(name, series[-1][1])
         log_to(self._table, _Row(row), "row", epoch)
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from fluxloop.callbacks.metrics import Metrics, seen_by
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import CallbackTypeError, describe
 from fluxloop.events import EpochBegin, EpochEnd, FitBegin, StepEnd
+from fluxloop.history import numbers_in
 from fluxloop.logging.backend import Backend, log_to
 from fluxloop.logging.loggables import HyperParameters, Loggable, Scalar, loggable
 from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase
@@ -157,8 +158,9 @@ class LogMetrics(LogCallback):
             sources.append((ProbePhase, ProbePhase.data_key))
         for source, label in sources:
             for name, series in learner.cbstate.metrics[source].epochs.items():
-                if series and series[-1][0] == epoch and isinstance(series[-1][1], (int, float)):
-                    self.log(Scalar(series[-1][1]), name, epoch, ("epoch", label))
+                for part, number in numbers_in(name, series[-1][1]).items() if series else ():
+                    if series[-1][0] == epoch:
+                        self.log(Scalar(number), part, epoch, ("epoch", label))
         self.flush(event, phase, learner)
 
 

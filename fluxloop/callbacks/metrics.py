@@ -12,6 +12,7 @@ from fluxloop.callback import Callback, on
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import MetricError, annotate, describe, warn_user
 from fluxloop.events import EpochBegin, EpochEnd, FitEnd, StepEnd
+from fluxloop.history import MOST_PARTS, numbers_in
 from fluxloop.metrics.base import Loss, Metric, SmoothLoss, Tracker
 from fluxloop.metrics.expected import expected_of
 from fluxloop.monitor import Expected
@@ -60,7 +61,7 @@ class PhaseMetrics(Container):
         return {name: value for _, tracker in self.trackers for name, value in tracker.latest().items()}
 
     def record(self, name: str, epoch: int, value: Any, source: str) -> None:
-        """Keep an epoch's value: a scalar as a float, another tensor on the CPU; a second one replaces the first.
+        """Keep an epoch's value: a scalar as a number, another tensor on the CPU; a second one replaces the first.
 
         Args:
             name: Of the metric.
@@ -78,6 +79,8 @@ class PhaseMetrics(Container):
             )
         if isinstance(value, Tensor):
             value = value.item() if value.numel() == 1 else value.detach().cpu()
+        elif getattr(value, "size", 0) == 1 and hasattr(value, "item"):  # of NumPy's
+            value = value.item()
         series = self.epochs.setdefault(name, [])
         if series and series[-1][0] == epoch:
             series.pop()
@@ -153,6 +156,8 @@ class Metrics(Callback):
         self.metrics = given
         self.found: set[str] = set()
         """Names of optional metrics whose inputs a step has had."""
+        self.unseen: set[str] = set()
+        """Names of metrics of which it was said that nothing shows them."""
         names = [metric.name for metric in given]
         for metric_name in names:
             if names.count(metric_name) > 1:
@@ -211,16 +216,34 @@ class Metrics(Callback):
         self.found.update(m.name for m, t in metrics.trackers if isinstance(m, Metric) and m.optional and t.started)
 
     @on(FitEnd, FittingPhase)
-    def tell_absent(self, event: FitEnd, phase: FittingPhase, learner: Any) -> None:
-        """Warn of optional metrics whose inputs no step had: a misspelt name would never be noticed."""
-        ran = any(m.trackers for m in learner.cbstate.metrics.values())
-        for metric in self.metrics if ran and event.error is None else ():
+    def tell(self, event: FitEnd, phase: FittingPhase, learner: Any) -> None:
+        """Warn once of what would never be noticed: metrics that had no inputs, and values that nobody shows."""
+        if event.error is None:
+            self._tell_absent(learner.cbstate.metrics)
+            self._tell_unseen(learner.cbstate.metrics)
+
+    def _tell_absent(self, by_phase: Any) -> None:
+        """Warn of optional metrics whose inputs no step had: the name may be misspelt."""
+        ran = any(metrics.trackers for metrics in by_phase.values())
+        for metric in self.metrics if ran else ():
             if isinstance(metric, Metric) and metric.optional and metric.name not in self.found:
-                self.found.add(metric.name)  # it is said once
+                self.found.add(metric.name)
                 warn_user(
                     f"no step had the inputs {list(metric.inputs)} of the optional metric {metric.name!r}, so it has "
                     "no value; name entries that the phase stores: Metric(..., inputs=(...), optional=True)"
                 )
+
+    def _tell_unseen(self, by_phase: Any) -> None:
+        """Warn of values that hold no numbers to print, plot or log, such as a confusion matrix."""
+        last = {name: series[-1][1] for m in by_phase.values() for name, series in m.epochs.items() if series}
+        unseen = {name: value for name, value in last.items() if not numbers_in(name, value)}
+        if unseen.keys() - self.unseen:
+            self.unseen |= unseen.keys()
+            listed = ", ".join(f"{name!r} ({describe(value)})" for name, value in unseen.items())
+            warn_user(
+                f"the metrics {listed} are kept in the history, and what prints, plots and logs leaves them out; to "
+                f"see them there record numbers, or vectors of up to {MOST_PARTS} of them"
+            )
 
     def __repr__(self) -> str:
         return f"Metrics({', '.join(metric.name for metric in self.metrics)})"

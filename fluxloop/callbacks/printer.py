@@ -12,6 +12,7 @@ from fluxloop.callbacks.progress import ProgressBar
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import shown
 from fluxloop.events import EpochEnd, FitBegin
+from fluxloop.history import numbers_in, shown_as
 from fluxloop.phase import Phase, ProbePhase
 from fluxloop.state import name_of
 
@@ -51,10 +52,11 @@ class MetricsPrinter(Callback):
         metrics = learner.cbstate.metrics
         recorded = [metrics[phase], metrics[ProbePhase]] if phase.gradients else [metrics[phase]]
         values = [
-            f"{name} {series[-1][1]:.{self.digits}g}"
+            f"{part} {shown_as(number, self.digits)}"
             for of_phase in recorded
             for name, series in of_phase.epochs.items()
-            if series and series[-1][0] == epoch and isinstance(series[-1][1], float)
+            if series and series[-1][0] == epoch
+            for part, number in numbers_in(name, series[-1][1]).items()
         ]
         self._print(f"{name_of(phase):<18} epoch {epoch:<4} {'   '.join(values)}".rstrip())
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import csv
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import mse_loss
@@ -15,12 +17,16 @@ from fluxloop import (
     CancelFittingException,
     CancelStepException,
     Checkpointer,
+    CSVLogger,
     CustomCallback,
     Learner,
+    LogMetrics,
     Loss,
+    Memory,
     Metric,
     MetricError,
     Metrics,
+    MetricsPrinter,
     MissingEntryError,
     MissingProducerError,
     PerOptimizerPhase,
@@ -336,3 +342,63 @@ def test_blocks_record_their_losses_under_their_own_names() -> None:
     assert learner.history["training/r1"] == [100]
     assert set(learner.history.metrics[Lazy]) == {"loss", "r1", "smoothloss", "smoothloss_r1"}
     assert learner.history[Lazy].updates == {None: 10}
+
+
+class Gives:
+    """A metric object with a value of its own."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def update(self, preds: torch.Tensor, ys: torch.Tensor) -> None: ...
+
+    def compute(self) -> Any:
+        return self.value
+
+    def reset(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        (torch.tensor(7), {"given": 7}),
+        (12345, {"given": 12345}),
+        (np.float32(0.5), {"given": 0.5}),
+        (torch.tensor([0.25, 1.0]), {"given/0": 0.25, "given/1": 1.0}),
+        (np.array([3, 4]), {"given/0": 3, "given/1": 4}),
+        ([0.5, 0.75], {"given/0": 0.5, "given/1": 0.75}),
+    ],
+    ids=["whole", "large", "numpy", "vector", "array", "list"],
+)
+def test_whole_numbers_and_the_parts_of_vectors_are_shown_plotted_and_logged(
+    value: Any, parts: dict[str, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics, memory = Metrics(Metric(Gives(value), name="given")), Memory()
+    watchers = [MetricsPrinter(), CSVLogger(tmp_path / "log.csv"), LogMetrics(memory)]
+    learner = toy_learner(Recorder(), metrics, *watchers, num_batches=2)
+    learner.fit(1, phases=[TrainingPhase()])
+    printed = capsys.readouterr().out
+    with (tmp_path / "log.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    for name, number in parts.items():
+        text = str(number) if isinstance(number, int) else f"{number:.4g}"
+        assert f"{name} {text}" in printed
+        assert f"training/{name}: {text}" in repr(learner.history)
+        assert float(row[name]) == number
+        assert memory.series(f"epoch/training/{name}") == [(1, number)]
+    titles = [axes.get_title() for axes in learner.history.plot().axes]
+    assert titles == ["loss", *parts]
+
+
+@pytest.mark.parametrize("value", [torch.eye(3), torch.rand(1000), "text"], ids=["table", "long", "text"])
+def test_values_that_nothing_shows_are_named_once(value: Any) -> None:
+    metrics = Metrics(Metric(Gives(value), name="table"), Metric(Gives(value), name="other"))
+    learner = toy_learner(Recorder(), metrics)
+    with pytest.warns(
+        UserWarning, match=r"the metrics 'table' \(.*\), 'other' .* are kept in the history, and"
+    ) as told:
+        learner.fit(1)
+    assert len(told) == 1
+    learner.fit(1)
+    assert learner.history["training/table"][0] is not None
+    assert learner.evaluate().keys() == {"loss", "table", "other"}

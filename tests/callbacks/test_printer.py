@@ -75,7 +75,9 @@ def test_values_that_are_no_numbers_are_left_out(capsys: pytest.CaptureFixture[s
         def compute(self) -> torch.Tensor:
             return torch.zeros(2, 2)
 
-    still_learner(Metric(Confusion(), name="confusion")).fit(1, phases=[TrainingPhase()])
+    learner = still_learner(Metric(Confusion(), name="confusion"))
+    with pytest.warns(UserWarning, match=r"the metrics 'confusion' .* are kept in the history"):
+        learner.fit(1, phases=[TrainingPhase()])
     assert capsys.readouterr().out == "TrainingPhase      epoch 1    loss 0.125\n"
 
 
