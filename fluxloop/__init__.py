@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         Unfreeze,
         throttle,
     )
+    from fluxloop.combined import CombinedLoader
     from fluxloop.data import (
         TensorBatches,
         as_dataloader,
@@ -239,6 +240,7 @@ __all__ = [
     "Check",
     "CheckpointError",
     "Checkpointer",
+    "CombinedLoader",
     "CompileError",
     "ConditionalCallback",
     "Counts",
@@ -426,6 +428,7 @@ if not TYPE_CHECKING:  # so that type checkers see misspelt names
                 "MetricSource MetricsPrinter MixUp Profile ProgressBar Recorder SampleImages SanityCheck Scheduler "
                 "SetEpoch StallReport StochasticWeightAveraging StopOnNaNLoss Timer Traces Unfreeze throttle"
             ),
+            "combined": "CombinedLoader",
             "data": "TensorBatches as_dataloader overfit split",
             "errors": (
                 "AmbiguousHandlerError AssignmentError BatchError CallbackConflictError CallbackCycleError "

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fluxloop.errors import BatchError, describe
 from fluxloop.gradients import add_gradients
-from fluxloop.nested import map_tensors
+from fluxloop.nested import map_tensors, move_object
 from fluxloop.optimizers import step_optimizer
 
 
@@ -52,10 +53,13 @@ class Accelerator:
             model.compile()
 
     def place(self, entries: dict[str, Any]) -> None:
-        """Move every tensor in a step's entries to the device, in nested containers too.
+        """Move every tensor in a step's entries to the device, in nested containers too, and what has ``to(device)``.
 
         To a CUDA device they are copied by a stream of their own, from pinned memory: while the
         device still computes the steps before, of which the host runs ahead.
+
+        Raises:
+            BatchError: An entry cannot be moved; names it.
         """
         device = self.device
         for name, value in entries.items():
@@ -63,7 +67,15 @@ class Accelerator:
                 if value.device != device:
                     entries[name] = self._move(value)
             else:
-                entries[name] = map_tensors(self._move, value)
+                try:
+                    entries[name] = map_tensors(self._move, value, self._move_object)
+                except TypeError as error:
+                    raise BatchError(
+                        f"the entry {name!r}, {describe(value)}, cannot be moved to the device {str(device)!r}: {error}"
+                    ) from error
+
+    def _move_object(self, value: Any) -> Any:
+        return move_object(value, self.device)
 
     def _move(self, tensor: Tensor) -> Tensor:
         if tensor.device == self.device:

@@ -15,11 +15,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from fluxloop.errors import DataError, MissingEntryError, PhaseError
-from fluxloop.feed import untouched
 from fluxloop.fit import check_phase, default_phases, feed
 from fluxloop.inference import aside
 from fluxloop.loop import set_modes
 from fluxloop.models import keep_tensors
+from fluxloop.passes import untouched
 from fluxloop.phase import Phase
 from fluxloop.randomness import preserved
 from fluxloop.updates import Updates

@@ -20,13 +20,15 @@ from fluxloop.access import dotted
 from fluxloop.assign import put
 from fluxloop.callback import Callback
 from fluxloop.errors import CheckpointError, describe, did_you_mean, warn_user
+from fluxloop.fingerprint import fingerprint
 from fluxloop.nested import tensors
 from fluxloop.optimizer_state import load_optimizer, optimizer_differs, optimizer_state, plain_defaults
 from fluxloop.optimizers import parameter_names, parameters_by_name
+from fluxloop.passes import data_state, put_data_back
 from fluxloop.persist import Kept, class_name, is_held, keep, phase_id, put_back, size, snapshot
 from fluxloop.phase import Phase, phase_types
 from fluxloop.signals import INTERRUPTED, TERMINATED
-from fluxloop.sources import keeps_place, put_source_back, source_state
+from fluxloop.sources import source_state
 from fluxloop.state import StepState, name_of
 from fluxloop.view import View
 
@@ -250,12 +252,10 @@ def _data_state(learner: Learner, place: State | None) -> State:
     running = None if place is None or place["feed"] is None else vars(learner.data)[place["feed"]["key"]]
     states: State = {}
     for key, source in vars(learner.data).items():
-        now = source_state(source)
-        states[key] = {**now, "own": None}
+        states[key] = data_state(source, key in learner.begun_data and source is not running, key)
+        states[key]["fingerprint"] = fingerprint(source)
         if source is running and place is not None:
-            states[key] |= {part: place["feed"][part] for part in now}
-        elif keeps_place(source) and key in learner.begun_data:
-            states[key]["own"] = keep(source.state_dict(), f"the {key} data")
+            states[key] |= {part: place["feed"][part] for part in source_state(source)}
     return states
 
 
@@ -413,12 +413,8 @@ def apply(learner: Learner, state: State, *, begun: bool) -> None:
     for kept_phase in learner.kept_phases:
         take_up_state(learner, kept_phase, begun)
     for key, kept in state["data"].items():
-        if key in learner.data:
-            source = vars(learner.data)[key]
-            put_source_back(source, kept)
-            if kept["own"] is not None and keeps_place(source):
-                source.load_state_dict(put_back(kept["own"]))
-                learner.begun_data.add(key)
+        if key in learner.data and put_data_back(vars(learner.data)[key], kept):
+            learner.begun_data.add(key)
 
 
 def _load_module(learner: Learner, module: nn.Module, kept: State, borrowed: Callable[[Any], bool]) -> None:

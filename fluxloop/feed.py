@@ -3,60 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
-from fluxloop.data import TensorBatches
-from fluxloop.errors import CancelFittingException, CheckpointError, DataError, describe
-from fluxloop.persist import keep, put_back
-from fluxloop.phase import Stateful
+from fluxloop.errors import CancelFittingException, CheckpointError, DataError, describe, warn_user
+from fluxloop.fingerprint import differences, fingerprint
+from fluxloop.passes import Pass, obstacle
+from fluxloop.persist import put_back
 from fluxloop.randomness import Stream, Streams, put_generators, start_torch
 from fluxloop.signals import TERMINATED, StopWaiting
-from fluxloop.sources import (
-    Numbers,
-    can_skip,
-    is_loader,
-    iterate,
-    keeps_place,
-    private_state,
-    put_generators_back,
-    put_private_back,
-    put_source_back,
-    put_twin_back,
-    source_state,
-    twin_of,
-)
-
-
-@contextmanager
-def untouched(source: Any, workers_too: bool = True) -> Iterator[None]:
-    """Put a loader's own generators, its waiting workers and its place among epochs back on leaving.
-
-    Its own are those of the loader, its sampler and its batch sampler, and those found in its
-    dataset's attributes and functions.
-
-    Args:
-        source: A loader, or anything.
-        workers_too: Whether persistent workers, which go on drawing from where they are, are left
-            out meanwhile.
-    """
-    state, epoch = source_state(source), source.epoch if isinstance(source, TensorBatches) else 0
-    twin = twin_of(source)
-    both: tuple[Any, ...] = (source, twin) if workers_too else ()
-    loaders = [loader for loader in both if hasattr(loader, "_iterator")]
-    workers = [loader._iterator for loader in loaders]
-    for loader in loaders:
-        loader._iterator = None
-    try:
-        yield
-    finally:
-        put_generators_back(source, state)
-        put_twin_back(source, twin)
-        if isinstance(source, TensorBatches):
-            source.epoch = epoch
-        for loader, iterator in zip(loaders, workers, strict=True):
-            loader._iterator = iterator
+from fluxloop.sources import Numbers
 
 
 class Feed:
@@ -71,6 +27,7 @@ class Feed:
         streams: The learner's streams.
         name: What the data is called in messages; None where the phase needs none.
         before_batch: Called before each batch is fetched.
+        told: Names of data of which it was said that it has not as many batches as its length says.
 
     Attributes:
         count: Batches given in this epoch, those before a checkpoint it goes on from too.
@@ -84,13 +41,15 @@ class Feed:
         streams: Streams,
         name: str | None = None,
         before_batch: Callable[[], object] = lambda: None,
+        told: set[str] | None = None,
     ) -> None:
         self.source = source
         self._owner = owner
         self._streams = streams
         self._name = name
         self._before_batch = before_batch
-        self._begun: dict[str, Any] | None = None
+        self._told = set() if told is None else told
+        self._pass: Pass | None = None
         self._from: dict[str, Any] | None = None
         self.count = 0
         self.limit: int | None = None
@@ -118,31 +77,18 @@ class Feed:
     @property
     def obstacle(self) -> str | None:
         """Why an epoch of this data cannot be resumed in the middle; None where it can."""
-        if can_skip(self.source) or keeps_place(self.source):
-            return None
-        named = f"the {self._name!r} data ({describe(self.source)})"
-        if is_loader(self.source):
-            return (
-                f"{named} cannot be resumed in the middle of an epoch: its dataset draws from generators of its own in "
-                "worker processes; expected it to draw from the global ones, which start from a number of its own for "
-                "each sample, or num_workers=0"
-            )
-        return (
-            f"{named} cannot be resumed in the middle of an epoch; expected tensors, a Dataset, a DataLoader over "
-            "map-style data, or an object with state_dict() and load_state_dict(state)"
-        )
+        return obstacle(self.source, self._name)
 
     def place(self) -> dict[str, Any] | None:
-        """Give where the running epoch is, as plain data; None where it has not begun or cannot be resumed."""
-        if self._begun is None or self.obstacle is not None:
+        """Give where the running epoch is, as plain data; None where it has not begun or cannot be resumed.
+
+        Raises:
+            CheckpointError: The source cannot say where it is.
+        """
+        if self._pass is None or self.obstacle is not None:
             return None
-        own = (
-            {"own": keep(cast(Stateful, self.source).state_dict(), f"the {self._name} data")}
-            if keeps_place(self.source)
-            else {}
-        )
-        now = {"private_now": private_state(self.source)}
-        return {**self._begun, **own, **now, "key": self._name, "batch": self.count, "length": self._length()}
+        place = self._pass.place(self.count, self._name)
+        return {**place, "key": self._name, "length": self._length(), "fingerprint": fingerprint(self.source)}
 
     def go_on(self, place: dict[str, Any]) -> None:
         """Begin the next iteration where another one was."""
@@ -152,7 +98,7 @@ class Feed:
         """Raise where an iteration cannot begin where another one was.
 
         Raises:
-            CheckpointError: The data has another length now, or cannot be resumed.
+            CheckpointError: The data cannot be resumed, or is not the data of then; says what differs.
         """
         length = self._length()
         if self.obstacle is not None or place["length"] != length:
@@ -160,6 +106,13 @@ class Feed:
                 f"the epoch was left after {place['batch']} of {place['length']} batches of the {self._name} data, and "
                 f"there are {length} now ({describe(self.source)}); expected the same data, or a checkpoint of the end "
                 "of an epoch"
+            )
+        differ = differences(place.get("fingerprint", {}), fingerprint(self.source))
+        if differ:
+            raise CheckpointError(
+                f"the epoch was left after {place['batch']} of {length} batches of the {self._name} data "
+                f"({describe(self.source)}), which is not the same now:\n  " + "\n  ".join(differ) + "\nRows would be "
+                "repeated or left out; expected the same data, or a checkpoint of the end of an epoch"
             )
 
     def check(self) -> None:
@@ -170,31 +123,24 @@ class Feed:
     def _empty(self) -> DataError:
         return DataError(
             f"the {self._name} data ({describe(self.source)}) gave no batch; expected at least one: fewer "
-            "rows than batch_size with drop_last=True, or an iterator that was used up before?"
+            "rows than batch_size with drop_last=True, an iterator that was used up before, or a loader with a "
+            "state_dict() that is, once its iteration has ended, still that of the end?"
         )
 
     def __iter__(self) -> Iterator[Any]:
         order, fetch = self._streams[f"{self._owner}/data"], self._streams[f"{self._owner}/fetch"]
         place, self._from = self._from, None
-        self.count = 0
-        if place is not None:
-            put_source_back(self.source, place)
-            self.count = place["batch"]
-            if "own" in place:
-                cast(Stateful, self.source).load_state_dict(put_back(place["own"]))
-        set_epoch = getattr(self.source, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(order.index)
-        self._begun = source_state(self.source)
-        samples = self._streams.apart(f"{self._owner}/sample/{order.index}")
+        epoch = order.index
+        samples = self._streams.apart(f"{self._owner}/sample/{epoch}")
+        self.count = 0 if place is None else place["batch"]
         fetched = fetch.index - max(self.count - 1, 0)
+        fingerprint(self.source)  # before a step may change its rows
         numbers = Numbers(order.next(), lambda batch: fetch.at(fetched + batch - 1), samples.at)
-        start_torch(numbers.order)
-        batches = iterate(self.source, numbers, 0 if keeps_place(self.source) else self.count)
+        self._pass = Pass(self.source, numbers, epoch, place)
+        batches = self._pass.batches
         if place is not None:
             put_generators(put_back(place["global_generators"]))
-            put_private_back(self.source, place["private_now"])
-        if getattr(self.source, "draws_at_fetch", not isinstance(self.source, (list, tuple))):
+        if self._pass.draws_at_fetch:
             batches = self._starting(batches, fetch)
         if self.limit is not None:
             batches = islice(batches, max(self.limit - self.count, 0))
@@ -206,7 +152,34 @@ class Feed:
             before_batch()
         if self.count == 0 and self._name is not None:
             raise self._empty()
-        self._begun = None
+        run, self._pass = self._pass, None
+        if self.count != self.limit:
+            run.end()
+        if self.count != self.limit and not run.went_on:
+            self._check_count(resumed=place is not None)
+
+    def _check_count(self, resumed: bool) -> None:
+        """Say where an epoch had fewer or more batches than the data's length: a warning, once for a learner's data.
+
+        Raises:
+            DataError: The epoch was resumed, so nobody knows whether it went on where it was left.
+        """
+        length = self._length()
+        if length is None or length == self.count or self._name is None:
+            return
+        named = f"the {self._name} data ({describe(self.source)})"
+        said = f"{named} has {length} batches by its len(), and gave {self.count}; "
+        if resumed:
+            raise DataError(
+                f"{said}the epoch was resumed in the middle, and whether it went on where it was left is not known: "
+                "expected as many as its len(). Mend its __len__ or what it iterates"
+            )
+        if self._name not in self._told:
+            self._told.add(self._name)
+            warn_user(
+                f"{said}progress, schedules by epoch and resuming in the middle of an epoch go by its len(): mend its "
+                "__len__, or that of its sampler or data set"
+            )
 
     def _awaiting(self, batches: Iterator[Any], fetch: Stream) -> Iterator[Any]:
         """Wait for each batch, until the process is to end and none comes.

@@ -24,11 +24,13 @@ from fluxloop.errors import (
     warn_user,
 )
 from fluxloop.events import CycleBegin, CycleEnd, FitBegin, FitEnd
-from fluxloop.feed import Feed, untouched
+from fluxloop.feed import Feed
 from fluxloop.folder import find_state
 from fluxloop.history import History
+from fluxloop.loading import is_workers_death, worker_died
 from fluxloop.loop import check_view
 from fluxloop.outlook import check_monitors
+from fluxloop.passes import untouched
 from fluxloop.persist import attributes, phase_id
 from fluxloop.phase import AbstractValidationPhase, Phase, Stateful, check_every, check_name, is_due
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
@@ -306,6 +308,10 @@ def run_epoch(learner: Learner, phase: Phase, data: Any = None, scope: FitScope 
             phase.epoch(learner, batches)
     except CancelEpochException:
         pass  # raised by a handler of EpochBegin, after EpochEnd was fired
+    except RuntimeError as error:
+        if not is_workers_death(error):
+            raise
+        raise worker_died(error) from error
     finally:
         put(learner, "data", kept)
         learner.num_batches, learner.driven = outer
@@ -338,11 +344,13 @@ def feed(learner: Learner, phase: Phase, before_batch: Callable[[], object] = la
                 "learner.epoch(phase, data)"
             )
         key = "" if "" in keys else keys[0]
-        return Feed(vars(learner.data)[key], phase.owner, learner.streams, key or "given", before_batch)
+        return Feed(
+            vars(learner.data)[key], phase.owner, learner.streams, key or "given", before_batch, learner.told_lengths
+        )
     if key not in learner.data:
         known = sorted(vars(learner.data))
         raise DataError(
             f"{type(phase).__name__} runs on the {key!r} data, and there is {known or 'no data'}"
             f"{did_you_mean(key, known)}; give it to the learner, data={{{key!r}: ...}}, or to this call"
         )
-    return Feed(vars(learner.data)[key], phase.owner, learner.streams, key, before_batch)
+    return Feed(vars(learner.data)[key], phase.owner, learner.streams, key, before_batch, learner.told_lengths)

@@ -11,13 +11,14 @@ from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.progress import ProgressBar
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.data import as_dataloader
-from fluxloop.errors import PhaseError
+from fluxloop.errors import DataError, PhaseError
 from fluxloop.events import StepEnd
 from fluxloop.fit import check_phase, run_epoch
 from fluxloop.history import History
 from fluxloop.host import HostQueue
 from fluxloop.loop import runs_a_view
 from fluxloop.nested import concatenate, map_tensors
+from fluxloop.ordering import in_order
 from fluxloop.phase import Phase
 from fluxloop.phases.supervised import PredictionPhase, ValidationPhase
 from fluxloop.randomness import Streams
@@ -105,16 +106,25 @@ class _Collect(Callback):
         self.parts.append(map_tensors(lambda tensor: tensor.detach().cpu(), learner.step.preds))
 
 
-def predict(learner: Learner, data: Any, phase: Phase | None) -> Any:
-    """Run a phase over data and join its predictions; see `Learner.predict`."""
+def predict(learner: Learner, data: Any, phase: Phase | None, stack: bool) -> Any:
+    """Run a phase over data and join its predictions, where they are to be joined; see `Learner.predict`."""
     phase = PredictionPhase() if phase is None else phase
     check_watches(phase)
     collect = _Collect()
+    source = in_order(as_dataloader(data)) if stack else as_dataloader(data)
     with aside(learner, "predict", [collect, Recorder(), *_bar(learner)]):
-        run_epoch(learner, phase, as_dataloader(data))
+        run_epoch(learner, phase, source)
     if not collect.parts:
         raise PhaseError(
             f"{phase!r} made no predictions: no step of it ended; expected a phase whose step runs runstep and "
             "stores state.preds"
         )
-    return concatenate(collect.parts)
+    if not stack:
+        return collect.parts
+    try:
+        return concatenate(collect.parts)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"the predictions of {len(collect.parts)} batches cannot be joined along their first dimension: {error}. "
+            "For those of each batch by itself: predict(data, stack=False)"
+        ) from error

@@ -164,6 +164,8 @@ class Learner(Generic[M]):
         """Loaded states of phases that have not run yet, by class."""
         self.begun_data: set[str] = set()
         """Keys of the data that a fit has run on."""
+        self.told_lengths: set[str] = set()
+        """Data of which it was said that an epoch has not as many batches as its length says."""
         self.told_lost = False
         """Whether it was said what a checkpoint does not keep."""
         self.updates = Updates(self, parameter_names(self.models, loss_fn), optimizers)
@@ -302,7 +304,8 @@ class Learner(Generic[M]):
         """Compute the loss and metrics over data, without a trace in the training.
 
         Args:
-            data: Anything `as_dataloader` takes; left out, the learner's validation data.
+            data: Anything `as_dataloader` takes; left out, the learner's validation data. A loader is run through as
+                it is: one with ``drop_last=True`` leaves its last rows out here too.
             metrics: Instead of those of the learner's `Metrics`.
             phase: Instead of `ValidationPhase`.
 
@@ -311,17 +314,28 @@ class Learner(Generic[M]):
         """
         return evaluate(self, data, metrics, phase)
 
-    def predict(self, data: Any, *, phase: Phase | None = None) -> Any:
-        """Give the model's predictions for all rows, in the order of the data, on the CPU.
+    def predict(self, data: Any, *, phase: Phase | None = None, stack: bool = True) -> Any:
+        """Give the model's predictions for all rows, in the data set's order, on the CPU.
+
+        A loader that shuffles, or that leaves out a last batch which is not full, is run through in
+        order and to the end. What has no order but its own (a list of batches, an iterable data
+        set) is taken as it comes.
 
         Args:
-            data: Anything `as_dataloader` takes. Of a tuple or list only the first item is used.
+            data: Anything `as_dataloader` takes. Of a batch that is a tuple or list the first item is used; one that is
+                a dict is given to the model by names, where these are arguments of its ``forward``.
             phase: Instead of `PredictionPhase`; its step stores ``state.preds``.
+            stack: Whether predictions of all batches are joined; False: a list of those of each batch, in the
+                loader's order.
 
         Returns:
             What the model returns, joined over batches along the first dimension, leaf by leaf.
+
+        Raises:
+            DataError: The order of the data set cannot be had (a sampler chooses the rows), or the predictions
+                cannot be joined.
         """
-        return predict(self, data, phase)
+        return predict(self, data, phase, stack)
 
     # Inside a step
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from fluxloop.callback import Callback, UnsafeCallback, on
 from fluxloop.errors import CancelFittingException, DataError, LossError, OptimizerError, PhaseError
 from fluxloop.events import StepBegin, StepEnd
-from fluxloop.feed import untouched
 from fluxloop.fit import check_runs, feed
 from fluxloop.host import HostQueue
 from fluxloop.hyperparameters import put
+from fluxloop.passes import untouched
 from fluxloop.phase import AbstractTrainingPhase, Phase
 from fluxloop.phases.supervised import TrainingPhase
 from fluxloop.randomness import Streams, preserved

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fluxloop.errors import ModelError, describe
-from fluxloop.nested import map_tensors
+from fluxloop.nested import map_tensors, move_object
 from fluxloop.state import State
 
 
@@ -72,9 +72,9 @@ def like(model: Any, values: dict[str | None, Any]) -> Any:
 
 
 def to_device_of(module: nn.Module, value: Any) -> Any:
-    """Move the tensors in a nest of them to where a module is."""
+    """Move the tensors in a nest of them, and what has ``to(device)``, to where a module is."""
     device = device_of(module)
-    return map_tensors(lambda tensor: tensor.to(device), value)
+    return map_tensors(lambda tensor: tensor.to(device), value, lambda other: move_object(other, device))
 
 
 def keep_tensors(modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> Callable[[], None]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
+from inspect import signature
 from operator import is_
 from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 
@@ -31,20 +33,62 @@ def _with_fields(value: Any, new: dict[str, Any]) -> Any:
 
 
 def _with_items(value: Any, items: Any) -> Any:
-    """Copy a tuple, list or mapping with other items; a read-only copy becomes what it stands for."""
-    if isinstance(value, dict):
-        new = copy.copy(value)
-        new.update(items)
-        return new
+    """Copy a tuple, list or mapping with other items; a read-only copy becomes what it stands for.
+
+    Raises:
+        TypeError: Its class gives no copy with other items.
+    """
     kind = getattr(value, "__stands_for__", type(value))
-    return kind(*items) if hasattr(kind, "_fields") else kind(items)
+    if kind in (list, tuple, dict):
+        return kind(items)
+    try:
+        return _copied(value, kind, items)
+    except Exception:  # it may refuse in any way
+        try:
+            return kind(items)
+        except Exception as error:
+            raise TypeError(
+                f"a {kind.__name__} gives no copy with other tensors in it ({type(error).__name__}: {error}); expected "
+                "a dict, list or tuple of the tensors, or a class that can be copied and changed item by item"
+            ) from error
 
 
-def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+def _copied(value: Any, kind: Any, items: Any) -> Any:
+    """Copy a container of a class of its own; attributes beside its items stay."""
+    if isinstance(value, Mapping):
+        if not isinstance(value, (dict, UserDict)):  # a plain copy may share its items with the original
+            return kind(items)
+        changed = copy.copy(value)
+        for key, item in items.items():  # some refuse update()
+            changed[key] = item
+        return changed
+    if hasattr(kind, "_make"):
+        return kind._make(items)
+    if isinstance(value, list):
+        new = copy.copy(value)
+        new[:] = items
+        return new
+    if not hasattr(value, "__dict__"):  # such as the tuples that torch's functions return
+        return kind(items)
+    made = tuple.__new__(kind, items)
+    vars(made).update(vars(value))
+    return made
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], value: Any, others: Callable[[Any], Any] | None = None) -> Any:
     """Rebuild `value` with every tensor in it replaced by ``change(tensor)``.
 
     Containers keep their type; one in which nothing changed is returned as it is, and so is
     anything else that is no tensor.
+
+    Args:
+        change: Gives what stands in place of a tensor.
+        value: Anything.
+        others: Gives what stands in place of what is neither a tensor nor a tuple, list or mapping; left out, such
+            a thing stays, and dataclasses and attrs classes are rebuilt.
+
+    Raises:
+        TypeError: A container of a class of its own gives no copy with other items.
 
     >>> map_tensors(lambda t: t + 1, {"x": torch.zeros(2), "name": "a"})
     {'x': tensor([1., 1.]), 'name': 'a'}
@@ -55,17 +99,30 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
         orders = (value.sorted_indices, value.unsorted_indices)
         return PackedSequence(change(value.data), value.batch_sizes, *(map_tensors(change, order) for order in orders))
     if isinstance(value, (tuple, list)):
-        items = [map_tensors(change, item) for item in value]
+        items = [map_tensors(change, item, others) for item in value]
         return value if all(map(is_, items, value)) else _with_items(value, items)
     if isinstance(value, Mapping):
-        changed = {key: map_tensors(change, item) for key, item in value.items()}
+        changed = {key: map_tensors(change, item, others) for key, item in value.items()}
         return value if all(changed[key] is value[key] for key in changed) else _with_items(value, changed)
+    if others is not None and (other := others(value)) is not value:
+        return other
     fields = init_fields(value)
     if fields is not None:
-        new = {name: map_tensors(change, getattr(value, name)) for name in fields}
+        new = {name: map_tensors(change, getattr(value, name), others) for name in fields}
         if any(new[name] is not getattr(value, name) for name in fields):
             return _with_fields(value, {argument: new[name] for name, argument in fields.items()})
     return value
+
+
+def move_object(value: Any, device: torch.device) -> Any:
+    """Have an object with a ``to(device)`` of its own move itself; anything else is returned as it is.
+
+    Batches of graphs and of one's own have one; modules, which are placed once, are left alone.
+    """
+    if isinstance(value, (nn.Module, type)) or not callable(getattr(type(value), "to", None)):
+        return value
+    moved = value.to(device)
+    return value if moved is None else moved  # some move in place
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -105,6 +162,22 @@ def concatenate(parts: list[Any]) -> Any:
             first, {arg: concatenate([getattr(part, name) for part in parts]) for name, arg in fields.items()}
         )
     return parts
+
+
+def call_with(function: Any, xs: Any) -> Any:
+    """Call a model, or a function of one, with inputs; a dict is given by name where its names are arguments.
+
+    Args:
+        function: What is called.
+        xs: Its input.
+    """
+    if isinstance(xs, Mapping) and all(isinstance(name, str) for name in xs):
+        try:
+            signature(getattr(function, "forward", function)).bind(**xs)
+        except (TypeError, ValueError):  # it takes other names, or says none
+            return function(xs)
+        return function(**xs)
+    return function(xs)
 
 
 def batch_size(entries: Mapping[str, Any]) -> int:

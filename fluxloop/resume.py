@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fluxloop.checkpoint import apply, check_fits, check_same_run
-from fluxloop.errors import CheckpointError
+from fluxloop.errors import CheckpointError, describe, warn_user
 from fluxloop.feed import Feed
+from fluxloop.fingerprint import differences, fingerprint
 from fluxloop.loop import Scope, StepScope, runepoch
 from fluxloop.persist import keep, phase_id, put_back
 from fluxloop.phase import FittingPhase, Phase
@@ -201,6 +202,7 @@ def check_resumes(learner: Learner, state: dict[str, Any], epochs: int, phases: 
         raise CheckpointError(f"the fit ran the phases {place['phases']}, and now {names}; expected the same")
     if is_under_way(place) and place["feed"] is not None:
         feeds[place["index"]].check_place(place["feed"])
+    _compare_data(learner, state["data"])
     begun = state["history"]["cycles"] + is_under_way(place)
     if state["history"]["stop_reason"] is None and begun > epochs:
         raise CheckpointError(
@@ -208,3 +210,14 @@ def check_resumes(learner: Learner, state: dict[str, Any], epochs: int, phases: 
             f"{' and one is under way' if begun > state['history']['cycles'] else ''}; epochs count from "
             f"the beginning of the run: fit({begun}, resume=...) or more"
         )
+
+
+def _compare_data(learner: Learner, kept: dict[str, Any]) -> None:
+    """Warn of data that a run goes on with between two epochs and that is not the data of the checkpoint."""
+    for key, source in vars(learner.data).items():
+        differ = differences(kept.get(key, {}).get("fingerprint", {}), fingerprint(source))
+        if differ:
+            warn_user(
+                f"the {key} data ({describe(source)}) is not the same as in the run that wrote the checkpoint: "
+                f"{'; '.join(differ)}. The run goes on with what is given now, from the beginning of an epoch"
+            )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
+from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
@@ -40,6 +41,8 @@ from torch.utils.data import (
 )
 
 from fluxloop.data import TensorBatches, is_plain
+from fluxloop.errors import describe
+from fluxloop.loading import Endless, begin, watched
 from fluxloop.persist import SCALARS, Changes, attributes, is_numpy_generator, is_stateful, keep, put_back
 from fluxloop.randomness import others_apart, others_going_on, start_generators, start_torch
 
@@ -57,6 +60,29 @@ class Numbers:
     order: int
     fetch: Callable[[int], int]
     sample: Callable[[int], int]
+
+
+class Combined(ABC):
+    """Base of sources that are made of others.
+
+    Attributes:
+        parts: The others.
+    """
+
+    parts: list[Any]
+
+    @abstractmethod
+    def named_parts(self) -> list[tuple[str, Any]]:
+        """List the parts with their names."""
+
+    @abstractmethod
+    def begin(self, numbers: Numbers, epoch: int | None, running: Any) -> Iterator[Any]:
+        """Begin a pass, or go on with one from what its ``place(name)`` gave."""
+
+
+def parts_of(source: Any) -> list[Any]:
+    """List the parts of a source that is made of others."""
+    return source.parts if isinstance(source, Combined) else []
 
 
 class _Indices:
@@ -88,6 +114,10 @@ class _Indices:
 
     def __len__(self) -> int:
         return len(self.sampler)
+
+    def ended_after(self, batches: int) -> bool:
+        """Tell whether the indices ended after so many batches, those that were used before too."""
+        return self.running is None or (self.running.ended and self.running.drawn <= batches)
 
     def states(self) -> list[tuple[torch.Generator, Tensor]]:
         """Give the generators an order may be drawn from, and where they stand."""
@@ -125,26 +155,36 @@ class _Running:
             self._source = iter(indices.sampler)
         torch.empty((), dtype=torch.int64).random_(generator=indices.generator)
         self._begins = indices.states()
-        self._batch = 0
         self._sample = 0
         self._to_skip = indices.skip
+        self.drawn = 0
+        """How many batches' indices were drawn, those that were used before too."""
+        self.ended = False
+        """Whether the sampler has none left."""
 
     def begin(self) -> None:
-        """Draw the indices that were used before, once."""
+        """Draw the indices that were used before, once; fewer where there are no more."""
         to_skip, self._to_skip = self._to_skip, 0
         for _ in range(to_skip):
-            self._draw()
+            try:
+                self._draw()
+            except StopIteration:
+                return
 
     def _draw(self) -> tuple[Any, int]:
         """Give the next indices, and the place in the epoch of the first of them."""
-        if self._batch:
-            start_torch(self._indices.numbers.fetch(self._batch))
+        if self.drawn:
+            start_torch(self._indices.numbers.fetch(self.drawn))
         else:
             _put(self._begins)
         with self._others:
-            indices = next(self._source)
+            try:
+                indices = next(self._source)
+            except StopIteration:
+                self.ended = True
+                raise
         first = self._sample
-        self._batch += 1
+        self.drawn += 1
         self._sample += len(indices) if self._indices.batched else 1
         return indices, first
 
@@ -320,15 +360,35 @@ def iterate(source: Any, numbers: Numbers, skip: int = 0) -> Iterator[Any]:
     """
     if isinstance(source, TensorBatches):
         return source.from_batch(skip)
+    if isinstance(source, DataLoader) and not is_loader(source):
+        return watched(_begin_iterable(source), lambda given: True, describe(source), skip)
     if not is_loader(source):
         return islice(iter(source), skip, None) if skip else iter(source)
     _watch(source)
     twin, indices = _make_twin(source)
     indices.prepare(numbers, skip)
-    batches: Iterator[Any] = iter(twin)
+    batches = begin(twin)
     if indices.running is not None:
         indices.running.begin()
-    return _apart(batches) if indices.draws and not twin.num_workers else batches
+    loaded = watched(batches, indices.ended_after, f"{describe(source)} of {_count(source)} batches", skip)
+    return _apart(loaded) if indices.draws and not twin.num_workers else loaded
+
+
+def _count(loader: DataLoader[Any]) -> int | str:
+    try:
+        return len(loader)
+    except TypeError:  # its sampler has no length
+        return "unknown"
+
+
+def _begin_iterable(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Begin an iteration of a loader that is not run through a twin; what it collates with does not end it."""
+    collate = loader.collate_fn
+    loader.collate_fn = Endless(collate)
+    try:
+        return begin(loader)
+    finally:
+        loader.collate_fn = collate
 
 
 def _apart(batches: Iterator[Any]) -> Iterator[Any]:
@@ -441,6 +501,7 @@ def _inside(thing: Any) -> list[Any]:
 def source_state(source: Any) -> dict[str, Any]:
     """Give what of a loader moves: generators, and what samplers of the user's keep."""
     return {
+        **({"parts": [source_state(part) for part in source.parts]} if isinstance(source, Combined) else {}),
         "own_generators": [generator.get_state() for generator in own_generators(source)],
         "samplers": [changes.state(_is_elsewhere)[0] for changes in _watch(source)],
         "private": private_state(source),
@@ -460,6 +521,8 @@ def put_private_back(source: Any, kept: list[Any]) -> None:
 
 def put_generators_back(source: Any, state: dict[str, Any]) -> None:
     """Put all generators of a loader where `source_state` found them."""
+    for part, of_part in zip(parts_of(source), state.get("parts", ()), strict=False):
+        put_generators_back(part, of_part)
     for generator, kept in zip(own_generators(source), state["own_generators"], strict=False):
         generator.set_state(kept)
     put_private_back(source, state["private"])
@@ -467,6 +530,8 @@ def put_generators_back(source: Any, state: dict[str, Any]) -> None:
 
 def put_source_back(source: Any, state: dict[str, Any]) -> None:
     """Put a loader where `source_state` found it."""
+    for part, of_part in zip(parts_of(source), state.get("parts", ()), strict=False):
+        put_source_back(part, of_part)
     for changes, kept in zip(_watch(source), state["samplers"], strict=False):
         changes.load(kept, True, _is_elsewhere)
     put_generators_back(source, state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from attrs import frozen
@@ -72,7 +73,8 @@ class StepState(State):
     def drop_graphs(self) -> None:
         """Keep the entries without the graphs that made them: memory that nothing needs after an epoch."""
         for name, entry in vars(self).items():
-            vars(self)[name] = map_tensors(_without_graph, entry)
+            with suppress(TypeError):  # a container that gives no copy keeps its graph until the next step
+                vars(self)[name] = map_tensors(_without_graph, entry)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepState:
         entries = {name: map_tensors(_without_graph, entry) for name, entry in vars(self).items()}

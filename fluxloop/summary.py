@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fluxloop.errors import describe
-from fluxloop.feed import untouched
 from fluxloop.models import keep_tensors
 from fluxloop.modes import watching
-from fluxloop.nested import tensors
+from fluxloop.nested import call_with, tensors
+from fluxloop.passes import untouched
 from fluxloop.randomness import preserved
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def _run(learner: Learner, batch: Any, shapes: dict[nn.Module, str]) -> str:
             undone.callback(module.register_forward_hook(_note(shapes)).remove)
         undone.enter_context(watching(model))
         try:
-            model(entries["xs"])
+            call_with(model, entries["xs"])
         except Exception as error:
             shapes.clear()
             return f"the model does not run on {describe(entries['xs'])} ({type(error).__name__}: {error})"

@@ -22,9 +22,9 @@ from fluxloop.checkpoint import gather
 from fluxloop.data import TensorBatches
 from fluxloop.errors import CheckpointError, DataError, describe
 from fluxloop.events import Event
-from fluxloop.feed import untouched
 from fluxloop.folder import write
 from fluxloop.learner import Learner
+from fluxloop.passes import untouched
 from fluxloop.phase import Phase
 from fluxloop.phases.supervised import TrainingPhase
 from fluxloop.randomness import preserved, start_generators

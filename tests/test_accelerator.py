@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fluxloop.accelerator
-from fluxloop import AbstractTrainingPhase, Accelerator, Learner, runstep
+from fluxloop import AbstractTrainingPhase, Accelerator, BatchError, Learner, runstep
 from fluxloop.nested import tensors
 from fluxloop.testing import Coefficient, assert_same_bits, toy_learner
 
@@ -242,3 +242,89 @@ def test_batches_for_cuda_are_copied_from_pinned_memory_by_a_stream_that_the_com
     did.clear()
     accelerator._move(OnCpu(pinned=True))  # type: ignore[arg-type]  # as above
     assert did == ["enter", "copy to cuda:0", "leave", "wait", "record"]
+
+
+class Graphs:
+    """A batch of a class of its own, as libraries for graphs have: it moves itself."""
+
+    def __init__(self, xs: torch.Tensor) -> None:
+        self.xs = xs
+        self.moved: list[torch.device] = []
+
+    def to(self, device: torch.device) -> Graphs:
+        new = Graphs(self.xs.to(device))
+        new.moved = [*self.moved, device]
+        return new
+
+
+class InPlace(Graphs):
+    def to(self, device: torch.device) -> None:  # type: ignore[override]  # some give nothing
+        self.moved.append(device)
+
+
+@attrs.define(eq=False)
+class Fields:
+    xs: torch.Tensor
+    moved: bool = False
+
+    def to(self, device: torch.device) -> Fields:
+        return Fields(self.xs.to(device), True)
+
+
+def placed(**entries: Any) -> dict[str, Any]:
+    Accelerator("meta").place(entries)
+    return entries
+
+
+def test_a_batch_with_a_way_to_a_device_of_its_own_is_moved() -> None:
+    given = Graphs(torch.ones(2))
+    entries = placed(batch=given, nested={"pair": (Graphs(torch.ones(1)), 3)}, fields=Fields(torch.ones(1)))
+    assert entries["batch"].xs.device.type == entries["fields"].xs.device.type == "meta"
+    assert entries["nested"]["pair"][0].xs.device.type == "meta"
+    assert entries["nested"]["pair"][1] == 3
+    assert entries["fields"].moved
+    assert given.xs.device.type == "cpu"
+    in_place = InPlace(torch.ones(1))
+    assert placed(batch=in_place)["batch"] is in_place
+    assert in_place.moved == [torch.device("meta")]
+
+
+def test_modules_and_classes_in_a_step_are_not_moved_as_a_batch_is() -> None:
+    module = nn.Linear(1, 1)
+    assert placed(module=module, kind=Graphs) == {"module": module, "kind": Graphs}
+    assert module.weight.device.type == "cpu"
+
+
+def test_an_entry_that_cannot_be_moved_is_named() -> None:
+    class Frozen(dict[str, Any]):
+        def __init__(self) -> None:
+            super().__init__(xs=torch.ones(1))
+
+        def __setitem__(self, key: Any, value: Any) -> None:
+            raise TypeError("frozen")
+
+    with pytest.raises(BatchError, match=r"the entry 'batch', a Frozen.*'meta'.*gives no copy"):
+        placed(batch=Frozen())
+    with pytest.raises(BatchError, match=r"the entry 'length', a Length.*takes 1 positional argument"):
+        placed(length=Length())
+
+
+class Length:
+    """Has a ``to`` that takes no device."""
+
+    def to(self) -> None:
+        raise AssertionError
+
+
+def test_a_model_trains_on_batches_that_move_themselves() -> None:
+    class Step(AbstractTrainingPhase):
+        def entries(self, batch: Any) -> dict[str, Any]:
+            return {"graphs": batch}
+
+        def body(self, learner: Any, handle: Any, state: Any) -> None:
+            learner.backward(learner.model(state.graphs.xs).sum())
+            learner.update()
+
+    learner = toy_learner(data=([Graphs(torch.ones(2, 1))],))
+    learner.fit(1, phases=[Step()])
+    assert learner.step.graphs.moved == [torch.device("cpu")]

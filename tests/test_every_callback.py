@@ -181,7 +181,6 @@ NEEDED: dict[type[Callback], tuple[type[Callback], ...]] = {
     Metrics: (Recorder,),
     MetricsPrinter: (Recorder, Metrics),
     SampleImages: (Recorder,),
-    SetEpoch: (Recorder,),
 }
 """What others have to publish for it."""
 

@@ -1,17 +1,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
-from fluxloop import DataError, TensorBatches, ValidationPhase
-from fluxloop.feed import Feed, untouched
+from fluxloop import (
+    BatchLimit,
+    Checkpointer,
+    CombinedLoader,
+    DataError,
+    Learner,
+    TensorBatches,
+    TrainingPhase,
+    ValidationPhase,
+    find_lr,
+)
+from fluxloop.feed import Feed
+from fluxloop.passes import untouched
 from fluxloop.randomness import Streams
-from fluxloop.testing import EventRecorder, toy_learner
+from fluxloop.testing import EventRecorder, assert_same_bits, toy_learner
 
 
 class Numbers(Dataset[int]):
@@ -140,3 +152,141 @@ def test_untouched_puts_the_generator_of_a_sampler_back(batched: bool) -> None:
         assert not torch.equal(generator.get_state(), before)
     assert torch.equal(generator.get_state(), before)
     assert [batch.tolist() for batch in loader] == first
+
+
+class Sized:
+    """Says that it has so many batches, and gives so many."""
+
+    def __init__(self, says: int, gives: int) -> None:
+        self.says = says
+        self.gives = gives
+        self.begun_at = 0
+
+    def __len__(self) -> int:
+        return self.says
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        begin, self.begun_at = self.begun_at, 0
+        for place in range(begin, self.gives):
+            self.now = place
+            yield torch.ones(1, 1), torch.ones(1, 1)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self.now + 1}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.begun_at = state["next"]
+
+
+class Short(RandomSampler):
+    def __len__(self) -> int:
+        return 2 * super().__len__()
+
+
+@pytest.mark.parametrize(
+    ("source", "says", "gives"),
+    [
+        (Sized(10, 5), 10, 5),
+        (Sized(5, 10), 5, 10),
+        (DataLoader(TensorDataset(*[torch.ones(20, 1)] * 2), batch_size=4, sampler=Short(range(20))), 10, 5),
+        (CombinedLoader([Sized(10, 5)], mode="sequential"), 10, 5),
+    ],
+    ids=["fewer", "more", "a sampler", "combined"],
+)
+def test_data_with_another_number_of_batches_than_its_length_is_told_once(source: Any, says: int, gives: int) -> None:
+    learner = toy_learner(data=(source,))
+    with pytest.warns(UserWarning, match=rf"has {says} batches by its len\(\), and gave {gives}") as caught:
+        learner.fit(3)
+    assert len(caught) == 1
+
+
+def test_an_epoch_that_is_cut_short_on_purpose_is_not_told(recwarn: pytest.WarningsRecorder) -> None:
+    learner = toy_learner(BatchLimit(3), data=(Sized(10, 5),))
+    learner.fit(1)
+    learner = toy_learner(data=(Sized(10, 5),))
+    learner.fit(1, steps_per_epoch=4)
+    assert [str(each.message) for each in recwarn] == []
+
+
+def test_an_epoch_that_is_resumed_has_to_have_as_many_batches_as_its_length(tmp_path: Path) -> None:
+    def make() -> Learner:
+        return toy_learner(Checkpointer(tmp_path / "run", unit="step"), data=(Sized(10, 5),))
+
+    with pytest.raises(OSError, match="killed"):
+        make().fit(1, data=(Killed(10, 5),), resume=tmp_path / "run")
+    with pytest.raises(DataError, match=r"has 10 batches by its len\(\), and gave 5; the epoch was resumed"):
+        make().fit(1, resume=tmp_path / "run")
+
+
+class Killed(Sized):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for place, batch in enumerate(super().__iter__()):
+            if place == 3:
+                raise OSError("killed")
+            yield batch
+
+
+class Counting:
+    """A loader of the user's that keeps its place: it goes on from there, and begins anew once it has ended."""
+
+    def __init__(self) -> None:
+        self.next = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while self.next < 10:
+            self.next += 1
+            yield torch.full((1, 1), float(self.next)), torch.rand(1, 1)
+        self.next = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.next = state["next"]
+
+
+@pytest.mark.parametrize("limit", [None, 4, 5, 10])
+def test_a_loader_that_keeps_its_place_resumes_exactly_wherever_epochs_were_cut(
+    limit: int | None, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def run(folder: Path, at: int | None, epochs: int) -> tuple[Learner, list[float]]:
+        seen: list[float] = []
+
+        class Seen(TrainingPhase):
+            transient = ("seen",)
+
+            def entries(self, batch: Any) -> dict[str, Any]:
+                if len(seen) == at:
+                    raise OSError("killed")
+                seen.append(batch[0].item())
+                return super().entries(batch)
+
+        learner = toy_learner(Checkpointer(folder, unit="step"), data=(Counting(),))
+        try:
+            learner.fit(epochs, phases=[Seen()], steps_per_epoch=limit, resume=folder)
+        except OSError:
+            assert at is not None
+        return learner, seen
+
+    whole, batches = run(tmp_path / "whole", None, 3)
+    for at in range(1, len(batches), 3):
+        first = run(tmp_path / f"{at}", at, 3)[1]
+        resumed, rest = run(tmp_path / f"{at}", None, 3)
+        assert first + rest == batches
+        assert_same_bits(whole, resumed)
+    first = run(tmp_path / "parts", None, 2)[1]
+    assert first + run(tmp_path / "parts", None, 3)[1] == batches
+    assert [str(each.message) for each in recwarn] == []
+
+
+def test_watching_a_loader_that_keeps_its_place_leaves_it_there() -> None:
+    source = Counting()
+    learner = toy_learner(data=(source,))
+    learner.fit(1, steps_per_epoch=3)
+    assert source.next == 3
+    learner.evaluate(source)
+    learner.predict(source)
+    find_lr(learner, steps=3)
+    assert source.next == 3
+    learner.fit(1, steps_per_epoch=3)
+    assert source.next == 6

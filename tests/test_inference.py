@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -9,12 +11,23 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from fluxloop import (
     AbstractValidationPhase,
+    Accelerator,
     BackwardBegin,
     Callback,
+    CombinedLoader,
     CycleEnd,
     DataError,
     EpochEnd,
@@ -41,6 +54,7 @@ from fluxloop import (
     runepoch,
     runstep,
 )
+from fluxloop.sources import twin_of
 from fluxloop.testing import EventRecorder, assert_same_bits, bits, toy_learner
 
 XS, YS = torch.linspace(1, 10, 70).reshape(70, 1), torch.linspace(3, 30, 70).reshape(70, 1)
@@ -469,3 +483,108 @@ def test_an_evaluation_that_stops_early_leaves_a_generator_as_it_was(sampled):
     assert torch.equal(generator.get_state(), after)
     generator.set_state(before)
     assert all(torch.equal(a, b) for a, (b, _) in zip(order, loader, strict=True))
+
+
+class Sampled(DataLoader[Any]):
+    pass
+
+
+ORDERED: dict[str, Any] = {
+    "tensors that shuffle": lambda: TensorBatches(XS, YS, batch_size=16, shuffle=True),
+    "tensors without the last": lambda: TensorBatches(XS, YS, batch_size=16, shuffle=True, drop_last=True, seed=3),
+    "a loader that shuffles": lambda: DataLoader(TensorDataset(XS, YS), batch_size=16, shuffle=True),
+    "without the last": lambda: DataLoader(TensorDataset(XS, YS), batch_size=16, drop_last=True),
+    "a class of its own": lambda: Sampled(TensorDataset(XS, YS), batch_size=16, shuffle=True, drop_last=True),
+    "rows one by one": lambda: DataLoader(TensorDataset(XS, YS), batch_size=None, shuffle=True),
+    "a sampler of torch's": lambda: DataLoader(TensorDataset(XS), sampler=RandomSampler(XS, True, 9), batch_size=8),
+    "batches of its own": lambda: DataLoader(
+        TensorDataset(XS, YS), batch_sampler=BatchSampler(SequentialSampler(XS), 16, drop_last=True)
+    ),
+    "an iterable data set": lambda: DataLoader(Rows(), batch_size=16, drop_last=True),
+    "loaders one after another": lambda: CombinedLoader(
+        [TensorBatches(part, batch_size=8, shuffle=True) for part in XS.split(35)], mode="sequential"
+    ),
+}
+
+
+class Rows(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(zip(XS, YS, strict=True))
+
+
+@pytest.mark.parametrize("make", ORDERED.values(), ids=ORDERED)
+def test_predictions_come_in_the_order_of_the_data_set_and_are_complete(make: Any) -> None:
+    learner = toy_learner()
+    loader = make()
+    assert torch.equal(learner.predict(loader).flatten(), learner.model(XS).detach().flatten())
+    before = learner.streams.positions()
+    learner.predict(loader)
+    assert learner.streams.positions() == before
+
+
+def test_predictions_with_workers_that_stay_leave_these_to_the_training() -> None:
+    options: dict[str, Any] = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"}
+    loader = DataLoader(TensorDataset(XS, YS), batch_size=16, shuffle=True, **options)
+    learner = toy_learner(data=(loader,))
+    learner.fit(1)
+    workers = twin_of(loader)._iterator._workers  # type: ignore[union-attr]
+    assert torch.equal(learner.predict(loader), learner.model(XS).detach())
+    assert twin_of(loader)._iterator._workers is workers  # type: ignore[union-attr]
+    del loader, learner, workers
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: DataLoader(TensorDataset(XS), sampler=SubsetRandomSampler(range(9))), "a SubsetRandomSampler chooses"),
+        (
+            lambda: DataLoader(TensorDataset(XS), sampler=WeightedRandomSampler([1.0] * 70, 70)),
+            "a WeightedRandomSampler",
+        ),
+        (lambda: DataLoader(TensorDataset(XS), batch_sampler=[[3, 1], [0]]), "a list chooses"),
+        (lambda: DataLoader(TensorDataset(XS), sampler=SequentialSampler(range(9))), "a SequentialSampler chooses"),
+        (
+            lambda: CombinedLoader({"a": [XS], "b": [XS, XS]}),
+            r"mode='max_size_cycle' and loaders of different lengths.*stack=False",
+        ),
+    ],
+)
+def test_predictions_in_an_order_that_cannot_be_had_are_refused(make: Any, words: str) -> None:
+    learner = toy_learner()
+    with pytest.raises(DataError, match=words):
+        learner.predict(make())
+
+
+def test_predictions_of_a_loader_as_it_is_are_a_list_of_batches() -> None:
+    learner = toy_learner()
+    loader = DataLoader(TensorDataset(XS), sampler=SubsetRandomSampler(range(9)), batch_size=4)
+    parts = learner.predict(loader, stack=False)
+    assert [len(part) for part in parts] == [4, 4, 1]
+    expected = learner.model(XS[:9]).detach().flatten().sort().values
+    assert torch.equal(torch.cat(parts).flatten().sort().values, expected)
+    assert [len(p) for p in learner.predict(XS, stack=False)] == [32, 32, 6]
+
+
+def test_predictions_that_cannot_be_joined_say_so() -> None:
+    learner = toy_learner()
+    rows = [torch.ones(2, 3), torch.ones(2, 4)]
+    with pytest.raises(DataError, match=r"of 2 batches cannot be joined.*stack=False"):
+        learner.predict(rows)
+    assert [part.shape for part in learner.predict(rows, stack=False)] == [(2, 3), (2, 4)]
+
+
+class ByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        return {"out": self.scale * ids * (1 if mask is None else mask)}
+
+
+def test_a_batch_that_is_a_dict_is_given_by_name() -> None:
+    learner = Learner(ByName(), accelerator=Accelerator("cpu"), data={"training": {"ids": XS, "mask": XS}})
+    assert torch.equal(learner.predict({"ids": XS, "mask": XS})["out"], 2 * XS * XS)
+    assert torch.equal(learner.predict({"ids": XS})["out"], 2 * XS)
+    assert learner.summary().note == ""

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict, defaultdict, namedtuple
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
 from types import MappingProxyType
 from typing import Any
 
@@ -188,3 +188,91 @@ IMAGES = [torch.zeros(3, 8 + index, 9) for index in range(5)]
 )
 def test_a_list_has_a_row_per_item_and_a_mapping_those_of_most_of_its_items(entries: dict[str, Any], size: int) -> None:
     assert batch_size(entries) == size
+
+
+class NoUpdate(OrderedDict[str, Any]):
+    """Refuses update(), as the outputs of some models do."""
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError("You cannot use update on this")
+
+
+class WithNotes(dict[str, Any]):
+    def __init__(self, items: Any, note: str) -> None:
+        super().__init__(items)
+        self.note = note
+
+
+class Frozen(dict[str, Any]):
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise TypeError("frozen")
+
+
+class Stored(UserDict[str, Any]):
+    note = ""
+
+
+class Rows(list[Any]):
+    def __init__(self, first: Any, second: Any) -> None:
+        super().__init__([first, second])
+        self.note = "kept"
+
+
+class Pairs(tuple[Any, ...]):
+    def __new__(cls, first: Any, second: Any) -> Pairs:
+        made = super().__new__(cls, (first, second))
+        made.note = "kept"
+        return made
+
+    note: str
+
+
+class Validated(namedtuple("Validated", ["xs", "ys"])):
+    def __new__(cls, *, both: Any) -> Validated:
+        return super().__new__(cls, both, both)
+
+
+ONE = torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        NoUpdate(a=ONE, b=ONE),
+        WithNotes({"a": ONE, "b": ONE}, "kept"),
+        Frozen(a=ONE, b=ONE),
+        Stored(a=ONE, b=ONE),
+        Rows(ONE, ONE),
+        Pairs(ONE, ONE),
+        Validated(both=ONE),
+        torch.max(torch.ones(2, 2), 0),
+        defaultdict(list, a=ONE),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_container_of_a_class_of_its_own_stays_what_it_is(value: Any) -> None:
+    if isinstance(value, Stored):
+        value.note = "kept"
+
+    def items() -> list[Any]:
+        return list(value.values()) if isinstance(value, (dict, UserDict)) else list(value)
+
+    before = items()
+    for new in (map_tensors(lambda tensor: tensor.double() + 1, value), concatenate([value, value])):
+        assert type(new) is type(value)
+        assert new is not value
+        assert getattr(new, "note", "kept") == "kept"
+        assert len(new) == len(value)
+    assert all(new is old for new, old in zip(items(), before, strict=True))
+
+
+def test_a_container_that_gives_no_copy_is_an_error_that_names_its_class() -> None:
+    class Closed(dict[str, Any]):
+        def __init__(self) -> None:
+            super().__init__(a=ONE)
+
+        def __setitem__(self, key: Any, value: Any) -> None:
+            raise TypeError("frozen")
+
+    with pytest.raises(TypeError, match="a Closed gives no copy with other tensors in it"):
+        map_tensors(lambda tensor: tensor + 1, Closed())

@@ -55,6 +55,7 @@ PUBLIC = [
     "Check",
     "CheckpointError",
     "Checkpointer",
+    "CombinedLoader",
     "CompileError",
     "ConditionalCallback",
     "Counts",

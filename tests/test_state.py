@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from fluxloop import (
     AbstractTrainingPhase,
@@ -361,3 +363,30 @@ def test_reading_the_history_of_a_phase_creates_no_entry() -> None:
     assert learner.history[MyPhase].steps == 0
     assert list(learner.cbstate.history) == [TrainingPhase]
     assert "ValidationPhase" not in repr(learner.history)
+
+
+class Output(OrderedDict[str, Tensor]):
+    """What a model of another library gives: a dict that refuses update()."""
+
+    def update(self, *args: object, **kwargs: object) -> None:
+        raise TypeError("You cannot use update")
+
+
+class Closed(dict[str, Tensor]):
+    def __init__(self, xs: Tensor) -> None:
+        dict.__init__(self, xs=xs)
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        raise TypeError("closed")
+
+    def __reduce__(self) -> str:
+        raise TypeError("closed")
+
+
+def test_a_step_lets_go_of_the_graphs_in_a_models_output() -> None:
+    made = torch.ones(2, requires_grad=True) * 2
+    state = StepState({"out": Output(logits=made), "closed": Closed(made)})
+    state.drop_graphs()
+    assert type(state.out) is Output
+    assert state.out["logits"].grad_fn is None
+    assert type(state.closed) is Closed

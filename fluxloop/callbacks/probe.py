@@ -19,11 +19,11 @@ from fluxloop.callbacks.recorder import Recorder
 from fluxloop.data import as_dataloader, holds_rows
 from fluxloop.errors import DataError, MetricError, describe
 from fluxloop.events import EpochBegin, EpochEnd, StepEnd
-from fluxloop.feed import untouched
 from fluxloop.metrics.neighbors import knn_predict
 from fluxloop.models import to_device_of
 from fluxloop.modes import watching
 from fluxloop.monitor import Expected, Mode
+from fluxloop.passes import untouched
 from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase
 from fluxloop.randomness import drawing, stream_seed
 from fluxloop.state import PhaseDict

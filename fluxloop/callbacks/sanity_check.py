@@ -13,9 +13,9 @@ from torch.nn.parameter import is_lazy
 from fluxloop.callback import Callback, on
 from fluxloop.errors import SanityCheckError, describe, warn_user
 from fluxloop.events import EpochBegin
-from fluxloop.feed import untouched
 from fluxloop.models import to_device_of
 from fluxloop.modes import watching
+from fluxloop.passes import untouched
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.randomness import preserved
 

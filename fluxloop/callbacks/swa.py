@@ -18,9 +18,9 @@ from fluxloop.access import weights_path
 from fluxloop.callback import Callback, on
 from fluxloop.errors import DataError, ModelError, describe
 from fluxloop.events import EpochBegin, EpochEnd, FitEnd, StepEnd
-from fluxloop.feed import untouched
 from fluxloop.models import copied_weights, to_device_of
 from fluxloop.modes import switch_modes
+from fluxloop.passes import untouched
 from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from fluxloop.randomness import drawing, stream_seed
 from fluxloop.signals import INTERRUPTED, TERMINATED

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxloop.errors import BatchError, LossError, PhaseError, describe
 from fluxloop.events import BackwardBegin, BackwardEnd, LossBegin
+from fluxloop.nested import call_with
 from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, Phase
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ class ValidationPhase(AbstractValidationPhase):
 class PredictionPhase(AbstractValidationPhase):
     """Prediction: what ``learner.predict`` runs.
 
-    A batch is the model's input, or a tuple or list that begins with it (targets are left out).
+    A batch is the model's input, or a tuple or list that begins with it (targets are left out); a
+    dict is given by names where these are arguments of the model's ``forward``, else as it is.
     A model with a method ``predict`` is asked through it. The step stores ``xs``, then ``preds``.
     """
 
@@ -138,7 +140,7 @@ class PredictionPhase(AbstractValidationPhase):
 
     def body(self, learner: Learner, handle: Handle, state: StepState) -> None:
         """Predict one batch."""
-        state.preds = getattr(learner.model, "predict", learner.model)(state.xs)
+        state.preds = call_with(getattr(learner.model, "predict", learner.model), state.xs)
 
     def check(self, learner: Learner) -> None:
         """Raise what is wrong with the learner for this phase's own step."""

@@ -18,7 +18,7 @@ from fluxloop import (
     ValidationPhase,
 )
 from fluxloop.callbacks.set_epoch import SetEpoch
-from fluxloop.testing import Coefficient, assert_order, assert_resumes_exactly, toy_learner
+from fluxloop.testing import Coefficient, assert_resumes_exactly
 
 XS = torch.arange(12.0)[:, None]
 ROWS = TensorDataset(XS, 3 * XS)
@@ -30,7 +30,7 @@ def learner_of(*data: Any, callbacks: Any = ()) -> Learner:
         nn.functional.l1_loss,
         data=data,
         optimizer=torch.optim.SGD,
-        callbacks=[SetEpoch(), Recorder(), *callbacks],
+        callbacks=[Recorder(), *callbacks],
         default_callbacks=False,
         seed=0,
     )
@@ -126,7 +126,7 @@ def test_the_data_given_to_a_fit_is_told_and_not_the_learners() -> None:
     assert (own.told, given.told) == ([], [0, 1])
 
 
-def test_a_cancelled_epoch_counts_and_one_that_failed_is_told_again() -> None:
+def test_epochs_that_were_cancelled_or_failed_count_as_for_the_random_numbers() -> None:
     sampler = Told()
     signals: list[BaseException] = [CancelEpochException(), RuntimeError("broken")]
 
@@ -139,24 +139,36 @@ def test_a_cancelled_epoch_counts_and_one_that_failed_is_told_again() -> None:
     with pytest.raises(RuntimeError, match="broken"):
         learner.fit(2)
     learner.fit(1)
-    assert sampler.told == [0, 1, 1]
+    assert sampler.told == [0, 1, 2]
 
 
-def test_data_that_wants_to_know_nothing_is_left_alone() -> None:
-    learner = toy_learner(SetEpoch(), Recorder(), num_batches=2)
+def test_a_script_that_lists_the_callback_runs_as_before() -> None:
+    sampler = Told()
+    learner_of(DataLoader(ROWS, batch_size=4, sampler=sampler), callbacks=[SetEpoch()]).fit(3)
+    assert sampler.told == [0, 1, 2]
+
+
+@pytest.mark.parametrize("speaks", [True, False], ids=["says its epoch", "says nothing"])
+def test_watching_data_of_the_training_leaves_it_in_its_epoch(speaks: bool) -> None:
+    rows = ToldRows()
+    learner = learner_of(DataLoader(rows, batch_size=4))
+    learner.fit(3)
+    if speaks:
+        rows.epoch = 2  # type: ignore[attr-defined]  # as those that keep it do
+    learner.evaluate(learner.data.training)
+    assert rows.told == ([0, 1, 2, 0] if speaks else [0, 1, 2, 0, 2])
     learner.fit(1)
-    assert_order(learner, Recorder, SetEpoch)
-    assert learner.history[TrainingPhase].epochs == 1
+    assert rows.told[-1] == 3
 
 
-def test_an_error_of_the_users_method_leaves_with_a_note() -> None:
+def test_an_error_of_the_users_method_leaves_the_fit() -> None:
     class Broken(Told):
         def set_epoch(self, epoch: int) -> None:
             raise KeyError("epoch")
 
     with pytest.raises(KeyError) as caught:
         learner_of(DataLoader(ROWS, batch_size=4, sampler=Broken())).fit(1)
-    assert "raised by SetEpoch at EpochBegin" in caught.value.__notes__[0]
+    assert "in TrainingPhase(), epoch 1" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize("at", [[1, 2], [4, 5, 8]], ids=["in the first epoch", "later"])
