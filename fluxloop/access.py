@@ -35,6 +35,8 @@ ROOTS = (
     "num_batches",
     "num_epochs",
     "fit_phases",
+    "cycle",
+    "trained_steps",
     "batch_size",
     "seed",
 )

@@ -15,10 +15,11 @@ A callback is a class that declares what it reads and writes and has methods mar
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -36,6 +37,34 @@ from fluxloop.phase import Phase, phase_types, require_pair
 Handler = Callable[[Event, Phase, Any], None]
 Signature = tuple[type[Event], type[Phase], type]
 F = TypeVar("F", bound=Callable[..., Any])
+
+EXPECTED = "(self, event, phase, learner)"
+"""The arguments of a handler."""
+
+
+def require_call(function: Any, arguments: int, expected: str, what: str) -> None:
+    """Raise for a function that cannot be called with so many arguments by position, as far as that is known.
+
+    Args:
+        function: Anything that can be called.
+        arguments: How many it will be given.
+        expected: How they are written, for the message.
+        what: What the function is called there.
+
+    Raises:
+        HandlerError: It takes fewer, or needs more.
+    """
+    try:
+        signature = inspect.signature(function, follow_wrapped=False)
+    except (TypeError, ValueError):  # some that are written in C do not say
+        return
+    try:
+        signature.bind(*[None] * arguments)
+    except TypeError as error:
+        plain = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
+        given = inspect.Signature(plain)
+        raise HandlerError(f"{what} has the arguments {given}; expected {expected} ({error})") from None
+
 
 MARK = "__fluxloop_on__"
 
@@ -69,7 +98,7 @@ def on(event: type[Event], phase: type[Phase] = Phase, callback: type[Callback] 
         callback: The callback class to teach, where the handler stands outside of it.
 
     Raises:
-        HandlerError: `event` is no event type, or `phase` no phase type.
+        HandlerError: `event` is no event type, `phase` no phase type, or the function takes other arguments.
 
     Example:
         >>> class Hello(Callback):
@@ -100,6 +129,8 @@ def on(event: type[Event], phase: type[Phase] = Phase, callback: type[Callback] 
             marks = getattr(function, MARK, ())
             setattr(function, MARK, (*marks, (event, phase)))
         else:
+            name = getattr(function, "__name__", repr(function))
+            require_call(function, 4, "(callback, event, phase, learner)", f"{name}, a handler of {callback.__name__},")
             _from_outside.setdefault(callback, {})[event, phase] = function
             _handlers.clear()
             for watcher in list(watchers):
@@ -251,6 +282,8 @@ class Callback:
                     f"{cls.__name__}.{name} looks like a handler but nothing calls it; expected "
                     f"@on(Event, Phase) above it, e.g. @on(StepEnd) (or a name without 'on_')"
                 )
+            if isinstance(member, FunctionType) and hasattr(member, MARK):
+                require_call(member, 4, EXPECTED, f"the handler {cls.__name__}.{name}")
         require_pair(cls, HandlerError)
         if cls.__module__.startswith("fluxloop."):
             cls._built_in = cls

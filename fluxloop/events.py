@@ -95,11 +95,13 @@ class EpochBegin(Event):
 
     Args:
         resumed: Whether it began before and goes on from a checkpoint.
+        batches: How many of its batches were used before that.
     """
 
     inside_step: ClassVar[bool] = False
     inside_epoch: ClassVar[bool] = False
     resumed: bool = False
+    batches: int = 0
 
 
 class EpochEnd(Event):

@@ -103,6 +103,12 @@ class History(Container):
         return counts.peek(key) if counts is not None else Counts()
 
     @property
+    def trained_steps(self) -> int:
+        """Training steps that have ended, of all training phases."""
+        counts = vars(self._shared).get("history", {})
+        return sum(counts[phase].steps for phase in counts if phase.gradients)
+
+    @property
     def metrics(self) -> PhaseDict[dict[str, list[Any]]]:
         """Epoch values by phase, then by the metric's name: one value per epoch."""
         found: PhaseDict[dict[str, list[Any]]] = PhaseDict(dict)

@@ -37,7 +37,7 @@ def aside(learner: Learner, owner: str, callbacks: list[Callback]) -> Iterator[N
     """
     fields = vars(learner)  # past the checks of what users assign
     changed = ("callbacks", "cbstate", "history", "streams", "step", "host_queue", "phases", "scope", "model")
-    kept = {name: fields[name] for name in changed}
+    kept = {name: fields[name] for name in (*changed, "fit_phases", "num_epochs")}
     updates, block = learner.updates, learner.updates.block
     try:
         if runs_a_view(learner.scope):
@@ -52,6 +52,8 @@ def aside(learner: Learner, owner: str, callbacks: list[Callback]) -> Iterator[N
             "streams": Streams(learner.seed, prefix=f"{owner}/"),
             "step": StepState(),
             "callbacks": Callbacks(learner),
+            "fit_phases": (),
+            "num_epochs": None,
         }
         learner.callbacks.set(callbacks)
         yield

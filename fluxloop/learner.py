@@ -548,6 +548,16 @@ class Learner(Generic[M]):
         return manifest(self)
 
     @property
+    def cycle(self) -> int | None:
+        """Number of the cycle that the running fit is in, from 1, those of former fits too; None outside of a fit."""
+        return self.history.cycles + 1 if self.fit_phases else None
+
+    @property
+    def trained_steps(self) -> int:
+        """Number of training steps that have ended, of all training phases, as `Recorder` counts them."""
+        return self.history.trained_steps
+
+    @property
     def batch_size(self) -> int:
         """Number of rows of the running or last step."""
         return batch_size(vars(self.step))

@@ -91,6 +91,11 @@ class Scope:
         """Whether what begins in it goes on from a checkpoint."""
         return False
 
+    @property
+    def batches_used(self) -> int:
+        """How many batches of the epoch that begins in it were used before the checkpoint it goes on from."""
+        return 0
+
     def open(self) -> None:
         """Become the learner's running scope."""
         self.parent = self._learner.scope
@@ -273,7 +278,8 @@ class runepoch(Scope):  # noqa: N801 - used like a function
             self._set_up()
             number = self._learner.streams[self.phase.epoch_stream].next()
             outer = self.parent
-            self.handle(EPOCH_BEGIN if outer is None or not outer.resumed else EpochBegin(resumed=True))
+            goes_on = outer is not None and outer.resumed
+            self.handle(EpochBegin(resumed=True, batches=outer.batches_used) if outer and goes_on else EPOCH_BEGIN)
             start_generators(number)
             if outer is not None:
                 outer.began()

@@ -90,6 +90,11 @@ class FitScope(Scope):
         return self.goes_on and self.feed is not None
 
     @property
+    def batches_used(self) -> int:
+        """How many batches of the epoch under way were used before the checkpoint."""
+        return int(self._again["place"]["feed"]["batch"]) if self._again is not None and self.is_under_way else 0
+
+    @property
     def is_under_way(self) -> bool:
         """Whether the phase that comes next goes on in the middle of its epoch."""
         return self._again is not None and self._again["place"] is not None and self._again["place"]["feed"] is not None

@@ -12,7 +12,7 @@ from attrs import frozen
 
 from fluxloop.access import covers, dotted, parse, view_of
 from fluxloop.assign import adopt
-from fluxloop.callback import Callback, Handler, watchers
+from fluxloop.callback import EXPECTED, Callback, Handler, require_call, watchers
 from fluxloop.errors import (
     CancelEpochException,
     CancelFittingException,
@@ -99,6 +99,7 @@ class Callbacks:
         try:
             note_directions(self)
             for node in graph.nodes:
+                check_handlers(node)
                 if id(node.callback.unwrapped) not in known:
                     self._init(node)
             if self._learner.compiled is not None:
@@ -351,6 +352,19 @@ class Callbacks:
 def changes_training(node: Node) -> bool:
     """Tell whether a callback writes more than what callbacks share."""
     return any(path[:1] != ("cbstate",) for path in node.access.writes)
+
+
+def check_handlers(node: Node) -> None:
+    """Raise for a handler that cannot be called as one.
+
+    Raises:
+        HandlerError: Names it, and what it is to take.
+    """
+    callback = node.callback.unwrapped
+    for event, phase in callback.handles():
+        call = callback.handler(event, phase)
+        name = getattr(call, "__name__", repr(call))
+        require_call(call, 3, EXPECTED, f"the handler {type(callback).__name__}.{name}, at {event.__name__},")
 
 
 def watch(node: Node, former: dict[int, Kept]) -> tuple[Kept, list[Kept]]:

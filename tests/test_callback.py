@@ -960,3 +960,65 @@ def test_training_and_validation_handlers_of_one_callback_stand_side_by_side(tra
 
     toy_learner(Side(), num_batches=1).fit(1)
     assert trace == ["training", "validation"]
+
+
+# What a handler takes
+
+
+def test_a_handler_with_other_arguments_is_refused_when_its_class_is_made() -> None:
+    with pytest.raises(
+        HandlerError,
+        match=r"handler Late\.end has the arguments \(self, event, learner\).*expected \(self, event, phase, learner\)",
+    ):
+
+        class Late(Callback):
+            @on(FitEnd)
+            def end(self, event: Any, learner: Any) -> None: ...
+
+    with pytest.raises(
+        HandlerError, match=r"Needs\.end .*expected \(self, event, phase, learner\) \(missing a required"
+    ):
+
+        class Needs(Callback):
+            @on(FitEnd)
+            def end(self, event: Any, phase: Any, learner: Any, more: Any) -> None: ...
+
+
+def test_a_function_for_a_callback_of_others_is_refused_with_other_arguments() -> None:
+    with pytest.raises(
+        HandlerError, match=r"act, a handler of Recorder, .*expected \(callback, event, phase, learner\)"
+    ):
+
+        @on(FitEnd, FittingPhase, Recorder)
+        def act(event: Any, phase: Any, learner: Any) -> None: ...
+
+    assert (FitEnd, FittingPhase) not in Recorder().handles()
+
+
+def test_handlers_may_take_more_that_has_a_default_or_anything() -> None:
+    class Free(Callback):
+        draws = False
+
+        @on(StepBegin)
+        def first(self, *args: Any, **kwargs: Any) -> None: ...
+
+        @on(StepEnd)
+        def second(self, event: Any, phase: Any, learner: Any, more: int = 0) -> None: ...
+
+        @on(EpochEnd)
+        @staticmethod
+        def third(event: Any, phase: Any, learner: Any) -> None: ...
+
+    toy_learner(Free(), num_batches=1).fit(1)
+
+
+def test_a_handler_that_is_no_plain_function_is_looked_at_when_the_learner_is_made() -> None:
+    class Wrong(Callback):
+        @on(FitEnd)
+        @staticmethod
+        def end(event: Any, learner: Any) -> None: ...
+
+    with pytest.raises(
+        HandlerError, match=r"the handler Wrong\.end, at FitEnd, .*expected \(self, event, phase, learner"
+    ):
+        toy_learner(Wrong())

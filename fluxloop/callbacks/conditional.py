@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from attrs import define, field
 
-from fluxloop.callback import Callback, Handler
+from fluxloop.callback import Callback, Handler, require_call
 from fluxloop.errors import CallbackTypeError, HandlerError, describe
 from fluxloop.events import Event
 from fluxloop.phase import Phase
@@ -28,6 +28,7 @@ class ConditionalCallback(Callback):
 
     Raises:
         CallbackTypeError: `callback` is no callback, or `condition` cannot be called.
+        HandlerError: `condition` takes other arguments.
     """
 
     def __init__(self, callback: Callback, condition: Condition) -> None:
@@ -35,6 +36,7 @@ class ConditionalCallback(Callback):
             raise CallbackTypeError(f"{describe(callback)} was given to be wrapped; expected a callback")
         if not callable(condition):
             raise CallbackTypeError(f"{describe(condition)} was given as a condition; expected a function")
+        require_call(condition, 2, "(event, phase)", f"the condition {getattr(condition, '__name__', condition)!s}")
         self.callback = callback
         self.condition = condition
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from attrs import define, field
 from fluxloop.callback import Callback, on
 from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.recorder import Recorder
-from fluxloop.events import EpochEnd, FitBegin
+from fluxloop.events import CycleEnd, EpochEnd, FitBegin, FitEnd
 from fluxloop.history import numbers_in
 from fluxloop.logging.backend import Backend, log_to
 from fluxloop.logging.loggables import Loggable
 from fluxloop.logging.text_files import csv_line
 from fluxloop.phase import Phase, ProbePhase
+from fluxloop.signals import INTERRUPTED, TERMINATED
 
 
 @define
@@ -96,25 +98,31 @@ def _append(backend: _Table, row: _Row, name: str, step: int, group: tuple[str, 
 class CSVLogger(Callback):
     """Write a CSV file with a row per epoch of a phase: the epoch, the set, and a column per metric.
 
-    The set is the phase's data key, ``training`` or ``validation``. A row has the metrics of its
-    phase, and a training row what probes found at its end; a metric that comes up later gets a
-    column that is empty before. Each row is in the file when its epoch ends. Where the file cannot be
-    written, it warns once and the training goes on. Resumed, the file goes on where the state was taken.
+    The set is the phase's data key, ``training`` or ``validation``; of a second phase on the same data
+    it is that phase's name. A row has the metrics of its phase. What probes find on held-out data is in
+    the ``validation`` row of the epoch; where there is none, in a row of its own when the cycle ends. A
+    metric that comes up later gets a column that is empty before. Each row is in the file when its epoch
+    ends. Where the file cannot be written, it warns once and the training goes on. Resumed, the file goes
+    on where the state was taken.
 
     Args:
         path: The file; its folder is made.
+        time: Whether each row has the time at which it was written, in a column ``time``: UTC, ISO 8601.
 
     Raises:
         LogExistsError: When a fit begins that is not resumed, and another run's file is there and not empty.
 
-    Reads: cbstate.history, cbstate.metrics
+    Reads: cbstate.history, cbstate.metrics, fit_phases
     Runs after: Recorder, Metrics
     """
 
     path: Path = field(converter=Path, repr=lambda path: repr(str(path)))
+    time: bool = field(default=False, kw_only=True, repr=False)
     _table: _Table = field(init=False, repr=False)
+    _probed: int = field(default=0, init=False, repr=False)
+    """The epoch of the newest values of probes that are written."""
 
-    reads = ("cbstate.history", "cbstate.metrics")
+    reads = ("cbstate.history", "cbstate.metrics", "fit_phases")
     run_after = (Recorder, Metrics)
     draws = False
     _fixed = ("path",)
@@ -132,18 +140,56 @@ class CSVLogger(Callback):
     def add_row(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
         """Write what the epoch recorded."""
         counts = learner.cbstate.history[phase]
-        epoch = counts.epoch
-        row = {"epoch": epoch, "set": counts.label}
-        for source in (phase, ProbePhase) if phase.gradients else (phase,):
-            for name, series in learner.cbstate.metrics[source].epochs.items():
-                if series and series[-1][0] == epoch:
-                    row |= numbers_in(name, series[-1][1])
-        log_to(self._table, _Row(row), "row", epoch)
+        values = _recorded_at(counts.epoch, learner.cbstate.metrics[phase])
+        if counts.label == ProbePhase.data_key:
+            values |= self._probes(learner)
+        self._write(counts.epoch, counts.label, values)
+        if phase.gradients and not learner.fit_phases:
+            self._add_probes(learner)
+
+    @on(CycleEnd)
+    def add_probes(self, event: CycleEnd, phase: Phase, learner: Any) -> None:
+        """Write what probes found in a cycle without a validation after them."""
+        self._add_probes(learner)
+
+    @on(FitEnd)
+    def add_last_probes(self, event: FitEnd, phase: Phase, learner: Any) -> None:
+        """Write what they found in a cycle that did not end, unless it goes on another time."""
+        if event.reason not in (INTERRUPTED, TERMINATED):
+            self._add_probes(learner)
+
+    def _probes(self, learner: Any) -> dict[str, Any]:
+        """Return what probes found and is not yet written."""
+        metrics = learner.cbstate.metrics[ProbePhase]
+        newest = max((series[-1][0] for series in metrics.epochs.values() if series), default=0)
+        if newest <= self._probed:
+            return {}
+        self._probed = newest
+        return _recorded_at(newest, metrics)
+
+    def _add_probes(self, learner: Any) -> None:
+        values = self._probes(learner)
+        if values:
+            self._write(self._probed, ProbePhase.data_key, values)
+
+    def _write(self, epoch: int, label: str, values: dict[str, Any]) -> None:
+        now = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")} if self.time else {}
+        log_to(self._table, _Row({"epoch": epoch, "set": label, **now, **values}), "row", epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a checkpoint keeps: how far the file is written."""
-        return self._table.state_dict()
+        return {**self._table.state_dict(), "probed": self._probed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a kept state."""
         self._table.load_state_dict(state)
+        self._probed = state.get("probed", 0)  # older checkpoints have none
+
+
+def _recorded_at(epoch: int, metrics: Any) -> dict[str, Any]:
+    """Return the numbers that were recorded for an epoch, by name."""
+    found: dict[str, Any] = {}
+    for name, series in metrics.epochs.items():
+        if series and series[-1][0] == epoch:
+            found |= numbers_in(name, series[-1][1])
+    return found

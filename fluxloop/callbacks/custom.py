@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fluxloop.callback import Callback, Handler
+from fluxloop.callback import Callback, Handler, require_call
 from fluxloop.errors import CallbackTypeError, HandlerError, describe
 from fluxloop.events import Event
 from fluxloop.phase import Phase
@@ -29,7 +29,7 @@ class CustomCallback(Callback):
 
     Raises:
         CallbackTypeError: `f` cannot be called.
-        HandlerError: `event` is no event type, or `phase` no phase type.
+        HandlerError: `event` is no event type, `phase` no phase type, or `f` takes other arguments.
 
     Example:
         >>> hello = CustomCallback(lambda learner: print("a step"), StepEnd, TrainingPhase)
@@ -53,6 +53,7 @@ class CustomCallback(Callback):
             raise HandlerError(f"CustomCallback was given {describe(event)} as an event; expected a type, e.g. StepEnd")
         if not (isinstance(phase, type) and issubclass(phase, Phase)):
             raise HandlerError(f"CustomCallback was given {describe(phase)} as a phase; expected a type")
+        require_call(f, 1, "(learner)", f"the function {getattr(f, '__name__', f)!s} of a CustomCallback")
         super().__init__(name=name)
         self.f = f
         self.event = event

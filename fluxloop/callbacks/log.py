@@ -18,6 +18,7 @@ from fluxloop.history import numbers_in
 from fluxloop.logging.backend import Backend, log_to
 from fluxloop.logging.loggables import HyperParameters, Loggable, Scalar, loggable
 from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase
+from fluxloop.state import name_of
 
 
 class LogCallback(Callback):
@@ -228,11 +229,13 @@ class LogHyperParams(LogCallback):
 
 
 class LogTraces(LogCallback):
-    """Log what `Traces` recorded in each training step: numbers, and anything loggable.
+    """Log what `Traces` recorded in each step: numbers, and anything loggable.
 
-    They are in the group ``("step", "traces")``, over training steps; tensors of more than one
-    element, which `Traces` keeps as they are, need a function that makes a loggable of them, such as
-    ``Histogram``. Arguments and errors are those of `LogCallback`.
+    Those of training steps are in the group ``("step", "traces")``, over training steps; those of other
+    phases, and of a second training phase, in ``("step", "traces", "validation")``, named as the phase's
+    metrics are, a phase that only watches over steps of its own. Tensors of more than one element, which
+    `Traces` keeps as they are, need a function that makes a loggable of them, such as ``Histogram``.
+    Arguments and errors are those of `LogCallback`.
 
     Reads: cbstate.history, cbstate.traces
     Runs after: Recorder
@@ -244,12 +247,18 @@ class LogTraces(LogCallback):
         """Begin anew."""
         self._newest: dict[str, dict[str, Any]] = {}
 
-    @on(StepEnd, AbstractTrainingPhase)
-    def log_traced(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+    @on(StepEnd)
+    def log_traced(self, event: StepEnd, phase: Phase, learner: Any) -> None:
         """Log the step's traces."""
-        step, group = training_steps(learner), ("step", "traces")
-        newest = self._newest.setdefault(type(phase).__name__, {})
-        for name, _, value in _new_entries(learner.cbstate.traces[phase], newest):
+        traces = learner.cbstate.traces[phase]
+        if not traces:
+            return
+        counts = learner.cbstate.history[phase]
+        label = counts.label or phase.data_key
+        group = ("step", "traces") if label == AbstractTrainingPhase.data_key else ("step", "traces", label)
+        step = training_steps(learner) if phase.gradients else counts.steps
+        newest = self._newest.setdefault(name_of(phase), {})
+        for name, _, value in _new_entries(traces, newest):
             if isinstance(value, Tensor) and value.numel() == 1:
                 learner.host(value.reshape(()), partial(self.log_number, name, step, group))
             elif isinstance(value, (int, float, Loggable)):

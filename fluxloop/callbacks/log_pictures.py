@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from fluxloop.callback import on
+from fluxloop.callback import on, require_call
 from fluxloop.callbacks.log import LogCallback, at_least_one, training_steps
 from fluxloop.errors import CallbackTypeError, describe
 from fluxloop.events import EpochBegin, EpochEnd, StepBegin, StepEnd
@@ -151,6 +151,7 @@ class LogVisualization(LogCallback):
         super().__init__(*backends, name=name)
         if not callable(function):
             raise CallbackTypeError(f"LogVisualization({describe(function)}, ...) was given; expected a function first")
+        require_call(function, 1, "(step)", f"the function {getattr(function, '__name__', function)!s}")
         self.function = function
         self.every = at_least_one(type(self).__name__, every)
         called = getattr(function, "__name__", "<lambda>")

@@ -81,7 +81,7 @@ class LRScheduler(Callback):
     _watched: Monitor | None = field(default=None, init=False, repr=False)
     _target: LearningRate = field(init=False, repr=False)
     _updated: Counter[str | None] = field(factory=Counter, init=False, repr=False)
-    _steps: int = field(default=0, init=False, repr=False)
+    _ended: int = field(default=0, init=False, repr=False)
     _seen: int = field(default=0, init=False, repr=False)
 
     draws = False
@@ -109,7 +109,7 @@ class LRScheduler(Callback):
     @property
     def reads(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the scheduler
         """The metrics, where one is watched."""
-        return () if self._watched is None else ("cbstate.metrics",)
+        return ("trained_steps",) if self._watched is None else ("trained_steps", "cbstate.metrics")
 
     @property
     def writes(self) -> tuple[str, ...]:  # type: ignore[override]  # the optimizer's
@@ -133,7 +133,7 @@ class LRScheduler(Callback):
             raise
         self.schedulers = schedulers
         self._made = {name: _state_when_made(scheduler) for name, scheduler in schedulers.items()}
-        self._updated, self._steps, self._seen = Counter(), 0, 0
+        self._updated, self._ended, self._seen = Counter(), learner.trained_steps, 0
         if self._watched is not None:
             modes = [scheduler.mode for scheduler in schedulers.values() if hasattr(scheduler, "mode")]
             self._watched.mode = modes[0] if modes and modes[0] in ("min", "max") else "min"
@@ -190,6 +190,7 @@ class LRScheduler(Callback):
     @on(EpochBegin, AbstractTrainingPhase)
     def begin_epoch(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Record the rates of an epoch."""
+        self._ended = learner.trained_steps or self._ended
         if self.unit == "epoch":
             self._record(learner)
 
@@ -208,7 +209,7 @@ class LRScheduler(Callback):
     @on(StepEnd, AbstractTrainingPhase)
     def end_step(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Step the schedulers of the optimizers that were updated."""
-        self._steps += 1
+        self._ended += 1
         for name, scheduler in self.schedulers.items() if self.unit != "epoch" else ():
             updates = self._updated[name]
             for _ in range(updates if self.unit == "update" else min(updates, 1)):
@@ -241,9 +242,9 @@ class LRScheduler(Callback):
             for index, group in enumerate(groups):
                 label = _label(name, None if len(groups) == 1 else index)
                 if isinstance(group["lr"], Tensor):
-                    learner.host(group["lr"].detach().clone(), partial(record, table, label, self._steps + 1))
+                    learner.host(group["lr"].detach().clone(), partial(record, table, label, self._ended + 1))
                 else:
-                    record(table, label, self._steps + 1, group["lr"])
+                    record(table, label, self._ended + 1, group["lr"])
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a checkpoint keeps: each scheduler's state, and the one that it had when it was made."""
@@ -257,7 +258,7 @@ class LRScheduler(Callback):
             for name, scheduler in self.schedulers.items()
         ]
         updated = list(self._updated.elements())
-        return {"schedulers": schedulers, "updated": updated, "steps": self._steps, "seen": self._seen}
+        return {"schedulers": schedulers, "updated": updated, "steps": self._ended, "seen": self._seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a kept state; the optimizer is left as it is.
@@ -275,7 +276,7 @@ class LRScheduler(Callback):
             _check_same(scheduler, self._made[name], kept[name])
         for name, scheduler in self.schedulers.items():
             scheduler.load_state_dict(_restored(kept[name]["now"], scheduler.state_dict()))
-        self._updated, self._steps, self._seen = Counter(state["updated"]), state["steps"], state["seen"]
+        self._updated, self._ended, self._seen = Counter(state["updated"]), state["steps"], state["seen"]
 
 
 @cache

@@ -8,7 +8,7 @@ from attrs import define, field
 
 from fluxloop.callback import Callback, on
 from fluxloop.callbacks.metrics import Metrics
-from fluxloop.callbacks.progress import ProgressBar
+from fluxloop.callbacks.progress import FitClock, ProgressBar
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import shown
 from fluxloop.events import EpochEnd, FitBegin
@@ -19,26 +19,30 @@ from fluxloop.state import name_of
 
 @define
 class MetricsPrinter(Callback):
-    """Print a line per epoch of a phase: the phase, the epoch and every metric.
+    """Print a line per epoch of a phase: the phase, the epoch (of how many) and every metric.
 
     Args:
         digits: Significant digits.
+        time: Whether to print how long the fit has run, and about how long it still will.
 
-    Reads: cbstate.history, cbstate.metrics
+    Reads: cbstate.history, cbstate.metrics, cycle, num_epochs
     Runs after: Recorder, Metrics, ProgressBar
     """
 
     digits: int = 4
     _is_silent: bool = field(default=False, init=False, repr=False)
+    time: bool = field(default=False, kw_only=True, repr=False)
+    _clock: FitClock = field(factory=FitClock, init=False, repr=False)
 
-    reads = ("cbstate.history", "cbstate.metrics")
+    reads = ("cbstate.history", "cbstate.metrics", "cycle", "num_epochs")
     run_after = (Recorder, Metrics, ProgressBar)
     draws = False
-    transient = ("_is_silent",)
+    transient = ("_is_silent", "_clock")
 
     @on(FitBegin)
     def print_resumed(self, event: FitBegin, phase: Phase, learner: Any) -> None:
         """Print where a resumed fit goes on."""
+        self._clock.begin(event, learner)
         if event.resumed:
             done = (
                 f"{name_of(each)} {c.epochs} epochs, {c.steps} steps" for each, c in learner.cbstate.history.items()
@@ -58,7 +62,9 @@ class MetricsPrinter(Callback):
             if series and series[-1][0] == epoch
             for part, number in numbers_in(name, series[-1][1]).items()
         ]
-        self._print(f"{name_of(phase):<18} epoch {epoch:<4} {'   '.join(values)}".rstrip())
+        if self.time and (told := self._clock.told(learner)):
+            values.append(f"({told})")
+        self._print(f"{name_of(phase):<18} epoch {self._clock.epoch(epoch, learner):<4} {'   '.join(values)}".rstrip())
 
     def _print(self, line: str) -> None:
         """Print a line, until standard output is gone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from time import monotonic
 from typing import Any, TextIO
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 
 from fluxloop.callback import Callback, on
 from fluxloop.errors import shown
-from fluxloop.events import EpochBegin, EpochEnd, StepEnd
+from fluxloop.events import EpochBegin, EpochEnd, FitBegin, FitEnd, StepEnd
 from fluxloop.phase import Phase
 from fluxloop.randomness import preserved
 from fluxloop.state import name_of
@@ -23,6 +24,36 @@ def in_notebook() -> bool:
     """Tell whether a notebook's kernel runs this process."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return shell is not None and getattr(shell, "kernel", None) is not None
+
+
+@define
+class FitClock:
+    """How long a fit has run, and how far it has come."""
+
+    since: float | None = None
+    cycles: int = 0
+    several: bool = False
+
+    def begin(self, event: FitBegin, learner: Any) -> None:
+        """Begin with a fit."""
+        self.since, self.cycles = monotonic(), learner.cycle or 1
+        self.several = learner.num_epochs - (0 if event.resumed else self.cycles - 1) > 1
+
+    def epoch(self, epoch: int, learner: Any) -> str:
+        """Return the number of an epoch, with how many a fit of several comes to: ``"3/10"``."""
+        return f"{epoch}/{learner.num_epochs}" if self.several and epoch == learner.cycle else f"{epoch}"
+
+    def told(self, learner: Any) -> str:
+        """Return the time gone and left, ``"0:12, 0:28 left"``; nothing before a cycle is complete."""
+        if self.since is None or learner.cycle is None or learner.cycle <= self.cycles:
+            return ""
+        spent = monotonic() - self.since
+        left = spent / (learner.cycle - self.cycles) * (learner.num_epochs - learner.cycle + 1)
+        return f"{_time(spent)}, {_time(left)} left"
+
+
+def _time(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds))).removeprefix("0:")
 
 
 @define(eq=False)
@@ -48,14 +79,16 @@ class ProgressBar(Callback):
     """Show a bar per epoch of a phase, with the running values of the metrics.
 
     Works for sized and unsized data, in a terminal and in a notebook; the bar disappears when
-    its epoch ends, whatever way. Steps look at the clock; only a refresh computes metrics.
+    its epoch ends, whatever way. Its title tells the phase, the epoch and, from the second cycle of a
+    fit on, how long the fit has run and about how long it still will:
+    ``TrainingPhase 3/10 (0:12, 0:42 left)``. Steps look at the clock; only a refresh computes metrics.
 
     Args:
         enabled: None shows bars in a terminal and in a notebook only.
         interval: Seconds between refreshes.
         file: Where a terminal's bar is written; None: standard error.
 
-    Reads: num_batches, cbstate
+    Reads: num_batches, num_epochs, cycle, cbstate
     """
 
     enabled: bool | None = None
@@ -63,10 +96,11 @@ class ProgressBar(Callback):
     file: TextIO | None = field(default=None, repr=False)
     _open: list[_Bar] = field(factory=list, init=False, repr=False)
     _is_silent: bool = field(default=False, init=False, repr=False)
+    _clock: FitClock = field(factory=FitClock, init=False, repr=False)
 
-    reads = ("num_batches", "cbstate")
+    reads = ("num_batches", "num_epochs", "cycle", "cbstate")
     draws = False
-    transient = ("_open", "_is_silent")
+    transient = ("_open", "_is_silent", "_clock")
 
     def is_shown(self) -> bool:
         """Tell whether bars are shown."""
@@ -77,19 +111,31 @@ class ProgressBar(Callback):
             return in_notebook()
         return bool(self.enabled) or in_notebook() or stream.isatty()
 
+    @on(FitBegin)
+    def begin(self, event: FitBegin, phase: Phase, learner: Any) -> None:
+        """Start the clock."""
+        self._clock.begin(event, learner)
+
+    @on(FitEnd)
+    def end(self, event: FitEnd, phase: Phase, learner: Any) -> None:
+        """Stop it."""
+        self._clock = FitClock()
+
     @on(EpochBegin)
     def open(self, event: EpochBegin, phase: Phase, learner: Any) -> None:
         """Open a bar, to be closed when the epoch ends."""
         if self._is_silent or not self.is_shown():
             return
-        epoch = learner.cbstate.history[phase].epochs + 1 if "history" in learner.cbstate else None
-        title = name_of(phase) + (f" {epoch}" if epoch else "")
-        bar = _Bar(due=monotonic() + self.interval)
+        epoch = _epoch(phase, learner) if "history" in learner.cbstate else None
+        title = name_of(phase) + (f" {self._clock.epoch(epoch, learner)}" if epoch else "")
+        told = self._clock.told(learner)
+        bar = _Bar(due=monotonic() + self.interval, seen=event.batches)
 
         def show() -> None:
             bar.shown = tqdm(
+                initial=event.batches,
                 total=learner.num_batches,
-                desc=title,
+                desc=f"{title} ({told})" if told else title,
                 leave=False,
                 unit="batch",
                 file=self.file or sys.stderr,
@@ -138,3 +184,9 @@ class ProgressBar(Callback):
         if bar in self._open:
             self._open.remove(bar)
             self._shows(bar.shown.close)
+
+
+def _epoch(phase: Phase, learner: Any) -> int:
+    """Return where the values of the epoch that begins will stand."""
+    counts = learner.cbstate.history[phase]
+    return int(max(counts.epoch + 1, counts.epochs + 1, learner.cycle or 0))

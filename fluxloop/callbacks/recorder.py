@@ -8,7 +8,7 @@ from typing import Any
 from attrs import define, field
 
 from fluxloop.callback import Callback, on
-from fluxloop.events import CycleBegin, EpochBegin, EpochEnd, FitEnd, StepEnd, UpdateEnd
+from fluxloop.events import EpochBegin, EpochEnd, StepEnd, UpdateEnd
 from fluxloop.history import Counts, trained_epochs
 from fluxloop.phase import Phase
 from fluxloop.state import PhaseDict, name_of
@@ -20,14 +20,15 @@ class Recorder(Callback):
 
     Steps are counted when they end, so a cancelled step is not counted.
 
-    Reads: fit_phases
+    Reads: cycle, fit_phases
     Writes: cbstate.history
     """
 
-    _cycle: int | None = field(default=None, init=False, repr=False)
-    """The epoch that the running cycle is."""
+    _cycle: int = field(default=0, init=False, repr=False)
+    _place: int = field(default=0, init=False, repr=False)
+    """The epoch that the running cycle is: the next one where something is trained in it."""
 
-    reads = ("fit_phases",)
+    reads = ("cycle", "fit_phases")
     writes = ("cbstate.history",)
     draws = False
     in_compiled_step = "after"
@@ -37,21 +38,13 @@ class Recorder(Callback):
         if "history" not in learner.cbstate:
             learner.cbstate.history = PhaseDict(Counts)
 
-    @on(CycleBegin)
-    def start_cycle(self, event: CycleBegin, phase: Phase, learner: Any) -> None:
-        """Note which epoch it is: the next one where something is trained in it."""
-        trains = any(each.gradients for each in learner.fit_phases)
-        self._cycle = trained_epochs(learner.cbstate.history) + trains
-
-    @on(FitEnd)
-    def leave_fit(self, event: FitEnd, phase: Phase, learner: Any) -> None:
-        """Forget the cycle."""
-        self._cycle = None
-
     @on(EpochBegin)
     def start_epoch(self, event: EpochBegin, phase: Phase, learner: Any) -> None:
         """Count the epoch's steps from 0."""
         history = learner.cbstate.history
+        if learner.cycle is not None and learner.cycle != self._cycle:
+            trains = any(each.gradients for each in learner.fit_phases)
+            self._cycle, self._place = learner.cycle, trained_epochs(history) + trains
         counts = history[phase]
         counts.steps_epoch = 0
         if not counts.label:
@@ -76,10 +69,8 @@ class Recorder(Callback):
         history = learner.cbstate.history
         counts = history[phase]
         counts.epochs += 1
-        place = self._cycle
-        if place is None or not learner.fit_phases:
-            place = 0 if phase.gradients else trained_epochs(history)
-        counts.epoch = max(counts.epoch + 1, counts.epochs, place)
+        place = 0 if phase.gradients else trained_epochs(history)
+        counts.epoch = max(counts.epoch + 1, counts.epochs, place if learner.cycle is None else self._place)
 
 
 def _label(phase: Phase, among: tuple[Phase, ...], history: Mapping[Any, Counts]) -> str:

@@ -133,6 +133,8 @@ class Scheduler(Callback):
     unit: Unit = field(default="step")
     _labels: tuple[str, ...] = field(init=False, repr=False)
     _steps: int = field(default=0, init=False, repr=False)
+    _ended: int = field(default=0, init=False, repr=False)
+    """Training steps of the learner, also those before this one was added."""
     _epochs: int = field(default=0, init=False, repr=False)
     _given: dict[str, dict[str, Any]] = field(factory=dict, init=False, repr=False)
     """By label, what each parameter group had when the learner was made, where its ratio to the others is kept."""
@@ -152,8 +154,8 @@ class Scheduler(Callback):
 
     @property
     def reads(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the unit
-        """The counts of updates, where it counts these."""
-        return ("cbstate.history", "optimizer") if self.unit == "update" else ()
+        """The number of training steps; the counts of updates, where it counts these."""
+        return ("trained_steps", *(("cbstate.history", "optimizer") if self.unit == "update" else ()))
 
     @property
     def writes(self) -> tuple[str, ...]:  # type: ignore[override]  # its hyperparameters'
@@ -177,6 +179,7 @@ class Scheduler(Callback):
                 _optimizer_of(parameter, learner)
         self._given = {label: values for label, values in given.items() if values}
         self._steps = self._epochs = 0
+        self._ended = learner.trained_steps
         self._before = _updates(learner) if self.unit == "update" else {}
         if "hyperparameters" not in learner.cbstate:
             learner.cbstate.hyperparameters = {}
@@ -184,6 +187,7 @@ class Scheduler(Callback):
     @on(EpochBegin, AbstractTrainingPhase)
     def begin_epoch(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Set the hyperparameters of an epoch."""
+        self._ended = learner.trained_steps or self._ended
         if self.unit == "epoch":
             self._set(learner, self._epochs)
 
@@ -197,6 +201,7 @@ class Scheduler(Callback):
     def count_step(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Count a step."""
         self._steps += 1
+        self._ended += 1
 
     @on(EpochEnd, AbstractTrainingPhase)
     def count_epoch(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
@@ -212,6 +217,7 @@ class Scheduler(Callback):
         return {
             "schedules": self._written(),
             "steps": self._steps,
+            "ended": self._ended,
             "epochs": self._epochs,
             "given": self._given,
             "before": self._before,
@@ -232,6 +238,7 @@ class Scheduler(Callback):
                     "run from the weights: learner.load_weights(file)"
                 )
         self._steps, self._epochs = state["steps"], state["epochs"]
+        self._ended = state.get("ended", state["steps"])
         self._given = state.get("given", self._given)  # older checkpoints have neither
         self._before = state.get("before", self._before)
 
@@ -251,7 +258,7 @@ class Scheduler(Callback):
                     put(group, option, value * (share / largest))
             else:
                 set_hyperparameter(learner, parameter, value)
-            record(table, label, self._steps + 1, value)
+            record(table, label, self._ended + 1, value)
 
 
 def _given_to(group: dict[str, Any], option: str) -> float:

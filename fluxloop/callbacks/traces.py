@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
+from fluxloop.callback import Callback, NoConflict, on, require_call, resolve_conflict
 from fluxloop.callbacks.recorder import Recorder
-from fluxloop.events import StepEnd
+from fluxloop.events import EpochBegin, StepEnd
 from fluxloop.phase import Phase
 from fluxloop.state import PhaseDict
 
@@ -27,6 +27,7 @@ class Traces(Callback):
         name: Tells two of them apart; they may trace side by side, under different names.
 
     Raises:
+        HandlerError: A function takes other arguments.
         ValueError: There is no function.
 
     Reads: * (or as given)
@@ -54,6 +55,8 @@ class Traces(Callback):
                 f"Traces({functions!r}) was given; expected functions by name: "
                 "Traces({'loss': lambda learner: learner.step.loss})"
             )
+        for each, function in functions.items():
+            require_call(function, 1, "(learner)", f"the function {each!r} of Traces")
         self.functions = dict(functions)
         self.phase = phase
         self.reads = reads  # type: ignore[misc]  # computed per instance
@@ -64,6 +67,13 @@ class Traces(Callback):
         self._steps = PhaseDict(int)
         if "traces" not in learner.cbstate:
             learner.cbstate.traces = PhaseDict(dict)
+
+    @on(EpochBegin)
+    def count_on(self, event: EpochBegin, phase: Phase, learner: Any) -> None:
+        """Go on from the steps that have ended, where this was added later and may see them."""
+        if isinstance(phase, self.phase) and {"*", "cbstate", "cbstate.history"}.intersection(self.reads):
+            counts = learner.cbstate.history if "history" in learner.cbstate else {}
+            self._steps[phase] = counts[phase].steps if counts and phase in counts else self._steps[phase]
 
     @on(StepEnd)
     def record(self, event: StepEnd, phase: Phase, learner: Any) -> None:

@@ -348,3 +348,10 @@ def test_what_is_no_event_type_is_not_throttled(event: Any) -> None:
 def test_how_often_must_be_said_once_and_in_range(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         throttle(Recorder(), StepEnd, **options)
+
+
+def test_a_condition_with_other_arguments_is_refused_when_it_is_given() -> None:
+    with pytest.raises(
+        HandlerError, match=r"the condition <lambda> has the arguments \(event\); expected \(event, phase\)"
+    ):
+        ConditionalCallback(Recorder(), lambda event: True)  # type: ignore[arg-type, misc]  # that is the test

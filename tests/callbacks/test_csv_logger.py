@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,12 +108,78 @@ def test_a_metric_that_comes_up_later_gets_a_column(tmp_path: Path) -> None:
     assert [path.name] == [each.name for each in tmp_path.iterdir()]
 
 
-def test_what_a_probe_finds_stands_in_the_row_of_its_training_epoch(tmp_path: Path) -> None:
-    rows = torch.rand(16, 1), torch.arange(16) % 2
-    probe = KNNProbe("model", k=1, bank=rows, queries=rows)
-    learner = toy(Recorder(), Metrics(), CSVLogger(tmp_path / "log.csv"), probe)
-    learner.fit(2, phases=[TrainingPhase()])
-    assert [float(row["knn_model"]) for row in read(tmp_path / "log.csv")] == learner.history["validation/knn_model"]
+def probe_of(**options: Any) -> KNNProbe:
+    rows = torch.rand(16, 1, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 2
+    return KNNProbe("model", k=1, bank=rows, queries=rows, **options)
+
+
+def found(path: Path) -> list[tuple[int, str, str]]:
+    """The rows with a value of the probe, and the loss that stands beside it."""
+    rows = [row for row in read(path) if row["knn_model"]]
+    return [(int(row["epoch"]), row["set"], "loss" if row["loss"] else "") for row in rows]
+
+
+def test_what_a_probe_finds_stands_in_the_validation_row_of_its_epoch(tmp_path: Path) -> None:
+    learner = toy(Recorder(), Metrics(), CSVLogger(tmp_path / "log.csv"), probe_of(every=2))
+    learner.fit(4)
+    assert found(tmp_path / "log.csv") == [(2, "validation", "loss"), (4, "validation", "loss")]
+    values = [float(row["knn_model"]) for row in read(tmp_path / "log.csv") if row["knn_model"]]
+    assert values == learner.history["validation/knn_model"]
+
+
+def test_what_a_probe_finds_has_a_row_of_its_own_where_no_validation_follows(tmp_path: Path) -> None:
+    learner = toy(Recorder(), Metrics(), CSVLogger(tmp_path / "log.csv"), probe_of())
+    learner.fit(3, phases=[TrainingPhase(), ValidationPhase(every=2)])
+    learner.epoch(TrainingPhase())
+    assert found(tmp_path / "log.csv") == [
+        (1, "validation", ""),
+        (2, "validation", "loss"),
+        (3, "validation", "loss"),
+        (4, "validation", ""),
+    ]
+
+
+def test_what_a_probe_finds_beside_two_validations_has_a_row_of_its_own(tmp_path: Path) -> None:
+    learner = toy(Recorder(), Metrics(), CSVLogger(tmp_path / "log.csv"), probe_of())
+    learner.fit(1, phases=[TrainingPhase(), ValidationPhase(), ValidationPhase(name="again")])
+    sets = ["training", "ValidationPhase", "again", "validation"]
+    assert epochs_and_sets(tmp_path / "log.csv") == [(1, name) for name in sets]
+
+
+@pytest.mark.parametrize("moment", range(1, 10))
+def test_a_table_with_probes_is_the_same_after_a_kill_at_any_moment(tmp_path: Path, moment: int) -> None:
+    class Killed(BaseException):
+        pass
+
+    def make(folder: str) -> Any:
+        phases = [TrainingPhase(), ValidationPhase(every=2)]
+        logger = CSVLogger(tmp_path / folder / "log.csv")
+        return toy(Recorder(), Metrics(), logger, probe_of(), num_batches=1), {"epochs": 3, "phases": phases}
+
+    def kill() -> None:
+        seen.append(1)
+        if len(seen) == moment:
+            killed.save(tmp_path / "state.pt")
+            raise Killed
+
+    seen: list[int] = []
+    whole, options = make("whole")
+    whole.fit(**options)
+    killed, options = make("killed")
+    killed.safe_points.append(kill)
+    with pytest.raises(Killed):
+        killed.fit(**options)
+    resumed, options = make("killed")
+    resumed.fit(**options, resume=tmp_path / "state.pt")
+    assert read(tmp_path / "killed" / "log.csv") == read(tmp_path / "whole" / "log.csv")
+
+
+def test_each_row_may_have_the_time_at_which_it_was_written(tmp_path: Path) -> None:
+    before = datetime.now(timezone.utc).replace(microsecond=0)
+    toy(Recorder(), Metrics(), CSVLogger(tmp_path / "log.csv", time=True)).fit(1)
+    times = [datetime.fromisoformat(row["time"]) for row in read(tmp_path / "log.csv")]
+    assert len(times) == 2
+    assert all(before <= time <= datetime.now(timezone.utc) for time in times)
 
 
 def test_rows_are_in_the_file_when_their_epoch_has_ended_whatever_comes_then(tmp_path: Path) -> None:

@@ -292,3 +292,11 @@ def test_a_write_that_changes_nothing_changes_nothing() -> None:
     plain.fit(1)
     written.fit(1)
     assert_same_bits(plain, written)
+
+
+def test_a_function_with_other_arguments_is_refused_when_the_callback_is_made() -> None:
+    for function in (lambda: None, lambda event, phase, learner: None):
+        with pytest.raises(HandlerError, match=r"of a CustomCallback has the arguments .*; expected \(learner\)"):
+            CustomCallback(function, StepEnd)
+    CustomCallback(print, StepEnd)
+    CustomCallback(lambda learner, more=1: None, StepEnd)

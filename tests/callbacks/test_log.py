@@ -29,13 +29,16 @@ from fluxloop import (
     EpochBegin,
     KNNProbe,
     Learner,
+    LearningRate,
     LossBegin,
     Metric,
     Metrics,
     MissingProducerError,
+    Momentum,
     Phase,
     Recorder,
     SampleImages,
+    Scheduler,
     StepBegin,
     TensorBatches,
     Traces,
@@ -449,8 +452,46 @@ def test_numbers_and_loggables_are_logged_and_other_traces_are_not() -> None:
         }
     )
     toy(Recorder(), traces, LogTraces(memory)).fit(1)
-    assert memory.names == ["step/traces/loss", "step/traces/rows", "step/traces/spread"]
+    names = ["loss", "rows", "spread"]
+    assert memory.names == [f"step/traces/{at}{name}" for at in ("", "validation/") for name in names]
     assert memory.series("step/traces/loss") == list(enumerate(by_hand(1)[0], 1))
+
+
+def test_traces_of_a_validation_are_logged_over_its_own_steps() -> None:
+    memory = Memory()
+    traces = Traces({"loss": lambda learner: learner.step.loss}, phase=ValidationPhase)
+    learner = toy(Recorder(), traces, LogTraces(memory))
+    learner.fit(4, phases=[TrainingPhase(), ValidationPhase(every=2)])
+    recorded = [(step, value.item()) for step, value in learner.cbstate.traces[ValidationPhase]["loss"]]
+    assert memory.names == ["step/traces/validation/loss"]
+    assert memory.series("step/traces/validation/loss") == recorded
+    assert [step for step, _ in recorded] == list(range(1, 2 * STEPS + 1))
+
+
+def test_traces_of_two_phases_on_one_data_are_logged_apart() -> None:
+    memory = Memory()
+    traces = Traces({"loss": lambda learner: learner.step.loss})
+    learner = toy(Recorder(), traces, LogTraces(memory))
+    learner.fit(1, phases=[TrainingPhase(), ValidationPhase(), Shifted(name="shifted")])
+    for name in ("ValidationPhase", "shifted"):
+        logged = [value for _, value in memory.series(f"step/traces/{name}/loss")]
+        assert logged == [value.item() for _, value in learner.cbstate.traces[named(learner, name)]["loss"]]
+    assert len(memory.series("step/traces/loss")) == STEPS
+
+
+def named(learner: Learner, name: str) -> Any:
+    return next(phase for phase in learner.cbstate.traces if phase.__name__ == name)
+
+
+def test_what_is_scheduled_from_a_later_fit_on_stands_at_the_steps_of_the_training() -> None:
+    memory = Memory()
+    learner = toy(Recorder(), Scheduler({LearningRate: 0.1}), LogHyperParams(memory))
+    learner.fit(1)
+    learner.add_callback(Scheduler({Momentum: 0.5}, name="later"))
+    learner.fit(1)
+    rates, momenta = (memory.series(f"step/hyperparameters/{name}") for name in ("learning_rate", "momentum"))
+    assert [step for step, _ in rates] == list(range(1, 2 * STEPS + 1))
+    assert [step for step, _ in momenta] == list(range(STEPS + 1, 2 * STEPS + 1))
 
 
 def test_without_traces_it_says_who_would_trace() -> None:

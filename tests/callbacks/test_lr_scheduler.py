@@ -771,3 +771,11 @@ def test_what_reads_the_records_sees_those_of_the_epoch() -> None:
     assert_order(learner, LRScheduler, CustomCallback)
     learner.fit(2)
     assert seen == [[(1, 0.01)], [(1, 0.01), (4, 0.01)]]
+
+
+def test_one_added_in_a_later_fit_records_at_the_steps_of_the_training() -> None:
+    learner = toy_learner(Recorder(), num_batches=3)
+    learner.fit(2)
+    learner.add_callback(LRScheduler(partial(torch.optim.lr_scheduler.StepLR, step_size=1), unit="step"))
+    learner.fit(1)
+    assert [step for step, _ in learner.cbstate.hyperparameters["learning_rate"]] == [7, 8, 9]

@@ -20,6 +20,7 @@ from fluxloop import (
     ValidationPhase,
     runstep,
 )
+from fluxloop.callbacks import progress
 from fluxloop.testing import Coefficient, assert_observer, assert_order, toy_learner
 
 
@@ -49,10 +50,10 @@ def still_learner(*metrics: Any, printer: MetricsPrinter | None = None) -> Learn
 def test_a_line_per_epoch_and_phase_with_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
     still_learner(number(2 / 3, "level"), number(12345678.0, "size")).fit(2)
     assert capsys.readouterr().out == (
-        "TrainingPhase      epoch 1    loss 0.125   level 0.6667   size 1.235e+07\n"
-        "ValidationPhase    epoch 1    loss 0.125   level 0.6667   size 1.235e+07\n"
-        "TrainingPhase      epoch 2    loss 0.125   level 0.6667   size 1.235e+07\n"
-        "ValidationPhase    epoch 2    loss 0.125   level 0.6667   size 1.235e+07\n"
+        "TrainingPhase      epoch 1/2  loss 0.125   level 0.6667   size 1.235e+07\n"
+        "ValidationPhase    epoch 1/2  loss 0.125   level 0.6667   size 1.235e+07\n"
+        "TrainingPhase      epoch 2/2  loss 0.125   level 0.6667   size 1.235e+07\n"
+        "ValidationPhase    epoch 2/2  loss 0.125   level 0.6667   size 1.235e+07\n"
     )
 
 
@@ -103,6 +104,32 @@ def test_e12_epochs_go_on_counting_in_the_next_fit(capsys: pytest.CaptureFixture
     assert [line.split("loss")[0].split() for line in capsys.readouterr().out.splitlines()] == [
         ["TrainingPhase", "epoch", "1"],
         ["TrainingPhase", "epoch", "2"],
+    ]
+
+
+def test_two_phases_on_one_data_are_printed_by_their_names(capsys: pytest.CaptureFixture[str]) -> None:
+    still_learner().fit(1, phases=[TrainingPhase(), ValidationPhase(name="noisy"), ValidationPhase()])
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["TrainingPhase", "noisy", "ValidationPhase"]
+
+
+def test_a_sparse_validation_is_printed_at_the_epochs_of_the_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    still_learner().fit(5, phases=[TrainingPhase(), ValidationPhase(every=2)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[2] for line in lines if line[0] == "ValidationPhase"] == ["2/5", "4/5", "5/5"]
+
+
+def test_the_time_gone_and_left_can_be_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter(range(0, 1000, 10))
+    monkeypatch.setattr(progress, "monotonic", lambda: float(next(seconds)))
+    still_learner(printer=MetricsPrinter(time=True)).fit(4, phases=[TrainingPhase()])
+    assert [line.split("loss 0.125")[1].strip() for line in capsys.readouterr().out.splitlines()] == [
+        "",
+        "(00:10, 00:30 left)",
+        "(00:20, 00:20 left)",
+        "(00:30, 00:10 left)",
     ]
 
 

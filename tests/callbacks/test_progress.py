@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from io import StringIO
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,6 +94,39 @@ def test_a_bar_per_epoch_names_the_phase_and_the_epoch() -> None:
     titles = re.findall(r"(\w+Phase \d+):\s+0%", text)
     assert titles == ["TrainingPhase 1", "ValidationPhase 1"]
     assert "0/16" in text
+
+
+def test_a_fit_of_several_epochs_says_of_how_many_and_how_long_it_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter(range(10**6))
+    monkeypatch.setattr(progress, "monotonic", lambda: float(next(seconds)))
+    learner = toy_learner(Recorder(), bar(interval=10**9), num_batches=2)
+    phases = [TrainingPhase(), ValidationPhase(name="noisy", every=2)]
+    learner.fit(3, phases=phases)
+    text = learner.get_callback(ProgressBar).file.getvalue()
+    titles = list(dict.fromkeys(re.findall(r"(\w+ \d+/\d+)(?: \(.*?\))?:", text)))
+    assert titles == ["TrainingPhase 1/3", "TrainingPhase 2/3", "noisy 2/3", "TrainingPhase 3/3", "noisy 3/3"]
+    assert re.search(r"TrainingPhase 2/3 \(\d\d:\d\d, \d\d:\d\d left\):", text)
+    assert "left" not in text[: text.index("2/3")]
+
+
+def test_a_bar_of_an_epoch_that_goes_on_begins_where_it_was_left(tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill() -> None:
+        if learner.history[TrainingPhase].steps == 16 + 9:
+            learner.save(tmp_path / "state.pt")
+            raise Killed
+
+    learner = toy_learner(Recorder(), bar())
+    learner.safe_points.append(kill)
+    with pytest.raises(Killed):
+        learner.fit(3)
+    resumed = toy_learner(Recorder(), bar(interval=0))
+    resumed.fit(3, resume=tmp_path / "state.pt")
+    text = resumed.get_callback(ProgressBar).file.getvalue()
+    shown_counts = re.findall(r"TrainingPhase 2/3: +\d+%\|.*?\| (\d+)/16", text)
+    assert [int(count) for count in dict.fromkeys(shown_counts)] == list(range(9, 17))
 
 
 def test_it_works_alone() -> None:
@@ -304,7 +338,7 @@ def test_lines_printed_at_the_end_of_an_epoch_stand_alone(monkeypatch: pytest.Mo
     learner.fit(2)
     lines = screen(terminal.getvalue())
     expected = [
-        f"{phase.__name__:<18} epoch {epoch:<4} loss {learner.history.metrics[phase]['loss'][epoch - 1]:.4g}"
+        f"{phase.__name__:<18} epoch {epoch}/2  loss {learner.history.metrics[phase]['loss'][epoch - 1]:.4g}"
         for epoch in (1, 2)
         for phase in (TrainingPhase, ValidationPhase)
     ]

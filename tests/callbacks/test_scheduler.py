@@ -558,3 +558,35 @@ def test_with_several_optimizers_the_one_whose_updates_count_is_to_be_named() ->
     learner = gan(Scheduler({LearningRate("D"): linear(8, 0.8, 0.0)}, unit="update"), Recorder())
     learner.fit(1, phases=[GAN()])
     assert get_hyperparameter(learner, LearningRate("D")) == pytest.approx(0.8 - 0.1 * (BATCHES - 1))
+
+
+@pytest.mark.parametrize("unit", ["step", "epoch"])
+def test_one_added_in_a_later_fit_records_at_the_steps_of_the_training_and_counts_its_own_from_0(unit: Any) -> None:
+    seen: list[float] = []
+    learner = toy_learner(Recorder(), num_batches=3)
+    learner.fit(2)
+    learner.add_callback(Scheduler({LearningRate: lambda t: seen.append(t) or 0.1}, unit))
+    learner.fit(2)
+    steps = [step for step, _ in learner.cbstate.hyperparameters["learning_rate"]]
+    assert steps == (list(range(7, 13)) if unit == "step" else [7, 10])
+    assert seen == list(range(len(steps)))
+
+
+def test_one_added_later_records_on_after_a_resume_in_the_middle_of_an_epoch(tmp_path: Any) -> None:
+    def make() -> Learner:
+        learner = toy_learner(Recorder(), num_batches=3)
+        learner.fit(1)
+        learner.add_callback(Scheduler({LearningRate: lambda t: 0.1}))
+        return learner
+
+    def look() -> None:
+        if learner.history[TrainingPhase].steps == 5:
+            learner.save(tmp_path / "state.pt")
+
+    learner = make()
+    learner.safe_points.append(look)
+    learner.fit(2)
+    resumed = make()
+    resumed.fit(3, resume=tmp_path / "state.pt")
+    for each in (learner, resumed):
+        assert [step for step, _ in each.cbstate.hyperparameters["learning_rate"]] == list(range(4, 10))

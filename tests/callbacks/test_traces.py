@@ -11,6 +11,7 @@ from fluxloop import (
     CancelStepException,
     CustomCallback,
     Event,
+    HandlerError,
     LossBegin,
     Metrics,
     MissingEntryError,
@@ -174,3 +175,26 @@ def test_repr_lists_what_is_traced() -> None:
 
 def test_tracing_changes_nothing() -> None:
     assert_observer(Traces({"loss": loss, "drawn": lambda learner: torch.rand(1)}), toy_learner)
+
+
+def test_a_function_with_other_arguments_is_refused_when_it_is_given() -> None:
+    with pytest.raises(
+        HandlerError, match=r"the function 'loss' of Traces has the arguments \(\); expected \(learner\)"
+    ):
+        Traces({"loss": lambda: 1})  # type: ignore[dict-item, misc]  # that is the test
+
+
+def test_traces_added_in_a_later_fit_stand_at_the_steps_of_their_phase() -> None:
+    learner = toy_learner(Recorder(), num_batches=3)
+    learner.fit(2)
+    learner.add_callback(Traces({"rows": lambda learner: len(learner.step.xs)}))
+    learner.fit(1)
+    for phase in (TrainingPhase, ValidationPhase):
+        assert [step for step, _ in learner.cbstate.traces[phase]["rows"]] == [7, 8, 9]
+
+
+def test_traces_of_two_phases_of_one_class_are_kept_apart() -> None:
+    learner = toy_learner(Recorder(), Traces({"rows": lambda learner: len(learner.step.xs)}), num_batches=3)
+    noisy = ValidationPhase(name="noisy")
+    learner.fit(2, phases=[TrainingPhase(), ValidationPhase(), noisy])
+    assert len(learner.cbstate.traces[noisy]["rows"]) == len(learner.cbstate.traces[ValidationPhase]["rows"]) == 6
