@@ -104,9 +104,14 @@ class Accelerator:
         """
         add_gradients(loss, None if alone else parameters, retain_graph)
 
-    def update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Step an optimizer."""
-        step_optimizer(optimizer)
+    def update(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> None:
+        """Step an optimizer.
+
+        Args:
+            optimizer: The optimizer.
+            closure: For one that computes gradients itself, several times in a step: computes them, returns the loss.
+        """
+        step_optimizer(optimizer, closure)
 
     def __repr__(self) -> str:
         compiled = f", compile={self.compile!r}" if self.compile else ""

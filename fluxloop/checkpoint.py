@@ -177,6 +177,8 @@ def _updates_state(learner: Learner) -> State:
                 "waiting": slot.window is not None,
                 "in_block": slot.in_block,
                 "train_mode": slot.mode is not None and slot.mode.is_train,
+                "phase": slot.phase,
+                "num_batches": slot.num_batches,
             }
             for slot in updates.slots
         },
@@ -438,6 +440,8 @@ def _load_updates(learner: Learner, kept: State) -> None:
         stands = kept["slots"][slot.name or ""]
         slot.consumed, slot.in_block = stands["consumed"], stands["in_block"]
         slot.window = StepState() if stands["waiting"] else None
+        slot.phase, slot.num_batches = stands["phase"], stands["num_batches"]
+        slot.step = slot.before = None
 
 
 def _load_callbacks(learner: Learner, states: State, how: dict[str, Any]) -> None:

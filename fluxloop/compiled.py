@@ -26,9 +26,10 @@ from torch.nn.parameter import is_lazy
 
 from fluxloop.callback import Callback
 from fluxloop.errors import CompileError, warn_user
-from fluxloop.events import Event, StepBegin, StepEnd
+from fluxloop.events import Event, StepBegin, StepEnd, UpdateEnd
 from fluxloop.finite import bad_gradients
 from fluxloop.nested import map_tensors, tensors
+from fluxloop.optimizers import count_changes
 from fluxloop.persist import attributes
 from fluxloop.phase import Phase
 from fluxloop.randomness import generator_states, preserved, put_generators
@@ -129,6 +130,8 @@ class CompiledSteps:
         learner = self._learner
         graph = None
         if phase.compiled and learner.updates.findings is None:
+            if phase.gradients:
+                learner.updates.drop_waiting(f"{phase.name} begins", phase.name)
             plan = self._plans.get(type(phase))
             if plan is None:
                 plan = self._plans[type(phase)] = Plan(learner)
@@ -269,6 +272,9 @@ class Graph:
         self._consumed = traced.consumed
         self._looks = traced.looks
         self._events = traced.fired
+        ends = [event.name for event in traced.fired if isinstance(event, UpdateEnd)]
+        self._num_updates = len(ends)
+        self._updated = [p for slot in self._slots if slot.name in ends for p in slot.parameters if p.requires_grad]
         self._callbacks = -1
         self._after: list[tuple[tuple[Bound, ...], Event]] = []
         try:
@@ -355,9 +361,12 @@ class Graph:
         elif bad is not None and not bad.is_cpu:
             learner.host(bad, partial(self._stop, found, learner.where()))
         for left in self._left:
-            left.put(state, given)
+            left.put(state, phase.name, given)
         for slot in self._consumed:
             slot.consumed = True
+        if self._updated:
+            learner.updates.count += self._num_updates
+            count_changes(self._updated)
         if self._callbacks != learner.callbacks.version:
             self._callbacks, self._after = learner.callbacks.version, listeners(learner, phase, self._events)
         for bound, event in self._after:
@@ -416,7 +425,7 @@ class Graph:
         events = self._events[: self._first_bad(found)[0].num_events]
         for slot in self._slots:
             if slot.end in events:
-                slot.consumed, slot.window = True, None
+                slot.end_gradients()
         for bound, event in listeners(self._learner, phase, events):
             deliver(bound, event, phase, self._learner)
 

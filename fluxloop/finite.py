@@ -267,13 +267,14 @@ def not_finite(tensors: Iterable[tuple[str, Any]]) -> Iterator[str]:
 
 
 def state_tensors(learner: Learner) -> Iterator[tuple[str, Any]]:
-    """Give weights, buffers and the optimizers' states, each with a name."""
+    """Give weights, buffers, the optimizers' states, and gradients that wait for an update, each with a name."""
     for name, model in [*learner.models.items(), ("loss_fn", learner.loss_fn)]:
         if isinstance(model, nn.Module):
             prefix = "" if name is None else f"{name}."
             yield from ((f"{prefix}{n}", tensor) for n, tensor in (*model.named_parameters(), *model.named_buffers()))
     names: dict[Any, str] = dict(learner.updates.names)
     for slot in learner.updates.slots:
+        yield from ((f"the gradient of {names.get(p)}", p.grad) for p in slot.waiting)
         for parameter, entries in slot.optimizer.state.items():  # by parameter, or by a name of the optimizer's own
             if isinstance(entries, dict):
                 name = names.get(parameter, "itself")

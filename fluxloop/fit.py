@@ -23,7 +23,7 @@ from fluxloop.errors import (
     did_you_mean,
     warn_user,
 )
-from fluxloop.events import CycleBegin, CycleEnd, FitBegin, FitEnd
+from fluxloop.events import CycleBegin, CycleEnd, FitBegin, FitEnd, UpdateBegin, UpdateEnd
 from fluxloop.feed import Feed
 from fluxloop.folder import find_state
 from fluxloop.history import History
@@ -40,7 +40,11 @@ from fluxloop.signals import EXIT_CODE, INTERRUPTED, heeding_signals
 from fluxloop.state import State, name_of
 
 if TYPE_CHECKING:
+    from fluxloop.callback import Callback
     from fluxloop.learner import Learner
+
+
+UPDATE_EVENTS = (UpdateBegin, UpdateEnd)
 
 
 def fit(
@@ -91,6 +95,8 @@ def fit(
                 f"this run has already stopped: {reason}. Nothing is trained. To train further: learner.load(file), "
                 "then learner.fit(epochs), in a folder and with logs of its own"
             )
+        if state is None:
+            learner.updates.drop_waiting("a fit begins")
         learner.fitting, learner.fit_phases, learner.num_epochs = True, tuple(chosen), until
         with preserved() if state is not None else nullcontext():
             scope = FitScope(learner, chosen, steps_per_epoch, state)
@@ -304,8 +310,11 @@ def run_epoch(learner: Learner, phase: Phase, data: Any = None, scope: FitScope 
             scope.take(batches)
             learner.begun_data.add(phase.data_key)
         learner.num_batches = batches.num_batches
+        stood = learner.updates.standing() if phase.gradients and (scope is None or not scope.goes_on) else None
         with preserved(), left_alone(learner, phase, batches.source):
             phase.epoch(learner, batches)
+        if stood is not None:
+            tell_of_updates_by_hand(learner, phase, stood)
     except CancelEpochException:
         pass  # raised by a handler of EpochBegin, after EpochEnd was fired
     except RuntimeError as error:
@@ -315,6 +324,36 @@ def run_epoch(learner: Learner, phase: Phase, data: Any = None, scope: FitScope 
     finally:
         put(learner, "data", kept)
         learner.num_batches, learner.driven = outer
+
+
+def tell_of_updates_by_hand(learner: Learner, phase: Phase, stood: tuple[int, int]) -> None:
+    """Warn once where a phase steps its optimizers by hand, and callbacks wait for updates that nobody tells them of.
+
+    Args:
+        learner: The learner.
+        phase: The phase, after an epoch.
+        stood: Where the updates stood before it.
+    """
+    count, changes = learner.updates.standing()
+    if count != stood[0] or changes == stood[1] or phase.name in learner.updates.told_by_hand:
+        return
+    heard = {id for event in UPDATE_EVENTS for *_, id in learner.callbacks.table(type(phase))[event]}
+    deaf = [node.id for node in learner.callbacks.graph.nodes if node.id in heard and needs_updates(node.callback)]
+    if deaf:
+        learner.updates.told_by_hand.add(phase.name)
+        warn_user(
+            f"{phase!r} changed weights and made no update through the learner, so {', '.join(deaf)} did nothing: what "
+            "acts at UpdateBegin and UpdateEnd hears of learner.update() alone. Call it instead of optimizer.step(), "
+            "and learner.update(closure=closure) instead of optimizer.step(closure)"
+        )
+
+
+def needs_updates(callback: Callback) -> bool:
+    """Tell whether a callback acts at updates in particular; the default ones only count them, or look at gradients."""
+    inner = callback.unwrapped
+    defaults = {"Recorder", "StopOnNaNLoss"} & {cls.__name__ for cls in type(inner).__mro__}
+    named = any(event in UPDATE_EVENTS for event, _ in callback.handles())
+    return named and not defaults and getattr(inner, "unit", "step") != "epoch"
 
 
 def left_alone(learner: Learner, phase: Phase, source: Any) -> AbstractContextManager[None]:

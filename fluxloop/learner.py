@@ -378,13 +378,25 @@ class Learner(Generic[M]):
         """
         self.updates.backward(loss, retain_graph)
 
-    def update(self, name: str | int | None = None) -> None:
+    def update(self, name: str | int | None = None, *, closure: Callable[[], Any] | None = None) -> None:
         """Step the optimizer `name`, the open block's, or all in order; fires `UpdateBegin` and `UpdateEnd`.
 
+        With a closure, for optimizers that compute gradients several times in a step (`LBFGS`,
+        sharpness-aware minimization), `UpdateBegin` is fired for each of them: for those that wait
+        when this is called, if any do, and for those of each call of the closure. So each is clipped
+        and looked at. It is one update, with one `UpdateEnd`. If anything is raised on the way, the
+        parameters and the optimizer's state are put back.
+
+        Args:
+            name: Of the optimizer.
+            closure: Computes the loss, calls ``learner.backward(loss)``, and returns it. Gradients
+                are released before each call.
+
         Raises:
-            OptimizerError: There is no such optimizer, or it is not the open block's.
+            OptimizerError: There is no such optimizer, or it is not the open block's; it needs a
+                closure and was given none; or several optimizers would step with one.
         """
-        self.updates.update(name)
+        self.updates.update(name, closure)
 
     def fire(self, event: Event) -> None:
         """Fire an event with the running phase; without one, nobody hears it."""

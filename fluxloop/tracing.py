@@ -84,8 +84,8 @@ class StandIn:
         for slot in self.updates.slots:  # none in a phase without gradients
             theirs = learner.updates.find(slot.name)
             slot.consumed, slot.in_block = False, theirs.in_block
-            slot.window = None if theirs.window is None else StepState()
-        self.backward, self.update = self.updates.backward, self.updates.update
+            slot.window, slot.phase = None if theirs.window is None else StepState(), phase.name
+        self.backward = self.updates.backward
         self.skip_update = self.accelerator.skip_update
         self.fired: list[Event] = []
         """Events, in order."""
@@ -110,6 +110,19 @@ class StandIn:
                 except Exception as error:
                     annotate(error, f"fluxloop: raised by {node.id} at {type(event).__name__}, while it was traced")
                     raise
+
+    def update(self, name: str | int | None = None, *, closure: Callable[[], Any] | None = None) -> None:
+        """Step one optimizer, the block's, or all.
+
+        Raises:
+            CompileError: An optimizer asks for gradients as often as it likes, which no graph can follow.
+        """
+        if closure is not None:
+            raise CompileError(
+                f"the step of {self._phase!r} calls learner.update(closure=...), whose optimizer decides how often "
+                "gradients are computed, so that it cannot be one graph; say compiled = False in the phase's class"
+            )
+        self.updates.update(name)
 
     def optimizing(
         self, name: str | int | None = None, *, loss: str | None = None, retain_graph: bool = False
@@ -245,16 +258,16 @@ class Left:
     begun: bool
     in_block: bool
 
-    def put(self, state: StepState, gradients: Iterator[Tensor]) -> None:
+    def put(self, state: StepState, phase: str, gradients: Iterator[Tensor]) -> None:
         """Have the optimizer's gradients be what a step has left."""
         slot = self.slot
+        if not self.waits or self.begun:
+            slot.end_gradients()
+        if self.waits:
+            slot.begin_gradients(state, self.in_block, phase)
         slot.release()
         for parameter in self.parameters:
             parameter.grad = next(gradients)
-        if not self.waits:
-            slot.window = None
-        elif self.begun:
-            slot.window, slot.in_block = state, self.in_block
 
 
 class Traced:

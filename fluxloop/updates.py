@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from fluxloop.access import Path
 from fluxloop.errors import LossError, OptimizerError, PhaseError, describe, did_you_mean, warn_user
 from fluxloop.events import BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd
 from fluxloop.modes import OptimizerMode
-from fluxloop.optimizers import Optimizers, check_owned, owned_parameters, separate_options, skipping
+from fluxloop.optimizers import Optimizers, check_owned, keep_state, owned_parameters, separate_options, skipping
 from fluxloop.state import Gradients, LossName, StepState
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ class Slot:
         in_block: Whether that was in the optimizer's own block.
         told_resting: Whether it was said that all of its parameters are frozen.
         mode: Of an optimizer that has ``train()`` and ``eval()``.
+        phase: Name of the phase that computed gradients last.
+        num_batches: How many steps have computed gradients since the last update, 0 where nobody knows.
+        step: The last of them.
+        before: The gradients that waited when that step computed its own, to be put back where it is cancelled.
     """
 
     name: str | None
@@ -58,12 +63,46 @@ class Slot:
     in_block: bool = False
     told_resting: bool = False
     mode: OptimizerMode | None = None
+    phase: str = ""
+    num_batches: int = 0
+    step: StepState | None = None
+    before: list[Tensor | None] | None = None
 
     def release(self) -> None:
         """Drop the gradients; memory is freed rather than set to zero."""
         for parameter in self.parameters:
             parameter.grad = None
         self.consumed = False
+
+    def begin_gradients(self, state: StepState, in_block: bool, phase: str) -> bool:
+        """Note that a step computes gradients, and keep those that wait for the case that it is cancelled.
+
+        Returns:
+            Whether some wait that it adds to for the first time.
+        """
+        if self.window is None:
+            self.window, self.in_block, self.num_batches, self.before = state, in_block, 1, None
+        elif self.step is not state and self.window is not state:
+            self.num_batches += 1
+            self.before = [parameter.grad for parameter in self.parameters]
+            self.step = state
+            return True
+        self.step, self.phase = state, phase
+        return False
+
+    def end_gradients(self) -> None:
+        """Note that an update has used the gradients, or that they are not to be used."""
+        self.window, self.consumed, self.num_batches, self.before = None, True, 0, None
+
+    def put_back(self, state: StepState) -> None:
+        """Have a step that was cancelled have computed no gradient."""
+        if self.window is state:
+            self.end_gradients()
+        elif self.before is not None and self.step is state:
+            for parameter, gradient in zip(self.parameters, self.before, strict=True):
+                parameter.grad = gradient
+            self.before = None
+            self.num_batches -= 1
 
     @property
     def waiting(self) -> list[nn.Parameter]:
@@ -105,6 +144,10 @@ class Updates:
         self.block: UpdateBlock | None = None
         self._explicit: StepState | None = None
         """The last step in which `backward` was called outside of a block."""
+        self.count = 0
+        """How many updates have been made."""
+        self.told_by_hand: set[str] = set()
+        """Names of the phases of which it was said that they step optimizers by hand."""
         self.findings: list[str] | None = None
         """Where `check` collects what it finds while it runs a step."""
 
@@ -167,13 +210,12 @@ class Updates:
                 self._read_parameters()
             if slot.consumed:
                 slot.release()
+            slot.before = None
 
     def abandon_step(self, state: StepState) -> None:
-        """Have the gradients of a step that ended early released, unless earlier steps share them."""
+        """Have a step that ended early have computed no gradients; those of earlier steps wait as they did."""
         for slot in self.slots:
-            if slot.window is state:
-                slot.window = None
-                slot.consumed = True
+            slot.put_back(state)
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         """Compute the gradients of a scalar loss.
@@ -198,8 +240,10 @@ class Updates:
             own = [parameter for parameter in block.slot.parameters if parameter.requires_grad]
             if not own:
                 raise LossError(f"{slots[0].label} has nothing to train: all of its parameters are frozen")
-        fresh = True
+        fresh, adds, phase = True, False, self._phase_name()
         for slot in slots:
+            if slot.window is not None and slot.phase != phase:
+                self._drop(slot, f"{phase or 'a loop of your own'} computes its own")
             if block is not None and slot.window is not None and not slot.in_block:
                 raise LossError(
                     f"the block of {slot.label} would add to gradients that learner.backward computed outside of a "
@@ -207,12 +251,14 @@ class Updates:
                 )
             if slot.consumed or (block is not None and slot.window is None):
                 slot.release()  # a block starts from no gradient, whoever left one there
-            if slot.window is None:
-                slot.window, slot.in_block = learner.step, block is not None
-            else:
-                fresh = False
+            fresh = fresh and slot.window is None
+            adds = slot.begin_gradients(learner.step, block is not None, phase) or adds
         alone = block is None or len(self.slots) == 1  # nobody else's to leave out
-        learner.accelerator.backward(loss, own, alone=alone, retain_graph=retain_graph)
+        if adds:
+            with apart(slots):
+                learner.accelerator.backward(loss, own, alone=alone, retain_graph=retain_graph)
+        else:
+            learner.accelerator.backward(loss, own, alone=alone, retain_graph=retain_graph)
         if fresh and all(p.grad is None for slot in slots for p in slot.parameters) and not self._reach(loss, slots):
             whose = f"of {slots[0].label} " if len(slots) == 1 else ""
             raise LossError(
@@ -220,6 +266,31 @@ class Updates:
                 "was their output detached, computed by another model, or by a checkpoint with use_reentrant=True?"
             )
         learner.step.grads = self.gradients
+
+    def _phase_name(self) -> str:
+        scope = self._learner.scope
+        return "" if scope is None else scope.phase.name
+
+    def _drop(self, slot: Slot, why: str) -> None:
+        """Drop gradients that wait for an update which will not come, and say so."""
+        batches = f"{slot.num_batches or 'some'} batch{'' if slot.num_batches == 1 else 'es'}"
+        warn_user(
+            f"gradients of {batches} of {slot.phase or 'a loop of your own'} still wait for an update of {slot.label}, "
+            f"and {why}: they are dropped. To use them, call learner.update() before the last epoch ends"
+        )
+        slot.end_gradients()
+        slot.release()
+
+    def drop_waiting(self, why: str, phase: str | None = None) -> None:
+        """Drop gradients that wait for an update, and say so.
+
+        Args:
+            why: What begins.
+            phase: Name of the phase whose gradients go on waiting.
+        """
+        for slot in self.slots:
+            if slot.window is not None and slot.phase != phase:
+                self._drop(slot, why)
 
     def _reach(self, loss: Tensor, slots: tuple[Slot, ...]) -> bool:
         """Tell whether a loss reaches parameters whose gradients a hook has taken away."""
@@ -244,11 +315,12 @@ class Updates:
                 "        block.loss = ..."
             )
 
-    def update(self, name: str | int | None = None) -> None:
-        """Step one optimizer, the block's, or all of them in order, between its events.
+    def update(self, name: str | int | None = None, closure: Callable[[], Any] | None = None) -> None:
+        """Step one optimizer, the block's, or all of them in order, between its events; see `Learner.update`.
 
         Raises:
-            OptimizerError: There is no optimizer of that name, or it is not the block's.
+            OptimizerError: There is no optimizer of that name, or it is not the block's; or there are several to
+                step with one closure.
             PhaseError: The running phase has no gradients, or nothing is running and there are none.
             LossError: ``step.grads`` was replaced by something that does not say each gradient.
         """
@@ -265,7 +337,7 @@ class Updates:
             slots: tuple[Slot, ...] = (block.slot,)
         else:
             slots = self.slots if name is None else (self.find(name),)
-        if phase is None and all(slot.consumed for slot in slots):
+        if phase is None and closure is None and all(slot.consumed for slot in slots):
             raise PhaseError(
                 "learner.update was called outside of a step, and no gradient has been computed since the last update; "
                 "expected it in a step, after learner.backward(loss):\n"
@@ -274,22 +346,71 @@ class Updates:
                 "        learner.backward(loss)\n"
                 "        learner.update()"
             )
+        if closure is not None:
+            self._check_closure(closure)
         for slot in slots:
-            self.take_given(slot)
-            learner.fire(slot.begin)
-            self.take_given(slot)
-            try:
+            if slot.window is not None and slot.phase != self._phase_name():
+                self._drop(slot, f"{self._phase_name() or 'a loop of your own'} updates it")
+            if closure is None:
+                self._announce(slot)
                 self._step(slot)
-            except TypeError as error:
-                if "closure" in str(error):
-                    raise OptimizerError(
-                        f"{type(slot.optimizer).__name__} needs a closure, which learner.update cannot give; call "
-                        "learner.optimizer.step(closure) in a step of your own"
-                    ) from error
-                raise
-            slot.consumed = True
-            slot.window = None
+            else:
+                self._step_with(slot, closure)
+            slot.end_gradients()
+            self.count += 1
             learner.fire(slot.end)
+
+    def _announce(self, slot: Slot) -> None:
+        """Fire `UpdateBegin` for gradients that are complete, and take those that somebody has replaced."""
+        self.take_given(slot)
+        self._learner.fire(slot.begin)
+        self.take_given(slot)
+
+    def _check_closure(self, closure: object) -> None:
+        if not callable(closure):
+            raise OptimizerError(
+                f"learner.update(closure={describe(closure)}) was given; expected a function that computes the loss, "
+                "calls learner.backward(loss), and returns it"
+            )
+        if self.block is None and len(self.slots) > 1:
+            raise OptimizerError(
+                "learner.update(closure=...) was called outside of a block, and the learner has several optimizers, "
+                "whose gradients the closure would compute as well. Open the block of the one that steps:\n"
+                f"    with learner.optimizing({str(self.slots[0].name)!r}):\n"
+                "        learner.update(closure=closure)"
+            )
+
+    def _step_with(self, slot: Slot, closure: Callable[[], Any]) -> None:
+        """Step an optimizer that computes gradients itself; where that fails or is cancelled, nothing has changed."""
+        if slot.window is not None:  # computed before, as those of sharpness-aware minimization are
+            self._announce(slot)
+
+        def evaluate() -> Any:
+            slot.release()
+            slot.window = None
+            with torch.enable_grad():
+                loss = closure()
+            if loss is None:
+                raise LossError(
+                    "the closure given to learner.update returned None; expected the loss: end it with 'return loss'"
+                )
+            self._announce(slot)
+            return loss
+
+        put_back = keep_state(slot.optimizer)
+        try:
+            self._learner.accelerator.update(slot.optimizer, evaluate)
+        except BaseException:
+            put_back()
+            raise
+
+    def standing(self) -> tuple[int, int]:
+        """Give how many updates have been made, and a number that a step of an optimizer, made by whomever, raises."""
+        states = [
+            value for slot in self.slots for entries in slot.optimizer.state.values() for value in entries.values()
+        ]
+        tensors = [tensor for tensor in (*self.parameters, *states) if isinstance(tensor, Tensor)]
+        return self.count, sum(tensor._version for tensor in tensors)
 
     def resting(self, slot: Slot) -> bool:
         """Tell whether an optimizer has nothing to train while another has, as one of a frozen network; warn once.
@@ -347,11 +468,23 @@ class Updates:
 
     def _step(self, slot: Slot) -> None:
         learner = self._learner
-        if learner.finite.bad is None:
-            learner.accelerator.update(slot.optimizer)
-        else:
-            with skipping(slot.optimizer, learner.finite.bad):
+        try:
+            if learner.finite.bad is None:
                 learner.accelerator.update(slot.optimizer)
+            else:
+                with skipping(slot.optimizer, learner.finite.bad):
+                    learner.accelerator.update(slot.optimizer)
+        except TypeError as error:
+            if "closure" in str(error):
+                raise OptimizerError(
+                    f"{type(slot.optimizer).__name__} needs a closure that computes the loss and its gradients:\n"
+                    "    def closure():\n"
+                    "        loss = ...\n"
+                    "        learner.backward(loss)\n"
+                    "        return loss\n"
+                    "    learner.update(closure=closure)"
+                ) from error
+            raise
 
     def explain(self, path: Path) -> Iterator[str]:
         """Tell which optimizers write a path below ``model``, ``params`` or ``optimizer``."""
@@ -363,6 +496,36 @@ class Updates:
                 yield f"{slot.label} writes its own state between UpdateBegin and UpdateEnd"
             if path[:1] in (("model",), ("params",)) and inside:
                 yield f"{slot.label} writes its parameters between UpdateBegin and UpdateEnd"
+
+
+@contextmanager
+def apart(slots: Sequence[Slot]) -> Iterator[None]:
+    """Have gradients be computed apart from those that wait, which stay as they are, and be added up afterwards.
+
+    Then the ones that waited can be put back to the bit. The sum has the bits that torch's own has, which adds in
+    place. A hook that is called when a gradient has been added to those before gets what it expects: there copies wait.
+    """
+    waiting = [
+        (parameter, gradient)
+        for slot in slots
+        for parameter, gradient in zip(slot.parameters, slot.before or (), strict=False)
+        if gradient is not None and parameter.grad is gradient
+    ]
+    if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter, _ in waiting):
+        for parameter, gradient in waiting:
+            parameter.grad = gradient.clone()
+        waiting = []
+    for parameter, _ in waiting:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in waiting:
+            new = parameter.grad
+            if new is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad = new + gradient if gradient.is_sparse else gradient + new
 
 
 class UpdateBlock:
