@@ -1132,3 +1132,152 @@ def test_a_step_is_replayed_only_where_all_of_it_is_on_the_device() -> None:
     on, off = SimpleNamespace(is_cuda=True), SimpleNamespace(is_cuda=False)
     assert fluxloop.compiled.can_replay([on, on])
     assert not fluxloop.compiled.can_replay([on, off])
+
+
+# Gradients that are not finite, cancelled, of another phase; closures; version counters
+
+
+class SpoiledGradient(torch.autograd.Function):
+    """Passes a tensor on; where `bad` is true, its gradient is NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, bad: Tensor) -> Tensor:
+        ctx.save_for_backward(bad)
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return torch.where(ctx.saved_tensors[0], float("nan"), gradients[0]), None
+
+
+class SpoiledNet(nn.Module):
+    """Batches with a seven have a gradient that is NaN, those with NaN a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 4))
+
+    def forward(self, xs: Tensor) -> Tensor:
+        found: Tensor = SpoiledGradient.apply(self.layers(xs), (xs == 7.0).any())
+        return found
+
+
+@pytest.mark.filterwarnings("ignore:the fit stops")
+@pytest.mark.parametrize("bad", [7.0, float("nan")])
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.usefixtures("plain")
+def test_a_compiled_step_that_is_not_finite_changes_neither_weights_nor_buffers_nor_counts(
+    bad: float, window: int, clip: bool
+) -> None:
+    xs, ys = (tensor.clone() for tensor in rows())
+    batches = [(xs[n : n + 8], ys[n : n + 8]) for n in range(0, 48, 8)]
+    batches[-1][0][3, 2] = bad
+    found = []
+    for compile in (False, "step"):
+        callbacks = [GradientClip(0.1)] if clip else []
+        made = learner(compile, model=SpoiledNet, data=(batches,), callbacks=callbacks)
+        history = made.fit(1, phases=[Every(window)])
+        found.append((str(history.stop_reason), history[Every].steps, history[Every].updates, made.updates.count))
+        found[-1] += ([g is not None and bool(g.isfinite().all()) for g in gradients(made)] if window == 2 else [],)
+        expected = learner(False, model=SpoiledNet, data=(batches[:-1],), callbacks=callbacks)
+        expected.fit(1, phases=[Every(window)])
+        for a, b in zip(weights(made), weights(expected), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert found[0] == found[1]
+    assert found[0][0].endswith("Every(), epoch 1, step 6")
+    assert ("the loss" if bad != bad else "layers.0.weight") in found[0][0]
+
+
+class TwoBlocks(TrainingPhase):
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        with learner.optimizing("D") as block:
+            block.loss = learner.model.D(state.xs.nan_to_num()).square().mean()
+        with learner.optimizing("G") as block:
+            block.loss = SpoiledGradient.apply(learner.model.G(state.xs), (state.xs == 7.0).any()).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:the fit stops")
+@pytest.mark.parametrize("bad", [7.0, float("nan")])
+@pytest.mark.usefixtures("plain")
+def test_of_two_compiled_blocks_the_update_before_the_bad_one_is_made_and_counted(bad: float) -> None:
+    xs = rows()[0].clone()
+    batches = [(xs[n : n + 8], 0) for n in range(0, 40, 8)]
+    batches[3][0][0, 0] = bad
+    found = []
+    for compile in (False, "step"):
+        model = lambda: {"G": nn.Linear(16, 2), "D": nn.Linear(16, 2)}  # noqa: E731
+        made = learner(compile, model=model, data=(batches,), optimizer=ADAM)
+        history = made.fit(1, phases=[TwoBlocks()])
+        found.append((history.stop_reason, history[TwoBlocks].updates, weights(made)))
+    assert found[0][:2] == found[1][:2]
+    assert found[0][1] == {"D": 4, "G": 3}
+    for a, b in zip(found[0][2], found[1][2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+class Cancels(Every):
+    """Cancels batches when the body has run."""
+
+    def __init__(self, every: int, cancelled: tuple[int, ...]) -> None:
+        super().__init__(every)
+        self.cancelled = cancelled
+        self.number = 0
+
+    def finish(self, learner: Any, state: Any) -> None:
+        self.number += 1
+        if self.number in self.cancelled:
+            raise CancelStepException
+        super().finish(learner, state)
+
+
+@pytest.mark.parametrize("cancelled", [(4,), (5,), (4, 5)])
+@pytest.mark.usefixtures("plain")
+def test_gradients_of_a_compiled_step_that_is_cancelled_never_count(cancelled: tuple[int, ...]) -> None:
+    xs, ys = rows()
+    batches = [(xs[n : n + 8], ys[n : n + 8]) for n in range(0, 64, 8)]
+    both(1, lambda: [Cancels(3, cancelled)], data=(batches,))
+
+
+@pytest.mark.usefixtures("plain")
+def test_gradients_that_wait_are_dropped_where_another_compiled_phase_begins() -> None:
+    class Other(TrainingPhase):
+        pass
+
+    xs, ys = rows()
+    batches = [(xs[n : n + 8], ys[n : n + 8]) for n in range(0, 40, 8)]
+    found = []
+    for compile in (False, "step"):
+        made = learner(compile, data=(batches,))
+        with pytest.warns(UserWarning, match="gradients of 2 batches of Every still wait"):
+            made.fit(1, phases=[Every(3), Other()])
+        found.append(weights(made))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("plain")
+def test_an_update_with_a_closure_cannot_be_compiled() -> None:
+    class WithClosure(TrainingPhase):
+        def body(self, learner: Any, handle: Any, state: Any) -> None:
+            def closure() -> Tensor:
+                state.loss = learner.loss_fn(learner.model(state.xs), state.ys)
+                learner.backward(state.loss)
+                loss: Tensor = state.loss
+                return loss
+
+            learner.update(closure=closure)
+
+    with pytest.raises(CompileError, match="compiled = False"):
+        learner().fit(1, phases=[WithClosure()])
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAM])
+def test_a_graph_made_before_a_step_cannot_be_differentiated_after_it(optimizer: Any) -> None:
+    for compile in (False, "step"):
+        made = learner(compile, optimizer=optimizer)
+        made.fit(2)
+        late = made.model(rows()[0]).sum()
+        made.fit(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            late.backward()

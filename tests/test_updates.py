@@ -4,6 +4,7 @@ import copy
 import functools
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,11 +24,14 @@ from fluxloop import (
     CancelEpochException,
     CancelFittingException,
     CancelStepException,
+    Checkpointer,
     CustomCallback,
     Event,
+    GradientClip,
     Learner,
     LossBegin,
     LossError,
+    LRScheduler,
     MetricError,
     Metrics,
     OptimizerError,
@@ -36,6 +40,7 @@ from fluxloop import (
     Recorder,
     StepBegin,
     StepEnd,
+    StopOnNaNLoss,
     TensorBatches,
     TrainingPhase,
     UnsafeCallback,
@@ -1654,3 +1659,404 @@ def test_a_blocks_loss_may_not_take_the_name_of_another() -> None:
     learner = toy_learner(Recorder(), Metrics())
     with pytest.raises(MetricError, match="two losses of a step are recorded as 'loss'"):
         learner.fit(1, phases=[Twice()])
+
+
+# Gradients of several batches
+
+
+class InWindows(TrainingPhase):
+    """Updates after every `window` batches that were not cancelled; those of the numbers `vetoed` are, at `where`."""
+
+    def __init__(self, window: int, vetoed: tuple[int, ...] = (), name: str | None = None, block: bool = False) -> None:
+        super().__init__(name=name)
+        self.window, self.vetoed, self.block = window, vetoed, block
+        self.number = self.waiting = 0
+
+    def step(self, learner: Learner, batch: Any) -> None:
+        with runstep(learner, self, xs=batch) as (handle, state):
+            self.number += 1
+            with learner.optimizing("G" if "G" in learner.models else None) if self.block else nullcontext():
+                self.add_up(learner, handle, state)
+
+    def add_up(self, learner: Learner, handle: Any, state: Any) -> None:
+        model = learner.model.G if "G" in learner.models else learner.model
+        for part in (state.xs * 0.25, state.xs * 0.75):
+            learner.backward(model(part).sum())
+        handle(BackwardEnd())
+        if self.number in self.vetoed:
+            raise CancelStepException
+        self.waiting += 1
+        if self.waiting == self.window:
+            learner.update()
+            self.waiting = 0
+
+
+GRADIENTS = (4.0, 40.0, 400.0, 4000.0, 40000.0, 400000.0)
+
+
+def summing(*callbacks: Any, several: bool = False, **options: Any) -> Learner:
+    def zero() -> nn.Linear:
+        linear = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(linear.weight)
+        return linear
+
+    model: Any = {"G": zero(), "D": zero()} if several else zero()
+    defaults = {"optimizer": partial(torch.optim.SGD, lr=1.0), "default_callbacks": False, "seed": 0}
+    data = ([torch.tensor([[value]]) for value in GRADIENTS],)
+    return Learner(model, callbacks=callbacks, **{"data": data, **defaults, **options})
+
+
+def total(learner: Learner) -> float:
+    return -learner.updates.slots[0].parameters[0].item()
+
+
+@pytest.mark.parametrize("vetoed", [(), (1,), (2,), (3,), (1, 2), (2, 3), (1, 3)])
+@pytest.mark.parametrize(("block", "several"), [(False, False), (True, False), (True, True)])
+def test_the_gradients_of_a_cancelled_batch_never_count(vetoed: tuple[int, ...], block: bool, several: bool) -> None:
+    learner = summing(several=several)
+    learner.fit(1, phases=[InWindows(3, vetoed, block=block)])
+    counted = [gradient for number, gradient in enumerate(GRADIENTS, 1) if number not in vetoed]
+    assert total(learner) == sum(counted[: len(counted) // 3 * 3])
+
+
+@pytest.mark.parametrize("event", [BackwardEnd, UpdateBegin, StepEnd])
+def test_a_callback_that_cancels_a_batch_takes_its_gradients_back(event: Any) -> None:
+    class Veto(Callback):
+        reads = ("step.xs",)
+
+        @on(event)
+        def veto(self, event: Any, phase: Any, learner: Any) -> None:
+            if learner.step.xs.item() == 400.0:
+                raise CancelStepException
+
+    learner = summing(Veto())
+    learner.fit(1, phases=[InWindows(3)])
+    if event is BackwardEnd:
+        assert total(learner) == 4.0 + 40.0 + 4000.0
+    elif event is UpdateBegin:  # the two before it wait for the next one, whose number is not three
+        assert total(learner) == 0.0
+        assert learner.updates.slots[0].waiting[0].grad.item() == 444044.0  # type: ignore[union-attr]  # it waits
+    else:  # the update has been made
+        assert total(learner) == 444.0 + 444000.0
+
+
+def test_gradients_that_are_added_up_have_the_bits_of_pytorchs_own() -> None:
+    class Sum(TrainingPhase):
+        count = 0
+
+        def step(self, learner: Learner, batch: Any) -> None:
+            with runstep(learner, self, xs=batch) as (_, state):
+                learner.backward(learner.model(state.xs).square().mean())
+                self.count += 1
+                if self.count % 4 == 0:
+                    learner.update()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Embedding(50, 8, sparse=True), nn.Flatten(), nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 1)
+    )
+    model[2].register_parameter("unused", nn.Parameter(torch.ones(2)))
+    hand = copy.deepcopy(model)
+    seen: list[list[Tensor]] = [[], []]
+    for each, found in zip((model, hand), seen, strict=True):
+        each[4].weight.register_post_accumulate_grad_hook(lambda p, found=found: found.append(p.grad.clone()))
+    batches = [torch.randint(50, (7, 3), generator=torch.Generator().manual_seed(n)) for n in range(12)]
+    learner = Learner(model, data=(batches,), optimizer=SGD, default_callbacks=False)
+    learner.fit(1, phases=[Sum()])
+    optimizer = SGD(hand.parameters())
+    for number, batch in enumerate(batches, 1):
+        hand(batch).square().mean().backward()
+        if number % 4 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    for a, b in zip(model.parameters(), hand.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_waiting_gradients_are_dropped_and_told_where_a_fit_begins() -> None:
+    learner = summing()
+    learner.fit(1, phases=[InWindows(4)])
+    assert total(learner) == 4444.0
+    with pytest.warns(UserWarning, match="gradients of 2 batches of InWindows .* a fit begins: they are dropped"):
+        learner.fit(1, phases=[InWindows(4)])
+    assert total(learner) == 2 * 4444.0
+
+
+@pytest.mark.parametrize("loop", ["cycle", "epochs", "steps"])
+def test_waiting_gradients_are_dropped_and_told_where_another_phase_computes_its_own(loop: str) -> None:
+    learner, first, second = summing(), InWindows(4, name="first"), InWindows(6, name="second")
+
+    def run() -> None:
+        if loop == "cycle":
+            learner.fit(1, phases=[first, second])
+        for phase in (first, second):
+            if loop == "epochs":
+                learner.epoch(phase)
+            elif loop == "steps":
+                for batch in learner.data.training:
+                    phase.step(learner, batch)
+
+    with pytest.warns(UserWarning, match="gradients of 2 batches of first still wait .* second computes its own"):
+        run()
+    assert total(learner) == 4444.0 + sum(GRADIENTS)
+
+
+def test_waiting_gradients_go_on_waiting_over_epochs_of_one_phase_and_of_others_with_other_optimizers() -> None:
+    class OfD(TrainingPhase):
+        def step(self, learner: Learner, batch: Any) -> None:
+            with runstep(learner, self, xs=batch) as (_, state), learner.optimizing("D") as block:
+                block.loss = learner.model.D(state.xs).sum()
+
+    learner, phase = summing(several=True), InWindows(4, block=True)
+    learner.epoch(phase)
+    learner.epoch(OfD())
+    learner.epoch(phase)
+    learner.epoch(phase)
+    assert total(learner) == 3 * sum(GRADIENTS) - sum(GRADIENTS[4:])  # four updates of four, two wait
+
+
+def test_a_resumed_fit_goes_on_with_the_gradients_that_wait(tmp_path: Any) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(OSError, match="killed"):
+        summing(Recorder(), Checkpointer(run, unit="step")).fit(2, phases=[Killed(4, at=8)], resume=run)
+    learner = summing(Recorder(), Checkpointer(run, unit="step"))
+    learner.fit(2, phases=[Killed(4, at=0)], resume=run)
+    expected = summing()
+    expected.fit(2, phases=[Killed(4, at=0)])
+    assert total(learner) == total(expected) == 2 * 444444.0
+
+
+class Killed(InWindows):
+    """Raises an error in a step."""
+
+    transient = ("at",)
+
+    def __init__(self, window: int, at: int) -> None:
+        super().__init__(window)
+        self.at = at
+
+    def add_up(self, learner: Learner, handle: Any, state: Any) -> None:
+        if self.number == self.at:
+            raise OSError("killed")
+        super().add_up(learner, handle, state)
+
+
+# Optimizers that compute gradients themselves
+
+
+class SharpnessAware(torch.optim.Optimizer):
+    """Foret et al. (2021): steps with the gradients at the worst place nearby; the first ones are there already."""
+
+    def __init__(self, parameters: Any, lr: float = 0.1, rho: float = 0.05) -> None:
+        super().__init__(parameters, {"lr": lr, "rho": rho})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]  # as torch's own
+        (group,) = self.param_groups
+        parameters = [p for p in group["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p in parameters]).norm() + 1e-12
+        steps = [p.grad * (group["rho"] / norm) for p in parameters]
+        for p, there in zip(parameters, steps, strict=True):
+            p.add_(there)
+        with torch.enable_grad():
+            loss = closure()
+        for p, there in zip(parameters, steps, strict=True):
+            p.sub_(there)
+            state = self.state[p]
+            state["momentum"] = p.grad.clone() if not state else state["momentum"].mul_(0.9).add_(p.grad)
+            p.add_(state["momentum"], alpha=-group["lr"])
+        return loss
+
+
+LBFGS = partial(torch.optim.LBFGS, lr=0.5, max_iter=4, history_size=3)
+STRONG_WOLFE = partial(LBFGS, line_search_fn="strong_wolfe")
+
+
+class WithClosure(TrainingPhase):
+    """Updates with a closure; `first` computes gradients before as well, `bad` makes those of an evaluation NaN."""
+
+    transient = ("evaluations", "bad")
+
+    def __init__(self, first: bool = False, block: str | None = None, bad: int = 0) -> None:
+        self.first, self.block, self.bad = first, block, bad
+        self.evaluations = 0
+
+    def body(self, learner: Learner, handle: Any, state: Any) -> None:
+        def closure() -> Tensor:
+            self.evaluations += 1
+            model = learner.model if self.block is None else learner.models[self.block]
+            state.loss = mse_loss(model(state.xs), state.ys)
+            learner.backward(state.loss * (float("nan") if self.evaluations == self.bad else 1.0))
+            return state.loss
+
+        with nullcontext() if self.block is None else learner.optimizing(self.block):
+            if self.first:
+                closure()
+            learner.update(closure=closure)
+
+
+def regression(optimizer: Any, *callbacks: Any, model: Any = None) -> Learner:
+    torch.manual_seed(0)
+    xs = torch.randn(24, 4)
+    made = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)) if model is None else model
+    return Learner(
+        made,
+        data=(TensorBatches(xs, xs.sum(1, keepdim=True), batch_size=8),),
+        optimizer=optimizer,
+        callbacks=[Recorder(), *callbacks],
+        default_callbacks=False,
+        seed=0,
+    )
+
+
+CLOSURES = {
+    "LBFGS": (LBFGS, False),
+    "with a line search": (STRONG_WOLFE, False),
+    "sharpness-aware": (SharpnessAware, True),
+    "Adam": (partial(torch.optim.Adam, fused=False), False),
+    "fused": (partial(torch.optim.Adam, fused=True), False),
+}
+
+
+@pytest.mark.parametrize("kind", CLOSURES)
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_an_update_with_a_closure_is_that_of_a_loop_by_hand(kind: str, clip: float | None) -> None:
+    optimizer, first = CLOSURES[kind]
+    clips = [] if clip is None else [GradientClip(clip)]
+    recorder, phase = EventRecorder(), WithClosure(first)
+    learner = regression(optimizer, recorder, StopOnNaNLoss(), *clips)
+    hand = copy.deepcopy(learner.model)
+    history = learner.fit(2, phases=[phase])
+    made = optimizer(hand.parameters())
+    evaluations = 0
+    for xs, ys in 2 * list(learner.data.training):
+
+        def closure(xs: Tensor = xs, ys: Tensor = ys) -> Tensor:
+            nonlocal evaluations
+            evaluations += 1
+            made.zero_grad()
+            loss = mse_loss(hand(xs), ys)
+            loss.backward()
+            if clip is not None:
+                nn.utils.clip_grad_norm_(hand.parameters(), clip)
+            return loss
+
+        if first:
+            closure()
+        made.step(closure)
+    for a, b in zip(learner.model.parameters(), hand.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert history[WithClosure].updates == {None: 6}
+    assert phase.evaluations == evaluations
+    assert recorder.events.count("UpdateBegin") == evaluations
+    assert recorder.events.count("UpdateEnd") == 6
+
+
+def test_a_closure_in_a_block_is_of_its_optimizer_alone() -> None:
+    model = {name: nn.Linear(4, 1) for name in ("G", "D")}
+    learner = regression(LBFGS, model=model)
+    before = learner.model.D.weight.detach().clone()
+    history = learner.fit(1, phases=[WithClosure(block="G")])
+    assert history[WithClosure].updates == {"G": 3}
+    assert torch.equal(learner.model.D.weight, before)
+    assert learner.model.D.weight.grad is None
+    assert learner.step.loss.item() < 1.0
+
+
+@pytest.mark.parametrize("kind", ["LBFGS", "with a line search", "sharpness-aware"])
+@pytest.mark.parametrize("bad", [5, 6, 7])
+@pytest.mark.filterwarnings("ignore:the fit stops")
+def test_a_gradient_that_is_not_finite_in_the_middle_of_a_closure_changes_nothing(kind: str, bad: int) -> None:
+    optimizer, first = CLOSURES[kind]
+    learner = regression(optimizer, StopOnNaNLoss())
+    kept: list[Any] = []
+
+    def keep(learner: Any) -> None:
+        kept.append((copy.deepcopy(learner.model.state_dict()), copy.deepcopy(learner.optimizer.state_dict())))
+
+    learner.add_callback(CustomCallback(keep, StepBegin, reads=("model", "optimizer")))
+    reason = learner.fit(2, phases=[WithClosure(first, bad=bad)]).stop_reason
+    assert str(reason).startswith("gradients of the optimizer became nan or infinite (0.weight, 0.bias, 2.weight and")
+    weights_before, state_before = kept[-1]
+    assert all(torch.equal(tensor, weights_before[name]) for name, tensor in learner.model.state_dict().items())
+    assert repr(learner.optimizer.state_dict()) == repr(state_before)
+    assert learner.history[WithClosure].updates.get(None, 0) == len(kept) - 1
+
+
+def test_a_run_of_lbfgs_that_was_killed_goes_on_to_the_bit(tmp_path: Any) -> None:
+    class Fails(Callback):
+        reads = ("history",)
+
+        @on(StepEnd)
+        def fail(self, event: Any, phase: Any, learner: Any) -> None:
+            if learner.history[phase].steps == 5:
+                raise OSError("killed")
+
+    run = tmp_path / "run"
+    with pytest.raises(OSError, match="killed"):
+        regression(STRONG_WOLFE, Checkpointer(run, unit="step"), Fails()).fit(3, phases=[WithClosure()], resume=run)
+    resumed = regression(STRONG_WOLFE, Checkpointer(run, unit="step"))
+    resumed.fit(3, phases=[WithClosure()], resume=run)
+    expected = regression(STRONG_WOLFE)
+    expected.fit(3, phases=[WithClosure()])
+    assert_same_bits(resumed, expected)
+    assert repr(resumed.optimizer.state_dict()) == repr(expected.optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("closure", "error", "words"),
+    [
+        (3, OptimizerError, "expected a function that computes the loss"),
+        (lambda: None, LossError, "returned None; expected the loss"),
+    ],
+)
+def test_a_closure_that_is_none_is_refused_and_changes_nothing(closure: Any, error: Any, words: str) -> None:
+    class Bad(TrainingPhase):
+        def body(self, learner: Any, handle: Any, state: Any) -> None:
+            learner.update(closure=closure)
+
+    learner = regression(LBFGS)
+    before = bits(learner)
+    with pytest.raises(error, match=words):
+        learner.fit(1, phases=[Bad()])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bits(learner).items())
+
+
+def test_a_closure_for_several_optimizers_is_refused() -> None:
+    learner = regression(LBFGS, model={name: nn.Linear(4, 1) for name in ("G", "D")})
+    with pytest.raises(OptimizerError, match=r"(?s)outside of a block.*with learner\.optimizing\('G'\):"):
+        learner.fit(1, phases=[WithClosure()])
+
+
+# Optimizers that a phase steps by hand
+
+
+class SteppedByHand(TrainingPhase):
+    def body(self, learner: Learner, handle: Any, state: Any) -> None:
+        state.loss = mse_loss(learner.model(state.xs), state.ys)
+        learner.optimizer.zero_grad()
+        state.loss.backward()
+        learner.optimizer.step()
+
+
+@pytest.mark.parametrize("optimizer", [SGD, torch.optim.Adam])
+def test_callbacks_that_hear_of_no_update_are_named_once(optimizer: Any) -> None:
+    steps = LRScheduler(partial(torch.optim.lr_scheduler.StepLR, step_size=1), unit="step")
+    learner = regression(optimizer, GradientClip(0.1), StopOnNaNLoss(), steps)
+    with pytest.warns(UserWarning, match=r"SteppedByHand\(\) changed .*, so LRScheduler, GradientClip did") as told:
+        learner.fit(3, phases=[SteppedByHand()])
+    assert len(told) == 1
+    assert "learner.update(closure=closure)" in str(told[0].message)
+
+
+def test_nothing_is_told_where_nobody_waits_for_updates_or_they_are_the_learners() -> None:
+    epochs = LRScheduler(partial(torch.optim.lr_scheduler.StepLR, step_size=1))
+    regression(SGD, StopOnNaNLoss(), EventRecorder(), epochs).fit(2, phases=[SteppedByHand()])
+    regression(LBFGS, GradientClip(0.1)).fit(2, phases=[WithClosure()])
+    regression(partial(torch.optim.SGD, lr=0.0), GradientClip(0.1)).fit(1, phases=[Idle()])
+
+
+class Idle(TrainingPhase):
+    def body(self, learner: Learner, handle: Any, state: Any) -> None:
+        state.loss = mse_loss(learner.model(state.xs), state.ys)
