@@ -272,6 +272,8 @@ class Callback:
     draws: ClassVar[bool | None] = None
     in_compiled_step: ClassVar[Literal["after", "inside", "never", "watched"] | None] = None
     transient: ClassVar[Sequence[str]] = ()
+    _begins_anywhere: ClassVar[bool] = False
+    """Whether it misses nothing where it is added in the middle of a run, as a logger does not."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

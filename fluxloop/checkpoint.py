@@ -7,9 +7,10 @@ stands in its phases and its data. `manifest` lists it.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
@@ -19,13 +20,29 @@ from torch.nn.parameter import is_lazy
 from fluxloop.access import dotted
 from fluxloop.assign import put
 from fluxloop.callback import Callback
-from fluxloop.errors import CheckpointError, describe, did_you_mean, warn_user
+from fluxloop.errors import CheckpointError, annotate, warn_user
 from fluxloop.fingerprint import fingerprint
+from fluxloop.misfits import FORMAT, weights_differ
 from fluxloop.nested import tensors
-from fluxloop.optimizer_state import load_optimizer, optimizer_differs, optimizer_state, plain_defaults
+from fluxloop.optimizer_state import load_optimizer, optimizer_state
 from fluxloop.optimizers import parameter_names, parameters_by_name
 from fluxloop.passes import data_state, put_data_back
-from fluxloop.persist import Kept, class_name, is_held, keep, phase_id, put_back, size, snapshot
+from fluxloop.persist import (
+    UNINITIALIZED,
+    Kept,
+    attributes,
+    class_name,
+    is_held,
+    is_stateful,
+    is_uninitialized,
+    keep,
+    phase_id,
+    put_back,
+    size,
+    snapshot,
+    uninitialize,
+    unsaved_buffers,
+)
 from fluxloop.phase import Phase, phase_types
 from fluxloop.signals import INTERRUPTED, TERMINATED
 from fluxloop.sources import source_state
@@ -35,9 +52,6 @@ from fluxloop.view import View
 if TYPE_CHECKING:
     from fluxloop.graph import Node
     from fluxloop.learner import Learner
-
-FORMAT = 1
-"""Number of the layout below; a file of another one is refused."""
 
 State = dict[str, Any]
 
@@ -80,6 +94,7 @@ def gather(learner: Learner, place: State | None) -> State:
         "history": {"cycles": learner.history.cycles, "stop_reason": lasting(learner.history.stop_reason)},
         "cbstate": _shared_state(learner),
         "callbacks": _callbacks_state(learner, borrowed, lost),
+        "present": {node.id: class_name(type(node.callback.unwrapped)) for node in learner.callbacks.graph.nodes},
         "phases": _phases_state(learner, borrowed, lost),
         "data": _data_state(learner, place),
         "place": place,
@@ -114,7 +129,7 @@ def _module_state(learner: Learner, module: nn.Module, borrowed: Callable[[Any],
     watched = [(path, _note_lost(changes.state(borrowed), lost)) for path, changes in learner.module_changes(module)]
     return {
         **weights_of(module),
-        "buffers": {name: tensor for name, _, _, tensor in _unsaved_buffers(module)},
+        "buffers": {name: tensor for name, _, _, tensor in unsaved_buffers(module)},
         "frozen": [name for name, parameter in module.named_parameters() if not parameter.requires_grad],
         "attributes": {path: kept for path, kept in watched if kept},
     }
@@ -125,7 +140,9 @@ def weights_of(module: nn.Module) -> State:
     state, label = module.state_dict(), type(module).__name__
     return {
         "state": {
-            name: value if isinstance(value, Tensor) else keep(value, f"{name!r} of {label}")
+            name: UNINITIALIZED
+            if is_lazy(value)
+            else (value if isinstance(value, Tensor) else keep(value, f"{name!r} of {label}"))
             for name, value in state.items()
         },
         "metadata": keep(dict(getattr(state, "_metadata", {})), f"the metadata of {label}"),
@@ -134,8 +151,13 @@ def weights_of(module: nn.Module) -> State:
 
 def put_weights(module: nn.Module, kept: State) -> None:
     """Have a module load what `weights_of` gave."""
-    tensors = {name: put_back(value) for name, value in kept["state"].items()}
-    module.load_state_dict(with_metadata(tensors, put_back(kept["metadata"])))
+    lazy = {name for name, value in kept["state"].items() if is_uninitialized(value)}
+    tensors = {name: put_back(value) for name, value in kept["state"].items() if name not in lazy}
+    result = module.load_state_dict(with_metadata(tensors, put_back(kept["metadata"])), strict=not lazy)
+    if lazy:
+        uninitialize(module, lazy)
+        if set(result.missing_keys) - lazy or result.unexpected_keys:
+            raise CheckpointError(f"{type(module).__name__} does not load its state: {result}")
 
 
 def with_metadata(tensors: dict[str, Any], metadata: dict[str, Any]) -> OrderedDict[str, Any]:
@@ -143,15 +165,6 @@ def with_metadata(tensors: dict[str, Any], metadata: dict[str, Any]) -> OrderedD
     state = OrderedDict(tensors)
     state._metadata = metadata  # type: ignore[attr-defined]  # where torch keeps it
     return state
-
-
-def _unsaved_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Give the buffers that ``state_dict`` leaves out: full name, owner, own name, tensor."""
-    for path, part in module.named_modules():
-        for name in sorted(part._non_persistent_buffers_set):
-            tensor = part._buffers.get(name)
-            if tensor is not None:
-                yield f"{path}.{name}".lstrip("."), part, name, tensor
 
 
 def _kept_views(learner: Learner) -> list[str]:
@@ -264,105 +277,85 @@ def _data_state(learner: Learner, place: State | None) -> State:
 # Going on
 
 
-def check_fits(learner: Learner, state: Any) -> None:
-    """Raise for a state that does not fit a learner, before anything is changed.
-
-    Raises:
-        CheckpointError: Tells everything that does not fit.
-    """
-    if not isinstance(state, dict) or "fluxloop" not in state:
-        raise CheckpointError(
-            f"{describe(state)} was given; expected the state of a learner: learner.state_dict(), or a file that "
-            "learner.save or a Checkpointer wrote. For weights alone: learner.load_weights(path)"
-        )
-    if state["fluxloop"] != FORMAT:
-        raise CheckpointError(
-            f"the checkpoint has the layout {state['fluxloop']!r} and this fluxloop reads {FORMAT}; use the version "
-            "that wrote it"
-        )
-    wrong = list(_misfits(learner, state))
-    if wrong:
-        raise CheckpointError("the checkpoint does not fit this learner:\n  " + "\n  ".join(wrong))
-
-
-def _misfits(learner: Learner, state: State) -> Iterator[str]:
-    models = {name or "": module for name, module in learner.models.items()}
-    yield from _names_differ("model", models, state["models"])
-    for name, module in models.items():
-        if name in state["models"]:
-            yield from weights_differ(
-                module, state["models"][name]["state"], f"model {name!r}" if name else "the model"
-            )
-    kept_loss = (state["loss_fn"] or {}).get("state")
-    if isinstance(learner.loss_fn, nn.Module) != (kept_loss is not None):
-        yield "one of the two has a loss function that is a module, the other has not"
-    elif isinstance(learner.loss_fn, nn.Module) and kept_loss is not None:
-        yield from weights_differ(learner.loss_fn, kept_loss, "the loss function")
-    slots = {slot.name or "": slot for slot in learner.updates.slots}
-    by_name = parameters_by_name(learner.models, learner.loss_fn)
-    yield from _names_differ("optimizer", slots, state["optimizers"])
-    for name, kept in state["optimizers"].items():
-        if name in slots:
-            yield from optimizer_differs(slots[name].optimizer, kept, by_name, slots[name].label)
-    ids = {node.id: class_name(type(node.callback.unwrapped)) for node in learner.callbacks.graph.nodes}
-    for id, kept in state["callbacks"].items():
-        if id in ids and ids[id] != kept["class"]:
-            yield f"callback {id!r} was a {kept['class']} and is a {ids[id]}"
-
-
-def _names_differ(kind: str, live: Iterable[str], kept: Iterable[str]) -> Iterator[str]:
-    if set(live) != set(kept):
-        yield f"the {kind}s are {sorted(live)}, those of the checkpoint {sorted(kept)}"
-
-
-def weights_differ(module: nn.Module, state: dict[str, Any], label: str) -> Iterator[str]:
-    """Tell where a module's tensors and a state's differ in name or shape."""
-    live = module.state_dict()
-    lazy = {name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if is_lazy(tensor)}
-    for name in live.keys() - state.keys():
-        yield f"{label}: the checkpoint lacks {name!r}{did_you_mean(name, state)}"
-    for name in state.keys() - live.keys():
-        yield f"{label}: {name!r} of the checkpoint is not there{did_you_mean(name, live)}"
-    for name, tensor in live.items():
-        kept = state.get(name)
-        if isinstance(tensor, Tensor) and isinstance(kept, Tensor) and name not in lazy and tensor.shape != kept.shape:
-            yield f"{label}: {name!r} has shape {tuple(tensor.shape)}, in the checkpoint {tuple(kept.shape)}"
-
-
-def check_same_run(learner: Learner, state: State) -> None:
-    """Raise where going on would not be going on with the same run.
-
-    Raises:
-        CheckpointError: The seed or an optimizer's options were given otherwise.
-    """
-    wrong = []
-    if learner.seed_given and learner.seed != state["seed"]:
-        wrong.append(f"seed={learner.seed} was given, and the run has seed={state['seed']}")
-    for slot in learner.updates.slots:
-        former = state["optimizers"][slot.name or ""]["defaults"]
-        for option, value in plain_defaults(slot.optimizer).items():
-            if former.get(option, value) != value:
-                wrong.append(f"{slot.label} was made with {option}={former[option]!r}, and now with {option}={value!r}")
-    if wrong:
-        raise CheckpointError(
-            "the checkpoint belongs to a run with other settings:\n  "
-            + "\n  ".join(wrong)
-            + "\nResume with what it was begun with; or begin a new run from its weights: learner.load_weights(path)"
-        )
-
-
-def take(learner: Learner, state: State, *, begun: bool) -> None:
+def take(learner: Learner, state: State, *, begun: bool) -> Callable[[], None]:
     """Put a learner where the state was gathered, or leave it where it is: see `apply`.
+
+    Returns:
+        What puts the learner back where it was before, as far as a checkpoint keeps it.
 
     Raises:
         CheckpointError: A state cannot be put back.
     """
-    before = snapshot(gather(learner, None))
+    before, history = snapshot(gather(learner, None)), learner.history
+    begun_data, reason = set(learner.begun_data), history.stop_reason
+
+    def undo() -> None:
+        apply(learner, before, begun=True)
+        learner.begun_data, history.stop_reason = begun_data, reason
+
+    try_to_apply(learner, state, undo, begun=begun)
+    _tell_others(learner, state)
+    return undo
+
+
+def _tell_others(learner: Learner, state: State) -> None:
+    """Warn of states without a callback, and of callbacks without a state, which begin anew."""
+    nodes = {node.id: node.callback.unwrapped for node in learner.callbacks.graph.nodes}
+    unknown = sorted(state["callbacks"].keys() - nodes)
+    missing = nodes.keys() - state["callbacks"].keys() - state.get("present", {}).keys()
+    new = sorted(id for id in missing if _misses_something(nodes[id], state, "present" in state))
+    told = []
+    if unknown:
+        told.append(f"the checkpoint has states of {', '.join(unknown)}, which are not among the callbacks now")
+    if new:
+        told.append(f"the checkpoint has no state of {', '.join(new)}: what they keep begins anew")
+    if told:
+        warn_user(
+            f"{'; '.join(told)}. Callbacks are found by their names: name='...', else the class's"
+            f"{', with a number where there are several' if unknown and new else ''}"
+        )
+
+
+def _misses_something(callback: Callback, state: State, told: bool) -> bool:
+    """Tell whether a callback that is not in a checkpoint would have kept something there.
+
+    That is: it has the pair, or attributes that it was not made with, or publishes what nobody did.
+
+    Args:
+        callback: The callback.
+        state: Of the checkpoint.
+        told: Whether the checkpoint says which callbacks there were; an older one has only those with a state.
+    """
+    if callback._begins_anywhere:
+        return False
+    if is_stateful(callback) or not told:
+        return is_stateful(callback)
+    made_with = {*inspect.signature(type(callback)).parameters, "name"}
+    names = {name for name in attributes(callback) if not name.startswith("__")} - {*callback.transient}
+    shared = {path.removeprefix("cbstate.") for path in callback.writes if path not in callback.transient}
+    return not {name.lstrip("_") for name in names} <= made_with or any(
+        path in shared and path not in state["cbstate"] for path in ("history", "metrics", "hyperparameters")
+    )
+
+
+def try_to_apply(learner: Learner, state: State, undo: Callable[[], None], *, begun: bool) -> None:
+    """Put a state in place, or undo it and say why it does not fit.
+
+    Raises:
+        CheckpointError: A state cannot be put back; the learner is as `undo` leaves it.
+    """
     try:
         apply(learner, state, begun=begun)
-    except BaseException:
-        apply(learner, before, begun=True)
-        raise
+    except BaseException as error:
+        try:
+            undo()
+        except Exception as failure:
+            annotate(error, f"fluxloop: putting the learner back as it was failed as well: {failure!r}")
+        if isinstance(error, CheckpointError) or not isinstance(error, Exception):
+            raise
+        raise CheckpointError(
+            f"the state in the checkpoint cannot be put in place: {type(error).__name__}: {error}. Nothing was changed"
+        ) from error
 
 
 def apply(learner: Learner, state: State, *, begun: bool) -> None:
@@ -421,7 +414,7 @@ def apply(learner: Learner, state: State, *, begun: bool) -> None:
 
 def _load_module(learner: Learner, module: nn.Module, kept: State, borrowed: Callable[[Any], bool]) -> None:
     put_weights(module, kept)
-    for name, part, own, tensor in list(_unsaved_buffers(module)):
+    for name, part, own, tensor in list(unsaved_buffers(module)):
         if name in kept["buffers"]:
             part._buffers[own] = kept["buffers"][name].to(tensor.device, copy=True)
     frozen_ones = set(kept["frozen"])
@@ -433,8 +426,10 @@ def _load_module(learner: Learner, module: nn.Module, kept: State, borrowed: Cal
 
 
 def _load_updates(learner: Learner, kept: State) -> None:
-    for parameter, name in learner.updates.names.items():
-        gradient = kept["gradients"].get(name)
+    by_name = parameters_by_name(learner.models, learner.loss_fn)
+    gradients = {by_name[name]: gradient for name, gradient in kept["gradients"].items() if name in by_name}
+    for parameter in learner.updates.names:
+        gradient = gradients.get(parameter)
         parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
     for slot in learner.updates.slots:
         stands = kept["slots"][slot.name or ""]
@@ -446,15 +441,19 @@ def _load_updates(learner: Learner, kept: State) -> None:
 
 def _load_callbacks(learner: Learner, states: State, how: dict[str, Any]) -> None:
     nodes = {node.id: node for node in learner.callbacks.graph.nodes}
-    unknown = sorted(states.keys() - nodes)
-    if unknown:
-        warn_user(f"the checkpoint has states of {', '.join(unknown)}, which are not among the callbacks now")
     for id, node in nodes.items():
         own, conditions = learner.callbacks.kept(node)
         kept = states.get(id, {"state": {}, "around": []})
-        own.load(kept["state"], **how)
-        for condition, around in zip(conditions, [*kept["around"], *([{}] * len(conditions))], strict=False):
-            condition.load(around, **how)
+        try:
+            own.load(kept["state"], **how)
+            for condition, around in zip(conditions, [*kept["around"], *([{}] * len(conditions))], strict=False):
+                condition.load(around, **how)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{id} does not take its state from the checkpoint: {type(error).__name__}: {error}"
+            ) from error
 
 
 def meet_phases(learner: Learner, phases: list[Phase]) -> None:
@@ -510,10 +509,15 @@ def load_weights(learner: Learner, state: State, name: str, strict: bool) -> lis
     left: list[str] = []
     for key, module in given.items():
         mine = module.state_dict()
-        fitting = {n: t for n, t in kept[key].items() if n in mine and getattr(mine[n], "shape", None) == t.shape}
+        fitting = {n: t for n, t in kept[key].items() if n in mine and _takes(mine[n], t)}
         module.load_state_dict(with_metadata(fitting, metadata.get(key, {})), strict=False)
         left += sorted({".".join(filter(None, (key, n))) for n in (mine.keys() | kept[key].keys()) - fitting.keys()})
     return left
+
+
+def _takes(mine: Any, tensor: Any) -> bool:
+    """Tell whether a tensor can take the place of another one: any can that of one that has no shape yet."""
+    return isinstance(tensor, Tensor) and (is_lazy(mine) or getattr(mine, "shape", None) == tensor.shape)
 
 
 # Telling

@@ -35,7 +35,7 @@ from fluxloop.persist import attributes, phase_id
 from fluxloop.phase import AbstractValidationPhase, Phase, Stateful, check_every, check_name, is_due
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.randomness import preserved
-from fluxloop.resume import FitScope, check_resumes
+from fluxloop.resume import FitScope, check_resumes, nothing
 from fluxloop.signals import EXIT_CODE, INTERRUPTED, heeding_signals
 from fluxloop.state import State, name_of
 
@@ -64,7 +64,7 @@ def fit(
             "fit was called while this learner is fitting; wait until it returns, or run learner.epoch(phase) "
             "for a further epoch inside"
         )
-    kept = learner.data
+    kept, undo = learner.data, nothing
     put(learner, "data", kept if data is None else name_data(data))
     try:
         if isinstance(phases, (Phase, type)):
@@ -82,9 +82,9 @@ def fit(
         check_monitors(learner, chosen)
         state = None if resume is None else find_state(resume)
         if state is not None:
-            check_resumes(learner, state, epochs, chosen, [feed(learner, phase) for phase in chosen])
-            meet_phases(learner, chosen)
-            take(learner, state, begun=False)
+            feeds = [feed(learner, phase) for phase in chosen]
+            check_resumes(learner, state, epochs, chosen, feeds, steps_per_epoch)
+            undo = _take_up(learner, state, chosen)
         else:
             meet_phases(learner, chosen)
         until = epochs if resume is not None else learner.history.cycles + epochs
@@ -99,8 +99,8 @@ def fit(
             learner.updates.drop_waiting("a fit begins")
         learner.fitting, learner.fit_phases, learner.num_epochs = True, tuple(chosen), until
         with preserved() if state is not None else nullcontext():
-            scope = FitScope(learner, chosen, steps_per_epoch, state)
-            state = None  # the scope has it, until it has come to where it was written
+            scope = FitScope(learner, chosen, steps_per_epoch, state, undo)
+            state, undo = None, nothing  # the scope has them, until it has come to where the state was written
             return _run(learner, scope, until, reason)
     finally:
         if learner.fitting:
@@ -108,6 +108,17 @@ def fit(
         learner.fitting, learner.stop_requested = False, None
         learner.fit_phases, learner.num_epochs = (), None
         put(learner, "data", kept)
+
+
+def _take_up(learner: Learner, state: dict[str, Any], phases: list[Phase]) -> Callable[[], None]:
+    """Put the state of a checkpoint in place for phases that are about to run; return what undoes it."""
+    known = learner.kept_phases
+    meet_phases(learner, phases)
+    try:
+        return take(learner, state, begun=False)
+    except BaseException:
+        learner.kept_phases = known
+        raise
 
 
 def _run(learner: Learner, scope: FitScope, until: int, reason: str | None) -> History:

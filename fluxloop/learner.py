@@ -15,7 +15,7 @@ from fluxloop.accelerator import Accelerator
 from fluxloop.assign import FIXED, check_known, put
 from fluxloop.callback import Callback
 from fluxloop.callbacks.defaults import with_defaults
-from fluxloop.checkpoint import Manifest, check_fits, gather, load_weights, manifest, take
+from fluxloop.checkpoint import Manifest, gather, load_weights, manifest, take
 from fluxloop.data import name_data
 from fluxloop.errors import (
     AssignmentError,
@@ -34,6 +34,7 @@ from fluxloop.history import History
 from fluxloop.host import HostQueue
 from fluxloop.inference import evaluate, predict
 from fluxloop.loop import Scope, place_in_words
+from fluxloop.misfits import check_fits
 from fluxloop.models import like, named_models
 from fluxloop.nested import batch_size
 from fluxloop.optimizers import build_optimizers, parameter_names

@@ -8,13 +8,15 @@ on with the next batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fluxloop.checkpoint import apply, check_fits, check_same_run
+from fluxloop.checkpoint import try_to_apply
 from fluxloop.errors import CheckpointError, describe, warn_user
 from fluxloop.feed import Feed
 from fluxloop.fingerprint import differences, fingerprint
 from fluxloop.loop import Scope, StepScope, runepoch
+from fluxloop.misfits import check_fits, check_same_run
 from fluxloop.persist import keep, phase_id, put_back
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.randomness import generator_states, put_generators
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
 
 Place = dict[str, Any]
 """Where a fit stands, as plain data: its phases, how many of the cycle are complete, and the place in the data."""
+
+
+def nothing() -> None:
+    """Stand for what there is not to undo."""
 
 
 def is_under_way(place: Place | None) -> TypeIs[Place]:
@@ -41,6 +47,7 @@ class FitScope(Scope):
         phases: What a cycle runs.
         steps_per_epoch: How many batches an epoch has at most.
         state: Of the checkpoint it goes on from.
+        undo: Puts the learner back as it was before that was put in place.
 
     Attributes:
         index: How many phases of the running cycle are complete.
@@ -50,10 +57,15 @@ class FitScope(Scope):
         finished: Whether `FitEnd` was fired.
     """
 
-    __slots__ = ("_again", "cut", "feed", "finished", "index", "phases", "script", "steps_per_epoch")
+    __slots__ = ("_again", "_go_back", "cut", "feed", "finished", "index", "phases", "script", "steps_per_epoch")
 
     def __init__(
-        self, learner: Learner, phases: list[Phase], steps_per_epoch: int | None, state: dict[str, Any] | None
+        self,
+        learner: Learner,
+        phases: list[Phase],
+        steps_per_epoch: int | None,
+        state: dict[str, Any] | None = None,
+        undo: Callable[[], None] = nothing,
     ) -> None:
         super().__init__(learner, FittingPhase())
         self.script = generator_states()
@@ -63,6 +75,7 @@ class FitScope(Scope):
         self.cut = self.finished = False
         self.index = 0
         self._again = state
+        self._go_back = undo
         place = None if state is None else state["place"]
         if place is not None:
             self.script = put_back(place["script"])
@@ -112,10 +125,10 @@ class FitScope(Scope):
         if is_under_way(place):
             under_way = "cycle" if place["feed"] is None else "epoch"
         if inside in (under_way, "end"):
-            apply(self._learner, self._again, begun=True)
+            try_to_apply(self._learner, self._again, self._go_back, begun=True)
             if inside == "epoch":
                 self._order_again(self.phases[self.index])
-            self._again = None
+            self._again, self._go_back = None, nothing
 
     def take(self, feed: Feed) -> None:
         """Take the data of an epoch that is about to run."""
@@ -165,7 +178,13 @@ class FitScope(Scope):
             place["global_generators"] = keep(generator_states(), "the random generators")
         names = [phase_id(phase) for phase in self.phases]
         script = keep(self.script, "the random generators")
-        return {"phases": names, "index": self.index, "feed": place, "script": script}
+        return {
+            "phases": names,
+            "index": self.index,
+            "feed": place,
+            "script": script,
+            "steps_per_epoch": self.steps_per_epoch,
+        }
 
 
 def place_of(learner: Learner) -> dict[str, Any] | None:
@@ -187,7 +206,14 @@ def place_of(learner: Learner) -> dict[str, Any] | None:
     return None if fitting.cut else fitting.place()
 
 
-def check_resumes(learner: Learner, state: dict[str, Any], epochs: int, phases: list[Phase], feeds: list[Feed]) -> None:
+def check_resumes(
+    learner: Learner,
+    state: dict[str, Any],
+    epochs: int,
+    phases: list[Phase],
+    feeds: list[Feed],
+    steps_per_epoch: int | None,
+) -> None:
     """Raise where a fit is not the one that a checkpoint is of, before anything is changed.
 
     Args:
@@ -196,6 +222,7 @@ def check_resumes(learner: Learner, state: dict[str, Any], epochs: int, phases: 
         epochs: How many the fit has in all.
         phases: What a cycle runs.
         feeds: Their data.
+        steps_per_epoch: How many batches an epoch has at most.
 
     Raises:
         CheckpointError: Says what differs.
@@ -205,7 +232,18 @@ def check_resumes(learner: Learner, state: dict[str, Any], epochs: int, phases: 
     place, names = state["place"], [phase_id(phase) for phase in phases]
     if is_under_way(place) and place["phases"] != names:
         raise CheckpointError(f"the fit ran the phases {place['phases']}, and now {names}; expected the same")
+    if place is not None and place.get("steps_per_epoch", steps_per_epoch) != steps_per_epoch:
+        raise CheckpointError(
+            f"the run was begun with steps_per_epoch={place['steps_per_epoch']}, and is now to go on with "
+            f"steps_per_epoch={steps_per_epoch}, which makes it another run; resume with the former one. To train on "
+            "from here in a run of its own: learner.load(file), then learner.fit(epochs)"
+        )
     if is_under_way(place) and place["feed"] is not None:
+        if place["feed"]["key"] != phases[place["index"]].data_key:
+            raise CheckpointError(
+                f"the epoch under way ran on the {place['feed']['key']!r} data, and {phases[place['index']]!r} runs on "
+                f"the {phases[place['index']].data_key!r} data"
+            )
         feeds[place["index"]].check_place(place["feed"])
     _compare_data(learner, state["data"])
     begun = state["history"]["cycles"] + is_under_way(place)

@@ -66,6 +66,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "fingerprint",
         "history",
+        "layout",
         "logging.memory",
         "logging.tensorboard",
         "logging.text_files",
@@ -80,6 +81,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "callback",
         "logging.mlflow",
         "metrics.base",
+        "misfits",
         "passes",
         "phases.supervised",
         "phases.twin",

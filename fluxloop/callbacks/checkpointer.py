@@ -100,6 +100,7 @@ class Checkpointer(UnsafeCallback):
 
     draws = False
     _fixed = ("folder", "monitor", "mode")
+    _begins_anywhere = True
     in_compiled_step = "after"
     transient = (
         *("last", "_progress", "_batch", "_reason", "_since", "_owing", "_waits", "_told", "_over"),

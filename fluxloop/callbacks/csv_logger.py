@@ -126,6 +126,7 @@ class CSVLogger(Callback):
     run_after = (Recorder, Metrics)
     draws = False
     _fixed = ("path",)
+    _begins_anywhere = True
 
     def __attrs_post_init__(self) -> None:
         self._table = _Table(self.path)

@@ -29,6 +29,7 @@ class GarbageCollect(Callback):
     _steps: int = field(default=0, init=False, repr=False)
 
     draws = False
+    _begins_anywhere = True
 
     def __attrs_post_init__(self) -> None:
         if self.every < 1:

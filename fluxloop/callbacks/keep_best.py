@@ -13,9 +13,10 @@ from fluxloop.callback import Callback, NoConflict, UnsafeCallback, on, resolve_
 from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.probe import Announcing
 from fluxloop.callbacks.recorder import Recorder
-from fluxloop.checkpoint import weights_differ, weights_of, with_metadata
+from fluxloop.checkpoint import weights_of, with_metadata
 from fluxloop.errors import CallbackConflictError, ModelError, warn_user
 from fluxloop.events import CycleEnd, EpochEnd, FitBegin
+from fluxloop.misfits import weights_differ
 from fluxloop.modes import switch_optimizers
 from fluxloop.monitor import Mode, Monitor
 from fluxloop.persist import keep, put_back, snapshot

@@ -41,6 +41,7 @@ class LogCallback(Callback):
     reads: ClassVar[Sequence[str]] = ("cbstate.history",)
     run_after: ClassVar[Sequence[type[Callback]]] = (Recorder,)
     draws: ClassVar[bool | None] = False
+    _begins_anywhere: ClassVar[bool] = True
     _steps = 0  # training steps ended, counted here: asking for them takes longer than many a step may
 
     def __init__(self, *backends: Backend | Sequence[Backend], name: str | None = None) -> None:
