@@ -288,10 +288,13 @@ def take(learner: Learner, state: State, *, begun: bool) -> Callable[[], None]:
     """
     before, history = snapshot(gather(learner, None)), learner.history
     begun_data, reason = set(learner.begun_data), history.stop_reason
+    gradients = [(parameter, parameter.grad) for parameter in learner.updates.names]  # used ones are in no checkpoint
 
     def undo() -> None:
         apply(learner, before, begun=True)
         learner.begun_data, history.stop_reason = begun_data, reason
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
     try_to_apply(learner, state, undo, begun=begun)
     _tell_others(learner, state)
