@@ -177,7 +177,7 @@ def kinds_differ(live: Any, kept: Any, where: str) -> Iterator[str]:
     if isinstance(live, bool):
         fits, what = isinstance(kept, bool), "True or False"
     elif isinstance(live, int):
-        fits, what = type(kept) is int and (kept >= 0 or live < 0), "a whole number, 0 or more"
+        fits, what = kept is None or (type(kept) is int and (kept >= 0 or live < 0)), "a whole number, 0 or more"
     elif isinstance(live, float):
         fits, what = isinstance(kept, (int, float, Tensor, type(None))), "a number"
     elif isinstance(live, str):

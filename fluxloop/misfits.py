@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from fluxloop.errors import CheckpointError, describe, did_you_mean
 from fluxloop.history import Counts
-from fluxloop.layout import kinds_differ, misplaced
+from fluxloop.layout import COUNT, kinds_differ, misplaced
 from fluxloop.optimizer_state import optimizer_differs, plain_defaults
 from fluxloop.optimizers import parameters_by_name
 from fluxloop.persist import Kept, class_name, is_stateful, is_uninitialized, phase_id, put_back, unsaved_buffers
@@ -220,10 +220,10 @@ def _record_differs(record: Any, where: str) -> Iterator[str]:
     """Tell where counts and epoch values of a phase are none."""
     if isinstance(record, Counts):
         for part in ("epochs", "steps", "steps_epoch"):
-            yield from kinds_differ(0, getattr(record, part), f"{where}.{part}")
+            yield from COUNT(getattr(record, part), f"{where}.{part}")
         yield from kinds_differ({}, record.updates, f"{where}.updates")
         for name, count in dict(record.updates).items() if isinstance(record.updates, dict) else ():
-            yield from kinds_differ(0, count, f"{where}.updates[{name!r}]")
+            yield from COUNT(count, f"{where}.updates[{name!r}]")
     elif isinstance(epochs := getattr(record, "epochs", None), dict):
         for name, series in epochs.items():
             yield from _series_differs(series, f"{where}.epochs[{name!r}]")

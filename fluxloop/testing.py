@@ -108,6 +108,7 @@ class EventRecorder(Callback):
     trace: list[tuple[str, str]] = field(factory=list, init=False)
 
     draws = False
+    _begins_anywhere = True
     in_compiled_step = "after"
 
     @on(Event)

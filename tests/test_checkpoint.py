@@ -21,6 +21,7 @@ from fluxloop import (
     EMA,
     AbstractTrainingPhase,
     Callback,
+    CSVLogger,
     EpochBegin,
     EpochEnd,
     FitBegin,
@@ -28,6 +29,7 @@ from fluxloop import (
     Metric,
     Metrics,
     Phase,
+    ProgressBar,
     Recorder,
     StepEnd,
     TensorBatches,
@@ -288,11 +290,38 @@ def test_a_callback_that_refuses_its_state_leaves_the_learner_as_it_was() -> Non
 
     first = net(Refuses())
     first.fit(1)
-    second = net(Refuses(), seed=99)
+    second = net(counting := Counting(7), Refuses(), seed=99)
     before = bits(second)
-    with pytest.raises(ValueError, match="another number of classes"):
+    with pytest.raises(CheckpointError, match=r"Refuses does not take its state .*: ValueError: made with another"):
         second.load_state_dict(first.state_dict())
     assert unchanged(second, before)
+    assert counting.count == 7
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["a new learner", "one that has trained"])
+def test_what_is_refused_only_once_the_fit_has_begun_is_undone_too(begun: bool, tmp_path: Path) -> None:
+    class Opens(Callback):
+        """Has an object of its own while a fit goes on, which looks closely at its state."""
+
+        def __init__(self, size: int) -> None:
+            self.size = size
+            self.table: Any = None
+
+        @on(FitBegin)
+        def start(self, event: FitBegin, phase: Phase, learner: Any) -> None:
+            self.table = nn.Linear(self.size, 1)
+
+    first = net(Opens(2), Counting())
+    first.fit(1)
+    first.save(tmp_path / "state.pt")
+    second = net(Opens(3), counting := Counting(), seed=99)
+    if begun:
+        second.fit(1)
+    before, count, cycles = bits(second), counting.count, second.history.cycles
+    with pytest.raises(CheckpointError, match=r"(?s)Opens does not take its state .*size mismatch for weight"):
+        second.fit(2, resume=tmp_path / "state.pt")
+    assert unchanged(second, before)
+    assert (counting.count, second.history.cycles) == (count, cycles)
 
 
 # Callbacks come and go
@@ -326,6 +355,38 @@ def test_states_without_a_callback_warn_and_callbacks_without_a_state_begin() ->
     assert_same_bits(first, second)
 
 
+def test_a_callback_whose_state_is_missing_is_named_and_one_that_keeps_nothing_is_not(tmp_path: Path) -> None:
+    class Prints(Callback):
+        """Keeps nothing but what it was made with."""
+
+        def __init__(self, path: str) -> None:
+            self.path = path
+
+        @on(StepEnd)
+        def show(self, event: StepEnd, phase: Phase, learner: Any) -> None: ...
+
+    first = net(Recorder(), Metrics())
+    first.fit(1)
+    first.save(tmp_path / "state.pt")
+    csv = CSVLogger(tmp_path / "log.csv")
+    net(Recorder(), Metrics(), Prints("a.txt"), csv, ProgressBar()).load(tmp_path / "state.pt")
+    for callback, name in ((Counting(), "Counting"), (EMA("model", 0.9), "EMA"), (Counting(name="mine"), "mine")):
+        with pytest.warns(UserWarning, match=f"the checkpoint has no state of {name}: what they keep begins anew"):
+            net(Recorder(), Metrics(), callback).load(tmp_path / "state.pt")
+    with pytest.warns(UserWarning, match="no state of EMA, Recorder"):
+        net(Recorder(), EMA("model", 0.9)).load_state_dict(net().state_dict())
+    net(Recorder(), Counting()).load_state_dict(net(Recorder(), Counting()).state_dict())  # it had nothing to keep yet
+
+
+def test_an_older_file_does_not_say_which_callbacks_there_were(tmp_path: Path) -> None:
+    state = net(Recorder(), EMA("model", 0.9)).state_dict()
+    del state["present"]
+    net(Recorder(), Counting(), EMA("model", 0.9)).load_state_dict(state)
+    del state["callbacks"]["EMA"]  # which always has something to keep
+    with pytest.warns(UserWarning, match="the checkpoint has no state of EMA"):
+        net(Recorder(), Counting(), EMA("model", 0.9)).load_state_dict(state)
+
+
 def test_what_nobody_publishes_now_is_left_out_with_a_word() -> None:
     first = net(Recorder(), Metrics())
     first.fit(2)
@@ -334,6 +395,74 @@ def test_what_nobody_publishes_now_is_left_out_with_a_word() -> None:
         second.load_state_dict(first.state_dict())
     assert second.history.cycles == 2
     assert_same_bits(first, second)
+
+
+# Lazy modules
+
+
+def lazy(*callbacks: Callback) -> Learner[Any]:
+    torch.manual_seed(7)
+    model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.Tanh(), nn.Linear(4, 1))
+    return net(*callbacks, model=model, optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+
+
+def test_a_lazy_model_is_kept_from_before_its_first_batch_on(tmp_path: Path) -> None:
+    plain = lazy()
+    plain.fit(2)
+    folder = tmp_path / "run"
+    for epochs in (0, 1, 2):  # the first ends before the first batch
+        resumed = lazy(Checkpointer(folder, every=1, unit="step"))
+        resumed.fit(epochs, resume=folder)
+    assert_same_bits(plain, resumed)
+
+
+def test_a_lazy_model_that_has_seen_no_batch_is_saved_and_loaded_as_one(tmp_path: Path) -> None:
+    first, second = lazy(), lazy()
+    first.save(tmp_path / "begin.pt")
+    second.load(tmp_path / "begin.pt")
+    first.fit(1)
+    second.fit(1)
+    assert_same_bits(first, second)
+    with pytest.raises(CheckpointError, match=r"'0.weight' had seen no batch in the checkpoint \(a lazy module\)"):
+        first.load(tmp_path / "begin.pt")
+    assert lazy().load_weights(tmp_path / "begin.pt", strict=False)[:2] == ["0.bias", "0.weight"]
+    first.save(tmp_path / "trained.pt")
+    third = lazy()
+    assert third.load_weights(tmp_path / "trained.pt") == []
+    assert torch.equal(third.model[0].weight, first.model[0].weight)
+
+
+def test_a_lazy_model_that_refused_a_state_is_still_lazy() -> None:
+    class Keeps(nn.Module):
+        """Has a state that is refused after the weights were loaded."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.LazyLinear(1)
+
+        def forward(self, xs: Tensor) -> Tensor:
+            result: Tensor = self.layer(xs)
+            return result
+
+        def get_extra_state(self) -> Any:
+            return {"kind": 1}
+
+        def set_extra_state(self, state: Any) -> None:
+            if state["kind"] != 1:
+                raise ValueError("another kind")
+
+    def make() -> Learner[Any]:
+        return net(model=Keeps(), optimizer=torch.optim.SGD)
+
+    trained, fresh, plain = make(), make(), make()
+    trained.fit(1)
+    state = trained.state_dict()
+    state["models"][""]["state"]["_extra_state"] = {"kind": 2}
+    with pytest.raises(CheckpointError, match="another kind"):
+        fresh.load_state_dict(state)
+    fresh.fit(1)
+    plain.fit(1)
+    assert torch.equal(fresh.model.layer.weight, plain.model.layer.weight)
 
 
 # Weights alone

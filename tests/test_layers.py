@@ -64,6 +64,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "updates",
     ),
     (
+        "arguments",
         "fingerprint",
         "history",
         "layout",

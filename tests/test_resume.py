@@ -418,6 +418,24 @@ def test_a_dry_run_goes_on(tmp_path: Path) -> None:
         assert_same_bits(plain, resumed)
 
 
+@pytest.mark.parametrize("moment", [2, 4, 9])
+def test_another_number_of_steps_per_epoch_is_named(moment: int, tmp_path: Path) -> None:
+    def make() -> Learner:
+        return classifier((TensorBatches(*rows(), batch_size=2, shuffle=True),))
+
+    path = tmp_path / "state.pt"
+    save_at(make(), moment, path, epochs=3, steps_per_epoch=3)
+    for other in (None, 2):
+        resumed = make()
+        before = bits(resumed)
+        with pytest.raises(CheckpointError, match=f"begun with steps_per_epoch=3, .* with steps_per_epoch={other}"):
+            resumed.fit(3, resume=path, steps_per_epoch=other)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in bits(resumed).items())
+    learner = make()
+    learner.load(path)  # as the error says
+    learner.fit(1)
+
+
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path: Path) -> None:
     def make() -> Learner:
         train, valid = DataLoader(Noisy(), batch_size=3, shuffle=True), TensorBatches(*rows(6), batch_size=3)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fluxloop.access import overlap, parse
+from fluxloop.arguments import arguments_of, changed
 from fluxloop.callback import Callback, NoConflict, RunFirst, on, resolve_conflict
 from fluxloop.callbacks.scheduler import Scheduler, Unit, check_unit, record
 from fluxloop.errors import CallbackConflictError, CheckpointError, MetricError, describe
@@ -49,7 +50,8 @@ class LRScheduler(Callback):
     ``"learning_rate/0"``, ``"learning_rate/1"``, … where it has several parameter groups.
 
     A checkpoint keeps the scheduler's state, and what it was made with: going on with another
-    `gamma` or `T_max` is an error, not a silent return to the old one.
+    `gamma` or `T_max` is an error, not a silent return to the old one. So are other arguments of
+    the functions in it, such as those of a `LambdaLR`: of a ``partial``, and numbers they close over.
 
     Args:
         factory: ``(optimizer) -> scheduler``: a ``functools.partial`` of a class, or a function.
@@ -78,6 +80,7 @@ class LRScheduler(Callback):
     monitor: str | None = field(default=None, kw_only=True)
     schedulers: dict[str | None, Any] = field(factory=dict, init=False, repr=False)
     _made: dict[str | None, dict[str, Any]] = field(factory=dict, init=False, repr=False)
+    _functions: dict[str | None, dict[str, Any]] = field(factory=dict, init=False, repr=False)
     _watched: Monitor | None = field(default=None, init=False, repr=False)
     _target: LearningRate = field(init=False, repr=False)
     _updated: Counter[str | None] = field(factory=Counter, init=False, repr=False)
@@ -133,6 +136,7 @@ class LRScheduler(Callback):
             raise
         self.schedulers = schedulers
         self._made = {name: _state_when_made(scheduler) for name, scheduler in schedulers.items()}
+        self._functions = {name: _functions_of(scheduler) for name, scheduler in schedulers.items()}
         self._updated, self._ended, self._seen = Counter(), learner.trained_steps, 0
         if self._watched is not None:
             modes = [scheduler.mode for scheduler in schedulers.values() if hasattr(scheduler, "mode")]
@@ -253,6 +257,7 @@ class LRScheduler(Callback):
                 "optimizer": name,
                 "class": type(scheduler).__name__,
                 "made": self._made[name],
+                "functions": self._functions[name],
                 "now": _state(scheduler),
             }
             for name, scheduler in self.schedulers.items()
@@ -273,7 +278,7 @@ class LRScheduler(Callback):
                 f"{list(self.schedulers)}; make it as it was"
             )
         for name, scheduler in self.schedulers.items():
-            _check_same(scheduler, self._made[name], kept[name])
+            _check_same(scheduler, self._made[name], self._functions[name], kept[name])
         for name, scheduler in self.schedulers.items():
             scheduler.load_state_dict(_restored(kept[name]["now"], scheduler.state_dict()))
         self._updated, self._ended, self._seen = Counter(state["updated"]), state["steps"], state["seen"]
@@ -383,7 +388,19 @@ def _restored(kept: Any, present: Any) -> Any:
     return kept
 
 
-def _check_same(scheduler: Any, made: dict[str, Any], kept: dict[str, Any]) -> None:
+def _functions_of(scheduler: Any, where: str = "") -> dict[str, Any]:
+    """Return what the functions in a scheduler were made with: its state has nothing of them."""
+    found: dict[str, Any] = {}
+    for name, value in vars(scheduler).items():
+        if name == "_schedulers":
+            for index, inner in enumerate(value):
+                found |= _functions_of(inner, f"{where}{name}[{index}].")
+        elif callable(value) or (isinstance(value, (list, tuple)) and value and all(map(callable, value))):
+            found |= arguments_of(value, f"{where}{name}")
+    return found
+
+
+def _check_same(scheduler: Any, made: dict[str, Any], functions: dict[str, Any], kept: dict[str, Any]) -> None:
     """Raise for a scheduler that was made otherwise than the one in a checkpoint.
 
     Raises:
@@ -393,6 +410,7 @@ def _check_same(scheduler: Any, made: dict[str, Any], kept: dict[str, Any]) -> N
     if kept["class"] != name:
         raise CheckpointError(f"the checkpoint's scheduler is a {kept['class']}, this one a {name}; make it as it was")
     found = [f"{where}={old!r}, now {where}={new!r}" for where, old, new in _differences(kept["made"], made, "")]
+    found += [each for each in changed(kept.get("functions", {}), functions) if each not in found]
     if found:
         raise CheckpointError(
             f"the checkpoint's {name} was made with {'; '.join(found[:3])}. Make it with the old values to go on; for "

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from attrs import define, field
 
+from fluxloop.arguments import arguments_of, changed
 from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
 from fluxloop.errors import CallbackConflictError, CheckpointError, OptimizerError, describe, did_you_mean
 from fluxloop.events import EpochBegin, EpochEnd, StepBegin, StepEnd
@@ -109,7 +110,8 @@ class Scheduler(Callback):
     one entry for each time it was set. Schedules must not draw random numbers.
 
     A resumed run goes on with the schedules that it began with; others are an error. Functions
-    are not told apart.
+    are told apart by their names and what they were made with: the arguments of a ``partial``, and
+    numbers that they close over.
 
     Args:
         schedules: Schedules or numbers by hyperparameter: `LearningRate` (every optimizer and
@@ -132,6 +134,7 @@ class Scheduler(Callback):
     schedules: dict[HyperParameter, float | Schedule] = field(converter=_read)
     unit: Unit = field(default="step")
     _labels: tuple[str, ...] = field(init=False, repr=False)
+    _functions: dict[str, Any] = field(init=False, repr=False)
     _steps: int = field(default=0, init=False, repr=False)
     _ended: int = field(default=0, init=False, repr=False)
     """Training steps of the learner, also those before this one was added."""
@@ -147,6 +150,14 @@ class Scheduler(Callback):
     @_labels.default
     def _read_labels(self) -> tuple[str, ...]:
         return tuple(parameter.label for parameter in self.schedules)
+
+    @_functions.default
+    def _read_functions(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for parameter, schedule in self.schedules.items():
+            if "a function" in written(schedule):
+                found |= arguments_of(schedule, parameter.label)
+        return found
 
     @unit.validator
     def _check_unit(self, attribute: object, unit: object) -> None:
@@ -216,6 +227,7 @@ class Scheduler(Callback):
         """Give what a checkpoint keeps: the schedules as texts, and where they are."""
         return {
             "schedules": self._written(),
+            "functions": self._functions,
             "steps": self._steps,
             "ended": self._ended,
             "epochs": self._epochs,
@@ -237,6 +249,12 @@ class Scheduler(Callback):
                     f"{label} was scheduled by {old}, and is now by {new}; go on with the old one, or begin a new "
                     "run from the weights: learner.load_weights(file)"
                 )
+        other = changed(state.get("functions", {}), self._functions)
+        if other:
+            raise CheckpointError(
+                f"the functions of a Scheduler were made with {'; '.join(other[:3])}; go on with the old ones, or "
+                "begin a new run from the weights: learner.load_weights(file)"
+            )
         self._steps, self._epochs = state["steps"], state["epochs"]
         self._ended = state.get("ended", state["steps"])
         self._given = state.get("given", self._given)  # older checkpoints have neither

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from attrs import define, field
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
 from fluxloop.errors import ModelError, OptimizerError, describe, did_you_mean
@@ -45,7 +46,7 @@ class Unfreeze(Callback):
         unit: ``"epoch"`` or ``"step"``.
 
     Raises:
-        ModelError: A pattern matches nothing.
+        ModelError: A pattern matches nothing, or weights that have seen no batch (lazy modules).
         OptimizerError: A parameter that would be unfrozen is in no optimizer, as it was frozen
             when the learner was made.
         ValueError: There is no pattern, a number is out of range, or another unit.
@@ -87,7 +88,11 @@ class Unfreeze(Callback):
     def init(self, learner: Any) -> None:
         """Look for what the patterns match; begin anew."""
         self._done, self._frozen, self._next = 0, False, None
-        self._plan(learner)
+        if any(is_lazy(parameter) for parameter in self._plan(learner)):
+            raise ModelError(
+                "Unfreeze cannot freeze weights that have seen no batch (lazy modules); run the model on one before "
+                "the learner is made"
+            )
 
     def _plan(self, learner: Any) -> dict[nn.Parameter, int]:
         """Give when each parameter is unfrozen.

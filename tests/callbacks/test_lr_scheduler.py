@@ -77,6 +77,14 @@ def sequential(optimizer: Optimizer) -> Any:
     return SequentialLR(optimizer, parts, milestones=[2])
 
 
+def fading(step: int, total: int) -> float:
+    return max(0.1, 1 - step / total)
+
+
+def fades(total: int) -> Callable[[int], float]:
+    return lambda step: max(0.1, 1 - step / total)
+
+
 def halve(step: int) -> float:
     return 0.5
 
@@ -257,6 +265,26 @@ def test_a_loaded_state_is_not_shared_with_the_one_who_gave_it() -> None:
             r"\[0\].total_iters=3, now",
         ),
         (partial(StepLR, step_size=2), partial(ExponentialLR, gamma=0.9), "is a StepLR, this one a ExponentialLR"),
+        (
+            partial(LambdaLR, lr_lambda=partial(fading, total=8)),
+            partial(LambdaLR, lr_lambda=partial(fading, total=80)),
+            r"made with lr_lambdas\[0\].total=8, now lr_lambdas\[0\].total=80",
+        ),
+        (
+            lambda o: LambdaLR(o, fades(8)),
+            lambda o: LambdaLR(o, fades(80)),
+            r"made with lr_lambdas\[0\].total=8, now lr_lambdas\[0\].total=80",
+        ),
+        (
+            lambda o: SequentialLR(o, [LambdaLR(o, fades(3)), MultiplicativeLR(o, fades(8))], [2]),
+            lambda o: SequentialLR(o, [LambdaLR(o, fades(3)), MultiplicativeLR(o, fades(80))], [2]),
+            r"made with _schedulers\[1\].lr_lambdas\[0\].total=8, now _schedulers",
+        ),
+        (
+            partial(LambdaLR, lr_lambda=partial(fading, total=8)),
+            partial(LambdaLR, lr_lambda=halve),
+            r"lr_lambdas\[0\]='fading', now lr_lambdas\[0\]='halve'",
+        ),
     ],
 )
 def test_d_mt_14_going_on_with_other_arguments_is_an_error_that_names_them(old: Any, new: Any, message: str) -> None:
@@ -266,6 +294,16 @@ def test_d_mt_14_going_on_with_other_arguments_is_an_error_that_names_them(old: 
     with pytest.raises(CheckpointError, match=message):
         scheduler_of(second).load_state_dict(through_a_file(scheduler_of(first).state_dict()))
     assert scheduler_of(second).state_dict() == before
+
+
+def test_functions_with_the_same_arguments_go_on_and_an_older_file_says_nothing_of_them() -> None:
+    first, second = (learner_of(LRScheduler(partial(LambdaLR, lr_lambda=partial(fading, total=8)))) for _ in range(2))
+    first.fit(2)
+    state = through_a_file(scheduler_of(first).state_dict())
+    scheduler_of(second).load_state_dict(state)
+    for kept in state["schedulers"]:
+        del kept["functions"]
+    scheduler_of(second).load_state_dict(state)
 
 
 def test_d_mt_14_another_learning_rate_of_the_optimizer_is_named_too() -> None:

@@ -34,6 +34,7 @@ from fluxloop import (
     cosine,
     linear,
     runstep,
+    warmup,
 )
 from fluxloop.callbacks.scheduler import Scheduler
 from fluxloop.errors import CheckpointError
@@ -219,17 +220,28 @@ def test_a_resumed_run_with_another_schedule_is_refused(now: Scheduler, message:
     assert (now._steps, now._epochs) == (0, 0)
 
 
-def test_the_same_schedule_and_another_function_go_on(tmp_path: Path) -> None:
-    def make(value: float) -> Learner:
-        return learner_of(Scheduler({LearningRate: lambda t: value, WeightDecay: linear(8, 1, 0)}), Recorder())
+def faded(t: int, total: int) -> float:
+    return 0.1 * max(0.0, 1 - t / total)
 
-    first, second = make(0.01), make(0.02)
+
+@pytest.mark.parametrize("kind", ["a partial", "a closure", "inside another"])
+def test_a_function_with_other_arguments_is_another_schedule(kind: str, tmp_path: Path) -> None:
+    def make(total: int) -> Learner:
+        schedules: dict[str, Any] = {
+            "a partial": partial(faded, total=total),
+            "a closure": lambda t: 0.1 * max(0.0, 1 - t / total),
+            "inside another": warmup(2, partial(faded, total=total)),
+        }
+        return learner_of(Scheduler({LearningRate: schedules[kind], WeightDecay: linear(8, 1, 0)}), Recorder())
+
+    first, second, other = make(32), make(32), make(64)
     first.fit(1)
     first.save(tmp_path / "run.pt")
     second.load(tmp_path / "run.pt")
     second.fit(1)
-    assert second.cbstate.hyperparameters["learning_rate"][BATCHES] == (BATCHES + 1, 0.02)
-    assert second.cbstate.hyperparameters["weight_decay"][BATCHES] == (BATCHES + 1, 0.5)
+    assert len(second.cbstate.hyperparameters["learning_rate"]) == 2 * BATCHES
+    with pytest.raises(CheckpointError, match=r"made with learning_rate.*total=32, now learning_rate.*total=64"):
+        other.load(tmp_path / "run.pt")
 
 
 class GAN(TrainingPhase):

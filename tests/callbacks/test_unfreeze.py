@@ -390,3 +390,12 @@ def test_a_resumed_run_does_not_freeze_again_what_was_unfrozen_by_hand(tmp_path:
     second = learner_of(Unfreeze({"encoder": 9}), Recorder(), Checkpointer(tmp_path))
     second.fit(3, resume=tmp_path)
     assert trainable(second) == HEAD | LAST
+
+
+def test_weights_that_have_seen_no_batch_are_refused_in_words() -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3))
+    with pytest.raises(
+        ModelError, match=r"Unfreeze cannot freeze weights that have seen no batch .lazy modules\); run"
+    ):
+        learner_of(Unfreeze({"0": 1}), model=model)
+    learner_of(Unfreeze({"1": 1}), model=model).fit(2)  # the others may be lazy
