@@ -333,7 +333,7 @@ def _misses_something(callback: Callback, state: State, told: bool) -> bool:
         return False
     if is_stateful(callback) or not told:
         return is_stateful(callback)
-    made_with = {*inspect.signature(type(callback)).parameters, "name"}
+    made_with = {*inspect.signature(type(callback)).parameters, "name", "adopted"}  # the last two: of every callback
     names = {name for name in attributes(callback) if not name.startswith("__")} - {*callback.transient}
     shared = {path.removeprefix("cbstate.") for path in callback.writes if path not in callback.transient}
     return not {name.lstrip("_") for name in names} <= made_with or any(

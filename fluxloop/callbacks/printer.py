@@ -38,6 +38,7 @@ class MetricsPrinter(Callback):
     run_after = (Recorder, Metrics, ProgressBar)
     draws = False
     transient = ("_is_silent", "_clock")
+    _begins_anywhere = True
 
     @on(FitBegin)
     def print_resumed(self, event: FitBegin, phase: Phase, learner: Any) -> None:

@@ -101,6 +101,7 @@ class ProgressBar(Callback):
     reads = ("num_batches", "num_epochs", "cycle", "cbstate")
     draws = False
     transient = ("_open", "_is_silent", "_clock")
+    _begins_anywhere = True
 
     def is_shown(self) -> bool:
         """Tell whether bars are shown."""

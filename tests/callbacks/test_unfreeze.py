@@ -74,6 +74,7 @@ class Watch(Callback):
     """Keeps which parameters took gradients in each step."""
 
     reads = ("step.grads",)
+    transient = ("names",)
 
     def __init__(self) -> None:
         self.names: list[set[str]] = []
