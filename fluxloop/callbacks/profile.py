@@ -15,6 +15,7 @@ from fluxloop.callback import Handler, UnsafeCallback, on
 from fluxloop.events import CycleBegin, CycleEnd, EpochBegin, EpochEnd, Event, FitBegin, FitEnd, StepBegin, StepEnd
 from fluxloop.phase import AbstractTrainingPhase, FittingPhase, Phase
 from fluxloop.runner import fired_with
+from fluxloop.state import name_of
 
 DATA, STEPS, CALLBACKS = "data", "steps", "callbacks"
 
@@ -159,9 +160,9 @@ class Profile(UnsafeCallback):
         """Begin an epoch; from now on its handlers are timed."""
         if self._running:
             self._time_handlers(learner, phase)
-            self._spent[type(phase).__name__] = dict.fromkeys((DATA, STEPS, CALLBACKS), 0.0)
-            self._marks.pop(type(phase).__name__, None)
-            self._begin(type(phase).__name__)
+            self._spent[name_of(phase)] = dict.fromkeys((DATA, STEPS, CALLBACKS), 0.0)
+            self._marks.pop(name_of(phase), None)
+            self._begin(name_of(phase))
             self._switch(phase, "", DATA)
 
     @on(StepBegin)
@@ -180,7 +181,7 @@ class Profile(UnsafeCallback):
     @on(EpochEnd)
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
         """Take down an epoch's seconds."""
-        name = type(phase).__name__
+        name = name_of(phase)
         self._switch(phase, DATA, "")
         spent = self._spent.pop(name, None)
         if spent is not None:
@@ -190,7 +191,7 @@ class Profile(UnsafeCallback):
 
     def _switch(self, phase: Phase, ends: str, begins: str) -> None:
         """Add what went by since the last switch, without callbacks; nothing where a step was cancelled."""
-        name = type(phase).__name__
+        name = name_of(phase)
         spent = self._spent.get(name)
         if spent is not None:
             now = self.clock()
@@ -278,7 +279,7 @@ class _Timed:
             self._call(event, phase, view)
         finally:
             profile._depth -= 1
-            profile._note((type(phase).__name__, type(event).__name__, self._callback), profile.clock() - began)
+            profile._note((name_of(phase), type(event).__name__, self._callback), profile.clock() - began)
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
