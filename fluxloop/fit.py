@@ -29,7 +29,7 @@ from fluxloop.folder import find_state
 from fluxloop.history import History
 from fluxloop.loading import is_workers_death, worker_died
 from fluxloop.loop import check_view
-from fluxloop.outlook import check_monitors
+from fluxloop.outlook import check_monitors, warn_unseen
 from fluxloop.passes import untouched
 from fluxloop.persist import attributes, phase_id
 from fluxloop.phase import AbstractValidationPhase, Phase, Stateful, check_every, check_name, is_due
@@ -124,7 +124,7 @@ def _take_up(learner: Learner, state: dict[str, Any], phases: list[Phase]) -> Ca
 def _run(learner: Learner, scope: FitScope, until: int, reason: str | None) -> History:
     """Run a fit that nothing speaks against, until so many cycles are complete."""
     history = learner.history
-    history.stop_reason = reason
+    began, history.stop_reason = history.cycles, reason
     error: BaseException | None = None
     scope.open()
     with heeding_signals(learner) as terminates:
@@ -165,6 +165,8 @@ def _run(learner: Learner, scope: FitScope, until: int, reason: str | None) -> H
             del error  # it holds this frame, and would live, with the loader's workers, until garbage is collected
     if terminates.came:
         raise SystemExit(EXIT_CODE)
+    if history.cycles > began and history.stop_reason is None:
+        warn_unseen(learner)
     return history
 
 

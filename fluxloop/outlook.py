@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from fluxloop.callback import Callback, UnsafeCallback
-from fluxloop.errors import MetricError, MissingProducerError, did_you_mean
+from fluxloop.errors import MetricError, MissingProducerError, did_you_mean, warn_user
 from fluxloop.monitor import Expected, Monitor, find_series
 from fluxloop.phase import Phase, ProbePhase, phase_types
 from fluxloop.state import name_of
@@ -62,6 +62,17 @@ def check_monitors(learner: Learner, phases: Iterable[Phase]) -> None:
                 )
             outlook.settle(learner, callback, monitor)
             monitor.require_direction(type(callback).__name__)
+
+
+def warn_unseen(learner: Learner) -> None:
+    """Warn about what callbacks watch and what has never had a value, though a fit has ended."""
+    metrics = vars(learner.cbstate).get("metrics", {})
+    for callback, monitor in monitors_of(learner.callbacks):
+        if not find_series(metrics, monitor.metric, monitor.among, missing_ok=True):
+            warn_user(
+                f"{type(callback).__name__} watches {monitor.metric!r}, which has had no value when the fit "
+                f"ended, after {learner.history.cycles} epochs; it had nothing to act on"
+            )
 
 
 @frozen

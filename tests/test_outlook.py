@@ -221,6 +221,15 @@ def test_a_metric_of_a_sparse_validation_is_awaited_by_everybody(tmp_path: Path)
     assert watchers[1].epoch in (3, 6, 7)
 
 
+def test_a_metric_that_had_no_value_when_the_fit_ended_is_told() -> None:
+    learner = classifier(KNNProbe("model", every=5), EarlyStopping(2, monitor="validation/knn_model"))
+    with pytest.warns(
+        UserWarning, match="EarlyStopping watches 'validation/knn_model', which has had no value when the"
+    ):
+        learner.fit(3)
+    learner.fit(3)
+
+
 def test_patience_counts_the_values_of_a_sparse_validation() -> None:
     flat = Metric(lambda preds, ys: torch.tensor(1.0), name="flat", higher_is_better=False)
     learner = classifier(Metrics(flat), EarlyStopping(2, monitor="validation/flat"))
