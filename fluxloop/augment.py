@@ -7,14 +7,32 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from attrs import frozen
-from torch import Tensor
+from attrs import evolve, field, frozen
+from torch import Tensor, nn
 from torch.nn.functional import affine_grid, grid_sample
 from torch.utils.data import Dataset
 
 from fluxloop.errors import DataError, describe
 
 Transform = Callable[[Any], Any]
+
+
+def draws_once(transform: Any) -> bool:
+    """Tell whether a transform draws once for all that it is called with: torchvision's do, and chains of them."""
+    if isinstance(transform, nn.Sequential):
+        return any(map(draws_once, transform))
+    return f"{type(transform).__module__}.".startswith("torchvision.")
+
+
+def _view(transform: Transform, xs: Any, per_row: bool | None) -> Any:
+    """Make a view of a batch or a row, see `TwoViews`."""
+    if per_row is None:
+        per_row = isinstance(xs, Tensor) and xs.ndim == 4 and draws_once(transform)
+    if not per_row:
+        return transform(xs)
+    if not isinstance(xs, Tensor) or not xs.ndim:
+        raise DataError(f"views were to be made row by row of {describe(xs)}; expected a tensor of shape (N, …)")
+    return torch.stack([transform(row) for row in xs])
 
 
 @frozen
@@ -25,16 +43,24 @@ class TwoViews:
     a `ViewDataset` those of one row.
 
     Args:
-        transform: Makes a view; draws random numbers.
+        transform: Makes a view; draws random numbers. Of a batch it draws for each row: functions such as
+            ``random_affine`` do, torchvision's transforms draw once for the whole batch.
         second: Makes the second one, where it differs (BYOL's pair of distributions).
+        per_row: Whether a batch is given to the transforms row by row. Left out: images (N, C, H, W) are given so to
+            torchvision's transforms, alone and in ``nn.Sequential``; say True for functions that call these.
+
+    Raises:
+        DataError: Row by row was asked for, and it is called with no tensor.
     """
 
     transform: Transform
     second: Transform | None = None
+    per_row: bool | None = field(default=None, kw_only=True)
 
     def __call__(self, xs: Any) -> tuple[Any, Any]:
         """Give the two views."""
-        return self.transform(xs), (self.transform if self.second is None else self.second)(xs)
+        second = self.transform if self.second is None else self.second
+        return _view(self.transform, xs, self.per_row), _view(second, xs, self.per_row)
 
 
 @frozen
@@ -48,17 +74,22 @@ class MultiCrop:
         local_crop: Makes one that shows a small part of it, and may be smaller.
         num_local: How many local crops.
         num_global: How many global crops.
+        per_row: Whether a batch is given to the transforms row by row; see `TwoViews`.
+
+    Raises:
+        DataError: Row by row was asked for, and it is called with no tensor.
     """
 
     global_crop: Transform
     local_crop: Transform
     num_local: int = 4
     num_global: int = 2
+    per_row: bool | None = field(default=None, kw_only=True)
 
     def __call__(self, xs: Any) -> tuple[Any, ...]:
         """Give all crops."""
         crops = [self.global_crop] * self.num_global + [self.local_crop] * self.num_local
-        return tuple(crop(xs) for crop in crops)
+        return tuple(_view(crop, xs, self.per_row) for crop in crops)
 
 
 class ViewDataset(Dataset[Any]):
@@ -83,6 +114,8 @@ class ViewDataset(Dataset[Any]):
                 "batches give the phase what makes the views: SimCLRPhase(views=TwoViews(augment))"
             )
         self.dataset = dataset
+        if isinstance(views, (TwoViews, MultiCrop)) and views.per_row is None:
+            views = evolve(views, per_row=False)  # it is called with one row
         self.views = views
 
     def __len__(self) -> int:

@@ -246,8 +246,9 @@ def as_dataloader(data: Any, batch_size: int = 32, shuffle: bool = False, **opti
     """Make an iterable of batches from nearly anything.
 
     Tensors and arrays, tuples and dicts of them become `TensorBatches`; a ``Dataset`` becomes a
-    ``DataLoader``; an iterable of batches (a ``DataLoader``, a list of batches, a generator) is
-    returned as it is.
+    ``DataLoader``, and so does what only behaves like one (rows by number); an iterable of batches
+    (a ``DataLoader``, a list of batches, a generator, a pipeline of webdataset with ``batched``) is
+    returned as it is, or run without batching it again.
 
     Args:
         data: What to load. In a tuple or dict all leaves have the same number of rows.
@@ -269,7 +270,15 @@ def as_dataloader(data: Any, batch_size: int = 32, shuffle: bool = False, **opti
                 "shuffle=True was given for an IterableDataset; its order is its own: shuffle inside it, "
                 "and leave shuffle out"
             )
-        return _loader(data, batch_size=batch_size, **options)
+        made_by = _batches_itself(data)
+        if made_by and batch_size != 32:
+            raise DataError(
+                f"batch_size={batch_size} was given for {describe(data)}, whose {made_by} makes batches already; "
+                "expected the size there, or rows here"
+            )
+        if made_by == "DataLoader" and not options:
+            return data
+        return _loader(data, batch_size=None if made_by else batch_size, **options)
     if isinstance(data, Dataset):
         return _loader(data, batch_size=batch_size, shuffle=shuffle, **options)
     if isinstance(data, (Tensor, Mapping, tuple)) or hasattr(data, "__array__"):
@@ -280,8 +289,7 @@ def as_dataloader(data: Any, batch_size: int = 32, shuffle: bool = False, **opti
                 "DataLoader's options give a Dataset, e.g. torch.utils.data.TensorDataset(xs, ys)"
             )
         return TensorBatches(data, batch_size=batch_size, shuffle=shuffle, **options)
-    rows = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not hasattr(data, "__iter__")
-    if rows:  # a map-style dataset that does not say so
+    if _is_map_style(data):
         return _loader(data, batch_size=batch_size, shuffle=shuffle, **options)
     if options or shuffle or batch_size != 32:
         raise DataError(
@@ -294,6 +302,25 @@ def as_dataloader(data: Any, batch_size: int = 32, shuffle: bool = False, **opti
         f"{describe(data)} was given as data; expected tensors or arrays, a tuple or dict of them, "
         "a Dataset, or an iterable of batches such as a DataLoader"
     )
+
+
+def _is_map_style(data: Any) -> bool:
+    """Tell whether something that is no ``Dataset`` is a map-style one: rows by number, several at once perhaps."""
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        return False
+    return not hasattr(data, "__iter__") or callable(getattr(data, "__getitems__", None))
+
+
+def _batches_itself(data: Any) -> str | None:
+    """Name what in a data set's pipeline, as webdataset's have, makes batches of its rows; None where nothing does."""
+    made_by = None
+    for stage in getattr(data, "pipeline", None) or ():
+        name = getattr(getattr(stage, "f", stage), "__name__", "").lstrip("_")
+        if isinstance(stage, DataLoader):
+            made_by = "DataLoader"
+        elif name in ("batched", "unbatched"):
+            made_by = "batched" if name == "batched" else None
+    return made_by
 
 
 def _loader(data: Any, **options: Any) -> Iterable[Any]:
@@ -417,4 +444,4 @@ def holds_rows(source: Any) -> bool:
     """Tell whether `source` holds rows in a known order, to be cut into batches and shuffled."""
     if isinstance(source, Dataset):
         return not isinstance(source, IterableDataset)
-    return isinstance(source, (tuple, dict)) or hasattr(source, "__array__")
+    return isinstance(source, (tuple, dict)) or hasattr(source, "__array__") or _is_map_style(source)

@@ -378,6 +378,19 @@ def left_alone(learner: Learner, phase: Phase, source: Any) -> AbstractContextMa
     return untouched(source, workers_too=shared or phase.data_key == "training")
 
 
+OTHER_NAMES = {"training": ("train",), "validation": ("valid", "val", "dev", "eval")}
+"""What data sets elsewhere call the data of a phase."""
+
+
+def _where_it_is(key: str, known: list[str]) -> str:
+    """Say which of the data may be what a phase runs on, where one's name is near or usual elsewhere."""
+    near = did_you_mean(key, known)
+    other = next((name for name in OTHER_NAMES.get(key, ()) if name in known), None)
+    if other is None or key in near:
+        return near
+    return f"; did you mean {other!r}? Then say so: data={{{key!r}: data[{other!r}]}}"
+
+
 def feed(learner: Learner, phase: Phase, before_batch: Callable[[], object] = lambda: None) -> Feed:
     """Find the data of a phase; one that names none gets what was given to its epoch, or the only data there is.
 
@@ -403,6 +416,6 @@ def feed(learner: Learner, phase: Phase, before_batch: Callable[[], object] = la
         known = sorted(vars(learner.data))
         raise DataError(
             f"{type(phase).__name__} runs on the {key!r} data, and there is {known or 'no data'}"
-            f"{did_you_mean(key, known)}; give it to the learner, data={{{key!r}: ...}}, or to this call"
+            f"{_where_it_is(key, known)}; give it to the learner, data={{{key!r}: ...}}, or to this call"
         )
     return Feed(vars(learner.data)[key], phase.owner, learner.streams, key, before_batch, learner.told_lengths)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fluxloop import DataError, Learner, MultiCrop, SimCLRPhase, TwoViews, ViewDataset
+from fluxloop import Accelerator, DataError, Learner, MultiCrop, SimCLRPhase, TwoViews, ViewDataset
 from fluxloop.augment import add_noise, random_affine
-from fluxloop.testing import assert_same_bits
+from fluxloop.testing import assert_resumes_exactly, assert_same_bits
 
 
 def images(*shape: int) -> Tensor:
@@ -274,3 +274,84 @@ def test_noise_has_the_deviation_asked_for_and_no_mean() -> None:
     assert noise.std().item() == pytest.approx(0.25, rel=0.02)
     assert noise.mean().item() == pytest.approx(0.0, abs=0.005)
     assert torch.equal(add_noise(images(3, 2), 0.0), images(3, 2))
+
+
+# Transforms that draw once per call, as torchvision's do
+
+
+class Flip(nn.Module):
+    """Flips all it is called with, or nothing."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flip(-1) if torch.rand(()) < 0.5 else images
+
+
+Flip.__module__ = "torchvision.transforms.v2._geometry"
+
+
+def flipped(views: Tensor, images: Tensor) -> set[bool]:
+    return {bool(torch.equal(view, image.flip(-1))) for view, image in zip(views, images, strict=True)}
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        TwoViews(Flip()),
+        TwoViews(Flip(), nn.Sequential(nn.Identity(), Flip())),
+        TwoViews(lambda images: Flip()(images), per_row=True),
+        MultiCrop(Flip(), Flip()),
+        MultiCrop(lambda images: Flip()(images), Flip(), per_row=True),
+    ],
+    ids=["torchvision", "in a chain", "asked for", "crops", "crops asked for"],
+)
+def test_each_row_of_a_batch_has_a_draw_of_its_own(views: Any) -> None:
+    batch = images(48, 1, 4, 4)
+    for view in views(batch):
+        assert view.shape == batch.shape
+        assert flipped(view, batch) == {True, False}
+
+
+def test_rows_are_drawn_for_in_order() -> None:
+    batch = images(6, 1, 4, 4)
+    torch.manual_seed(3)
+    first, second = TwoViews(Flip())(batch)
+    torch.manual_seed(3)
+    by_hand = [torch.stack([Flip()(row) for row in batch]) for _ in range(2)]
+    assert torch.equal(first, by_hand[0])
+    assert torch.equal(second, by_hand[1])
+
+
+def test_a_batch_is_given_as_a_whole_to_transforms_that_are_not_known_to_draw_once() -> None:
+    calls: list[torch.Size] = []
+    TwoViews(lambda xs: calls.append(xs.shape))(images(4, 1, 2, 2))
+    TwoViews(Flip(), per_row=False)(images(4, 1, 2, 2))
+    assert calls == [(4, 1, 2, 2)] * 2
+    assert len(flipped(TwoViews(Flip(), per_row=False)(images(48, 1, 4, 4))[0], images(48, 1, 4, 4))) == 1
+
+
+def test_a_row_of_a_dataset_has_one_draw() -> None:
+    clips = images(8, 5, 1, 4, 4)  # each row is a clip of five frames
+    dataset = ViewDataset((clips,), TwoViews(Flip()))
+    for (first, _), clip in zip((dataset[n] for n in range(8)), clips, strict=True):
+        assert len(flipped(first, clip)) == 1
+
+
+def test_views_row_by_row_need_rows() -> None:
+    with pytest.raises(DataError, match=r"row by row of a list of length 1; expected a tensor of shape \(N, …\)"):
+        TwoViews(noisy, per_row=True)([1])
+
+
+def test_training_on_views_row_by_row_resumes_exactly() -> None:
+    def make() -> Learner:
+        torch.manual_seed(0)
+        data = TensorDataset(images(16, 1, 4, 4))
+        encoder = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
+        return Learner(
+            {"encoder": encoder, "projector": nn.Linear(4, 4)},
+            data=(DataLoader(data, batch_size=8, shuffle=True),),
+            default_callbacks=False,
+            accelerator=Accelerator("cpu"),
+            seed=0,
+        )
+
+    assert_resumes_exactly(make, epochs=2, phases=lambda: [SimCLRPhase(TwoViews(Flip()))], at=[1, 3])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from fluxloop import DataError, TensorBatches, as_dataloader, split, stream_seed
+from fluxloop.data import name_data
 from fluxloop.nested import tensors
 
 Views = namedtuple("Views", ["left", "right"])
@@ -565,3 +567,80 @@ def test_d_lz_12_a_fraction_that_leaves_a_part_empty_is_refused(fraction: Any) -
 def test_what_has_no_rows_to_choose_from_is_not_split(data: Any, words: str) -> None:
     with pytest.raises(DataError, match=words):
         split(data, 0.5)
+
+
+class RowsOfALibrary:
+    """Rows by number or several at once, and an iterator over them: a data set that is no ``Dataset`` of torch."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": torch.tensor([float(index)])}
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
+        return [self[index] for index in indices]
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (self[index] for index in range(self.count))
+
+
+def test_rows_of_a_library_are_batched_and_shuffled_and_no_batches_themselves() -> None:
+    named = name_data({"training": RowsOfALibrary(64), "validation": RowsOfALibrary(40)})
+    assert [len(batch["x"]) for batch in named.validation] == [32, 8]
+    order = torch.cat([batch["x"] for batch in named.training]).flatten().tolist()
+    assert sorted(order) == list(range(64)) != order
+
+
+def batched(data: Iterator[Any], size: int) -> Iterator[Any]:
+    while rows := list(islice(data, size)):
+        yield torch.stack(rows)
+
+
+def unbatched(data: Iterator[Any]) -> Iterator[Any]:
+    for rows in data:
+        yield from rows
+
+
+class Stage:
+    """A step of a pipeline, as webdataset has them."""
+
+    def __init__(self, f: Any, *args: Any) -> None:
+        self.f, self.args = f, args
+
+
+class Pipeline(IterableDataset[Any]):
+    def __init__(self, *stages: Any) -> None:
+        self.pipeline = list(stages)
+
+    def __iter__(self) -> Iterator[Any]:
+        data: Any = iter(torch.arange(8.0).unsqueeze(1))
+        for stage in self.pipeline:
+            data = iter(stage) if isinstance(stage, DataLoader) else stage.f(data, *stage.args)
+        return iter(data)
+
+
+FOUR, ROWS = Stage(batched, 4), Stage(unbatched)
+
+
+@pytest.mark.parametrize(
+    ("data", "sizes"),
+    [
+        (Pipeline(), [8]),
+        (Pipeline(FOUR), [4, 4]),
+        (Pipeline(FOUR, ROWS), [8]),
+        (Pipeline(FOUR, ROWS, FOUR), [4, 4]),
+        (Pipeline(DataLoader(torch.arange(8.0).unsqueeze(1), batch_size=2)), [2, 2, 2, 2]),  # type: ignore[arg-type]
+    ],
+    ids=["rows", "batched", "unbatched", "batched again", "a loader inside"],
+)
+def test_a_pipeline_that_makes_batches_is_not_batched_again(data: Any, sizes: list[int]) -> None:
+    assert [len(batch) for batch in as_dataloader(data)] == sizes
+
+
+def test_a_batch_size_for_a_pipeline_that_makes_batches_is_refused() -> None:
+    with pytest.raises(DataError, match="batch_size=8 was given for a Pipeline, whose batched makes batches already"):
+        as_dataloader(Pipeline(FOUR), batch_size=8)

@@ -588,3 +588,16 @@ def test_a_phase_with_an_epoch_of_its_own_needs_no_data_and_gets_what_is_given()
     learner.epoch(phase, BATCHES)
     learner.fit(1, BATCHES, phases=[phase])
     assert [len(given) for given in phase.given] == [0, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("train", r"did you mean 'train'\? Then say so: data=\{'training': data\['train'\]\}"),
+        ("training_set", "'training_set'"),
+    ],
+)
+def test_data_under_the_name_it_has_elsewhere_says_what_to_type(name: str, hint: str) -> None:
+    learner = toy_learner(data={name: [1], "test": [1]})
+    with pytest.raises(DataError, match=hint):
+        learner.fit(1, phases=[TrainingPhase()])

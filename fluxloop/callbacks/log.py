@@ -174,7 +174,8 @@ class LogHyperParams(LogCallback):
 
     Args:
         backends: Where to.
-        params: By name; nested mappings become dotted names.
+        params: By name; nested mappings become dotted names. Or an object whose fields they are: a dataclass, a
+            model of pydantic, what argparse gives.
         name: Tells two of them apart.
 
     Raises:
@@ -190,11 +191,11 @@ class LogHyperParams(LogCallback):
     def __init__(
         self,
         *backends: Backend | Sequence[Backend],
-        params: Mapping[str, Any] | None = None,
+        params: Mapping[str, Any] | Any = None,
         name: str | None = None,
     ) -> None:
         super().__init__(*backends, name=name)
-        self.params = HyperParameters(params or {})
+        self.params = HyperParameters({} if params is None else params)
         self._logged = False
         self._newest: dict[str, Any] = {}
 

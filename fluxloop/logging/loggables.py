@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fluxloop.errors import describe
 from fluxloop.images import image_grid, save_image
+from fluxloop.nested import init_fields
 
 
 class Loggable:
@@ -169,15 +170,41 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _by_name(values: Any) -> dict[str, Any]:
+    """Give hyperparameters by name: of a mapping, or of an object whose fields they are.
+
+    Raises:
+        TypeError: It has neither.
+    """
+    if isinstance(values, Mapping):
+        return flattened(values)
+    dumped = getattr(values, "model_dump", None)  # of pydantic
+    if not isinstance(values, type) and callable(dumped):
+        return flattened(dumped())
+    fields = init_fields(values)
+    if fields is None and not isinstance(values, type):
+        fields = getattr(values, "__dict__", None)  # such as what argparse gives
+    if fields is None:
+        raise TypeError(
+            f"{describe(values)} was given as hyperparameters; expected a mapping of names to values, or an object "
+            "with fields: a dataclass, a model of pydantic, what argparse gives"
+        )
+    return flattened({name: getattr(values, name) for name in fields})
+
+
 @frozen
 class HyperParameters(Loggable):
     """What was chosen for a run.
 
     Args:
-        values: By name; nested mappings become dotted names.
+        values: By name; nested mappings become dotted names. Or an object whose fields they are: a dataclass, an
+            attrs class, a model of pydantic, what argparse gives.
+
+    Raises:
+        TypeError: It is neither.
     """
 
-    values: dict[str, Any] = field(converter=flattened)
+    values: dict[str, Any] = field(converter=_by_name)
 
 
 def loggable(value: Any) -> Loggable:

@@ -48,6 +48,13 @@ class JointEmbeddingPhase(ObjectivePhase):
             return inputs_and_labels(batch)
         if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], (tuple, list)):
             return {"views": self._checked(batch[0]), "ys": batch[1]}
+        if isinstance(batch, (tuple, list)) and len(batch) > 2 and isinstance(batch[0], (tuple, list)):
+            raise BatchError(
+                f"{type(self).__name__} was given a batch of views and {len(batch) - 1} items more; expected (views, "
+                "ys), or views alone. Say which item is ys, in a subclass:\n"
+                "    def entries(self, batch):\n"
+                "        return super().entries((batch[0], batch[1]))"
+            )
         return {"views": self._checked(batch)}
 
     def _checked(self, views: Any) -> tuple[Any, ...]:

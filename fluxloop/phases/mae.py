@@ -16,18 +16,21 @@ if TYPE_CHECKING:
     from fluxloop.state import StepState
 
 
-def patchify(images: Tensor, size: int) -> Tensor:
+def patchify(images: Tensor, size: int, *, channels_last: bool = False) -> Tensor:
     """Cut images into square patches, row by row.
 
     Args:
         images: Shape (N, C, H, W).
         size: Height and width of a patch, a divisor of H and W.
+        channels_last: Whether the channels of a pixel lie beside each other.
 
     Returns:
-        Shape (N, L, C * size * size), L = H / size * W / size.
+        Shape (N, L, C * size * size), L = H / size * W / size. A patch's numbers are in the order (C, size, size):
+        all of the first channel, then the next. With `channels_last` they are in the order (size, size, C) of
+        MAE's own code, which decoders that were trained elsewhere expect.
 
     Raises:
-        BatchError: They are no images, or the size divides them not.
+        BatchError: `images` is not (N, C, H, W), or `size` does not divide H and W.
     """
     if images.ndim != 4 or images.shape[2] % size or images.shape[3] % size:
         raise BatchError(
@@ -36,10 +39,11 @@ def patchify(images: Tensor, size: int) -> Tensor:
         )
     n, c, h, w = images.shape
     grid = images.reshape(n, c, h // size, size, w // size, size)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * size * size)
+    order = (0, 2, 4, 3, 5, 1) if channels_last else (0, 2, 4, 1, 3, 5)
+    return grid.permute(order).reshape(n, -1, c * size * size)
 
 
-def unpatchify(patches: Tensor, size: int, height: int, width: int) -> Tensor:
+def unpatchify(patches: Tensor, size: int, height: int, width: int, *, channels_last: bool = False) -> Tensor:
     """Put patches together again: the inverse of `patchify`.
 
     Args:
@@ -47,11 +51,15 @@ def unpatchify(patches: Tensor, size: int, height: int, width: int) -> Tensor:
         size: Height and width of a patch.
         height: H of the images.
         width: W of the images.
+        channels_last: Whether the channels of a pixel lie beside each other.
 
     Returns:
         Shape (N, C, H, W).
     """
     n, c = len(patches), patches.shape[2] // (size * size)
+    if channels_last:
+        grid = patches.reshape(n, height // size, width // size, size, size, c)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(n, c, height, width)
     grid = patches.reshape(n, height // size, width // size, c, size, size)
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(n, c, height, width)
 

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import wave
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from matplotlib.figure import Figure as Drawing
 from matplotlib.image import imread
 
-from fluxloop.logging import Audio, Figure, File, Histogram, HyperParameters, Image, Loggable, Scalar, Text
+from fluxloop import LogHyperParams
+from fluxloop.logging import Audio, Figure, File, Histogram, HyperParameters, Image, Loggable, Memory, Scalar, Text
 from fluxloop.logging.loggables import loggable, save
 
 
@@ -91,3 +95,41 @@ def test_sound_is_saved_with_its_rate_and_channels(tmp_path: Path) -> None:
         samples = torch.frombuffer(bytearray(file.readframes(2)), dtype=torch.int16)
     assert samples.tolist() == [0, -32767, 32767, 32767]
     assert Audio(torch.zeros(5)).waveform.shape == (1, 5)
+
+
+@dataclasses.dataclass
+class Optim:
+    lr: float = 0.1
+
+
+@attrs.define
+class Config:
+    depth: int = 2
+    optim: Any = attrs.field(factory=lambda: {"lr": 0.1})
+
+
+class Dumped:
+    """What pydantic's models are like."""
+
+    def model_dump(self) -> dict[str, Any]:
+        return {"lr": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("given", "flat"),
+    [
+        (Optim(), {"lr": 0.1}),
+        (Config(), {"depth": 2, "optim.lr": 0.1}),
+        (Dumped(), {"lr": 0.1}),
+        (argparse.Namespace(lr=0.1), {"lr": 0.1}),
+    ],
+)
+def test_hyperparameters_may_be_the_fields_of_an_object(given: Any, flat: dict[str, Any]) -> None:
+    assert HyperParameters(given).values == flat
+    assert LogHyperParams(Memory(), params=given).params.values == flat
+
+
+@pytest.mark.parametrize("given", [3, "lr", Optim])
+def test_what_has_no_names_is_refused_as_hyperparameters(given: Any) -> None:
+    with pytest.raises(TypeError, match="given as hyperparameters; expected a mapping of names"):
+        HyperParameters(given)

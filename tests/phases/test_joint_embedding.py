@@ -929,3 +929,11 @@ def test_a_method_with_a_teacher_says_its_forward_and_its_loss() -> None:
         assert torch.equal(losses[step], loss.detach())
     expected = [*student.state_dict().values(), *teacher.state_dict().values()]
     assert all(map(torch.equal, weights(learner), expected))
+
+
+def test_a_batch_of_views_with_more_beside_them_says_what_to_type() -> None:
+    views = [torch.rand(4, WIDTH), torch.rand(4, WIDTH)]
+    batch = (views, torch.zeros(4), ["a.png"] * 4)
+    with pytest.raises(BatchError, match=r"(?s)a batch of views and 2 items more; expected \(views, ys\).*def entries"):
+        SimCLRPhase().entries(batch)
+    assert set(SimCLRPhase().entries(batch[:2])) == {"views", "ys"}

@@ -401,3 +401,13 @@ def test_an_image_of_one_patch_has_nothing_to_hide_and_is_an_error_rather_than_a
     learner = learner_of(model={"encoder": Anything(1), "decoder": Anything(1)}, data=[square(1)])
     with pytest.raises(BatchError, match=r"MAEPhase\(1\) makes one patch of .* nothing can be hidden"):
         learner.fit(1, phases=[MAEPhase(1)])
+
+
+def test_channels_can_lie_beside_each_other_as_in_other_code() -> None:
+    xs = torch.rand(2, 3, 8, 12)
+    patches = patchify(xs, 4, channels_last=True)
+    n, c, h, w = xs.shape
+    elsewhere = torch.einsum("nchpwq->nhwpqc", xs.reshape(n, c, h // 4, 4, w // 4, 4)).reshape(n, 6, 16 * 3)
+    assert torch.equal(patches, elsewhere)
+    assert torch.equal(unpatchify(patches, 4, 8, 12, channels_last=True), xs)
+    assert not torch.equal(patches, patchify(xs, 4))
