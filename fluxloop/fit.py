@@ -98,6 +98,7 @@ def fit(
         if state is None:
             learner.updates.drop_waiting("a fit begins")
         learner.fitting, learner.fit_phases, learner.num_epochs = True, tuple(chosen), until
+        learner.resume_from = resume if state is None else None
         with preserved() if state is not None else nullcontext():
             scope = FitScope(learner, chosen, steps_per_epoch, state, undo)
             state, undo = None, nothing  # the scope has them, until it has come to where the state was written
@@ -106,7 +107,7 @@ def fit(
         if learner.fitting:
             learner.safe_points.clear()
         learner.fitting, learner.stop_requested = False, None
-        learner.fit_phases, learner.num_epochs = (), None
+        learner.fit_phases, learner.num_epochs, learner.resume_from = (), None, None
         put(learner, "data", kept)
 
 

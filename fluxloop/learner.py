@@ -147,6 +147,8 @@ class Learner(Generic[M]):
         self.history = History(self.cbstate, self.seed)
         self.num_batches: int | None = None
         self.num_epochs: int | None = None
+        self.resume_from: str | PathLike[str] | None = None
+        """Where the running fit was to go on from, where there was nothing yet to go on from."""
         self.fit_phases: tuple[Phase, ...] = ()
         self.phases: dict[type[Phase], Phase] = {}
         """The phases that have run, by class."""

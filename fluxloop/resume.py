@@ -251,7 +251,8 @@ def check_resumes(
         raise CheckpointError(
             f"fit({epochs}, resume=...) was asked for, and {state['history']['cycles']} epochs are complete"
             f"{' and one is under way' if begun > state['history']['cycles'] else ''}; epochs count from "
-            f"the beginning of the run: fit({begun}, resume=...) or more"
+            f"the beginning of the run: fit({begun}, resume=...) or more. Where a script has several fits, one after "
+            "the other, give each stage a folder of its own"
         )
 
 

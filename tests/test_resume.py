@@ -1470,3 +1470,99 @@ def test_a_stop_asked_for_in_an_epoch_inside_another_waits_for_the_outer_one(tmp
     newest = Folder(tmp_path).newest()
     assert newest is not None
     assert newest["place"]["feed"]["batch"] == 5
+
+
+# Stages
+
+
+class KillAt(Callback):
+    """Ends everything at the n-th training step of the script."""
+
+    transient = ("left",)
+    draws = False
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    @on(StepEnd, AbstractTrainingPhase)
+    def count(self, event: StepEnd, phase: Phase, learner: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
+
+
+def in_stages(run: Path, kill: int = 10**9) -> Learner:
+    """Train one learner in two stages, with one command: the second freezes a part and lowers the rate."""
+    data = (TensorBatches(*rows(), batch_size=4, shuffle=True), TensorBatches(*rows(6), batch_size=3))
+    callbacks = [Recorder(), fluxloop.Metrics(), fluxloop.EMA("model", 0.9), KillAt(kill)]
+    learner = classifier(data, *callbacks, Checkpointer(run / "stage1", every=2, unit="step"))
+    learner.fit(2, resume=run / "stage1")
+    learner.model[0].requires_grad_(False)
+    learner.optimizer.param_groups[0]["lr"] = 0.001
+    learner.replace_callback(Checkpointer(run / "stage2", every=2, unit="step"))
+    learner.fit(4, resume=run / "stage2")
+    return learner
+
+
+class Grown(nn.Module):
+    """What was trained, and a head beside its last layer."""
+
+    def __init__(self, trained: nn.Module) -> None:
+        super().__init__()
+        self.trained = trained
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, xs: Tensor) -> Tensor:
+        result: Tensor = self.trained(xs) + self.head(xs)
+        return result
+
+
+def growing(run: Path, kill: int = 10**9) -> Learner:
+    """Train a model, then a bigger one around it, with one command."""
+    data = (TensorBatches(*rows(), batch_size=4, shuffle=True), TensorBatches(*rows(6), batch_size=3))
+    killer = KillAt(kill)
+
+    def callbacks(stage: str) -> list[Callback]:
+        checkpointer = Checkpointer(run / stage, every=2, unit="step")
+        return [Recorder(), fluxloop.Metrics(), fluxloop.EMA("model", 0.9), checkpointer]
+
+    first = classifier(data, *callbacks("small"), killer)
+    first.fit(2, resume=run / "small")
+    first.remove_callback(KillAt)
+    second = Learner(
+        Grown(first.model),  # the structure is made before the state is put in
+        nn.functional.cross_entropy,
+        data=data,
+        optimizer=partial(torch.optim.Adam, lr=0.01),
+        callbacks=[*callbacks("grown"), killer],
+        default_callbacks=False,
+        seed=1,
+    )
+    second.fit(2, resume=run / "grown")
+    return second
+
+
+@pytest.mark.parametrize("script", [in_stages, growing])
+def test_a_script_with_two_stages_goes_on_from_a_kill_in_either(script: Callable[..., Learner], tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    plain = script(tmp_path / "plain")
+    for kill in (1, 3, 6, 7, 10, 12):  # of 12 training steps
+        for again in (kill, 10**9, 10**9):  # killed, resumed to the end, and run once more
+            torch.manual_seed(3)
+            try:
+                learner = script(tmp_path / f"{kill}", again)
+            except Killed:
+                continue
+            assert_same_bits(plain, learner)
+            averages = [each.weights["model@ema"].state_dict() for each in (plain, learner)]
+            assert all(torch.equal(tensor, averages[1][name]) for name, tensor in averages[0].items())
+            assert plain.history.rows() == learner.history.rows()
+
+
+def test_one_folder_for_two_stages_says_what_to_do(tmp_path: Path) -> None:
+    def make() -> Learner:
+        return classifier((TensorBatches(*rows(), batch_size=6),), Checkpointer(tmp_path))
+
+    make().fit(3, resume=tmp_path)
+    with pytest.raises(CheckpointError, match=r"3 epochs are complete.*several fits.* give each stage a folder of its"):
+        make().fit(2, resume=tmp_path)

@@ -18,7 +18,7 @@ from fluxloop.checkpoint import check_writers, gather, lasting
 from fluxloop.errors import CallbackConflictError, CheckpointError, warn_user
 from fluxloop.events import FitBegin, FitEnd, StepEnd
 from fluxloop.finite import first_names, not_finite, state_tensors
-from fluxloop.folder import Folder, Progress, name_of
+from fluxloop.folder import LATEST, Folder, Progress, name_of
 from fluxloop.monitor import Mode, Monitor
 from fluxloop.persist import snapshot
 from fluxloop.phase import AbstractTrainingPhase, FittingPhase
@@ -159,6 +159,7 @@ class Checkpointer(UnsafeCallback):
         if self._is_copy:
             return
         check_writers(learner)
+        self._check_resume(learner)
         folder = Folder(self.folder)
         folder.claim()
         learner.defer(folder.lock())
@@ -179,6 +180,24 @@ class Checkpointer(UnsafeCallback):
             heeding = instead_of(signal.SIG_DFL, signal.SIGUSR1, self._ask)
             heeding.__enter__()
             learner.defer(lambda: heeding.__exit__(None, None, None))
+
+    def _check_resume(self, learner: Any) -> None:
+        """Raise for a run that begins anew because it looks for checkpoints where nobody writes any.
+
+        Raises:
+            CheckpointError: Says which folder to resume from.
+        """
+        if learner.resume_from is None:
+            return
+        given = Path(learner.resume_from)
+        looked_in = (given.parent if given.name == LATEST else given).resolve()
+        written = [each.folder for each in learner.callbacks if isinstance(each, Checkpointer)]
+        if all(folder.resolve() != looked_in for folder in written):
+            there = "has checkpoints of a run" if Folder(self.folder).files() else "is where this run would be kept"
+            raise CheckpointError(
+                f"resume={str(given)!r} was given, and there is nothing to go on from: the Checkpointer writes to "
+                f"{self.folder}, which {there}. Expected the same folder: fit(epochs, resume={str(self.folder)!r})"
+            )
 
     def _ask(self, number: int, frame: object) -> None:
         """Have a checkpoint written at the next moment between two steps."""

@@ -1310,3 +1310,30 @@ def test_numbers_that_were_infinite_when_the_fit_began_keep_no_checkpoint_from_b
     )
     learner.fit(2)
     assert epochs_of(tmp_path / "run") == [1, 2]
+
+
+# Where a run is looked for
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["a new run", "one that has checkpoints"])
+def test_a_run_that_is_looked_for_where_nobody_writes_is_refused(begun: bool, tmp_path: Path) -> None:
+    if begun:
+        toy(Checkpointer(tmp_path / "run")).fit(1, resume=tmp_path / "run")
+    learner = toy(Checkpointer(tmp_path / "run"))
+    before = bits(learner)
+    told = "has checkpoints of a run" if begun else "is where this run would be kept"
+    with pytest.raises(
+        CheckpointError, match=rf"rum' was given, .* nothing to go on from: .*run, which {told}"
+    ):
+        learner.fit(2, resume=tmp_path / "rum")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bits(learner).items())
+    assert learner.history.cycles == 0
+    learner.fit(2, resume=tmp_path / "run" / "." / LATEST if begun else tmp_path / "x" / ".." / "run")
+    assert learner.history.cycles == 2
+
+
+def test_a_run_kept_in_two_folders_may_be_looked_for_in_either(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        both = [Checkpointer(tmp_path / each / name, name=each) for each in ("a", "b")]
+        toy(*both).fit(1, resume=tmp_path / name / name)
+    toy().fit(1, resume=tmp_path / "new")  # without a Checkpointer the script writes files by itself
