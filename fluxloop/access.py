@@ -33,10 +33,6 @@ ROOTS = (
     "history",
     "accelerator",
     "num_batches",
-    "num_epochs",
-    "fit_phases",
-    "cycle",
-    "trained_steps",
     "batch_size",
     "seed",
 )

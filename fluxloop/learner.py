@@ -569,7 +569,7 @@ class Learner(Generic[M]):
 
     @property
     def trained_steps(self) -> int:
-        """Number of training steps that have ended, of all training phases, as `Recorder` counts them."""
+        """Number of training steps that have ended, of all training phases, once `Recorder` has heard of their ends."""
         return self.history.trained_steps
 
     @property

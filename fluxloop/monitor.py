@@ -84,6 +84,12 @@ class Monitor:
         if mode not in ("min", "max", None):
             raise ValueError(f"mode={mode!r} was given; expected 'min' or 'max', or None where the metric knows")
 
+    def after(self, former: Monitor | None) -> Monitor:
+        """Return this one, with what another one of the same metric knew of the learner and the running fit."""
+        if former is not None and former.metric == self.metric:
+            self.known, self.among, self.waits = former.known, former.among, former.waits
+        return self
+
     @property
     def direction(self) -> Mode | None:
         """Which way is better: as it was given, as the metric says, ``"min"`` for a loss; None where nobody knows."""

@@ -97,6 +97,8 @@ class Phase:
     def __init__(self, *, name: str | None = None) -> None:
         super().__init__()  # of a class that stands beside it
         if name is not None:
+            if not isinstance(name, str):
+                raise PhaseError(f"{type(self).__name__}(name={name!r}) was given; expected a text: name='noisy'")
             self.name = name
             check_name(self)
 
@@ -197,10 +199,10 @@ def check_name(phase: Phase) -> None:
     """Raise for a phase whose name cannot stand before a metric's: ``"noisy/loss"``.
 
     Raises:
-        PhaseError: It is no text, empty, or has a slash or a bracket in it.
+        PhaseError: It is empty, or has a slash or a bracket in it.
     """
-    name = getattr(phase, "name", None)
-    if name is not None and (not isinstance(name, str) or not name.strip() or any(mark in name for mark in "/[]")):
+    name = getattr(phase, "name", None)  # an attribute of a user's may be anything: what is no text is no name
+    if isinstance(name, str) and (not name.strip() or any(mark in name for mark in "/[]")):
         cls = type(phase).__name__
         raise PhaseError(
             f"a {cls} has name={name!r}; expected a text without slashes and brackets, as in 'noisy/loss': "

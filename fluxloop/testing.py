@@ -30,7 +30,7 @@ from fluxloop.phases.supervised import TrainingPhase
 from fluxloop.randomness import preserved, start_generators
 from fluxloop.resume import place_of
 from fluxloop.state import Container, State
-from fluxloop.view import SERVICES
+from fluxloop.view import FACTS, SERVICES
 from fluxloop.weights import Weights
 
 
@@ -439,7 +439,7 @@ class _Noting:
         return value
 
     def __getattr__(self, name: str) -> Any:
-        if (not self._path and name in SERVICES) or name.startswith("__"):
+        if (not self._path and name in (*SERVICES, *FACTS)) or name.startswith("__"):
             return getattr(self._value, name)
         if not self._path and name == "weights":
             return _NotingWeights(self._value.weights, self._traced)

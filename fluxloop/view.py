@@ -23,7 +23,8 @@ class View:
     or fit ends), ``host(tensor, then)`` (have a number on the host without waiting for the device)
     ``request_stop(reason)`` (end the fit before its next batch), ``where()`` (phase, epoch and step in
     words), ``finite`` (stop a fit whose numbers are not finite) and, in a step that is being
-    compiled, ``skip_update(when)``. ``weights[name]`` gives the
+    compiled, ``skip_update(when)``. Everybody may read where the running fit is: ``cycle`` of
+    ``num_epochs``, ``fit_phases`` and ``trained_steps``. ``weights[name]`` gives the
     weights at a declared path, ``"model.G@ema"`` as ``weights["G@ema"]``.
     """
 
@@ -101,6 +102,8 @@ def live_models(learner: Any) -> Any:
 
 
 SERVICES = ("defer", "finite", "host", "request_stop", "skip_update", "where")
+FACTS = ("cycle", "fit_phases", "num_epochs", "trained_steps")
+"""What everybody may read of the running fit: no callback writes it, so no declaration would order anything."""
 
 
 def _generate(access: Access, path: Path, fetch: Callable[[Any], Any]) -> type[View]:
@@ -116,7 +119,7 @@ def _generate(access: Access, path: Path, fetch: Callable[[Any], Any]) -> type[V
         else:  # no name of an attribute that a class can have: "0" of a Sequential
             body[name] = property(partial(_below, made))
     if path == ():
-        body |= {name: _service(name) for name in SERVICES}
+        body |= {name: _service(name) for name in (*SERVICES, *FACTS)}
         body["weights"] = property(lambda self: DeclaredWeights(self._learner.weights, access))
 
     def missing(self: View, name: str) -> Any:

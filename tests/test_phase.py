@@ -539,7 +539,16 @@ def test_a_name_can_be_given_to_a_phase_that_is_made() -> None:
     assert repr(ValidationPhase(name="a", every=2)) == "ValidationPhase(name='a', every=2)"
 
 
-@pytest.mark.parametrize("name", ["", " ", "a/b", "a[b]", 3])
+def test_an_attribute_of_a_users_phase_that_is_no_text_is_no_name() -> None:
+    phase = ValidationPhase()
+    phase.name = 3
+    history = toy_learner(Recorder(), Metrics(), num_batches=2).fit(1, phases=[TrainingPhase(), phase])
+    assert len(history["ValidationPhase/loss"]) == 1
+    with pytest.raises(PhaseError, match=r"ValidationPhase\(name=3\) was given; expected a text"):
+        ValidationPhase(name=3)
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", "a[b]"])
 def test_a_name_that_cannot_stand_before_a_metrics_is_refused(name: Any) -> None:
     with pytest.raises(PhaseError, match=r"has name=.*; expected a text without slashes and brackets"):
         ValidationPhase(name=name)

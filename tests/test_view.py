@@ -17,10 +17,13 @@ from fluxloop import (
     FitBegin,
     Learner,
     ModelError,
+    Recorder,
     StateAccessError,
+    StepBegin,
     StepEnd,
     TrainingPhase,
     UnsafeCallback,
+    ValidationPhase,
     on,
     runstep,
 )
@@ -463,3 +466,42 @@ def test_an_unsafe_callback_has_all_weights() -> None:
     learner = toy_learner(Raw(), num_batches=1)
     learner.fit(1)
     assert list(learner.weights) == ["model", "model@raw"]
+
+
+def test_everybody_may_read_where_the_fit_is() -> None:
+    class Watches(Callback):
+        draws = False
+
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        @on(StepBegin, TrainingPhase)
+        def look(self, event: Any, phase: Any, learner: Any) -> None:
+            self.seen.append((learner.cycle, learner.num_epochs, learner.trained_steps, len(learner.fit_phases)))
+
+    watches = Watches()
+    learner = toy_learner(watches, Recorder(), num_batches=1)
+    learner.fit(2)
+    learner.fit(1, phases=[TrainingPhase()])
+    learner.epoch(TrainingPhase())
+    assert watches.seen == [(1, 2, 0, 2), (2, 2, 1, 2), (3, 3, 2, 1), (None, None, 3, 0)]
+
+
+def test_an_evaluation_inside_a_fit_is_in_no_cycle() -> None:
+    seen: list[Any] = []
+
+    class Asks(ValidationPhase):
+        def step(self, learner: Any, batch: Any) -> Any:
+            seen.append((learner.cycle, learner.num_epochs, learner.fit_phases))
+            return super().step(learner, batch)
+
+    class Evaluates(UnsafeCallback):
+        draws = False
+
+        @on(EpochEnd, TrainingPhase)
+        def evaluate(self, event: Any, phase: Any, learner: Any) -> None:
+            learner.evaluate(phase=Asks())
+            seen.append((learner.cycle, learner.num_epochs))
+
+    toy_learner(Recorder(), Evaluates(), num_batches=1).fit(1, phases=[TrainingPhase()])
+    assert seen == [(None, None, ()), (1, 1)]

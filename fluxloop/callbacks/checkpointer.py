@@ -108,7 +108,7 @@ class Checkpointer(UnsafeCallback):
     )
 
     def __attrs_post_init__(self) -> None:
-        self._watched = Monitor(self.monitor, self.mode)
+        self._watched = Monitor(self.monitor, self.mode).after(getattr(self, "_watched", None))
         if self.unit not in ("epoch", "step", "second"):
             raise ValueError(f"Checkpointer(unit={self.unit!r}) was given; expected 'epoch', 'step' or 'second'")
         number = isinstance(self.every, (int, float)) and not isinstance(self.every, bool) and self.every > 0

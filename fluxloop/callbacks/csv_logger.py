@@ -112,7 +112,7 @@ class CSVLogger(Callback):
     Raises:
         LogExistsError: When a fit begins that is not resumed, and another run's file is there and not empty.
 
-    Reads: cbstate.history, cbstate.metrics, fit_phases
+    Reads: cbstate.history, cbstate.metrics
     Runs after: Recorder, Metrics
     """
 
@@ -122,14 +122,15 @@ class CSVLogger(Callback):
     _probed: int = field(default=0, init=False, repr=False)
     """The epoch of the newest values of probes that are written."""
 
-    reads = ("cbstate.history", "cbstate.metrics", "fit_phases")
+    reads = ("cbstate.history", "cbstate.metrics")
     run_after = (Recorder, Metrics)
     draws = False
     _fixed = ("path",)
     _begins_anywhere = True
 
     def __attrs_post_init__(self) -> None:
-        self._table = _Table(self.path)
+        if getattr(self, "_table", None) is None or self._table.path != self.path:  # else another option was assigned
+            self._table = _Table(self.path)
 
     @on(FitBegin)
     def begin(self, event: FitBegin, phase: Phase, learner: Any) -> None:

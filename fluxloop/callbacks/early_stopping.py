@@ -31,12 +31,13 @@ class EarlyStopping(Callback):
     Args:
         criterion: From `fluxloop.stopping`, such as ``Patience(3) | InvalidValue()``; a number n
             stands for ``NoImprovement(n, min_delta)``: n epochs without improvement on the best.
-        monitor: The phase's data key and the metric's name.
+        monitor: The phase's data key, or its name where several phases run on the data, and the metric's name.
         mode: ``"min"`` where less is better, ``"max"`` where more is. Left out, what the metric says of itself:
             fluxloop's and torchmetrics' do, a loss is to be low, ``Metric(f, higher_is_better=True)`` says it.
         min_epochs: The fit does not end before the metric's epoch of this number, counted in each
             fit from 1; the criterion is told those values too.
         min_delta: With a number as `criterion`: an improvement is by more than this.
+        training: The training loss that criteria such as `PQ` are told, where there are several.
 
     Raises:
         MetricError: When a fit begins: the metric will not be recorded in it, nobody knows which way it is better, or
@@ -53,6 +54,7 @@ class EarlyStopping(Callback):
     mode: Mode | None = field(default=None, kw_only=True)
     min_epochs: int = field(default=0, kw_only=True)
     min_delta: float = field(default=0.0, kw_only=True)
+    training: str = field(default="training/loss", kw_only=True, repr=False)
     _watched: Monitor = field(init=False, repr=False)
     _training: Monitor = field(init=False, repr=False)
     _template: Criterion = field(init=False, repr=False)
@@ -80,19 +82,23 @@ class EarlyStopping(Callback):
                     f"EarlyStopping(..., min_delta={self.min_delta!r}) was given with a criterion; it belongs to that: "
                     f"NoImprovement(5, min_delta={self.min_delta!r})"
                 )
-            self._template = self.criterion
+            template: Criterion = self.criterion
         else:
             if self.criterion < 1:
                 raise ValueError(
                     f"EarlyStopping({self.criterion}) was given; expected a number of epochs without improvement, "
                     "1 or more"
                 )
-            self._template = NoImprovement(self.criterion, self.min_delta)
+            template = NoImprovement(self.criterion, self.min_delta)
         if not isinstance(self.min_epochs, int) or isinstance(self.min_epochs, bool) or self.min_epochs < 0:
             raise ValueError(f"min_epochs={self.min_epochs!r} was given; expected a number of epochs, 0 or more")
-        self._watched = Monitor(self.monitor, self.mode, compares=self._template.wants_mode())
-        self._training = Monitor("training/loss", "min", purpose=f"{self._template!r} needs training losses: ")
-        self._running = self._template.start(self.mode or "min")
+        watched = Monitor(self.monitor, self.mode, compares=template.wants_mode())
+        needs = f"{template!r} needs training losses: "
+        self._watched = watched.after(getattr(self, "_watched", None))
+        self._training = Monitor(self.training, "min", purpose=needs).after(getattr(self, "_training", None))
+        if getattr(self, "_template", None) != template:  # another option was assigned: what it has been told stays
+            self._running = template.start(self._watched.direction or "min")
+        self._template = template
 
     @property
     def monitors(self) -> list[Monitor]:
@@ -116,7 +122,8 @@ class EarlyStopping(Callback):
         learner.defer(self._leave_fit)
         if not event.resumed:
             metrics = learner.cbstate.metrics
-            newest, training = self._watched.newest(metrics), self._training.newest(metrics)
+            newest = self._watched.newest(metrics)
+            training = self._training.newest(metrics) if self._template.wants_training_losses() else None
             self._begin(newest[0] if newest else 0, training[0] if training else 0)
 
     def _leave_fit(self) -> None:

@@ -80,7 +80,7 @@ class KeepBestModel(UnsafeCallback):
     in_compiled_step = "after"
 
     def __attrs_post_init__(self) -> None:
-        self._watched = Monitor(self.monitor, self.mode)
+        self._watched = Monitor(self.monitor, self.mode).after(getattr(self, "_watched", None))
         if not isinstance(self.min_delta, (int, float)) or not self.min_delta >= 0:
             raise ValueError(f"KeepBestModel(min_delta={self.min_delta!r}) was given; expected 0 or more")
 

@@ -112,7 +112,7 @@ class LRScheduler(Callback):
     @property
     def reads(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the scheduler
         """The metrics, where one is watched."""
-        return ("trained_steps",) if self._watched is None else ("trained_steps", "cbstate.metrics")
+        return () if self._watched is None else ("cbstate.metrics",)
 
     @property
     def writes(self) -> tuple[str, ...]:  # type: ignore[override]  # the optimizer's

@@ -25,7 +25,7 @@ class MetricsPrinter(Callback):
         digits: Significant digits.
         time: Whether to print how long the fit has run, and about how long it still will.
 
-    Reads: cbstate.history, cbstate.metrics, cycle, num_epochs
+    Reads: cbstate.history, cbstate.metrics
     Runs after: Recorder, Metrics, ProgressBar
     """
 
@@ -34,7 +34,7 @@ class MetricsPrinter(Callback):
     time: bool = field(default=False, kw_only=True, repr=False)
     _clock: FitClock = field(factory=FitClock, init=False, repr=False)
 
-    reads = ("cbstate.history", "cbstate.metrics", "cycle", "num_epochs")
+    reads = ("cbstate.history", "cbstate.metrics")
     run_after = (Recorder, Metrics, ProgressBar)
     draws = False
     transient = ("_is_silent", "_clock")

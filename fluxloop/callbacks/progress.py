@@ -88,7 +88,7 @@ class ProgressBar(Callback):
         interval: Seconds between refreshes.
         file: Where a terminal's bar is written; None: standard error.
 
-    Reads: num_batches, num_epochs, cycle, cbstate
+    Reads: num_batches, cbstate
     """
 
     enabled: bool | None = None
@@ -98,7 +98,7 @@ class ProgressBar(Callback):
     _is_silent: bool = field(default=False, init=False, repr=False)
     _clock: FitClock = field(factory=FitClock, init=False, repr=False)
 
-    reads = ("num_batches", "num_epochs", "cycle", "cbstate")
+    reads = ("num_batches", "cbstate")
     draws = False
     transient = ("_open", "_is_silent", "_clock")
     _begins_anywhere = True

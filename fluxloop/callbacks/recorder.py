@@ -20,7 +20,6 @@ class Recorder(Callback):
 
     Steps are counted when they end, so a cancelled step is not counted.
 
-    Reads: cycle, fit_phases
     Writes: cbstate.history
     """
 
@@ -28,7 +27,6 @@ class Recorder(Callback):
     _place: int = field(default=0, init=False, repr=False)
     """The epoch that the running cycle is: the next one where something is trained in it."""
 
-    reads = ("cycle", "fit_phases")
     writes = ("cbstate.history",)
     draws = False
     in_compiled_step = "after"

@@ -165,8 +165,8 @@ class Scheduler(Callback):
 
     @property
     def reads(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the unit
-        """The number of training steps; the counts of updates, where it counts these."""
-        return ("trained_steps", *(("cbstate.history", "optimizer") if self.unit == "update" else ()))
+        """The counts of updates, where it counts these."""
+        return ("cbstate.history", "optimizer") if self.unit == "update" else ()
 
     @property
     def writes(self) -> tuple[str, ...]:  # type: ignore[override]  # its hyperparameters'

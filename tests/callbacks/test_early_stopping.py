@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from attrs import define
 
 from fluxloop import (
     AbstractTrainingPhase,
@@ -613,3 +614,46 @@ def test_a_timer_does_not_disturb_the_training() -> None:
 def test_a_timer_needs_a_time(make: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match=r"Timer\(.*\) was given; expected .*Timer\(hours=8\)"):
         make()
+
+
+class Pretext(TrainingScript):
+    pass
+
+
+def test_two_training_phases_do_not_matter_to_a_criterion_that_needs_no_training_losses() -> None:
+    learner = learner_of(EarlyStopping(9))
+    phases = [Pretext([5, 4, 3, 2]), TrainingScript([5, 4, 3, 2]), Script([4, 3, 2, 1])]
+    for _ in range(2):
+        learner.fit(2, phases=phases)
+    assert learner.history.cycles == 4
+
+
+def test_which_of_two_training_losses_is_meant_is_asked_for_and_said() -> None:
+    told = []
+
+    @define
+    class Listening(Criterion):
+        needs_training_losses = True
+
+        def update(self, value: float, training_losses: tuple[float, ...] = ()) -> str | None:
+            told.append(training_losses)
+            return None
+
+    def fit(**options: Any) -> None:
+        phases = [Pretext([9, 8]), TrainingScript([5, 4]), Script([2, 1])]
+        learner_of(EarlyStopping(Listening(), **options)).fit(2, phases=phases)
+
+    with pytest.raises(MetricError, match="'Pretext/loss' or 'TrainingScript/loss'"):
+        fit()
+    told.clear()
+    fit(training="Pretext/loss")
+    assert told == [(9,), (8,)]
+
+
+def test_an_option_that_is_assigned_while_it_runs_keeps_what_it_has_been_told() -> None:
+    stopping = EarlyStopping(3, monitor="validation/accuracy")
+    hits = Metric(lambda preds, ys: torch.tensor(1.0), name="accuracy", higher_is_better=True)
+    assign = CustomCallback(lambda learner: setattr(stopping, "min_epochs", 2), CycleEnd)
+    learner = toy_learner(stopping, assign, Recorder(), Metrics(hits), num_batches=2)
+    learner.fit(9)
+    assert learner.history.cycles == 4
