@@ -8,11 +8,15 @@ from typing import Any
 
 from fluxloop.errors import CancelFittingException, CheckpointError, DataError, describe, warn_user
 from fluxloop.fingerprint import differences, fingerprint
-from fluxloop.passes import Pass, obstacle
+from fluxloop.passes import Pass, check_place, obstacle
 from fluxloop.persist import put_back
 from fluxloop.randomness import Stream, Streams, put_generators, start_torch
 from fluxloop.signals import TERMINATED, StopWaiting
 from fluxloop.sources import Numbers
+
+
+def _nothing() -> None:
+    """Stand for what there is not to undo."""
 
 
 class Feed:
@@ -51,6 +55,7 @@ class Feed:
         self._told = set() if told is None else told
         self._pass: Pass | None = None
         self._from: dict[str, Any] | None = None
+        self._undo: Callable[[], None] = _nothing
         self.count = 0
         self.limit: int | None = None
         self.waiting = False
@@ -90,9 +95,14 @@ class Feed:
         place = self._pass.place(self.count, self._name)
         return {**place, "key": self._name, "length": self._length(), "fingerprint": fingerprint(self.source)}
 
-    def go_on(self, place: dict[str, Any]) -> None:
-        """Begin the next iteration where another one was."""
-        self._from = place
+    def go_on(self, place: dict[str, Any], undo: Callable[[], None]) -> None:
+        """Begin the next iteration where another one was.
+
+        Args:
+            place: Where that was.
+            undo: Puts the learner back as it was before it took up the run; called where the data refuses its state.
+        """
+        self._from, self._undo = place, undo
 
     def check_place(self, place: dict[str, Any]) -> None:
         """Raise where an iteration cannot begin where another one was.
@@ -107,6 +117,7 @@ class Feed:
                 f"there are {length} now ({describe(self.source)}); expected the same data, or a checkpoint of the end "
                 "of an epoch"
             )
+        check_place(self.source, place, self._name)
         differ = differences(place.get("fingerprint", {}), fingerprint(self.source))
         if differ:
             raise CheckpointError(
@@ -127,6 +138,26 @@ class Feed:
             "state_dict() that is, once its iteration has ended, still that of the end?"
         )
 
+    def _begin(self, numbers: Numbers, epoch: int, place: dict[str, Any] | None) -> Pass:
+        """Begin a pass, where another one was left if there is a place.
+
+        Raises:
+            CheckpointError: The source refuses the state that it had there; nothing is changed.
+        """
+        undo, self._undo = self._undo, _nothing
+        if place is None:
+            return Pass(self.source, numbers, epoch)
+        try:
+            begun = Pass(self.source, numbers, epoch, place)
+            put_generators(put_back(place["global_generators"]))
+        except Exception as error:
+            undo()
+            raise CheckpointError(
+                f"the {self._name} data ({describe(self.source)}) does not take the state it had in the "
+                f"checkpoint: {type(error).__name__}: {error}"
+            ) from error
+        return begun
+
     def __iter__(self) -> Iterator[Any]:
         order, fetch = self._streams[f"{self._owner}/data"], self._streams[f"{self._owner}/fetch"]
         place, self._from = self._from, None
@@ -136,10 +167,8 @@ class Feed:
         fetched = fetch.index - max(self.count - 1, 0)
         fingerprint(self.source)  # before a step may change its rows
         numbers = Numbers(order.next(), lambda batch: fetch.at(fetched + batch - 1), samples.at)
-        self._pass = Pass(self.source, numbers, epoch, place)
+        self._pass = self._begin(numbers, epoch, place)
         batches = self._pass.batches
-        if place is not None:
-            put_generators(put_back(place["global_generators"]))
         if self._pass.draws_at_fetch:
             batches = self._starting(batches, fetch)
         if self.limit is not None:

@@ -115,6 +115,7 @@ SOURCE: dict[str, Rule] = {
     "samplers": _each(DICT),
     "private": _each(ANY),
     "private_now": _each(ANY),
+    "fingerprint": DICT,
 }
 FEED = _entries(
     {"key": TEXT, "batch": COUNT, "length": _maybe(COUNT), "global_generators": _generators},
@@ -125,7 +126,7 @@ PLACE = _entries(
     {"steps_per_epoch": _maybe(COUNT)},
 )
 OPTIMIZER = _entries({"class": TEXT, "defaults": DICT, "state": DICT}, {"names": _each(_each(TEXT))})
-SLOT = _entries({"consumed": FLAG, "waiting": FLAG, "in_block": FLAG})
+SLOT = _entries({"consumed": FLAG, "waiting": FLAG, "in_block": FLAG}, {"train_mode": FLAG})
 CALLBACK = _entries({"class": TEXT, "state": DICT, "around": _each(DICT)})
 
 

@@ -254,6 +254,25 @@ class Pass:
         return place
 
 
+def check_place(source: Any, place: dict[str, Any], name: str | None) -> None:
+    """Raise where a source does not take the generators and samplers that it had at a place; it stays as it was.
+
+    Raises:
+        CheckpointError: Says why.
+    """
+    before = source_state(source)
+    try:
+        put_source_back(source, place)
+        put_private_back(source, place["private_now"])
+        put_back(place.get("own"))
+    except Exception as error:
+        raise CheckpointError(
+            f"the place in the {name} data ({describe(source)}) cannot be put back: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        put_source_back(source, before)
+
+
 # What is kept between passes
 
 

@@ -135,7 +135,7 @@ class FitScope(Scope):
         self.feed = feed
         feed.limit = self.steps_per_epoch
         if self._again is not None:
-            feed.go_on(self._again["place"]["feed"])
+            feed.go_on(self._again["place"]["feed"], self._go_back)
 
     def began(self) -> None:
         """Put the epoch's state in place where it goes on from a checkpoint."""
@@ -229,22 +229,9 @@ def check_resumes(
     """
     check_fits(learner, state)
     check_same_run(learner, state)
-    place, names = state["place"], [phase_id(phase) for phase in phases]
-    if is_under_way(place) and place["phases"] != names:
-        raise CheckpointError(f"the fit ran the phases {place['phases']}, and now {names}; expected the same")
-    if place is not None and place.get("steps_per_epoch", steps_per_epoch) != steps_per_epoch:
-        raise CheckpointError(
-            f"the run was begun with steps_per_epoch={place['steps_per_epoch']}, and is now to go on with "
-            f"steps_per_epoch={steps_per_epoch}, which makes it another run; resume with the former one. To train on "
-            "from here in a run of its own: learner.load(file), then learner.fit(epochs)"
-        )
-    if is_under_way(place) and place["feed"] is not None:
-        if place["feed"]["key"] != phases[place["index"]].data_key:
-            raise CheckpointError(
-                f"the epoch under way ran on the {place['feed']['key']!r} data, and {phases[place['index']]!r} runs on "
-                f"the {phases[place['index']].data_key!r} data"
-            )
-        feeds[place["index"]].check_place(place["feed"])
+    place = state["place"]
+    if place is not None:
+        _check_place(place, phases, feeds, steps_per_epoch)
     _compare_data(learner, state["data"])
     begun = state["history"]["cycles"] + is_under_way(place)
     if state["history"]["stop_reason"] is None and begun > epochs:
@@ -254,6 +241,31 @@ def check_resumes(
             f"the beginning of the run: fit({begun}, resume=...) or more. Where a script has several fits, one after "
             "the other, give each stage a folder of its own"
         )
+
+
+def _check_place(place: Place, phases: list[Phase], feeds: list[Feed], steps_per_epoch: int | None) -> None:
+    """Raise where a fit cannot go on at a place.
+
+    Raises:
+        CheckpointError: Says what differs.
+    """
+    names = [phase_id(phase) for phase in phases]
+    if is_under_way(place) and place["phases"] != names:
+        raise CheckpointError(f"the fit ran the phases {place['phases']}, and now {names}; expected the same")
+    if place.get("steps_per_epoch", steps_per_epoch) != steps_per_epoch:
+        raise CheckpointError(
+            f"the run was begun with steps_per_epoch={place['steps_per_epoch']}, and is now to go on with "
+            f"steps_per_epoch={steps_per_epoch}, which makes it another run; resume with the former one. To train on "
+            "from here in a run of its own: learner.load(file), then learner.fit(epochs)"
+        )
+    if place["feed"] is not None:
+        phase = phases[place["index"]]
+        if place["feed"]["key"] != phase.data_key:
+            raise CheckpointError(
+                f"the epoch under way ran on the {place['feed']['key']!r} data, and {phase!r} runs on the "
+                f"{phase.data_key!r} data"
+            )
+        feeds[place["index"]].check_place(place["feed"])
 
 
 def _compare_data(learner: Learner, kept: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -369,6 +370,7 @@ CHANGES: dict[str, Change] = {
     "generators that are a number": put("data/training/own_generators", 1),
     "a generator that is a number": put("data/training/own_generators", [1]),
     "a generator of another size": put("data/training/own_generators", [torch.zeros(3, dtype=torch.uint8)]),
+    "a fingerprint that is a text": put("data/training/fingerprint", "rows"),
     "a generator of another type": put("data/training/own_generators", [torch.zeros(5056)]),
 }
 INSIDE: dict[str, Change] = {
@@ -399,6 +401,10 @@ INSIDE: dict[str, Change] = {
     "a feed's generators that are a list": put("place/feed/global_generators", []),
     "a feed's own generator of another size": put("place/feed/own_generators", [torch.zeros(3, dtype=torch.uint8)]),
     "samplers that are a number": put("place/feed/samplers", 3),
+    "no samplers": drop("place/feed/samplers"),
+    "no generators of the data's own": drop("place/feed/own_generators"),
+    "no private generators": drop("place/feed/private_now"),
+    "a fingerprint that is a number": put("place/feed/fingerprint", 3),
     "another number of steps": put("place/steps_per_epoch", 3),
     "a number of steps that is a text": put("place/steps_per_epoch", "all"),
 }
@@ -442,3 +448,47 @@ def test_the_state_itself_fits_and_changes_everything(states: dict[str, State], 
     before = digest(other)
     other.load_state_dict(copy.deepcopy(states["inside"]))
     assert digest(other) != before
+
+
+def test_a_loader_that_refuses_its_state_in_the_middle_of_an_epoch_leaves_the_learner_as_it_was() -> None:
+    class Keeps:
+        """Keeps its place, and looks closely at it."""
+
+        def __init__(self, kind: str) -> None:
+            self.kind, self.place = kind, 0
+
+        def __iter__(self) -> Iterator[Any]:
+            while self.place < 6:
+                self.place += 1
+                yield XS[4 * self.place - 4 : 4 * self.place], XS[4 * self.place - 4 : 4 * self.place].sum(1, True)
+            self.place = 0
+
+        def __len__(self) -> int:
+            return 6
+
+        def state_dict(self) -> State:
+            return {"kind": self.kind, "place": self.place}
+
+        def load_state_dict(self, state: State) -> None:
+            if state["kind"] != self.kind:
+                raise ValueError("made otherwise")
+            self.place = state["place"]
+
+    found: dict[str, State] = {}
+    first = make(data=(Keeps("a"),), callbacks=[Recorder()])
+
+    def look() -> None:
+        if first.history[TrainingPhase].steps == 8 and not found:
+            found["inside"] = copy.deepcopy(first.state_dict())
+
+    first.safe_points.append(look)
+    first.fit(2)
+    second = make(9, data=(Keeps("b"),), callbacks=[Recorder()])
+    second.fit(1)
+    before = digest(second)
+    second.state_dict()
+    with TemporaryDirectory() as name:
+        torch.save(found["inside"], Path(name) / "state.pt")
+        with pytest.raises(CheckpointError, match=r"does not take the state it had .*: ValueError: made otherwise"):
+            second.fit(2, resume=Path(name) / "state.pt")
+    assert digest(second) == before

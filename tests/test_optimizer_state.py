@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fluxloop import CheckpointError, Learner, TensorBatches, runstep
+from fluxloop import Callback, Checkpointer, CheckpointError, Learner, Phase, StepEnd, TensorBatches, on, runstep
 from fluxloop.checkpoint import gather
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.testing import toy_learner
@@ -192,7 +193,7 @@ def test_a_parameter_that_two_layers_share_is_found_by_either_name() -> None:
     assert torch.equal(plain.model.out.weight, turned.model.out.weight)
 
 
-def test_gradients_that_wait_go_to_their_parameters_too() -> None:
+def test_gradients_that_wait_go_to_their_parameters_too(tmp_path: Path) -> None:
     class Waits(AbstractTrainingPhase):
         def __init__(self) -> None:
             self.n = 0
@@ -207,11 +208,16 @@ def test_gradients_that_wait_go_to_their_parameters_too() -> None:
 
     plain, other = in_order(OPTIMIZERS["SGD"], ORDERS[0]), in_order(OPTIMIZERS["SGD"], ORDERS[2], turned=True)
     phase = Waits()
-    plain.fit(1, phases=[phase])  # ends with one gradient that waits
-    other.load_state_dict(plain.state_dict())
-    assert other.model.first.weight.grad is not None
-    plain.fit(2, phases=[phase])
-    other.fit(2, phases=[Waits()])
+
+    def look() -> None:
+        if phase.n == 5 and not (tmp_path / "state.pt").exists():
+            plain.save(tmp_path / "state.pt")
+
+    plain.safe_points.append(look)
+    plain.fit(3, phases=[phase])
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["updates"]["gradients"].keys() == dict(plain.model.named_parameters()).keys()
+    other.fit(3, phases=[Waits()], resume=tmp_path / "state.pt")
     assert_same(weights(plain), weights(other))
 
 
@@ -383,3 +389,68 @@ def test_a_group_that_was_added_while_training_is_matched_by_name() -> None:
 def test_what_is_kept_of_a_learner_names_its_parameters() -> None:
     state = gather(toy_learner(), None)
     assert state["optimizers"][""]["names"] == [["value"]]
+
+
+# Where it meets other things
+
+
+def two_optimizers(turned: bool = False) -> Learner[Any]:
+    model = Net(turned)
+    first = [*model.second.parameters(), *model.first.parameters()] if turned else list(model.first.parameters())
+    if not turned:
+        first += model.second.parameters()
+    optimizers = {
+        "body": torch.optim.Adam(first, lr=0.02),
+        "head": torch.optim.SGD(model.head.parameters(), lr=0.05, momentum=0.9),
+    }
+    return learner(dict(reversed(optimizers.items())) if turned else optimizers, model)
+
+
+def test_several_optimizers_in_another_order_go_on_also_in_a_copy() -> None:
+    plain, turned = two_optimizers(), two_optimizers(turned=True)
+    plain.fit(2)
+    turned.load_state_dict(plain.state_dict())
+    copied = copy.deepcopy(turned)
+    for each in (plain, turned, copied):
+        each.fit(1)
+    assert_same(weights(plain), weights(turned))
+    assert_same(weights(plain), weights(copied))
+
+
+def test_a_frozen_part_keeps_its_state_for_when_it_is_thawed() -> None:
+    plain, other = in_order(OPTIMIZERS["SGD"], ORDERS[0]), in_order(OPTIMIZERS["SGD"], ORDERS[1], turned=True)
+    plain.fit(1)
+    plain.model.first.requires_grad_(False)
+    plain.fit(1)
+    other.load_state_dict(plain.state_dict())
+    assert not other.model.first.weight.requires_grad
+    for each in (plain, other):
+        each.model.first.requires_grad_(True)
+        each.fit(1)
+    assert_same(weights(plain), weights(other))
+
+
+def test_a_retry_in_one_process_goes_on_from_the_file_whatever_was_trained_since(tmp_path: Path) -> None:
+    class Fails(Callback):
+        transient = ("left",)
+        left = 6
+
+        @on(StepEnd)
+        def fail(self, event: StepEnd, phase: Phase, learner: Any) -> None:
+            self.left -= 1
+            if self.left == 0:
+                raise ValueError("no more")
+
+    plain = in_order(OPTIMIZERS["Adam"], ORDERS[0])
+    plain.fit(3)
+    callbacks = [Checkpointer(tmp_path), Fails()]
+    retried = in_order(OPTIMIZERS["Adam"], ORDERS[0])
+    retried.set_callbacks(callbacks)
+    with pytest.raises(ValueError, match="no more"):
+        retried.fit(3, resume=tmp_path)
+    retried.fit(3, resume=tmp_path)
+    assert_same(weights(plain), weights(retried))
+    again = in_order(OPTIMIZERS["Adam"], ORDERS[2], turned=True)
+    again.set_callbacks([Checkpointer(tmp_path), Fails()])
+    again.fit(3, resume=tmp_path)  # nothing is left to train
+    assert_same(weights(plain), weights(again))

@@ -1322,9 +1322,7 @@ def test_a_run_that_is_looked_for_where_nobody_writes_is_refused(begun: bool, tm
     learner = toy(Checkpointer(tmp_path / "run"))
     before = bits(learner)
     told = "has checkpoints of a run" if begun else "is where this run would be kept"
-    with pytest.raises(
-        CheckpointError, match=rf"rum' was given, .* nothing to go on from: .*run, which {told}"
-    ):
+    with pytest.raises(CheckpointError, match=rf"rum' was given, .* nothing to go on from: .*run, which {told}"):
         learner.fit(2, resume=tmp_path / "rum")
     assert all(torch.equal(tensor, before[name]) for name, tensor in bits(learner).items())
     assert learner.history.cycles == 0
