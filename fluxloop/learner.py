@@ -411,7 +411,7 @@ class Learner(Generic[M]):
 
         Args:
             undo: A function without arguments.
-            early: Whether it is called only where that is left early, by a cancel or an error.
+            early: Whether it is called only where the step or epoch is left by a cancel or an error, the fit by an error.
 
         Raises:
             PhaseError: Nothing is running.
@@ -529,7 +529,10 @@ class Learner(Generic[M]):
         self.load_state_dict(read(Path(path)))
 
     def load_weights(self, path: str | PathLike[str], name: str = "model", *, strict: bool = True) -> list[str]:
-        """Take weights from a file, for a warm start: nothing else is changed.
+        """Take weights from a file, for a warm start: counts, schedules and optimizers stay as they are.
+
+        Averages of those weights (`EMA`, `StochasticWeightAveraging`) begin with the loaded ones, and an
+        optimizer with ``train()`` and ``eval()``, which keeps weights of its own, begins anew.
 
         Args:
             path: What `save` or a `Checkpointer` wrote, or ``torch.save(module.state_dict(), path)``.

@@ -322,6 +322,27 @@ def test_what_was_deferred_is_undone_in_reverse_and_once_on_each_way_out(scope, 
     assert learner.scope is None
 
 
+@pytest.mark.parametrize("error", WAYS_OUT, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_what_was_deferred_for_an_early_end_is_called_there_alone_before_the_rest(scope, error):
+    class Early(Defer):
+        @on(Event)
+        def act(self, event: Event, phase: Phase, learner: Any) -> None:
+            if isinstance(event, self.begin):
+                learner.defer(lambda: self.log.append("early"), early=True)
+                learner.defer(lambda: self.log.append("always"))
+
+    early = Early(scope)
+    learner = toy_learner(early, *([Do(raising(error), BackwardBegin)] if error else []), num_batches=1)
+    error_of(learner.fit, 1, phases=[TrainingPhase()])
+    is_early = {
+        "step": error is not None,
+        "epoch": error is not None and not isinstance(error, CancelStepException),
+        "fit": isinstance(error, BrokenError),  # one that is cancelled ends in good order
+    }
+    assert early.log == [*(["early"] if is_early[scope] else []), "always"]
+
+
 @pytest.mark.parametrize("scope", SCOPES)
 def test_what_was_deferred_is_undone_when_a_later_handler_of_the_same_begin_fails(scope):
     defer = Defer(scope)
