@@ -411,7 +411,8 @@ class Learner(Generic[M]):
 
         Args:
             undo: A function without arguments.
-            early: Whether it is called only where the step or epoch is left by a cancel or an error, the fit by an error.
+            early: Whether it is called only where the step or epoch is left by a cancel or an error, the fit by an
+                error.
 
         Raises:
             PhaseError: Nothing is running.
