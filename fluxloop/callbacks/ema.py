@@ -84,7 +84,7 @@ class EMA(Callback):
     in_compiled_step = "after"  # at UpdateEnd it takes note alone
 
     def __attrs_post_init__(self) -> None:
-        if not isinstance(self.model, str) or "@" in self.model:
+        if not isinstance(self.model, str) or not self.model or "@" in self.model:
             raise ModelError(f"EMA({self.model!r}) was given; expected live weights, such as EMA('G', 0.999)")
         if self.into is not None and not isinstance(self.into, str):
             raise ModelError(f"EMA(into={describe(self.into)}) was given; expected a model's name: into='teacher'")
@@ -290,7 +290,7 @@ def _lerp(averages: dict[str, Tensor], live: dict[str, Tensor], weight: float) -
 
 
 def _check_decay(decay: float) -> None:
-    if not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
+    if not isinstance(decay, (int, float)) or isinstance(decay, bool) or not 0 <= decay <= 1:
         raise ValueError(f"EMA was given the decay {decay!r}; expected a weight of the past from 0 to 1, e.g. 0.999")
 
 

@@ -81,7 +81,7 @@ class KeepBestModel(UnsafeCallback):
 
     def __attrs_post_init__(self) -> None:
         self._watched = Monitor(self.monitor, self.mode).after(getattr(self, "_watched", None))
-        if not isinstance(self.min_delta, (int, float)) or not self.min_delta >= 0:
+        if isinstance(self.min_delta, bool) or not isinstance(self.min_delta, (int, float)) or not self.min_delta >= 0:
             raise ValueError(f"KeepBestModel(min_delta={self.min_delta!r}) was given; expected 0 or more")
 
     @property
@@ -227,7 +227,8 @@ def _one_of_them(a: KeepBestModel, b: KeepBestModel) -> None:
     Raises:
         CallbackConflictError: Says what to use for the second.
     """
+    mode = "" if b.mode is None else f", mode={b.mode!r}"
     raise CallbackConflictError(
         f"{a!r} and {b!r} would both put their best weights back when the fit ends, and one would be lost; keep one, "
-        f"and have the other's best in files: Checkpointer(folder, keep_best=1, monitor={b.monitor!r}, mode={b.mode!r})"
+        f"and have the other's best in files: Checkpointer(folder, keep_best=1, monitor={b.monitor!r}{mode})"
     )

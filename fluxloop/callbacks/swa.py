@@ -96,12 +96,14 @@ class StochasticWeightAveraging(Callback):
     _fixed = ("model", "view")
 
     def __attrs_post_init__(self) -> None:
-        names = isinstance(self.model, str) and isinstance(self.view, str)
+        names = isinstance(self.model, str) and isinstance(self.view, str) and bool(self.model)
         if not names or "@" in self.model or not self.view.isidentifier():
             raise ModelError(
                 f"{self!r} was given; expected live weights, and the name of a view: "
                 "StochasticWeightAveraging('model', start=10, view='swa')"
             )
+        if not callable(self.forward):
+            raise ValueError(f"forward={describe(self.forward)} was given; expected a function (module, batch)")
         whole = type(self.start) is type(self.every) is int
         if not whole or self.start < 0 or self.every < 1 or self.unit not in ("epoch", "step"):
             raise ValueError(

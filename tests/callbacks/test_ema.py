@@ -1112,6 +1112,8 @@ MISTAKES: dict[str, tuple[Callable[[], EMA], Callable[[], Any], type[Exception],
     "into itself": (lambda: EMA("student", into="student"), with_teacher, ModelError, "into itself"),
     "negative decay": (lambda: EMA("model", -0.1), net, ValueError, "from 0 to 1, e.g. 0.999"),
     "decay above 1": (lambda: EMA("model", 1.001), net, ValueError, "from 0 to 1"),
+    "no name": (lambda: EMA("", 0.9), net, ModelError, "expected live weights"),
+    "decay True": (lambda: EMA("model", True), net, ValueError, "from 0 to 1"),
     "decay NaN": (lambda: EMA("model", float("nan")), net, ValueError, "from 0 to 1"),
     "buffers": (lambda: EMA("model", buffers="share"), net, ValueError, "expected 'copy', 'average' or 'keep'"),  # type: ignore[arg-type]  # on purpose
     "a decay for a name": (lambda: EMA(0.999), net, ModelError, r"EMA\(0\.999\) was given; expected live weights"),  # type: ignore[arg-type]  # on purpose

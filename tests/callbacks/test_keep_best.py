@@ -492,6 +492,7 @@ def test_without_metrics_the_learner_cannot_be_built() -> None:
         ((), {"min_delta": -1.0}, "min_delta=-1.0"),
         ((), {"min_delta": nan}, "min_delta=nan"),
         ((), {"min_delta": "a bit"}, "min_delta='a bit'"),
+        ((), {"min_delta": True}, "min_delta=True"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments: Any, options: Any, message: str) -> None:

@@ -426,6 +426,11 @@ def test_batch_norm_without_data_to_run_over_is_an_error_before_the_first_step(d
     assert learner.history[TrainingPhase].steps == learner.history[OwnData].steps == 0
 
 
+def test_a_forward_that_is_no_function_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"forward=3 was given; expected a function \(module, batch\)"):
+        StochasticWeightAveraging(forward=3)  # type: ignore[arg-type]  # on purpose
+
+
 def test_lazy_weights_and_unknown_ones_are_refused() -> None:
     with pytest.raises(ModelError, match="have seen no batch"):
         learner_of(StochasticWeightAveraging(), model=nn.Sequential(nn.LazyLinear(3)))
