@@ -78,15 +78,19 @@ class NotLookedAtError(PhaseError, DataError):
 def _kept_gradients(updates: Updates) -> Callable[[], None]:
     """Keep the gradients and where they stand, and begin without any; return what puts them back."""
     gradients = [(parameter, parameter.grad) for parameter in updates.names]
-    windows = [(slot, slot.consumed, slot.window, slot.in_block) for slot in updates.slots]
+    noted = ("consumed", "window", "in_block", "num_batches", "phase", "step", "before")
+    windows = [(slot, {name: getattr(slot, name) for name in noted}) for slot in updates.slots]
+    for slot in updates.slots:
+        slot.end_gradients()
     for parameter in updates.names:
         parameter.grad = None
 
     def put_back() -> None:
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        for slot, consumed, window, in_block in windows:
-            slot.consumed, slot.window, slot.in_block = consumed, window, in_block
+        for slot, kept in windows:
+            for name, value in kept.items():
+                setattr(slot, name, value)
 
     return put_back
 

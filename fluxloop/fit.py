@@ -363,11 +363,14 @@ def tell_of_updates_by_hand(learner: Learner, phase: Phase, stood: tuple[int, in
 
 
 def needs_updates(callback: Callback) -> bool:
-    """Tell whether a callback acts at updates in particular; the default ones only count them, or look at gradients."""
+    """Tell whether a callback acts at updates in particular.
+
+    The default ones only count them, or look at gradients; `EMA` sees those made by hand from the weights.
+    """
     inner = callback.unwrapped
-    defaults = {"Recorder", "StopOnNaNLoss"} & {cls.__name__ for cls in type(inner).__mro__}
+    others = {"Recorder", "StopOnNaNLoss", "EMA"} & {cls.__name__ for cls in type(inner).__mro__}
     named = any(event in UPDATE_EVENTS for event, _ in callback.handles())
-    return named and not defaults and getattr(inner, "unit", "step") != "epoch"
+    return named and not others and getattr(inner, "unit", "step") != "epoch"
 
 
 def left_alone(learner: Learner, phase: Phase, source: Any) -> AbstractContextManager[None]:

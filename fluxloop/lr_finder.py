@@ -228,6 +228,8 @@ def _copied(learner: Learner, phase: Phase, callbacks: list[Callback]) -> tuple[
     }
     trial, phase, callbacks = copy.deepcopy((learner, phase, callbacks), memo)
     vars(trial)["callbacks"] = Callbacks(trial)  # past the checks of what users assign
+    for slot in trial.updates.slots:
+        slot.end_gradients()  # those that wait are the learner's to use
     return trial, phase, callbacks
 
 

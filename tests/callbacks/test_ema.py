@@ -705,7 +705,7 @@ def test_a_run_whose_optimizer_is_stepped_by_hand_is_resumed_to_the_bit(phase: t
 def test_each_phase_of_a_cycle_is_followed_in_its_own_way() -> None:
     ema = EMA("model", 0.9)
     learner = learner_of(ema)
-    learner.fit(2, phases=[TrainingPhase(), ByHand(), HalfByHand()])
+    learner.fit(2, phases=[TrainingPhase(), ByHand(), ByHandWithEvents()])
     assert ema.num_averaged == 2 * 3 * BATCHES
 
 
