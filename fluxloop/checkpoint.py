@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from attrs import frozen
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -23,13 +24,12 @@ from fluxloop.callback import Callback
 from fluxloop.errors import CheckpointError, annotate, warn_user
 from fluxloop.fingerprint import fingerprint
 from fluxloop.misfits import FORMAT, weights_differ
-from fluxloop.nested import tensors
 from fluxloop.optimizer_state import load_optimizer, optimizer_state
 from fluxloop.optimizers import parameter_names, parameters_by_name
 from fluxloop.passes import data_state, put_data_back
 from fluxloop.persist import (
     UNINITIALIZED,
-    Kept,
+    WATCHED,
     attributes,
     class_name,
     is_held,
@@ -45,9 +45,10 @@ from fluxloop.persist import (
 )
 from fluxloop.phase import Phase, phase_types
 from fluxloop.signals import INTERRUPTED, TERMINATED
-from fluxloop.sources import source_state
+from fluxloop.sources import changes_of, source_state
 from fluxloop.state import StepState, name_of
 from fluxloop.view import View
+from fluxloop.walk import Kept, Owners, copy_attributes, copy_gradient, of_learners
 
 if TYPE_CHECKING:
     from fluxloop.graph import Node
@@ -71,19 +72,17 @@ def gather(learner: Learner, place: State | None) -> State:
     """
     learner.host_queue.flush()
     lost: list[str] = []
-    borrowed = _borrowed(learner)
+    owners = owners_of(learner)
     parameters = parameter_names(learner.models, learner.loss_fn)
     loss_fn = None
     if isinstance(learner.loss_fn, nn.Module):
-        loss_fn = _module_state(learner, learner.loss_fn, borrowed, lost)
+        loss_fn = _module_state(learner, learner.loss_fn, owners, lost)
     elif learner.kept_loss is not None:
-        loss_fn = {"attributes": _note_lost(learner.kept_loss.state(borrowed), lost)}
+        loss_fn = {"attributes": _note_lost(learner.kept_loss.state(owners), lost)}
     state = {
         "fluxloop": FORMAT,
         "seed": learner.seed,
-        "models": {
-            name or "": _module_state(learner, module, borrowed, lost) for name, module in learner.models.items()
-        },
+        "models": {name or "": _module_state(learner, module, owners, lost) for name, module in learner.models.items()},
         "loss_fn": loss_fn,
         "views": {path: learner.weights[path].state_dict() for path in _kept_views(learner)},
         "optimizers": {
@@ -93,21 +92,36 @@ def gather(learner: Learner, place: State | None) -> State:
         "streams": learner.streams.positions(),
         "history": {"cycles": learner.history.cycles, "stop_reason": lasting(learner.history.stop_reason)},
         "cbstate": _shared_state(learner),
-        "callbacks": _callbacks_state(learner, borrowed, lost),
+        "callbacks": _callbacks_state(learner, owners, lost),
         "present": {node.id: class_name(type(node.callback.unwrapped)) for node in learner.callbacks.graph.nodes},
-        "phases": _phases_state(learner, borrowed, lost),
-        "data": _data_state(learner, place),
+        "phases": _phases_state(learner, owners, lost),
+        "data": _data_state(learner, place, lost),
         "place": place,
     }
-    if lost and not learner.told_lost:
-        learner.told_lost = True
-        names = tuple(name.rpartition(".")[2] for name in lost)
-        warn_user(
-            f"{', '.join(lost)} changed in training and cannot be saved in a checkpoint; give the class "
-            "state_dict() and load_state_dict(state), or, where a resumed run does not need it, "
-            f"transient = {names!r}"
-        )
+    tell_lost(learner, lost)
     return state
+
+
+def tell_lost(learner: Learner, lost: list[str]) -> None:
+    """Warn of what a checkpoint does not keep, once each."""
+    new = [path for path in dict.fromkeys(lost) if path not in learner.told_lost]
+    if not new:
+        return
+    learner.told_lost.update(new)
+    names = tuple(
+        dict.fromkeys(re.split(r"[.\[]", path.removeprefix("callbacks.").removeprefix("phases."))[1] for path in new)
+    )
+    warn_user(
+        f"{', '.join(new)} changed in training and cannot be saved in a checkpoint; hold it as numbers, texts and "
+        "tensors, or give its class state_dict() and load_state_dict(state). Where a resumed run does not need it, say "
+        f"so in the class that has it: transient = {names!r}"
+    )
+
+
+def _attribute(path: str) -> str:
+    """Give the name of the attribute at the beginning of a path such as ``"phases.P.pools['a']"``."""
+    below = path.removeprefix("callbacks.").removeprefix("phases.")
+    return [part for part in re.split(r"[.\[]", below) if part][1]
 
 
 def _note_lost(found: tuple[Any, list[str]], lost: list[str]) -> Any:
@@ -121,17 +135,17 @@ def lasting(reason: str | None) -> str | None:
     return None if reason in (INTERRUPTED, TERMINATED) else reason
 
 
-def _module_state(learner: Learner, module: nn.Module, borrowed: Callable[[Any], bool], lost: list[str]) -> State:
+def _module_state(learner: Learner, module: nn.Module, owners: Owners, lost: list[str]) -> State:
     """Give a module's state: what it saves by itself, and what it does not.
 
     That is: buffers it leaves out, which parameters are frozen, and its parts' other attributes that have changed.
     """
-    watched = [(path, _note_lost(changes.state(borrowed), lost)) for path, changes in learner.module_changes(module)]
+    watched = _note_lost(learner.module_walk(module).state(owners), lost)
     return {
         **weights_of(module),
         "buffers": {name: tensor for name, _, _, tensor in unsaved_buffers(module)},
         "frozen": [name for name, parameter in module.named_parameters() if not parameter.requires_grad],
-        "attributes": {path: kept for path, kept in watched if kept},
+        "attributes": watched,
     }
 
 
@@ -218,57 +232,63 @@ def _shared_state(learner: Learner) -> State:
     return kept
 
 
-def _callbacks_state(learner: Learner, borrowed: Callable[[Any], bool], lost: list[str]) -> State:
+def _callbacks_state(learner: Learner, owners: Owners, lost: list[str]) -> State:
     """Give the states of callbacks by id."""
     states: State = {}
     for node in learner.callbacks.graph.nodes:
         own, conditions = learner.callbacks.kept(node)
-        state = _note_lost(own.state(borrowed), lost)
-        around = [_note_lost(condition.state(borrowed), lost) for condition in conditions]
+        state = _note_lost(own.state(owners), lost)
+        around = [_note_lost(condition.state(owners), lost) for condition in conditions]
         if state or any(around):
             states[node.id] = {"class": class_name(type(node.callback.unwrapped)), "state": state, "around": around}
     return states
 
 
-def _borrowed(learner: Learner) -> Callable[[Any], bool]:
-    """Give what tells whether a value is kept elsewhere: a model or its tensors, an optimizer, a callback, data."""
-    known: list[Any] = [learner, *learner.callbacks, *learner.callbacks.given(), *learner.phases.values()]
-    modules = (*learner.modules(), *learner.weights.views.values())
-    known += [part for module in modules for part in module.modules()]
-    known += [slot.optimizer for slot in learner.updates.slots]
-    known += [learner.accelerator, learner.loss_fn, learner.data, *vars(learner.data).values()]
-    ids = set(map(id, known))
-    places = {
-        t.untyped_storage().data_ptr() for m in modules for t in (*m.parameters(), *m.buffers()) if not is_lazy(t)
-    }
+def owners_of(learner: Learner) -> Owners:
+    """Give what tells who keeps a value: a model or its tensors, an optimizer, a callback, a phase, data."""
+    named: list[tuple[str, Any]] = [("learner", learner), ("learner.accelerator", learner.accelerator)]
+    modules = dict(learner.models)
+    roots = [*((f"model.{name}" if name else "model", m) for name, m in modules.items())]
+    roots += [(f"view {'.'.join(map(str, path))}", m) for path, m in learner.weights.views.items()]
+    if isinstance(learner.loss_fn, nn.Module):
+        roots.append(("loss_fn", learner.loss_fn))
+    places: list[int] = []
+    for root, module in roots:
+        named += [(f"{root}.{path}".rstrip("."), part) for path, part in module.named_modules()]
+        for path, tensor in (*module.named_parameters(), *module.named_buffers()):
+            named.append((f"{root}.{path}", tensor))
+            if not is_lazy(tensor) and tensor.layout is torch.strided:
+                places.append(tensor.untyped_storage().data_ptr())
+    named += [(f"optimizer {slot.name or ''}", slot.optimizer) for slot in learner.updates.slots]
+    named += [(f"cbstate.{name}", value) for name, value in vars(learner.cbstate).items()]
+    named += [("cbstate", learner.cbstate), ("history", learner.history), ("step", learner.step)]
+    named += [(f"data.{key}", source) for key, source in vars(learner.data).items()] + [("data", learner.data)]
+    named += [(f"callback {node.id}", node.callback.unwrapped) for node in learner.callbacks.graph.nodes]
+    named += [("", each) for each in learner.callbacks.given()]
+    named += [(f"phase {phase_id(phase)}", phase) for phase in learner.phases.values()]
+    named += [("", kept.thing) for kept in learner.kept_phases]
+    return Owners(named, places, (View,))
 
-    def is_borrowed(value: Any) -> bool:
-        if id(value) in ids or isinstance(value, (Callback, Phase, View)):
-            return True
-        held = list(tensors(value)) if isinstance(value, (Tensor, list, tuple, dict)) else []
-        return bool(held) and all(t.numel() and t.untyped_storage().data_ptr() in places for t in held)
 
-    return is_borrowed
-
-
-def _phases_state(learner: Learner, borrowed: Callable[[Any], bool], lost: list[str]) -> State:
+def _phases_state(learner: Learner, owners: Owners, lost: list[str]) -> State:
     """Give the states of phases by class and name, in the order in which the learner met them."""
     states: State = {}
     for kept in learner.kept_phases:
-        state = _note_lost(kept.state(borrowed), lost)
+        state = _note_lost(kept.state(owners), lost)
         states.setdefault(phase_id(kept.thing), []).append(state)
     for name, waiting in learner.waiting_states.items():
         states.setdefault(name, []).extend(waiting)
     return {name: given for name, given in states.items() if any(given)}
 
 
-def _data_state(learner: Learner, place: State | None) -> State:
+def _data_state(learner: Learner, place: State | None, lost: list[str]) -> State:
     """Give the states of the data; of the data under way, that with which its epoch began."""
     running = None if place is None or place["feed"] is None else vars(learner.data)[place["feed"]["key"]]
     states: State = {}
     for key, source in vars(learner.data).items():
         states[key] = data_state(source, key in learner.begun_data and source is not running, key)
         states[key]["fingerprint"] = fingerprint(source)
+        lost += changes_of(source)[1]
         if source is running and place is not None:
             states[key] |= {part: place["feed"][part] for part in source_state(source)}
     return states
@@ -341,14 +361,16 @@ def _misses_something(callback: Callback, state: State, told: bool) -> bool:
     )
 
 
-def try_to_apply(learner: Learner, state: State, undo: Callable[[], None], *, begun: bool) -> None:
+def try_to_apply(
+    learner: Learner, state: State, undo: Callable[[], None], *, begun: bool, running: bool = False
+) -> None:
     """Put a state in place, or undo it and say why it does not fit.
 
     Raises:
         CheckpointError: A state cannot be put back; the learner is as `undo` leaves it.
     """
     try:
-        apply(learner, state, begun=begun)
+        apply(learner, state, begun=begun, running=running)
     except BaseException as error:
         try:
             undo()
@@ -361,7 +383,7 @@ def try_to_apply(learner: Learner, state: State, undo: Callable[[], None], *, be
         ) from error
 
 
-def apply(learner: Learner, state: State, *, begun: bool) -> None:
+def apply(learner: Learner, state: State, *, begun: bool, running: bool = False) -> None:
     """Put a learner where the state was gathered; it has been checked with `check_fits`.
 
     Phases that have not run yet take their states when they first do.
@@ -370,6 +392,7 @@ def apply(learner: Learner, state: State, *, begun: bool) -> None:
         learner: The learner.
         state: What `gather` gave.
         begun: Whether what begins with the fit has begun: before, what a callback makes then need not be there.
+        running: Whether the fit has just begun again: what it made then, and no checkpoint holds, stays.
 
     Raises:
         CheckpointError: A state cannot be put back.
@@ -378,15 +401,15 @@ def apply(learner: Learner, state: State, *, begun: bool) -> None:
     put(learner, "seed", state["seed"])
     learner.streams.go_on(state["seed"], state["streams"])
     types, device = phase_types(), learner.accelerator.device
-    how: Any = {"begun": begun, "borrowed": _borrowed(learner), "phases": types, "device": device}
+    how: Any = {"owners": owners_of(learner), "begun": begun, "running": running, "phases": types, "device": device}
     _load_callbacks(learner, state["callbacks"], how)  # first: they may still refuse
     for slot in learner.updates.slots:
         if slot.mode is not None:  # before the weights of that mode are loaded
             slot.mode.set(state["updates"]["slots"][slot.name or ""].get("train_mode", False))
     for name, module in learner.models.items():
-        _load_module(learner, module, state["models"][name or ""], how["borrowed"])
+        _load_module(learner, module, state["models"][name or ""], how)
     if isinstance(learner.loss_fn, nn.Module):
-        _load_module(learner, learner.loss_fn, state["loss_fn"], how["borrowed"])
+        _load_module(learner, learner.loss_fn, state["loss_fn"], how)
     elif learner.kept_loss is not None:
         learner.kept_loss.load((state["loss_fn"] or {"attributes": {}})["attributes"], **how)
     for path, kept in state["views"].items():
@@ -409,13 +432,15 @@ def apply(learner: Learner, state: State, *, begun: bool) -> None:
         shared[name] = put_back(kept, shared.get(name), phases=types, device=device, where=where)
     learner.waiting_states = {name: list(states) for name, states in state["phases"].items()}
     for kept_phase in learner.kept_phases:
-        take_up_state(learner, kept_phase, begun)
+        waiting = learner.waiting_states.get(phase_id(kept_phase.thing))
+        kept_phase.load(waiting.pop(0) if waiting else {}, **how)
     for key, kept in state["data"].items():
         if key in learner.data and put_data_back(vars(learner.data)[key], kept):
             learner.begun_data.add(key)
 
 
-def _load_module(learner: Learner, module: nn.Module, kept: State, borrowed: Callable[[Any], bool]) -> None:
+def _load_module(learner: Learner, module: nn.Module, kept: State, how: dict[str, Any]) -> None:
+    learner.module_walk(module).load(kept["attributes"], **how)
     put_weights(module, kept)
     for name, part, own, tensor in list(unsaved_buffers(module)):
         if name in kept["buffers"]:
@@ -424,8 +449,6 @@ def _load_module(learner: Learner, module: nn.Module, kept: State, borrowed: Cal
     for name, parameter in module.named_parameters():
         if parameter.requires_grad is (name in frozen_ones):
             parameter.requires_grad = name not in frozen_ones
-    for path, changes in learner.module_changes(module):
-        changes.load(kept["attributes"].get(path, {}), True, borrowed, device=learner.accelerator.device)
 
 
 def _load_updates(learner: Learner, kept: State) -> None:
@@ -469,17 +492,40 @@ def meet_phases(learner: Learner, phases: list[Phase]) -> None:
     known = [each.thing for each in kept]
     for phase in phases:
         if not any(phase is each for each in known):
-            kept.append(Kept(phase, name_of(phase)))
-            take_up_state(learner, kept[-1])
+            kept.append(watched(learner, phase))
+            waiting = learner.waiting_states.get(phase_id(phase))
+            if waiting:
+                types, device = phase_types(), learner.accelerator.device
+                kept[-1].load(waiting.pop(0), owners_of(learner), phases=types, device=device)
     learner.kept_phases = kept
 
 
-def take_up_state(learner: Learner, kept: Kept, begun: bool = True) -> None:
-    """Have a phase take up the state that waits for it, if any."""
-    waiting = learner.waiting_states.get(phase_id(kept.thing))
-    if waiting:
-        types, device = phase_types(), learner.accelerator.device
-        kept.load(waiting.pop(0), begun, _borrowed(learner), phases=types, device=device)
+def watched(learner: Learner, phase: Phase) -> Kept:
+    """Give what is known of a phase since it was used first, in whichever learner."""
+    known = vars(phase).get(WATCHED)
+    if not isinstance(known, Kept) or known.thing is not phase:
+        known = vars(phase)[WATCHED] = Kept(phase, f"phases.{name_of(phase)}", owners_of(learner))
+    return known
+
+
+def complete_copy(learner: Learner, copied: Learner, memo: dict[int, Any]) -> None:
+    """Give a copy of a learner what PyTorch leaves out where it copies parameters and optimizers.
+
+    Those are gradients and hooks. The states of phases wait for whichever instances the copy will run.
+    """
+    consumed = {p for slot in learner.updates.slots if slot.consumed for p in slot.parameters}
+    for module, other in zip(learner.modules(), copied.modules(), strict=True):
+        of_learners.update(other.modules())
+        for parameter, twin in zip(module.parameters(), other.parameters(), strict=True):
+            copy_gradient(parameter, twin, memo, parameter not in consumed)
+    for slot, twin_slot in zip(learner.updates.slots, copied.updates.slots, strict=True):
+        copy_attributes(slot.optimizer, twin_slot.optimizer, memo)
+    if isinstance(copied.callbacks, type(learner.callbacks)):  # and not left out
+        for node, twin_node in zip(learner.callbacks.graph.nodes, copied.callbacks.graph.nodes, strict=True):
+            walk, twin_walk = learner.callbacks.kept(node)[0].walk, copied.callbacks.kept(twin_node)[0].walk
+            walk.complete_copy(twin_walk, memo)
+    copied.waiting_states = snapshot(_phases_state(learner, owners_of(learner), []))
+    copied.kept_phases = []
 
 
 def load_weights(learner: Learner, state: State, name: str, strict: bool) -> list[str]:

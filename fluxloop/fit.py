@@ -130,12 +130,14 @@ def _run(learner: Learner, scope: FitScope, until: int, reason: str | None) -> H
     scope.open()
     with heeding_signals(learner) as terminates:
         try:
-            scope.handle(FitBegin(scope.goes_on))
+            with scope.noting("fit"):
+                scope.handle(FitBegin(scope.goes_on))
             scope.put_again("fit" if history.cycles < until else "end")
             history.stop_reason = reason
             learner.safe_point()
             while history.cycles < until:
-                scope.handle(CycleBegin(scope.goes_on))
+                with scope.noting("cycle"):
+                    scope.handle(CycleBegin(scope.goes_on))
                 scope.put_again("cycle")
                 while scope.index < len(scope.phases):
                     phase = scope.phases[scope.index]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
@@ -15,12 +16,13 @@ from fluxloop.accelerator import Accelerator
 from fluxloop.assign import FIXED, check_known, put
 from fluxloop.callback import Callback
 from fluxloop.callbacks.defaults import with_defaults
-from fluxloop.checkpoint import Manifest, gather, load_weights, manifest, take
+from fluxloop.checkpoint import Manifest, complete_copy, gather, load_weights, manifest, owners_of, take
 from fluxloop.data import name_data
 from fluxloop.errors import (
     AssignmentError,
     CallbackTypeError,
     CancelFittingException,
+    CheckpointError,
     CompileError,
     LossError,
     PhaseError,
@@ -38,7 +40,6 @@ from fluxloop.misfits import check_fits
 from fluxloop.models import like, named_models
 from fluxloop.nested import batch_size
 from fluxloop.optimizers import build_optimizers, parameter_names
-from fluxloop.persist import Changes, Kept
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.randomness import Streams, check_seed, draw_seed
@@ -46,6 +47,7 @@ from fluxloop.resume import place_of
 from fluxloop.runner import Callbacks
 from fluxloop.state import SharedState, State, StepState
 from fluxloop.updates import UpdateBlock, Updates
+from fluxloop.walk import Kept, Walk, of_learners
 from fluxloop.weights import Weights
 
 C = TypeVar("C", bound=Callback)
@@ -159,8 +161,8 @@ class Learner(Generic[M]):
         self.stop_requested: str | None = None
         self.safe_points: list[Callable[[], object]] = []
         """Called at each moment of a fit in which no step is under way, until it ends."""
-        self._changes = {module: _watch(module) for module in self.modules()}
-        self.kept_loss = _kept_loss(loss_fn)
+        self._walks: dict[nn.Module, Walk] = {}
+        self.kept_loss: Kept | None = None
         self.kept_phases: list[Kept] = []
         """What checkpoints keep of the phases that run."""
         self.waiting_states: dict[str, list[Any]] = {}
@@ -169,8 +171,8 @@ class Learner(Generic[M]):
         """Keys of the data that a fit has run on."""
         self.told_lengths: set[str] = set()
         """Data of which it was said that an epoch has not as many batches as its length says."""
-        self.told_lost = False
-        """Whether it was said what a checkpoint does not keep."""
+        self.told_lost: set[str] = set()
+        """The paths of which it was said that no checkpoint keeps them."""
         self.updates = Updates(self, parameter_names(self.models, loss_fn), optimizers)
         self.finite = Finite(self)
         """Stops a fit whose loss or gradients are not finite, where `StopOnNaNLoss` asks for it."""
@@ -182,6 +184,9 @@ class Learner(Generic[M]):
             self.compiled = CompiledSteps(self)
         self.callbacks = Callbacks(self)
         given = listed(callbacks)
+        for module in self.modules():
+            self._watch(module)
+        self.kept_loss = self._kept_loss(loss_fn)
         self.callbacks.set(with_defaults(given) if default_callbacks else given)
         self._made = True
 
@@ -230,8 +235,8 @@ class Learner(Generic[M]):
         self._meet(loss_fn)
         if isinstance(loss_fn, nn.Module) and loss_fn is not self.loss_fn:
             self.accelerator.place_model(loss_fn)
-            self._changes[loss_fn] = _watch(loss_fn)
-        self.kept_loss = _kept_loss(loss_fn)
+            self._watch(loss_fn)
+        self.kept_loss = self._kept_loss(loss_fn)
 
     def meet_parameters(self) -> None:
         """Take note of parameters that joined the models, were replaced or unfrozen; a training epoch begins with it.
@@ -247,7 +252,21 @@ class Learner(Generic[M]):
             put(self, "params", params)
             for module in self.models.values():
                 self.accelerator.place_model(module)
-                self._changes[module] = _watch(module, self._changes[module])
+                self._watch(module)
+
+    def _watch(self, module: nn.Module) -> None:
+        """Look at the parts of a module that are new, so that changes of their attributes are seen."""
+        of_learners.update(module.modules())
+        known = self._walks.get(module)
+        if known is None:
+            self._walks[module] = Walk(dict(module.named_modules()), type(module).__name__, owners_of(self), parts=True)
+        else:
+            known.join(dict(module.named_modules()), owners_of(self))
+
+    def _kept_loss(self, loss_fn: object) -> Kept | None:
+        """Look at a loss function of which a checkpoint may keep something; None for others."""
+        plain = loss_fn is None or isinstance(loss_fn, (nn.Module, BuiltinFunctionType))
+        return None if plain else Kept(loss_fn, "loss_fn", owners_of(self))
 
     # Training
 
@@ -566,6 +585,30 @@ class Learner(Generic[M]):
         """
         return manifest(self)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Learner[M]:
+        """Copy everything; the copy trains to the same bits.
+
+        What PyTorch leaves out where it copies is copied too: gradients that wait for an update, hooks of
+        parameters and of optimizers. A phase goes on in the copy from where it is here.
+        """
+        copied: Learner[M] = object.__new__(type(self))
+        memo[id(self)] = copied
+        for name, value in vars(self).items():
+            vars(copied)[name] = copy.deepcopy(value, memo)
+        complete_copy(self, copied, memo)
+        return copied
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Raise: a learner has functions, open files and views that belong to its process.
+
+        Raises:
+            CheckpointError: Always; says what to do instead.
+        """
+        raise CheckpointError(
+            "a learner cannot be pickled; write its state, learner.save('state.pt'), and in the other process make the "
+            "learner anew and learner.load('state.pt'). A copy in this process: copy.deepcopy(learner)"
+        )
+
     @property
     def cycle(self) -> int | None:
         """Number of the cycle that the running fit is in, from 1, those of former fits too; None outside of a fit."""
@@ -659,9 +702,9 @@ class Learner(Generic[M]):
         """List the models, and the loss function where it is a module."""
         return [*self.models.values(), *([self.loss_fn] if isinstance(self.loss_fn, nn.Module) else [])]
 
-    def module_changes(self, module: nn.Module) -> list[tuple[str, Changes]]:
-        """Give what is watched of a model's parts, by path: attributes that are no parameters, buffers or parts."""
-        return self._changes[module]
+    def module_walk(self, module: nn.Module) -> Walk:
+        """Give what is watched of a model's parts: attributes that are no parameters, buffers or parts."""
+        return self._walks[module]
 
     @property
     def optimizer_names(self) -> tuple[str | None, ...]:
@@ -707,21 +750,6 @@ def _check_loss_fn(loss_fn: object) -> None:
         raise LossError(
             f"loss_fn={describe(loss_fn)} was given; expected a function (preds, ys) -> scalar, or a module{hint}"
         )
-
-
-def _kept_loss(loss_fn: object) -> Kept | None:
-    """Look at a loss function whose attributes a checkpoint keeps; None where it has none of its own."""
-    plain = loss_fn is None or isinstance(loss_fn, (nn.Module, FunctionType, BuiltinFunctionType))
-    return None if plain else Kept(loss_fn, "the loss function")
-
-
-def _watch(module: nn.Module, former: Iterable[tuple[str, Changes]] = ()) -> list[tuple[str, Changes]]:
-    """Look at the parts of a module, so that changes of their attributes are seen; `former` have been looked at."""
-    known, name = {id(changes.thing): changes for _, changes in former}, type(module).__name__
-    return [
-        (path, known.get(id(part)) or Changes(part, f"{name}.{path}".rstrip(".")))
-        for path, part in module.named_modules()
-    ]
 
 
 def listed(callbacks: Any) -> list[Any]:

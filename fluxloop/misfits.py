@@ -15,10 +15,11 @@ from fluxloop.history import Counts
 from fluxloop.layout import COUNT, kinds_differ, misplaced
 from fluxloop.optimizer_state import optimizer_differs, plain_defaults
 from fluxloop.optimizers import parameters_by_name
-from fluxloop.persist import Kept, class_name, is_stateful, is_uninitialized, phase_id, put_back, unsaved_buffers
+from fluxloop.persist import class_name, is_stateful, is_uninitialized, phase_id, put_back, unsaved_buffers
 from fluxloop.phase import phase_types
 from fluxloop.sources import own_generators
 from fluxloop.state import PhaseDict
+from fluxloop.walk import Kept, plain_entries
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -185,7 +186,7 @@ def _kept_differs(live: Kept, kept: State, label: str) -> Iterator[str]:
             if not isinstance(before, dict):
                 yield f"{label} has {describe(before)} as its state in the checkpoint; expected a dict"
         else:
-            now, before = vars(thing) if hasattr(thing, "__dict__") else {}, kept
+            now, before = vars(thing) if hasattr(thing, "__dict__") else {}, plain_entries(kept)
     except Exception:  # what stands for something else is told when it is put in its place
         return
     if isinstance(now, dict) and isinstance(before, dict):

@@ -15,10 +15,13 @@ from fluxloop.sources import (
     Combined,
     Numbers,
     can_skip,
+    changes_of,
+    generators_state,
     is_loader,
     iterate,
     keeps_place,
     private_state,
+    put_changes_back,
     put_generators_back,
     put_private_back,
     put_source_back,
@@ -109,7 +112,7 @@ def untouched(source: Any, workers_too: bool = True) -> Iterator[None]:
             undone.enter_context(untouched(part, workers_too))
         if workers_too:
             undone.callback(_tell_again, source, _epochs(source))
-        state, twin = source_state(source), twin_of(source)
+        state, twin = generators_state(source), twin_of(source)
         undone.callback(put_generators_back, source, state)
         undone.callback(put_twin_back, source, twin)
         loaders: tuple[Any, ...] = (source, twin) if workers_too else ()
@@ -186,6 +189,7 @@ class Pass:
         else:
             self.batches = iterate(source, numbers, 0 if keeps_place(source) else self.count)
         if place is not None:
+            put_changes_back(source, place.get("walk_now", {}))
             put_private_back(source, place["private_now"])
         elif self.went_on:
             self.batches = self._rest_or_all(self.batches)
@@ -246,7 +250,8 @@ class Pass:
         Raises:
             CheckpointError: The source cannot say it.
         """
-        place = {**self._begun, "private_now": private_state(self.source), "batch": count}
+        now = {"walk_now": changes_of(self.source)[0], "private_now": private_state(self.source)}
+        place = {**self._begun, **now, "batch": count}
         if isinstance(self.source, Combined):
             place["running"] = self.batches.place(name)  # type: ignore[attr-defined]  # what its begin gave
         elif keeps_place(self.source):

@@ -15,6 +15,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
+from itertools import chain
 from typing import Any
 
 import attrs
@@ -22,8 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
-from torch.optim import Optimizer
-from torch.utils.data import Dataset
 
 from fluxloop.errors import CheckpointError, describe, warn_user
 from fluxloop.state import Container, NamedPhase, PhaseDict, name_of
@@ -79,26 +78,26 @@ def _keep(value: Any, where: str) -> Any:
     Raises:
         CheckpointError: It, or something in it, is none of what can be kept.
     """
+    kind = type(value)
+    if kind in NUMBERS:
+        return value
     if isinstance(value, Tensor):
         value = value.detach()
         if value.untyped_storage().nbytes() > value.nbytes:  # a view, of a data set perhaps
             value = value.clone()
         return value if value.is_cpu else {MARK: "on the device", "tensor": value}
-    if type(value).__module__.partition(".")[0] == "numpy":
+    if kind in (list, tuple) and is_simple(value):
+        return kind(value)
+    if kind.__module__.partition(".")[0] == "numpy":
         return _keep_numpy(value, where)
-    if isinstance(value, bytes) and not value:  # the only ones that are read as a call
-        return {MARK: "no bytes"}
     if isinstance(value, SCALARS):
         return _plain_scalar(value, where)
     if isinstance(value, PhaseDict):
         return {MARK: "phases", "items": {phase_id(k): _keep(v, f"{where}[{k.__name__}]") for k, v in value.items()}}
-    if type(value) is list and _is_simple(value):
-        return list(value)
-    if type(value) in (list, tuple):
-        return type(value)(_keep_item(item, f"{where}[{index}]") for index, item in enumerate(value))
+    if kind in (list, tuple):
+        return kind(_keep_item(item, f"{where}[{index}]") for index, item in enumerate(value))
     if isinstance(value, dict):
-        entries = {_plain_key(key, where): _keep_item(item, f"{where}[{key!r}]") for key, item in value.items()}
-        return {MARK: "dict", "items": entries} if MARK in entries else entries
+        return of_entries(((key, _keep_item(item, f"{where}[{key!r}]")) for key, item in value.items()), where)
     if isinstance(value, (set, frozenset)):
         items = sorted(value, key=repr)  # the same set is the same file
         return {MARK: type(value).__name__, "items": [_keep_item(item, where) for item in items]}
@@ -120,13 +119,18 @@ def _keep(value: Any, where: str) -> Any:
 
 
 NUMBERS = frozenset((type(None), bool, int, float, str))
+NUMBERS_AND_TUPLES = NUMBERS | {tuple}
 
 
-def _is_simple(items: list[Any]) -> bool:
+def is_simple(items: list[Any] | tuple[Any, ...]) -> bool:
     """Tell whether a list, perhaps a long series, holds numbers, texts, and tuples of them alone."""
-    return all(
-        type(item) in NUMBERS or (type(item) is tuple and all(type(part) in NUMBERS for part in item)) for item in items
-    )
+    kinds = set(map(type, items))
+    if kinds <= NUMBERS:
+        return True
+    if not kinds <= NUMBERS_AND_TUPLES:
+        return False
+    rows = items if len(kinds) == 1 else [item for item in items if type(item) is tuple]
+    return set(map(type, chain.from_iterable(rows))) <= NUMBERS
 
 
 def _keep_item(value: Any, where: str) -> Any:
@@ -153,22 +157,35 @@ def _plain_scalar(value: Any, where: str) -> Any:
         if not isinstance(value, (int, float, str, bytes)):
             raise CheckpointError(f"{where} is {value!r}, which cannot be kept in a checkpoint; keep its name or value")
         return value.value
-    if type(value) in SCALARS:
-        return value
-    bases: tuple[Any, ...] = (int, float, complex, str, bytes)
+    if isinstance(value, bytes):  # PyTorch before 2.5 reads neither these nor complex numbers
+        raw = torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else torch.empty(0, dtype=torch.uint8)
+        return {MARK: "bytes", "bytes": raw}
+    if isinstance(value, complex):
+        return {MARK: "complex", "parts": (value.real, value.imag)}
+    bases: tuple[Any, ...] = (int, float, str)
     for base in bases:
-        if isinstance(value, base):
+        if isinstance(value, base) and type(value) not in NUMBERS:
             return base(value)
     return value
 
 
+def of_entries(pairs: Iterable[tuple[Any, Any]], where: str = "") -> dict[Any, Any]:
+    """Turn a dict's keys and kept items into a dict of plain data."""
+    entries = [(key if type(key) in NUMBERS else _plain_key(key, where), item) for key, item in pairs]
+    if any(isinstance(key, dict) or key == MARK for key, _ in entries):
+        return {MARK: "pairs", "items": entries}
+    return dict(entries)
+
+
 def _plain_key(key: Any, where: str) -> Any:
+    """Turn a key of a dict into plain data; a marked dict where it is no number or text."""
     if type(key).__module__.partition(".")[0] == "numpy" and hasattr(key, "item"):
         key = key.item()
-    if isinstance(key, SCALARS) and key != b"":
+    if isinstance(key, SCALARS):
         return _plain_scalar(key, where)
     if isinstance(key, tuple):
-        return tuple(_plain_key(part, where) for part in key)
+        parts = tuple(_plain_key(part, where) for part in key)
+        return {MARK: "key", "parts": parts} if any(isinstance(part, dict) for part in parts) else parts
     raise CheckpointError(
         f"{where} has the key {key!r}, which cannot be kept in a checkpoint; expected numbers or texts as keys"
     )
@@ -251,9 +268,9 @@ def put_back(
                 return live.copy_(kept)
         return kept.clone()
     if type(kept) is tuple:
-        return tuple(again(item) for item in kept)
+        return kept if is_simple(kept) else tuple(again(item) for item in kept)
     if isinstance(kept, list):
-        items = list(kept) if _is_simple(kept) else [again(item) for item in kept]
+        items = list(kept) if is_simple(kept) else [again(item) for item in kept]
         if type(live) is list:  # others may hold it too
             live[:] = items
             return live
@@ -261,15 +278,19 @@ def put_back(
     if not isinstance(kept, dict):
         return kept
     kind = kept.get(MARK)
-    if kind is None or kind == "dict":
-        entries = {key: again(item) for key, item in (kept["items"] if kind else kept).items()}
+    if kind in (None, "dict", "pairs"):
+        entries = {again(key): again(item) for key, item in items_of(kept)}
         if isinstance(live, dict):  # perhaps of a type of its own
             live.clear()
             live.update(entries)
             return live
         return entries
-    if kind == "no bytes":
-        return b""
+    if kind in ("bytes", "no bytes"):
+        return bytes(kept["bytes"].tolist()) if "bytes" in kept else b""
+    if kind == "complex":
+        return complex(*kept["parts"])
+    if kind == "key":
+        return again(kept["parts"])
     if kind == "on the device":
         return kept["tensor"].to(device, copy=True)
     if kind in ("set", "frozenset"):
@@ -280,7 +301,7 @@ def put_back(
         return _put_back_numpy(kept)
     if kind == "phases":
         if not isinstance(live, PhaseDict):
-            raise _misplaced(where, "a PhaseDict", live)
+            raise misplaced(where, "a PhaseDict", live)
         found = {id: phase_of(id, phases) for id in kept["items"]}
         missing = sorted(id for id, phase in found.items() if phase is None)
         if missing:
@@ -294,12 +315,19 @@ def put_back(
     return _into(kept, live, again, where)
 
 
+def items_of(kept: dict[str, Any]) -> Iterable[tuple[Any, Any]]:
+    """Give the keys and items of what `keep` made of a dict."""
+    if kept.get(MARK) == "pairs":
+        return list(kept["items"])
+    return (kept["items"] if MARK in kept else kept).items()
+
+
 def _into(kept: dict[str, Any], live: Any, again: Callable[..., Any], where: str) -> Any:
     """Put an object's state into the live one."""
     if kept[MARK] == "fields":
         fields = _fields(live)
         if fields is None:
-            raise _misplaced(where, "an object with fields", live)
+            raise misplaced(where, "an object with fields", live)
         for name, item in kept["items"].items():
             object.__setattr__(live, name, again(item, fields.get(name), f".{name}"))
     elif isinstance(live, torch.Generator):
@@ -311,7 +339,7 @@ def _into(kept: dict[str, Any], live: Any, again: Callable[..., Any], where: str
     elif is_stateful(live):
         live.load_state_dict(again(kept["state"]))
     else:
-        raise _misplaced(where, "an object with load_state_dict(state), or a random generator", live)
+        raise misplaced(where, "an object with load_state_dict(state), or a random generator", live)
     return live
 
 
@@ -336,7 +364,8 @@ def _set_numpy_state(live: Any, state: Any) -> None:
         live.set_state(state)
 
 
-def _misplaced(where: str, expected: str, live: Any) -> CheckpointError:
+def misplaced(where: str, expected: str, live: Any) -> CheckpointError:
+    """Give the error for a state whose object is not there."""
     return CheckpointError(
         f"the checkpoint has a state for {where}, which is {describe(live)} now; expected {expected}, made as in the "
         "run that wrote it"
@@ -388,73 +417,16 @@ def unsaved_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Te
 # Attributes
 
 
-class _Seen:
-    """A tensor or object as it was: the same one, changed in place no more often."""
-
-    __slots__ = ("changes", "copy", "thing")
-
-    def __init__(self, thing: Any) -> None:
-        self.thing = thing
-        self.changes = thing._version if isinstance(thing, Tensor) else 0
-        small = isinstance(thing, Tensor) and thing.numel() <= SMALL and not is_lazy(thing)
-        self.copy = thing.detach().clone() if small else None  # some change a tensor where nobody counts
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Seen) or self.thing is not other.thing or self.changes != other.changes:
-            return False
-        return self.copy is None or other.copy is None or torch.equal(self.copy, other.copy)
-
-    __hash__ = None  # type: ignore[assignment]  # compared only
-
-
-SMALL = 4096
-"""Up to how many numbers a tensor is compared by value, to see whether it has changed."""
-
-
-def look(value: Any) -> Any:
-    """Describe a value so that a later description is equal where nothing has changed."""
-    try:
-        return _look(value)
-    except RecursionError:  # it contains itself
-        return _Seen(value)
-
-
-def _look(value: Any) -> Any:
-    if isinstance(value, SCALARS):
-        return type(value), repr(value)
-    if isinstance(value, Mapping):
-        return type(value), [(_look(key), _look(item)) for key, item in value.items()]
-    if isinstance(value, (list, tuple, deque)):
-        return type(value), [_look(item) for item in value]
-    if isinstance(value, (set, frozenset)):
-        return type(value), sorted(map(repr, value))
-    if isinstance(value, torch.Generator):
-        return value.get_state().tolist()
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if isinstance(value, (Tensor, Dataset)) or callable(value) or is_stateful(value):
-        return _Seen(value)
-    if type(value).__module__.partition(".")[0] == "numpy":
-        state = _numpy_state(value)
-        return repr(state) if state is not None else (str(getattr(value, "dtype", "")), _bytes(value))
-    fields = _fields(value)
-    if fields is not None:
-        return type(value), _look(fields)
-    own = getattr(value, "__dict__", {})  # of any other object: its numbers, texts, tensors and containers
-    seen = (*SCALARS, Tensor, list, tuple, dict, set, deque)
-    plain = {name: _look(item) for name, item in own.items() if isinstance(item, seen)}
-    return _Seen(value), plain
-
-
-def _bytes(value: Any) -> Any:
-    return value.tobytes() if hasattr(value, "tobytes") else repr(value)
+WATCHED = "__watched__"
+"""The attribute in which a phase holds what is known of it."""
 
 
 def attributes(thing: Any) -> dict[str, Any]:
     """Give the attributes of an object, those in slots too."""
     slots = [name for cls in type(thing).__mro__ for name in _slots(cls)]
     found = {name: getattr(thing, name) for name in slots if hasattr(thing, name)}
-    return {**found, **getattr(thing, "__dict__", {})}
+    own = {name: value for name, value in getattr(thing, "__dict__", {}).items() if name != WATCHED}
+    return {**found, **own}
 
 
 def _slots(cls: type) -> Iterator[str]:
@@ -483,117 +455,6 @@ def plain_attributes(thing: Any) -> dict[str, Any]:
     return plain
 
 
-class Changes:
-    """The attributes of an object that have changed since it was looked at first.
-
-    Args:
-        thing: The object.
-        name: What it is called in messages.
-    """
-
-    def __init__(self, thing: Any, name: str) -> None:
-        self.thing = thing
-        self.name = name
-        of_torch = _OF_EVERY_MODULE if isinstance(thing, nn.Module) else ()
-        self._left_out = {*getattr(thing, "transient", ()), *of_torch}
-        own = self._own()
-        self._first = {key: look(value) for key, value in own.items()}
-        self._kept = {key: kept for key, value in own.items() if (kept := _small(value)) is not None}
-
-    def _own(self) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in attributes(self.thing).items()
-            if name not in self._left_out and not name.startswith("__")
-        }
-
-    def state(self, borrowed: Callable[[Any], bool]) -> tuple[dict[str, Any], list[str]]:
-        """Give what has changed as plain data, and what of it is lost.
-
-        Args:
-            borrowed: Tells whether an object belongs to somebody else, who keeps it.
-        """
-        kept: dict[str, Any] = {}
-        lost: list[str] = []
-        for name, value in self._own().items():
-            changed = is_stateful(value) or name not in self._first or self._first[name] != look(value)
-            if not changed or borrowed(value):
-                continue
-            try:
-                kept[name] = keep(value, f"{self.name}.{name}")
-            except CheckpointError:
-                lost.append(f"{self.name}.{name}")
-        return kept, lost
-
-    def load(self, state: dict[str, Any], begun: bool, borrowed: Callable[[Any], bool], **how: Any) -> None:
-        """Put back what had changed, and what had not as it was first.
-
-        Args:
-            state: What `state` gave.
-            borrowed: Tells whether an object belongs to somebody else, who keeps it.
-            begun: Whether what begins with a fit has begun: before, an object that holds a state need not be there.
-            how: For `put_back`.
-
-        Raises:
-            CheckpointError: It cannot be put back.
-        """
-        own = self._own()
-        mine = [name for name in self._kept if name in own and not borrowed(own[name])]
-        first = {name: self._kept[name] for name in mine if self._first[name] != look(own[name])}
-        for name, kept in {**first, **state}.items():
-            if is_held(kept) and not begun and own.get(name) is None:
-                continue
-            value = put_back(kept, own.get(name), where=f"{self.name}.{name}", **how)
-            if own.get(name) is not value:
-                object.__setattr__(self.thing, name, value)
-
-
-def _small(value: Any) -> Any:
-    """Keep a small value as it is first; None for others."""
-    if is_stateful(value) or isinstance(value, (nn.Module, Optimizer)):
-        return None
-    try:
-        kept = keep(value, "")
-    except CheckpointError:
-        return None
-    return snapshot(kept) if size(kept) <= 8 * SMALL else None
-
-
-class Kept:
-    """What of a callback or a phase is kept: what its pair gives, or the attributes that have changed.
-
-    Args:
-        thing: The callback or phase, set up and not yet used.
-        name: What it is called in messages.
-    """
-
-    def __init__(self, thing: Any, name: str) -> None:
-        self.thing = thing
-        self.name = name
-        self._changes = None if is_stateful(thing) else Changes(thing, name)
-
-    def state(self, borrowed: Callable[[Any], bool]) -> tuple[Any, list[str]]:
-        """Give the state as plain data, and what of it is lost; an empty dict where there is nothing to keep.
-
-        Raises:
-            CheckpointError: What the pair gives is no plain data.
-        """
-        if self._changes is None:
-            return {"pair": keep(self.thing.state_dict(), f"{self.name}.state_dict()")}, []
-        return self._changes.state(borrowed)
-
-    def load(self, state: dict[str, Any], begun: bool, borrowed: Callable[[Any], bool], **how: Any) -> None:
-        """Go on from a state; see `Changes.load`.
-
-        Raises:
-            CheckpointError: It cannot be put back.
-        """
-        if self._changes is not None:
-            self._changes.load({name: kept for name, kept in state.items() if name != "pair"}, begun, borrowed, **how)
-        elif "pair" in state:
-            self.thing.load_state_dict(put_back(state["pair"], where=f"{self.name}.state_dict()", **how))
-
-
 def size(kept: Any) -> int:
     """Give the size of plain data in bytes, as it is in memory, roughly."""
     if isinstance(kept, Tensor):
@@ -611,8 +472,10 @@ def snapshot(kept: Any) -> Any:
         return kept if is_lazy(kept) else kept.detach().to("cpu", copy=True)
     if isinstance(kept, dict):
         return {key: snapshot(item) for key, item in kept.items()}
-    if type(kept) is list and _is_simple(kept):
+    if type(kept) is list and is_simple(kept):
         return list(kept)
+    if type(kept) is tuple and is_simple(kept):
+        return kept
     if type(kept) in (list, tuple):
         return type(kept)(snapshot(item) for item in kept)
     return kept

@@ -8,7 +8,8 @@ on with the next batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fluxloop.checkpoint import try_to_apply
@@ -57,7 +58,19 @@ class FitScope(Scope):
         finished: Whether `FitEnd` was fired.
     """
 
-    __slots__ = ("_again", "_go_back", "cut", "feed", "finished", "index", "phases", "script", "steps_per_epoch")
+    __slots__ = (
+        "_again",
+        "_go_back",
+        "_noted",
+        "_noting",
+        "cut",
+        "feed",
+        "finished",
+        "index",
+        "phases",
+        "script",
+        "steps_per_epoch",
+    )
 
     def __init__(
         self,
@@ -76,6 +89,8 @@ class FitScope(Scope):
         self.index = 0
         self._again = state
         self._go_back = undo
+        self._noted: set[str] = set()
+        self._noting = ExitStack()
         place = None if state is None else state["place"]
         if place is not None:
             self.script = put_back(place["script"])
@@ -125,7 +140,7 @@ class FitScope(Scope):
         if is_under_way(place):
             under_way = "cycle" if place["feed"] is None else "epoch"
         if inside in (under_way, "end"):
-            try_to_apply(self._learner, self._again, self._go_back, begun=True)
+            try_to_apply(self._learner, self._again, self._go_back, begun=True, running=True)
             if inside == "epoch":
                 self._order_again(self.phases[self.index])
             self._again, self._go_back = None, nothing
@@ -134,13 +149,25 @@ class FitScope(Scope):
         """Take the data of an epoch that is about to run."""
         self.feed = feed
         feed.limit = self.steps_per_epoch
+        self._noting.enter_context(self.noting(self.phases[self.index].owner))
         if self._again is not None:
             feed.go_on(self._again["place"]["feed"], self._go_back)
 
     def began(self) -> None:
         """Put the epoch's state in place where it goes on from a checkpoint."""
         if self.feed is not None:
+            self._noting.close()
             self.put_again("epoch")
+
+    @contextmanager
+    def noting(self, what: str) -> Iterator[None]:
+        """Note what callbacks make inside, the first time that a fit, a cycle or an epoch of a phase begins."""
+        first, callbacks = what not in self._noted, self._learner.callbacks
+        self._noted.add(what)
+        before = callbacks.new_objects() if first else []
+        yield
+        if first:
+            callbacks.note_made(before)
 
     def ended(self) -> None:
         """Count a complete phase."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from inspect import signature
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from attrs import frozen
 from fluxloop.access import covers, dotted, parse, view_of
 from fluxloop.assign import adopt
 from fluxloop.callback import EXPECTED, Callback, Handler, require_call, watchers
+from fluxloop.checkpoint import owners_of
 from fluxloop.errors import (
     CancelEpochException,
     CancelFittingException,
@@ -25,10 +26,10 @@ from fluxloop.events import FIT_EVENTS, GRADIENT_EVENTS, Event, FitEnd, event_ty
 from fluxloop.graph import CallbackGraph, Node, touches
 from fluxloop.loop import Handle, locate
 from fluxloop.outlook import note_directions
-from fluxloop.persist import Kept
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.randomness import Stream, between_steps, noticing, putting_back, with_own_stream
 from fluxloop.view import make_view
+from fluxloop.walk import Kept, Owners
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -107,7 +108,8 @@ class Callbacks:
             for node in graph.nodes:
                 node.callback.unwrapped._adopted = True
             former = {id(kept.thing): kept for own, around in self._kept.values() for kept in (own, *around)}
-            self._kept = {node.id: watch(node, former) for node in graph.nodes}
+            owners = owners_of(self._learner)
+            self._kept = {node.id: watch(node, former, owners) for node in graph.nodes}
         except BaseException:
             self._graph, self._views, self._kept = before
             vars(self._learner.cbstate).clear()
@@ -156,6 +158,20 @@ class Callbacks:
     def given(self) -> list[Callback]:
         """Give the callbacks as they were given, wrappers included, in the order in which they run."""
         return [node.callback for node in self._graph.nodes]
+
+    def new_objects(self) -> list[Set[str]]:
+        """Give the paths of objects that callbacks have made since they were set up, callback by callback."""
+        owners = owners_of(self._learner)
+        return [own.walk.new_objects(owners) for own, _ in self._kept.values()]
+
+    def note_made(self, before: list[Set[str]]) -> None:
+        """Note the objects that callbacks made as something began: they make them again in a run that goes on.
+
+        Args:
+            before: What `new_objects` gave before it began.
+        """
+        for (own, _), former, now in zip(self._kept.values(), before, self.new_objects(), strict=True):
+            own.walk.note_made(now - former)
 
     def kept(self, node: Node) -> tuple[Kept, list[Kept]]:
         """Give what a checkpoint keeps of a callback, and of the conditions around it."""
@@ -367,23 +383,24 @@ def check_handlers(node: Node) -> None:
         require_call(call, 3, EXPECTED, f"the handler {type(callback).__name__}.{name}, at {event.__name__},")
 
 
-def watch(node: Node, former: dict[int, Kept]) -> tuple[Kept, list[Kept]]:
+def watch(node: Node, former: dict[int, Kept], owners: Owners) -> tuple[Kept, list[Kept]]:
     """Look at a callback that has been set up, and at the conditions around it, so that changes are seen.
 
     Args:
         node: The callback.
         former: What has been looked at before.
+        owners: Tell what somebody else keeps.
     """
 
     def look(thing: Any, name: str) -> Kept:
-        return former.get(id(thing)) or Kept(thing, name)
+        return former.get(id(thing)) or Kept(thing, name, owners)
 
     conditions = []
     layer = node.callback
     while layer is not layer.unwrapped:
-        conditions.append(look(getattr(layer, "condition", None), f"the condition of {node.id}"))
+        conditions.append(look(getattr(layer, "condition", None), f"callbacks.{node.id}.condition"))
         layer = getattr(layer, "callback", layer.unwrapped)
-    return look(layer, node.id), conditions
+    return look(layer, f"callbacks.{node.id}"), conditions
 
 
 def deliver(bound: tuple[Bound, ...], event: Event, phase: Phase, learner: Learner) -> None:

@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain, islice
 from numbers import Integral
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,9 +32,7 @@ from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
     DataLoader,
-    Dataset,
     IterableDataset,
-    Sampler,
     Subset,
     TensorDataset,
     default_collate,
@@ -43,8 +41,9 @@ from torch.utils.data import (
 from fluxloop.data import TensorBatches, is_plain
 from fluxloop.errors import describe
 from fluxloop.loading import Endless, begin, watched
-from fluxloop.persist import SCALARS, Changes, attributes, is_numpy_generator, is_stateful, keep, put_back
+from fluxloop.persist import SCALARS, attributes, is_numpy_generator, is_stateful, keep, put_back
 from fluxloop.randomness import others_apart, others_going_on, start_generators, start_torch
+from fluxloop.walk import Walk, models_apart
 
 
 @frozen
@@ -434,21 +433,42 @@ def _samplers(source: Any) -> list[Any]:
     return list(own.values()) if isinstance(source, DataLoader) else []
 
 
-_watched: WeakKeyDictionary[DataLoader[Any], list[Changes]] = WeakKeyDictionary()
+_walks: WeakKeyDictionary[Any, Walk] = WeakKeyDictionary()
 
 
-def _watch(source: Any) -> list[Changes]:
-    """Look at a loader's samplers, so that changes of their attributes are seen."""
+def _watch(source: Any) -> Walk | None:
+    """Look at what a source consists of, so that changes are seen; None where it is plain, or cannot be looked at."""
+    if isinstance(source, (list, tuple, Tensor, Combined)) or type(source) is TensorBatches:
+        return None
+    try:
+        if source not in _walks:
+            _walks[source] = Walk({"": SimpleNamespace(**_parts(source))}, "data", models_apart, data=True)
+    except TypeError:  # it cannot be referred to weakly
+        return None
+    return _walks[source]
+
+
+def _parts(source: Any) -> dict[str, Any]:
+    """Give what of a source may change, by name: of a loader its data set, functions and samplers."""
+    if keeps_place(source):
+        return {f"sampler_{number}": sampler for number, sampler in enumerate(_samplers(source))}
     if not isinstance(source, DataLoader):
-        return []
-    if source not in _watched:
-        _watched[source] = [Changes(sampler, type(sampler).__name__) for sampler in _samplers(source)]
-    return _watched[source]
+        return {"source": source}
+    parts = {name: getattr(source, name, None) for name in ("dataset", "collate_fn", "sampler", "batch_sampler")}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
-def _is_elsewhere(value: Any) -> bool:
-    """Tell whether a sampler's attribute is kept elsewhere, or is the data itself."""
-    return isinstance(value, (Sampler, Dataset))
+def changes_of(source: Any) -> tuple[dict[str, Any], list[str]]:
+    """Give what has changed of a source's parts as plain data, and the paths of what is lost."""
+    walk = _watch(source)
+    return ({}, []) if walk is None else walk.state(models_apart)
+
+
+def put_changes_back(source: Any, kept: dict[str, Any]) -> None:
+    """Put a source's parts where `changes_of` found them."""
+    walk = _watch(source)
+    if walk is not None:
+        walk.load(kept, models_apart)
 
 
 KINDS = (torch.Generator, random.Random)
@@ -499,11 +519,16 @@ def _inside(thing: Any) -> list[Any]:
 
 
 def source_state(source: Any) -> dict[str, Any]:
-    """Give what of a loader moves: generators, and what samplers of the user's keep."""
+    """Give what of a source moves: generators, and what its data set, functions and samplers keep."""
+    state = {**generators_state(source), "walk": changes_of(source)[0]}
+    return {**state, "parts": [source_state(part) for part in source.parts]} if isinstance(source, Combined) else state
+
+
+def generators_state(source: Any) -> dict[str, Any]:
+    """Give where all generators of a source stand."""
     return {
-        **({"parts": [source_state(part) for part in source.parts]} if isinstance(source, Combined) else {}),
+        **({"parts": [generators_state(part) for part in source.parts]} if isinstance(source, Combined) else {}),
         "own_generators": [generator.get_state() for generator in own_generators(source)],
-        "samplers": [changes.state(_is_elsewhere)[0] for changes in _watch(source)],
         "private": private_state(source),
     }
 
@@ -520,7 +545,7 @@ def put_private_back(source: Any, kept: list[Any]) -> None:
 
 
 def put_generators_back(source: Any, state: dict[str, Any]) -> None:
-    """Put all generators of a loader where `source_state` found them."""
+    """Put all generators of a source where `generators_state` found them."""
     for part, of_part in zip(parts_of(source), state.get("parts", ()), strict=False):
         put_generators_back(part, of_part)
     for generator, kept in zip(own_generators(source), state["own_generators"], strict=False):
@@ -532,6 +557,7 @@ def put_source_back(source: Any, state: dict[str, Any]) -> None:
     """Put a loader where `source_state` found it."""
     for part, of_part in zip(parts_of(source), state.get("parts", ()), strict=False):
         put_source_back(part, of_part)
-    for changes, kept in zip(_watch(source), state["samplers"], strict=False):
-        changes.load(kept, True, _is_elsewhere)
-    put_generators_back(source, state)
+    put_changes_back(source, state.get("walk", {}))
+    for generator, kept in zip(own_generators(source), state["own_generators"], strict=False):
+        generator.set_state(kept)
+    put_private_back(source, state["private"])

@@ -733,7 +733,7 @@ def test_what_changes_in_place_resumes_exactly() -> None:
     assert_resumes_exactly(lambda: net(InPlace()), epochs=2, at=[2, 5, 8])
 
 
-def test_an_object_without_a_state_that_changes_is_told() -> None:
+def test_an_object_of_plain_data_needs_no_state_of_its_own() -> None:
     class Holds(Callback):
         def __init__(self) -> None:
             self.ring = Ring()
@@ -749,13 +749,29 @@ def test_an_object_without_a_state_that_changes_is_told() -> None:
             self.ring.items.append(1.0)
 
     for kind in (Holds, Fills):
-        learner = net(kind())
-        learner.fit(1)
-        with pytest.warns(UserWarning, match=f"{kind.__name__}.ring changed in training and cannot be saved"):
-            learner.state_dict()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            learner.state_dict()  # once is enough
+        assert_resumes_exactly(lambda kind=kind: net(kind()), epochs=1, at=[2, 5])
+
+
+def test_a_ring_goes_back_with_the_learner_that_has_trained() -> None:
+    class Holds(Callback):
+        def __init__(self) -> None:
+            self.ring = Ring()
+
+        @on(StepEnd)
+        def step(self, event: StepEnd, phase: Phase, learner: Any) -> None:
+            self.ring.count += 1
+            self.ring.items.append(1.0)
+
+    holds = Holds()
+    learner = net(holds)
+    begin = copy.deepcopy(learner.state_dict())
+    learner.fit(1)
+    steps = holds.ring.count
+    after = copy.deepcopy(learner.state_dict())
+    learner.load_state_dict(begin)
+    assert (holds.ring.count, holds.ring.items) == (0, [])
+    learner.load_state_dict(after)
+    assert (holds.ring.count, holds.ring.items) == (steps, [1.0] * steps)
 
 
 def test_a_parameter_that_an_optimizer_holds_stays_the_one_it_holds(tmp_path: Path) -> None:

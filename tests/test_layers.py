@@ -74,10 +74,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "logging.wandb",
         "optimizer_state",
         "phase",
-        "sources",
         "stopping",
+        "walk",
         "weights",
     ),
+    ("sources",),
     (
         "callback",
         "logging.mlflow",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fluxloop import (
+    AbstractTrainingPhase,
     Accelerator,
     Callback,
     CallbackConflictError,
     CallbackTypeError,
+    CheckpointError,
     CustomCallback,
     DataError,
     DuplicateCallbackError,
@@ -34,6 +37,7 @@ from fluxloop import (
     TrainingPhase,
     ValidationPhase,
     on,
+    runstep,
     seed_everything,
     throttle,
 )
@@ -486,3 +490,88 @@ def test_hooks_at_the_beginning_of_a_step_see_the_batch() -> None:
     learner = toy_learner(CustomCallback(lambda learner: seen.append(len(learner.step.xs)), StepBegin, TrainingPhase))
     learner.fit(1)
     assert seen == [8] * 16
+
+
+# Copies
+
+
+class EveryFourth(AbstractTrainingPhase):
+    """Updates at every fourth step."""
+
+    def __init__(self) -> None:
+        self.n = 0
+
+    def step(self, learner: Any, batch: Any) -> None:
+        with runstep(learner, self, xs=batch[0], ys=batch[1]) as (_, state):
+            state.loss = learner.loss_fn(learner.model(state.xs), state.ys)
+            learner.backward(state.loss)
+            self.n += 1
+            if self.n % 4 == 0:
+                learner.update()
+
+
+def test_a_copy_has_the_gradients_that_wait_and_trains_to_the_same_bits() -> None:
+    learner, phase = toy_learner(), EveryFourth()
+    learner.fit(1, phases=[phase], steps_per_epoch=6)
+    copied = copy.deepcopy(learner)
+    gradient = learner.model.value.grad
+    assert gradient is not None
+    assert torch.equal(gradient, copied.model.value.grad)
+    assert gradient is not copied.model.value.grad
+    learner.fit(1, phases=[phase])
+    copied.fit(1, phases=[EveryFourth()])
+    assert_same_bits(learner, copied)
+
+
+def test_a_copy_has_the_hooks_of_optimizers_and_parameters() -> None:
+    class Counts:
+        def __init__(self) -> None:
+            self.steps = self.gradients = 0
+
+        def step(self, *given: Any) -> None:
+            self.steps += 1
+
+        def gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+            self.gradients += 1
+            return gradient * 2
+
+    class Holds(Callback):
+        def __init__(self) -> None:
+            self.counts = Counts()
+
+    learner = toy_learner(holds := Holds())
+    learner.optimizer.register_step_post_hook(holds.counts.step)
+    learner.model.value.register_hook(holds.counts.gradient)
+    copied = copy.deepcopy(learner)
+    other = copied.get_callback(Holds)
+    assert other is not None
+    copied.fit(1)
+    assert (holds.counts.steps, holds.counts.gradients) == (0, 0)
+    assert (other.counts.steps, other.counts.gradients) == (16, 16)
+    learner.fit(1)
+    assert_same_bits(learner, copied)
+
+
+def test_a_phase_goes_on_in_a_copy_from_where_it_was() -> None:
+    class Every3(TrainingPhase):
+        def __init__(self) -> None:
+            self.n = 0
+
+        def body(self, learner: Any, handle: Any, state: Any) -> None:
+            self.n += 1
+            if self.n % 3:
+                super().body(learner, handle, state)
+
+    learner, phase = toy_learner(), Every3()
+    learner.fit(1, phases=[phase], steps_per_epoch=4)
+    copied = copy.deepcopy(learner)
+    for each in (learner, copied):
+        each.fit(1, phases=[phase if each is learner else Every3()])
+    assert_same_bits(learner, copied)
+
+
+def test_pickling_a_learner_says_what_to_do_instead() -> None:
+    learner = toy_learner()
+    learner.fit(1)
+    with pytest.raises(CheckpointError, match=r"cannot be pickled; write its state, learner\.save\('state\.pt'\)"):
+        pickle.dumps(learner)

@@ -205,6 +205,7 @@ def test_after_so_many_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert files(tmp_path) == [(0, 3, 0), (1, 6, 0), (2, 8, 0)]
 
 
+@pytest.mark.filterwarnings("ignore:.*__closure__.*cannot be saved")
 def test_where_the_run_begins_is_kept_until_there_is_more(tmp_path: Path) -> None:
     seen: list[list[tuple[int, int, int]]] = []
     look = CustomCallback(lambda learner: seen.append(files(tmp_path)), StepEnd, AbstractTrainingPhase)
@@ -980,7 +981,8 @@ def test_attributes_that_cannot_be_kept_are_told_once(tmp_path: Path) -> None:
         transient = ("thing", "other")
 
     with pytest.warns(
-        UserWarning, match=r"Holder.thing, Holder.other changed in training .* transient = \('thing', 'other'\)"
+        UserWarning,
+        match=r"callbacks.Holder.thing, callbacks.Holder.other changed in training .* transient = \('thing', 'other'\)",
     ) as told:
         toy(Holder(), Checkpointer(tmp_path / "a")).fit(3)
     assert len(told) == 1
@@ -1216,6 +1218,7 @@ def test_the_pointer_to_the_newest_can_be_resumed_from(tmp_path: Path) -> None:
     assert_same_bits(plain, resumed)
 
 
+@pytest.mark.filterwarnings("ignore:.*__closure__.*cannot be saved")
 def test_the_best_epoch_stays_also_where_few_epochs_are_due(tmp_path: Path) -> None:
     values = iter([5.0, 1.0, 4.0, 3.0])
     scores = fluxloop.Metric(lambda preds, ys: torch.tensor(next(values)), name="score", phase=ValidationPhase)
