@@ -1041,10 +1041,7 @@ def _load_module(module: nn.Module, kept: State, how: dict[str, Any], where: str
     def again(written: Any) -> Any:
         return put_back(written, where=where, **how)
 
-    try:
-        module.load_state_dict(again(kept["state"]))
-    except RuntimeError as error:
-        raise CheckpointError(f"{where} is not the module it was: {error}") from error
+    module.load_state_dict(again(kept["state"]))
     for name, written in kept.get("buffers", {}).items():
         path, _, own = name.rpartition(".")
         part = module.get_submodule(path)
