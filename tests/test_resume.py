@@ -29,6 +29,7 @@ from fluxloop import (
     CheckpointError,
     CycleBegin,
     CycleEnd,
+    EarlyStopping,
     EpochBegin,
     EpochEnd,
     FitBegin,
@@ -47,7 +48,7 @@ from fluxloop import (
     throttle,
 )
 from fluxloop.callbacks.checkpointer import Checkpointer
-from fluxloop.folder import Folder, write
+from fluxloop.folder import Folder, read, write
 from fluxloop.state import PhaseDict
 from fluxloop.testing import (
     EventRecorder,
@@ -392,6 +393,27 @@ def test_a_run_with_sparse_phases_ends_in_the_numbers_of_one_that_was_not_killed
     assert resumed.history.rows() == whole.history.rows()
     assert {row["epoch"] for row in resumed.history.rows() if row["phase"] == "after"} == {2, 3}
     assert [phase.n for phase in again if isinstance(phase, Wobbles)] == [6, 4]
+
+
+@pytest.mark.parametrize("moment", [3, 5, 6])
+def test_a_checkpoint_from_before_phases_had_names_is_gone_on_with(tmp_path: Path, moment: int) -> None:
+    def make() -> Learner:
+        return classifier((TensorBatches(*rows(), batch_size=6),) * 2, Recorder(), fluxloop.Metrics(), EarlyStopping(9))
+
+    whole, killed, resumed = make(), make(), make()
+    whole.fit(3)
+    save_at(killed, moment, tmp_path / "state.pt", epochs=3)
+    state = read(tmp_path / "state.pt")
+    for counts in state["cbstate"]["history"]["items"].values():
+        for new in ("epoch", "label"):
+            del counts["items"][new]
+    for name in ("_cycle", "_place"):
+        state["callbacks"]["Recorder"]["state"].pop(name)
+    (tmp_path / "old").mkdir()
+    write(tmp_path / "old" / "state.pt", state)
+    resumed.fit(3, resume=tmp_path / "old" / "state.pt")
+    assert resumed.history.rows() == whole.history.rows()
+    assert_same_bits(resumed, whole)
 
 
 def test_a_phase_without_data_does_not_matter() -> None:

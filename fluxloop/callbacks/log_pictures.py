@@ -195,7 +195,7 @@ class LogImages(LogCallback):
     @on(EpochEnd, AbstractTrainingPhase)
     def log_new(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Log those that were made in this epoch."""
-        epoch = learner.cbstate.history[phase].epochs
+        epoch = learner.cbstate.history[phase].epoch
         for name, grid in learner.cbstate.images.items():
             before = self._before.get(name)
             if before is None or before.shape != grid.shape or not bool((before == grid).all()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any
 
 from attrs import define, field
@@ -42,7 +43,9 @@ class Recorder(Callback):
         history = learner.cbstate.history
         if learner.cycle is not None and learner.cycle != self._cycle:
             trains = any(each.gradients for each in learner.fit_phases)
-            self._cycle, self._place = learner.cycle, trained_epochs(history) + trains
+            before = takewhile(lambda each: each is not phase, learner.fit_phases)  # some, after an older checkpoint
+            self._cycle = learner.cycle
+            self._place = trained_epochs(history) + (trains and not any(each.gradients for each in before))
         counts = history[phase]
         counts.steps_epoch = 0
         if not counts.label:

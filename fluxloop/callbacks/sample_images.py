@@ -122,9 +122,10 @@ class SampleImages(Callback):
     @on(EpochEnd, AbstractTrainingPhase)
     def sample(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Make the grid, share it, and save it."""
-        epoch = learner.cbstate.history[phase].epochs
-        if self._inputs is None or epoch % self.every:
+        counts = learner.cbstate.history[phase]
+        if self._inputs is None or counts.epochs % self.every:
             return
+        epoch = counts.epoch
         module = learner.weights[self.model]
         inputs, named = to_device_of(module, (self._inputs, self._named))
         with watching(module), drawing(stream_seed(learner.seed, f"SampleImages/{self.model}", epoch)):
