@@ -15,7 +15,6 @@ A callback is a class that declares what it reads and writes and has methods mar
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
@@ -29,7 +28,7 @@ from multipledispatch import Dispatcher
 from multipledispatch.conflict import supercedes
 
 from fluxloop.assign import put, set_option
-from fluxloop.errors import AmbiguousHandlerError, HandlerError, describe, did_you_mean
+from fluxloop.errors import AmbiguousHandlerError, HandlerError, arguments_misfit, describe, did_you_mean
 from fluxloop.events import Event, event_types
 from fluxloop.monitor import Expected, Monitor
 from fluxloop.phase import Phase, phase_types, require_pair
@@ -54,16 +53,9 @@ def require_call(function: Any, arguments: int, expected: str, what: str) -> Non
     Raises:
         HandlerError: It takes fewer, or needs more.
     """
-    try:
-        signature = inspect.signature(function, follow_wrapped=False)
-    except (TypeError, ValueError):  # some that are written in C do not say
-        return
-    try:
-        signature.bind(*[None] * arguments)
-    except TypeError as error:
-        plain = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
-        given = inspect.Signature(plain)
-        raise HandlerError(f"{what} has the arguments {given}; expected {expected} ({error})") from None
+    misfit = arguments_misfit(function, arguments)
+    if misfit is not None:
+        raise HandlerError(f"{what} has the arguments {misfit[0]}; expected {expected} ({misfit[1]})")
 
 
 MARK = "__fluxloop_on__"

@@ -38,10 +38,12 @@ Signals end a part of the training on purpose. They are raised in a handler or i
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class FluxloopError(Exception):
@@ -199,6 +201,23 @@ class CancelFittingException(CancelSignal):
 
     Outside ``fit`` (``learner.epoch(...)``, ``evaluate``, ``predict``) it reaches the caller.
     """
+
+
+def arguments_misfit(function: Any, count: int) -> tuple[str, str] | None:
+    """Return a function's arguments and why it cannot be called with so many by position; None where it can.
+
+    One that does not say what it takes, as some that are written in C, is taken to fit.
+    """
+    try:
+        signature = inspect.signature(function, follow_wrapped=False)
+    except (TypeError, ValueError):
+        return None
+    try:
+        signature.bind(*[None] * count)
+    except TypeError as error:
+        plain = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
+        return str(inspect.Signature(plain)), str(error)
+    return None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -32,7 +32,7 @@ from fluxloop.loop import check_view
 from fluxloop.outlook import check_monitors, warn_unseen
 from fluxloop.passes import untouched
 from fluxloop.persist import attributes, phase_id
-from fluxloop.phase import AbstractValidationPhase, Phase, Stateful, check_every, check_name, is_due
+from fluxloop.phase import AbstractValidationPhase, Phase, Stateful, check_every, check_methods, check_name, is_due
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.randomness import preserved
 from fluxloop.resume import FitScope, check_resumes, nothing
@@ -225,6 +225,7 @@ def check_phase(phase: object) -> None:
             f"class MyPhase({type(phase).__name__}): data_key = {phase.data_key!r}"
         )
     check_name(phase)
+    check_methods(type(phase))
     if isinstance(phase, AbstractValidationPhase):
         check_every(phase)
 

@@ -16,12 +16,14 @@ StepEnd), or, where that is not enough, its own `step`; callbacks that handle an
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import update_wrapper
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from weakref import WeakSet
 
-from fluxloop.errors import BatchError, CancelStepException, PhaseError, describe
+from fluxloop.errors import BatchError, CancelStepException, PhaseError, arguments_misfit, describe
 from fluxloop.lazy import all_subclasses
 from fluxloop.loop import runepoch, runstep
 from fluxloop.nested import batch_size
@@ -208,6 +210,35 @@ def check_name(phase: Phase) -> None:
             f"a {cls} has name={name!r}; expected a text without slashes and brackets, as in 'noisy/loss': "
             f"{cls}.name = 'noisy', or phase.name = 'noisy'"
         )
+
+
+_CALLED = {
+    "step": "(self, learner, batch)",
+    "epoch": "(self, learner, data)",
+    "entries": "(self, batch)",
+    "body": "(self, learner, handle, state)",
+    "finish": "(self, learner, state)",
+}
+"""What the methods of a phase that users write are called with."""
+
+_checked: WeakSet[type[Phase]] = WeakSet()
+
+
+def check_methods(cls: type[Phase]) -> None:
+    """Raise for a phase class with a method that cannot be called as it will be: seen now, not after an epoch.
+
+    Raises:
+        PhaseError: Names the method, and what it is to take.
+    """
+    if cls in _checked:
+        return
+    for name, expected in _CALLED.items():
+        method = inspect.getattr_static(cls, name)
+        function = getattr(method, "function", method)  # of a step, which is wrapped
+        misfit = arguments_misfit(function, expected.count(",") + 1) if isinstance(function, FunctionType) else None
+        if misfit is not None:
+            raise PhaseError(f"{cls.__name__}.{name} has the arguments {misfit[0]}; expected {expected} ({misfit[1]})")
+    _checked.add(cls)
 
 
 def check_every(phase: AbstractValidationPhase) -> None:

@@ -641,3 +641,28 @@ def test_a_sparse_validation_changes_nothing_of_the_training() -> None:
     plain.fit(4, phases=[TrainingPhase()])
     watched.fit(4, phases=[TrainingPhase(), ValidationPhase(every=3), ValidationPhase(name="other", every=2)])
     assert_same_bits(plain, watched)
+
+
+# What its methods take
+
+
+@pytest.mark.parametrize("method", ["step", "epoch", "entries", "body", "finish"])
+def test_a_method_with_other_arguments_is_refused_before_anything_runs(method: str) -> None:
+    wrong = type("Wrong", (ValidationPhase,), {method: lambda self: None})
+    learner = toy_learner(Recorder(), num_batches=2)
+    with pytest.raises(PhaseError, match=rf"Wrong\.{method} has the arguments \(self\); expected \(self, "):
+        learner.fit(1, phases=[TrainingPhase(), wrong()])
+    assert learner.history[TrainingPhase].steps == 0
+
+
+def test_methods_may_take_anything_or_have_defaults() -> None:
+    class Free(ValidationPhase):
+        def step(self, *args: Any, more: int = 0) -> Any:
+            return super().step(*args)
+
+        @staticmethod
+        def entries(batch: Any) -> dict[str, Any]:
+            return {"xs": batch[0], "ys": batch[1]}
+
+    learner = toy_learner(Recorder(), Metrics(), num_batches=2)
+    assert len(learner.fit(1, phases=[TrainingPhase(), Free()])["Free/loss"]) == 1
