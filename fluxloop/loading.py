@@ -24,17 +24,19 @@ class Endless:
 
     Args:
         function: What is called.
+        name: What it is called in messages.
     """
 
-    def __init__(self, function: Callable[[Any], Any]) -> None:
+    def __init__(self, function: Callable[[Any], Any], name: str = "collate_fn") -> None:
         self.function = function
+        self.name = name
 
     def __call__(self, rows: Any) -> Any:
         """Call it."""
         try:
             return self.function(rows)
         except StopIteration as error:
-            raise DataError(f"collate_fn raised StopIteration, which would end the epoch there; {EXPECTED}") from error
+            raise DataError(f"{self.name} raised StopIteration, which would end the epoch there; {EXPECTED}") from error
 
 
 EXPECTED = "expected another error for a row that cannot be given, such as an IndexError"

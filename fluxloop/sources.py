@@ -240,6 +240,18 @@ class _Seeded(_Behind):
         return self._dataset.__getitems__([index for _, index in marked])
 
 
+class _Endless(_Behind):
+    """A map-style dataset that ends no iteration: a ``StopIteration`` in it is an error."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return Endless(self._dataset.__getitem__, "the data set")(index)
+
+    def __getitems__(self, indices: Any) -> Any:
+        if not callable(getattr(self._dataset, "__getitems__", None)):
+            return [self[index] for index in indices]
+        return Endless(self._dataset.__getitems__, "the data set")(indices)
+
+
 class _Whole(_Behind):
     """One of torch's datasets that only hand out tensors; gives batches as `default_collate` makes them."""
 
@@ -371,6 +383,17 @@ def iterate(source: Any, numbers: Numbers, skip: int = 0) -> Iterator[Any]:
         indices.running.begin()
     loaded = watched(batches, indices.ended_after, f"{describe(source)} of {_count(source)} batches", skip)
     return _apart(loaded) if indices.draws and not twin.num_workers else loaded
+
+
+def complete(source: Any) -> Iterator[Any]:
+    """Iterate a source outside of an epoch, as it is; an end that is none, and a worker that dies, are errors."""
+    if not isinstance(source, DataLoader):
+        return iter(source)
+    if not is_loader(source):
+        return watched(_begin_iterable(source), lambda given: True, describe(source))
+    other = copy.copy(source)
+    vars(other).update(dataset=_Endless(source.dataset), collate_fn=Endless(source.collate_fn))
+    return watched(begin(other), lambda given: True, describe(source))
 
 
 def _count(loader: DataLoader[Any]) -> int | str:

@@ -16,6 +16,7 @@ from fluxloop.modes import watching
 from fluxloop.nested import call_with, tensors
 from fluxloop.passes import untouched
 from fluxloop.randomness import preserved
+from fluxloop.sources import complete
 
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
@@ -208,7 +209,7 @@ def _run(learner: Learner, batch: Any, shapes: dict[nn.Module, str]) -> str:
                 return "there is no training data that can be iterated again; give a batch: learner.summary(batch)"
             undone.enter_context(untouched(source))
             try:
-                batch = next(iter(source))
+                batch = next(complete(source))
             except StopIteration:
                 return "the training data gave no batch"
         entries = {"xs": batch[0] if isinstance(batch, (tuple, list)) and batch else batch}

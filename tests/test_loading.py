@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from fluxloop import CombinedLoader, DataError, Learner, TrainingPhase, ValidationPhase
+from fluxloop.callbacks.probe import extract
+from fluxloop.callbacks.swa import update_norms
 from fluxloop.testing import toy_learner
 
 Row = tuple[Tensor, Tensor]
@@ -33,6 +35,11 @@ class Rows(Dataset[Row]):
         if self.instead is not None and index == self.at:
             self.instead()
         return torch.ones(1), torch.ones(1)
+
+
+class Classes(Rows):
+    def __getitem__(self, index: int) -> Row:
+        return super().__getitem__(index)[0], torch.tensor(0)
 
 
 class Several(Rows):
@@ -171,6 +178,8 @@ WAYS: dict[str, Callable[[Learner, Any], object]] = {
     "evaluate": lambda learner, bad: learner.evaluate(bad),
     "predict": lambda learner, bad: learner.predict(bad),
     "one of several": lambda learner, bad: learner.epoch(TrainingPhase(), CombinedLoader([bad, [1]], "sequential")),
+    "rows of a probe": lambda learner, bad: extract(learner.model, loader(Classes(stop), 0)),
+    "statistics of batch norm": lambda learner, bad: update_norms(nn.Sequential(nn.BatchNorm1d(1)), bad),
     "several without a learner": lambda learner, bad: list(CombinedLoader([bad], "min_size")),
 }
 
@@ -178,7 +187,7 @@ WAYS: dict[str, Callable[[Learner, Any], object]] = {
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_every_way_to_read_data_says_so(way: Callable[[Learner, Any], object]) -> None:
     learner = toy_learner(data=([(torch.ones(1, 1), torch.ones(1, 1))],))
-    with pytest.raises(DataError, match=r"batch 6 was loaded"):
+    with pytest.raises(DataError, match=r"batch 6 was loaded|the data set raised StopIteration"):
         way(learner, loader(Rows(stop), 0))
 
 

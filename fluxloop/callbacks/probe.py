@@ -26,6 +26,7 @@ from fluxloop.monitor import Expected, Mode
 from fluxloop.passes import untouched
 from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase
 from fluxloop.randomness import drawing, stream_seed
+from fluxloop.sources import complete
 from fluxloop.state import PhaseDict
 
 Features = Callable[[nn.Module, Any], Tensor]
@@ -157,7 +158,7 @@ def extract(module: nn.Module, source: Any, features: Features = flat) -> tuple[
     """
     rows, labels = [], []
     with watching(module), untouched(source):
-        for batch in source:
+        for batch in complete(source):
             _check_labelled(batch, features)
             xs, ys = to_device_of(module, (batch[0], batch[1]))
             rows.append(features(module, xs))

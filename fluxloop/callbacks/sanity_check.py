@@ -18,6 +18,7 @@ from fluxloop.modes import watching
 from fluxloop.passes import untouched
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.randomness import preserved
+from fluxloop.sources import complete
 
 
 @frozen
@@ -156,7 +157,7 @@ def _one_batch(learner: Any) -> None:
     if hasattr(data, "__next__") or any(is_lazy(parameter) for parameter in model.parameters()):
         return
     with untouched(data):
-        batch = next(iter(data))
+        batch = next(complete(data))
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise ValueError(f"a batch is {describe(batch)}, not a pair (xs, ys)")
     xs, ys = to_device_of(model, (batch[0], batch[1]))

@@ -24,6 +24,7 @@ from fluxloop.passes import untouched
 from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from fluxloop.randomness import drawing, stream_seed
 from fluxloop.signals import INTERRUPTED, TERMINATED
+from fluxloop.sources import complete
 
 Forward = Callable[[nn.Module, Any], object]
 
@@ -300,5 +301,5 @@ def update_norms(
                 norm.momentum = None  # a plain average
         undone.enter_context(untouched(source))
         undone.enter_context(torch.no_grad())
-        for batch in islice(source, batches):
+        for batch in islice(complete(source), batches):
             forward(module, to_device_of(module, batch))
