@@ -175,13 +175,15 @@ class Feed:
             batches = islice(batches, max(self.limit - self.count, 0))
         before_batch = self._before_batch
         before_batch()
-        for batch in self._awaiting(batches, fetch):
-            self.count += 1
-            yield batch
-            before_batch()
+        try:
+            for batch in self._awaiting(batches, fetch):
+                self.count += 1
+                yield batch
+                before_batch()
+        finally:
+            run, self._pass = self._pass, None  # it holds the loader's workers
         if self.count == 0 and self._name is not None:
             raise self._empty()
-        run, self._pass = self._pass, None
         if self.count != self.limit:
             run.end()
         if self.count != self.limit and not run.went_on:
