@@ -38,6 +38,9 @@ ROOTS = (
 )
 """The attributes of a learner that a path may start with."""
 
+SERVICES = ("defer", "finite", "host", "request_stop", "skip_update", "where")
+"""What every callback may call."""
+
 
 def parse(path: str, callback: str) -> Path:
     """Split a dotted path and check its root.
@@ -167,7 +170,15 @@ class Access:
     def refuse(self, path: Path, mode: str) -> StateAccessError:
         """Make the error for an undeclared access."""
         declared = (map(dotted, self.reads), map(dotted, self.writes))
-        return StateAccessError(self.callback, dotted(path), mode, declared)
+        error = StateAccessError(self.callback, dotted(path), mode, declared)
+        root = path[0].partition("@")[0] if path else "*"
+        if root not in ROOTS and path:
+            error.advice = (
+                f"no callback can declare {root!r}, which is no part of the learner's state"
+                f"{did_you_mean(root, (*ROOTS, *SERVICES))}\n"
+                "  one that needs the learner itself is an UnsafeCallback: class Mine(UnsafeCallback)"
+            )
+        return error
 
     def require(self, path: Path, mode: str) -> None:
         """Raise for an undeclared access.

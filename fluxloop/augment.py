@@ -13,6 +13,7 @@ from torch.nn.functional import affine_grid, grid_sample
 from torch.utils.data import Dataset
 
 from fluxloop.errors import DataError, describe
+from fluxloop.given import called, check_called, number
 
 Transform = Callable[[Any], Any]
 
@@ -53,7 +54,7 @@ class TwoViews:
         DataError: Row by row was asked for, and it is called with no tensor.
     """
 
-    transform: Transform
+    transform: Transform = field(validator=called("a function that makes a view"))
     second: Transform | None = None
     per_row: bool | None = field(default=None, kw_only=True)
 
@@ -80,10 +81,10 @@ class MultiCrop:
         DataError: Row by row was asked for, and it is called with no tensor.
     """
 
-    global_crop: Transform
-    local_crop: Transform
-    num_local: int = 4
-    num_global: int = 2
+    global_crop: Transform = field(validator=called("a function that makes a crop"))
+    local_crop: Transform = field(validator=called("a function that makes a crop"))
+    num_local: int = field(default=4, validator=number(least=0, whole=True))
+    num_global: int = field(default=2, validator=number(least=1, whole=True))
     per_row: bool | None = field(default=None, kw_only=True)
 
     def __call__(self, xs: Any) -> tuple[Any, ...]:
@@ -106,6 +107,7 @@ class ViewDataset(Dataset[Any]):
     """
 
     def __init__(self, dataset: Any, views: Callable[[Any], tuple[Any, ...]]) -> None:
+        check_called("ViewDataset", "views", views, "what makes the views of a row: TwoViews(augment)")
         if isinstance(dataset, tuple):
             dataset = torch.utils.data.TensorDataset(*dataset)
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):

@@ -555,6 +555,7 @@ def load_weights(learner: Learner, state: State, name: str, strict: bool) -> lis
         raise CheckpointError(
             "the weights do not fit:\n  " + "\n  ".join(wrong) + "\nload_weights(..., strict=False) takes those that do"
         )
+    _check_any_fits(given, kept)
     left: list[str] = []
     for key, module in given.items():
         mine = module.state_dict()
@@ -567,6 +568,45 @@ def load_weights(learner: Learner, state: State, name: str, strict: bool) -> lis
 def _takes(mine: Any, tensor: Any) -> bool:
     """Tell whether a tensor can take the place of another one: any can that of one that has no shape yet."""
     return isinstance(tensor, Tensor) and (is_lazy(mine) or getattr(mine, "shape", None) == tensor.shape)
+
+
+def _check_any_fits(given: dict[str, nn.Module], kept: dict[str, Any]) -> None:
+    """Raise where not one tensor of a file fits the models by name and shape.
+
+    Raises:
+        CheckpointError: Lists the names of both, and says what to type where they differ by what stands in front.
+    """
+    own = {name: tensor for module in given.values() for name, tensor in module.state_dict().items()}
+    theirs = {name: tensor for state in kept.values() for name, tensor in state.items()}
+    alike = [n for n, t in theirs.items() if n in own and getattr(own[n], "shape", None) == getattr(t, "shape", 0)]
+    if alike or not own:
+        return
+
+    def shown(names: Iterable[str]) -> str:
+        names = list(names)
+        return f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''}" or "none"
+
+    raise CheckpointError(
+        "no tensor of the file fits by name and shape, so that nothing would be taken\n"
+        f"  the model has: {shown(own)}\n  the file has: {shown(theirs)}{_advise_prefix(own, theirs)}"
+    )
+
+
+def _advise_prefix(own: Iterable[str], theirs: Iterable[str]) -> str:
+    """Say what to type where names differ by a prefix alone, such as ``"module."``; else nothing."""
+    own, theirs = list(own), list(theirs)
+    longer = {a[: -len(b)] for a in theirs for b in own if a.endswith(f".{b}")}
+    for prefix in sorted(longer):
+        if all(f"{prefix}{name}" in theirs for name in own):
+            return (
+                f"\n  its names begin with {prefix!r}: take that away first:\n"
+                f"    torch.save({{n.removeprefix({prefix!r}): t for n, t in torch.load(path).items()}}, new_path)"
+            )
+    shorter = {a[: -len(b)] for a in own for b in theirs if a.endswith(f".{b}")}
+    for prefix in sorted(shorter):
+        if any(f"{prefix}{name}" in own for name in theirs):
+            return f"\n  they are those of a part: learner.load_weights(path, {prefix.rstrip('.')!r})"
+    return ""
 
 
 # Telling

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from itertools import chain, islice
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from fluxloop.errors import DataError, annotate, describe
+from fluxloop.given import check_number
 from fluxloop.nested import map_tensors, tensors
 from fluxloop.randomness import preserved, stream_seed
 from fluxloop.state import State
@@ -151,6 +153,8 @@ class TensorBatches:
             raise DataError("no tensor was given; expected TensorBatches(xs, ys, batch_size=32)")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise DataError(f"batch_size={batch_size!r} was given; expected a number of rows, 1 or more")
+        if seed is not None:
+            check_number("TensorBatches", "seed", seed, least=0, whole=True, error=DataError)
         self.data = _as_tensors(tensors[0] if len(tensors) == 1 else tensors)
         self.num_rows = _count_rows(self.data)
         self.batch_size = batch_size
@@ -264,6 +268,8 @@ def as_dataloader(data: Any, batch_size: int = 32, shuffle: bool = False, **opti
         >>> len(as_dataloader((xs, ys))), len(as_dataloader((xs, ys), batch_size=10))
         (4, 10)
     """
+    if not isinstance(shuffle, bool):
+        raise DataError(f"as_dataloader(shuffle={shuffle!r}) was given; expected True or False")
     if isinstance(data, IterableDataset):
         if shuffle:
             raise DataError(
@@ -354,6 +360,8 @@ def split(data: Any, fraction: float, seed: int | None = None) -> tuple[Any, Any
     """
     if not isinstance(fraction, float) or not 0 < fraction < 1:
         raise DataError(f"fraction={fraction!r} was given; expected a share above 0 and below 1, e.g. 0.2")
+    if seed is not None:
+        check_number("split", "seed", seed, least=0, whole=True, error=DataError)
     dataset = (
         isinstance(data, Dataset)
         and not isinstance(data, IterableDataset)
@@ -425,8 +433,10 @@ def name_data(data: Any) -> State:
     else:
         named = {"training": data}
     for key, source in named.items():
-        if not isinstance(key, str):
-            raise DataError(f"data has the key {key!r}; expected a name such as 'training'")
+        if not isinstance(key, str) or not key.isidentifier() or iskeyword(key):
+            raise DataError(
+                f"data has the key {key!r}; expected a name such as 'training', to stand behind 'learner.data.'"
+            )
         try:
             named[key] = load(source, key)
         except DataError as error:

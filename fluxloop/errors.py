@@ -131,16 +131,19 @@ class StateAccessError(FluxloopError):
         self.mode = mode
         self.declared = (tuple(declared[0]), tuple(declared[1]))
         self.event: str | None = None
+        self.advice: str | None = None
+        """What to do instead, where no declaration would allow it."""
 
     def __str__(self) -> str:
         reads, writes = self.declared
         where = f" at {self.event}" if self.event else ""
         name = "reads" if self.mode == "read" else "writes"
         paths = (*(reads if self.mode == "read" else writes), self.path)
+        advice = self.advice or f"to allow it, write in the class: {name} = {paths!r}"
         return (
             f"{self.callback} tried to {self.mode} '{self.path}'{where}, but declares no such access.\n"
             f"  declared: reads = {reads!r}, writes = {writes!r}\n"
-            f"  to allow it, write in the class: {name} = {paths!r}"
+            f"  {advice}"
         )
 
 

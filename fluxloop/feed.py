@@ -74,8 +74,13 @@ class Feed:
             return None
         try:
             return len(self.source)
-        except TypeError:  # a DataLoader over an IterableDataset has a __len__ that raises
-            return None
+        except (TypeError, ValueError) as error:
+            if not any(words in str(error) for words in ("interpreted as an integer", "should return >= 0")):
+                return None  # a DataLoader over an IterableDataset has a __len__ that raises
+            raise DataError(
+                f"the len() of the {self._name} data ({describe(self.source)}) is no number of batches: {error}; "
+                "expected a whole number, 0 or more, or no __len__ at all"
+            ) from error
 
     # Going on in the middle of an epoch
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakKeyDictionary, finalize, ref
+
+import torch
+from torch.nn.parameter import is_lazy
 
 from fluxloop.assign import put
 from fluxloop.checkpoint import meet_phases, take
@@ -15,6 +19,7 @@ from fluxloop.data import load, name_data
 from fluxloop.errors import (
     CancelEpochException,
     CancelFittingException,
+    CheckpointError,
     DataError,
     PhaseError,
     ReentrantFitError,
@@ -26,6 +31,7 @@ from fluxloop.errors import (
 from fluxloop.events import CycleBegin, CycleEnd, FitBegin, FitEnd, UpdateBegin, UpdateEnd
 from fluxloop.feed import Feed
 from fluxloop.folder import find_state
+from fluxloop.given import as_path
 from fluxloop.history import History
 from fluxloop.loading import is_workers_death, worker_died
 from fluxloop.loop import check_view
@@ -70,6 +76,8 @@ def fit(
         if isinstance(phases, (Phase, type)):
             name = phases.__name__ if isinstance(phases, type) else type(phases).__name__
             raise PhaseError(f"phases={describe(phases)} was given; expected a list of instances: phases=[{name}()]")
+        if phases is not None and not isinstance(phases, Iterable):
+            raise PhaseError(f"phases={describe(phases)} was given; expected a list of instances: [TrainingPhase()]")
         chosen = list(phases) if phases is not None else default_phases(learner.data)
         for phase in chosen:
             check_phase(phase)
@@ -80,7 +88,8 @@ def fit(
             if phase.gradients:
                 learner.meet_parameters()
         check_monitors(learner, chosen)
-        state = None if resume is None else find_state(resume)
+        folder = None if resume is None else as_path("fit", "resume", resume, CheckpointError)
+        state = None if folder is None else find_state(folder)
         if state is not None:
             feeds = [feed(learner, phase) for phase in chosen]
             check_resumes(learner, state, epochs, chosen, feeds, steps_per_epoch)
@@ -97,12 +106,14 @@ def fit(
             )
         if state is None:
             learner.updates.drop_waiting("a fit begins")
+        _tell_bad_weights(learner)
         learner.fitting, learner.fit_phases, learner.num_epochs = True, tuple(chosen), until
         learner.resume_from = resume if state is None else None
         with preserved() if state is not None else nullcontext():
             scope = FitScope(learner, chosen, steps_per_epoch, state, undo)
             state, undo = None, nothing  # the scope has them, until it has come to where the state was written
-            return _run(learner, scope, until, reason)
+            with _alone_in_process():
+                return _run(learner, scope, until, reason)
     finally:
         if learner.fitting:
             learner.safe_points.clear()
@@ -120,6 +131,45 @@ def _take_up(learner: Learner, state: dict[str, Any], phases: list[Phase]) -> Ca
     except BaseException:
         learner.kept_phases = known
         raise
+
+
+_threads: list[int] = []
+"""The threads in which fits are running, by their numbers."""
+
+
+@contextmanager
+def _alone_in_process() -> Iterator[None]:
+    """Warn where a fit runs in another thread: the random generators are the process's."""
+    thread = threading.get_ident()
+    if any(other != thread for other in _threads):
+        warn_user(
+            "a fit is running in another thread of this process. All threads share the global random generators, "
+            "so that neither run is reproducible from its seed, nor resumes to the bit; expected one fit at a time, or "
+            "a process for each"
+        )
+    _threads.append(thread)
+    try:
+        yield
+    finally:
+        _threads.remove(thread)
+
+
+def _tell_bad_weights(learner: Learner) -> None:
+    """Warn of weights that are not finite before anything is trained: their losses would not be either."""
+    names = [
+        (name, parameter)
+        for parameter, name in learner.updates.names.items()
+        if not is_lazy(parameter) and (parameter.is_floating_point() or parameter.is_complex())
+    ]
+    if not names:
+        return
+    fine = [parameter.detach().isfinite().all() for _, parameter in names]
+    if not torch.stack([each.to(fine[0].device) for each in fine]).all().item():
+        bad = [name for (name, _), good in zip(names, fine, strict=True) if not good]
+        warn_user(
+            f"weights are not finite before the first step: {', '.join(bad[:5])}{', …' if len(bad) > 5 else ''}; was "
+            "the model initialised, and were its weights read from a good file?"
+        )
 
 
 def _run(learner: Learner, scope: FitScope, until: int, reason: str | None) -> History:
@@ -328,10 +378,18 @@ def run_epoch(learner: Learner, phase: Phase, data: Any = None, scope: FitScope 
             learner.begun_data.add(phase.data_key)
         learner.num_batches = batches.num_batches
         stood = learner.updates.standing() if phase.gradients and (scope is None or not scope.goes_on) else None
+        steps = learner.streams[phase.step_stream].index
         with preserved(), left_alone(learner, phase, batches.source):
             phase.epoch(learner, batches)
         if stood is not None:
             tell_of_updates_by_hand(learner, phase, stood)
+        if batches.count and steps == learner.streams[phase.step_stream].index:
+            warn_user(
+                f"{phase!r} was given {batches.count} batches and did no step with them: no event was fired, and "
+                "nothing was counted or recorded. Expected runstep in its step:\n"
+                "    with runstep(learner, self, xs=batch[0], ys=batch[1]) as (handle, state):\n"
+                "        ..."
+            )
     except CancelEpochException:
         pass  # raised by a handler of EpochBegin, after EpochEnd was fired
     except RuntimeError as error:

@@ -162,6 +162,7 @@ class CallbackGraph:
         check_producers(nodes)
         edges = [*_declared_edges(nodes)]
         undecided = list(_access_edges(nodes, edges))
+        edges = _without_needless(edges, {node.id: node for node in nodes})
         self.edges = sorted(set(edges), key=lambda edge: (edge.before, edge.after, edge.reason))
         self.nodes = _sort(nodes, self.edges)
         for first, second, path, other in undecided:
@@ -194,6 +195,52 @@ def _declared_edges(nodes: list[Node]) -> Iterator[Edge]:
             for other in nodes:
                 if isinstance(other.callback.unwrapped, cls):
                     yield Edge(other.id, node.id, f"{node.id} declares run_after = {cls.__name__}")
+
+
+def _without_needless(edges: list[Edge], nodes: dict[str, Node]) -> list[Edge]:
+    """Leave out edges that put a callback behind a writer only because it reads everything, where that makes a cycle.
+
+    One that reads everything and writes something runs as late as those allow that read what it writes. Two that
+    declare that they read everything still contradict each other; quick hooks that did not say what they read do not.
+    """
+
+    def is_weak(edge: Edge) -> bool:
+        reader = nodes[edge.after].access
+        named = [path for path in reader.reads if path]
+        written = nodes[edge.before].access.writes
+        return (
+            edge.reason.startswith(f"{edge.before} writes")
+            and reader.reads_everything
+            and bool(reader.writes)
+            and not any(overlap(p, q) for p in written for q in named)
+        )
+
+    kept = [edge for edge in edges if not is_weak(edge)]
+    after: dict[str, set[str]] = {}
+    for edge in kept:
+        after.setdefault(edge.before, set()).add(edge.after)
+
+    def leads(start: str, end: str) -> bool:
+        todo, seen = [start], set()
+        while todo:
+            current = todo.pop()
+            if current == end:
+                return True
+            if current not in seen:
+                seen.add(current)
+                todo.extend(after.get(current, ()))
+        return False
+
+    def is_quick(name: str) -> bool:
+        return getattr(nodes[name].callback.unwrapped, "reads_left_out", False)
+
+    weak = sorted(filter(is_weak, edges), key=lambda edge: (is_quick(edge.after), edge.before, edge.after, edge.reason))
+    for edge in weak:
+        if not leads(edge.after, edge.before):
+            kept.append(edge)
+            if is_quick(edge.after) or is_quick(edge.before):
+                after.setdefault(edge.before, set()).add(edge.after)
+    return kept
 
 
 def _access_edges(nodes: list[Node], edges: list[Edge]) -> Iterator[tuple[Node, Node, Path, Path]]:
@@ -234,6 +281,10 @@ def _access_edges(nodes: list[Node], edges: list[Edge]) -> Iterator[tuple[Node, 
             )
 
 
+def _is_built_in(node: Node) -> bool:
+    return type(node.callback.unwrapped).__module__.startswith("fluxloop.")
+
+
 def _conflict(a: Node, b: Node, p: Path, q: Path) -> CallbackConflictError:
     first, second = type(a.callback.unwrapped).__name__, type(b.callback.unwrapped).__name__
     problem = f"{a.id} writes '{dotted(p)}' and {b.id} writes '{dotted(q)}', and nothing says which goes first.\n"
@@ -244,10 +295,12 @@ def _conflict(a: Node, b: Node, p: Path, q: Path) -> CallbackConflictError:
             "    def _(a, b):\n"
             "        return NoConflict()   # or RunFirst(min(a, b, key=lambda callback: callback.name))"
         )
+    theirs, other = (first, second) if _is_built_in(b) and not _is_built_in(a) else (second, first)
+    in_class = f"  Say so in your class:   run_after = ({other},)   # in {theirs}\n  or for the pair:\n"
     return CallbackConflictError(
-        problem + f"  Say so in one of the classes:   run_after = ({first},)   # in {second}\n"
-        "  or for the pair:\n"
-        f"    @resolve_conflict.register({first}, {second})\n"
+        problem
+        + ("  Say so for the pair:\n" if _is_built_in(a) and _is_built_in(b) else in_class)
+        + f"    @resolve_conflict.register({first}, {second})\n"
         "    def _(a, b):\n"
         "        return RunFirst(a)   # or NoConflict(), or Unresolvable()"
     )

@@ -21,8 +21,10 @@ optimizers needs a line: ``class Dampening(OptimizerOption): options = ("dampeni
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
+from numbers import Real
 from types import MethodType
 from typing import Any, ClassVar, TypeVar
 
@@ -335,7 +337,10 @@ def _get_option(learner: Any, hp: OptimizerOption) -> Any:
 
 @set_hyperparameter.register(OptimizerOption)
 def _set_option(learner: Any, hp: OptimizerOption, value: Any) -> None:
-    for group, option in hp.groups(learner):
+    groups = hp.groups(learner)
+    for _, option in groups:
+        check_option(f"set_hyperparameter(learner, {hp!r}, ...)", option, value)
+    for group, option in groups:
         put(group, option, value)
 
 
@@ -348,7 +353,9 @@ def _get_momentum(learner: Any, hp: Momentum) -> Any:
 
 @set_hyperparameter.register(Momentum)
 def _set_momentum(learner: Any, hp: Momentum, value: float) -> None:
-    for group, option in hp.groups(learner):
+    groups = hp.groups(learner)
+    check_option(f"set_hyperparameter(learner, {hp!r}, ...)", "momentum", value)
+    for group, option in groups:
         put(group, option, (value, *group[option][1:]) if option == "betas" else value)
 
 
@@ -364,6 +371,21 @@ def _set_attribute(learner: Any, hp: Attribute, value: Any) -> None:
         fill(held, value)
     else:
         setattr(hp.thing, hp.name, value)
+
+
+def check_option(whose: str, option: str, value: Any) -> None:
+    """Raise for a value that no optimizer can use as a learning rate, momentum, betas or weight decay.
+
+    Raises:
+        OptimizerError: It is no number, not finite, or negative.
+    """
+    if option not in ("lr", "momentum", "betas", "weight_decay"):
+        return
+    for each in value if isinstance(value, (tuple, list)) else (value,):
+        single = isinstance(each, Tensor) and each.numel() == 1
+        numeric = single or (isinstance(each, Real) and not isinstance(each, bool))
+        if not numeric or not math.isfinite(each) or each < 0:
+            raise OptimizerError(f"{whose} gave {option} the value {value!r}; expected a finite number, 0 or more")
 
 
 def put(group: dict[str, Any], option: str, value: Any) -> None:

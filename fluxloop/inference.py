@@ -11,7 +11,7 @@ from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.progress import ProgressBar
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.data import as_dataloader
-from fluxloop.errors import DataError, PhaseError
+from fluxloop.errors import DataError, MetricError, PhaseError, describe
 from fluxloop.events import StepEnd
 from fluxloop.fit import check_phase, run_epoch
 from fluxloop.history import History
@@ -72,6 +72,8 @@ def evaluate(learner: Learner, data: Any, metrics: Iterable[Any] | None, phase: 
     """Compute metrics over one epoch of a validation phase; see `Learner.evaluate`."""
     phase = ValidationPhase() if phase is None else phase
     check_watches(phase)
+    if metrics is not None and (isinstance(metrics, str) or not isinstance(metrics, Iterable)):
+        raise MetricError(f"metrics={describe(metrics)} was given; expected a list: metrics=[accuracy]")
     own = learner.callbacks.get(Metrics)
     chosen = own.metrics if metrics is None and isinstance(own, Metrics) else list(metrics or ())
     with aside(learner, "evaluate", [Recorder(), Metrics(*chosen), *_bar(learner)]):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
-from pathlib import Path
 from types import BuiltinFunctionType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
@@ -32,6 +31,7 @@ from fluxloop.events import Event
 from fluxloop.finite import Finite
 from fluxloop.fit import fit, run_epoch
 from fluxloop.folder import read, write
+from fluxloop.given import as_path, check_called, check_number
 from fluxloop.history import History
 from fluxloop.host import HostQueue
 from fluxloop.inference import evaluate, predict
@@ -125,6 +125,8 @@ class Learner(Generic[M]):
         _check_loss_fn(loss_fn)
         self.models = named_models(model)
         self.data: State = name_data(data)
+        if not isinstance(default_callbacks, bool):
+            raise TypeError(f"default_callbacks={describe(default_callbacks)} was given; expected True or False")
         if accelerator is not None and not isinstance(accelerator, Accelerator):
             raise TypeError(
                 f"accelerator={accelerator!r} was given; expected an Accelerator: accelerator=Accelerator('cpu')"
@@ -436,6 +438,7 @@ class Learner(Generic[M]):
         Raises:
             PhaseError: Nothing is running.
         """
+        check_called("learner.defer", "undo", undo, "a function without arguments")
         if self.scope is None:
             raise PhaseError("learner.defer was called while nothing is running; expected a fit, an epoch or a step")
         self.scope.defer(undo, early)
@@ -536,7 +539,10 @@ class Learner(Generic[M]):
         Raises:
             CheckpointError: It cannot be written, or something cannot be kept.
         """
-        write(Path(path), self.state_dict())
+        file = as_path("learner.save", "path", path, CheckpointError)
+        if file.is_dir():
+            raise CheckpointError(f"learner.save({str(file)!r}) was given a folder; expected a file: 'weights.pt'")
+        write(file, self.state_dict())
 
     def load(self, path: str | PathLike[str]) -> None:
         """Go on from what `save` or a `Checkpointer` wrote: weights, optimizers, counts, callbacks, random streams.
@@ -546,7 +552,7 @@ class Learner(Generic[M]):
         Raises:
             CheckpointError: The file is damaged, or does not fit this learner; nothing is changed.
         """
-        self.load_state_dict(read(Path(path)))
+        self.load_state_dict(read(as_path("learner.load", "path", path, CheckpointError)))
 
     def load_weights(self, path: str | PathLike[str], name: str = "model", *, strict: bool = True) -> list[str]:
         """Take weights from a file, for a warm start: counts, schedules and optimizers stay as they are.
@@ -565,7 +571,9 @@ class Learner(Generic[M]):
         Raises:
             CheckpointError: The file is damaged or does not fit; nothing is changed.
         """
-        left = load_weights(self, read(Path(path), weights_only=True), name, strict)
+        left = load_weights(
+            self, read(as_path("learner.load_weights", "path", path, CheckpointError), weights_only=True), name, strict
+        )
         self.weights.begin_anew(name)
         loaded = {parameter for module in self._named(name) for parameter in module.parameters()}
         for mode in self.updates.modes:
@@ -646,6 +654,8 @@ class Learner(Generic[M]):
         """
         from fluxloop.check import check
 
+        if phases is not None and not isinstance(phases, Iterable):
+            raise PhaseError(f"phases={describe(phases)} was given; expected a list of instances: [TrainingPhase()]")
         return check(self, batch, phases)
 
     # Callbacks
@@ -722,6 +732,8 @@ class Learner(Generic[M]):
         """
         from fluxloop.summary import summary
 
+        if depth is not None:
+            check_number("learner.summary", "depth", depth, least=0, whole=True)
         return summary(self, batch, depth)
 
     def phases_in_use(self) -> list[type[Phase]]:
@@ -765,6 +777,6 @@ def listed(callbacks: Any) -> list[Any]:
 
 
 def _class(cls: object) -> Any:
-    if not isinstance(cls, type):
+    if not (isinstance(cls, type) and issubclass(cls, Callback)):
         raise CallbackTypeError(f"{describe(cls)} was given; expected the class of a callback, e.g. Recorder")
     return cls

@@ -13,9 +13,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fluxloop.assign import put
 from fluxloop.errors import (
+    BatchError,
     CancelEpochException,
     CancelSignal,
     CancelStepException,
@@ -191,6 +193,12 @@ class StepScope(Scope):
             if self._grad_enabled is not gradients:
                 torch.set_grad_enabled(gradients)
             learner.accelerator.place(state.__dict__)
+            for first in state.__dict__.values():
+                if isinstance(first, Tensor) and first.ndim and not first.shape[0]:
+                    raise BatchError(
+                        f"{phase!r} was given a batch without rows: {describe(first)}; expected one or more"
+                    )
+                break
             if gradients:
                 learner.updates.begin_step(state)
             put(learner, "step", state)

@@ -14,6 +14,7 @@ from fluxloop.callback import Callback, UnsafeCallback, on
 from fluxloop.errors import CancelFittingException, DataError, LossError, OptimizerError, PhaseError
 from fluxloop.events import StepBegin, StepEnd
 from fluxloop.fit import check_runs, feed
+from fluxloop.given import check_number
 from fluxloop.host import HostQueue
 from fluxloop.hyperparameters import put
 from fluxloop.passes import untouched
@@ -179,6 +180,8 @@ def find_lr(
         >>> 1e-5 < sweep.suggestion < 1e-1
         True
     """
+    for name, bound in (("start", start), ("end", end), ("smoothing", smoothing)):
+        check_number("find_lr", name, bound)
     if not (0 < start < end < float("inf")):
         raise ValueError(f"find_lr(start={start!r}, end={end!r}) was given; expected 0 < start < end")
     if not isinstance(steps, int) or steps < 2:

@@ -40,6 +40,11 @@ def named_models(model: Any) -> dict[str | None, nn.Module]:
         if not isinstance(module, nn.Module):
             hint = f": {module.__name__}(...)" if isinstance(module, type) else ""
             raise ModelError(f"{label} is {describe(module)}; expected a torch.nn.Module{hint}")
+        if name in ("count", "index"):
+            raise ModelError(
+                f"a model is named {name!r}, which is a method of the tuple that holds the models; expected another "
+                f"name, such as {name + '_net'!r}"
+            )
         if name is not None and not isinstance(model, tuple) and not is_name(name):
             raise ModelError(
                 f"a model is named {name!r}; expected a name to stand behind 'learner.model.', such as 'generator'"

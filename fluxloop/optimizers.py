@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -75,6 +76,8 @@ def build_optimizers(models: Models, optimizer: Any, loss_fn: object = None) -> 
             "(torch.optim.Adam, partial(torch.optim.SGD, lr=0.1)), an optimizer, or a mapping of names to either"
         )
     _check_ownership(parameter_names(models, loss_fn), built)
+    for name, made in built.items():
+        _check_options(made, "the optimizer" if name is None else f"optimizer[{name!r}]")
     separate_options(built.values())
     return built
 
@@ -119,7 +122,13 @@ def _call(factory: Factory, model: nn.Module, name: str | None) -> Optimizer:
             f"optimizer{label} would get no parameter: none of {type(model).__name__} requires a gradient; "
             "leave it out, or unfreeze the model first"
         )
-    made = factory(parameters)
+    try:
+        made = factory(parameters)
+    except (TypeError, ValueError) as error:
+        raise OptimizerError(
+            f"the factory optimizer{label} made no optimizer of the parameters: {error}; expected one that takes "
+            "parameters alone: partial(torch.optim.SGD, lr=0.1)"
+        ) from error
     if not isinstance(made, Optimizer):
         raise OptimizerError(f"the factory optimizer{label} made {describe(made)}; expected a torch.optim.Optimizer")
     choose_fused(made)
@@ -129,6 +138,22 @@ def _call(factory: Factory, model: nn.Module, name: str | None) -> Optimizer:
     ):  # the factory keeps what it was given, for whatever it makes next
         options.update({name: _apart(value, set(), copy=True) for name, value in options.items() if name != "params"})
     return made
+
+
+def _check_options(optimizer: Optimizer, label: str) -> None:
+    """Raise for an option that is not finite: torch checks signs alone.
+
+    Raises:
+        OptimizerError: Names it.
+    """
+    for index, group in enumerate(optimizer.param_groups):
+        for name in ("lr", "momentum", "betas", "weight_decay", "eps"):
+            value = group.get(name, 0.0)
+            for each in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(each, (float, Tensor)) and not math.isfinite(each):
+                    raise OptimizerError(
+                        f"{label} has {name}={value!r} in its parameter group {index}; expected a finite number"
+                    )
 
 
 def separate_options(optimizers: Iterable[Optimizer]) -> None:

@@ -288,6 +288,16 @@ def inputs_and_labels(batch: Any) -> dict[str, Any]:
     return dict(zip(("xs", "ys"), batch, strict=False))
 
 
+def check_phase_type(whose: str, phase: object) -> None:
+    """Raise for something that is no phase type.
+
+    Raises:
+        PhaseError: Says what was given.
+    """
+    if not (isinstance(phase, type) and issubclass(phase, Phase)):
+        raise PhaseError(f"{whose}(phase={describe(phase)}) was given; expected a phase type, e.g. phase=TrainingPhase")
+
+
 def require_pair(cls: type, error: type[Exception]) -> None:
     """Raise for a class that has only one of ``state_dict`` and ``load_state_dict``."""
     pair = ["state_dict" in dir(cls), "load_state_dict" in dir(cls)]

@@ -26,7 +26,7 @@ from fluxloop.events import FIT_EVENTS, GRADIENT_EVENTS, Event, FitEnd, event_ty
 from fluxloop.graph import CallbackGraph, Node, touches
 from fluxloop.loop import Handle, locate
 from fluxloop.outlook import note_directions
-from fluxloop.phase import FittingPhase, Phase
+from fluxloop.phase import FittingPhase, Phase, check_phase_type
 from fluxloop.randomness import Stream, between_steps, noticing, putting_back, with_own_stream
 from fluxloop.view import make_view
 from fluxloop.walk import Kept, Owners
@@ -285,25 +285,32 @@ class Callbacks:
         """The nodes in order, and the edges with their reasons."""
         return self._graph
 
-    def explain(self, path: str | None = None) -> Explanation:
+    def explain(self, path: str | None = None, *, phases: Iterable[Phase | type[Phase]] | None = None) -> Explanation:
         """Tell who runs when and why, or who touches a path.
 
         Args:
             path: A dotted path such as ``"model.G"`` or ``"step.loss"``. Left out, the answer is
                 for each event of each phase in use: the handlers in order, with the reasons.
+            phases: Instead of those in use (those that have run): phases that are to run, or their classes.
 
         Returns:
             Text; a notebook shows it with the diagram of the graph.
 
         Raises:
             CallbackError: The path has an unknown root.
+            PhaseError: Something in `phases` is no phase.
         """
-        lines = self._explain_path(path) if path is not None else self._explain_order()
+        chosen = self._learner.phases_in_use()
+        if phases is not None:
+            chosen = [FittingPhase, *(phase if isinstance(phase, type) else type(phase) for phase in phases)]
+        for phase in chosen:
+            check_phase_type("explain", phase)
+        lines = self._explain_path(path) if path is not None else self._explain_order(chosen)
         return Explanation("\n".join(lines), self.to_mermaid())
 
-    def _explain_order(self) -> Iterator[str]:
+    def _explain_order(self, phases: list[type[Phase]]) -> Iterator[str]:
         told: set[str] = set()
-        for phase in self._learner.phases_in_use():
+        for phase in phases:
             yield phase.__name__
             for event in fired_with(phase):
                 handlers = [id for _, _, id in self.table(phase)[event]]
@@ -312,7 +319,8 @@ class Callbacks:
                     yield f"  {event.__name__}: {' → '.join(handlers)}"
             if phase.data_key:
                 obstacles = self.obstacles(phase)
-                yield f"  steps are {'not fusable:' if obstacles else 'fusable: one may be compiled as one graph'}"
+                fusable = "fusable as far as callbacks go; the body is tried when it is compiled"
+                yield f"  steps are {'not fusable:' if obstacles else fusable}"
                 yield from (f"    {obstacle}" for obstacle in obstacles)
         edges = [edge for edge in self._graph.edges if edge.before in told and edge.after in told]
         if edges:

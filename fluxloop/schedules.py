@@ -16,7 +16,11 @@ from typing import Any
 
 from attrs import NOTHING, field, fields, frozen
 
+from fluxloop.given import number
+
 Schedule = Callable[[int], float]
+
+_FINITE = number()
 
 
 def value_at(schedule: float | Schedule, t: int) -> float:
@@ -34,8 +38,8 @@ def check_schedule(schedule: object, whose: str) -> None:
     Raises:
         ValueError: It is neither, or a class of schedules rather than one.
     """
-    number = isinstance(schedule, (int, float)) and not isinstance(schedule, bool)
-    if isinstance(schedule, type) or not (callable(schedule) or number):
+    fixed = isinstance(schedule, (int, float)) and not isinstance(schedule, bool) and math.isfinite(schedule)
+    if isinstance(schedule, type) or not (callable(schedule) or fixed):
         given = f"the class {schedule.__name__}" if isinstance(schedule, type) else repr(schedule)
         raise ValueError(
             f"{whose} was given {given}; expected a schedule such as cosine(1000, 0.1, 0.0), a function of the step, "
@@ -44,7 +48,12 @@ def check_schedule(schedule: object, whose: str) -> None:
 
 
 def _check_total(schedule: Any, attribute: Any, total: Any) -> None:
-    if not isinstance(total, (int, float)) or isinstance(total, bool) or not 1 <= total < math.inf:
+    counted = isinstance(total, (int, float)) and not isinstance(total, bool) and 1 <= total < math.inf
+    if counted and attribute is not None and not float(total).is_integer():
+        raise ValueError(
+            f"a schedule of {total!r} steps was asked for; expected a whole number: {_usage(type(schedule))}"
+        )
+    if not counted:
         usage = "" if attribute is None else f": {_usage(type(schedule))}"
         raise ValueError(f"a schedule of {total!r} steps was asked for; expected 1 or more{usage}")
 
@@ -87,7 +96,7 @@ class constant:  # noqa: N801 - used like a function
     0.1
     """
 
-    value: float
+    value: float = field(validator=_FINITE)
 
     def __call__(self, t: int) -> float:
         """Give the value."""
@@ -99,8 +108,8 @@ class _Span:
     """Base of what goes from `start` to `end`, and stays there."""
 
     total: int = field(validator=_check_total)
-    start: float
-    end: float
+    start: float = field(validator=_FINITE)
+    end: float = field(validator=_FINITE)
 
     def __call__(self, t: int) -> float:
         """Give the value at step `t`."""
@@ -200,7 +209,7 @@ class polynomial(_Span):  # noqa: N801 - used like a function
     [1.0, 0.5625, 0.25, 0.0, 0.0]
     """
 
-    power: float = 2.0
+    power: float = field(default=2.0, validator=_FINITE)
 
     def __attrs_post_init__(self) -> None:
         if not self.power > 0:
@@ -227,8 +236,8 @@ class step:  # noqa: N801 - used like a function
     """
 
     every: int = field(validator=_check_total)
-    start: float
-    gamma: float = 0.1
+    start: float = field(validator=_FINITE)
+    gamma: float = field(default=0.1, validator=_FINITE)
 
     def __call__(self, t: int) -> float:
         """Give the value at step `t`."""
@@ -252,8 +261,8 @@ class triangle:  # noqa: N801 - used like a function
     """
 
     total: int = field(validator=_check_total)
-    start: float
-    peak: float
+    start: float = field(validator=_FINITE)
+    peak: float = field(validator=_FINITE)
 
     def __call__(self, t: int) -> float:
         """Give the value at step `t`."""
@@ -278,8 +287,8 @@ class sine:  # noqa: N801 - used like a function
     """
 
     total: int = field(validator=_check_total)
-    start: float
-    peak: float
+    start: float = field(validator=_FINITE)
+    peak: float = field(validator=_FINITE)
 
     def __call__(self, t: int) -> float:
         """Give the value at step `t`."""
@@ -307,7 +316,7 @@ class inverse_sqrt:  # noqa: N801 - used like a function
     """
 
     warmup: int = field(validator=_check_total)
-    peak: float
+    peak: float = field(validator=_FINITE)
 
     def __call__(self, t: int) -> float:
         """Give the value at step `t`."""
@@ -333,7 +342,7 @@ class warmup:  # noqa: N801 - used like a function
 
     steps: int = field(validator=_check_total)
     then: float | Schedule = field(validator=_check_schedule)
-    start: float = 0.0
+    start: float = field(default=0.0, validator=_FINITE)
 
     def __call__(self, t: int) -> float:
         """Give the value at step `t`."""
@@ -364,10 +373,10 @@ class one_cycle:  # noqa: N801 - used like a function
     """
 
     total: int = field(validator=_check_total)
-    max_value: float
-    pct_start: float = 0.25
-    div: float = 25.0
-    div_final: float = 1e5
+    max_value: float = field(validator=_FINITE)
+    pct_start: float = field(default=0.25, validator=_FINITE)
+    div: float = field(default=25.0, validator=_FINITE)
+    div_final: float = field(default=1e5, validator=_FINITE)
 
     def __attrs_post_init__(self) -> None:
         if not 0 <= self.pct_start <= 1:

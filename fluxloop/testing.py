@@ -15,8 +15,8 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
+from fluxloop.access import SERVICES, covers, dotted, parse, weights_path
 from fluxloop.access import Path as AccessPath
-from fluxloop.access import covers, dotted, parse, weights_path
 from fluxloop.callback import Callback, Handler, UnsafeCallback, on
 from fluxloop.checkpoint import gather
 from fluxloop.data import TensorBatches
@@ -30,7 +30,7 @@ from fluxloop.phases.supervised import TrainingPhase
 from fluxloop.randomness import preserved, start_generators
 from fluxloop.resume import place_of
 from fluxloop.state import Container, State
-from fluxloop.view import FACTS, SERVICES
+from fluxloop.view import FACTS
 from fluxloop.weights import Weights
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fluxloop.access import Access, Path, covers, dotted
+from fluxloop.access import SERVICES, Access, Path, covers, dotted
 from fluxloop.readonly import guarded
 from fluxloop.weights import DeclaredWeights
 
@@ -101,7 +101,6 @@ def live_models(learner: Any) -> Any:
     return learner.weights.given
 
 
-SERVICES = ("defer", "finite", "host", "request_stop", "skip_update", "where")
 FACTS = ("cycle", "fit_phases", "num_epochs", "trained_steps")
 """What everybody may read of the running fit: no callback writes it, so no declaration would order anything."""
 

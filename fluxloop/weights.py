@@ -112,6 +112,8 @@ class Weights(Container):
         Raises:
             ModelError: It is no name of weights.
         """
+        if not isinstance(name, str):
+            raise ModelError(f"weights {name!r} were asked for; expected a name such as 'G', 'encoder.0' or 'G@ema'")
         try:
             root, *parts = parse(weights_path(name), "weights")
         except CallbackError as error:

@@ -499,3 +499,32 @@ def test_the_lines_that_a_refused_access_to_weights_says_to_add_allow_it(case: s
     assert line is not None
     setattr(Touching, line[1], ast.literal_eval(line[2]))
     toy_learner(Touching(), EMA("model"), num_batches=1).fit(1, phases=[TrainingPhase()])
+
+
+# Advice
+
+
+class Asks(Callback):
+    def __init__(self, ask: Callable[[Any], object]) -> None:
+        self.ask = ask
+
+    @on(StepEnd)
+    def look(self, event: Any, phase: Any, learner: Any) -> None:
+        self.ask(learner)
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (lambda learner: learner.get_callback(Recorder), ["'get_callback'", "UnsafeCallback"]),
+        (lambda learner: learner.fit(1), ["'fit'", "UnsafeCallback"]),
+        (lambda learner: learner.modle, ["'modle'", "did you mean 'model'?"]),
+        (lambda learner: learner.requst_stop("x"), ["did you mean 'request_stop'?"]),
+    ],
+)
+def test_a_refusal_never_suggests_what_is_refused_when_a_learner_is_made(ask: Any, words: list[str]) -> None:
+    with pytest.raises(StateAccessError) as caught:
+        toy_learner(Asks(ask)).fit(1)
+    text = str(caught.value)
+    assert "reads = ('" not in text.split("declared:")[1].split("\n", 1)[1]
+    assert all(word in text for word in words), text

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,40 +15,125 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import StepLR
 
 import fluxloop
 from fluxloop import (
+    CSV,
+    EMA,
+    GL,
+    JSONL,
+    PQ,
     AbstractTrainingPhase,
     Accelerator,
+    ActivationStats,
+    Attribute,
+    AutoencoderPhase,
+    BarlowTwinsPhase,
     BatchError,
+    BatchLimit,
+    Betas,
     Callback,
     CallbackTypeError,
+    Check,
+    Checkpointer,
+    CSVLogger,
+    CustomCallback,
+    CutMix,
     DataError,
+    DINOPhase,
+    DistillationPhase,
     DuplicateCallbackError,
+    EarlyStopping,
+    FeatureStats,
     FittingPhase,
     FluxloopError,
+    GANPhase,
+    GarbageCollect,
+    GradientClip,
     HandlerError,
+    KeepBestModel,
+    KNNProbe,
     Learner,
+    LearningRate,
+    LinearProbe,
+    LogHistograms,
+    LogHyperParams,
+    LogMetrics,
+    LogVisualization,
     LossError,
+    LRScheduler,
+    MAEPhase,
+    Memory,
     Metric,
     MetricError,
     Metrics,
+    MetricsPrinter,
     MissingEntryError,
+    MixUp,
+    MoCoPhase,
     ModelError,
+    Momentum,
+    MultiCrop,
+    NoImprovement,
+    NumberLimit,
     OptimizerError,
+    Patience,
     PerOptimizerPhase,
     PerOptimizerValidationPhase,
     PhaseError,
+    Profile,
+    ProgressBar,
     Recorder,
     ReentrantFitError,
+    SampleImages,
+    SanityCheck,
+    Scheduler,
+    SimCLRPhase,
     StepBegin,
     StepEnd,
+    StochasticWeightAveraging,
+    StopOnNaNLoss,
+    SupConPhase,
+    TensorBatches,
+    TensorBoard,
+    Threshold,
+    TimeLimit,
+    Timer,
+    Traces,
     TrainingPhase,
+    TripletPhase,
+    TwoViews,
+    Unfreeze,
+    VAEPhase,
     ValidationPhase,
+    VICRegPhase,
+    ViewDataset,
+    WeightDecay,
+    as_dataloader,
+    constant,
+    cosine,
+    exponential,
+    find_lr,
+    get_hyperparameter,
+    inverse_sqrt,
+    linear,
     on,
+    one_cycle,
+    overfit,
+    polynomial,
+    repeat,
+    runepoch,
     runstep,
     seed_everything,
+    set_hyperparameter,
+    shift,
+    sine,
+    split,
     throttle,
+    top_k,
+    triangle,
+    warmup,
 )
 from fluxloop.testing import Coefficient, EventRecorder, toy_learner
 
@@ -384,11 +472,11 @@ class Blocks(AbstractTrainingPhase):
 
     def __init__(self, loss: Callable[[Learner, Any], Any], name: Any = None) -> None:
         self.loss = loss
-        self.name = name
+        self.block_name = name
 
     def step(self, learner: Learner, batch: Any) -> None:
         with runstep(learner, self, xs=batch[0], ys=batch[1]) as (_, state):
-            with learner.optimizing(self.name) as block:
+            with learner.optimizing(self.block_name) as block:
                 block.loss = self.loss(learner, state)
 
 
@@ -820,3 +908,462 @@ def test_predictions_that_no_step_stored_say_what_is_missing() -> None:
 
     with pytest.raises((PhaseError, MissingEntryError), match="preds"):
         toy_learner().predict(XS[:, :1], phase=Forgets())
+
+
+# Every argument of the public API: what is malformed is named when it is given
+
+NAN, INF = float("nan"), float("inf")
+
+
+def bad(make: Callable[..., object], good: dict[str, Any] | None = None, **wrong: Sequence[Any]) -> list[Any]:
+    """List malformed calls: each of the values for each argument, in the place of a good one."""
+    name = getattr(make, "__qualname__", repr(make)).removeprefix("a_")
+    return [
+        pytest.param(make, {**(good or {}), argument: value}, id=f"{name}({argument}={short(value)})")
+        for argument, values in wrong.items()
+        for value in values
+    ]
+
+
+def short(value: Any) -> str:
+    if isinstance(value, type):
+        return value.__name__
+    if isinstance(value, str) and len(value) > 40:
+        return f"{len(value)} letters"
+    if isinstance(value, dict):
+        return f"{{{', '.join(short(key) for key in value)}}}"
+    return (
+        re.sub(r" at 0x[0-9a-f]+", "", repr(value)).replace("\0", "NUL") if not isinstance(value, Tensor) else "tensor"
+    )
+
+
+def mean(preds: Tensor, ys: Tensor) -> Tensor:
+    return (preds - ys).mean()
+
+
+def a_learner(**options: Any) -> Learner:
+    return build(options)
+
+
+def a_fit(epochs: Any = 1, **options: Any) -> None:
+    build({}).fit(epochs, **options)
+
+
+def an_epoch(phase: Any = None, **options: Any) -> None:
+    build({}).epoch(TrainingPhase() if phase is None else phase, **options)
+
+
+def an_evaluation(**options: Any) -> None:
+    build({"data": (GOOD, GOOD)}).evaluate(**options)
+
+
+def a_prediction(data: Any = XS, **options: Any) -> None:
+    build({}).predict(data, **options)
+
+
+def a_save(path: Any) -> None:
+    build({}).save(path)
+
+
+def a_load(path: Any) -> None:
+    build({}).load(path)
+
+
+def a_load_of_weights(path: Any, **options: Any) -> None:
+    build({}).load_weights(path, **options)
+
+
+def a_state(state: Any) -> None:
+    build({}).load_state_dict(state)
+
+
+def a_callback(callback: Any) -> None:
+    build({}).add_callback(callback)
+
+
+def a_replacement(callback: Any) -> None:
+    build({}).replace_callback(callback)
+
+
+def a_look_up(cls: Any) -> None:
+    build({}).get_callback(cls)
+
+
+def a_removal(cls: Any) -> None:
+    build({}).remove_callback(cls)
+
+
+def all_callbacks(callbacks: Any) -> None:
+    build({}).set_callbacks(callbacks)
+
+
+def a_block(name: Any) -> None:
+    build({}).optimizing(name)
+
+
+def an_update(name: Any = None) -> None:
+    build({}).update(name)
+
+
+def a_backward(loss: Any) -> None:
+    build({}).backward(loss)
+
+
+def a_check(**options: Any) -> None:
+    build({}).check(**options)
+
+
+def a_summary(**options: Any) -> None:
+    build({}).summary(**options)
+
+
+def an_explanation(path: Any) -> None:
+    build({}).callbacks.explain(path)
+
+
+def a_request(reason: Any) -> None:
+    build({}).request_stop(reason)
+
+
+def a_sweep(**options: Any) -> None:
+    find_lr(build({}), **options)
+
+
+def a_rate(value: Any = 0.1, hp: Any = LearningRate) -> None:
+    set_hyperparameter(build({}), hp, value)
+
+
+def a_look_at(hp: Any) -> None:
+    get_hyperparameter(build({}), hp)
+
+
+def a_schedule(schedule: Any, unit: Any = "step") -> None:
+    build({"callbacks": [Scheduler({LearningRate: schedule}, unit=unit)]}).fit(1)
+
+
+def a_decay(schedule: Any) -> None:
+    build({"callbacks": [Scheduler({WeightDecay: schedule})]}).fit(1)
+
+
+def a_torch_schedule(factory: Any = None, **options: Any) -> None:
+    factory = partial(StepLR, step_size=1) if options else factory
+    build({"callbacks": [LRScheduler(factory, **options)]})
+
+
+def an_average(model: Any = "model", decay: Any = 0.9, **options: Any) -> None:
+    build({"callbacks": [EMA(model, decay, **options)]})
+
+
+def an_attribute(name: Any) -> None:
+    Attribute(network(), name)
+
+
+def histograms(**options: Any) -> None:
+    LogHistograms(Memory(), **options)
+
+
+def metrics_log(backend: Any = None, **options: Any) -> None:
+    LogMetrics(Memory() if options else backend, **options)
+
+
+def a_visualization(function: Any = len, **options: Any) -> None:
+    LogVisualization(function, Memory(), **options)
+
+
+def a_check_of(check: Any = None, **options: Any) -> None:
+    SanityCheck(Check("mine", len, **options) if options else check)
+
+
+def batches(tensors: Any = (XS,), batch_size: Any = 2, **options: Any) -> None:
+    TensorBatches(*tensors, batch_size=batch_size, **options)
+
+
+def a_plan(when: Any, **options: Any) -> None:
+    build({"callbacks": [Unfreeze(when, **options)]})
+
+
+def weights_named(name: Any) -> None:
+    _ = build({}).weights[name]
+
+
+def a_series(name: Any) -> None:
+    _ = build({}).history[name]
+
+
+def a_step(**entries: Any) -> None:
+    learner = build({})
+    with runstep(learner, TrainingPhase(), **entries):
+        pass
+
+
+def a_deferral(undo: Any) -> None:
+    with runepoch(learner := build({}), TrainingPhase()):
+        learner.defer(undo)
+
+
+def some_data(data: Any) -> None:
+    build({"data": data})
+
+
+def some_models(model: Any) -> None:
+    build({"model": model})
+
+
+def a_optimizer(**options: Any) -> None:
+    build({"optimizer": partial(SGD, **{"lr": 0.1, **options})})
+
+
+class Short:
+    """Batches whose length is said wrongly."""
+
+    def __init__(self, length: Any) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length  # type: ignore[no-any-return]  # that it is none is the point
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(GOOD)
+
+
+def a_length(length: Any) -> None:
+    build({"data": (Short(length),)}).fit(1)
+
+
+NUMBERS = [NAN, "1", None, [1]]
+COUNTS = [0, -1, 1.5, NAN, "1", None, True]
+WHOLE = [-1, 1.5, "1"]
+PATHS = [None, 3, "", "a\0b", "x" * 300]
+MONITORS = [None, 3, "loss", ""]
+MODES = ["minimum", 1]
+SPAN = {"total": 4, "start": 1.0, "end": 0.5}
+
+MALFORMED = [
+    *bad(some_data, data=[({"my data": GOOD}), {"": GOOD}, {1: GOOD}, {"class": GOOD}, (GOOD, 3), "mnist"]),
+    *bad(some_models, model=[{"count": network()}, {"index": network()}, {"a b": network()}, [network()], "net"]),
+    *bad(a_optimizer, lr=[NAN, -1.0, "fast", INF], momentum=[NAN, -0.1], weight_decay=[NAN, -1.0]),
+    *bad(a_length, length=[1.5, -1, "3"]),
+    *bad(a_learner, callbacks=[[[Recorder()]], "Recorder"], default_callbacks=["no", None], seed=[-1, 0.5, "a"]),
+    *bad(a_fit, epochs=[-1, 1.5, "3", None, NAN], data=[3, "a", (GOOD,) * 3], steps_per_epoch=[0, -1, 1.5, "2", True]),
+    *bad(a_fit, phases=[TrainingPhase, "training", [None], [TrainingPhase], 3], resume=[3, "a\0b", "x" * 300, ""]),
+    *bad(an_epoch, phase=[TrainingPhase, "training", 3, FittingPhase()], data=[3, "a", []]),
+    *bad(
+        an_evaluation, data=[3, []], metrics=[3, mean, [3], ["accuracy"]], phase=[TrainingPhase(), ValidationPhase, 3]
+    ),
+    *bad(a_prediction, data=[None, 3, []], phase=[TrainingPhase(), 3]),
+    *bad(a_save, path=[*PATHS, ".", "no/such/folder/x.pt"]),
+    *bad(a_load, path=[*PATHS, ".", "missing.pt"]),
+    *bad(a_load_of_weights, path=[*PATHS, ".", "missing.pt"]),
+    *bad(a_state, state=[None, {}, [], 3]),
+    *bad(a_callback, callback=[None, Recorder, "Recorder", [Recorder()], mean]),
+    *bad(a_replacement, callback=[None, Recorder, mean]),
+    *bad(a_look_up, cls=["Recorder", Recorder(), None, int]),
+    *bad(a_removal, cls=["Recorder", None, 3, int]),
+    *bad(all_callbacks, callbacks=[None, Recorder(), Recorder, [3]]),
+    *bad(a_block, name=["D", 3, 0.5]),
+    *bad(an_update, name=[None, "D", 3]),
+    *bad(a_backward, loss=[None, 1.0, "loss", XS, torch.zeros(())]),
+    *bad(a_check, phases=[3, [TrainingPhase], TrainingPhase(), ["training"]]),
+    *bad(a_summary, depth=[-1, 1.5, "2"]),
+    *bad(an_explanation, path=["modle", 3, "", "step..loss"]),
+    *bad(a_sweep, start=[0, -1, NAN, "1"], end=[0, NAN, 1e-9], steps=[0, 1, 2.5, "9"], smoothing=[1, -1, NAN, "a"]),
+    *bad(a_sweep, phase=[ValidationPhase(), TrainingPhase, 3], optimizer=["D", 3]),
+    *bad(a_rate, value=[NAN, -1.0, "a", None, INF], hp=[3, "lr", int, LearningRate("D"), LearningRate(group=3)]),
+    *bad(a_look_at, hp=[None, "lr", Momentum("x"), Betas()]),
+    *bad(
+        a_schedule,
+        schedule=[NAN, -1.0, None, "a", cosine, lambda t: None, lambda t: NAN, lambda t: -1.0, lambda t: "a"],
+    ),
+    *bad(a_schedule, {"schedule": 0.1}, unit=["steps", None, 3]),
+    *bad(a_decay, schedule=[NAN, -1.0, lambda t: NAN, lambda t: INF]),
+    *bad(Scheduler, schedules=[{}, None, 3, [], {LearningRate: None}, {3: 0.1}, {"lr": 0.1}, {LearningRate: "a"}]),
+    *bad(
+        a_torch_schedule,
+        factory=[StepLR, None, 3, lambda o: 3, lambda o: None],
+        unit=["steps", None],
+        monitor=MONITORS[1:],
+    ),
+    *bad(a_torch_schedule, optimizer=["D", 3]),
+    *bad(an_average, model=[None, "x", "model@ema", 3], decay=[NAN, -0.1, 1.5, "a", None], buffers=["x", 1]),
+    *bad(an_average, view=["", "a b", 3, None], into=["x", 3]),
+    *bad(a_plan, when=[{}, None, 3, {"x": 1}, {"weight": -1}, {"weight": 1.5}, {"weight": None}, {1: 1}]),
+    *bad(a_plan, {"when": {"weight": 1}}, unit=["epochs", None]),
+    *bad(weights_named, name=["x", 3, "model@ema", ""]),
+    *bad(a_series, name=["loss", "training/x", 3, None]),
+    *bad(a_step, xs=[XS[:0]]),
+    *bad(a_deferral, undo=[None, 3]),
+    *bad(LearningRate, optimizer=[3, 0.5], group=[-1, 1.5, "0"]),
+    *bad(an_attribute, name=["nope", 3, None]),
+    *bad(EarlyStopping, {"criterion": 2}, criterion=[0, -1, 1.5, "a", None, True], monitor=MONITORS),
+    *bad(EarlyStopping, {"criterion": 2}, mode=MODES, min_epochs=[*WHOLE, None], min_delta=[NAN, "a", None, -1.0]),
+    *bad(Timer, seconds=[0, -1, NAN, "1", True], minutes=[-1, "a"], hours=[None, NAN]),
+    *bad(KeepBestModel, monitor=MONITORS, mode=MODES, min_delta=[NAN, -1, "a", None]),
+    *bad(Checkpointer, folder=PATHS),
+    *bad(Checkpointer, {"folder": "runs"}, every=[0, -1, NAN, INF, "1", None, True], unit=["steps", None]),
+    *bad(Checkpointer, {"folder": "runs", "unit": "second"}, every=[0, INF, NAN]),
+    *bad(
+        Checkpointer,
+        {"folder": "runs"},
+        keep_last=[0, -1, 1.5, "2"],
+        keep_best=[*WHOLE, None],
+        monitor=MONITORS,
+        mode=MODES,
+    ),
+    *bad(BatchLimit, limit=COUNTS[:-1]),
+    *bad(BatchLimit, {"limit": 1}, phase=[None, "training", 3, TrainingPhase()]),
+    *bad(GradientClip, max_norm=[-1, NAN, "a", None, True], norm_type=[0, -1, NAN, "a"], value=[-1, NAN, "a"]),
+    *bad(MixUp, alpha=[0, -1, NAN, "a", None, True, INF], num_classes=[1, -1, 2.5, "a"]),
+    *bad(CutMix, alpha=[0, NAN, "a"], num_classes=[1, 2.5]),
+    *bad(GarbageCollect, every=COUNTS),
+    *bad(ProgressBar, interval=[-1, NAN, "a", None], enabled=["yes", 3]),
+    *bad(MetricsPrinter, digits=[-1, 1.5, "a", None]),
+    *bad(Traces, functions=["loss", None, {}, {"a": 3}, [mean], mean]),
+    *bad(Traces, {"functions": {"a": len}}, phase=[TrainingPhase(), "training", None], reads=["step.loss"]),
+    *bad(CSVLogger, path=PATHS),
+    *bad(
+        StochasticWeightAveraging,
+        {"model": "model"},
+        start=[-1, 1.5, "a", None],
+        every=COUNTS[:-2],
+        unit=["steps", None],
+    ),
+    *bad(SampleImages, {"model": "model"}, count=COUNTS[:-1], every=COUNTS[:-1], columns=COUNTS[:-1], folder=["a\0b"]),
+    *bad(KNNProbe, model=[None, 3], k=[*COUNTS], temperature=[0, -1, NAN, "a"], every=COUNTS[:-1]),
+    *bad(LinearProbe, {"model": "model", "num_classes": 2}, num_classes=[1, 0, 1.5, "a", None], every=COUNTS[:-1]),
+    *bad(FeatureStats, entry=[None, 3, ""], rows=COUNTS[:-1], every=COUNTS[:-1]),
+    *bad(ActivationStats, pattern=[None, 3], every=COUNTS[:-1]),
+    *bad(Profile, steps=[3, (0, 0), (-1, 3), "a", (1, 2, 3), (1.5, 2)]),
+    *bad(
+        CustomCallback,
+        {"f": len, "event": StepEnd},
+        f=[None, 3],
+        event=[None, "StepEnd", StepEnd(), 3],
+        phase=["x", None],
+    ),
+    *bad(
+        CustomCallback,
+        {"f": len, "event": StepEnd},
+        reads=["step.loss", 3],
+        writes=["step.loss", 3],
+        run_after=[3, ["a"]],
+    ),
+    *bad(histograms, of=[["x"], "x"], every=COUNTS[:-1], pattern=[3]),
+    *bad(metrics_log, every=COUNTS[:-1], phase=["x", None], backend=[None, 3, "runs", Memory]),
+    *bad(a_visualization, function=[None, 3], every=COUNTS[:-1]),
+    *bad(a_check_of, check=[None, 3, Check], severity=["fatal"]),
+    *bad(LogHyperParams, params=[3, "a"]),
+    *bad(StopOnNaNLoss, wait=[3, "no"]),
+    *bad(throttle, {"callback": EventRecorder(), "event": StepEnd}, callback=[None, Recorder], event=[None, "StepEnd"]),
+    *bad(throttle, {"callback": EventRecorder(), "event": StepEnd}, freq=COUNTS[:-2], seconds=[-1, NAN, "a"]),
+    *bad(Metric, {"fn": mean}, fn=[None, 3, "accuracy"], name=[3], inputs=["preds", 3, ()], phase=["x", 3]),
+    *bad(batches, tensors=[(), (3,), ("a",), (XS, YS[:3]), (XS[:0],)], batch_size=COUNTS[:-1], seed=[-1, 0.5, "a"]),
+    *bad(as_dataloader, {"data": XS}, data=[None, 3, "a", mean], batch_size=COUNTS, shuffle=["yes"]),
+    *bad(
+        split, {"data": XS, "fraction": 0.5}, data=[None, 3], fraction=[-0.1, 1.5, NAN, "a", None], seed=[-1, 0.5, "a"]
+    ),
+    *bad(overfit, {"data": XS}, data=[None, 3]),
+    *bad(Accelerator, device=[3, "tpu9", None], compile=["all", 3, True]),
+    *bad(seed_everything, seed=[-1, 2**32, "0", 1.5, None, True]),
+    *bad(linear, SPAN, total=[*COUNTS[:-2], 2.5, INF], start=NUMBERS, end=NUMBERS),
+    *bad(cosine, SPAN, total=[0, 2.5, NAN], start=NUMBERS, end=[INF, "a"]),
+    *bad(exponential, SPAN, total=[0, 2.5], start=[0.0, NAN, "a"], end=[-1.0, None, INF]),
+    *bad(polynomial, SPAN, power=[0, -1, NAN, "a", None]),
+    *bad(fluxloop.schedules.step, {"every": 2, "start": 1.0}, every=[0, 1.5, NAN], start=NUMBERS, gamma=NUMBERS),
+    *bad(triangle, {"total": 4, "start": 0.0, "peak": 1.0}, total=[0, 2.5], start=NUMBERS, peak=NUMBERS),
+    *bad(sine, {"total": 4, "start": 0.0, "peak": 1.0}, total=[0, 2.5], peak=NUMBERS),
+    *bad(inverse_sqrt, {"warmup": 4, "peak": 1.0}, warmup=[0, 2.5, None], peak=NUMBERS),
+    *bad(warmup, {"steps": 4, "then": 1.0}, steps=[0, 2.5, None], then=["a", None, NAN], start=NUMBERS),
+    *bad(
+        one_cycle,
+        {"total": 4, "max_value": 1.0},
+        total=[0, 2.5, NAN, None],
+        max_value=NUMBERS,
+        pct_start=[-1, 2, NAN, "a"],
+    ),
+    *bad(one_cycle, {"total": 4, "max_value": 1.0}, div=[0, -1, NAN, "a"], div_final=[0, NAN, None]),
+    *bad(constant, value=NUMBERS),
+    *bad(shift, {"schedule": 1.0, "steps": 1}, schedule=["a", None], steps=[1.5, "a", None]),
+    *bad(repeat, {"schedule": 1.0, "every": 2}, schedule=["a", None], every=[0, 1.5, None], times=[0, -1, 1.5, "a"]),
+    *bad(Patience, n=COUNTS),
+    *bad(NoImprovement, {"n": 2}, n=COUNTS, min_delta=[NAN, -1, "a", None]),
+    *bad(Threshold, value=NUMBERS),
+    *bad(TimeLimit, seconds=[0, -1, NAN, "a", None]),
+    *bad(NumberLimit, n=COUNTS),
+    *bad(GL, alpha=[0, -1, NAN, "a", None]),
+    *bad(PQ, alpha=[0, NAN, "a"], k=COUNTS[:-2]),
+    *bad(TwoViews, transform=[None, 3]),
+    *bad(
+        MultiCrop,
+        {"global_crop": mean, "local_crop": mean},
+        local_crop=[None, 3],
+        num_local=[-1, 1.5],
+        num_global=COUNTS[:3],
+    ),
+    *bad(ViewDataset, {"dataset": GOOD, "views": mean}, dataset=[None, 3], views=[None, 3]),
+    *bad(SimCLRPhase, temperature=[0, -1, NAN, "a", None], views=[3, "a"]),
+    *bad(SupConPhase, temperature=[0, NAN, "a"]),
+    *bad(MoCoPhase, queue_size=COUNTS[:-1], temperature=[0, NAN, "a"]),
+    *bad(BarlowTwinsPhase, weight=[-1, NAN, "a", None]),
+    *bad(VICRegPhase, invariance=[-1, NAN, "a"], variance=[-1, NAN], covariance=[-1, "a"]),
+    *bad(DistillationPhase, temperature=[0, -1, NAN, "a"], weight=[-0.1, 1.1, NAN, "a"]),
+    *bad(TripletPhase, margin=[-1, NAN, "a", None]),
+    *bad(VAEPhase, beta=[-1, NAN, "a", None], compare=[3, None]),
+    *bad(AutoencoderPhase, compare=[3, None, "mse"]),
+    *bad(MAEPhase, {"patch_size": 4}, patch_size=COUNTS[:-1], mask_ratio=[-0.1, 0, 1, NAN, "a"]),
+    *bad(PerOptimizerValidationPhase, training=[None, TrainingPhase(), NoLoss]),
+    *bad(top_k, k=COUNTS),
+    *bad(
+        GANPhase,
+        loss=["x", 3, None],
+        noise=[0, -1, "a", None],
+        critic_steps=COUNTS[:-2],
+        gradient_penalty=[-1, NAN, "a"],
+    ),
+    *bad(GANPhase, r1=[-1, NAN, "a"], generator=[3], critic=[3]),
+    *bad(DINOPhase, num_global=COUNTS[:3], student_temperature=[0, NAN, "a"], teacher_temperature=[0, NAN, "a"]),
+    *bad(DINOPhase, center_momentum=[-1, 2, NAN, "a"]),
+    *bad(ValidationPhase, every=COUNTS),
+    *bad(CSV, path=PATHS),
+    *bad(JSONL, path=PATHS),
+    *bad(TensorBoard, folder=PATHS),
+]
+
+WORDS = "expected|given|there (is|are) no|has no|no metric|no gradient|cannot be written|matches"
+
+TAKEN = {
+    "runs the events of a fit alone, as fit(0) does": lambda: a_fit(phases=[]),
+    "a text is one kind": lambda: histograms(of="weights"),
+    "None weighs all neighbours alike": lambda: KNNProbe(temperature=None),
+    "the name is the function's": lambda: Metric(mean, name=""),
+    "a negative rate climbs where the optimizer allows it": lambda: constant(-1.0),
+    "a fraction of a whole number is that number": lambda: linear(4.0, 1.0, 0.0),
+}
+"""What looks malformed and is taken, by the reason."""
+
+
+@pytest.mark.parametrize("reason", TAKEN)
+def test_what_looks_malformed_and_has_a_meaning_is_taken(reason: str) -> None:
+    TAKEN[reason]()
+
+
+@pytest.mark.parametrize(("make", "arguments"), MALFORMED)
+def test_a_malformed_argument_is_named_when_it_is_given(
+    make: Callable[..., object],
+    arguments: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: Any,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((FluxloopError, ValueError, TypeError, AttributeError)) as caught:
+        make(**arguments)
+    ours = Path(fluxloop.__file__).parent
+    frame = list(traceback.walk_tb(caught.value.__traceback__))[-1][0]
+    said = str(caught.value)
+    assert isinstance(caught.value, FluxloopError) or Path(frame.f_code.co_filename).is_relative_to(ours), said
+    assert re.search(WORDS, said), said
+    assert not list(tmp_path.iterdir()), "files were written"
+
+
+def test_the_table_of_malformed_arguments_is_large() -> None:
+    assert len(MALFORMED) >= 263

@@ -7,6 +7,7 @@ import random
 import re
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -1065,3 +1066,47 @@ def test_a_toy_learner_can_be_copied_and_the_copy_saved(tmp_path: Path) -> None:
     other.fit(1)
     learner.fit(1)
     assert_same_bits(learner, other)
+
+
+# Weights of which none fits
+
+
+def file_of(module: nn.Module, folder: Path, rename: Callable[[str], str] = str) -> Path:
+    torch.save({rename(name): tensor for name, tensor in module.state_dict().items()}, folder / "weights.pt")
+    return folder / "weights.pt"
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_weights_of_which_none_fits_are_refused_with_the_names_of_both(tmp_path: Path, strict: bool) -> None:
+    learner = Learner(nn.Sequential(nn.Linear(2, 3)), default_callbacks=False)
+    before = learner.model[0].weight.detach().clone()
+    path = file_of(nn.Conv2d(1, 1, 1), tmp_path, lambda name: f"stem.{name}")
+    with pytest.raises(CheckpointError, match=r"(?s)0\.weight.*stem\.weight"):
+        learner.load_weights(path, strict=strict)
+    assert torch.equal(learner.model[0].weight, before)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod."])
+def test_names_that_differ_by_a_prefix_alone_are_told_with_what_to_type(tmp_path: Path, prefix: str) -> None:
+    learner = Learner(nn.Sequential(nn.Linear(2, 3)), default_callbacks=False)
+    path = file_of(nn.Sequential(nn.Linear(2, 3)), tmp_path, lambda name: f"{prefix}{name}")
+    with pytest.raises(CheckpointError, match=rf"begin with '{prefix}'.*\n.*n.removeprefix\('{prefix}'\)"):
+        learner.load_weights(path, strict=False)
+    torch.save({n.removeprefix(prefix): t for n, t in torch.load(path).items()}, path)  # as it says
+    assert learner.load_weights(path) == []
+
+
+def test_weights_of_a_part_are_told_to_be_given_to_the_part(tmp_path: Path) -> None:
+    part = nn.Linear(2, 3)
+    learner = Learner(nn.Sequential(nn.ReLU(), nn.Linear(2, 3)), default_callbacks=False)
+    path = file_of(part, tmp_path)
+    with pytest.raises(CheckpointError, match=r"those of a part: learner.load_weights\(path, '1'\)"):
+        learner.load_weights(path, strict=False)
+    assert learner.load_weights(path, "1") == []
+    assert torch.equal(learner.model[1].weight, part.weight)
+
+
+def test_weights_of_which_some_fit_are_taken_and_the_rest_is_told(tmp_path: Path) -> None:
+    learner = Learner(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), default_callbacks=False)
+    path = file_of(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 9)), tmp_path)
+    assert learner.load_weights(path, strict=False) == ["1.bias", "1.weight"]

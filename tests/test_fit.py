@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, ClassVar
@@ -601,3 +603,77 @@ def test_data_under_the_name_it_has_elsewhere_says_what_to_type(name: str, hint:
     learner = toy_learner(data={name: [1], "test": [1]})
     with pytest.raises(DataError, match=hint):
         learner.fit(1, phases=[TrainingPhase()])
+
+
+# What has no effect is said
+
+
+class DoesNothing(AbstractTrainingPhase):
+    def step(self, learner, batch):
+        pass
+
+
+class DoesLittle(DoesNothing):
+    def __init__(self):
+        self.seen = 0
+
+    def step(self, learner, batch):
+        self.seen += 1
+        if self.seen > 1:
+            with runstep(learner, self, xs=batch[0]):
+                pass
+
+
+def test_a_phase_whose_steps_do_nothing_is_told():
+    learner = toy_learner(Recorder())
+    with pytest.warns(UserWarning, match=r"DoesNothing\(\) was given 16 batches and did no step .*\n.*runstep") as told:
+        learner.fit(1, phases=[DoesNothing()])
+    assert len(told) == 1
+    learner.fit(1, phases=[DoesLittle()])  # a step may pass a batch over
+
+
+@pytest.mark.parametrize("train", [lambda learner: learner.fit(1), lambda learner: learner.epoch(TrainingPhase())])
+def test_a_batch_without_rows_is_an_error_before_anything_is_changed(train):
+    learner = toy_learner(data=([(torch.zeros(0, 1), torch.zeros(0, 1))],))
+    before = learner.model.value.detach().clone()
+    with pytest.raises(BatchError, match=r"batch without rows: a Tensor of shape \(0, 1\); expected one or more"):
+        train(learner)
+    assert torch.equal(learner.model.value, before)
+
+
+def test_weights_that_are_not_finite_are_told_before_the_first_step():
+    learner = toy_learner()
+    with torch.no_grad():
+        learner.model.value.fill_(float("nan"))
+    with pytest.warns(UserWarning, match="weights are not finite before the first step: value"):
+        learner.fit(0)
+
+
+def test_fits_in_two_threads_are_told_of_each_other():
+    learner, other, told = toy_learner(), toy_learner(), []
+
+    def fit_other(_):
+        if other.history.cycles == 0:
+            thread = threading.Thread(target=lambda: told.extend(warned(lambda: other.fit(1))))
+            thread.start()
+            thread.join()
+
+    learner.add_callback(CustomCallback(fit_other, EpochBegin))
+    learner.fit(1)
+    assert len(told) == 1
+    assert "a fit is running in another thread" in told[0]
+    assert warned(lambda: other.fit(1)) == []  # none runs any more
+
+
+def test_a_fit_of_another_learner_in_a_handler_is_in_the_same_thread():
+    learner, other = toy_learner(), toy_learner()
+    learner.add_callback(CustomCallback(lambda _: other.fit(1), CycleEnd))
+    assert warned(lambda: learner.fit(1)) == []
+    assert other.history.cycles == 1
+
+
+def warned(run):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [str(warning.message) for warning in caught]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import fluxloop
 from fluxloop import (
+    BackwardEnd,
     Callback,
     CallbackConflictError,
     CallbackCycleError,
@@ -22,7 +23,9 @@ from fluxloop import (
     Counts,
     CustomCallback,
     DuplicateCallbackError,
+    EpochEnd,
     GarbageCollect,
+    GradientClip,
     Learner,
     Metrics,
     MetricsPrinter,
@@ -953,3 +956,49 @@ def test_writers_of_a_view_are_found_by_its_path_alone() -> None:
     assert "A writes 'model.G@ema'" in callbacks.explain("model.G@ema")
     assert "B writes" not in callbacks.explain("model.G@ema")
     assert "the optimizer" not in callbacks.explain("model@ema")
+
+
+# Callbacks that read everything
+
+
+def halve(learner: Any) -> None:
+    learner.step.xs = learner.step.xs / 2
+
+
+def test_a_quick_hook_that_writes_an_entry_runs_before_those_that_read_it() -> None:
+    hook = CustomCallback(halve, StepBegin, TrainingPhase, writes=("step.xs",))
+    learner = toy_learner(hook, Traces({"xs": lambda learner: learner.step.xs.mean()}), default_callbacks=True)
+    order = learner.callbacks.order
+    assert order.index("Recorder") < order.index("CustomCallback") < order.index("Metrics") < order.index("Traces")
+    learner.fit(1)
+
+
+def test_two_quick_hooks_that_write_different_entries_have_an_order_whatever_the_list() -> None:
+    def hooks() -> list[Callback]:
+        first = CustomCallback(halve, StepBegin, writes=("step.xs",), name="first")
+        return [first, CustomCallback(lambda learner: None, StepBegin, writes=("step.ys",), name="second")]
+
+    orders = {tuple(toy_learner(*given).callbacks.order) for given in (hooks(), hooks()[::-1])}
+    assert len(orders) == 1
+
+
+def test_a_quick_hook_that_writes_still_runs_after_whoever_it_reads_from() -> None:
+    hook = CustomCallback(lambda learner: None, EpochEnd, writes=("cbstate.mine",))
+    order = toy_learner(hook, default_callbacks=True).callbacks.order
+    assert order.index("CustomCallback") > order.index("Metrics")
+
+
+def test_advice_for_a_conflict_names_the_users_own_class() -> None:
+    class Mine(Callback):
+        writes = ("step.grads",)
+
+        @on(BackwardEnd)
+        def scale(self, event: Any, phase: Any, learner: Any) -> None: ...
+
+    class Alpha(Mine):  # before GradientClip in the order of names
+        pass
+
+    for own in (Mine, Alpha):
+        with pytest.raises(CallbackConflictError) as caught:
+            toy_learner(own(), GradientClip(1.0))
+        assert f"run_after = (GradientClip,)   # in {own.__name__}" in str(caught.value)

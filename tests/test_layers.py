@@ -15,8 +15,9 @@ import fluxloop
 ROOT = Path(fluxloop.__file__).parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
+    ("errors",),
+    ("given",),
     (
-        "errors",
         "events",
         "gradients",
         "images",

@@ -14,6 +14,7 @@ from fluxloop.callback import Callback, on
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import ModelError, did_you_mean
 from fluxloop.events import EpochBegin, StepBegin
+from fluxloop.given import check_number, texts
 from fluxloop.nested import tensors
 from fluxloop.phase import AbstractTrainingPhase
 
@@ -50,7 +51,7 @@ class ActivationStats(Callback):
     Runs after: Recorder
     """
 
-    pattern: str | Sequence[str] = "*"
+    pattern: str | Sequence[str] = field(default="*", validator=texts)
     every: int = field(default=10, kw_only=True)
     near: float = field(default=0.0, kw_only=True)
     _waits: dict[type, int] = field(factory=dict, init=False, repr=False)
@@ -66,8 +67,7 @@ class ActivationStats(Callback):
 
     @every.validator
     def _check_every(self, attribute: object, value: int) -> None:
-        if value < 1:
-            raise ValueError(f"ActivationStats(every={value!r}) was given; expected a number of steps, 1 or more")
+        check_number("ActivationStats", "every", value, least=1, whole=True)
 
     def init(self, learner: Any) -> None:
         """Look for the modules, and publish the statistics, once."""

@@ -14,6 +14,13 @@ from fluxloop.phase import Phase
 from fluxloop.state import PhaseDict
 
 
+def _whole(limit: Any) -> int:
+    try:
+        return operator.index(limit)
+    except TypeError as error:
+        raise ValueError(f"BatchLimit({limit!r}) was given; expected a number of steps, 1 or more") from error
+
+
 def _counted() -> PhaseDict[int]:
     return PhaseDict(int)
 
@@ -37,7 +44,7 @@ class BatchLimit(Callback):
         >>> limit = BatchLimit(100, phase=ValidationPhase)
     """
 
-    limit: int = field(converter=operator.index)
+    limit: int = field(converter=_whole)
     phase: type[Phase] = field(default=Phase, kw_only=True)
     _steps: PhaseDict[int] = field(factory=_counted, init=False, repr=False)
 

@@ -7,6 +7,7 @@ import signal
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from time import monotonic
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from fluxloop.errors import CallbackConflictError, CheckpointError, warn_user
 from fluxloop.events import FitBegin, FitEnd, StepEnd
 from fluxloop.finite import first_names, not_finite, state_tensors
 from fluxloop.folder import LATEST, Folder, Progress, name_of
+from fluxloop.given import as_path
 from fluxloop.monitor import Mode, Monitor
 from fluxloop.persist import snapshot
 from fluxloop.phase import AbstractTrainingPhase, FittingPhase
@@ -26,6 +28,10 @@ from fluxloop.signals import instead_of
 
 START: Progress = (0, 0, 0)
 """Where a run begins: written too, so that one killed early is known, and removed after the next."""
+
+
+def _as_path(given: Any) -> Path:
+    return as_path("Checkpointer", "folder", given)
 
 
 @define
@@ -70,7 +76,7 @@ class Checkpointer(UnsafeCallback):
     Reads: (it is given the whole learner)
     """
 
-    folder: Path = field(converter=Path)
+    folder: Path = field(converter=_as_path)
     every: float = field(default=1, kw_only=True)
     unit: Literal["epoch", "step", "second"] = field(default="epoch", kw_only=True)
     keep_last: int | None = field(default=2, kw_only=True)
@@ -111,7 +117,12 @@ class Checkpointer(UnsafeCallback):
         self._watched = Monitor(self.monitor, self.mode).after(getattr(self, "_watched", None))
         if self.unit not in ("epoch", "step", "second"):
             raise ValueError(f"Checkpointer(unit={self.unit!r}) was given; expected 'epoch', 'step' or 'second'")
-        number = isinstance(self.every, (int, float)) and not isinstance(self.every, bool) and self.every > 0
+        number = (
+            isinstance(self.every, (int, float))
+            and not isinstance(self.every, bool)
+            and self.every > 0
+            and isfinite(self.every)
+        )
         if not number or (self.unit != "second" and not float(self.every).is_integer()):
             raise ValueError(f"Checkpointer(every={self.every!r}) was given; expected 1 or more {self.unit}s")
         for name, least in (("keep_last", 1), ("keep_best", 0)):

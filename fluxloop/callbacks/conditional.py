@@ -11,6 +11,7 @@ from attrs import define, field
 from fluxloop.callback import Callback, Handler, require_call
 from fluxloop.errors import CallbackTypeError, HandlerError, describe
 from fluxloop.events import Event
+from fluxloop.given import check_number
 from fluxloop.phase import Phase
 
 Condition = Callable[[Event, Phase], bool]
@@ -177,6 +178,10 @@ def throttle(
         raise ValueError(
             f"throttle(freq={freq}, seconds={seconds}) was given; expected exactly one of the two: freq=10"
         )
+    if freq is not None:
+        check_number("throttle", "freq", freq, whole=True)
+    if seconds is not None:
+        check_number("throttle", "seconds", seconds)
     if (freq is not None and freq < 1) or (seconds is not None and seconds < 0):
         raise ValueError(f"throttle(freq={freq}, seconds={seconds}) was given; expected freq >= 1 or seconds >= 0")
     return ConditionalCallback(callback, Every(event, freq, seconds))

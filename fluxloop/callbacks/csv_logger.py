@@ -15,12 +15,17 @@ from fluxloop.callback import Callback, on
 from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.events import CycleEnd, EpochEnd, FitBegin, FitEnd
+from fluxloop.given import as_path
 from fluxloop.history import numbers_in
 from fluxloop.logging.backend import Backend, log_to
 from fluxloop.logging.loggables import Loggable
 from fluxloop.logging.text_files import csv_line
 from fluxloop.phase import Phase, ProbePhase
 from fluxloop.signals import INTERRUPTED, TERMINATED
+
+
+def _as_path(given: Any) -> Path:
+    return as_path("CSVLogger", "path", given)
 
 
 @define
@@ -116,7 +121,7 @@ class CSVLogger(Callback):
     Runs after: Recorder, Metrics
     """
 
-    path: Path = field(converter=Path, repr=lambda path: repr(str(path)))
+    path: Path = field(converter=_as_path, repr=lambda path: repr(str(path)))
     time: bool = field(default=False, kw_only=True, repr=False)
     _table: _Table = field(init=False, repr=False)
     _probed: int = field(default=0, init=False, repr=False)

@@ -8,13 +8,15 @@ from typing import Any
 from fluxloop.callback import Callback, Handler, require_call
 from fluxloop.errors import CallbackTypeError, HandlerError, describe
 from fluxloop.events import Event
+from fluxloop.given import check_paths
 from fluxloop.phase import Phase
 
 
 class CustomCallback(Callback):
     """Call ``f(learner)`` at an event: a quick hook.
 
-    Without declarations it reads everything and writes nothing, and therefore runs last at its event.
+    Without declarations it reads everything and writes nothing, and therefore runs last at its event. With `writes`
+    alone it runs as late as those allow that read what it writes.
 
     Args:
         f: Called with a view of the learner.
@@ -54,10 +56,17 @@ class CustomCallback(Callback):
         if not (isinstance(phase, type) and issubclass(phase, Phase)):
             raise HandlerError(f"CustomCallback was given {describe(phase)} as a phase; expected a type")
         require_call(f, 1, "(learner)", f"the function {getattr(f, '__name__', f)!s} of a CustomCallback")
+        check_paths("CustomCallback", "reads", ("*",) if reads is None else reads)
+        check_paths("CustomCallback", "writes", writes)
+        if not isinstance(run_after, (tuple, list)) or not all(isinstance(each, type) for each in run_after):
+            raise CallbackTypeError(
+                f"CustomCallback(run_after={run_after!r}) was given; expected a tuple of callback types: (Recorder,)"
+            )
         super().__init__(name=name)
         self.f = f
         self.event = event
         self.phase = phase
+        self.reads_left_out = reads is None
         self.reads = ("*",) if reads is None else reads  # type: ignore[misc]  # computed per instance
         self.writes = writes  # type: ignore[misc]  # computed per instance
         self.run_after = run_after  # type: ignore[misc]  # computed per instance

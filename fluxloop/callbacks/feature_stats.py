@@ -13,6 +13,7 @@ from torch import Tensor
 from fluxloop.callback import on
 from fluxloop.callbacks.probe import MetricSource
 from fluxloop.events import EpochBegin, StepEnd
+from fluxloop.given import check_number, named
 from fluxloop.phase import AbstractTrainingPhase
 
 
@@ -43,7 +44,7 @@ class FeatureStats(MetricSource):
     Runs after: Recorder, Metrics
     """
 
-    entry: str = "features"
+    entry: str = field(default="features", validator=named())
     rows: int = field(default=1024, kw_only=True)
     std: Tensor | None = field(default=None, init=False, repr=False)
     _kept: deque[Tensor] = field(factory=deque, init=False, repr=False)
@@ -55,8 +56,7 @@ class FeatureStats(MetricSource):
 
     @rows.validator
     def _check_rows(self, attribute: object, value: int) -> None:
-        if value < 1:
-            raise ValueError(f"FeatureStats(rows={value!r}) was given; expected 1 or more, e.g. 1024")
+        check_number("FeatureStats", "rows", value, least=1, whole=True)
 
     @property
     def metric_names(self) -> tuple[str, ...]:

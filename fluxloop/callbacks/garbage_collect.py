@@ -9,6 +9,7 @@ from attrs import define, field
 
 from fluxloop.callback import Callback, on
 from fluxloop.events import StepEnd
+from fluxloop.given import number
 from fluxloop.phase import Phase
 
 
@@ -25,7 +26,7 @@ class GarbageCollect(Callback):
         ValueError: `every` is less than 1.
     """
 
-    every: int = 100
+    every: int = field(default=100, validator=number(least=1, whole=True))
     _steps: int = field(default=0, init=False, repr=False)
 
     draws = False

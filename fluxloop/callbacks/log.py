@@ -14,10 +14,11 @@ from fluxloop.callbacks.metrics import Metrics, seen_by
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import CallbackTypeError, describe
 from fluxloop.events import EpochBegin, EpochEnd, FitBegin, StepEnd
+from fluxloop.given import check_number
 from fluxloop.history import numbers_in
 from fluxloop.logging.backend import Backend, log_to
 from fluxloop.logging.loggables import HyperParameters, Loggable, Scalar, loggable
-from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase
+from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase, check_phase_type
 from fluxloop.state import name_of
 
 
@@ -134,6 +135,7 @@ class LogMetrics(LogCallback):
     ) -> None:
         super().__init__(*backends, name=name)
         self.every = at_least_one(type(self).__name__, every)
+        check_phase_type("LogMetrics", phase)
         self.phase = phase
 
     @on(StepEnd)
@@ -291,6 +293,5 @@ def at_least_one(cls: str, every: int) -> int:
     Raises:
         ValueError: It is less than 1.
     """
-    if every < 1:
-        raise ValueError(f"{cls}(every={every!r}) was given; expected a number of steps, 1 or more")
+    check_number(cls, "every", every, least=1, whole=True)
     return every

@@ -61,6 +61,8 @@ class LogHistograms(LogCallback):
         if not set(self.of) <= {"weights", "gradients", "activations"}:
             raise ValueError(f"LogHistograms(of={of!r}) was given; expected some of weights, gradients, activations")
         self.every = at_least_one(type(self).__name__, every)
+        if pattern is not None and not isinstance(pattern, str):
+            raise TypeError(f"LogHistograms(pattern={pattern!r}) was given; expected a regular expression, a text")
         self.pattern = re.compile(pattern or "")
         self._given: dict[str, Tensor] = {}
 

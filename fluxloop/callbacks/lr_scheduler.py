@@ -85,6 +85,7 @@ class LRScheduler(Callback):
     _target: LearningRate = field(init=False, repr=False)
     _updated: Counter[str | None] = field(factory=Counter, init=False, repr=False)
     _ended: int = field(default=0, init=False, repr=False)
+    _counted: Counter[str | None] = field(factory=Counter, init=False, repr=False)
     _seen: int = field(default=0, init=False, repr=False)
 
     draws = False
@@ -138,6 +139,7 @@ class LRScheduler(Callback):
         self._made = {name: _state_when_made(scheduler) for name, scheduler in schedulers.items()}
         self._functions = {name: _functions_of(scheduler) for name, scheduler in schedulers.items()}
         self._updated, self._ended, self._seen = Counter(), learner.trained_steps, 0
+        self._counted = Counter()
         if self._watched is not None:
             modes = [scheduler.mode for scheduler in schedulers.values() if hasattr(scheduler, "mode")]
             self._watched.mode = modes[0] if modes and modes[0] in ("min", "max") else "min"
@@ -152,7 +154,16 @@ class LRScheduler(Callback):
             ValueError: It is none for this optimizer, unit or monitor.
         """
         wrapped = "step" in vars(optimizer)
-        scheduler = self.factory(optimizer)
+        try:
+            scheduler = self.factory(optimizer)
+        except TypeError as error:
+            if "argument" not in str(error):
+                raise
+            name = getattr(self.factory, "__name__", "factory")
+            raise TypeError(
+                f"LRScheduler({name}) could not make a scheduler of the optimizer alone: {error}; expected a function "
+                f"of the optimizer: LRScheduler(partial({name}, ...)), with the scheduler's arguments in it"
+            ) from error
         if not wrapped:  # torch's wrapper only notes that there was a step; `_advance` vouches for that
             vars(optimizer).pop("step", None)
         if not all(hasattr(scheduler, name) for name in ("step", "state_dict", "load_state_dict", "optimizer")):
@@ -165,6 +176,8 @@ class LRScheduler(Callback):
                 "it is given: lambda optimizer: StepLR(optimizer, step_size=10)"
             )
         name = type(scheduler).__name__
+        if _wants_count(scheduler) and self.unit != "epoch" and not hasattr(scheduler, "step_update"):
+            raise ValueError(f"{name} is told the number of epochs: expected LRScheduler(..., unit='epoch')")
         if _takes_metrics(scheduler) and self._watched is None:
             raise ValueError(f"{name} watches a metric; say which: LRScheduler(..., monitor='validation/loss')")
         if _takes_metrics(scheduler) and self.unit != "epoch":
@@ -217,7 +230,8 @@ class LRScheduler(Callback):
         for name, scheduler in self.schedulers.items() if self.unit != "epoch" else ():
             updates = self._updated[name]
             for _ in range(updates if self.unit == "update" else min(updates, 1)):
-                _advance(scheduler)
+                self._counted[name] += 1
+                _advance(scheduler, count=self._counted[name], updates=True)
         self._updated.clear()
 
     @on(EpochEnd)
@@ -230,8 +244,9 @@ class LRScheduler(Callback):
                 for scheduler in self.schedulers.values():
                     _advance(scheduler, new[1])
         elif self.unit == "epoch" and isinstance(phase, AbstractTrainingPhase):
-            for scheduler in self.schedulers.values():
-                _advance(scheduler)
+            for name, scheduler in self.schedulers.items():
+                self._counted[name] += 1
+                _advance(scheduler, count=self._counted[name])
 
     @on(CycleEnd, FittingPhase)
     def end_cycle(self, event: CycleEnd, phase: FittingPhase, learner: Any) -> None:
@@ -263,7 +278,14 @@ class LRScheduler(Callback):
             for name, scheduler in self.schedulers.items()
         ]
         updated = list(self._updated.elements())
-        return {"schedulers": schedulers, "updated": updated, "steps": self._ended, "seen": self._seen}
+        counted = [[name, count] for name, count in self._counted.items()]
+        return {
+            "schedulers": schedulers,
+            "updated": updated,
+            "counted": counted,
+            "steps": self._ended,
+            "seen": self._seen,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a kept state; the optimizer is left as it is.
@@ -282,6 +304,7 @@ class LRScheduler(Callback):
         for name, scheduler in self.schedulers.items():
             scheduler.load_state_dict(_restored(kept[name]["now"], scheduler.state_dict()))
         self._updated, self._ended, self._seen = Counter(state["updated"]), state["steps"], state["seen"]
+        self._counted = Counter({name: count for name, count in state.get("counted", ())})
 
 
 @cache
@@ -320,13 +343,24 @@ def _stepped() -> None:
 _stepped._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # where torch looks
 
 
-def _advance(scheduler: Any, *metrics: float) -> None:
+def _wants_count(scheduler: Any) -> bool:
+    """Tell whether a scheduler is told how far the training is, as timm's are: ``step(epoch)``, ``step_update(n)``."""
+    epoch = inspect.signature(scheduler.step).parameters.get("epoch")
+    return epoch is not None and epoch.default is epoch.empty
+
+
+def _advance(scheduler: Any, *metrics: float, count: int = 0, updates: bool = False) -> None:
     """Step a torch scheduler, without its warning that the optimizer has not been stepped before.
+
+    One that is told how far the training is, is told: so many epochs, or updates, have ended.
 
     An epoch may have had no update, and torch sees only what goes through its wrapper of ``step``,
     which costs every update 15 µs.
     """
     optimizer = scheduler.optimizer
+    if _wants_count(scheduler):
+        (scheduler.step_update if updates else scheduler.step)(count)
+        return
     wrapped = "step" in vars(optimizer)
     if not wrapped:
         optimizer.step = _stepped

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ class Mixing(Callback):
 
     def __attrs_post_init__(self) -> None:
         kind = type(self).__name__
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not self.alpha > 0:
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < inf:
             raise ValueError(f"{kind}({self.alpha!r}) was given; expected a number above 0: {kind}(0.4)")
         if self.num_classes is not None and (not isinstance(self.num_classes, int) or self.num_classes < 2):
             raise ValueError(f"{kind}(num_classes={self.num_classes!r}) was given; expected 2 or more, or None")

@@ -12,6 +12,7 @@ from fluxloop.callbacks.progress import FitClock, ProgressBar
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import shown
 from fluxloop.events import EpochEnd, FitBegin
+from fluxloop.given import number
 from fluxloop.history import numbers_in, shown_as
 from fluxloop.phase import Phase, ProbePhase
 from fluxloop.state import name_of
@@ -29,7 +30,7 @@ class MetricsPrinter(Callback):
     Runs after: Recorder, Metrics, ProgressBar
     """
 
-    digits: int = 4
+    digits: int = field(default=4, validator=number(least=0, whole=True))
     _is_silent: bool = field(default=False, init=False, repr=False)
     time: bool = field(default=False, kw_only=True, repr=False)
     _clock: FitClock = field(factory=FitClock, init=False, repr=False)

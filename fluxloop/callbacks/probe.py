@@ -19,6 +19,7 @@ from fluxloop.callbacks.recorder import Recorder
 from fluxloop.data import as_dataloader, holds_rows
 from fluxloop.errors import DataError, MetricError, describe
 from fluxloop.events import EpochBegin, EpochEnd, StepEnd
+from fluxloop.given import check_name, check_number, number
 from fluxloop.metrics.neighbors import knn_predict
 from fluxloop.models import to_device_of
 from fluxloop.modes import watching
@@ -92,8 +93,7 @@ class MetricSource(Announcing):
 
     @every.validator
     def _check_every(self, attribute: object, value: int) -> None:
-        if value < 1:
-            raise ValueError(f"every={value!r} was given; expected a number of epochs, 1 or more")
+        check_number(type(self).__name__, "every", value, least=1, whole=True)
 
     def measure(self, learner: Any) -> Mapping[str, Any]:
         """Give metrics by name; numbers, or tensors on any device."""
@@ -216,6 +216,7 @@ class HeldOut(MetricSource):
     _fixed: ClassVar[tuple[str, ...]] = ("model", "metric")
 
     def __attrs_post_init__(self) -> None:
+        check_name(type(self).__name__, "model", self.model)
         self.metric = (self.metric or f"{self.prefix}_{self.model}").lower()
 
     @property
@@ -299,8 +300,8 @@ class KNNProbe(HeldOut):
     """
 
     bank: Any = field(default=None, kw_only=True, repr=False)
-    k: int = field(default=20, kw_only=True)
-    temperature: float | None = field(default=0.07, kw_only=True)
+    k: int = field(default=20, kw_only=True, validator=number(least=1, whole=True))
+    temperature: float | None = field(default=0.07, kw_only=True, validator=number(above=0, none=True))
 
     prefix = "knn"
 
@@ -356,7 +357,7 @@ class LinearProbe(HeldOut):
     Runs after: Recorder, Metrics
     """
 
-    num_classes: int = 10
+    num_classes: int = field(default=10, validator=number(least=2, whole=True))
     optimizer: Callable[..., torch.optim.Optimizer] = field(
         default=partial(torch.optim.Adam, lr=1e-2), kw_only=True, repr=False
     )

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from fluxloop.callback import Callback, on
 from fluxloop.errors import shown
 from fluxloop.events import EpochBegin, EpochEnd, FitBegin, FitEnd, StepEnd
+from fluxloop.given import number, yes_or_no
 from fluxloop.phase import Phase
 from fluxloop.randomness import preserved
 from fluxloop.state import name_of
@@ -91,8 +92,8 @@ class ProgressBar(Callback):
     Reads: num_batches, cbstate
     """
 
-    enabled: bool | None = None
-    interval: float = 0.1
+    enabled: bool | None = field(default=None, validator=yes_or_no(none=True))
+    interval: float = field(default=0.1, validator=number(least=0))
     file: TextIO | None = field(default=None, repr=False)
     _open: list[_Bar] = field(factory=list, init=False, repr=False)
     _is_silent: bool = field(default=False, init=False, repr=False)

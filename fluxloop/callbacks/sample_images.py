@@ -15,6 +15,7 @@ from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import CallbackConflictError, ModelError, describe
 from fluxloop.events import CycleEnd, EpochEnd, StepBegin
+from fluxloop.given import as_path, check_number
 from fluxloop.images import image_grid, pillow, save_image
 from fluxloop.models import to_device_of
 from fluxloop.modes import watching
@@ -76,9 +77,10 @@ class SampleImages(Callback):
     _fixed = ("model", "inputs", "count")
 
     def __attrs_post_init__(self) -> None:
+        if self.folder is not None:
+            as_path("SampleImages", "folder", self.folder)
         for name, number in (("every", self.every), ("count", self.count), ("columns", self.columns)):
-            if number < 1:
-                raise ValueError(f"SampleImages({name}={number!r}) was given; expected 1 or more")
+            check_number("SampleImages", name, number, least=1, whole=True)
 
     @property
     def reads(self) -> tuple[str, ...]:  # type: ignore[override]  # the model's

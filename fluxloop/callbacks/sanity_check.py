@@ -67,6 +67,11 @@ class SanityCheck(Callback):
     draws = False
 
     def __init__(self, *checks: Check, defaults: bool = True, name: str | None = None) -> None:
+        for check in checks:
+            if not isinstance(check, Check):
+                raise TypeError(
+                    f"SanityCheck({describe(check)}) was given; expected checks: Check('name', lambda learner: ...)"
+                )
         super().__init__(name=name)
         self.checks = (*(default_checks() if defaults else ()), *checks)
         self._defaults = defaults

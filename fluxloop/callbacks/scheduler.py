@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from itertools import combinations
@@ -18,6 +19,7 @@ from fluxloop.hyperparameters import (
     HyperParameter,
     OptimizerOption,
     as_hyperparameter,
+    check_option,
     get_hyperparameter,
     named_optimizers,
     put,
@@ -70,6 +72,8 @@ def _read(schedules: Any) -> dict[HyperParameter, float | Schedule]:
             f"Scheduler({describe(schedules)}) was given; expected schedules by hyperparameter: "
             "Scheduler({LearningRate: one_cycle(1000, 0.1)})"
         )
+    if not schedules:
+        raise ValueError("Scheduler({}) was given; expected at least one schedule: Scheduler({LearningRate: 0.1})")
     read: dict[HyperParameter, float | Schedule] = {}
     for given, schedule in schedules.items():
         parameter = as_hyperparameter(given)
@@ -88,6 +92,20 @@ def _read(schedules: Any) -> dict[HyperParameter, float | Schedule]:
                 f"its own: Attribute(..., label={first.label + '2'!r})"
             )
     return read
+
+
+def _check_value(parameter: HyperParameter, label: str, schedule: Any, t: int, value: Any) -> None:
+    """Raise for a value of a schedule that is no number, not finite, or negative where an optimizer takes none.
+
+    Raises:
+        ValueError: Names the schedule and its step.
+    """
+    said = f"the schedule of {label} ({written(schedule)}), asked for its value at {t},"
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{said} gave {value!r}; expected a finite number")
+    if isinstance(parameter, OptimizerOption):
+        for option in parameter.options:
+            check_option(said, option, value)
 
 
 @define
@@ -268,6 +286,7 @@ class Scheduler(Callback):
                 name = _optimizer_of(parameter, learner)
                 t = updates.get(name, 0) - self._before.get(name, 0)
             value = value_at(schedule, t)
+            _check_value(parameter, label, schedule, t, value)
             given = self._given.get(label)
             if given and isinstance(parameter, OptimizerOption):
                 largest = max(given.values())

@@ -10,6 +10,7 @@ from attrs import define, field
 
 from fluxloop.callback import Callback, on
 from fluxloop.events import BackwardBegin, StepBegin, StepEnd, UpdateBegin
+from fluxloop.given import yes_or_no
 from fluxloop.phase import AbstractTrainingPhase, Phase
 
 
@@ -41,7 +42,7 @@ class StopOnNaNLoss(Callback):
     Reads: step.loss, step.losses, step.grads, step.grad_norm, step.grad_norms
     """
 
-    wait: bool = False
+    wait: bool = field(default=False, validator=yes_or_no())
     _looked: bool = field(default=False, init=False, repr=False)
 
     reads = ("step.loss", "step.losses", "step.grads", "step.grad_norm", "step.grad_norms")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +10,8 @@ from torch import Tensor
 from fluxloop.callback import Callback, NoConflict, on, require_call, resolve_conflict
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.events import EpochBegin, StepEnd
-from fluxloop.phase import Phase
+from fluxloop.given import check_paths
+from fluxloop.phase import Phase, check_phase_type
 from fluxloop.state import PhaseDict
 
 
@@ -50,7 +51,11 @@ class Traces(Callback):
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        if not functions or not all(callable(function) for function in functions.values()):
+        if (
+            not isinstance(functions, Mapping)
+            or not functions
+            or not all(callable(function) for function in functions.values())
+        ):
             raise ValueError(
                 f"Traces({functions!r}) was given; expected functions by name: "
                 "Traces({'loss': lambda learner: learner.step.loss})"
@@ -58,7 +63,9 @@ class Traces(Callback):
         for each, function in functions.items():
             require_call(function, 1, "(learner)", f"the function {each!r} of Traces")
         self.functions = dict(functions)
+        check_phase_type("Traces", phase)
         self.phase = phase
+        check_paths("Traces", "reads", reads)
         self.reads = reads  # type: ignore[misc]  # computed per instance
         self._steps: PhaseDict[int] = PhaseDict(int)
 

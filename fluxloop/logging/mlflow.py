@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,21 @@ def _library() -> Any:
     return mlflow
 
 
+@contextmanager
+def _folder_allowed(uri: str | None) -> Iterator[None]:
+    """Let MLflow open a folder that the user asked for: since 3.17 it wants a variable set for that."""
+    variable = "MLFLOW_ALLOW_FILE_STORE"
+    is_folder = uri is not None and ("://" not in uri or uri.startswith("file:"))
+    if not is_folder or variable in os.environ:
+        yield
+        return
+    os.environ[variable] = "true"
+    try:
+        yield
+    finally:
+        del os.environ[variable]
+
+
 @define(eq=False, slots=False)
 class MLflow(Backend):
     """Log to a run of MLflow, through a client of its own: ``mlflow.active_run()`` is left alone.
@@ -39,7 +57,8 @@ class MLflow(Backend):
     Args:
         experiment: Name of the experiment; made where there is none.
         run_name: Left out, MLflow makes one up.
-        tracking_uri: Where to: a folder, a database or a server; left out, what MLflow itself would take.
+        tracking_uri: Where to: a folder, a database or a server; left out, what MLflow itself would take. Its default
+            has become a database: mlflow-skinny has none built in, so name a folder or a server there.
 
     Raises:
         ImportError: mlflow is not installed.
@@ -61,7 +80,16 @@ class MLflow(Backend):
 
     def _connect(self) -> Any:
         if self._client is None:
-            self._client = _library().tracking.MlflowClient(tracking_uri=self.tracking_uri)
+            try:
+                with _folder_allowed(self.tracking_uri):
+                    self._client = _library().tracking.MlflowClient(tracking_uri=self.tracking_uri)
+            except Exception as error:
+                if self.tracking_uri is not None:
+                    raise
+                raise RuntimeError(
+                    "MLflow's default place could not be opened; name a folder or a server: "
+                    f"MLflow({self.experiment!r}, tracking_uri='mlruns')"
+                ) from error
         return self._client
 
     def _open(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from attrs import define, field
 
+from fluxloop.given import as_path
 from fluxloop.logging.backend import Backend, key, log_to
 from fluxloop.logging.loggables import Audio, Figure, Histogram, HyperParameters, Image, Scalar, Text
 
@@ -21,6 +22,10 @@ def _summary_writer() -> Any:
     except ImportError as error:
         raise ImportError("TensorBoard needs tensorboard: pip install 'torch-fluxloop[tensorboard]'") from error
     return SummaryWriter
+
+
+def _as_path(given: Any) -> Path:
+    return as_path("TensorBoard", "folder", given)
 
 
 @define(eq=False, slots=False)
@@ -41,7 +46,7 @@ class TensorBoard(Backend):
         writer: The ``SummaryWriter``, while it is open.
     """
 
-    folder: Path = field(converter=Path)
+    folder: Path = field(converter=_as_path)
     writer: Any = field(default=None, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:

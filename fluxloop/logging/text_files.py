@@ -14,6 +14,7 @@ from typing import Any
 
 from attrs import define, field
 
+from fluxloop.given import as_path
 from fluxloop.logging.backend import Backend, log_to
 from fluxloop.logging.loggables import (
     Audio,
@@ -32,6 +33,10 @@ WAITING = 100
 """How many lines wait before they are written."""
 
 
+def _as_path(given: Any) -> Path:
+    return as_path("CSV or JSONL", "path", given)
+
+
 @define(eq=False, slots=False)
 class TextFile(Backend):
     """Base of backends that append lines to a file, which is open only while it is written.
@@ -46,7 +51,7 @@ class TextFile(Backend):
         LogExistsError: When a new run begins and the file is there and not empty.
     """
 
-    path: Path = field(converter=Path)
+    path: Path = field(converter=_as_path)
     _waiting: list[str] = field(factory=list, init=False, repr=False)
 
     def line(self, step: int, group: Sequence[str], name: str, value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -43,10 +43,11 @@ class Averaged:
 
 def _names(inputs: Any) -> tuple[str, ...]:
     """Raise `MetricError` for anything but several names."""
-    if isinstance(inputs, str) or not all(isinstance(name, str) for name in inputs):
+    names = tuple(inputs) if isinstance(inputs, Iterable) and not isinstance(inputs, str) else ()
+    if not names or not all(isinstance(name, str) for name in names):
         meant = (inputs,) if isinstance(inputs, str) else ("preds", "ys")
         raise MetricError(f"Metric(inputs={inputs!r}) was given; expected names: inputs={meant!r}")
-    return tuple(inputs)
+    return names
 
 
 @define
@@ -94,6 +95,8 @@ class Metric:
             raise MetricError(
                 f"Metric(phase={describe(self.phase)}) was given; expected a phase type, e.g. phase=ValidationPhase"
             )
+        if not isinstance(self.name, str):
+            raise MetricError(f"Metric(name={self.name!r}) was given; expected a name, a text")
         if not self.name:
             inner = getattr(self.fn, "func", self.fn)  # a functools.partial
             own = getattr(self.fn, "name", None)

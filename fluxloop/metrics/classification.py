@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from fluxloop.errors import MetricError
+from fluxloop.given import check_number
 
 
 def _classes(ys: Tensor, preds: Tensor) -> Tensor:
@@ -114,8 +115,7 @@ def top_k(k: int) -> Callable[[Tensor, Tensor], Tensor]:
         >>> top_k(2)(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([1]))
         tensor(1.)
     """
-    if k < 1:
-        raise MetricError(f"top_k({k}) was asked for; expected 1 or more")
+    check_number("top_k", "k", k, least=1, whole=True, error=MetricError)
 
     def metric(preds: Tensor, ys: Tensor) -> Tensor:
         if preds.shape[1] < k:

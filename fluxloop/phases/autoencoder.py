@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from fluxloop.errors import PhaseError
+from fluxloop.given import check_called
 from fluxloop.losses.reconstruction import require_same_shape
 from fluxloop.phases.objective import ObjectivePhase
 
@@ -32,6 +34,7 @@ class AutoencoderPhase(ObjectivePhase):
     parts = ("encoder", "decoder")
 
     def __init__(self, compare: Callable[[Tensor, Tensor], Tensor] = mse_loss) -> None:
+        check_called("AutoencoderPhase", "compare", compare, "a function (preds, xs) -> scalar", PhaseError)
         self.compare = compare
 
     def forward(self, learner: Learner, state: StepState) -> None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fluxloop.errors import PhaseError
+from fluxloop.given import check_number
 from fluxloop.losses.redundancy import barlow_twins_loss
 from fluxloop.phases.joint_embedding import JointEmbeddingPhase, Views
 
@@ -29,6 +31,7 @@ class BarlowTwinsPhase(JointEmbeddingPhase):
 
     def __init__(self, views: Views | None = None, *, weight: float = 5e-3) -> None:
         super().__init__(views)
+        check_number("BarlowTwinsPhase", "weight", weight, least=0, error=PhaseError)
         self.redundancy_weight = weight
 
     def loss(self, learner: Learner, state: StepState) -> Tensor:

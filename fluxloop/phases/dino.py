@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fluxloop.errors import BatchError, PhaseError, describe
+from fluxloop.given import check_number
 from fluxloop.losses.distillation import dino_loss
 from fluxloop.nested import tensors
 from fluxloop.phases.joint_embedding import TeacherPhase, Views
@@ -61,8 +62,11 @@ class DINOPhase(TeacherPhase):
         center_momentum: float = 0.9,
     ) -> None:
         super().__init__(views)
-        if num_global < 1:
-            raise PhaseError(f"DINOPhase(num_global={num_global!r}) was given; expected 1 or more, e.g. 2")
+        check_number("DINOPhase", "num_global", num_global, least=1, whole=True, error=PhaseError)
+        check_number("DINOPhase", "student_temperature", student_temperature, above=0, error=PhaseError)
+        if not callable(teacher_temperature):
+            check_number("DINOPhase", "teacher_temperature", teacher_temperature, above=0, error=PhaseError)
+        check_number("DINOPhase", "center_momentum", center_momentum, least=0, most=1, error=PhaseError)
         self.num_global = num_global
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fluxloop.errors import PhaseError
+from fluxloop.given import check_number
 from fluxloop.losses.distillation import distillation_loss
 from fluxloop.modes import watching
 from fluxloop.phases.objective import ObjectivePhase
@@ -37,6 +38,8 @@ class DistillationPhase(ObjectivePhase):
     parts = ("student", "teacher")
 
     def __init__(self, temperature: float = 4.0, weight: float = 0.9) -> None:
+        check_number("DistillationPhase", "temperature", temperature, above=0, error=PhaseError)
+        check_number("DistillationPhase", "weight", weight, least=0, most=1, error=PhaseError)
         self.temperature = temperature
         self.soft_weight = weight
 

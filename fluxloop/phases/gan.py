@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fluxloop.errors import BatchError, PhaseError, describe, did_you_mean
 from fluxloop.events import LossBegin
+from fluxloop.given import check_number
 from fluxloop.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss, gradient_penalty, r1_penalty
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.phases.twin import TwinPhase
@@ -88,8 +89,16 @@ class GANPhase(AbstractTrainingPhase):
                 f"GANPhase(loss={loss!r}) was given; expected one of {list(ADVERSARIAL_LOSSES)}, or an AdversarialLoss"
                 f"{hint}"
             )
-        if critic_steps < 1:
-            raise PhaseError(f"GANPhase(critic_steps={critic_steps!r}) was given; expected 1 or more")
+        check_number("GANPhase", "critic_steps", critic_steps, least=1, whole=True, error=PhaseError)
+        for name, given in (("gradient_penalty", gradient_penalty), ("r1", r1)):
+            check_number("GANPhase", name, given, least=0, error=PhaseError)
+        if not (callable(noise) or isinstance(noise, (tuple, list))):
+            check_number("GANPhase", "noise", noise, least=1, whole=True, error=PhaseError)
+        for role, model in (("generator", generator), ("critic", critic)):
+            if model is not None and not isinstance(model, str):
+                raise PhaseError(
+                    f"GANPhase({role}={describe(model)}) was given; expected the name of a model: {role}='G'"
+                )
         self.adversarial = loss if isinstance(loss, AdversarialLoss) else ADVERSARIAL_LOSSES[loss]
         self.noise = noise
         self.critic_steps = critic_steps

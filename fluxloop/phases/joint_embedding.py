@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fluxloop.errors import BatchError, PhaseError, describe
+from fluxloop.given import check_called
 from fluxloop.phase import inputs_and_labels
 from fluxloop.phases.objective import ObjectivePhase, can_run, require_parts
 
@@ -40,6 +41,8 @@ class JointEmbeddingPhase(ObjectivePhase):
     """What makes them, for messages."""
 
     def __init__(self, views: Views | None = None) -> None:
+        if views is not None:
+            check_called(type(self).__name__, "views", views, "what makes the views: TwoViews(augment)", PhaseError)
         self.views = views
 
     def entries(self, batch: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fluxloop.errors import BatchError, PhaseError, describe
+from fluxloop.given import check_number
 from fluxloop.losses.reconstruction import masked_mse, normalize_patches
 from fluxloop.phases.objective import ObjectivePhase
 
@@ -90,6 +91,8 @@ class MAEPhase(ObjectivePhase):
     parts = ("encoder", "decoder")
 
     def __init__(self, patch_size: int, *, mask_ratio: float = 0.75, normalize: bool = False) -> None:
+        check_number("MAEPhase", "mask_ratio", mask_ratio, error=PhaseError)
+        check_number("MAEPhase", "patch_size", patch_size, whole=True, error=PhaseError)
         if not 0 < mask_ratio < 1:
             raise PhaseError(
                 f"MAEPhase(mask_ratio={mask_ratio!r}) was given; expected a share between 0 and 1, e.g. 0.75"

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import triplet_margin_loss
 
-from fluxloop.errors import BatchError, describe
+from fluxloop.errors import BatchError, PhaseError, describe
+from fluxloop.given import check_number
 from fluxloop.losses.contrastive import supervised_contrastive
 from fluxloop.phases.joint_embedding import JointEmbeddingPhase, Views
 from fluxloop.phases.objective import ObjectivePhase, can_run, require_parts
@@ -33,6 +34,7 @@ class SupConPhase(JointEmbeddingPhase):
 
     def __init__(self, views: Views | None = None, *, temperature: float = 0.07) -> None:
         super().__init__(views)
+        check_number("SupConPhase", "temperature", temperature, above=0, error=PhaseError)
         self.temperature = temperature
 
     def entries(self, batch: Any) -> dict[str, Any]:
@@ -69,6 +71,7 @@ class TripletPhase(ObjectivePhase):
     """
 
     def __init__(self, margin: float = 1.0) -> None:
+        check_number("TripletPhase", "margin", margin, least=0, error=PhaseError)
         self.margin = margin
 
     def entries(self, batch: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fluxloop.errors import PhaseError
+from fluxloop.given import check_number
 from fluxloop.losses.contrastive import info_nce
 from fluxloop.phases.joint_embedding import TeacherPhase, Views
 from fluxloop.randomness import stream_seed
@@ -47,9 +48,9 @@ class MoCoPhase(TeacherPhase):
 
     def __init__(self, views: Views | None = None, *, queue_size: int = 4096, temperature: float = 0.07) -> None:
         super().__init__(views)
-        if queue_size < 1:
-            raise PhaseError(f"MoCoPhase(queue_size={queue_size!r}) was given; expected 1 or more, e.g. 4096")
+        check_number("MoCoPhase", "queue_size", queue_size, least=1, whole=True, error=PhaseError)
         self.queue_size = queue_size
+        check_number("MoCoPhase", "temperature", temperature, above=0, error=PhaseError)
         self.temperature = temperature
         self.queue: Tensor | None = None
         self._oldest = 0

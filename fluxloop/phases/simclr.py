@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fluxloop.errors import PhaseError
+from fluxloop.given import check_number
 from fluxloop.losses.contrastive import nt_xent
 from fluxloop.phases.joint_embedding import JointEmbeddingPhase, Views
 
@@ -29,6 +31,7 @@ class SimCLRPhase(JointEmbeddingPhase):
 
     def __init__(self, views: Views | None = None, *, temperature: float = 0.5) -> None:
         super().__init__(views)
+        check_number("SimCLRPhase", "temperature", temperature, above=0, error=PhaseError)
         self.temperature = temperature
 
     def loss(self, learner: Learner, state: StepState) -> Tensor:

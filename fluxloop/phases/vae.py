@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fluxloop.errors import PhaseError, describe
+from fluxloop.given import check_called, check_number
 from fluxloop.losses.reconstruction import kl_standard_normal, squared_error
 from fluxloop.phases.objective import ObjectivePhase
 
@@ -39,6 +40,8 @@ class VAEPhase(ObjectivePhase):
     parts = ("encoder", "decoder")
 
     def __init__(self, beta: float = 1.0, compare: Callable[[Tensor, Tensor], Tensor] = squared_error) -> None:
+        check_number("VAEPhase", "beta", beta, least=0, error=PhaseError)
+        check_called("VAEPhase", "compare", compare, "a function (preds, xs) -> scalar", PhaseError)
         self.beta = beta
         self.compare = compare
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fluxloop.errors import BatchError
+from fluxloop.errors import BatchError, PhaseError
+from fluxloop.given import check_number
 from fluxloop.losses.redundancy import vicreg_loss
 from fluxloop.phases.joint_embedding import JointEmbeddingPhase, Views
 
@@ -38,6 +39,8 @@ class VICRegPhase(JointEmbeddingPhase):
         covariance: float = 1.0,
     ) -> None:
         super().__init__(views)
+        for name, given in (("invariance", invariance), ("variance", variance), ("covariance", covariance)):
+            check_number("VICRegPhase", name, given, least=0, error=PhaseError)
         self.invariance, self.variance, self.covariance = invariance, variance, covariance
 
     def loss(self, learner: Learner, state: StepState) -> Tensor:

@@ -817,3 +817,56 @@ def test_one_added_in_a_later_fit_records_at_the_steps_of_the_training() -> None
     learner.add_callback(LRScheduler(partial(torch.optim.lr_scheduler.StepLR, step_size=1), unit="step"))
     learner.fit(1)
     assert [step for step, _ in learner.cbstate.hyperparameters["learning_rate"]] == [7, 8, 9]
+
+
+class Told:
+    """A scheduler that is told how far the training is, as timm's are."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, by_updates: bool = False) -> None:
+        self.optimizer, self.by_updates, self.heard = optimizer, by_updates, []
+
+    def step(self, epoch: int, metric: float | None = None) -> None:
+        self.heard.append(epoch)
+        if not self.by_updates:
+            self.optimizer.param_groups[0]["lr"] = 0.1 / (1 + epoch)
+
+    def step_update(self, num_updates: int, metric: float | None = None) -> None:
+        self.heard.append(num_updates)
+        if self.by_updates:
+            self.optimizer.param_groups[0]["lr"] = 0.1 / (1 + num_updates)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"heard": list(self.heard)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.heard = list(state["heard"])
+
+
+@pytest.mark.parametrize(("unit", "heard"), [("epoch", [1, 2, 3]), ("step", [*range(1, 13)])])
+def test_a_scheduler_that_is_told_how_far_the_training_is_hears_it_also_resumed(unit: Any, heard: list[int]) -> None:
+    def make() -> tuple[Learner, LRScheduler]:
+        scheduler = LRScheduler(partial(Told, by_updates=unit == "step"), unit=unit)
+        return toy_learner(scheduler, num_batches=4, optimizer=partial(torch.optim.SGD, lr=0.1)), scheduler
+
+    learner, scheduler = make()
+    learner.fit(1)
+    other, copied = make()
+    other.load_state_dict(learner.state_dict())
+    for each, callback in ((learner, scheduler), (other, copied)):
+        each.fit(2)
+        assert callback.schedulers[None].heard == heard
+        assert each.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / (1 + heard[-1]))
+    assert torch.equal(learner.model.value, other.model.value)
+
+
+def test_a_scheduler_that_is_told_epochs_alone_is_refused_for_steps() -> None:
+    class Epochs(Told):
+        step_update = property()  # type: ignore[assignment]  # it has none
+
+    with pytest.raises(ValueError, match=r"Epochs is told the number of epochs: expected .*unit='epoch'"):
+        toy_learner(LRScheduler(Epochs, unit="step"))
+
+
+def test_a_factory_that_lacks_arguments_is_refused_with_what_to_type() -> None:
+    with pytest.raises(TypeError, match=r"LRScheduler\(StepLR\).*step_size.*LRScheduler\(partial\(StepLR, \.\.\.\)\)"):
+        toy_learner(LRScheduler(torch.optim.lr_scheduler.StepLR))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import mlflow
@@ -116,3 +117,23 @@ def test_a_place_that_it_cannot_write_to_is_warned_about(tmp_path: Path) -> None
     with pytest.warns(UserWarning, match=r"MLflow\(.*\) failed to be opened, and is left alone"):
         log_to(backend, Scalar(1), "loss", 1)
     log_to(backend, Scalar(2), "loss", 2)
+
+
+def test_a_folder_that_is_named_needs_no_variable_of_mlflows(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE")
+    backend = MLflow("digits", tracking_uri=uri)
+    log_to(backend, Scalar(0.5), "loss", 1)
+    backend.close()
+    assert "MLFLOW_ALLOW_FILE_STORE" not in os.environ
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    assert series(uri, backend.run_id, "loss") == [(1, 0.5)]
+
+
+def test_a_default_place_that_cannot_be_opened_is_told_with_what_to_type(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://at/all")
+    with pytest.warns(UserWarning, match=r"name a folder or a server: MLflow\('digits', tracking_uri='mlruns'\)"):
+        log_to(MLflow("digits"), Scalar(0.5), "loss", 1)

@@ -584,7 +584,9 @@ def test_metrics_copy_nothing_to_the_host_per_step(copies: list[str]) -> None:
 
     few, many = (copies_of_a_fit(copies, count, callbacks()) for count in (3, 300))
     assert many == few
-    assert len(few) == 2 * 4, "one number per metric, phase and epoch"
+    assert len(few) == 2 * 4 + 1, (
+        "one number per metric, phase and epoch, and a look at the weights when the fit begins"
+    )
 
 
 def test_the_default_callbacks_copy_numbers_that_have_to_be_finite_alone_per_step(

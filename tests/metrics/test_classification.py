@@ -163,7 +163,7 @@ def test_top_k_is_named_after_k() -> None:
 
 @pytest.mark.parametrize("k", [0, -1])
 def test_fewer_than_one_is_refused(k: int) -> None:
-    with pytest.raises(MetricError, match=rf"top_k\({k}\) was asked for; expected 1 or more"):
+    with pytest.raises(MetricError, match=rf"top_k\(k={k}\) was given; expected a whole number, 1 or more"):
         top_k(k)
 
 

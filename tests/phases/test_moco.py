@@ -220,7 +220,9 @@ def test_it_stores_normalised_queries_and_keys() -> None:
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_queue_without_places_is_refused(size: int) -> None:
-    with pytest.raises(PhaseError, match=rf"MoCoPhase\(queue_size={size}\) was given; expected 1 or more, e.g. 4096"):
+    with pytest.raises(
+        PhaseError, match=rf"MoCoPhase\(queue_size={size}\) was given; expected a whole number, 1 or more"
+    ):
         MoCoPhase(queue_size=size)
 
 

@@ -1,0 +1,155 @@
+"""Checks of arguments: what was given, and what was expected, before anything is done with it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from fluxloop.errors import describe
+
+
+def check_number(
+    whose: str,
+    name: str,
+    value: object,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    whole: bool = False,
+    error: type[Exception] = ValueError,
+) -> None:
+    """Raise for something that is no finite number, or none in a range.
+
+    Args:
+        whose: What it was given to: ``"GarbageCollect"``.
+        name: The argument's.
+        value: What was given; True and False are no numbers.
+        least: The smallest that is allowed.
+        above: What it has to be larger than.
+        most: The largest that is allowed.
+        whole: Whether it has to be a whole number.
+        error: What is raised.
+
+    Raises:
+        ValueError: Says what was expected; or another, as `error` says.
+    """
+    kind: Any = Integral if whole else Real
+    held: Any = value
+    fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(held)
+    fits = fits and (least is None or held >= least) and (above is None or held > above)
+    fits = fits and (most is None or held <= most)
+    if fits:
+        return
+    wanted = "a whole number" if whole else "a finite number"
+    if least is not None and most is not None:
+        wanted += f" from {least} to {most}"
+    elif least is not None:
+        wanted += f", {least} or more"
+    elif above is not None:
+        wanted += f" above {above}"
+    shown = repr(value) if isinstance(value, (Real, str)) else describe(value)
+    raise error(f"{whose}({name}={shown}) was given; expected {wanted}")
+
+
+def number(**limits: Any) -> Callable[[Any, Any, Any], None]:
+    """Make a validator of a field: a finite number in a range; see `check_number`. ``none=True`` allows None."""
+    none = limits.pop("none", False)
+
+    def validate(instance: Any, attribute: Any, value: Any) -> None:
+        if not (none and value is None):
+            check_number(type(instance).__name__, attribute.name, value, **limits)
+
+    return validate
+
+
+def check_called(whose: str, name: str, value: object, expected: str, error: type[Exception] = TypeError) -> None:
+    """Raise for something that cannot be called, or that is a class.
+
+    Raises:
+        TypeError: Says what was expected; or another, as `error` says.
+    """
+    if not callable(value):
+        raise error(f"{whose}({name}={describe(value)}) was given; expected {expected}")
+
+
+def as_path(whose: str, name: str, value: object, error: type[Exception] = ValueError) -> Path:
+    """Return a path; raise for what cannot be one.
+
+    Raises:
+        ValueError: It is no text and no path, empty, too long, or holds a NUL; or another, as `error` says.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise error(f"{whose}({name}={describe(value)}) was given; expected a path: {name}='runs/first'")
+    text = os.fsdecode(value)
+    longest = 0 if "\0" in text else max((len(os.fsencode(part)) for part in Path(text).parts), default=0)
+    if not text or "\0" in text or longest > 255:
+        what = "is empty" if not text else "holds a NUL" if "\0" in text else f"has a name of {longest} bytes"
+        shown = text if len(text) < 60 else f"{text[:40]}…"
+        raise error(f"{whose}({name}={shown!r}) was given, which {what}; expected a path: {name}='runs/first'")
+    return Path(text)
+
+
+def named() -> Callable[[Any, Any, Any], None]:
+    """Make a validator of a field: a text that is not empty."""
+
+    def validate(instance: Any, attribute: Any, value: Any) -> None:
+        check_name(type(instance).__name__, attribute.name, value)
+
+    return validate
+
+
+def check_name(whose: str, name: str, value: object, error: type[Exception] = ValueError) -> None:
+    """Raise for something that is no text, or an empty one.
+
+    Raises:
+        ValueError: Says what was given; or another, as `error` says.
+    """
+    if not isinstance(value, str) or not value:
+        raise error(f"{whose}({name}={describe(value)}) was given; expected a name, a text that is not empty")
+
+
+def called(expected: str) -> Callable[[Any, Any, Any], None]:
+    """Make a validator of a field: something that can be called."""
+
+    def validate(instance: Any, attribute: Any, value: Any) -> None:
+        check_called(type(instance).__name__, attribute.name, value, expected)
+
+    return validate
+
+
+def yes_or_no(none: bool = False) -> Callable[[Any, Any, Any], None]:
+    """Make a validator of a field: True or False, or None where that is allowed."""
+
+    def validate(instance: Any, attribute: Any, value: Any) -> None:
+        if not (isinstance(value, bool) or (none and value is None)):
+            kind = type(instance).__name__
+            raise ValueError(f"{kind}({attribute.name}={describe(value)}) was given; expected True or False")
+
+    return validate
+
+
+def check_paths(whose: str, name: str, value: object) -> None:
+    """Raise for something that is no tuple of a learner's paths.
+
+    Raises:
+        TypeError: Says what was given.
+    """
+    if not isinstance(value, (tuple, list)) or not all(isinstance(path, str) for path in value):
+        raise TypeError(f"{whose}({name}={value!r}) was given; expected a tuple of paths: {name}=('step.loss',)")
+
+
+def texts(instance: Any, attribute: Any, value: Any) -> None:
+    """Raise, as a validator of a field, for something that is neither a text nor several.
+
+    Raises:
+        TypeError: Says what was given.
+    """
+    several = isinstance(value, (tuple, list)) and value and all(isinstance(each, str) for each in value)
+    if not (isinstance(value, str) or several):
+        kind, name = type(instance).__name__, attribute.name
+        raise TypeError(f"{kind}({name}={value!r}) was given; expected a text, or several: {name}=('first', 'second')")
