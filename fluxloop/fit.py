@@ -377,19 +377,15 @@ def run_epoch(learner: Learner, phase: Phase, data: Any = None, scope: FitScope 
             scope.take(batches)
             learner.begun_data.add(phase.data_key)
         learner.num_batches = batches.num_batches
-        stood = learner.updates.standing() if phase.gradients and (scope is None or not scope.goes_on) else None
-        steps = learner.streams[phase.step_stream].index
+        goes_on = scope is not None and scope.goes_on
+        stood = learner.updates.standing() if phase.gradients and not goes_on else None
+        steps = None if goes_on else learner.streams[phase.step_stream].index
         with preserved(), left_alone(learner, phase, batches.source):
             phase.epoch(learner, batches)
         if stood is not None:
             tell_of_updates_by_hand(learner, phase, stood)
         if batches.count and steps == learner.streams[phase.step_stream].index:
-            warn_user(
-                f"{phase!r} was given {batches.count} batches and did no step with them: no event was fired, and "
-                "nothing was counted or recorded. Expected runstep in its step:\n"
-                "    with runstep(learner, self, xs=batch[0], ys=batch[1]) as (handle, state):\n"
-                "        ..."
-            )
+            _tell_of_no_step(learner, phase, batches.count, stood)
     except CancelEpochException:
         pass  # raised by a handler of EpochBegin, after EpochEnd was fired
     except RuntimeError as error:
@@ -399,6 +395,17 @@ def run_epoch(learner: Learner, phase: Phase, data: Any = None, scope: FitScope 
     finally:
         put(learner, "data", kept)
         learner.num_batches, learner.driven = outer
+
+
+def _tell_of_no_step(learner: Learner, phase: Phase, batches: int, stood: tuple[int, int] | None) -> None:
+    """Warn where the steps of a phase fired no event and trained nothing."""
+    if type(phase).epoch is Phase.epoch and (stood is None or learner.updates.standing() == stood):
+        warn_user(
+            f"{phase!r} was given {batches} batches and did no step with them: no event was fired, and nothing was "
+            "counted or recorded. Expected runstep in its step:\n"
+            "    with runstep(learner, self, xs=batch[0], ys=batch[1]) as (handle, state):\n"
+            "        ..."
+        )
 
 
 def tell_of_updates_by_hand(learner: Learner, phase: Phase, stood: tuple[int, int]) -> None:

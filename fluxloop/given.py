@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from fluxloop.errors import describe
+from fluxloop.errors import CallbackError, describe
 
 
 def check_number(
@@ -134,13 +134,14 @@ def yes_or_no(none: bool = False) -> Callable[[Any, Any, Any], None]:
 
 
 def check_paths(whose: str, name: str, value: object) -> None:
-    """Raise for something that is no tuple of a learner's paths.
+    """Raise for something that is no tuple of a learner's paths; the paths themselves are checked by a learner.
 
     Raises:
-        TypeError: Says what was given.
+        CallbackError: Says what was given.
     """
-    if not isinstance(value, (tuple, list)) or not all(isinstance(path, str) for path in value):
-        raise TypeError(f"{whose}({name}={value!r}) was given; expected a tuple of paths: {name}=('step.loss',)")
+    if not isinstance(value, (tuple, list)):
+        meant = value if isinstance(value, str) else "step.loss"
+        raise CallbackError(f"{whose}({name}={value!r}) was given; expected a tuple of paths: {name} = ({meant!r},)")
 
 
 def texts(instance: Any, attribute: Any, value: Any) -> None:

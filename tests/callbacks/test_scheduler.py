@@ -371,12 +371,44 @@ def test_d_ft_26_what_the_optimizer_does_not_have_is_refused_before_anything_is_
 BETAS = type("Betas", (LearningRate,), {"options": ("betas",), "__slots__": ()})()
 
 
-def test_an_empty_scheduler_does_nothing() -> None:
-    learner, plain = learner_of(Scheduler({})), learner_of()
-    learner.fit(2)
-    plain.fit(2)
-    assert_same_bits(learner, plain)
-    assert learner.cbstate.hyperparameters == {}
+def test_an_empty_scheduler_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Scheduler\({}\) was given; expected at least one schedule"):
+        Scheduler({})
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        (lambda t: NAN if t == 2 else 0.1, r"learning_rate \(a function\), asked for its value at 2, gave nan"),
+        (lambda t: 0.1 - 0.1 * t, r"value at 2, gave lr the value -0\.1"),
+        (lambda t: None if t == 2 else 0.1, "value at 2, gave None"),
+        (lambda t: "fast" if t == 2 else 0.1, "value at 2, gave lr the value 'fast'"),
+        (linear(2, 0.1, -0.1), r"learning_rate \(linear\(.*value at 2, gave lr the value -0\.1"),
+    ],
+)
+@pytest.mark.parametrize("unit", ["step", "epoch"])
+def test_a_value_that_no_optimizer_takes_names_schedule_and_step_before_the_update(
+    schedule: Any, said: str, unit: Any
+) -> None:
+    learner = toy_learner(Recorder(), Scheduler({LearningRate: schedule}, unit=unit), num_batches=4)
+    with pytest.raises((ValueError, OptimizerError), match=said):
+        learner.fit(4)
+    assert learner.history[TrainingPhase].steps == (2 if unit == "step" else 8)
+    assert learner.optimizer.param_groups[0]["lr"] >= 0
+
+
+def test_other_hyperparameters_may_be_negative_and_not_nan() -> None:
+    class Thing:
+        weight = 1.0
+
+    thing = Thing()
+    learner = toy_learner(Scheduler({Attribute(thing, "weight"): lambda t: -1.0 if t < 3 else NAN}))
+    with pytest.raises(ValueError, match=r"Thing.weight .* at 3, gave nan"):
+        learner.fit(1)
+    assert thing.weight == -1.0
 
 
 def test_two_schedulers_of_different_things_get_along() -> None:
