@@ -110,10 +110,10 @@ def test_private_names_and_subclasses_may_keep_what_they_like() -> None:
 
 def test_a_copied_learner_refuses_the_same_and_trains() -> None:
     learner = make()
-    for other in (copy.deepcopy(learner), copy.copy(learner)):
-        with pytest.raises(AssignmentError, match="did you mean 'optimizer'"):
-            other.optmizer = 1
-        other.fit(1)
+    other = copy.deepcopy(learner)
+    with pytest.raises(AssignmentError, match="did you mean 'optimizer'"):
+        other.optmizer = 1
+    other.fit(1)
 
 
 def test_data_that_is_assigned_between_fits_is_loaded_and_used() -> None:
