@@ -15,11 +15,13 @@ or how far they lay apart as a share of the way that training moved them.
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from timing import Table, arguments, interleave
+from timing import Table, arguments, interleave, print_added
 from workloads import (
     CONV,
     OPTIMIZERS,
@@ -27,12 +29,16 @@ from workloads import (
     TINY,
     TRANSFORMER,
     WORKLOADS,
+    Batches,
     Side,
     Workload,
     audition,
     both_sides,
+    make_learner,
     same_training,
 )
+
+from fluxloop import StopOnNaNLoss, TrainingPhase
 
 COLUMNS = {
     "workload": "<37",
@@ -83,12 +89,31 @@ def measure(table: Table, work: Workload, label: str, tracked: bool, threads: in
     table.row(work.name, label, kind, str(threads), *times, *ratios, agreement)
 
 
+def looked_at(quick: bool) -> None:
+    """Print what it costs that losses and gradients are looked at before they are used."""
+    print("\nWhat `StopOnNaNLoss` adds to a bare step: loss and gradients are looked at, buffers are kept.\n")
+    for work in (SMALL, CONV):
+        batches = work.batches(work.steps)
+
+        def make(work: Workload = work, batches: Batches = batches) -> dict[str, Callable[[], None]]:
+            sides, model = {}, work.model()
+            for name, callbacks in (("bare", []), ("with StopOnNaNLoss", [StopOnNaNLoss()])):
+                learner = make_learner(copy.deepcopy(model), batches, OPTIMIZERS["AdamW"])
+                learner.set_callbacks(callbacks)
+                sides[f"{work.name}, AdamW, {name}"] = partial(learner.epoch, TrainingPhase())
+            return sides
+
+        rounds, starts = (5, 1) if quick else (60, 6)
+        print_added("a step of", interleave(make, units=work.steps, rounds=rounds, starts=starts), [1, 1])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     quick = arguments(__doc__, argv).quick
     table = Table(COLUMNS)
     for threads, work, label, tracked in rows(quick):
         measure(table, work, label, tracked, threads, quick)
     torch.set_num_threads(1)
+    looked_at(quick)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from fluxloop.optimizers import can_skip
 if TYPE_CHECKING:
     from fluxloop.learner import Learner
     from fluxloop.loop import Scope
+    from fluxloop.state import StepState
     from fluxloop.updates import Slot
 
 HOW_TO = (
@@ -46,6 +47,7 @@ class Finite:
         self._learner = learner
         self._buffers: list[KeptBuffers] = []
         self._epoch: Scope | None = None
+        self._step: StepState | None = None
         self.bad: Tensor | None = None
         """Of a device: 1 once a gradient was not finite, else 0; None where everything was looked at at once."""
 
@@ -59,6 +61,7 @@ class Finite:
         if scope is None or scope.parent is not self._epoch:
             self._begin_epoch(scope)
         if self._buffers:
+            self._step = self._learner.step
             keep(self._buffers, self.bad)
 
     def _begin_epoch(self, scope: Scope | None) -> None:
@@ -170,8 +173,9 @@ class Finite:
         Raises:
             CancelFittingException: Says what became what, and where.
         """
+        if self.bad is not None or self._step is self._learner.step:  # not kept in an earlier step alone
+            put_back(self._buffers)
         self.bad = None
-        put_back(self._buffers)
         reason = f"{what} in {place or self._learner.where()}"
         warn_user(f"the fit stops: {reason}. {advice}")
         raise CancelFittingException(reason)

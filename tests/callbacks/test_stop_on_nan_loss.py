@@ -30,6 +30,7 @@ from fluxloop import (
     ValidationPhase,
     on,
     runstep,
+    throttle,
 )
 from fluxloop.testing import Coefficient, EventRecorder, assert_observer, toy_learner
 
@@ -607,6 +608,27 @@ def test_buffers_stay_those_of_the_last_good_step(at: int) -> None:
         optimizer.step()
     for (name, ours), theirs in zip(learner.model.state_dict().items(), expected.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+def test_buffers_that_were_kept_in_an_earlier_step_are_not_put_back() -> None:
+    data = batches(NAN)
+    learner = Learner(
+        with_buffers(),
+        nn.functional.mse_loss,
+        data=(data,),
+        callbacks=[throttle(StopOnNaNLoss(), StepBegin, freq=10)],  # hears of the first step's beginning alone
+        default_callbacks=False,
+        seed=0,
+    )
+    learner.fit(1)
+    assert learner.model[0].mean.equal(mean_of([xs for xs, _ in data[: GOOD + 1]]))
+
+
+def mean_of(inputs: list[Tensor]) -> Tensor:
+    mean = torch.zeros(4)
+    for xs in inputs:
+        mean.lerp_(xs.mean(0), 0.1)
+    return mean
 
 
 def test_buffers_of_a_module_that_a_phase_holds_stay_as_well() -> None:
