@@ -287,6 +287,15 @@ def test_it_saves_after_every_so_many_epochs(folder: Path) -> None:
     assert names(folder) == ["G-0002.png", "G-0004.png"]
 
 
+def test_the_files_of_a_second_stage_do_not_take_the_place_of_those_of_the_first(folder: Path) -> None:
+    class Later(GAN):
+        pass
+
+    learner = train(learner_of(SampleImages("G")))
+    learner.fit(2, phases=[Later()])
+    assert names(folder) == [f"G-{epoch:04d}.png" for epoch in (1, 2, 3, 4)]
+
+
 @pytest.mark.parametrize("option", ["every", "count", "columns"])
 @pytest.mark.parametrize("number", [0, -1])
 def test_no_epochs_images_or_columns_are_refused(option: str, number: int) -> None:
