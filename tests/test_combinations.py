@@ -193,7 +193,9 @@ class Counts(nn.Module):
 
 NETS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(4, 1),
-    "batch norm": lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.3), nn.Linear(6, 1)),
+    "batch norm": lambda: nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.3), nn.Linear(6, 1)
+    ),
     "counts": lambda: nn.Sequential(Counts(), nn.Linear(4, 1)),
     "frozen part": lambda: nn.Sequential(nn.Linear(4, 6).requires_grad_(False), nn.Tanh(), nn.Linear(6, 1)),
 }
@@ -259,7 +261,7 @@ def supervised(choose: random.Random) -> Callable[[], tuple[Learner, list[Phase]
         names = [name for name in names if name != "schedule"]
     if {"plateau", "step"} <= set(monitors):
         monitors.remove("step")
-    if net != "frozen part":
+    if net != "batch norm":
         names = [name for name in names if name != "unfreeze"]
     if optimizer == "tensor rate" and "plateau" in monitors:
         monitors.remove("plateau")
@@ -359,7 +361,10 @@ def fit(learner: Learner, epochs: int, phases: list[Phase], **options: Any) -> N
 
 
 def same(first: Any, second: Any, where: str = "state") -> None:
-    """Raise where two states differ in a bit."""
+    """Raise where two states differ in a bit; whether an object was replaced or changed makes no difference."""
+    first, second = (
+        each["to"] if isinstance(each, dict) and each.keys() == {"__kept__", "to"} else each for each in (first, second)
+    )
     assert type(first) is type(second), f"{where}: {first!r} and {second!r}"
     if isinstance(first, Tensor):
         assert first.dtype == second.dtype, where
