@@ -431,6 +431,7 @@ def apply(learner: Learner, state: State, *, begun: bool, running: bool = False)
             continue
         shared[name] = put_back(kept, shared.get(name), phases=types, device=device, where=where)
     learner.waiting_states = {name: list(states) for name, states in state["phases"].items()}
+    learner.loaded = True
     for kept_phase in learner.kept_phases:
         waiting = learner.waiting_states.get(phase_id(kept_phase.thing))
         kept_phase.load(waiting.pop(0) if waiting else {}, **how)
@@ -494,9 +495,9 @@ def meet_phases(learner: Learner, phases: list[Phase]) -> None:
         if not any(phase is each for each in known):
             kept.append(watched(learner, phase))
             waiting = learner.waiting_states.get(phase_id(phase))
-            if waiting:
+            if waiting or learner.loaded:  # where nothing was kept of it, it begins as it was first used
                 types, device = phase_types(), learner.accelerator.device
-                kept[-1].load(waiting.pop(0), owners_of(learner), phases=types, device=device)
+                kept[-1].load(waiting.pop(0) if waiting else {}, owners_of(learner), phases=types, device=device)
     learner.kept_phases = kept
 
 

@@ -169,6 +169,8 @@ class Learner(Generic[M]):
         """What checkpoints keep of the phases that run."""
         self.waiting_states: dict[str, list[Any]] = {}
         """Loaded states of phases that have not run yet, by class."""
+        self.loaded = False
+        """Whether a state was loaded: phases of which it has none begin as they were first used."""
         self.begun_data: set[str] = set()
         """Keys of the data that a fit has run on."""
         self.told_lengths: set[str] = set()
