@@ -24,11 +24,13 @@ class Recorder(Callback):
     Writes: cbstate.history
     """
 
-    _cycle: int = field(default=0, init=False, repr=False)
+    _cycle: tuple[Any, int | None] = field(default=(None, None), init=False, repr=False)
+    """The fit, by its phases, and the number of its running cycle."""
     _place: int = field(default=0, init=False, repr=False)
     """The epoch that the running cycle is: the next one where something is trained in it."""
 
     writes = ("cbstate.history",)
+    transient = ("_cycle", "_place")
     draws = False
     in_compiled_step = "after"
 
@@ -41,15 +43,15 @@ class Recorder(Callback):
     def start_epoch(self, event: EpochBegin, phase: Phase, learner: Any) -> None:
         """Count the epoch's steps from 0."""
         history = learner.cbstate.history
-        if learner.cycle is not None and learner.cycle != self._cycle:
-            trains = any(each.gradients for each in learner.fit_phases)
-            before = takewhile(lambda each: each is not phase, learner.fit_phases)  # some, after an older checkpoint
-            self._cycle = learner.cycle
-            self._place = trained_epochs(history) + (trains and not any(each.gradients for each in before))
+        phases = learner.fit_phases
+        if phases and (self._cycle[0] is not phases or self._cycle[1] != learner.cycle):
+            before = takewhile(lambda each: each is not phase, phases)  # those of a cycle that goes on have run
+            is_next = any(each.gradients for each in phases) and not any(each.gradients for each in before)
+            self._cycle, self._place = (phases, learner.cycle), trained_epochs(history) + is_next
         counts = history[phase]
         counts.steps_epoch = 0
         if not counts.label:
-            counts.label = _label(phase, learner.fit_phases, history)
+            counts.label = _label(phase, phases, history)
 
     @on(StepEnd)
     def count_step(self, event: StepEnd, phase: Phase, learner: Any) -> None:

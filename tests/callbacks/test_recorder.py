@@ -200,3 +200,17 @@ def test_a_phase_that_runs_several_times_in_a_cycle_keeps_every_value() -> None:
     learner.fit(2, phases=[TrainingPhase(), ValidationPhase(), ValidationPhase()])
     assert epochs_of(learner, ValidationPhase) == [4, 5, 6, 7]
     assert len(learner.history["validation/loss"]) == 4
+
+
+def test_a_fit_after_one_that_was_cut_in_a_cycle_stands_at_the_next_epoch() -> None:
+    def stop(learner: Any) -> None:
+        if not stopped and learner.cycle == 2:
+            stopped.append(1)
+            raise CancelFittingException("enough")
+
+    stopped: list[int] = []
+    learner = toy_learner(Recorder(), Metrics(), CustomCallback(stop, StepEnd, ValidationPhase), num_batches=2)
+    learner.fit(4)
+    learner.fit(2)
+    assert epochs_of(learner, TrainingPhase) == [1, 2, 3, 4]
+    assert epochs_of(learner, ValidationPhase) == [1, 3, 4]
