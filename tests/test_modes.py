@@ -259,7 +259,7 @@ def test_a_run_with_such_an_optimizer_is_resumed_anywhere_to_the_bit(kind: Any) 
         probe = KNNProbe("model", bank=labelled(), queries=labelled())
         return learner_of(EMA("model", 0.9), KeepBestModel(), probe, kind=kind, data=data)
 
-    assert_resumes_exactly(make, epochs=EPOCHS, at=[1, 4, 5, 9])
+    assert_resumes_exactly(make, epochs=EPOCHS, at=[1, 5, 9])
 
 
 @each_kind

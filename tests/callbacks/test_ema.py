@@ -669,7 +669,7 @@ def test_a_run_whose_steps_are_cancelled_after_their_updates_is_resumed_to_the_b
     def make() -> Learner:
         return learner_of(Leave(), EMA("model", cosine(20, 0.5, 1.0)), Recorder(), Metrics())
 
-    assert_resumes_exactly(make, epochs=2, at=[1, 2, 3, 5, 6, 11, 12])
+    assert_resumes_exactly(make, epochs=2, at=[2, 3, 11])
 
 
 def test_a_throttled_average_of_accumulated_updates_is_resumed_to_the_bit() -> None:
@@ -678,7 +678,7 @@ def test_a_throttled_average_of_accumulated_updates_is_resumed_to_the_bit() -> N
     def make() -> Learner:
         return learner_of(throttle(EMA("model", 0.5), StepEnd, freq=4), Recorder(), Metrics())
 
-    assert_resumes_exactly(make, epochs=2, phases=lambda: [EveryThird()], at=[1, 3, 4, 5, 10, 13])
+    assert_resumes_exactly(make, epochs=2, phases=lambda: [EveryThird()], at=[3, 4, 13])
 
 
 class BothWays(TrainingPhase):
@@ -699,7 +699,7 @@ def test_a_run_whose_optimizer_is_stepped_by_hand_is_resumed_to_the_bit(phase: t
         optimizer = partial(torch.optim.Adam, lr=0.01, fused=fused)
         return learner_of(EMA("model", 0.9), Recorder(), Metrics(), optimizer=optimizer)
 
-    assert_resumes_exactly(make, epochs=1, phases=lambda: [phase()], at=[1, 3, 4, 6])
+    assert_resumes_exactly(make, epochs=1, phases=lambda: [phase()], at=[1, 4])
 
 
 def test_each_phase_of_a_cycle_is_followed_in_its_own_way() -> None:
