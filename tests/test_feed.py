@@ -245,9 +245,33 @@ class Counting:
         self.next = state["next"]
 
 
+class Streaming(Counting):
+    """As streaming data sets of a library are: from a loaded state they go on there until their epoch changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epoch = self.start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for place in range(self.start + 1, 11):
+            self.next = place
+            yield torch.full((1, 1), float(self.next + 100 * self.epoch)), torch.rand(1, 1)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self.next, "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start, self.epoch = state["next"], state["epoch"]
+
+
+@pytest.mark.parametrize("kind", [Counting, Streaming])
 @pytest.mark.parametrize("limit", [None, 4, 5, 10])
 def test_a_loader_that_keeps_its_place_resumes_exactly_wherever_epochs_were_cut(
-    limit: int | None, tmp_path: Path, recwarn: pytest.WarningsRecorder
+    limit: int | None, kind: type[Counting], tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     def run(folder: Path, at: int | None, epochs: int) -> tuple[Learner, list[float]]:
         seen: list[float] = []
@@ -261,7 +285,7 @@ def test_a_loader_that_keeps_its_place_resumes_exactly_wherever_epochs_were_cut(
                 seen.append(batch[0].item())
                 return super().entries(batch)
 
-        learner = toy_learner(Checkpointer(folder, unit="step"), data=(Counting(),))
+        learner = toy_learner(Checkpointer(folder, unit="step"), data=(kind(),))
         try:
             learner.fit(epochs, phases=[Seen()], steps_per_epoch=limit, resume=folder)
         except OSError:
