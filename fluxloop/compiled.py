@@ -281,8 +281,9 @@ class Graph:
             self._compiled = lower(traced.graph, traced.example, learner.accelerator.device)
         except Exception as error:
             raise CompileError(
-                f"the step of {phase!r} was traced, but could not be compiled: {first_line(error)}. On the CPU this "
-                f"needs a C++ compiler (g++ or clang++), on CUDA Triton. {WAYS_OUT}"
+                f"the step of {phase!r} was traced, but could not be compiled: {first_line(error)}. Compiling needs a "
+                "C++ compiler (g++ or clang++) on the CPU, Triton on CUDA; where there is one, an operation of the step "
+                f"stands in the way. {WAYS_OUT}"
             ) from error
         if can_replay(traced.example):
             self._compiled = Replayed(self._compiled, len(traced.fixed), traced.changed)

@@ -1,27 +1,32 @@
 """Notice what a step does while it is traced that a graph would do once, or that nobody has tried in one.
 
 Random numbers of Python's and NumPy's generators would be constants of the graph, wherever the
-generator lives; so all generators of the process are looked at before and after. Function
+generator lives; so all generators of the process are looked at before and after. So are lists and
+dicts that the step's functions reach by name, which would be left with stand-ins in them. Function
 transforms (``torch.func``) change what operations mean; those that were compared with eager steps
 are let through, and the others are refused.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
+import inspect
 import pickle
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
-from types import CellType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from fluxloop.errors import CompileError
+from fluxloop.seen import seen
 
 # Random numbers
 
@@ -132,14 +137,73 @@ def noting_entropy(noted: list[str]) -> Iterator[None]:
         module._urandom = own
 
 
+# What is kept outside of the learner
+
+
+def containers_of(functions: Iterable[Any]) -> dict[str, Any]:
+    """Return the lists, dicts, sets and deques that functions reach by name, as global variables or closed over.
+
+    Args:
+        functions: Functions and methods; others are left out.
+    """
+    found: dict[str, Any] = {}
+    for each in functions:
+        function = inspect.unwrap(getattr(each, "__func__", each))
+        if isinstance(function, FunctionType):
+            reached = {name: function.__globals__.get(name) for name in names_in(function.__code__)}
+            cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+            for name, cell in cells:
+                try:
+                    reached[name] = cell.cell_contents
+                except ValueError:  # not assigned yet
+                    continue
+            found |= {name: value for name, value in reached.items() if type(value) in (list, dict, set, deque)}
+    return found
+
+
+def names_in(code: CodeType) -> set[str]:
+    """Return the names of global variables and attributes in a function's code, and in functions inside it."""
+    inner = (names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*inner)
+
+
+@contextmanager
+def noting_containers(functions: Iterable[Any]) -> Iterator[list[str]]:
+    """Note which containers outside of the learner functions change meanwhile, and put them back.
+
+    The list is complete once the context is left.
+
+    Args:
+        functions: Those that run.
+    """
+    noted: list[str] = []
+    held = containers_of(functions)
+    before = {name: (copy.copy(value), seen(value)) for name, value in held.items()}
+    yield noted
+    for name, value in held.items():
+        old, as_seen = before[name]
+        if seen(value) != as_seen:
+            noted.append(name)
+            value.clear()
+            value.extend(old) if hasattr(value, "extend") else value.update(old)
+
+
 # Function transforms
 
 TRIED = ((), ("Grad",), ("Vmap",), ("Vmap", "Grad"), ("Grad", "Grad"))
 """Nestings of function transforms, from the outside in, whose graphs were compared with eager steps."""
 
 
-class Transforms(TorchFunctionMode):
-    """Raise for function transforms that nobody has tried in a compiled step, and for generators of torch's.
+WRONG = ("multilabel_margin_loss",)
+"""Functions of torch's that the compiler is known to compute otherwise than eager steps do."""
+
+
+class AsTried(TorchFunctionMode):
+    """Let a step call torch's functions as they were tried in compiled steps.
+
+    Raises for function transforms that nobody has tried, for generators of torch's, and for functions that
+    compile to something else. Lists of tensors are changed one by one: TorchInductor changes the first of a
+    list while gradients of others are still computed from it.
 
     Args:
         refuse: Makes the error from what is wrong.
@@ -152,8 +216,17 @@ class Transforms(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call a function of torch's, unless it runs under a transform that is not let through."""
+        """Call a function of torch's, unless it is not let through."""
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in WRONG:
+            raise self._refuse(f"torch.compile computes another {name} than eager steps do; write it out")
+        if (
+            name.startswith("_foreach_")
+            and name.endswith("_")
+            and hasattr(torch.Tensor, name.removeprefix("_foreach_"))
+        ):
+            return one_by_one(getattr(torch.Tensor, name.removeprefix("_foreach_")), args, kwargs)
         found = untried(func, kwargs)
         if found is not None:
             raise self._refuse(
@@ -166,6 +239,25 @@ class Transforms(TorchFunctionMode):
                 "from the numbers of the step"
             )
         return func(*args, **kwargs)
+
+
+def one_by_one(change: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """Call a function that changes a tensor for each of a list, with its item of each other list; return them.
+
+    Args:
+        change: A method of tensors.
+        args: Of the function for lists: the list first.
+        kwargs: Its options.
+    """
+    *args, factor = args if len(args) == 4 else (*args, None)
+    if factor is not None:  # of addcmul_ and addcdiv_, where it has to be named
+        kwargs = {**kwargs, "value": factor}
+    given = [[each] * len(args[0]) if not isinstance(each, (list, tuple)) else each for each in args]
+    options = {n: [v] * len(args[0]) if not isinstance(v, (list, tuple)) else v for n, v in kwargs.items()}
+    return [
+        change(*items, **{name: values[number] for name, values in options.items()})
+        for number, items in enumerate(zip(*given, strict=True))
+    ]
 
 
 def untried(function: Any, options: dict[str, Any]) -> str | None:

@@ -31,7 +31,7 @@ from fluxloop.callback import Callback
 from fluxloop.errors import CancelSignal, CompileError, LossError, OptimizerError, PhaseError, annotate
 from fluxloop.errors import describe as describe_briefly
 from fluxloop.events import Event
-from fluxloop.forbidden import Transforms, noting_draws
+from fluxloop.forbidden import AsTried, noting_containers, noting_draws
 from fluxloop.nested import init_fields, map_tensors, tensors
 from fluxloop.persist import attributes
 from fluxloop.phase import Phase
@@ -148,6 +148,11 @@ class AcceleratorStandIn:
         for leaf in before:
             leaf.grad = None
         torch.autograd.backward(loss, retain_graph=retain_graph, inputs=None if alone else own)
+        if any(leaf.grad is not None and leaf.grad.layout is not torch.strided for leaf in own):
+            raise CompileError(
+                "gradients are sparse, which a step that is compiled whole cannot compute; expected "
+                "Embedding(sparse=False), or compiled = False in the phase's class"
+            )
         for leaf, old in before.items():
             leaf.grad = old if leaf.grad is None else old + leaf.grad
 
@@ -402,8 +407,9 @@ class Traced:
             drawn = undone.enter_context(
                 noting_draws(generators_of([*self.holders, *self._parts, self._learner.loss_fn]))
             )
+            appended = undone.enter_context(noting_containers(self._functions()))
             undone.enter_context(as_compilers_trace(self._phase.gradients))
-            undone.enter_context(Transforms(self._refusal))
+            undone.enter_context(AsTried(self._refusal))
             undone.enter_context(self._unchanged())
             undone.enter_context(self._own_options_unchanged())
             undone.enter_context(torch.set_grad_enabled(self._phase.gradients))
@@ -420,6 +426,8 @@ class Traced:
             except Exception as error:
                 why = f"{first_line(error)}{where(error)}. A graph holds tensors alone{hint(error)}"
                 raise self._refusal(why) from error
+        if appended:
+            raise self._changes(f"{name}, a variable of a function or of its module" for name in appended)
         if drawn:
             raise self._refusal(
                 f"it draws from Python's or NumPy's random numbers ({', '.join(dict.fromkeys(drawn))}), which would be "
@@ -431,6 +439,13 @@ class Traced:
                 "checkpoint that draws them again), which a graph does not do"
             )
         return graph
+
+    def _functions(self) -> list[Any]:
+        """Return the users' functions that a step may run, as far as they are found by name."""
+        kinds = {kind for thing in (*self.holders, *self._parts, self._learner.loss_fn) for kind in type(thing).__mro__}
+        own = [kind for kind in kinds if not kind.__module__.startswith(("torch.", "fluxloop.", "builtins"))]
+        held = [value for thing in (*self.holders, *self._parts) for value in attributes(thing).values()]
+        return [self._learner.loss_fn, *held, *(value for kind in own for value in vars(kind).values())]
 
     def _run(self, *flat: Any) -> list[Tensor]:
         """Run the body on stand-ins for all inputs; give the tensors that it stored, and gradients that it leaves."""
@@ -804,7 +819,7 @@ def twin_of(
     """Give an optimizer of the same kind and options over stand-ins, whose step is operations on tensors alone."""
     twin: Optimizer = object.__new__(type(optimizer))
     twin.__dict__.update({name: value for name, value in vars(optimizer).items() if name != "step"})
-    how = {"foreach": True, "fused": False, "capturable": True}
+    how = {"foreach": False, "fused": False, "capturable": True}  # see `AsTried` for lists of tensors
     twin.param_groups = []
     for group in optimizer.param_groups:
         given = {name: options[id(group), name] for name in group if (id(group), name) in options}

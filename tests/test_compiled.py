@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -30,6 +31,8 @@ from fluxloop import (
     CompileError,
     CustomCallback,
     DINOPhase,
+    DistillationPhase,
+    FluxloopError,
     GANPhase,
     GANValidationPhase,
     GradientClip,
@@ -39,6 +42,7 @@ from fluxloop import (
     LossBegin,
     LossError,
     LRScheduler,
+    MAEPhase,
     Memory,
     MetricsPrinter,
     MixUp,
@@ -53,7 +57,9 @@ from fluxloop import (
     SimSiamPhase,
     StepBegin,
     StepEnd,
+    SupConPhase,
     TrainingPhase,
+    TripletPhase,
     TwoViews,
     Unfreeze,
     UpdateBegin,
@@ -90,10 +96,25 @@ def _imported() -> Iterator[None]:
     gc.unfreeze()
 
 
+WITH_COMPILER = "FLUXLOOP_COMPILER" in os.environ
+"""Whether these tests use the compiler, which takes many minutes."""
+
+
 @pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the graphs as they were traced, without a compiler: the same operations, in no time."""
-    monkeypatch.setattr(fluxloop.compiled, "lower", lambda graph, inputs, device: torch.no_grad()(graph))
+def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run the graphs as they were traced, without a compiler: the same operations, in no time.
+
+    Without gradients, as a compiled graph is run. With the compiler, where it was asked for, operations
+    draw random numbers as they do in eager steps.
+    """
+    if WITH_COMPILER:
+        from torch._inductor import config
+
+        with config.patch(fallback_random=True):
+            yield
+    else:
+        monkeypatch.setattr(fluxloop.compiled, "lower", lambda graph, inputs, device: torch.no_grad()(graph))
+        yield
 
 
 def mlp() -> nn.Module:
@@ -131,6 +152,7 @@ def both(
         made.fit(epochs, phases=None if phases is None else phases())
         trained.append(made)
     eager, compiled = trained
+    tolerance *= 10 if WITH_COMPILER else 1  # other kernels add up in another order
     for a, b in zip(weights(eager), weights(compiled), strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
     return eager, compiled
@@ -245,7 +267,16 @@ def test_a_torch_that_cannot_trace_is_said_when_the_learner_is_made(monkeypatch:
         partial(torch.optim.Adam, lr=1e-3, fused=True),
         partial(torch.optim.AdamW, lr=1e-3, amsgrad=True, foreach=False),
         partial(torch.optim.AdamW, lr=torch.tensor(1e-3), foreach=False),
-        *(getattr(torch.optim, name) for name in ("Adagrad", "NAdam", "RAdam", "RMSprop", "Adadelta", "Adamax")),
+        partial(torch.optim.RMSprop, lr=1e-3, centered=True, momentum=0.9),
+        partial(torch.optim.Adagrad, lr=0.01, lr_decay=0.1, weight_decay=0.01),
+        partial(torch.optim.NAdam, momentum_decay=0.01, decoupled_weight_decay=True, weight_decay=0.1),
+        partial(torch.optim.RAdam, weight_decay=0.1),
+        *(
+            getattr(torch.optim, name)
+            for name in (
+                *("Adam", "AdamW", "Adagrad", "NAdam", "RAdam", "RMSprop", "Adadelta", "Adamax", "ASGD", "Rprop"),
+            )
+        ),
     ],
     ids=str,
 )
@@ -256,6 +287,38 @@ def test_torchs_optimizers_step_inside_the_graph(optimizer: Any) -> None:
     for index, entries in state.items():
         for name, value in entries.items():
             torch.testing.assert_close(value, other[index][name], rtol=1e-4, atol=1e-6)
+
+
+def matrices() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 32, bias=False), nn.Tanh(), nn.Linear(32, 4, bias=False))
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="new in torch 2.9")
+def test_muon_steps_inside_the_graph() -> None:
+    both(2, optimizer=partial(torch.optim.Muon, lr=0.01), model=matrices, tolerance=1e-4)
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize(
+    ("optimizer", "sparse", "words"),
+    [
+        ("Adafactor", False, "the step of TrainingPhase"),
+        ("LBFGS", False, "LBFGS needs a closure"),
+        ("SparseAdam", True, "SparseAdam counts 'step' in Python"),
+        ("SGD", True, r"gradients are sparse.*Embedding\(sparse=False\)"),
+    ],
+)
+def test_optimizers_that_no_graph_can_step_are_refused_in_words(optimizer: str, sparse: bool, words: str) -> None:
+    if not hasattr(torch.optim, optimizer):
+        pytest.skip(f"torch {torch.__version__} has no {optimizer}")
+    made = learner(
+        model=lambda: nn.Embedding(4, 4, sparse=sparse),
+        data=((torch.arange(4), torch.arange(4)),),
+        optimizer=partial(getattr(torch.optim, optimizer), lr=0.1),
+    )
+    with pytest.raises(FluxloopError, match=words):
+        made.fit(3)
 
 
 @pytest.mark.usefixtures("plain")
@@ -321,6 +384,44 @@ def with_twin(phase: Any) -> list[Phase]:
     return [phase, ObjectiveValidationPhase(phase)]
 
 
+class Triplets(TripletPhase):
+    """Makes triplets of the rows."""
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        return super().entries((batch[0], batch[0] + 0.1, batch[0].roll(1, 0)))
+
+
+class Images(MAEPhase):
+    """Makes images of the rows."""
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        return super().entries(batch[0].reshape(-1, 1, 4, 4))
+
+
+class Tokens(nn.Module):
+    """An encoder of patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.places = nn.Linear(4, 8), nn.Embedding(4, 8)
+
+    def forward(self, patches: Tensor, places: Tensor) -> Tensor:
+        out: Tensor = self.layer(patches) + self.places(places)
+        return out
+
+
+class Patches(nn.Module):
+    """A decoder of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 16)
+
+    def forward(self, tokens: Tensor, places: Tensor) -> Tensor:
+        out: Tensor = self.layer(tokens.mean(1)).reshape(-1, 4, 4)
+        return out
+
+
 @pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize(
     ("phases", "model", "callbacks"),
@@ -342,11 +443,19 @@ def with_twin(phase: Any) -> list[Phase]:
         ),
         (lambda: [VAEPhase()], lambda: {"encoder": nn.Linear(16, 8), "decoder": nn.Linear(4, 16)}, list),
         (lambda: [AutoencoderPhase()], lambda: {"encoder": nn.Linear(16, 8), "decoder": nn.Linear(8, 16)}, list),
+        (lambda: with_twin(SupConPhase(VIEWS)), encoder, list),
+        (lambda: [DistillationPhase()], student, list),
+        (lambda: [Triplets()], mlp, list),
+        (lambda: [Images(2, normalize=True)], lambda: {"encoder": Tokens(), "decoder": Patches()}, list),
     ],
-    ids=["SimCLR", "Barlow Twins", "VICReg", "SimSiam", "BYOL", "MoCo", "DINO", "VAE", "autoencoder"],
+    ids=[
+        *("SimCLR", "Barlow Twins", "VICReg", "SimSiam", "BYOL", "MoCo", "DINO", "VAE", "autoencoder", "SupCon"),
+        *("distillation", "triplets", "MAE"),
+    ],
 )
 def test_phases_of_one_loss_are_compiled(phases: Any, model: Any, callbacks: Any) -> None:
-    _, compiled = both(phases=phases, model=model, callbacks=callbacks, loss_fn=functional.mse_loss)
+    loss_fn = None if type(phases()[0]) is DistillationPhase else functional.mse_loss
+    _, compiled = both(phases=phases, model=model, callbacks=callbacks, loss_fn=loss_fn)
     assert graphs(compiled, type(phases()[0])) == 2
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from fluxloop.errors import CompileError
-from fluxloop.forbidden import Transforms, noting_draws
+from fluxloop.forbidden import AsTried, noting_containers, noting_draws
 
 RNG = numpy.random.default_rng(0)
 OLDER = numpy.random.RandomState(0)
@@ -131,7 +131,7 @@ def test_transforms_that_were_tried_compute_as_they_do_elsewhere(compute: Callab
     torch.manual_seed(0)
     expected = compute(xs)
     torch.manual_seed(0)
-    with Transforms(refuse):
+    with AsTried(refuse):
         found = compute(xs)
     assert torch.equal(found, expected)
 
@@ -152,5 +152,73 @@ def test_transforms_that_were_tried_compute_as_they_do_elsewhere(compute: Callab
     ids=["jvp", "jacfwd", "hessian", "jacrev", "vmap of vmap", "randomness", "batched", "generator"],
 )
 def test_transforms_that_were_not_tried_are_refused_in_words(compute: Callable[[Tensor], Any], words: str) -> None:
-    with pytest.raises(CompileError, match=words), Transforms(refuse):
+    with pytest.raises(CompileError, match=words), AsTried(refuse):
         compute(torch.ones(2, 3))
+
+
+# Lists of tensors, and functions that compile to something else
+
+HALF = torch.tensor(0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda a, b: torch._foreach_add_(a, b, alpha=2.0), "add_"),
+        (lambda a, b: torch._foreach_mul_(a, 0.5), "mul_"),
+        (lambda a, b: torch._foreach_mul_(a, HALF), "mul_"),
+        (lambda a, b: torch._foreach_lerp_(a, b, weight=0.1), "lerp_"),
+        (lambda a, b: torch._foreach_addcmul_(a, b, b, [1.0, 2.0]), "addcmul_"),
+        (lambda a, b: torch._foreach_zero_(a), "zero_"),
+    ],
+)
+def test_lists_of_tensors_are_changed_one_by_one_with_what_their_functions_give(change: Any, name: str) -> None:
+    def tensors() -> tuple[list[Tensor], list[Tensor]]:
+        return [torch.arange(3.0), torch.ones(2)], [torch.full((3,), 2.0), torch.arange(2.0)]
+
+    called: list[str] = []
+
+    class Noting(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    expected, found = tensors(), tensors()
+    change(*expected)
+    with Noting(), AsTried(refuse):
+        change(*found)
+    assert all(map(torch.equal, expected[0], found[0]))
+    assert len(called) == 2
+    assert all(name in function and "foreach" not in function for function in called)
+
+
+def test_a_function_that_the_compiler_computes_otherwise_is_refused() -> None:
+    xs, ys = torch.randn(2, 3), torch.tensor([[0, -1, 0], [1, 2, -1]])
+    with pytest.raises(CompileError, match="computes another multilabel_margin_loss"), AsTried(refuse):
+        torch.nn.functional.multilabel_margin_loss(xs, ys)
+
+
+# Containers that functions reach by name
+
+KEPT: list[Any] = []
+TABLE = {"a": 1}
+
+
+def test_containers_that_functions_change_are_named_and_put_back() -> None:
+    mine: set[int] = {1}
+
+    def changes() -> None:
+        KEPT.append(1)
+        TABLE["b"] = 2
+        mine.add(2)
+
+    def reads() -> int:
+        return len(KEPT) + TABLE["a"] + len(mine)
+
+    with noting_containers([changes, reads, len]) as noted:
+        changes()
+    assert sorted(noted) == ["KEPT", "TABLE", "mine"]
+    assert (KEPT, TABLE, mine) == ([], {"a": 1}, {1})
+    with noting_containers([changes, reads]) as noted:
+        reads()
+    assert noted == []

@@ -83,6 +83,14 @@ def keep(model: Any, out: Tensor) -> Tensor:
     return out
 
 
+COLLECTED: list[Any] = []
+
+
+def collect(model: Any, out: Tensor) -> Tensor:
+    COLLECTED.append(out)
+    return out
+
+
 def append(model: Any, out: Tensor) -> Tensor:
     model.seen.append(out.shape)
     return out
@@ -99,10 +107,11 @@ def append(model: Any, out: Tensor) -> Tensor:
         (append, ("it changes Model.seen",)),
         (lambda model, out: out * random.random(), ("draws from Python's or NumPy's random numbers",)),
         (lambda model, out: out * float(numpy.random.rand()), ("draws from Python's or NumPy's random numbers",)),
+        (collect, ("it changes COLLECTED, a variable",)),
         (lambda model, out: out * RNG.random(), ("draws from Python's or NumPy's random numbers (test_tracing.RNG)",)),
         (lambda model, out: torch.func.jvp(torch.sin, (out,), (out,))[1], ("forward-mode differentiation",)),
     ],
-    ids=["item", "if", "count", "keep", "append", "python random", "numpy random", "own random", "jvp"],
+    ids=["item", "if", "count", "keep", "append", "python random", "numpy random", "collect", "own random", "jvp"],
 )
 def test_what_no_graph_can_hold_is_an_error_that_says_where_and_what_to_do(function: Any, words: Any) -> None:
     made = learner(Model(function))
@@ -113,6 +122,7 @@ def test_what_no_graph_can_hold_is_an_error_that_says_where_and_what_to_do(funct
     assert made.model.layer.weight.grad_fn is None
     assert type(made.model.layer.weight) is nn.Parameter  # everything is as it was
     assert not isinstance(made.model.last, torch._subclasses.FakeTensor)
+    assert not any(isinstance(kept, torch._subclasses.FakeTensor) for kept in COLLECTED)
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -556,3 +566,12 @@ def test_a_recurrent_layer_is_traced_without_the_layer_of_onednn_and_onednn_stay
     assert torch.backends.mkldnn.enabled == enabled
     traced = Traced(made, TrainingPhase(), made.modules(), [], made.step)
     assert not any("mkldnn" in str(node.target) for node in traced.graph.graph.nodes)
+
+
+def test_weights_are_changed_one_by_one_after_what_is_computed_from_them() -> None:
+    made = learner(Model(lambda model, out: out), optimizer=partial(torch.optim.Adam, lr=0.1))
+    made.fit(1)
+    traced = Traced(made, TrainingPhase(), made.modules(), [], made.step)
+    targets = [str(node.target) for node in traced.graph.graph.nodes]
+    assert not any(target.startswith("aten._foreach") for target in targets)
+    assert len([target for target in targets if target.startswith("aten.addcdiv_")]) == 2
