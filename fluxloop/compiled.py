@@ -282,8 +282,8 @@ class Graph:
         except Exception as error:
             raise CompileError(
                 f"the step of {phase!r} was traced, but could not be compiled: {first_line(error)}. Compiling needs a "
-                "C++ compiler (g++ or clang++) on the CPU, Triton on CUDA; where there is one, an operation of the step "
-                f"stands in the way. {WAYS_OUT}"
+                "C++ compiler (g++ or clang++) on the CPU, Triton on CUDA; where there is one, an operation of the "
+                f"step stands in the way. {WAYS_OUT}"
             ) from error
         if can_replay(traced.example):
             self._compiled = Replayed(self._compiled, len(traced.fixed), traced.changed)
