@@ -819,7 +819,7 @@ def twin_of(
     """Give an optimizer of the same kind and options over stand-ins, whose step is operations on tensors alone."""
     twin: Optimizer = object.__new__(type(optimizer))
     twin.__dict__.update({name: value for name, value in vars(optimizer).items() if name != "step"})
-    how = {"foreach": False, "fused": False, "capturable": True}  # see `AsTried` for lists of tensors
+    how = {"foreach": True, "fused": False, "capturable": True}  # see `AsTried` for lists of tensors
     twin.param_groups = []
     for group in optimizer.param_groups:
         given = {name: options[id(group), name] for name in group if (id(group), name) in options}
