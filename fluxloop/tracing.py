@@ -433,6 +433,11 @@ class Traced:
                 f"it draws from Python's or NumPy's random numbers ({', '.join(dict.fromkeys(drawn))}), which would be "
                 "the same ones at every step; draw from torch, or before the step: in the data or at StepBegin"
             )
+        if any(asks_for_a_float(node) for node in graph.graph.nodes):
+            raise self._refusal(
+                "it asks for a number in the middle (.item(), float(), or a tensor as alpha= or value=), which a "
+                "graph may compute otherwise; multiply by the tensor"
+            )
         if sets_seed and any(draws(node) for node in graph.graph.nodes):
             raise self._refusal(
                 "it draws random numbers and sets where they start (torch.manual_seed, set_rng_state, fork_rng, or a "
@@ -942,6 +947,13 @@ def noting_seeds() -> Iterator[list[str]]:
         yield noted
     finally:
         module.default_generator = own
+
+
+def asks_for_a_float(node: Any) -> bool:
+    """Return whether an operation gives Python a number that is no whole one, which is a symbol in the graph."""
+    return node.target is torch.ops.aten._local_scalar_dense.default and isinstance(
+        node.meta.get("val"), (float, torch.SymFloat)
+    )
 
 
 def draws(node: Any) -> bool:

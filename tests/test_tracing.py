@@ -83,6 +83,12 @@ def keep(model: Any, out: Tensor) -> Tensor:
     return out
 
 
+def scaled(model: Any, out: Tensor) -> Tensor:
+    with torch.no_grad():
+        model.layer.bias.add_(out.mean(0), alpha=-out.mean())
+    return out
+
+
 COLLECTED: list[Any] = []
 
 
@@ -107,11 +113,24 @@ def append(model: Any, out: Tensor) -> Tensor:
         (append, ("it changes Model.seen",)),
         (lambda model, out: out * random.random(), ("draws from Python's or NumPy's random numbers",)),
         (lambda model, out: out * float(numpy.random.rand()), ("draws from Python's or NumPy's random numbers",)),
+        (scaled, ("asks for a number in the middle", "alpha=")),
         (collect, ("it changes COLLECTED, a variable",)),
         (lambda model, out: out * RNG.random(), ("draws from Python's or NumPy's random numbers (test_tracing.RNG)",)),
         (lambda model, out: torch.func.jvp(torch.sin, (out,), (out,))[1], ("forward-mode differentiation",)),
     ],
-    ids=["item", "if", "count", "keep", "append", "python random", "numpy random", "collect", "own random", "jvp"],
+    ids=[
+        "item",
+        "if",
+        "count",
+        "keep",
+        "append",
+        "python random",
+        "numpy random",
+        "alpha",
+        "collect",
+        "own random",
+        "jvp",
+    ],
 )
 def test_what_no_graph_can_hold_is_an_error_that_says_where_and_what_to_do(function: Any, words: Any) -> None:
     made = learner(Model(function))
