@@ -37,7 +37,7 @@ from fluxloop.host import HostQueue
 from fluxloop.inference import evaluate, predict
 from fluxloop.loop import Scope, place_in_words
 from fluxloop.misfits import check_fits
-from fluxloop.models import like, named_models
+from fluxloop.models import like, named_models, not_copied
 from fluxloop.nested import batch_size
 from fluxloop.optimizers import build_optimizers, parameter_names
 from fluxloop.phase import FittingPhase, Phase
@@ -600,11 +600,19 @@ class Learner(Generic[M]):
 
         What PyTorch leaves out where it copies is copied too: gradients that wait for an update, hooks of
         parameters and of optimizers. A phase goes on in the copy from where it is here.
+
+        Raises:
+            ModelError: A module keeps a tensor that torch does not copy, as the old ``spectral_norm`` does.
         """
         copied: Learner[M] = object.__new__(type(self))
         memo[id(self)] = copied
-        for name, value in vars(self).items():
-            vars(copied)[name] = copy.deepcopy(value, memo)
+        try:
+            for name, value in vars(self).items():
+                vars(copied)[name] = copy.deepcopy(value, memo)
+        except RuntimeError as error:
+            if "deepcopy protocol" in str(error):
+                raise not_copied("copy.deepcopy(learner)", error) from error
+            raise
         complete_copy(self, copied, memo)
         return copied
 

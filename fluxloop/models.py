@@ -125,11 +125,16 @@ def copied_weights(module: nn.Module, whose: str) -> nn.Module:
     try:
         copied = copy.deepcopy(module)
     except RuntimeError as error:
-        raise ModelError(
-            f"{whose} cannot copy these weights: {error}. The old torch.nn.utils.weight_norm and spectral_norm keep "
-            "what they computed; those of torch.nn.utils.parametrizations can be copied"
-        ) from error
+        raise not_copied(whose, error) from error
     return copied.requires_grad_(False).eval()
+
+
+def not_copied(whose: str, error: RuntimeError) -> ModelError:
+    """Make the error for weights that torch does not copy."""
+    return ModelError(
+        f"{whose} cannot copy these weights: {error}. The old torch.nn.utils.weight_norm and spectral_norm keep "
+        "what they computed; those of torch.nn.utils.parametrizations can be copied"
+    )
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -4,12 +4,14 @@ import copy
 import gc
 import pickle
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from attrs import define
 from torch import nn
+from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from fluxloop import (
@@ -28,6 +30,7 @@ from fluxloop import (
     Metrics,
     MetricsPrinter,
     MissingProducerError,
+    ModelError,
     ProgressBar,
     Recorder,
     StepBegin,
@@ -36,6 +39,7 @@ from fluxloop import (
     TensorBatches,
     TrainingPhase,
     ValidationPhase,
+    find_lr,
     on,
     runstep,
     seed_everything,
@@ -576,3 +580,14 @@ def test_pickling_a_learner_says_what_to_do_instead() -> None:
     learner.fit(1)
     with pytest.raises(CheckpointError, match=r"cannot be pickled; write its state, learner\.save\('state\.pt'\)"):
         pickle.dumps(learner)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch has a newer one, which can be copied
+@pytest.mark.parametrize("copied", [copy.deepcopy, find_lr])
+def test_a_model_that_torch_does_not_copy_is_told_with_what_to_use_instead(copied: Callable[[Learner], object]) -> None:
+    model = nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(2, 2)), nn.Linear(2, 1))
+    learner = Learner(model, mse_loss, data=((torch.ones(4, 2), torch.ones(4, 1)),), default_callbacks=False)
+    learner.fit(1)
+    model(torch.ones(4, 2))
+    with pytest.raises(ModelError, match=r"cannot copy these weights: .*torch.nn.utils.parametrizations can be copied"):
+        copied(learner)
