@@ -462,7 +462,7 @@ def _load_updates(learner: Learner, kept: State) -> None:
         stands = kept["slots"][slot.name or ""]
         slot.consumed, slot.in_block = stands["consumed"], stands["in_block"]
         slot.window = StepState() if stands["waiting"] else None
-        slot.phase, slot.num_batches = stands["phase"], stands["num_batches"]
+        slot.phase, slot.num_batches = stands.get("phase"), stands.get("num_batches", 0)  # older files lack them
         slot.step = slot.before = None
 
 

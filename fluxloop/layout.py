@@ -112,6 +112,7 @@ MODULE = _entries(
 )
 SOURCE: dict[str, Rule] = {
     "own_generators": _each(GENERATOR),
+    "walk": DICT,
     "samplers": _each(DICT),
     "private": _each(ANY),
     "private_now": _each(ANY),
@@ -126,7 +127,10 @@ PLACE = _entries(
     {"steps_per_epoch": _maybe(COUNT)},
 )
 OPTIMIZER = _entries({"class": TEXT, "defaults": DICT, "state": DICT}, {"names": _each(_each(TEXT))})
-SLOT = _entries({"consumed": FLAG, "waiting": FLAG, "in_block": FLAG}, {"train_mode": FLAG})
+SLOT = _entries(
+    {"consumed": FLAG, "waiting": FLAG, "in_block": FLAG},
+    {"train_mode": FLAG, "phase": _maybe(TEXT), "num_batches": COUNT},
+)
 CALLBACK = _entries({"class": TEXT, "state": DICT, "around": _each(DICT)})
 
 

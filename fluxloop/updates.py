@@ -45,7 +45,7 @@ class Slot:
         in_block: Whether that was in the optimizer's own block.
         told_resting: Whether it was said that all of its parameters are frozen.
         mode: Of an optimizer that has ``train()`` and ``eval()``.
-        phase: Name of the phase that computed gradients last.
+        phase: Name of the phase that computed gradients last; None where a checkpoint does not say.
         num_batches: How many steps have computed gradients since the last update, 0 where nobody knows.
         step: The last of them.
         before: The gradients that waited when that step computed its own, to be put back where it is cancelled.
@@ -63,7 +63,7 @@ class Slot:
     in_block: bool = False
     told_resting: bool = False
     mode: OptimizerMode | None = None
-    phase: str = ""
+    phase: str | None = ""
     num_batches: int = 0
     step: StepState | None = None
     before: list[Tensor | None] | None = None
@@ -242,7 +242,7 @@ class Updates:
                 raise LossError(f"{slots[0].label} has nothing to train: all of its parameters are frozen")
         fresh, adds, phase = True, False, self._phase_name()
         for slot in slots:
-            if slot.window is not None and slot.phase != phase:
+            if slot.window is not None and slot.phase not in (None, phase):  # None: an older checkpoint does not say
                 self._drop(slot, f"{phase or 'a loop of your own'} computes its own")
             if block is not None and slot.window is not None and not slot.in_block:
                 raise LossError(
@@ -289,7 +289,7 @@ class Updates:
             phase: Name of the phase whose gradients go on waiting.
         """
         for slot in self.slots:
-            if slot.window is not None and slot.phase != phase:
+            if slot.window is not None and slot.phase not in (None, phase):  # None: an older checkpoint does not say
                 self._drop(slot, why)
 
     def _reach(self, loss: Tensor, slots: tuple[Slot, ...]) -> bool:

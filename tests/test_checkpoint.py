@@ -379,6 +379,30 @@ def test_a_callback_whose_state_is_missing_is_named_and_one_that_keeps_nothing_i
     net(Recorder(), Counting()).load_state_dict(net(Recorder(), Counting()).state_dict())  # it had nothing to keep yet
 
 
+def test_an_older_file_lacks_what_was_added_since_and_goes_on(tmp_path: Path) -> None:
+    def make(*more: Callback) -> Learner[Any]:
+        return net(Recorder(), Metrics(), EMA("model", 0.9), Counting(), *more)
+
+    plain, again, found = make(), make(), []
+
+    def look() -> None:
+        if plain.history[TrainingPhase].steps == 3 and not found:
+            found.append(copy.deepcopy(plain.state_dict()))
+
+    plain.safe_points.append(look)
+    plain.fit(3)
+    state = found[0]
+    del state["present"], state["optimizers"][""]["names"], state["place"]["steps_per_epoch"]
+    for part in ("phase", "num_batches", "train_mode"):
+        state["updates"]["slots"][""].pop(part, None)
+    for kept in (*state["data"].values(), state["place"]["feed"]):
+        kept.pop("fingerprint", None)
+    torch.save(state, tmp_path / "old.pt")  # and has no checksums
+    again.fit(3, resume=tmp_path / "old.pt")
+    assert_same_bits(plain, again)
+    assert plain.history.rows() == again.history.rows()
+
+
 def test_an_older_file_does_not_say_which_callbacks_there_were(tmp_path: Path) -> None:
     state = net(Recorder(), EMA("model", 0.9)).state_dict()
     del state["present"]
