@@ -579,7 +579,7 @@ def _check_any_fits(given: dict[str, nn.Module], kept: dict[str, Any]) -> None:
     """
     own = {name: tensor for module in given.values() for name, tensor in module.state_dict().items()}
     theirs = {name: tensor for state in kept.values() for name, tensor in state.items()}
-    alike = [n for n, t in theirs.items() if n in own and getattr(own[n], "shape", None) == getattr(t, "shape", 0)]
+    alike = [n for n, t in theirs.items() if n in own and _takes(own[n], t)]
     if alike or not own:
         return
 

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy
+import pytest
 import torch
 from attrs import define, field
 from hypothesis import Phase as Stage
@@ -182,6 +183,7 @@ def states(learner: Learner) -> dict[str, Any]:
     every=st.integers(1, 4),
     background=st.booleans(),
 )
+@pytest.mark.filterwarnings("ignore:gradients of .* still wait for an update")  # in a cycle with both phases
 @settings(deadline=None, max_examples=20, phases=[Stage.explicit, Stage.generate])  # to shrink takes minutes
 def test_a_run_killed_at_any_event_and_resumed_is_that_which_was_never_killed(
     model: str,
