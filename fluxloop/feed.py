@@ -116,19 +116,20 @@ class Feed:
             CheckpointError: The data cannot be resumed, or is not the data of then; says what differs.
         """
         length = self._length()
+        differ = differences(place.get("fingerprint", {}), fingerprint(self.source))
+        listed = "".join(f"\n  {each}" for each in differ)
         if self.obstacle is not None or place["length"] != length:
             raise CheckpointError(
                 f"the epoch was left after {place['batch']} of {place['length']} batches of the {self._name} data, and "
                 f"there are {length} now ({describe(self.source)}); expected the same data, or a checkpoint of the end "
-                "of an epoch"
+                f"of an epoch{listed}"
             )
         check_place(self.source, place, self._name)
-        differ = differences(place.get("fingerprint", {}), fingerprint(self.source))
         if differ:
             raise CheckpointError(
                 f"the epoch was left after {place['batch']} of {length} batches of the {self._name} data "
-                f"({describe(self.source)}), which is not the same now:\n  " + "\n  ".join(differ) + "\nRows would be "
-                "repeated or left out; expected the same data, or a checkpoint of the end of an epoch"
+                f"({describe(self.source)}), which is not the same now:{listed}\nRows would be repeated or left out; "
+                "expected the same data, or a checkpoint of the end of an epoch"
             )
 
     def check(self) -> None:

@@ -64,6 +64,11 @@ CHANGED: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
         lambda: loader(TensorDataset(rows(9), rows(9)), batch_size=6),
         "batch_size: 5 then, 6 now",
     ),
+    "batch size, and so another number of batches": (
+        lambda: tensors(rows()),
+        lambda: tensors(rows(), batch_size=16),
+        r"left after 3 of 8 batches .* there are 4 now.*\n  batch_size: 8 then, 16 now",
+    ),
     "shuffle": (
         lambda: tensors(rows()),
         lambda: tensors(rows(), shuffle=False),
