@@ -353,7 +353,7 @@ def test_the_pointer_is_for_people_and_a_wrong_one_misleads_nobody(tmp_path: Pat
 def test_resume_wants_a_folder(given: Any) -> None:
     learner = toy_learner(num_batches=2)
     before = bits(learner)
-    with pytest.raises(CheckpointError, match="was given; expected the folder of a Checkpointer: resume='runs/first'"):
+    with pytest.raises(CheckpointError, match=r"was given; expected .*: resume='runs/first'"):
         learner.fit(1, resume=given)
     assert all(torch.equal(tensor, before[name]) for name, tensor in bits(learner).items())
 

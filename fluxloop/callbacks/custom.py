@@ -37,6 +37,8 @@ class CustomCallback(Callback):
         >>> hello = CustomCallback(lambda learner: print("a step"), StepEnd, TrainingPhase)
     """
 
+    _begins_anywhere = True
+
     def __init__(
         self,
         f: Callable[[Any], object],

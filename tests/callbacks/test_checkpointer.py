@@ -1174,7 +1174,9 @@ def test_the_count_of_steps_goes_on_where_the_batch_size_has_changed(tmp_path: P
     xs = torch.rand(8, 1)
     data = (TensorBatches(xs, xs, batch_size=4), TensorBatches(xs, xs, batch_size=4))
     learner = toy(Recorder(), Checkpointer(tmp_path), data=data)
-    learner.fit(3, resume=tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the (training|validation) data .* is not the same as in the run")
+        learner.fit(3, resume=tmp_path)
     assert learner.history[TrainingPhase].steps == 8 + 2
 
 
