@@ -23,6 +23,7 @@ from fluxloop.assign import put
 from fluxloop.callback import Callback
 from fluxloop.errors import CheckpointError, annotate, warn_user
 from fluxloop.fingerprint import fingerprint
+from fluxloop.folder import size_of_file
 from fluxloop.misfits import FORMAT, weights_differ
 from fluxloop.optimizer_state import load_optimizer, optimizer_state
 from fluxloop.optimizers import parameter_names, parameters_by_name
@@ -631,15 +632,19 @@ class Entry:
 
 
 class Manifest(tuple[Entry, ...]):
-    """What a checkpoint keeps, line by line; prints as a table."""
+    """What a checkpoint keeps, line by line; prints as a table.
 
-    __slots__ = ()
+    Attributes:
+        file_size: Of the file that it is written to, in bytes: sizes of lines are those in memory, roughly.
+    """
+
+    file_size: int = 0
 
     def __repr__(self) -> str:
         rows = [("path", "owner", "kind", "bytes"), *((e.path, e.owner, e.kind, str(e.size)) for e in self)]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join(lines)
+        return "\n".join([*lines, f"a file of {self.file_size:,} bytes"])
 
 
 DERIVED = {"params": "model", "batch_size": "step", "num_batches": "data"}
@@ -708,7 +713,9 @@ def manifest(learner: Learner) -> Manifest:
             if where not in told and not path.startswith("_"):
                 lines.append(Entry(where, node.id, "transient"))
                 told.add(where)
-    return Manifest(lines)
+    found = Manifest(lines)
+    found.file_size = size_of_file(state)
+    return found
 
 
 def _kind(path: str, node: Node) -> str:

@@ -9,6 +9,7 @@ of the newest; `fluxloop.json` says whose folder it is.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -51,6 +52,28 @@ def write(path: Path, state: dict[str, Any]) -> None:
     needed = sum(tensor.nbytes for _, tensor in tensors)
     data = {**state, CHECKSUMS: checksums(tensors)}
     _replace(path, lambda file: torch.save(data, file), needed)
+
+
+class _Counting(io.RawIOBase):
+    """A file that counts the bytes written to it, and keeps none."""
+
+    size = 0
+
+    def writable(self) -> bool:
+        """Tell that it may be written to."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Count the data."""
+        self.size += len(data)
+        return len(data)
+
+
+def size_of_file(state: dict[str, Any]) -> int:
+    """Give the size in bytes of the file that `write` makes of a state."""
+    counting = _Counting()
+    torch.save({**state, CHECKSUMS: checksums(list(named_tensors(state)))}, counting)
+    return counting.size
 
 
 class _Noting:

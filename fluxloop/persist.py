@@ -25,6 +25,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from fluxloop.errors import CheckpointError, describe, warn_user
+from fluxloop.series import Series
 from fluxloop.state import Container, NamedPhase, PhaseDict, name_of
 
 MARK = "__kept__"
@@ -86,6 +87,8 @@ def _keep(value: Any, where: str) -> Any:
         if value.untyped_storage().nbytes() > value.nbytes:  # a view, of a data set perhaps
             value = value.clone()
         return value if value.is_cpu else {MARK: "on the device", "tensor": value}
+    if kind is Series:
+        return _keep_series(value, where)
     if kind in (list, tuple) and is_simple(value):
         return kind(value)
     if kind.__module__.partition(".")[0] == "numpy":
@@ -116,6 +119,16 @@ def _keep(value: Any, where: str) -> Any:
         f"{where} is a {type(value).__name__}, which cannot be kept in a checkpoint; expected numbers, texts, tensors, "
         "containers of them, or an object with state_dict() and load_state_dict(state)"
     )
+
+
+def _keep_series(series: Series, where: str) -> Any:
+    """Keep a series as arrays, or as a list where it holds other things."""
+    arrays = series.arrays()
+    if arrays is None:
+        return _keep(list(series), where)
+    steps, values = arrays
+    tensors = type(series[0][1]) is Tensor
+    return {MARK: "series", "steps": steps, "values": _keep(values, where), "tensors": tensors}
 
 
 NUMBERS = frozenset((type(None), bool, int, float, str))
@@ -271,7 +284,7 @@ def put_back(
         return kept if is_simple(kept) else tuple(again(item) for item in kept)
     if isinstance(kept, list):
         items = list(kept) if is_simple(kept) else [again(item) for item in kept]
-        if type(live) is list:  # others may hold it too
+        if type(live) in (list, Series):  # others may hold it too
             live[:] = items
             return live
         return items
@@ -293,6 +306,14 @@ def put_back(
         return again(kept["parts"])
     if kind == "on the device":
         return kept["tensor"].to(device, copy=True)
+    if kind == "series":
+        values = again(kept["values"])
+        rows = values.unbind() if kept["tensors"] else values.tolist()
+        series = Series(zip(kept["steps"].tolist(), rows, strict=True))
+        if isinstance(live, list):
+            live[:] = series
+            return live
+        return series
     if kind in ("set", "frozenset"):
         return (set if kind == "set" else frozenset)(again(item) for item in kept["items"])
     if kind == "deque":

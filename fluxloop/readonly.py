@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from fluxloop.access import Access, Path
+from fluxloop.series import Series
 from fluxloop.state import Container, PhaseDict, State, StepState
 
 
@@ -35,7 +36,7 @@ def guarded(value: Any, path: Path, access: Access) -> Any:
         return (ReadOnlyMapping if isinstance(value, Mapping) else ReadOnly)(value, path, access)
     if kind in (dict, OrderedDict, defaultdict):  # other dicts have attributes of their own, which a copy would lose
         return ReadOnlyDict(value, path, access)
-    if kind is list:
+    if kind is list or kind is Series:
         return ReadOnlyList(value, path, access)
     if kind is set:
         return ReadOnlySet(value, path, access)

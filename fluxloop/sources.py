@@ -41,7 +41,8 @@ from torch.utils.data import (
 from fluxloop.data import TensorBatches, is_plain
 from fluxloop.errors import describe
 from fluxloop.loading import Endless, begin, watched
-from fluxloop.persist import SCALARS, attributes, is_numpy_generator, is_stateful, keep, put_back
+from fluxloop.notes import Notes
+from fluxloop.persist import SCALARS, WATCHED, attributes, is_numpy_generator, is_stateful, keep, put_back
 from fluxloop.randomness import others_apart, others_going_on, start_generators, start_torch
 from fluxloop.walk import Walk, models_apart
 
@@ -456,29 +457,34 @@ def _samplers(source: Any) -> list[Any]:
     return list(own.values()) if isinstance(source, DataLoader) else []
 
 
-_walks: WeakKeyDictionary[Any, Walk] = WeakKeyDictionary()
+_walks: Notes[Walk] = Notes()
 
 
 def _watch(source: Any) -> Walk | None:
     """Look at what a source consists of, so that changes are seen; None where it is plain, or cannot be looked at."""
     if isinstance(source, (list, tuple, Tensor, Combined)) or type(source) is TensorBatches:
         return None
-    try:
-        if source not in _walks:
-            _walks[source] = Walk({"": SimpleNamespace(**_parts(source))}, "data", models_apart, data=True)
-    except TypeError:  # it cannot be referred to weakly
+    if keeps_place(source) and not isinstance(source, DataLoader):  # it says itself what it keeps
         return None
-    return _walks[source]
+    known = vars(source) if not isinstance(source, DataLoader) and hasattr(source, "__dict__") else None
+    walk = _walks.get(source) if known is None else known.get(WATCHED)
+    if walk is None:
+        walk = Walk(
+            {"": source if known is not None else SimpleNamespace(**_parts(source))}, "data", models_apart, True
+        )
+        if known is None:
+            _walks.put(source, walk)
+        else:  # with it, so that it lives no longer
+            known[WATCHED] = walk
+    return walk
 
 
 def _parts(source: Any) -> dict[str, Any]:
-    """Give what of a source may change, by name: of a loader its data set, functions and samplers."""
+    """Give what of a loader may change, by name: its data set, functions and samplers."""
     if keeps_place(source):
         return {f"sampler_{number}": sampler for number, sampler in enumerate(_samplers(source))}
-    if not isinstance(source, DataLoader):
-        return {"source": source}
-    parts = {name: getattr(source, name, None) for name in ("dataset", "collate_fn", "sampler", "batch_sampler")}
-    return {name: part for name, part in parts.items() if part is not None}
+    names = ("dataset", "collate_fn", "sampler", "batch_sampler") if isinstance(source, DataLoader) else ()
+    return {name: part for name in names if (part := getattr(source, name, None)) is not None}
 
 
 def changes_of(source: Any) -> tuple[dict[str, Any], list[str]]:

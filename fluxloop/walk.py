@@ -500,6 +500,8 @@ class Walk:
         value = met.thing
         if isinstance(value, Tensor) and is_lazy(value):
             return None
+        if self._data and isinstance(value, Tensor) and not value.is_cpu and value._version == met.changes:
+            return None  # nobody waits for the device in each epoch
         if met.first is None:
             same = value._version == met.changes if isinstance(value, Tensor) else met.raw == _digest(value)
             return None if self._data and same else (self._contents(met),)
@@ -975,7 +977,7 @@ def alike(a: Any, b: Any) -> bool:
     if type(a) is not type(b) and not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return False
     if isinstance(a, Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.detach().cpu(), b.detach().cpu())
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_on_host(a), _on_host(b))
     if isinstance(a, dict):
         return len(a) == len(b) and all(
             alike(k, m) and alike(v, w) for (k, v), (m, w) in zip(a.items(), b.items(), strict=True)
@@ -989,6 +991,10 @@ def alike(a: Any, b: Any) -> bool:
     if isinstance(a, (int, float)):
         return repr(a) == repr(b)
     return bool(a == b)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.is_cpu else tensor.detach().cpu()
 
 
 def _unkept(written: Any) -> Iterator[Is]:

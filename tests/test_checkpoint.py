@@ -1134,3 +1134,13 @@ def test_weights_of_which_some_fit_are_taken_and_the_rest_is_told(tmp_path: Path
     learner = Learner(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), default_callbacks=False)
     path = file_of(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 9)), tmp_path)
     assert learner.load_weights(path, strict=False) == ["1.bias", "1.weight"]
+
+
+def test_the_manifest_says_how_large_the_file_is(tmp_path: Path) -> None:
+    learner = net(Recorder(), Metrics())
+    learner.fit(1)
+    learner.save(tmp_path / "state.pt")
+    size = (tmp_path / "state.pt").stat().st_size
+    manifest = learner.checkpoint_manifest()
+    assert abs(manifest.file_size - size) < 0.02 * size  # names of files are in it
+    assert repr(manifest).endswith(f"a file of {manifest.file_size:,} bytes")

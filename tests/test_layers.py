@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "notes",
         "randomness",
         "schedules",
+        "series",
         "signals",
     ),
     (

@@ -19,6 +19,7 @@ from torch import nn
 
 from fluxloop import CheckpointError, TrainingPhase, ValidationPhase
 from fluxloop.persist import class_name, keep, plain_attributes, put_back, size, snapshot
+from fluxloop.series import Series
 from fluxloop.state import PhaseDict
 
 
@@ -292,3 +293,54 @@ def test_a_snapshot_is_not_changed_by_what_happens_next() -> None:
 
 def test_the_size_of_plain_data_counts_its_tensors() -> None:
     assert size({"a": torch.zeros(10), "b": [torch.zeros(5, dtype=torch.float64)]}) == 80 + 2
+
+
+def test_a_long_series_of_numbers_or_scalars_is_kept_as_two_arrays() -> None:
+    steps = 2_000
+    for values in (
+        [torch.tensor(n / 7) for n in range(steps)],
+        [n / 7 for n in range(steps)],
+        list(range(steps)),
+    ):
+        series = Series(enumerate(values, start=1))
+        file = io.BytesIO()
+        torch.save(keep(series, "it"), file)
+        numbers = steps * (8 + (4 if isinstance(values[0], torch.Tensor) else 8))
+        assert len(file.getvalue()) < 1.2 * numbers
+        for live in (None, Series([(0, 1.0)]), [(0, 1.0)]):
+            assert again(series, live) == list(enumerate(values, start=1))
+
+
+def test_a_series_of_other_things_or_one_that_was_changed_comes_back_as_it_is() -> None:
+    mixed = Series((n, value) for n, value in enumerate([1.0, torch.ones(2), None, "a", 2**70, torch.ones(())] * 50))
+    assert same(again(mixed), list(mixed))
+    series = Series()
+    for n in range(300):
+        series.append((n, float(n)))
+    series.pop()
+    series.append((299, -1.0))
+    assert again(series)[-2:] == [(298, 298.0), (299, -1.0)]
+    del series[50:]
+    assert again(series) == [(n, float(n)) for n in range(50)]
+    series[49] = (49, 7.0)
+    assert again(series)[-1] == (49, 7.0)
+
+
+@pytest.mark.parametrize("value", [b"", b"\x00\xff", 1 + 2j, {b"k": 1, (1, 2j): 2}, [b"a", {"b": 3j}]], ids=repr)
+def test_no_bytes_and_no_complex_numbers_are_in_a_file(value: Any) -> None:
+    def plain(kept: Any) -> bool:
+        if isinstance(kept, dict):
+            return all(plain(key) and plain(item) for key, item in kept.items())
+        if isinstance(kept, (list, tuple)):
+            return all(map(plain, kept))
+        return isinstance(kept, (type(None), bool, int, float, str, torch.Tensor))
+
+    assert plain(keep(value, "it"))
+    assert again(value) == value
+
+
+def test_what_older_files_hold_is_read() -> None:
+    assert put_back({"__kept__": "no bytes"}) == b""
+    assert put_back(b"a") == b"a"
+    assert put_back(1j) == 1j
+    assert put_back({"__kept__": "dict", "items": {"__kept__": 1}}) == {"__kept__": 1}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,3 +126,42 @@ def test_a_callback_that_reads_the_model_gets_the_live_one_whatever_view_runs() 
     learner.fit(1, phases=[TrainingPhase(), AveragedValidationPhase()])
     assert models == [learner.model, learner.model]
     assert learner.model is not learner.weights["model@ema"]
+
+
+def test_a_phase_that_had_not_run_when_the_file_was_written_begins_anew(tmp_path: Path) -> None:
+    class Counting(TrainingPhase):
+        def __init__(self) -> None:
+            self.n = 0
+
+        def finish(self, learner: Any, state: Any) -> None:
+            self.n += 1
+
+    learner, phase = toy_learner(), Counting()
+    learner.save(tmp_path / "start.pt")
+    learner.fit(1, phases=[phase])
+    assert phase.n == 16
+    learner.load(tmp_path / "start.pt")
+    assert phase.n == 0
+    again = toy_learner()
+    learner.fit(1, phases=[phase], steps_per_epoch=3)
+    again.fit(1, phases=[phase], resume=tmp_path / "start.pt")  # the same instance, in a retry with a new learner
+    assert phase.n == 16
+
+
+def test_a_count_that_a_subclass_adds_to_a_phase_with_a_state_is_kept(tmp_path: Path) -> None:
+    class Shows(GANPhase):
+        shown = 0
+
+        def finish(self, learner: Any, state: Any) -> None:
+            super().finish(learner, state)
+            self.shown += 1
+
+    first, second = Shows(noise=3, critic_steps=3), Shows(noise=3, critic_steps=3)
+    learner = gan_learner()
+    learner.fit(1, phases=[first])
+    learner.save(tmp_path / "state.pt")
+    resumed = gan_learner()
+    resumed.fit(2, phases=[second], resume=tmp_path / "state.pt")
+    assert (first.shown, second.shown) == (5, 10)
+    learner.fit(1, phases=[first])
+    assert_same_bits(learner, resumed)

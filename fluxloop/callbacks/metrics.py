@@ -17,6 +17,7 @@ from fluxloop.metrics.base import Loss, Metric, SmoothLoss, Tracker
 from fluxloop.metrics.expected import expected_of
 from fluxloop.monitor import Expected
 from fluxloop.phase import FittingPhase, Phase, ProbePhase, weight_of
+from fluxloop.series import Series
 from fluxloop.state import Container, PhaseDict
 
 AnyMetric = Loss | SmoothLoss | Metric
@@ -81,7 +82,7 @@ class PhaseMetrics(Container):
             value = value.item() if value.numel() == 1 else value.detach().cpu()
         elif getattr(value, "size", 0) == 1 and hasattr(value, "item"):  # of NumPy's
             value = value.item()
-        series = self.epochs.setdefault(name, [])
+        series = self.epochs.setdefault(name, Series())
         if series and series[-1][0] == epoch:
             series.pop()
         series.append((epoch, value))

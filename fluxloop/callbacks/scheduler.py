@@ -27,6 +27,7 @@ from fluxloop.hyperparameters import (
 )
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.schedules import Schedule, check_schedule, value_at, written
+from fluxloop.series import Series
 
 Unit = Literal["step", "update", "epoch"]
 UNITS = ("step", "update", "epoch")
@@ -54,7 +55,7 @@ def record(table: dict[str, list[tuple[int, Any]]], label: str, step: int, value
         step: From 1.
         value: Its value.
     """
-    series = table.setdefault(label, [])
+    series = table.setdefault(label, Series())
     if series and series[-1][0] == step:
         series.pop()
     series.append((step, value))

@@ -12,6 +12,7 @@ from fluxloop.callbacks.recorder import Recorder
 from fluxloop.events import EpochBegin, StepEnd
 from fluxloop.given import check_paths
 from fluxloop.phase import Phase, check_phase_type
+from fluxloop.series import Series
 from fluxloop.state import PhaseDict
 
 
@@ -92,7 +93,7 @@ class Traces(Callback):
         for name, function in self.functions.items():
             value = function(learner)
             kept = value.detach().clone() if isinstance(value, Tensor) else value
-            traces.setdefault(name, []).append((self._steps[phase], kept))
+            traces.setdefault(name, Series()).append((self._steps[phase], kept))
 
     def __repr__(self) -> str:
         return f"Traces({', '.join(self.functions)})"

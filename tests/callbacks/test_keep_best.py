@@ -363,6 +363,7 @@ def test_after_load_it_is_as_it_was_saved_and_the_best_comes_back_again(tmp_path
 def test_a_run_that_failed_goes_on_in_the_same_learner_with_its_best(tmp_path: Path) -> None:
     class Fail(UnsafeCallback):
         at = 7
+        transient = ("at",)  # set by hand between two fits
 
         @on(StepEnd, AbstractTrainingPhase)
         def fail(self, event: StepEnd, phase: Phase, learner: Any) -> None:
