@@ -71,7 +71,7 @@ class _Counting(io.RawIOBase):
 
 def size_of_file(state: dict[str, Any]) -> int:
     """Give the size in bytes of the file that `write` makes of a state."""
-    counting = _Counting()
+    counting: Any = _Counting()
     torch.save({**state, CHECKSUMS: checksums(list(named_tensors(state)))}, counting)
     return counting.size
 

@@ -222,6 +222,7 @@ def token_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return batches
 
 
+@pytest.mark.filterwarnings("ignore:.*__closure__.*cannot be saved")
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_phase_says_what_a_step_weighs(killed: bool, tmp_path: Path) -> None:
     batches = token_batches()
