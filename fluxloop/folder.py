@@ -73,7 +73,7 @@ def size_of_file(state: dict[str, Any]) -> int:
     """Give the size in bytes of the file that `write` makes of a state."""
     counting: Any = _Counting()
     torch.save({**state, CHECKSUMS: checksums(list(named_tensors(state)))}, counting)
-    return counting.size
+    return int(counting.size)
 
 
 class _Noting:
