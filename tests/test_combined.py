@@ -313,8 +313,11 @@ def test_watching_the_same_loader_changes_nothing(mode: str) -> None:
     class Look(ValidationPhase):
         data_key = "training"
 
-        def step(self, learner: Any, batch: Any) -> Any:
-            return None
+        def entries(self, batch: Any) -> dict[str, Any]:
+            return {"batch": batch}
+
+        def body(self, learner: Any, handle: Any, state: Any) -> None:
+            state.seen = True
 
     watched = make(mode=mode)
     phase = Seen()
