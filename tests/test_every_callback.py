@@ -84,6 +84,8 @@ from fluxloop.testing import (
     infer_access,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:weights are not finite before the first step")
+
 Make = Callable[[], Callback]
 
 

@@ -18,7 +18,7 @@ def _whole(limit: Any) -> int:
     try:
         return operator.index(limit)
     except TypeError as error:
-        raise ValueError(f"BatchLimit({limit!r}) was given; expected a number of steps, 1 or more") from error
+        raise TypeError(f"BatchLimit({limit!r}) was given; expected a number of steps, 1 or more") from error
 
 
 def _counted() -> PhaseDict[int]:

@@ -253,9 +253,7 @@ def test_a_pattern_that_matches_nothing_is_an_error_that_lists_what_there_is() -
 
 
 def test_every_must_be_1_or_more() -> None:
-    with pytest.raises(
-        ValueError, match=r"ActivationStats\(every=0\) was given; expected a number of steps, 1 or more"
-    ):
+    with pytest.raises(ValueError, match=r"ActivationStats\(every=0\) was given; expected a whole number, 1 or more"):
         ActivationStats(every=0)
 
 

@@ -50,7 +50,9 @@ def test_a_cycle_is_gone_after_its_step() -> None:
 
 @pytest.mark.parametrize("every", [0, -5])
 def test_a_number_of_steps_below_one_is_refused(every: int) -> None:
-    with pytest.raises(ValueError, match=rf"GarbageCollect\(every={every}\) was given; expected 1 step or more"):
+    with pytest.raises(
+        ValueError, match=rf"GarbageCollect\(every={every}\) was given; expected a whole number, 1 or more"
+    ):
         GarbageCollect(every=every)
 
 

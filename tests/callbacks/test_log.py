@@ -333,7 +333,7 @@ def test_its_repr_names_where_it_logs_to(name: str) -> None:
 
 @pytest.mark.parametrize("cls", [LogMetrics, LogHistograms, partial(LogVisualization, draw)])
 def test_a_number_of_steps_is_at_least_one(cls: Any) -> None:
-    with pytest.raises(ValueError, match=r"every=0\) was given; expected a number of steps, 1 or more"):
+    with pytest.raises(ValueError, match=r"every=0\) was given; expected a whole number, 1 or more"):
         cls(Memory(), every=0)
 
 

@@ -514,7 +514,7 @@ def test_it_measures_after_every_so_many_epochs() -> None:
 @pytest.mark.parametrize("every", [0, -1])
 @pytest.mark.parametrize("probe", [KNNProbe, LinearProbe, FeatureStats])
 def test_measuring_every_no_epochs_is_refused(probe: Any, every: int) -> None:
-    with pytest.raises(ValueError, match="expected a number of epochs, 1 or more"):
+    with pytest.raises(ValueError, match="expected a whole number, 1 or more"):
         probe("encoder", every=every)
 
 
@@ -660,7 +660,7 @@ def test_two_probes_of_one_metric_are_refused_with_what_to_type() -> None:
 
 
 def test_no_neighbours_at_all_are_an_error() -> None:
-    with pytest.raises(ValueError, match="k=0 neighbours"):
+    with pytest.raises(ValueError, match=r"k=0\) was given; expected a whole number, 1 or more"):
         train(learner_of(KNNProbe("encoder", k=0)), 1)
 
 

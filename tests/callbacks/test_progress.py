@@ -40,6 +40,8 @@ from fluxloop.callbacks import progress
 from fluxloop.host import HostQueue
 from fluxloop.testing import assert_observer, assert_same_bits, bits, toy_learner
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* did no step with them")
+
 
 class Terminal(StringIO):
     def isatty(self) -> bool:

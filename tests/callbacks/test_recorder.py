@@ -30,6 +30,8 @@ from fluxloop import (
 )
 from fluxloop.testing import Coefficient, assert_observer, assert_order, toy_learner
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* did no step with them")
+
 
 class FiveCriticSteps(AbstractTrainingPhase):
     def step(self, learner: Learner, batch: Any) -> None:

@@ -299,7 +299,9 @@ def test_the_files_of_a_second_stage_do_not_take_the_place_of_those_of_the_first
 @pytest.mark.parametrize("option", ["every", "count", "columns"])
 @pytest.mark.parametrize("number", [0, -1])
 def test_no_epochs_images_or_columns_are_refused(option: str, number: int) -> None:
-    with pytest.raises(ValueError, match=rf"SampleImages\({option}={number}\) was given; expected 1 or more"):
+    with pytest.raises(
+        ValueError, match=rf"SampleImages\({option}={number}\) was given; expected a whole number, 1 or more"
+    ):
         SampleImages("G", **{option: number})
 
 

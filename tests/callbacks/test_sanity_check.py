@@ -27,6 +27,8 @@ from fluxloop import (
 )
 from fluxloop.testing import Coefficient, EventRecorder, assert_observer, assert_same_bits, toy_learner
 
+pytestmark = pytest.mark.filterwarnings("ignore:weights are not finite before the first step")
+
 XS = torch.rand(32, 4, generator=torch.Generator().manual_seed(0))
 YS = torch.rand(32, 1, generator=torch.Generator().manual_seed(1))
 DEFAULTS = ["training data", "validation data", "parameters are finite", "model and loss on one batch"]
