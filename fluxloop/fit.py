@@ -384,7 +384,7 @@ def run_epoch(learner: Learner, phase: Phase, data: Any = None, scope: FitScope 
             phase.epoch(learner, batches)
         if stood is not None:
             tell_of_updates_by_hand(learner, phase, stood)
-        if batches.count and steps == learner.streams[phase.step_stream].index:
+        if batches.count and steps == learner.streams[phase.step_stream].index and not learner.streams.prefix:
             _tell_of_no_step(learner, phase, batches.count, stood)
     except CancelEpochException:
         pass  # raised by a handler of EpochBegin, after EpochEnd was fired
