@@ -173,6 +173,10 @@ def test_an_end_before_the_beginning_is_an_error(name: str, options: dict[str, A
     assert "StopIteration" in told
 
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"  # torch's loaders cannot end workers that are gone
+)
+
 WAYS: dict[str, Callable[[Learner, Any], object]] = {
     "validation": lambda learner, bad: learner.epoch(ValidationPhase(), bad),
     "evaluate": lambda learner, bad: learner.evaluate(bad),
