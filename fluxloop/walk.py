@@ -197,6 +197,7 @@ class Walk:
         self._memo: dict[int, str] = {}
         self._alive: list[Any] = []
         self._stands_for: dict[int, Any] = {}
+        self._referred: set[tuple[str, str]] = set()
         self.roots: dict[str, Any] = {}
         self.join(roots, nobody if owner is None else owner)
 
@@ -403,6 +404,7 @@ class Walk:
             owner: As when the walk was made.
         """
         self._owner, self._memo, self._alive, self._stands_for = owner, {}, [], {}
+        self._referred = set()
         states: dict[str, State] = {root: {} for root in self.roots}
         lost: dict[str, None] = {}
         for met in self._things:
@@ -421,6 +423,14 @@ class Walk:
             except RecursionError:
                 lost[self._where(met.root, met.key)] = None
         self._owner, self._memo, self._alive, self._stands_for = nobody, {}, [], {}
+        for root, state in states.items():
+            inner = state.get(MARK, {})
+            for key in [
+                key for key in inner if "." not in key and "[" not in key and (root, key) not in self._referred
+            ]:
+                del inner[key]  # an attribute holds another one now, and nobody this one
+            if MARK in state and not inner:
+                del state[MARK]
         return {root: state for root, state in states.items() if state}, list(lost)
 
     def _add(self, met: Thing, state: State, lost: dict[str, None]) -> None:
@@ -539,6 +549,7 @@ class Walk:
             return value
         met = self._by_id.get(id(value))
         if met is not None:
+            self._referred.add((met.root, met.key))
             return {MARK: "first", "root": met.root, "key": met.key}
         if id(value) in self._beyond:
             return Is(value, path)
