@@ -486,6 +486,8 @@ def test_the_lines_that_a_refused_access_to_weights_says_to_add_allow_it(case: s
     use, reads = WEIGHTS_CASES[case]
 
     class Touching(Callback):
+        draws = True  # a new module draws its weights
+
         @on(StepEnd, AbstractTrainingPhase)
         def run(self, event: Any, phase: Any, learner: Any) -> None:
             use(learner)

@@ -127,7 +127,8 @@ def test_a_phase_runs_on_the_data_of_its_key():
         data_key = "extra"
 
         def step(self, learner: Learner, batch: Any) -> None:
-            seen.append(batch)
+            with runstep(learner, self, xs=batch):
+                seen.append(batch)
 
     seen: list[Any] = []
     learner = toy_learner(data={"training": [1], "extra": [2, 3]})

@@ -38,6 +38,8 @@ Use = Callable[[Any], object]
 class Touch(Callback):
     """Does `use(learner)` at the end of each training step."""
 
+    draws = True  # a new module draws its weights
+
     def __init__(self, use: Use, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> None:
         self.use = use
         self.reads = reads

@@ -11,12 +11,12 @@ from torch import Tensor
 from fluxloop.callback import Callback, on
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import MetricError, annotate, describe, warn_user
-from fluxloop.events import EpochBegin, EpochEnd, FitEnd, StepEnd
+from fluxloop.events import EpochBegin, EpochEnd, StepEnd
 from fluxloop.history import MOST_PARTS, numbers_in
 from fluxloop.metrics.base import Loss, Metric, SmoothLoss, Tracker
 from fluxloop.metrics.expected import expected_of
 from fluxloop.monitor import Expected
-from fluxloop.phase import FittingPhase, Phase, ProbePhase, weight_of
+from fluxloop.phase import Phase, ProbePhase, weight_of
 from fluxloop.series import Series
 from fluxloop.state import Container, PhaseDict
 
@@ -215,18 +215,14 @@ class Metrics(Callback):
             for name, value in metrics.running().items():
                 metrics.record(seen_by(phase, name), epoch, value, "Metrics")
         self.found.update(m.name for m, t in metrics.trackers if isinstance(m, Metric) and m.optional and t.started)
+        if learner.fit_phases:
+            self._tell_unseen(metrics)
+            if learner.cycle == learner.num_epochs and phase is learner.fit_phases[-1]:
+                self._tell_absent()
 
-    @on(FitEnd, FittingPhase)
-    def tell(self, event: FitEnd, phase: FittingPhase, learner: Any) -> None:
-        """Warn once of what would never be noticed: metrics that had no inputs, and values that nobody shows."""
-        if event.error is None:
-            self._tell_absent(learner.cbstate.metrics)
-            self._tell_unseen(learner.cbstate.metrics)
-
-    def _tell_absent(self, by_phase: Any) -> None:
-        """Warn of optional metrics whose inputs no step had: the name may be misspelt."""
-        ran = any(metrics.trackers for metrics in by_phase.values())
-        for metric in self.metrics if ran else ():
+    def _tell_absent(self) -> None:
+        """Warn of optional metrics whose inputs no step of the fit had: the name may be misspelt."""
+        for metric in self.metrics:
             if isinstance(metric, Metric) and metric.optional and metric.name not in self.found:
                 self.found.add(metric.name)
                 warn_user(
@@ -234,9 +230,9 @@ class Metrics(Callback):
                     "no value; name entries that the phase stores: Metric(..., inputs=(...), optional=True)"
                 )
 
-    def _tell_unseen(self, by_phase: Any) -> None:
-        """Warn of values that hold no numbers to print, plot or log, such as a confusion matrix."""
-        last = {name: series[-1][1] for m in by_phase.values() for name, series in m.epochs.items() if series}
+    def _tell_unseen(self, metrics: Any) -> None:
+        """Warn once of values that hold no numbers to print, plot or log, such as a confusion matrix."""
+        last = {name: series[-1][1] for name, series in metrics.epochs.items() if series}
         unseen = {name: value for name, value in last.items() if not numbers_in(name, value)}
         if unseen.keys() - self.unseen:
             self.unseen |= unseen.keys()

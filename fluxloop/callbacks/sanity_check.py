@@ -96,7 +96,7 @@ class SanityCheck(Callback):
                 failed.append(f"{check.severity}: {check.name}: {error}. {check.hint}".rstrip())
                 fatal = fatal or check.severity == "error"
         if self._defaults and not fatal:
-            for problem in _of_phases(learner._learner):
+            for problem in _of_phases(getattr(learner, "_learner", learner)):
                 failed.append(f"{problem.severity}: {problem}")
                 fatal = fatal or problem.severity == "error"
         report = "sanity check before the first step:\n" + "\n".join(f"  {line}" for line in failed)

@@ -80,10 +80,10 @@ def test_without_a_terminal_a_fit_prints_a_line_per_epoch_and_no_bar(capsys: pyt
     captured = capsys.readouterr()
     assert captured.err == ""
     assert [line.split()[:3] for line in captured.out.splitlines()] == [
-        ["TrainingPhase", "epoch", "1"],
-        ["ValidationPhase", "epoch", "1"],
-        ["TrainingPhase", "epoch", "2"],
-        ["ValidationPhase", "epoch", "2"],
+        ["TrainingPhase", "epoch", "1/2"],
+        ["ValidationPhase", "epoch", "1/2"],
+        ["TrainingPhase", "epoch", "2/2"],
+        ["ValidationPhase", "epoch", "2/2"],
     ]
     assert all("loss" in line and "mae" in line for line in captured.out.splitlines())
 

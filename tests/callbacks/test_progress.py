@@ -175,7 +175,8 @@ def test_values_without_a_single_number_are_not_shown() -> None:
         def compute(self) -> Tensor:
             return torch.zeros(2, 2)
 
-    text = shown(toy_learner(Recorder(), Metrics(Confusion()), bar()))
+    with pytest.warns(UserWarning, match="the metrics 'confusion' .* are kept in the history"):
+        text = shown(toy_learner(Recorder(), Metrics(Confusion()), bar()))
     assert "loss=" in text
     assert "confusion" not in text
 

@@ -584,7 +584,7 @@ def test_metrics_copy_nothing_to_the_host_per_step(copies: list[str]) -> None:
 
     few, many = (copies_of_a_fit(copies, count, callbacks()) for count in (3, 300))
     assert many == few
-    assert len(few) == 2 * 4 + 1, (
+    assert few.count("item") == 2 * 4 + 1, (
         "one number per metric, phase and epoch, and a look at the weights when the fit begins"
     )
 
@@ -598,7 +598,9 @@ def test_the_default_callbacks_copy_numbers_that_have_to_be_finite_alone_per_ste
     few, many = (copies_of_a_fit(copies, count, callbacks(), default_callbacks=True) for count in (3, 103))
     looked_at = 1 + len(list(toy_learner().model.parameters()))
     assert len(many) - len(few) == 100 * looked_at, "StopOnNaNLoss' look at the loss and each gradient, on the CPU"
-    assert set(many) == {"item"}
+    assert [copy for copy in many if copy != "item"] == [copy for copy in few if copy != "item"], (
+        "some rows of the data are looked at when the fit begins, so that a resumed run knows them again"
+    )
 
 
 def test_the_share_of_hits_is_that_of_all_rows_at_any_time_and_goes_on_from_a_kept_state() -> None:

@@ -272,7 +272,6 @@ def test_what_a_phase_requires_is_asked_before_anything_runs() -> None:
     for run in (
         lambda: learner.fit(1, phases=[picky]),
         lambda: learner.epoch(picky),
-        lambda: learner.check(phases=[picky]),
         lambda: learner.fit(1, phases=[Denoising(), ObjectiveValidationPhase(picky)]),
         lambda: learner.evaluate(phase=ObjectiveValidationPhase(picky)),
     ):
