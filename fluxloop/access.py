@@ -38,7 +38,7 @@ ROOTS = (
 )
 """The attributes of a learner that a path may start with."""
 
-SERVICES = ("defer", "finite", "host", "request_stop", "skip_update", "where")
+SERVICES = ("check", "defer", "finite", "host", "request_stop", "skip_update", "where")
 """What every callback may call."""
 
 

@@ -28,9 +28,10 @@ LONGEST = 100
 def arguments_of(value: Any, where: str) -> Found:
     """Return the numbers and texts that a function was made with, by where they were found.
 
+    >>> from functools import partial
     >>> def rate(step, total, floor=0.1): ...
     >>> arguments_of(partial(rate, total=8), "lr_lambda")
-    {'lr_lambda': 'rate', 'lr_lambda.total': 8, 'lr_lambda.floor': 0.1}
+    {'lr_lambda': 'rate', 'lr_lambda.floor': 0.1, 'lr_lambda.total': 8}
 
     Args:
         value: A function, a ``partial``, an object with ``__call__``, or containers of them.

@@ -25,6 +25,7 @@ from fluxloop.events import Event
 from fluxloop.folder import write
 from fluxloop.learner import Learner
 from fluxloop.passes import untouched
+from fluxloop.persist import MARK
 from fluxloop.phase import Phase
 from fluxloop.phases.supervised import TrainingPhase
 from fluxloop.randomness import preserved, start_generators
@@ -305,7 +306,9 @@ class _Moments:
 
 
 def _parts(state: Any, path: str = "") -> dict[str, Any]:
-    """Lay a state out by path; tensors are copied."""
+    """Lay a state out by path; tensors are copied. Whether an object was changed or replaced makes no difference."""
+    if isinstance(state, dict) and state.get(MARK) == "changed":
+        return _parts(state["to"], path)
     if isinstance(state, dict):
         return {k: v for key, item in state.items() for k, v in _parts(item, f"{path}.{key}".lstrip(".")).items()}
     if type(state) in (list, tuple):

@@ -96,7 +96,7 @@ class SanityCheck(Callback):
                 failed.append(f"{check.severity}: {check.name}: {error}. {check.hint}".rstrip())
                 fatal = fatal or check.severity == "error"
         if self._defaults and not fatal:
-            for problem in _of_phases(getattr(learner, "_learner", learner)):
+            for problem in _of_phases(learner):
                 failed.append(f"{problem.severity}: {problem}")
                 fatal = fatal or problem.severity == "error"
         report = "sanity check before the first step:\n" + "\n".join(f"  {line}" for line in failed)
@@ -112,13 +112,10 @@ class SanityCheck(Callback):
 
 def _of_phases(learner: Any) -> list[Any]:
     """Run a step of each phase of the running fit on the side, and return what is wrong with them."""
-    modules = learner.modules()
-    if any(is_lazy(parameter) for module in modules for parameter in module.parameters()):
+    losses = (learner.loss_fn,) if isinstance(learner.loss_fn, nn.Module) else ()
+    if any(is_lazy(parameter) for module in (*_models(learner), *losses) for parameter in module.parameters()):
         return []
-    scope = learner.scope
-    while scope is not None and not hasattr(scope, "phases"):
-        scope = scope.parent
-    problems = learner.check(phases=None if scope is None else scope.phases)
+    problems = learner.check(phases=learner.fit_phases or None)
     return [problem for problem in problems if problem.severity != "skipped"]
 
 
