@@ -38,10 +38,9 @@ class LRScheduler(Callback):
     Each optimizer gets a scheduler of its own, made once, when the learner is made. It is stepped
 
     - per epoch, when an epoch of a training phase ends;
-    - per step, when a training step ends in which its optimizer was updated (`UpdateEnd`), once
-      however often it was; torch's schedulers follow updates, so the in-between batches of an
-      accumulation do not count, as they do for ``Scheduler(unit="step")``;
-    - per update, as often as its optimizer was updated: what ``Scheduler(unit="update")`` counts;
+    - per step, when a training step ends, one batch: what ``Scheduler(unit="step")`` counts;
+    - per update, as often as its optimizer was updated (`UpdateEnd`): what ``Scheduler(unit="update")``
+      counts. Those are fewer than steps where gradients of several batches add up;
     - a `ReduceLROnPlateau`, or another whose ``step`` takes ``metrics``, when the epoch ends that
       gave the monitored metric a new value. NaN is a value that is no improvement.
 
@@ -225,11 +224,10 @@ class LRScheduler(Callback):
 
     @on(StepEnd, AbstractTrainingPhase)
     def end_step(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
-        """Step the schedulers of the optimizers that were updated."""
+        """Step the schedulers that count steps, or the updates that there were in this one."""
         self._ended += 1
         for name, scheduler in self.schedulers.items() if self.unit != "epoch" else ():
-            updates = self._updated[name]
-            for _ in range(updates if self.unit == "update" else min(updates, 1)):
+            for _ in range(self._updated[name] if self.unit == "update" else 1):
                 self._counted[name] += 1
                 _advance(scheduler, count=self._counted[name], updates=True)
         self._updated.clear()

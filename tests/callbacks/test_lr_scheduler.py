@@ -480,14 +480,17 @@ def gan(*callbacks: Callback) -> Learner:
     return Learner(models, data=(data,), optimizer=sgd, callbacks=callbacks, default_callbacks=False, seed=0)
 
 
-def test_per_step_a_scheduler_counts_the_steps_in_which_its_optimizer_was_updated() -> None:
-    learner = gan(LRScheduler(partial(ExponentialLR, gamma=0.5), unit="step"))
-    learner.fit(2, phases=[GAN()])
-    rates = {name: getattr(learner.optimizer, name).param_groups[0]["lr"] for name in ("G", "D")}
-    assert rates == {"G": 0.01 * 0.5**4, "D": 0.01 * 0.5**8}
-    records = learner.cbstate.hyperparameters
-    assert [rate for _, rate in records["learning_rate/G"][:4]] == [0.01, 0.01, 0.005, 0.005]
-    assert [step for step, _ in records["learning_rate/G"]] == list(range(1, 9))
+def test_per_step_every_step_counts_and_per_update_those_of_its_optimizer() -> None:
+    rates, records = {}, {}
+    for unit in ("step", "update"):
+        learner = gan(LRScheduler(partial(ExponentialLR, gamma=0.5), unit=unit))
+        learner.fit(2, phases=[GAN()])
+        rates[unit] = {name: getattr(learner.optimizer, name).param_groups[0]["lr"] for name in ("G", "D")}
+        records[unit] = learner.cbstate.hyperparameters
+        assert [step for step, _ in records[unit]["learning_rate/G"]] == list(range(1, 9))
+    assert rates["step"] == {"G": 0.01 * 0.5**8, "D": 0.01 * 0.5**8}
+    assert rates["update"] == {"G": 0.01 * 0.5**4, "D": 0.01 * 0.5**8}
+    assert [rate for _, rate in records["update"]["learning_rate/G"][:4]] == [0.01, 0.01, 0.005, 0.005]
 
 
 class Accumulating(TrainingPhase):
@@ -507,11 +510,18 @@ class Accumulating(TrainingPhase):
                 learner.update()
 
 
-def test_per_step_the_batches_between_two_updates_do_not_count() -> None:
-    learner = learner_of(LRScheduler(partial(ExponentialLR, gamma=0.5), unit="step"), num_batches=5)
-    learner.fit(2, phases=[Accumulating()])
-    rates = [rate for _, rate in learner.cbstate.hyperparameters["learning_rate"]]
-    assert rates == [0.01 * 0.5**k for k in (0, 0, 1, 1, 2, 2, 3, 3, 4, 4)]
+@pytest.mark.parametrize("unit", ["step", "update"])
+def test_where_gradients_add_up_it_counts_what_a_scheduler_of_the_same_unit_counts(unit: Any) -> None:
+    rates = []
+    for callback in (
+        LRScheduler(partial(ExponentialLR, gamma=0.5), unit=unit),
+        Scheduler({LearningRate: lambda count: 0.01 * 0.5**count}, unit=unit),
+    ):
+        learner = learner_of(callback, Recorder(), num_batches=5)
+        learner.fit(2, phases=[Accumulating()])
+        rates.append([rate for _, rate in learner.cbstate.hyperparameters["learning_rate"]])
+    assert rates[0] == rates[1]
+    assert len(rates[0]) == 10
 
 
 def test_per_update_every_update_counts() -> None:
@@ -533,7 +543,7 @@ def test_d_lz_06_and_d_mt_15_the_optimizer_that_is_named_is_the_one_that_is_sche
 def test_d_lz_06_several_optimizers_have_schedulers_of_their_own() -> None:
     learner = gan(
         LRScheduler(partial(ExponentialLR, gamma=0.5), optimizer="D"),
-        LRScheduler(partial(StepLR, step_size=1), optimizer="G", unit="step"),
+        LRScheduler(partial(StepLR, step_size=1), optimizer="G", unit="update"),
     )
     learner.fit(1, phases=[GAN()])
     assert learner.optimizer.G.param_groups[0]["lr"] == pytest.approx(0.0001)
