@@ -246,7 +246,10 @@ def describe(value: object) -> str:
     if shape is not None:
         return f"a {name} of shape {tuple(shape)}"
     if isinstance(value, (list, tuple, dict, set)):
-        return f"a {name} of length {len(value)}"
+        try:
+            return f"a {name} of length {len(value)}"
+        except (TypeError, ValueError):  # its class has a __len__ that gives no such number
+            return f"a {name}"
     if value is None or isinstance(value, (str, bytes, int, float, bool)):
         return repr(value)
     return f"a {name}"

@@ -27,16 +27,20 @@ from fluxloop import (
     EpochEnd,
     FitBegin,
     Learner,
+    LearningRate,
     Metric,
     Metrics,
     Phase,
     ProgressBar,
     Recorder,
+    Scheduler,
     StepEnd,
     TensorBatches,
+    Traces,
     TrainingPhase,
     UnsafeCallback,
     on,
+    one_cycle,
 )
 from fluxloop.callbacks.checkpointer import Checkpointer
 from fluxloop.callbacks.early_stopping import EarlyStopping
@@ -1144,3 +1148,23 @@ def test_the_manifest_says_how_large_the_file_is(tmp_path: Path) -> None:
     manifest = learner.checkpoint_manifest()
     assert abs(manifest.file_size - size) < 0.02 * size  # names of files are in it
     assert repr(manifest).endswith(f"a file of {manifest.file_size:,} bytes")
+
+
+def test_a_file_of_many_steps_is_little_more_than_the_numbers_that_were_recorded(tmp_path: Path) -> None:
+    steps = 2000
+    learner = Learner(
+        nn.Linear(1, 1),
+        nn.functional.mse_loss,
+        data=(TensorBatches(torch.rand(steps, 1), torch.rand(steps, 1), batch_size=1),),
+        callbacks=[
+            Traces({"loss": lambda learner: learner.step.loss}),
+            Scheduler({LearningRate: one_cycle(steps, 0.01)}),
+            Recorder(),
+        ],
+        default_callbacks=False,
+    )
+    learner.save(tmp_path / "before.pt")
+    learner.fit(1)
+    learner.save(tmp_path / "after.pt")
+    before, after = ((tmp_path / name).stat().st_size for name in ("before.pt", "after.pt"))
+    assert after - before < 1.2 * steps * (8 + 4 + 8 + 8)  # two numbers of steps, a loss, a rate

@@ -143,6 +143,11 @@ def test_did_you_mean_names_a_near_miss_and_nothing_else(word, known, expected):
     assert did_you_mean(word, known) == expected
 
 
+class Halves(list[int]):
+    def __len__(self):
+        return 0.5
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
@@ -158,6 +163,7 @@ def test_did_you_mean_names_a_near_miss_and_nothing_else(word, known, expected):
         (torch.nn.Linear, "the class Linear"),
         (torch.nn.Linear(1, 1), "a Linear"),
         (object(), "a object"),
+        (Halves([1]), "a Halves"),
     ],
 )
 def test_describe_says_what_a_value_is(value, expected):

@@ -314,3 +314,17 @@ def test_watching_a_loader_that_keeps_its_place_leaves_it_there() -> None:
     assert source.next == 3
     learner.fit(1, steps_per_epoch=3)
     assert source.next == 6
+
+
+class Halves(list[Any]):
+    def __len__(self) -> Any:
+        return 2.5
+
+
+def test_a_length_that_is_no_number_of_batches_is_told_before_the_first_step() -> None:
+    batches = Halves([(torch.zeros(2, 4), torch.zeros(2, 1))])
+    learner = Learner(torch.nn.Linear(4, 1), torch.nn.functional.mse_loss, data=(batches,), default_callbacks=False)
+    before = learner.model.weight.clone()
+    with pytest.raises(DataError, match=r"the len\(\) of the training data \(a Halves\) is no number of batches"):
+        learner.fit(1)
+    assert torch.equal(learner.model.weight, before)
