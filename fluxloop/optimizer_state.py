@@ -229,7 +229,7 @@ def _malformed(optimizer: Optimizer, state: State, label: str) -> Iterator[str]:
             yield f"{label}: 'param_groups' in the checkpoint is no list of groups with 'params'"
             return
         places = [place for group in groups for place in group["params"]]
-        if places != [*range(len(places))] or not all(type(place) is int for place in places):
+        if not all(type(place) is int for place in places) or places != [*range(len(places))]:
             yield f"{label}: the parameters of the groups in the checkpoint are numbered {places[:8]}, expected 0, 1, …"
         if not isinstance(entries, dict) or not all(isinstance(each, dict) for each in entries.values()):
             yield f"{label}: 'state' in the checkpoint is no dict of states by parameter"

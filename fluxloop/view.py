@@ -22,10 +22,10 @@ class View:
     Everybody may call the services: ``defer(undo)`` (undo something when the running step, epoch
     or fit ends), ``host(tensor, then)`` (have a number on the host without waiting for the device)
     ``request_stop(reason)`` (end the fit before its next batch), ``where()`` (phase, epoch and step in
-    words), ``check(phases=...)`` (a step of each on the side), ``finite`` (stop a fit whose numbers are not finite) and, in a step that is being
-    compiled, ``skip_update(when)``. Everybody may read where the running fit is: ``cycle`` of
-    ``num_epochs``, ``fit_phases`` and ``trained_steps``. ``weights[name]`` gives the
-    weights at a declared path, ``"model.G@ema"`` as ``weights["G@ema"]``.
+    words), ``check(phases=...)`` (a step of each on the side), ``finite`` (stop a fit whose numbers are
+    not finite) and, in a step that is being compiled, ``skip_update(when)``. Everybody may read where
+    the running fit is: ``cycle`` of ``num_epochs``, ``fit_phases`` and ``trained_steps``. ``weights[name]``
+    gives the weights at a declared path, ``"model.G@ema"`` as ``weights["G@ema"]``.
     """
 
     __slots__ = ("_learner",)

@@ -280,6 +280,7 @@ CHANGES: dict[str, Change] = {
     "betas that are texts": put(f"{ADAM}/param_groups/0/betas", ("0.9", "0.99")),
     "parameters numbered in another order": put(f"{ADAM}/param_groups/0/params", [1, 0, 2, 3, 4, 5]),
     "a parameter numbered twice": put(f"{ADAM}/param_groups/0/params", [0, 0, 2, 3, 4, 5]),
+    "a parameter numbered by a tensor": put(f"{ADAM}/param_groups/0/params/0", torch.zeros(2, 3)),
     "a parameter less": put(f"{ADAM}/param_groups/0/params", [0, 1, 2, 3, 4]),
     "parameters with names of their own": put("optimizers//names", [["a", "b", "c", "d", "e", "f"]]),
     "one name less": put("optimizers//names", lambda names: [names[0][:-1]]),
