@@ -17,12 +17,15 @@ from fluxloop.errors import ModelError, describe
 from fluxloop.nested import map_tensors, move_object
 from fluxloop.state import State
 
+LONGEST_NAME = 200
+"""Bytes of a model's name: it is a part of names of files, which have 255 at most."""
+
 
 def named_models(model: Any) -> dict[str | None, nn.Module]:
     """Name the models: None for a single one, else the mapping's or named tuple's names, or 0, 1, ….
 
     Raises:
-        ModelError: Something is no module, the same module twice, or a name is no identifier.
+        ModelError: Something is no module, the same module twice, or a name is no identifier or too long.
     """
     if isinstance(model, nn.Module):
         return {None: model}
@@ -48,6 +51,11 @@ def named_models(model: Any) -> dict[str | None, nn.Module]:
         if name is not None and not isinstance(model, tuple) and not is_name(name):
             raise ModelError(
                 f"a model is named {name!r}; expected a name to stand behind 'learner.model.', such as 'generator'"
+            )
+        if name is not None and len(name.encode()) > LONGEST_NAME:
+            raise ModelError(
+                f"a model's name has {len(name.encode())} bytes, '{name[:20]}…'; expected {LONGEST_NAME} at most: it "
+                "is in names of files"
             )
     if len({id(module) for module in named.values()}) < len(named):
         raise ModelError(f"one module was given under two of the names {list(named)}; expected each once")

@@ -105,6 +105,12 @@ def test_a_model_may_not_be_named_as_a_method_of_tuples(name: str) -> None:
         Learner({name: linear(), "other": linear()}, optimizer=SGD)
 
 
+def test_a_name_that_is_too_long_for_a_file_is_refused_when_the_learner_is_made() -> None:
+    with pytest.raises(ModelError, match=r"a model's name has 300 bytes, 'a{20}…'; expected 200 at most"):
+        Learner({"a" * 300: linear(), "other": linear()}, optimizer=SGD)
+    assert Learner({"a" * 200: linear(), "other": linear()}, optimizer=SGD).model._fields[0] == "a" * 200
+
+
 def test_a_single_model_stands_for_itself() -> None:
     model = nn.Linear(2, 3)
     learner = Learner(model)
