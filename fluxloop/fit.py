@@ -424,9 +424,9 @@ def tell_of_updates_by_hand(learner: Learner, phase: Phase, stood: tuple[int, in
     if deaf:
         learner.updates.told_by_hand.add(phase.name)
         warn_user(
-            f"{phase!r} changed weights and made no update through the learner, so {', '.join(deaf)} did nothing: what "
-            "acts at UpdateBegin and UpdateEnd hears of learner.update() alone. Call it instead of optimizer.step(), "
-            "and learner.update(closure=closure) instead of optimizer.step(closure)"
+            f"{phase!r} changed weights and made no update through the learner, so {', '.join(deaf)} heard of none: "
+            "what acts at UpdateBegin and UpdateEnd hears of learner.update() alone. Call it instead of "
+            "optimizer.step(), and learner.update(closure=closure) instead of optimizer.step(closure)"
         )
 
 
