@@ -2044,7 +2044,9 @@ class SteppedByHand(TrainingPhase):
 def test_callbacks_that_hear_of_no_update_are_named_once(optimizer: Any) -> None:
     steps = LRScheduler(partial(torch.optim.lr_scheduler.StepLR, step_size=1), unit="step")
     learner = regression(optimizer, GradientClip(0.1), StopOnNaNLoss(), steps)
-    with pytest.warns(UserWarning, match=r"SteppedByHand\(\) changed .*, so LRScheduler, GradientClip heard of none") as told:
+    with pytest.warns(
+        UserWarning, match=r"SteppedByHand\(\) changed .*, so LRScheduler, GradientClip heard of none"
+    ) as told:
         learner.fit(3, phases=[SteppedByHand()])
     assert len(told) == 1
     assert "learner.update(closure=closure)" in str(told[0].message)
