@@ -20,7 +20,7 @@ class View:
     """What a handler gets as ``learner``: the declared paths, and nothing else.
 
     Everybody may call the services: ``defer(undo)`` (undo something when the running step, epoch
-    or fit ends), ``host(tensor, then)`` (have a number on the host without waiting for the device)
+    or fit ends), ``host(tensor, then)`` (have a number on the host without waiting for the device),
     ``request_stop(reason)`` (end the fit before its next batch), ``where()`` (phase, epoch and step in
     words), ``check(phases=...)`` (a step of each on the side), ``finite`` (stop a fit whose numbers are
     not finite) and, in a step that is being compiled, ``skip_update(when)``. Everybody may read where
