@@ -198,22 +198,16 @@ def _declared_edges(nodes: list[Node]) -> Iterator[Edge]:
 
 
 def _without_needless(edges: list[Edge], nodes: dict[str, Node]) -> list[Edge]:
-    """Leave out edges that put a callback behind a writer only because it reads everything, where that makes a cycle.
+    """Leave out edges that put a quick hook behind a writer only because it did not say what it reads.
 
-    One that reads everything and writes something runs as late as those allow that read what it writes. Two that
-    declare that they read everything still contradict each other; quick hooks that did not say what they read do not.
+    Such a hook is taken to read everything, so it runs last; one that writes something runs as late as those allow
+    that read what it writes. Whoever declares that it reads everything means it.
     """
 
     def is_weak(edge: Edge) -> bool:
-        reader = nodes[edge.after].access
-        named = [path for path in reader.reads if path]
-        written = nodes[edge.before].access.writes
-        return (
-            edge.reason.startswith(f"{edge.before} writes")
-            and reader.reads_everything
-            and bool(reader.writes)
-            and not any(overlap(p, q) for p in written for q in named)
-        )
+        reader = nodes[edge.after]
+        left_out = getattr(reader.callback.unwrapped, "reads_left_out", False)
+        return left_out and bool(reader.access.writes) and edge.reason.startswith(f"{edge.before} writes")
 
     kept = [edge for edge in edges if not is_weak(edge)]
     after: dict[str, set[str]] = {}
@@ -231,15 +225,10 @@ def _without_needless(edges: list[Edge], nodes: dict[str, Node]) -> list[Edge]:
                 todo.extend(after.get(current, ()))
         return False
 
-    def is_quick(name: str) -> bool:
-        return getattr(nodes[name].callback.unwrapped, "reads_left_out", False)
-
-    weak = sorted(filter(is_weak, edges), key=lambda edge: (is_quick(edge.after), edge.before, edge.after, edge.reason))
-    for edge in weak:
+    for edge in sorted(filter(is_weak, edges), key=lambda edge: (edge.before, edge.after, edge.reason)):
         if not leads(edge.after, edge.before):
             kept.append(edge)
-            if is_quick(edge.after) or is_quick(edge.before):
-                after.setdefault(edge.before, set()).add(edge.after)
+            after.setdefault(edge.before, set()).add(edge.after)
     return kept
 
 

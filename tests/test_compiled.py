@@ -295,8 +295,10 @@ def matrices() -> nn.Module:
 
 @pytest.mark.usefixtures("plain")
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="new in torch 2.9")
-def test_muon_steps_inside_the_graph() -> None:
-    both(2, optimizer=partial(torch.optim.Muon, lr=0.01), model=matrices, tolerance=1e-4)
+def test_muon_which_asks_for_its_rate_as_a_number_is_refused_in_words() -> None:
+    made = learner(optimizer=partial(torch.optim.Muon, lr=0.01), model=matrices)
+    with pytest.raises(CompileError, match=r"asks for a number in the middle .*a tensor as alpha= or value="):
+        made.fit(1)
 
 
 @pytest.mark.usefixtures("plain")
