@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import fluxloop
-from fluxloop import Checkpointer, CustomCallback, Recorder, StepBegin, TrainingPhase, UnsafeCallback, on
+from fluxloop import Checkpointer, Recorder, StepBegin, TrainingPhase, UnsafeCallback, on
 from fluxloop.folder import Folder
 from fluxloop.testing import EventRecorder, assert_same_bits, toy_learner
 
@@ -33,6 +33,19 @@ class Signal(UnsafeCallback):
     def send(self, event: StepBegin, phase: TrainingPhase, learner: Any) -> None:
         if learner.history[type(phase)].steps + 1 == self.step:
             os.kill(os.getpid(), self.number)
+
+
+class Looks(UnsafeCallback):
+    """Notes at each training step which steps there are checkpoints of."""
+
+    transient = ("files",)
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.files = folder, []
+
+    @on(StepBegin, TrainingPhase)
+    def look(self, event: StepBegin, phase: TrainingPhase, learner: Any) -> None:
+        self.files.append([progress[1] for progress, _ in Folder(self.folder).files()])
 
 
 def test_sigterm_ends_a_fit_without_a_checkpointer_in_good_order_too() -> None:
@@ -66,20 +79,16 @@ def test_an_error_in_a_fit_that_is_being_terminated_is_not_lost() -> None:
 def test_sigusr1_writes_a_checkpoint_and_training_goes_on(tmp_path: Path) -> None:
     plain = toy_learner(Recorder())
     plain.fit(2)
-    files: list[list[int]] = []
-
-    def look(learner: Any) -> None:
-        files.append([progress[1] for progress, _ in Folder(tmp_path).files()])
-
+    looks = Looks(tmp_path)
     asked = toy_learner(
         Recorder(),
         Signal(signal.SIGUSR1, 3),
         Checkpointer(tmp_path, keep_last=None),
-        CustomCallback(look, StepBegin, TrainingPhase),
+        looks,
     )
     assert asked.fit(2).stop_reason is None
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
-    assert (files[2], files[3]) == ([0], [3])
+    assert (looks.files[2], looks.files[3]) == ([0], [3])
     assert_same_bits(plain, asked)
 
 
