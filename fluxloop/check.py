@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from fluxloop.callback import UnsafeCallback
 from fluxloop.errors import DataError, MissingEntryError, PhaseError
 from fluxloop.fit import check_phase, default_phases, feed
 from fluxloop.inference import aside
@@ -111,7 +112,7 @@ class Problem(str):
 
     Attributes:
         severity: ``"error"`` where a fit would fail too, ``"warning"`` where it would not (a gradient that
-            is computed and not used) or need not (an entry that a callback may store), ``"skipped"``
+            is computed and not used) or need not (an entry that a callback declares to store), ``"skipped"``
             where nothing could be looked at.
     """
 
@@ -141,11 +142,21 @@ def look_at(learner: Learner, phase: Phase, batch: Any) -> list[Problem]:
             with _aside(learner, phase, findings) as copied:
                 copied.step(learner, _first(learner, phase) if batch is None else batch)
     except Exception as error:
-        severity: Severity = "warning" if isinstance(error, MissingEntryError) else "error"
+        severity: Severity = "warning" if _may_be_stored(learner, error) else "error"
         if isinstance(error, NotLookedAtError):
             severity = "skipped"
         problems.append(Problem(f"{phase!r}: {type(error).__name__}: {error}{_place(error)}", severity))
     return [*(Problem(finding, "warning") for finding in findings), *problems]
+
+
+def _may_be_stored(learner: Learner, error: Exception) -> bool:
+    """Return whether an entry that is missing is one that a callback declares to store: here none of them runs."""
+    if not isinstance(error, MissingEntryError) or error.name is None or not error.name.isidentifier():
+        return False
+    own = [each.unwrapped for each in learner.callbacks if not type(each.unwrapped).__module__.startswith("fluxloop.")]
+    return any(isinstance(each, UnsafeCallback) for each in own) or any(  # such a one declares nothing
+        learner.callbacks.writers(f"{root}.{error.name}") for root in ("step", "cbstate")
+    )
 
 
 @contextmanager

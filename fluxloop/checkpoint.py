@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from fluxloop.access import dotted
 from fluxloop.assign import put
 from fluxloop.callback import Callback
-from fluxloop.errors import CheckpointError, annotate, warn_user
+from fluxloop.errors import CheckpointError, annotate, sentence, warn_user
 from fluxloop.fingerprint import fingerprint
 from fluxloop.folder import size_of_file
 from fluxloop.misfits import FORMAT, weights_differ
@@ -380,7 +380,8 @@ def try_to_apply(
         if isinstance(error, CheckpointError) or not isinstance(error, Exception):
             raise
         raise CheckpointError(
-            f"the state in the checkpoint cannot be put in place: {type(error).__name__}: {error}. Nothing was changed"
+            f"the state in the checkpoint cannot be put in place: {type(error).__name__}: "
+            f"{sentence(error)} Nothing was changed"
         ) from error
 
 

@@ -49,7 +49,7 @@ class CombinedLoader(Combined):
     def __init__(self, loaders: Mapping[str, Any] | Sequence[Any], mode: str = "max_size_cycle") -> None:
         if mode not in MODES:
             raise DataError(
-                f"CombinedLoader(mode={mode!r}) was given{did_you_mean(str(mode), MODES)}; expected one of {MODES}"
+                f"CombinedLoader(mode={mode!r}) was given; expected one of {MODES}{did_you_mean(str(mode), MODES)}"
             )
         if not isinstance(loaders, (dict, list, tuple)) or not loaders:
             raise DataError(

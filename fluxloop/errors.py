@@ -233,6 +233,25 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def sentence(said: object) -> str:
+    """Return what an error or a part of a message says as a sentence, for others to follow it.
+
+    >>> sentence("index out of bounds."), sentence("no entry 'pred'; did you mean 'preds'?"), sentence("it is empty")
+    ('index out of bounds.', "no entry 'pred'; did you mean 'preds'?", 'it is empty.')
+    """
+    text = str(said).rstrip()
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
+def counted(count: int, what: str) -> str:
+    """Return how many there are of something, in the singular or plural.
+
+    >>> counted(1, "epoch"), counted(2, "epoch")
+    ('1 epoch', '2 epochs')
+    """
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def describe(value: object) -> str:
     """Say what a value is in an error message: class, and shape where there is one.
 

@@ -50,7 +50,7 @@ class Feed:
         self.source = source
         self._owner = owner
         self._streams = streams
-        self._name = name
+        self.name = name
         self._before_batch = before_batch
         self._told = set() if told is None else told
         self._pass: Pass | None = None
@@ -78,8 +78,8 @@ class Feed:
             if not any(words in str(error) for words in ("interpreted as an integer", "should return >= 0")):
                 return None  # a DataLoader over an IterableDataset has a __len__ that raises
             raise DataError(
-                f"the len() of the {self._name} data ({describe(self.source)}) is no number of batches: {error}; "
-                "expected a whole number, 0 or more, or no __len__ at all"
+                f"the len() of the {self.name} data ({describe(self.source)}) is no number of batches: "
+                f"{str(error).removesuffix('.')}; expected a whole number, 0 or more, or no __len__ at all"
             ) from error
 
     # Going on in the middle of an epoch
@@ -87,7 +87,7 @@ class Feed:
     @property
     def obstacle(self) -> str | None:
         """Why an epoch of this data cannot be resumed in the middle; None where it can."""
-        return obstacle(self.source, self._name)
+        return obstacle(self.source, self.name)
 
     def place(self) -> dict[str, Any] | None:
         """Give where the running epoch is, as plain data; None where it has not begun or cannot be resumed.
@@ -97,8 +97,8 @@ class Feed:
         """
         if self._pass is None or self.obstacle is not None:
             return None
-        place = self._pass.place(self.count, self._name)
-        return {**place, "key": self._name, "length": self._length(), "fingerprint": fingerprint(self.source)}
+        place = self._pass.place(self.count, self.name)
+        return {**place, "key": self.name, "length": self._length(), "fingerprint": fingerprint(self.source)}
 
     def go_on(self, place: dict[str, Any], undo: Callable[[], None]) -> None:
         """Begin the next iteration where another one was.
@@ -120,26 +120,26 @@ class Feed:
         listed = "".join(f"\n  {each}" for each in differ)
         if self.obstacle is not None or place["length"] != length:
             raise CheckpointError(
-                f"the epoch was left after {place['batch']} of {place['length']} batches of the {self._name} data, and "
+                f"the epoch was left after {place['batch']} of {place['length']} batches of the {self.name} data, and "
                 f"there are {length} now ({describe(self.source)}); expected the same data, or a checkpoint of the end "
                 f"of an epoch{listed}"
             )
-        check_place(self.source, place, self._name)
+        check_place(self.source, place, self.name)
         if differ:
             raise CheckpointError(
-                f"the epoch was left after {place['batch']} of {length} batches of the {self._name} data "
+                f"the epoch was left after {place['batch']} of {length} batches of the {self.name} data "
                 f"({describe(self.source)}), which is not the same now:{listed}\nRows would be repeated or left out; "
                 "expected the same data, or a checkpoint of the end of an epoch"
             )
 
     def check(self) -> None:
         """Raise `DataError` for a source known to be empty."""
-        if self.num_batches == 0 and self._name is not None:
+        if self.num_batches == 0 and self.name is not None:
             raise self._empty()
 
     def _empty(self) -> DataError:
         return DataError(
-            f"the {self._name} data ({describe(self.source)}) gave no batch; expected at least one: fewer "
+            f"the {self.name} data ({describe(self.source)}) gave no batch; expected at least one: fewer "
             "rows than batch_size with drop_last=True, an iterator that was used up before, or a loader with a "
             "state_dict() that is, once its iteration has ended, still that of the end?"
         )
@@ -159,7 +159,7 @@ class Feed:
         except Exception as error:
             undo()
             raise CheckpointError(
-                f"the {self._name} data ({describe(self.source)}) does not take the state it had in the "
+                f"the {self.name} data ({describe(self.source)}) does not take the state it had in the "
                 f"checkpoint: {type(error).__name__}: {error}"
             ) from error
         return begun
@@ -188,7 +188,7 @@ class Feed:
                 before_batch()
         finally:
             run, self._pass = self._pass, None  # it holds the loader's workers
-        if self.count == 0 and self._name is not None:
+        if self.count == 0 and self.name is not None:
             raise self._empty()
         if self.count != self.limit:
             run.end()
@@ -202,17 +202,17 @@ class Feed:
             DataError: The epoch was resumed, so nobody knows whether it went on where it was left.
         """
         length = self._length()
-        if length is None or length == self.count or self._name is None:
+        if length is None or length == self.count or self.name is None:
             return
-        named = f"the {self._name} data ({describe(self.source)})"
+        named = f"the {self.name} data ({describe(self.source)})"
         said = f"{named} has {length} batches by its len(), and gave {self.count}; "
         if resumed:
             raise DataError(
                 f"{said}the epoch was resumed in the middle, and whether it went on where it was left is not known: "
                 "expected as many as its len(). Mend its __len__ or what it iterates"
             )
-        if self._name not in self._told:
-            self._told.add(self._name)
+        if self.name not in self._told:
+            self._told.add(self.name)
             warn_user(
                 f"{said}progress, schedules by epoch and resuming in the middle of an epoch go by its len(): mend its "
                 "__len__, or that of its sampler or data set"

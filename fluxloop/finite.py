@@ -16,7 +16,7 @@ from attrs import define, field
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fluxloop.errors import CancelFittingException, warn_user
+from fluxloop.errors import CancelFittingException, sentence, warn_user
 from fluxloop.optimizers import can_skip
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ class Finite:
             put_back(self._buffers)
         self.bad = None
         reason = f"{what} in {place or self._learner.where()}"
-        warn_user(f"the fit stops: {reason}. {advice}")
+        warn_user(f"the fit stops: {sentence(reason)} {advice}")
         raise CancelFittingException(reason)
 
 

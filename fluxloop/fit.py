@@ -26,6 +26,7 @@ from fluxloop.errors import (
     annotate,
     describe,
     did_you_mean,
+    sentence,
     warn_user,
 )
 from fluxloop.events import CycleBegin, CycleEnd, FitBegin, FitEnd, UpdateBegin, UpdateEnd
@@ -37,7 +38,7 @@ from fluxloop.loading import is_workers_death, worker_died
 from fluxloop.loop import check_view
 from fluxloop.outlook import check_monitors, warn_unseen
 from fluxloop.passes import untouched
-from fluxloop.persist import attributes, phase_id
+from fluxloop.persist import phase_id
 from fluxloop.phase import AbstractValidationPhase, Phase, Stateful, check_every, check_methods, check_name, is_due
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.randomness import preserved
@@ -101,7 +102,8 @@ def fit(
         if reason is not None:
             until = 0
             warn_user(
-                f"this run has already stopped: {reason}. Nothing is trained. To train further: learner.load(file), "
+                f"this run has already stopped: "
+                f"{sentence(reason)} Nothing is trained. To train further: learner.load(file), "
                 "then learner.fit(epochs), in a folder and with logs of its own"
             )
         if state is None:
@@ -283,7 +285,7 @@ def check_phase(phase: object) -> None:
 def check_names(learner: Learner, phases: Iterable[Phase]) -> None:
     """Raise for phases whose numbers could not be told apart, from each other's and from those that have run.
 
-    Two phases of one name are the same phase: of one class, and without anything of their own where they only watch.
+    Two phases of one name are the same phase: of one class, and one instance where they only watch.
 
     Raises:
         PhaseError: Says which, and where to name them.
@@ -306,11 +308,10 @@ def check_names(learner: Learner, phases: Iterable[Phase]) -> None:
                 f"two phases are called {name!r}: {phase_id(former)} and {phase_id(phase)}; their numbers would be one "
                 f"series. Give one a name of its own, in the class or when it is made: name = '{name.lower()}2'"
             )
-        if other is not phase and not phase.gradients and (attributes(phase) or attributes(other)):
+        if other is not phase and not phase.gradients:
             raise PhaseError(
                 f"a cycle has two phases that are called {name!r}, {other!r} and {phase!r}, whose numbers would be one "
-                f"series. Give each a name of its own: {type(phase).__name__}(..., name='{name.lower()}2'), or "
-                f"phase.name = '{name.lower()}2'"
+                f"series. Give one a name of its own before the fit: phase.name = '{name.lower()}2'"
             )
 
 
@@ -369,6 +370,8 @@ def run_epoch(learner: Learner, phase: Phase, data: Any = None, scope: FitScope 
     try:
         # an epoch inside another one does not end for a stop that was asked for: the outer one does, after it
         batches = feed(learner, phase, learner.safe_point if scope is not None else lambda: None)
+        if data is not None:
+            batches.name = "given"
         batches.check()
         if phase.gradients:
             learner.meet_parameters()
@@ -487,7 +490,7 @@ def feed(learner: Learner, phase: Phase, before_batch: Callable[[], object] = la
     if key not in learner.data:
         known = sorted(vars(learner.data))
         raise DataError(
-            f"{type(phase).__name__} runs on the {key!r} data, and there is {known or 'no data'}"
-            f"{_where_it_is(key, known)}; give it to the learner, data={{{key!r}: ...}}, or to this call"
+            f"{type(phase).__name__} runs on the {key!r} data, and there is {known or 'no data'}; "
+            f"give it to the learner, data={{{key!r}: ...}}, or to this call{_where_it_is(key, known)}"
         )
     return Feed(vars(learner.data)[key], phase.owner, learner.streams, key, before_batch, learner.told_lengths)

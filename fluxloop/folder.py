@@ -25,7 +25,7 @@ import torch
 from attrs import field, frozen
 
 from fluxloop.digests import check_sums, checksums, first_difference, named_tensors
-from fluxloop.errors import CheckpointError, annotate, warn_user
+from fluxloop.errors import CheckpointError, annotate, sentence, warn_user
 
 try:
     import fcntl
@@ -134,7 +134,7 @@ def _unwritten(path: Path, error: Exception, needed: int, free: int | None) -> C
         room = "" if free is None else f", and {free:,} bytes are free there"
         why = f"{FULL[number]} ({error})" if number in FULL else f"{error}"
         return CheckpointError(
-            f"{text}{why}. It needs about {needed:,} bytes{room}. Make room (or keep fewer: "
+            f"{text}{sentence(why)} It needs about {needed:,} bytes{room}. Make room (or keep fewer: "
             "Checkpointer(keep_last=1)); what was there before is untouched"
         )
     return CheckpointError(f"{text}{error}")
@@ -306,7 +306,7 @@ class Folder:
             try:
                 return read(path)
             except CheckpointError as error:
-                warn_user(f"{error}; the one before it is taken")
+                warn_user(f"{str(error).removesuffix('.')}; the one before it is taken")
         return None
 
     def is_complete(self, path: Path) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import Factory, define, field
 
-from fluxloop.errors import MetricError
+from fluxloop.errors import MetricError, counted
 from fluxloop.monitor import all_series, find_series
 from fluxloop.state import Container, PhaseDict, SharedState, name_of
 
@@ -157,6 +157,7 @@ class History(Container):
         """
         try:
             from matplotlib.figure import Figure
+            from matplotlib.ticker import MaxNLocator
         except ImportError as error:
             raise ImportError("history.plot() needs matplotlib: pip install 'torch-fluxloop[plot]'") from error
         rows = [
@@ -173,13 +174,16 @@ class History(Container):
                 points = [(r["epoch"], r["value"]) for r in rows if (r["metric"], r["phase"]) == (name, phase)]
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=phase)
             axes.set(title=name, xlabel="epoch")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.3)
             axes.legend()
         return figure
 
     def __repr__(self) -> str:
         counts = vars(self._shared).get("history", {})
-        parts = [f"{name_of(phase)}: {c.epochs} epochs, {c.steps} steps" for phase, c in counts.items()]
+        parts = [
+            f"{name_of(phase)}: {counted(c.epochs, 'epoch')}, {counted(c.steps, 'step')}" for phase, c in counts.items()
+        ]
         latest = [
             f"{part}: {shown_as(number, 4)}"
             for name, series in all_series(vars(self._shared).get("metrics", {})).items()

@@ -11,7 +11,7 @@ from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.progress import ProgressBar
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.data import as_dataloader
-from fluxloop.errors import DataError, MetricError, PhaseError, describe
+from fluxloop.errors import DataError, MetricError, PhaseError, describe, sentence
 from fluxloop.events import StepEnd
 from fluxloop.fit import check_phase, run_epoch
 from fluxloop.history import History
@@ -129,6 +129,7 @@ def predict(learner: Learner, data: Any, phase: Phase | None, stack: bool) -> An
         return concatenate(collect.parts)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise DataError(
-            f"the predictions of {len(collect.parts)} batches cannot be joined along their first dimension: {error}. "
+            f"the predictions of {len(collect.parts)} batches cannot be joined along their first dimension: "
+            f"{sentence(error)} "
             "For those of each batch by itself: predict(data, stack=False)"
         ) from error

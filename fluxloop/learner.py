@@ -454,7 +454,7 @@ class Learner(Generic[M]):
         self.host_queue.request(tensor, then)
 
     def where(self) -> str:
-        """Say where the training stands: ``"TrainingPhase(), epoch 2, step 16"``, both counted from 1."""
+        """Say where the training stands: ``"TrainingPhase(), epoch 2, step 16 of the run"``, both counted from 1."""
         return "no phase" if self.scope is None else place_in_words(self, self.scope.phase)
 
     def skip_update(self, when: Tensor) -> None:

@@ -434,8 +434,8 @@ def locate(error: BaseException, learner: Learner, phase: Phase) -> None:
 
 
 def place_in_words(learner: Learner, phase: Phase) -> str:
-    """Say where a phase stands: ``"TrainingPhase(), epoch 2, step 16"``, both counted from 1."""
+    """Say where a phase stands: ``"TrainingPhase(), epoch 2, step 16 of the run"``, both counted from 1."""
     if not phase.data_key:
         return f"{phase!r}, after {learner.history.cycles} complete cycles"
     epoch, step = learner.streams[phase.epoch_stream].index, learner.streams[phase.step_stream].index
-    return f"{phase!r}, epoch {epoch}, step {step}"
+    return f"{phase!r}, epoch {epoch}, step {step} of the run"

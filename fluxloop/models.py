@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fluxloop.errors import ModelError, describe
+from fluxloop.errors import ModelError, describe, sentence
 from fluxloop.nested import map_tensors, move_object
 from fluxloop.state import State
 
@@ -140,7 +140,8 @@ def copied_weights(module: nn.Module, whose: str) -> nn.Module:
 def not_copied(whose: str, error: RuntimeError) -> ModelError:
     """Make the error for weights that torch does not copy."""
     return ModelError(
-        f"{whose} cannot copy these weights: {error}. The old torch.nn.utils.weight_norm and spectral_norm keep "
+        f"{whose} cannot copy these weights: "
+        f"{sentence(error)} The old torch.nn.utils.weight_norm and spectral_norm keep "
         "what they computed; those of torch.nn.utils.parametrizations can be copied"
     )
 

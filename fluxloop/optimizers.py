@@ -103,7 +103,7 @@ def _build(models: Models, name: Any, value: Any) -> Optimizer:
                 known += [child for child, _ in model.named_children()]
     raise OptimizerError(
         f"optimizer[{name!r}] is a factory, but no model or submodule is called {name!r}; expected one of "
-        f"{sorted(known)}{did_you_mean(name, known)}, or an optimizer over given parameters"
+        f"{sorted(known)}, or an optimizer over given parameters{did_you_mean(name, known)}"
     )
 
 
@@ -126,7 +126,8 @@ def _call(factory: Factory, model: nn.Module, name: str | None) -> Optimizer:
         made = factory(parameters)
     except (TypeError, ValueError) as error:
         raise OptimizerError(
-            f"the factory optimizer{label} made no optimizer of the parameters: {error}; expected one that takes "
+            f"the factory optimizer{label} made no optimizer of the parameters: "
+            f"{str(error).removesuffix('.')}; expected one that takes "
             "parameters alone: partial(torch.optim.SGD, lr=0.1)"
         ) from error
     if not isinstance(made, Optimizer):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from fluxloop.callback import Callback, UnsafeCallback
-from fluxloop.errors import MetricError, MissingProducerError, did_you_mean, warn_user
+from fluxloop.errors import MetricError, MissingProducerError, did_you_mean, sentence, warn_user
 from fluxloop.monitor import Expected, Monitor, find_series
 from fluxloop.phase import Phase, ProbePhase, phase_types
 from fluxloop.state import name_of
@@ -123,12 +123,13 @@ class Outlook:
             known = self._names()
             where = ""
             if key in _keys() and not any(phase.data_key == key for phase in self.phases):
-                where = f". The fit runs no phase on {key} data"
+                where = f"The fit runs no phase on {key} data"
                 where += "" if key in learner.data else ": give the learner some, data=(train, valid), or watch another"
-            raise MetricError(
-                f"{monitor.purpose}no metric {monitor.metric!r} was recorded; there are {known} in this fit"
-                f"{did_you_mean(monitor.metric, known)} ({type(callback).__name__} watches it){where}"
+            said = (
+                f"{monitor.purpose}no phase of this fit records {monitor.metric!r}, which {type(callback).__name__} "
+                f"watches; it records {known}{did_you_mean(monitor.metric, known)}"
             )
+            raise MetricError(f"{sentence(said)} {where}" if where else said)
 
     def _names(self) -> list[str]:
         """Return the names of what will be recorded."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from attrs import frozen
 from torch import Tensor, nn
 
-from fluxloop.errors import MissingEntryError, PhaseError, describe, did_you_mean
+from fluxloop.errors import MissingEntryError, PhaseError, describe, did_you_mean, sentence
 from fluxloop.nested import map_tensors
 
 V = TypeVar("V")
@@ -42,9 +42,8 @@ class State(Container):
         if name.startswith("__"):
             raise AttributeError(name)
         entries = ", ".join(sorted(vars(self))) or "nothing"
-        raise MissingEntryError(
-            f"{self.__kind__} has no entry {name!r}; it has: {entries}{did_you_mean(name, vars(self))}.{self.__hint__}"
-        )
+        said = f"{self.__kind__} has no entry {name!r}; it has: {entries}{did_you_mean(name, vars(self))}"
+        raise MissingEntryError(f"{sentence(said)}{self.__hint__}", name=name)
 
     if TYPE_CHECKING:  # any attribute may be stored; at run time object's own __setattr__ does it
 

@@ -110,6 +110,15 @@ class Slot:
         return [] if self.window is None else [parameter for parameter in self.parameters if parameter.grad is not None]
 
     @property
+    def has_gradients(self) -> bool:
+        """Whether an update has gradients to use; where all parameters are frozen, none are missed."""
+        return (
+            self.window is not None
+            or any(parameter.grad is not None for parameter in self.parameters)
+            or not any(parameter.requires_grad for parameter in self.parameters)
+        )
+
+    @property
     def label(self) -> str:
         """What it is called in messages."""
         return "the optimizer" if self.name is None else f"optimizer {self.name!r}"
@@ -148,6 +157,7 @@ class Updates:
         """How many updates have been made."""
         self.told_by_hand: set[str] = set()
         """Names of the phases of which it was said that they step optimizers by hand."""
+        self._told_no_gradient = False
         self.findings: list[str] | None = None
         """Where `check` collects what it finds while it runs a step."""
 
@@ -348,17 +358,30 @@ class Updates:
             )
         if closure is not None:
             self._check_closure(closure)
+        found = False
         for slot in slots:
             if slot.window is not None and slot.phase != self._phase_name():
                 self._drop(slot, f"{self._phase_name() or 'a loop of your own'} updates it")
             if closure is None:
                 self._announce(slot)
+                found = found or slot.has_gradients
                 self._step(slot)
             else:
                 self._step_with(slot, closure)
             slot.end_gradients()
             self.count += 1
             learner.fire(slot.end)
+        if closure is None and not found:
+            self._tell_no_gradient(
+                f"learner.update was called, and no parameter of {', '.join(slot.label for slot in slots)} has a "
+                "gradient, so nothing changes; call learner.backward(loss) first"
+            )
+
+    def _tell_no_gradient(self, message: str) -> None:
+        """Warn of an update that changes nothing, once."""
+        if not self._told_no_gradient:
+            self._told_no_gradient = True
+            warn_user(message)
 
     def _announce(self, slot: Slot) -> None:
         """Fire `UpdateBegin` for gradients that are complete, and take those that somebody has replaced."""
@@ -393,6 +416,11 @@ class Updates:
             if loss is None:
                 raise LossError(
                     "the closure given to learner.update returned None; expected the loss: end it with 'return loss'"
+                )
+            if not slot.has_gradients:
+                self._tell_no_gradient(
+                    "learner.update was given a closure that computed no gradient, so nothing changes: call "
+                    "learner.backward(loss) in it"
                 )
             self._announce(slot)
             return loss

@@ -26,6 +26,7 @@ from fluxloop import (
     PhaseError,
     Recorder,
     SanityCheck,
+    StallReport,
     StepBegin,
     StepEnd,
     TensorBatches,
@@ -519,6 +520,10 @@ def test_a_phase_that_shares_a_model_with_the_learner_is_checked_with_that_model
     assert learner.check(phases=[Holds(learner.model)]) == []
 
 
+class Knows(UnsafeCallback):
+    """Is given the learner, and may store whatever it likes."""
+
+
 class Broken(ValidationPhase):
     def body(self, learner: Learner, handle: Any, state: Any) -> None:
         state.loss = learner.loss_fn(learner.model(state.xs), state.labels)
@@ -571,3 +576,21 @@ def test_steps_that_are_to_be_compiled_are_checked_as_they_are_written() -> None
     compiled = learner.compiled
     assert learner.check() == []
     assert learner.compiled is compiled
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "severity"),
+    [
+        ([], "error"),
+        ([CustomCallback(lambda learner: None, StepBegin, writes=("step.labels",))], "warning"),
+        ([CustomCallback(lambda learner: None, StepBegin, writes=("step",))], "warning"),
+        ([CustomCallback(lambda learner: None, StepBegin, writes=("step.other",))], "error"),
+        ([StallReport()], "error"),
+        ([Knows()], "warning"),
+    ],
+)
+def test_an_entry_that_is_missing_is_an_error_unless_a_callback_may_store_it(
+    callbacks: list[Any], severity: str
+) -> None:
+    (problem,) = toy_learner(*callbacks).check(phases=[Broken()])
+    assert problem.severity == severity  # type: ignore[attr-defined]  # it is a Problem

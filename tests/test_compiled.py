@@ -621,7 +621,7 @@ def test_a_loss_that_is_not_finite_leaves_weights_and_state_as_they_are_and_ends
     batches = [(xs[:32], ys[:32]), (xs[32:64], ys[32:64]), (xs[:32] * float("nan"), ys[:32]), (xs[:32], ys[:32])]
     eager, compiled = both(2, data=(batches,), optimizer=ADAM)
     assert graphs(compiled) == 1
-    reason = "the loss became nan in TrainingPhase(), epoch 1, step 3"
+    reason = "the loss became nan in TrainingPhase(), epoch 1, step 3 of the run"
     assert compiled.history.stop_reason == eager.history.stop_reason == reason
     assert compiled.history[TrainingPhase].steps == eager.history[TrainingPhase].steps == 2
     assert compiled.history[TrainingPhase].updates == eager.history[TrainingPhase].updates == {None: 2}
@@ -1031,7 +1031,7 @@ def test_a_loss_that_is_not_finite_leaves_gradients_that_waited_as_they_are() ->
     for compile in (False, "step"):
         made = learner(compile, data=(batches,))
         history = made.fit(1, phases=[Every(5)])
-        assert history.stop_reason == "the loss became nan in Every(), epoch 1, step 3"
+        assert history.stop_reason == "the loss became nan in Every(), epoch 1, step 3 of the run"
         found.append(gradients(made))
     for a, b in zip(*found, strict=True):
         assert a is not None
@@ -1050,7 +1050,7 @@ def test_a_gradient_that_is_new_in_a_step_whose_loss_is_not_finite_is_not_kept()
     xs = rows()[0]
     batches = [(xs[:8], 0), (xs[8:16], 0), (xs[16:24] * float("nan"), 0)]
     made = learner(data=(batches,), model=lambda: nn.ModuleList([nn.Linear(16, 2), nn.Linear(16, 2)]))
-    assert made.fit(1, phases=[InTurn(9)]).stop_reason == "the loss became nan in InTurn(), epoch 1, step 3"
+    assert made.fit(1, phases=[InTurn(9)]).stop_reason == "the loss became nan in InTurn(), epoch 1, step 3 of the run"
     first, second = gradients(made)[0], gradients(made)[2]
     assert first is not None
     assert first.isfinite().all()
@@ -1296,7 +1296,7 @@ def test_a_compiled_step_that_is_not_finite_changes_neither_weights_nor_buffers_
         for a, b in zip(weights(made), weights(expected), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert found[0] == found[1]
-    assert found[0][0].endswith("Every(), epoch 1, step 6")
+    assert found[0][0].endswith("Every(), epoch 1, step 6 of the run")
     assert ("the loss" if bad != bad else "layers.0.weight") in found[0][0]
 
 

@@ -571,7 +571,7 @@ def test_d_ft_28_an_error_in_a_handler_says_where_it_was_raised_and_keeps_its_ty
     assert str(caught.value) == "oh"
     assert caught.value.__notes__ == [
         "fluxloop: raised by Fails at StepEnd of ValidationPhase()",
-        "fluxloop: in ValidationPhase(), epoch 1, step 1 (both counted from 1)",
+        "fluxloop: in ValidationPhase(), epoch 1, step 1 of the run (both counted from 1)",
     ]
 
 

@@ -17,8 +17,10 @@ from fluxloop.errors import (
     FluxloopError,
     StateAccessError,
     annotate,
+    counted,
     describe,
     did_you_mean,
+    sentence,
 )
 
 TREE = {
@@ -168,3 +170,20 @@ class Halves(list[int]):
 )
 def test_describe_says_what_a_value_is(value, expected):
     assert describe(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("index out of bounds", "index out of bounds."),
+        (IndexError("index out of bounds."), "index out of bounds."),
+        ("no entry 'pred'; did you mean 'preds'?", "no entry 'pred'; did you mean 'preds'?"),
+        ("stop!\n", "stop!"),
+    ],
+)
+def test_what_another_sentence_follows_ends_with_one_mark(said, expected):
+    assert sentence(said) == expected
+
+
+def test_one_of_something_is_in_the_singular():
+    assert [counted(count, "step") for count in (0, 1, 2)] == ["0 steps", "1 step", "2 steps"]

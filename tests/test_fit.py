@@ -273,7 +273,12 @@ def test_a_fit_without_validation_data_trains_alone():
 
 BAD = {
     "no data": ({"data": ()}, {}, DataError, r"TrainingPhase runs on the 'training' data, and there is no data"),
-    "another key": ({"data": {"trainin": [1]}}, {}, DataError, r"there is \['trainin'\]; did you mean 'trainin'\?"),
+    "another key": (
+        {"data": {"trainin": [1]}},
+        {},
+        DataError,
+        r"there is \['trainin'\]; .*; did you mean 'trainin'\?$",
+    ),
     "no validation data": (
         {"data": ([1],)},
         {"phases": [ValidationPhase()]},

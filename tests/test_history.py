@@ -321,3 +321,8 @@ def test_a_class_whose_only_phase_has_a_name_finds_it() -> None:
     history = toy_learner(Recorder(), Metrics()).fit(2, phases=[TrainingPhase(), Shifted(name="far")])
     assert history[Shifted] is history["far"]
     assert history["validation/loss"] == history["far/loss"]
+
+
+def test_the_epochs_of_a_plot_are_whole_numbers() -> None:
+    axes = recorded(2).plot().axes[0]
+    assert all(tick == int(tick) for tick in axes.get_xticks())

@@ -588,3 +588,8 @@ def test_a_batch_that_is_a_dict_is_given_by_name() -> None:
     assert torch.equal(learner.predict({"ids": XS, "mask": XS})["out"], 2 * XS * XS)
     assert torch.equal(learner.predict({"ids": XS})["out"], 2 * XS)
     assert learner.summary().note == ""
+
+
+def test_empty_data_for_predict_is_named_as_what_was_given() -> None:
+    with pytest.raises(DataError, match=r"the given data \(a list of length 0\) gave no batch"):
+        toy_learner().predict([])

@@ -711,7 +711,7 @@ def test_d_ft_28_an_error_in_a_handler_leaves_with_its_type_and_says_where_it_wa
     assert caught.value.args == ("no such thing",)
     notes = "\n".join(caught.value.__notes__)
     assert "raised by Do at LossBegin of TrainingPhase()" in notes
-    assert "in TrainingPhase(), epoch 2, step 6" in notes
+    assert "in TrainingPhase(), epoch 2, step 6 of the run" in notes
 
 
 def test_an_error_in_a_step_says_in_which_phase_epoch_and_step():
@@ -725,7 +725,7 @@ def test_an_error_in_a_step_says_in_which_phase_epoch_and_step():
     with pytest.raises(BrokenError) as caught:
         learner.fit(2, phases=[Third()])
     assert [note for note in caught.value.__notes__ if "fluxloop" in note] == [
-        "fluxloop: in Third(), epoch 2, step 3 (both counted from 1)"
+        "fluxloop: in Third(), epoch 2, step 3 of the run (both counted from 1)"
     ]
 
 
@@ -760,7 +760,7 @@ def test_an_error_in_the_data_says_before_which_step_it_came():
     learner = toy_learner(data=(), num_batches=1)
     with pytest.raises(BrokenError, match="the disk is gone") as caught:
         learner.epoch(TrainingPhase(), batches())
-    assert any("TrainingPhase(), epoch 1, step 1" in note for note in caught.value.__notes__)
+    assert any("TrainingPhase(), epoch 1, step 1 of the run" in note for note in caught.value.__notes__)
 
 
 def test_a_nested_error_is_noted_where_it_was_raised_and_only_there():
@@ -768,7 +768,7 @@ def test_a_nested_error_is_noted_where_it_was_raised_and_only_there():
     with pytest.raises(BrokenError) as caught:
         learner.fit(1, phases=[Validating()])
     assert sum("fluxloop: in " in note for note in caught.value.__notes__) == 1
-    assert any("in ValidationPhase(), epoch 1, step 1" in note for note in caught.value.__notes__)
+    assert any("in ValidationPhase(), epoch 1, step 1 of the run" in note for note in caught.value.__notes__)
 
 
 def test_cancels_carry_no_notes():

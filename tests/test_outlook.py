@@ -86,8 +86,8 @@ class Generates(AbstractValidationPhase):
     [
         ("validation/acuracy", "did you mean 'validation/accuracy'"),
         ("valid/accuracy", "did you mean 'validation/accuracy'"),
-        ("Shifted/loss", "no metric 'Shifted/loss'"),
-        ("validation/loss@ema", "no metric 'validation/loss@ema'"),
+        ("Shifted/loss", "no phase of this fit records 'Shifted/loss'"),
+        ("validation/loss@ema", "no phase of this fit records 'validation/loss@ema'"),
     ],
 )
 def test_a_metric_that_no_phase_records_is_refused_before_the_first_step(
@@ -311,3 +311,13 @@ def test_the_best_checkpoints_are_those_of_the_highest_accuracy(tmp_path: Path) 
     series = learner.history["validation/accuracy"]
     best = 1 + series.index(max(series))
     assert {int(path.name[6:10]) for path in tmp_path.glob("*.pt")} == {best, 6}
+
+
+def test_a_metric_that_will_not_come_is_told_with_those_that_will() -> None:
+    learner = classifier(EarlyStopping(2, monitor="validation/acuracy"))
+    with pytest.raises(
+        MetricError,
+        match=r"no phase of this fit records 'validation/acuracy', which EarlyStopping watches; it records \[.*\]; "
+        r"did you mean 'validation/accuracy'\?$",
+    ):
+        learner.fit(1)

@@ -182,7 +182,7 @@ def test_a_fit_on_nan_data_returns_with_the_reason_and_clean_weights() -> None:
     learner = nan_learner()
     before = bits(learner)
     history = learner.fit(3)
-    assert history.stop_reason == "the loss became nan in TrainingPhase(), epoch 1, step 1"
+    assert history.stop_reason == "the loss became nan in TrainingPhase(), epoch 1, step 1 of the run"
     assert history[TrainingPhase].epochs == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in bits(learner).items())
 
@@ -211,7 +211,7 @@ def test_a_nan_loss_of_a_later_block_ends_the_fit_before_it_reaches_the_weights(
     data = ([torch.ones(2, 1)],)
     learner = Learner(models, data=data, default_callbacks=False, callbacks=[StopOnNaNLoss(), Recorder()])
     history = learner.fit(3, phases=[TwoCriticSteps()])
-    assert history.stop_reason == "the loss of 'critic' became nan in TwoCriticSteps(), epoch 1, step 1"
+    assert history.stop_reason == "the loss of 'critic' became nan in TwoCriticSteps(), epoch 1, step 1 of the run"
     assert history[TwoCriticSteps].updates == {"critic": 1, "generator": 1}
     assert all(torch.isfinite(p).all() for p in models["critic"].parameters())
 

@@ -390,3 +390,9 @@ def test_a_step_lets_go_of_the_graphs_in_a_models_output() -> None:
     assert type(state.out) is Output
     assert state.out["logits"].grad_fn is None
     assert type(state.closed) is Closed
+
+
+def test_a_suggestion_in_front_of_advice_ends_with_its_question_mark_alone() -> None:
+    with pytest.raises(MissingEntryError, match=r"did you mean 'preds'\? A phase stores an entry") as caught:
+        _ = StepState({"preds": 1}).pred
+    assert caught.value.name == "pred"

@@ -2062,3 +2062,54 @@ def test_nothing_is_told_where_nobody_waits_for_updates_or_they_are_the_learners
 class Idle(TrainingPhase):
     def body(self, learner: Learner, handle: Any, state: Any) -> None:
         state.loss = mse_loss(learner.model(state.xs), state.ys)
+
+
+# An update without a gradient
+
+
+class Forgets(TrainingPhase):
+    """Forgets the backward, or computes none in its closure."""
+
+    def __init__(self, with_closure: bool = False) -> None:
+        super().__init__()
+        self.with_closure = with_closure
+
+    def body(self, learner: Learner, handle: Any, state: Any) -> None:
+        state.loss = learner.loss_fn(learner.model(state.xs), state.ys)
+        learner.update(closure=(lambda: state.loss) if self.with_closure else None)
+
+
+@pytest.mark.parametrize(
+    ("with_closure", "said"),
+    [
+        (
+            False,
+            r"no parameter of the optimizer has a gradient, so nothing changes; call learner\.backward\(loss\) first",
+        ),
+        (True, r"a closure that computed no gradient, so nothing changes: call learner\.backward\(loss\) in it"),
+    ],
+)
+def test_an_update_without_any_gradient_is_told_once(with_closure: bool, said: str) -> None:
+    learner = toy_learner()
+    with pytest.warns(UserWarning, match=said) as warned:
+        learner.fit(2, phases=[Forgets(with_closure)])
+    assert len([each for each in warned if "learner.update" in str(each.message)]) == 1
+
+
+def test_gradients_that_somebody_computes_by_hand_are_no_reason_to_warn() -> None:
+    class ByHand(TrainingPhase):
+        def body(self, learner: Learner, handle: Any, state: Any) -> None:
+            state.loss = learner.loss_fn(learner.model(state.xs), state.ys)
+            state.loss.backward()
+            learner.update()
+
+    learner = toy_learner()
+    before = learner.model.value.item()
+    learner.fit(1, phases=[ByHand()])
+    assert learner.model.value.item() != before
+
+
+def test_an_update_of_frozen_parameters_is_not_told_as_one_without_a_gradient() -> None:
+    learner = toy_learner()
+    learner.model.requires_grad_(False)
+    learner.fit(1, phases=[Forgets()])

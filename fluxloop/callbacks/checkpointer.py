@@ -16,7 +16,7 @@ from attrs import define, field
 
 from fluxloop.callback import UnsafeCallback, on
 from fluxloop.checkpoint import check_writers, gather, lasting
-from fluxloop.errors import CallbackConflictError, CheckpointError, warn_user
+from fluxloop.errors import CallbackConflictError, CheckpointError, sentence, warn_user
 from fluxloop.events import FitBegin, FitEnd, StepEnd
 from fluxloop.finite import first_names, not_finite, state_tensors
 from fluxloop.folder import LATEST, Folder, Progress, name_of
@@ -258,7 +258,7 @@ class Checkpointer(UnsafeCallback):
         except CheckpointError as error:
             if not self._told:
                 self._told = True
-                warn_user(f"{error}. Checkpoints are written when an epoch ends")
+                warn_user(f"{sentence(error)} Checkpoints are written when an epoch ends")
             self._owing = self._waits = True
             return
         if place is None:  # cut in the middle of an epoch: what was written last is what to go on from

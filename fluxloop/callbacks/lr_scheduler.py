@@ -160,7 +160,8 @@ class LRScheduler(Callback):
                 raise
             name = getattr(self.factory, "__name__", "factory")
             raise TypeError(
-                f"LRScheduler({name}) could not make a scheduler of the optimizer alone: {error}; expected a function "
+                f"LRScheduler({name}) could not make a scheduler of the optimizer alone: "
+                f"{str(error).removesuffix('.')}; expected a function "
                 f"of the optimizer: LRScheduler(partial({name}, ...)), with the scheduler's arguments in it"
             ) from error
         if not wrapped:  # torch's wrapper only notes that there was a step; `_advance` vouches for that

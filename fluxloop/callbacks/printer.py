@@ -10,7 +10,7 @@ from fluxloop.callback import Callback, on
 from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.progress import FitClock, ProgressBar
 from fluxloop.callbacks.recorder import Recorder
-from fluxloop.errors import shown
+from fluxloop.errors import counted, shown
 from fluxloop.events import EpochEnd, FitBegin
 from fluxloop.given import number
 from fluxloop.history import numbers_in, shown_as
@@ -47,7 +47,8 @@ class MetricsPrinter(Callback):
         self._clock.begin(event, learner)
         if event.resumed:
             done = (
-                f"{name_of(each)} {c.epochs} epochs, {c.steps} steps" for each, c in learner.cbstate.history.items()
+                f"{name_of(each)} {counted(c.epochs, 'epoch')}, {counted(c.steps, 'step')}"
+                for each, c in learner.cbstate.history.items()
             )
             self._print(f"resumed after {'; '.join(done) or 'nothing'}")
 

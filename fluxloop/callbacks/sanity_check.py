@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fluxloop.callback import Callback, on
-from fluxloop.errors import SanityCheckError, describe, warn_user
+from fluxloop.errors import SanityCheckError, describe, sentence, warn_user
 from fluxloop.events import EpochBegin
 from fluxloop.models import to_device_of
 from fluxloop.modes import watching
@@ -93,7 +93,7 @@ class SanityCheck(Callback):
                 with preserved():
                     check.run(learner)
             except Exception as error:
-                failed.append(f"{check.severity}: {check.name}: {error}. {check.hint}".rstrip())
+                failed.append(f"{check.severity}: {check.name}: {sentence(error)} {check.hint}".rstrip())
                 fatal = fatal or check.severity == "error"
         if self._defaults and not fatal:
             for problem in _of_phases(learner):

@@ -54,7 +54,7 @@ class StallReport(UnsafeCallback):
     @on(FitBegin, FittingPhase)
     def start(self, event: FitBegin, phase: FittingPhase, learner: Any) -> None:
         """Begin to watch, until the fit ends."""
-        self._note("the fit has begun", phase)
+        self._note("the fit began", phase)
         ended = threading.Event()
         thread = threading.Thread(target=self._watch, args=(learner, ended), name="stall report", daemon=True)
         thread.start()
@@ -64,22 +64,22 @@ class StallReport(UnsafeCallback):
     @on(EpochBegin)
     def begin_epoch(self, event: EpochBegin, phase: Phase, learner: Any) -> None:
         """Note that an epoch has begun."""
-        self._note("an epoch has begun", phase)
+        self._note("an epoch began", phase)
 
     @on(StepBegin)
     def begin_step(self, event: StepBegin, phase: Phase, learner: Any) -> None:
         """Note that a step has begun."""
-        self._note("a step has begun", phase)
+        self._note("a step began", phase)
 
     @on(StepEnd)
     def end_step(self, event: StepEnd, phase: Phase, learner: Any) -> None:
         """Note that a step has ended."""
-        self._note("a step has ended", phase)
+        self._note("a step ended", phase)
 
     @on(EpochEnd)
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
         """Note that an epoch has ended."""
-        self._note("an epoch has ended", phase)
+        self._note("an epoch ended", phase)
 
     def _note(self, doing: str, phase: Phase) -> None:
         self._since, self._doing, self._phase = monotonic(), doing, phase

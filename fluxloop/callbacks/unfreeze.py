@@ -114,8 +114,9 @@ class Unfreeze(Callback):
             if not count:
                 tops = sorted({path.partition(".")[0] for path in known})
                 raise ModelError(
-                    f"Unfreeze: no module or parameter matches {pattern!r}{did_you_mean(pattern, known)}; there are "
+                    f"Unfreeze: no module or parameter matches {pattern!r}; there are "
                     f"{', '.join(tops) or 'no parameters'}, and what is inside them, such as {next(iter(known), '')!r}"
+                    f"{did_you_mean(pattern, known)}"
                 )
         return plan
 

@@ -354,7 +354,7 @@ def test_an_epoch_without_a_new_value_is_no_best(tmp_path: Path) -> None:
 def test_an_unknown_metric_is_named_with_those_there_are(tmp_path: Path) -> None:
     learner = toy(Recorder(), Metrics(), Checkpointer(tmp_path, keep_best=1, monitor="validation/acuracy"))
     with pytest.raises(
-        MetricError, match=r"no metric 'validation/acuracy' was recorded; there are .*'validation/loss'"
+        MetricError, match=r"no phase of this fit records 'validation/acuracy', .*; it records .*'validation/loss'"
     ):
         learner.fit(2)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 
 from fluxloop import (
     CancelFittingException,
+    Checkpointer,
     CustomCallback,
     Learner,
     Metric,
@@ -148,3 +150,14 @@ def test_evaluate_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     learner = Learner(Coefficient(), nn.functional.l1_loss, default_callbacks=True)
     learner.evaluate((torch.ones(4, 1), torch.ones(4, 1)))
     assert capsys.readouterr().out == ""
+
+
+def test_one_epoch_of_one_step_is_told_in_the_singular(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def learner() -> Learner:
+        made = still_learner()
+        made.add_callback(Checkpointer(tmp_path))
+        return made
+
+    learner().fit(1, phases=[TrainingPhase()], resume=tmp_path)
+    learner().fit(2, phases=[TrainingPhase()], resume=tmp_path)
+    assert "resumed after TrainingPhase 1 epoch, 1 step\n" in capsys.readouterr().out

@@ -325,3 +325,25 @@ def test_looking_at_the_phases_changes_nothing() -> None:
     for learner in (plain, checked):
         learner.fit(2)
     assert_same_bits(plain, checked)
+
+
+def test_a_misspelt_entry_of_a_validation_phase_ends_the_fit_before_its_first_step() -> None:
+    class Misspelt(ValidationPhase):
+        def body(self, learner: Any, handle: Any, state: Any) -> None:
+            state.preds = learner.model(state.xs)
+            state.loss = learner.loss_fn(state.pred, state.ys)
+
+    learner = ready(SanityCheck())
+    with pytest.raises(
+        SanityCheckError, match=r"error: Misspelt\(\): MissingEntryError: .*did you mean 'preds'\? A phase"
+    ):
+        learner.fit(1, phases=[TrainingPhase(), Misspelt()])
+    assert learner.history[TrainingPhase].steps == 0
+
+
+def test_a_failure_that_ends_with_a_period_is_followed_by_the_hint_without_a_second_one() -> None:
+    def fail(learner: Any) -> None:
+        raise IndexError("out of bounds.")
+
+    with pytest.raises(SanityCheckError, match=r"error: mine: out of bounds\. Look there"):
+        toy_learner(SanityCheck(Check("mine", fail, "Look there"))).fit(1)

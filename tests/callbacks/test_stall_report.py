@@ -41,7 +41,7 @@ def test_a_batch_that_does_not_come_is_reported_with_the_stack_that_waits_for_it
     learner.fit(1)
     text = out.getvalue()
     assert text.count("nothing has happened for") == 1  # once for a standstill
-    assert "since a step has ended (TrainingPhase()); waited for: the next batch, which does not come" in text
+    assert "since a step ended (TrainingPhase()); waited for: the next batch, which does not come" in text
     assert "thread MainThread:" in text
     assert "sleep(self.seconds)" in text
 
@@ -49,7 +49,7 @@ def test_a_batch_that_does_not_come_is_reported_with_the_stack_that_waits_for_it
 def test_a_step_that_does_not_end_is_told_from_a_batch_that_does_not_come() -> None:
     out = io.StringIO()
     toy_learner(StallReport(0.1, file=out), data=(Slow(9, 0),)).fit(1, phases=[SlowStep()], steps_per_epoch=1)
-    assert "since a step has begun (SlowStep()); waited for: what the main thread does, below" in out.getvalue()
+    assert "since a step began (SlowStep()); waited for: what the main thread does, below" in out.getvalue()
     assert "sleep(0.4)" in out.getvalue()
 
 

@@ -84,7 +84,7 @@ def test_the_fit_ends_with_the_weights_of_the_last_good_step(
 ) -> None:
     learner = learner_of(StopOnNaNLoss(wait=wait), bad=bad, optimizer=optimizer)
     history = learner.fit(5)
-    assert history.stop_reason == f"the loss became {number} in TrainingPhase(), epoch 1, step {GOOD + 1}"
+    assert history.stop_reason == f"the loss became {number} in TrainingPhase(), epoch 1, step {GOOD + 1} of the run"
     assert history[TrainingPhase].steps == GOOD
     assert history[TrainingPhase].updates == {None: GOOD}
     assert history[TrainingPhase].epochs == 0
@@ -112,7 +112,7 @@ def test_d_ft_13_fit_returns_and_its_end_says_why() -> None:
     assert learner.fit(5) is learner.history
     assert recorder.events.count("FitEnd") == 1
     assert recorder.events[-2:] == ["BackwardBegin", "FitEnd"]
-    assert reasons == [("the loss became nan in TrainingPhase(), epoch 1, step 4", None)]
+    assert reasons == [("the loss became nan in TrainingPhase(), epoch 1, step 4 of the run", None)]
 
 
 def test_it_is_a_default_callback(capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,7 +195,7 @@ def test_in_blocks_the_optimizer_is_named_and_its_parameters_unharmed(
     updates: Any, reason: str, values: tuple[float, float]
 ) -> None:
     learner = pair()
-    where = "in InOrder(), epoch 1, step 1"
+    where = "in InOrder(), epoch 1, step 1 of the run"
     assert learner.fit(2, phases=[InOrder(*updates)]).stop_reason == f"{reason} {where}"
     assert (learner.model.G.value.item(), learner.model.D.value.item()) == values
     assert all(p.requires_grad for p in (learner.model.G.value, learner.model.D.value))
@@ -209,7 +209,7 @@ def test_a_single_unnamed_block_is_looked_at_as_well() -> None:
                     block.loss = nn.functional.mse_loss(learner.model(state.xs), state.ys)
 
     learner = learner_of(StopOnNaNLoss())
-    assert learner.fit(1, phases=[Block()]).stop_reason == "the loss became nan in Block(), epoch 1, step 4"
+    assert learner.fit(1, phases=[Block()]).stop_reason == "the loss became nan in Block(), epoch 1, step 4 of the run"
     assert torch.equal(learner.model[0].weight, by_hand(GOOD)[0][0].weight)
 
 
@@ -220,7 +220,10 @@ def test_a_phase_with_a_loss_per_optimizer_is_looked_at_as_well() -> None:
 
     learner = learner_of(StopOnNaNLoss(), bad=0.0, optimizer={"0": torch.optim.SGD, "2": torch.optim.SGD})
     head = learner.model[2].weight.detach().clone()
-    assert learner.fit(1, phases=[Rates()]).stop_reason == "the loss of '2' became nan in Rates(), epoch 1, step 1"
+    assert (
+        learner.fit(1, phases=[Rates()]).stop_reason
+        == "the loss of '2' became nan in Rates(), epoch 1, step 1 of the run"
+    )
     assert torch.equal(learner.model[2].weight, head)
 
 
@@ -248,7 +251,9 @@ class Numbers(AbstractTrainingPhase):
 
 def test_a_phase_without_backwardbegin_is_looked_at_when_its_step_ends() -> None:
     learner = learner_of(StopOnNaNLoss())
-    assert learner.fit(2, phases=[ByHand()]).stop_reason == "the loss became nan in ByHand(), epoch 1, step 4"
+    assert (
+        learner.fit(2, phases=[ByHand()]).stop_reason == "the loss became nan in ByHand(), epoch 1, step 4 of the run"
+    )
     assert learner.history[ByHand].steps <= GOOD + 1
     assert learner.history[ByHand].epochs == 0
 
@@ -257,7 +262,10 @@ def test_a_phase_without_backwardbegin_is_looked_at_when_its_step_ends() -> None
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_losses_that_are_numbers_are_looked_at_too(entry: str, name: str, bad: float) -> None:
     learner = learner_of(StopOnNaNLoss(), bad=bad)
-    assert learner.fit(1, phases=[Numbers(entry)]).stop_reason == f"{name} became {bad} in Numbers(), epoch 1, step 4"
+    assert (
+        learner.fit(1, phases=[Numbers(entry)]).stop_reason
+        == f"{name} became {bad} in Numbers(), epoch 1, step 4 of the run"
+    )
 
 
 class Nothing(AbstractTrainingPhase):
@@ -309,7 +317,7 @@ def test_an_explicit_loss_after_a_block_is_looked_at_before_its_update(loss: flo
         assert reason is None
         assert learner.model.G.value.item() != 2.0
     else:
-        assert reason == "the loss became nan in ThenExplicit(), epoch 1, step 1"
+        assert reason == "the loss became nan in ThenExplicit(), epoch 1, step 1 of the run"
         assert learner.model.G.value.item() == 2.0
 
 
@@ -447,7 +455,7 @@ def test_gradients_that_are_not_finite_change_nothing_at_any_step(setting: str, 
         if setting == "clipped by value" and abs(bad) == INF:  # it is clipped, and its norm known from before
             reason = "the norm of the gradients of the optimizer, before they were clipped, became nan or infinite"
         assert str(history.stop_reason).startswith(reason), at
-        assert str(history.stop_reason).endswith(f"epoch 1, step {step}")
+        assert str(history.stop_reason).endswith(f"epoch 1, step {step} of the run")
         found = changed(weights.kept, state_of(learner))
         if setting == "blocks":  # that of D was finite, and has been made
             found = [name for name in found if not name.startswith("D")]
@@ -463,7 +471,9 @@ def test_a_stop_is_a_warning_that_names_the_first_parameters_and_can_be_made_an_
     with pytest.warns(UserWarning, match=r"the fit stops: gradients of the optimizer .* \(0\.weight, 0\.bias\) in Spo"):
         learner.fit(1, phases=[Spoiling(2, NAN)])
     learner = learner_of(StopOnNaNLoss())
-    with pytest.warns(UserWarning, match=r"the fit stops: the loss became nan in TrainingPhase\(\), epoch 1, step 4"):
+    with pytest.warns(
+        UserWarning, match=r"the fit stops: the loss became nan in TrainingPhase\(\), epoch 1, step 4 of the run"
+    ):
         learner.fit(1)
     learner = learner_of(StopOnNaNLoss())
     with warnings.catch_warnings():
@@ -559,7 +569,7 @@ def test_a_phase_below_phase_is_looked_at_as_well() -> None:
                 learner.backward(nn.functional.mse_loss(learner.model(state.xs), state.ys))
                 learner.update()
 
-    assert "epoch 1, step 4" in str(learner_of(StopOnNaNLoss()).fit(1, phases=[Below()]).stop_reason)
+    assert "epoch 1, step 4 of the run" in str(learner_of(StopOnNaNLoss()).fit(1, phases=[Below()]).stop_reason)
 
 
 # Buffers

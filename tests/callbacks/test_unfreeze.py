@@ -307,11 +307,13 @@ def test_what_is_not_frozen_any_more_trains_as_if_it_had_never_been() -> None:
 
 
 def test_an_empty_match_is_an_error_that_names_what_is_close() -> None:
-    message = r"matches 'encodr'; did you mean 'encoder'\?; there are encoder, head, and what is inside them, such as"
+    message = (
+        r"matches 'encodr'; there are encoder, head, and what is inside them, such as .*; did you mean 'encoder'\?"
+    )
     with pytest.raises(ModelError, match=message):
         learner_of(Unfreeze({"encodr": 1}))
     learner = learner_of()
-    with pytest.raises(ModelError, match=r"matches 'head.wieght'; did you mean 'head.weight'"):
+    with pytest.raises(ModelError, match=r"matches 'head.wieght'; .*; did you mean 'head.weight'"):
         learner.add_callback(Unfreeze({"head.wieght": 1}))
 
 
