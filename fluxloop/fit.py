@@ -311,7 +311,8 @@ def check_names(learner: Learner, phases: Iterable[Phase]) -> None:
         if other is not phase and not phase.gradients:
             raise PhaseError(
                 f"a cycle has two phases that are called {name!r}, {other!r} and {phase!r}, whose numbers would be one "
-                f"series. Give one a name of its own before the fit: phase.name = '{name.lower()}2'"
+                f"series. Give each a name of its own before the fit, phase.name = '{name.lower()}2', or "
+                "give one of them twice where one series is meant"
             )
 
 

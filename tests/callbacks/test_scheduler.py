@@ -99,7 +99,8 @@ def test_d_ft_10_scheduled_weights_are_those_of_a_loop_by_hand(optimizer: Any) -
 def test_d_ft_27_only_training_phases_are_scheduled_counted_and_recorded() -> None:
     schedule = linear(100, 0.01, 0.0)
     learner = learner_of(Scheduler({LearningRate: schedule}))
-    learner.fit(2, phases=[ValidationPhase(), TrainingPhase(), ValidationPhase()])
+    validation = ValidationPhase()
+    learner.fit(2, phases=[validation, TrainingPhase(), validation])
     learner.evaluate()
     learner.epoch(ValidationPhase())
     assert learner.cbstate.hyperparameters["learning_rate"] == [(t + 1, schedule(t)) for t in range(2 * BATCHES)]
