@@ -38,7 +38,7 @@ from fluxloop.loading import is_workers_death, worker_died
 from fluxloop.loop import check_view
 from fluxloop.outlook import check_monitors, warn_unseen
 from fluxloop.passes import untouched
-from fluxloop.persist import phase_id
+from fluxloop.persist import attributes, phase_id
 from fluxloop.phase import AbstractValidationPhase, Phase, Stateful, check_every, check_methods, check_name, is_due
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.randomness import preserved
@@ -308,7 +308,8 @@ def check_names(learner: Learner, phases: Iterable[Phase]) -> None:
                 f"two phases are called {name!r}: {phase_id(former)} and {phase_id(phase)}; their numbers would be one "
                 f"series. Give one a name of its own, in the class or when it is made: name = '{name.lower()}2'"
             )
-        if other is not phase and not phase.gradients:
+        own = isinstance(phase, AbstractValidationPhase) or attributes(phase) or attributes(other)
+        if other is not phase and not phase.gradients and own:
             raise PhaseError(
                 f"a cycle has two phases that are called {name!r}, {other!r} and {phase!r}, whose numbers would be one "
                 f"series. Give each a name of its own before the fit, phase.name = '{name.lower()}2', or "
