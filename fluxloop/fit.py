@@ -184,6 +184,8 @@ def _run(learner: Learner, scope: FitScope, until: int, reason: str | None) -> H
         try:
             with scope.noting("fit"):
                 scope.handle(FitBegin(scope.goes_on))
+            if learner.resume_from is not None:
+                _tell_unkept(learner.resume_from)
             scope.put_again("fit" if history.cycles < until else "end")
             history.stop_reason = reason
             learner.safe_point()
@@ -223,6 +225,14 @@ def _run(learner: Learner, scope: FitScope, until: int, reason: str | None) -> H
     if history.cycles > began and history.stop_reason is None:
         warn_unseen(learner)
     return history
+
+
+def _tell_unkept(given: Any) -> None:
+    """Warn of a run that begins where it was to be resumed, and that nobody keeps there."""
+    warn_user(
+        f"resume={str(given)!r} was given, but no Checkpointer is among the callbacks: nothing is written there; add "
+        f"Checkpointer({str(given)!r})"
+    )
 
 
 def _finish(scope: FitScope, history: History, error: BaseException | None) -> BaseException | None:

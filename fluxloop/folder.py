@@ -244,6 +244,13 @@ class Folder:
         if release is not None:  # nobody is writing: what was left half written is gone now
             release()
 
+    def let_go(self) -> None:
+        """Take back the mark of a run that is not going to be kept here; one that has checkpoints keeps it."""
+        release = None if self.files() else self._lock()
+        if release is not None:
+            (self.path / MARKER).unlink(missing_ok=True)
+            release()
+
     def lock(self) -> Callable[[], None]:
         """Keep other processes, and other fits of this one, from writing here; return what lets them again.
 

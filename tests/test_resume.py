@@ -1589,3 +1589,17 @@ def test_one_folder_for_two_stages_says_what_to_do(tmp_path: Path) -> None:
     make().fit(3, resume=tmp_path)
     with pytest.raises(CheckpointError, match=r"3 epochs are complete.*several fits.* give each stage a folder of its"):
         make().fit(2, resume=tmp_path)
+
+
+def test_a_run_to_be_resumed_that_nobody_keeps_is_told(tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning, match=r"no Checkpointer is among the callbacks: .*; add Checkpointer\('.*runs'\)"
+    ) as told:
+        toy_learner(num_batches=2).fit(1, resume=tmp_path / "runs")
+    assert len(told) == 1
+
+
+def test_a_run_that_is_kept_and_one_that_goes_on_from_a_file_are_not_told_of_a_checkpointer(tmp_path: Path) -> None:
+    learner = toy_learner(Recorder(), Checkpointer(tmp_path / "runs"), num_batches=2)
+    learner.fit(1, resume=tmp_path / "runs")
+    toy_learner(Recorder(), num_batches=2).fit(2, resume=tmp_path / "runs")

@@ -205,10 +205,12 @@ class Checkpointer(UnsafeCallback):
         written = [each.folder for each in learner.callbacks if isinstance(each, Checkpointer)]
         if all(folder.resolve() != looked_in for folder in written):
             there = "has checkpoints of a run" if Folder(self.folder).files() else "is where this run would be kept"
+            Folder(self.folder).let_go()
             raise CheckpointError(
                 f"resume={str(given)!r} was given, and there is nothing to go on from: the Checkpointer writes to "
                 f"{self.folder}, which {there}. Expected the same folder: fit(epochs, resume={str(self.folder)!r})"
             )
+        learner.resume_from = None  # somebody writes where the next process will look
 
     def _ask(self, number: int, frame: object) -> None:
         """Have a checkpoint written at the next moment between two steps."""

@@ -1339,4 +1339,21 @@ def test_a_run_kept_in_two_folders_may_be_looked_for_in_either(tmp_path: Path) -
     for name in ("a", "b"):
         both = [Checkpointer(tmp_path / each / name, name=each) for each in ("a", "b")]
         toy(*both).fit(1, resume=tmp_path / name / name)
-    toy().fit(1, resume=tmp_path / "new")  # without a Checkpointer the script writes files by itself
+    with pytest.warns(UserWarning, match="no Checkpointer is among the callbacks"):
+        toy().fit(1, resume=tmp_path / "new")
+
+
+def test_a_run_that_is_refused_for_another_folder_leaves_no_mark_in_its_own(tmp_path: Path) -> None:
+    learner = toy(Checkpointer(tmp_path / "run"))
+    with pytest.raises(CheckpointError, match="nothing to go on from"):
+        learner.fit(1, resume=tmp_path / "rum")
+    assert list((tmp_path / "run").iterdir()) == []
+    learner.fit(1, resume=tmp_path / "run")
+    assert (tmp_path / "run" / "fluxloop.json").exists()
+
+
+def test_a_run_that_is_refused_leaves_the_mark_of_a_run_with_checkpoints(tmp_path: Path) -> None:
+    toy(Checkpointer(tmp_path / "run")).fit(1)
+    with pytest.raises(CheckpointError, match="nothing to go on from"):
+        toy(Checkpointer(tmp_path / "run")).fit(1, resume=tmp_path / "rum")
+    assert (tmp_path / "run" / "fluxloop.json").exists()
