@@ -295,7 +295,8 @@ def check_phase(phase: object) -> None:
 def check_names(learner: Learner, phases: Iterable[Phase]) -> None:
     """Raise for phases whose numbers could not be told apart, from each other's and from those that have run.
 
-    Two phases of one name are the same phase: of one class, and one instance where they only watch.
+    Two phases of one name are the same phase: of one class, and one instance where they have something of their own
+    and only watch. Two that have nothing of their own may both stand in a cycle, as one instance given twice may.
 
     Raises:
         PhaseError: Says which, and where to name them.
@@ -318,8 +319,7 @@ def check_names(learner: Learner, phases: Iterable[Phase]) -> None:
                 f"two phases are called {name!r}: {phase_id(former)} and {phase_id(phase)}; their numbers would be one "
                 f"series. Give one a name of its own, in the class or when it is made: name = '{name.lower()}2'"
             )
-        own = isinstance(phase, AbstractValidationPhase) or attributes(phase) or attributes(other)
-        if other is not phase and not phase.gradients and own:
+        if other is not phase and not phase.gradients and (attributes(phase) or attributes(other)):
             raise PhaseError(
                 f"a cycle has two phases that are called {name!r}, {other!r} and {phase!r}, whose numbers would be one "
                 f"series. Give each a name of its own before the fit, phase.name = '{name.lower()}2', or "

@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fluxloop.errors import OptimizerError, describe, did_you_mean
+from fluxloop.optimizers import options_given
 from fluxloop.view import look_up
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -154,6 +155,16 @@ class OptimizerOption(HyperParameter):
             for index in (range(len(optimizer.param_groups)) if self.group is None else [self.group])
         ]
         return [(place, group, option) for place, (group, option) in zip(places, self.groups(learner), strict=True)]
+
+    def places_given(self, learner: Any) -> list[tuple[str, dict[str, Any], str]]:
+        """Return `places` with the options that the groups had when the learner was made."""
+        groups = [
+            {**group, **options_given(optimizer, index)}
+            for _, optimizer in self.optimizers(learner)
+            for index, group in enumerate(optimizer.param_groups)
+            if self.group in (None, index)
+        ]
+        return [(place, group, option) for (place, _, option), group in zip(self.places(learner), groups, strict=True)]
 
     def _refuse(self, name: str | None, optimizer: Optimizer, what: str) -> OptimizerError:
         label = type(optimizer).__name__ if name is None else f"{type(optimizer).__name__} {name!r}"

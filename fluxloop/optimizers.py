@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,21 @@ def build_optimizers(models: Models, optimizer: Any, loss_fn: object = None) -> 
     for name, made in built.items():
         _check_options(made, "the optimizer" if name is None else f"optimizer[{name!r}]")
     separate_options(built.values())
+    for made in built.values():
+        _given[made] = [
+            {name: copy.deepcopy(value) for name, value in group.items() if name not in ("params", "param_names")}
+            for group in made.param_groups
+        ]
     return built
+
+
+_given: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
+
+
+def options_given(optimizer: Optimizer, group: int) -> dict[str, Any]:
+    """Return the options that a parameter group had when the learner was made; none where it joined later."""
+    groups = _given.get(optimizer, [])
+    return groups[group] if group < len(groups) else {}
 
 
 def _build(models: Models, name: Any, value: Any) -> Optimizer:

@@ -259,7 +259,7 @@ def test_several_validation_passes_and_a_prediction_pass_change_nothing(referenc
     class Predict(PredictionPhase):
         pass
 
-    learner = train(make_learner(workers=workers), ValidationPhase(), Predict(), ValidationPhase(name="again"))
+    learner = train(make_learner(workers=workers), ValidationPhase(), Predict(), ValidationPhase())
     assert_same_bits(learner, reference(workers))
 
 

@@ -577,29 +577,10 @@ def test_a_name_that_another_phase_had_is_refused_later_too() -> None:
         learner.epoch(ValidationPhase(name="noisy"))
 
 
-def test_training_phases_without_anything_of_their_own_are_one_phase() -> None:
+def test_phases_without_anything_of_their_own_are_one_phase() -> None:
     learner = toy_learner(Recorder(), Metrics(), num_batches=2)
-    validation = ValidationPhase()
-    history = learner.fit(2, phases=[TrainingPhase(), validation, TrainingPhase(), validation])
-    assert history[TrainingPhase].epochs == 4
+    history = learner.fit(2, phases=[TrainingPhase(), ValidationPhase(), TrainingPhase(), ValidationPhase()])
     assert history[ValidationPhase].epochs == len(history["validation/loss"]) == 4
-
-
-def test_two_equal_validation_phases_without_a_name_are_refused_and_one_can_be_named() -> None:
-    class Own(ValidationPhase):
-        def __init__(self) -> None:
-            super().__init__()
-
-    for kind in (ValidationPhase, Own):
-        learner = toy_learner(Recorder(), Metrics(), num_batches=2)
-        first, second = kind(), kind()
-        with pytest.raises(PhaseError, match=rf"phase\.name = '{kind.__name__.lower()}2'") as caught:
-            learner.fit(1, phases=[TrainingPhase(), first, second])
-        assert "one of them twice" in str(caught.value)
-        assert learner.history.cycles == 0
-        second.name = f"{kind.__name__.lower()}2"
-        history = learner.fit(1, phases=[TrainingPhase(), first, second])
-        assert [history[each].epochs for each in (first, second)] == [1, 1]
 
 
 def test_a_validation_phase_with_a_name_draws_from_a_stream_of_its_own() -> None:

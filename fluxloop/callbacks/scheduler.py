@@ -299,7 +299,7 @@ class Scheduler(Callback):
             record(table, label, self._ended + 1, value)
 
 
-def _given_to(group: dict[str, Any], option: str) -> float:
+def _given_to(group: Mapping[str, Any], option: str) -> float:
     """Return what a parameter group was given, times its ``lr_scale`` where it has one."""
     return float(group[option]) * (float(group.get("lr_scale", 1.0)) if option == "lr" else 1.0)
 
@@ -312,6 +312,8 @@ def _ratios_of(parameter: OptimizerOption, learner: Any) -> dict[str, float]:
     """
     if parameter.scales:
         given = {place: _given_to(group, option) for place, group, option in parameter.places(learner)}
+        if not any(given.values()):  # a former schedule has ended at 0, where no ratio can be read
+            given = {place: _given_to(group, option) for place, group, option in parameter.places_given(learner)}
         return given if len(set(given.values())) > 1 else {}
     values = parameter.given(learner)
     if any(value != next(iter(values.values())) for value in values.values()):

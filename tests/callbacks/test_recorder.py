@@ -199,8 +199,7 @@ def test_a_validation_outside_of_the_cycles_stands_at_the_training_before_it() -
 def test_a_phase_that_runs_several_times_in_a_cycle_keeps_every_value() -> None:
     learner = toy_learner(Recorder(), Metrics(), num_batches=2)
     learner.fit(3, phases=[TrainingPhase()])
-    again = ValidationPhase()
-    learner.fit(2, phases=[TrainingPhase(), again, again])
+    learner.fit(2, phases=[TrainingPhase(), ValidationPhase(), ValidationPhase()])
     assert epochs_of(learner, ValidationPhase) == [4, 5, 6, 7]
     assert len(learner.history["validation/loss"]) == 4
 

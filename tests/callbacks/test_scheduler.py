@@ -99,8 +99,7 @@ def test_d_ft_10_scheduled_weights_are_those_of_a_loop_by_hand(optimizer: Any) -
 def test_d_ft_27_only_training_phases_are_scheduled_counted_and_recorded() -> None:
     schedule = linear(100, 0.01, 0.0)
     learner = learner_of(Scheduler({LearningRate: schedule}))
-    validation = ValidationPhase()
-    learner.fit(2, phases=[validation, TrainingPhase(), validation])
+    learner.fit(2, phases=[ValidationPhase(), TrainingPhase(), ValidationPhase()])
     learner.evaluate()
     learner.epoch(ValidationPhase())
     assert learner.cbstate.hyperparameters["learning_rate"] == [(t + 1, schedule(t)) for t in range(2 * BATCHES)]
@@ -635,3 +634,14 @@ def test_one_added_later_records_on_after_a_resume_in_the_middle_of_an_epoch(tmp
     resumed.fit(3, resume=tmp_path / "state.pt")
     for each in (learner, resumed):
         assert [step for step, _ in each.cbstate.hyperparameters["learning_rate"]] == list(range(4, 10))
+
+
+def test_ratios_are_not_lost_where_a_former_schedule_has_ended_at_zero() -> None:
+    down, up = linear(BATCHES - 1, 0.1, 0.0), constant(0.1)
+    learner = grouped(Scheduler({LearningRate: down, WeightDecay: down}))
+    learner.fit(1)
+    assert get_hyperparameter(learner, LearningRate) == get_hyperparameter(learner, WeightDecay) == 0
+    learner.replace_callback(Scheduler({LearningRate: up, WeightDecay: up}))
+    learner.fit(1)
+    assert get_hyperparameter(learner, LearningRate) == (0.1, pytest.approx(0.01))
+    assert get_hyperparameter(learner, WeightDecay) == (0.1, 0)
