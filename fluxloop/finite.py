@@ -70,7 +70,9 @@ class Finite:
         if scope is not None:  # a teacher, or a head, of the phase's own
             modules += [value for value in vars(scope.phase).values() if isinstance(value, nn.Module)]
         before = {id(kept.place): kept for kept in self._buffers}
-        parts = {id(part._buffers): part for module in modules for part in module.modules() if part._buffers}
+        every = (part for module in modules for part in module.modules())
+        held = (part for part in every if any(tensor is not None for tensor in part._buffers.values()))
+        parts = {id(part._buffers): part for part in held}  # many losses have a weight that is None
         self._buffers = [before.get(key) or KeptBuffers(part._buffers) for key, part in parts.items()]
 
     def require(self, what: str, number: float | Tensor, wait: bool) -> None:
