@@ -171,15 +171,7 @@ class CallbackGraph:
 
     def reaches(self, before: str, after: str) -> bool:
         """Tell whether a chain of edges says that `before` runs before `after`."""
-        todo, seen = [before], set()
-        while todo:
-            current = todo.pop()
-            if current == after:
-                return True
-            if current not in seen:
-                seen.add(current)
-                todo.extend(edge.after for edge in self.edges if edge.before == current)
-        return False
+        return _leads(self.edges, before, after)
 
     @property
     def digest(self) -> str:
@@ -210,26 +202,23 @@ def _without_needless(edges: list[Edge], nodes: dict[str, Node]) -> list[Edge]:
         return left_out and bool(reader.access.writes) and edge.reason.startswith(f"{edge.before} writes")
 
     kept = [edge for edge in edges if not is_weak(edge)]
-    after: dict[str, set[str]] = {}
-    for edge in kept:
-        after.setdefault(edge.before, set()).add(edge.after)
-
-    def leads(start: str, end: str) -> bool:
-        todo, seen = [start], set()
-        while todo:
-            current = todo.pop()
-            if current == end:
-                return True
-            if current not in seen:
-                seen.add(current)
-                todo.extend(after.get(current, ()))
-        return False
-
     for edge in sorted(filter(is_weak, edges), key=lambda edge: (edge.before, edge.after, edge.reason)):
-        if not leads(edge.after, edge.before):
+        if not _leads(kept, edge.after, edge.before):
             kept.append(edge)
-            after.setdefault(edge.before, set()).add(edge.after)
     return kept
+
+
+def _leads(edges: Iterable[Edge], before: str, after: str) -> bool:
+    """Tell whether a chain of edges leads from one callback to another."""
+    todo, seen = [before], set()
+    while todo:
+        current = todo.pop()
+        if current == after:
+            return True
+        if current not in seen:
+            seen.add(current)
+            todo.extend(edge.after for edge in edges if edge.before == current)
+    return False
 
 
 def _access_edges(nodes: list[Node], edges: list[Edge]) -> Iterator[tuple[Node, Node, Path, Path]]:
