@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from cmath import isfinite
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -48,6 +48,8 @@ class Finite:
         self._buffers: list[KeptBuffers] = []
         self._epoch: Scope | None = None
         self._step: StepState | None = None
+        self.looked = False
+        """Whether the losses of the running step were looked at before their gradients were computed."""
         self.bad: Tensor | None = None
         """Of a device: 1 once a gradient was not finite, else 0; None where everything was looked at at once."""
 
@@ -57,6 +59,7 @@ class Finite:
 
     def begin_step(self) -> None:
         """Keep the buffers of the models, so that a step that is not finite leaves them as they were."""
+        self.looked = False
         scope = self._learner.scope
         if scope is None or scope.parent is not self._epoch:
             self._begin_epoch(scope)
@@ -75,24 +78,24 @@ class Finite:
         parts = {id(part._buffers): part for part in held}  # many losses have a weight that is None
         self._buffers = [before.get(key) or KeptBuffers(part._buffers) for key, part in parts.items()]
 
-    def require(self, what: str, number: float | Tensor, wait: bool) -> None:
-        """Stop the fit unless a loss is finite.
+    def require_losses(self, wait: bool) -> None:
+        """Stop the fit unless the losses that the running step has stored are finite.
 
         Args:
-            what: What it is called: ``"the loss of 'G'"``.
-            number: The loss; of a tensor with more elements than one nothing is asked.
             wait: Whether to wait for the device.
 
         Raises:
-            CancelFittingException: It is NaN or infinite.
+            CancelFittingException: One is NaN or infinite.
         """
-        if not isinstance(number, Tensor):
-            self._look(what, float(number))
-        elif number.numel() == 1:
-            if number.is_cpu or wait:
-                self._look(what, number.item())
-            else:
-                self._learner.host(number, partial(self._look_later, what, self._learner.where()))
+        self.looked = True
+        for what, loss in stored_losses(self._learner.step):
+            if not isinstance(loss, Tensor):
+                self._look(what, float(loss))
+            elif loss.numel() == 1:  # of a tensor with more elements nothing is asked
+                if loss.is_cpu or wait:
+                    self._look(what, loss.item())
+                else:
+                    self._learner.host(loss, partial(self._look_later, what, self._learner.where()))
 
     def _look(self, what: str, number: float) -> None:
         if not isfinite(number):
@@ -102,12 +105,13 @@ class Finite:
         if not isfinite(number):
             self.stop(f"{what} became {number}", place, BEYOND)
 
-    def require_gradients(self, name: str | None, norm: object, wait: bool) -> None:
+    def require_gradients(self, name: str | None, wait: bool) -> None:
         """Stop the fit unless the gradients that an optimizer is about to use are finite.
+
+        Also looked at is their norm before they were clipped, where somebody has computed it.
 
         Args:
             name: Of the optimizer.
-            norm: Their norm before they were clipped, where somebody has computed it.
             wait: Whether to wait for the device.
 
         Raises:
@@ -128,13 +132,14 @@ class Finite:
             else:
                 later.append(parameter)
         norm_later: list[Tensor] = []
-        if isinstance(norm, Tensor) and norm.numel() == 1:
+        norm = norm_before_clipping(self._learner.step, name)
+        if norm is not None:
             if norm.is_cpu or wait:
                 total += norm.item()
             else:
                 norm_later.append(norm)
         if not isfinite(total):  # finite ones may have an infinite sum
-            reason = self._describe(slot, norm if isinstance(norm, Tensor) else None)
+            reason = self._describe(slot, norm)
             if reason:
                 self.stop(reason)
         if later or norm_later:
@@ -148,7 +153,7 @@ class Finite:
             for parameter in slot.parameters
             if parameter.grad is not None and not elements(parameter.grad).isfinite().all()
         ]
-        of_norm = norm is not None and norm.numel() == 1 and not isfinite(norm.item())
+        of_norm = norm is not None and not isfinite(norm.item())
         return bad_gradients(slot, bad) if bad or of_norm else ""
 
     def _require_later(self, slot: Slot, parameters: list[nn.Parameter], norm: list[Tensor]) -> None:
@@ -181,6 +186,27 @@ class Finite:
         reason = f"{what} in {place or self._learner.where()}"
         warn_user(f"the fit stops: {sentence(reason)} {advice}")
         raise CancelFittingException(reason)
+
+
+def stored_losses(step: StepState) -> Iterable[tuple[str, Any]]:
+    """Return the losses that a step has stored, each with what messages call it."""
+    entries = vars(step)
+    each = entries.get("losses")
+    losses = [("the loss", entries["loss"])] if "loss" in entries else []
+    if isinstance(each, Mapping):
+        losses[:0] = [(f"the loss of {name!r}", loss) for name, loss in each.items()]
+    return losses
+
+
+def norm_before_clipping(step: StepState, name: str | None) -> Tensor | None:
+    """Return the norm of an optimizer's gradients, where `GradientClip` has stored it in the step."""
+    entries = vars(step)
+    if name is None:
+        norm = entries.get("grad_norm")
+    else:
+        norms = entries.get("grad_norms")
+        norm = norms.get(name) if isinstance(norms, Mapping) else None
+    return norm if isinstance(norm, Tensor) and norm.numel() == 1 else None
 
 
 def bad_gradients(slot: Slot, names: Sequence[str]) -> str:

@@ -31,6 +31,7 @@ from fluxloop.callback import Callback
 from fluxloop.errors import CancelSignal, CompileError, LossError, OptimizerError, PhaseError, annotate
 from fluxloop.errors import describe as describe_briefly
 from fluxloop.events import Event
+from fluxloop.finite import norm_before_clipping, stored_losses
 from fluxloop.forbidden import AsTried, noting_containers, noting_draws
 from fluxloop.nested import init_fields, map_tensors, tensors
 from fluxloop.persist import attributes
@@ -212,23 +213,26 @@ class FiniteStandIn:
     """
 
     bad = None
+    looked = False  # the losses are looked at once more when the step ends: a phase may store one after its backward
 
     def __init__(self, learner: StandIn) -> None:
         self._learner = learner
         self.looks: list[Look] = []
 
-    def require(self, what: str, number: Any, wait: bool) -> None:
-        """Have the updates that follow be left out unless a loss is finite."""
-        if isinstance(number, Tensor) and number.numel() == 1:
-            self._look(number.detach().reshape(1), what, [])
+    def require_losses(self, wait: bool) -> None:
+        """Have the updates that follow be left out unless the step's losses are finite."""
+        for what, loss in stored_losses(self._learner.step):
+            if isinstance(loss, Tensor) and loss.numel() == 1:
+                self._look(loss.detach().reshape(1), what, [])
 
-    def require_gradients(self, name: str | None, norm: Any, wait: bool) -> None:
+    def require_gradients(self, name: str | None, wait: bool) -> None:
         """Have an optimizer's update, and those that follow, be left out unless its gradients are finite."""
         updates = self._learner.updates
         updates.take_given(updates.find(name))
         leaves = [leaf for leaf in updates.find(name).parameters if leaf.grad is not None]
         numbers = [leaf.grad.detach() for leaf in leaves if leaf.grad is not None]
-        numbers += [norm.detach()] if isinstance(norm, Tensor) else []
+        norm = norm_before_clipping(self._learner.step, name)
+        numbers += [norm.detach()] if norm is not None else []
         if numbers:
             fine = torch.stack([number.isfinite().all() for number in numbers])
             self._look(torch.where(fine, 0.0, float("nan")), name, [updates.names[leaf] for leaf in leaves])

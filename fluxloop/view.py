@@ -185,7 +185,7 @@ def _generate(access: Access, path: Path, fetch: Callable[[Any], Any]) -> type[V
 
 
 def _service(name: str) -> property:
-    return property(lambda self: getattr(self._learner, name))
+    return property(attrgetter(f"_learner.{name}"))  # no frame of Python: handlers ask in every step
 
 
 def _below(view: type[View], of: View) -> View:
