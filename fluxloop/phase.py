@@ -67,10 +67,11 @@ class Step:
 class Phase:
     """Base of all phases.
 
-    Subclasses override `step`, or the parts of it: `entries`, `body` and `finish`, as the built-in
-    ones do, so that a step can be compiled whole. Seldom `epoch`. One that keeps something between
-    steps has ``state_dict()`` and ``load_state_dict(state)``, both or neither; in a second learner it
-    begins as in the first. A class may say otherwise on these:
+    Subclasses write the parts of a step, `entries`, `body` and `finish`, as the built-in ones do, so
+    that it can be compiled whole. They override `step` where a batch is not one step of that form, and
+    seldom `epoch`. One that keeps something between steps has ``state_dict()`` and
+    ``load_state_dict(state)``, both or neither; in a second learner it begins as in the first. A class
+    may say otherwise on these:
     """
 
     data_key: ClassVar[str] = ""
@@ -141,14 +142,13 @@ class Phase:
             Anything; the built-in phases return the step's state.
 
         Raises:
-            PhaseError: The phase says neither a step nor a body.
+            PhaseError: The phase has neither a body nor a step of its own.
         """
         if type(self).body is Phase.body:
             raise PhaseError(
-                f"{type(self).__name__} says no step; write one:\n"
-                "    def step(self, learner, batch):\n"
-                "        with runstep(learner, self, xs=batch[0], ys=batch[1]) as (handle, state):\n"
-                "            ..."
+                f"{type(self).__name__} does not say what a step does; write a body:\n"
+                "    def body(self, learner, handle, state):\n"
+                "        ..."
             )
         with runstep(learner, self, **self.entries(batch)) as (handle, state):
             if learner.compiled is None:

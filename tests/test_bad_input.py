@@ -452,7 +452,7 @@ class Stray(AbstractTrainingPhase):
     def step(self, learner: Learner, batch: Any) -> None: ...
 
 
-class NoStep(AbstractTrainingPhase):
+class NoBody(AbstractTrainingPhase):
     pass
 
 
@@ -524,7 +524,11 @@ def phases(*given: Any, **options: Any) -> dict[str, Any]:
 
 SCALAR = "reduce it with .mean() or .sum()"
 NO_GRADIENT = "no gradient can be computed from the loss"
-BATCH = ("TrainingPhase was given", "as a batch; expected a pair (xs, ys)", "write a phase with a step of its own")
+BATCH = (
+    "TrainingPhase was given",
+    "as a batch; expected a pair (xs, ys)",
+    "write a phase with entries(batch) and a body of its own",
+)
 EPOCHS = "expected a number of epochs, 0 or more, e.g. fit(10)"
 
 FITTING = (
@@ -593,7 +597,10 @@ FITTING = (
     ),
     Case("phase of the fit", phases(FittingPhase()), PhaseError, ("FittingPhase",)),
     Case(
-        "phase without a step", phases(NoStep()), PhaseError, ("NoStep says no step", "def step(self, learner, batch):")
+        "phase without a body",
+        phases(NoBody()),
+        PhaseError,
+        ("NoBody does not say what a step does", "def body(self, learner, handle, state):"),
     ),
     Case(
         "phase without a loss",

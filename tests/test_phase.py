@@ -114,10 +114,10 @@ def test_the_phase_types_say_their_data_mode_and_gradients():
 
 
 @pytest.mark.parametrize("phase", [AbstractTrainingPhase(), AbstractValidationPhase()], ids=repr)
-def test_a_phase_without_a_step_says_what_to_write(phase):
+def test_a_phase_without_a_body_says_what_to_write(phase):
     recorder = EventRecorder()
     learner = toy_learner(recorder)
-    with pytest.raises(PhaseError, match=rf"(?s){type(phase).__name__} says no step; write one:.*def step\(self"):
+    with pytest.raises(PhaseError, match=rf"(?s){type(phase).__name__} does not say .* write a body:.*def body\(self"):
         learner.fit(1, phases=[phase])
     assert recorder.events == ["FitBegin", "CycleBegin", "EpochBegin", "FitEnd"]
 

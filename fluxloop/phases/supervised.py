@@ -26,7 +26,7 @@ def unpack(phase: Phase, batch: Any) -> tuple[Any, Any]:
     raise BatchError(
         f"{type(phase).__name__} was given {describe(batch)} as a batch; expected a pair (xs, ys). For "
         "tensors write data=((xs, ys),), or data=((xs, ys), (valid_xs, valid_ys)); for batches of another "
-        "shape write a phase with a step of its own"
+        "shape write a phase with entries(batch) and a body of its own"
     )
 
 
