@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import doctest
 import importlib
@@ -12,14 +13,20 @@ import pkgutil
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib.image
 import pytest
 import torch
+from torch import nn
 
 import fluxloop
+import fluxloop.compiled
+from fluxloop import Accelerator, CompileError, Learner, Phase, TrainingPhase, ValidationPhase
+from fluxloop.testing import assert_same_bits, toy_learner
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -27,6 +34,12 @@ EXAMPLES = ROOT / "docs" / "examples"
 ELSEWHERE = {"common.py", "digits.py", "plain_digits.py"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MODULES = sorted(module.name for module in pkgutil.walk_packages(fluxloop.__path__, "fluxloop."))
+
+
+def run_block(page: Path, match: re.Match[str], namespace: dict[str, Any]) -> None:
+    """Run a block of a page, with the page's line numbers."""
+    line = page.read_text()[: match.start(2)].count("\n")
+    exec(compile("\n" * line + match[2], str(page), "exec"), namespace)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -40,9 +53,8 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(
         language, code = match.groups()
         if language == "python":
             out = io.StringIO()
-            line = page.read_text()[: match.start()].count("\n") + 1
             with contextlib.redirect_stdout(out):
-                exec(compile("\n" * line + code, str(page), "exec"), namespace)
+                run_block(page, match, namespace)
             printed = out.getvalue()
         elif language == "output":
             assert [line.rstrip() for line in printed.strip().splitlines()] == code.strip().splitlines()
@@ -102,3 +114,117 @@ def test_relative_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+# The phases of the tutorial and of the README
+
+TUTORIAL = ROOT / "docs" / "write-a-phase.md"
+SUPERVISED = ROOT / "fluxloop" / "phases" / "supervised.py"
+
+
+@cache
+def defined_on(page: Path) -> dict[str, Any]:
+    """What the blocks of a page define."""
+    namespace: dict[str, Any] = {"__name__": "docs"}
+    with contextlib.redirect_stdout(io.StringIO()):
+        for match in FENCE.finditer(page.read_text()):
+            if match[1] == "python":
+                run_block(page, match, namespace)
+    return namespace
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run graphs as they were traced, without a compiler: the same operations, in no time."""
+    monkeypatch.setattr(fluxloop.compiled, "lower", lambda graph, inputs, device: torch.no_grad()(graph))
+
+
+def supervised(compile: Any) -> Learner[Any]:
+    return toy_learner(default_callbacks=True, accelerator=Accelerator("cpu", compile=compile))
+
+
+def said(source: str, cls: str) -> dict[str, str]:
+    """The statements of a class by the names that they define, without docstrings and annotations."""
+    (found,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == cls)
+    statements = {}
+    for node in found.body:
+        if isinstance(node, ast.FunctionDef):
+            is_documented = ast.get_docstring(node) is not None
+            statements[node.name] = "\n".join(map(ast.unparse, node.body[is_documented:]))
+        elif isinstance(node, ast.Assign):
+            statements[ast.unparse(node.targets[0])] = ast.unparse(node.value)
+    return statements
+
+
+@pytest.mark.parametrize("builtin", ["TrainingPhase", "ValidationPhase"])
+def test_the_phase_that_the_tutorial_builds_says_what_the_built_in_one_says(builtin: str) -> None:
+    blocks = "".join(match[2] for match in FENCE.finditer(TUTORIAL.read_text()) if match[1] == "python")
+    mine = said(blocks.replace("MyTrainingPhase.entries", "TrainingPhase.entries"), f"My{builtin}")
+    theirs = said(SUPERVISED.read_text().replace("unpack(self, batch)", "batch"), builtin)
+    assert mine.keys() == {"entries", "body"}
+    assert theirs.keys() == {"entries", "body", "check", "stores_loss"}
+    assert mine == {name: theirs[name] for name in mine}
+
+
+@pytest.mark.parametrize("compile", [False, "step"])
+def test_the_phase_that_the_tutorial_builds_trains_the_same_bits_as_the_built_in_one(
+    traced: None, compile: Any
+) -> None:
+    tutorial = defined_on(TUTORIAL)
+    mine, builtin = supervised(compile), supervised(compile)
+    mine.fit(3, phases=[tutorial["MyTrainingPhase"](), tutorial["MyValidationPhase"]()])
+    builtin.fit(3, phases=[TrainingPhase(), ValidationPhase()])
+    assert_same_bits(mine, builtin)
+    for name in ("training/loss", "validation/loss"):
+        assert mine.history[name] == builtin.history[name]
+
+
+def adversarial(noise: int, compile: Any) -> Learner[Any]:
+    torch.manual_seed(0)
+    models = {"G": nn.Linear(noise, 2), "D": nn.Linear(2, 1)}
+    adam = partial(torch.optim.Adam, lr=1e-3)
+    accelerator = Accelerator("cpu", compile=compile)
+    return Learner(models, data=(torch.randn(256, 2),), optimizer=adam, accelerator=accelerator, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("page", "name", "arguments", "make", "graphs"),
+    [
+        (TUTORIAL, "NoisyStart", (6,), supervised, 2),
+        (TUTORIAL, "GAN", (), partial(adversarial, 4), 1),
+        (TUTORIAL, "NoisyGAN", (), partial(adversarial, 4), 1),
+        (TUTORIAL, "LazyR1", (4,), partial(adversarial, 4), 2),
+        (ROOT / "README.md", "GAN", (), partial(adversarial, 16), 1),
+    ],
+)
+def test_a_body_of_the_pages_is_compiled_and_trains_the_same(
+    page: Path,
+    name: str,
+    arguments: tuple[Any, ...],
+    make: Callable[..., Learner[Any]],
+    graphs: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    traced: None,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the README writes checkpoints
+    cls = defined_on(page)[name]
+    eager, compiled = make(compile=False), make(compile="step")
+    for learner in (eager, compiled):
+        learner.fit(2, phases=[cls(*arguments)])
+    for ours, theirs in zip(weights_of(eager), weights_of(compiled), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert eager.history[cls].updates == compiled.history[cls].updates
+    assert compiled.compiled is not None
+    assert sum(map(len, compiled.compiled._plans[cls]._graphs.values())) == graphs
+
+
+def weights_of(learner: Learner[Any]) -> list[torch.Tensor]:
+    modules = [learner.model] if isinstance(learner.model, nn.Module) else list(learner.model)
+    return [parameter.detach() for module in modules for parameter in module.parameters()]
+
+
+def test_a_step_of_the_tutorial_is_refused_where_steps_are_compiled() -> None:
+    phase: Phase = defined_on(TUTORIAL)["Pieces"](10)
+    with pytest.raises(CompileError, match="Pieces has a step of its own"):
+        supervised("step").fit(1, phases=[phase])
