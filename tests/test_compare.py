@@ -189,7 +189,7 @@ def test_every_block_of_the_page_is_the_counted_part_of_its_file() -> None:
 
 
 @pytest.mark.parametrize("task", run.TASKS)
-def test_a_step_of_ones_own_stays_within_its_lines(task: str) -> None:
+def test_a_phase_of_ones_own_stays_within_its_lines(task: str) -> None:
     assert run.counts()[task, "fluxloop"] <= TARGETS[task]
 
 

@@ -1,4 +1,4 @@
-"""BYOL with fluxloop, in a step of one's own."""
+"""BYOL with fluxloop, in a phase of one's own."""
 
 import copy
 from functools import partial
@@ -8,23 +8,25 @@ from common import EPOCHS, FOLDER, SSL_LR, STEPS_PER_EPOCH, TAU, lr_factor, ssl_
 from torch.nn.functional import cosine_similarity
 from torch.optim.lr_scheduler import LambdaLR
 
-from fluxloop import EMA, Checkpointer, KNNProbe, Learner, LinearProbe, LRScheduler, TrainingPhase, cosine, runstep
+from fluxloop import EMA, Checkpointer, KNNProbe, Learner, LinearProbe, LRScheduler, TrainingPhase, cosine
 
 student, predictor, loader, bank, valid = ssl_setup()
 
 
 # --- counted ---
 class BYOL(TrainingPhase):
-    def step(self, learner, batch):
+    def entries(self, batch):
+        return {"views": batch[0], "ys": batch[1]}
+
+    def body(self, learner, handle, state):
         student, teacher, predictor = learner.model
-        with runstep(learner, self, views=batch[0], ys=batch[1]) as (_, state):
-            view1, view2 = state.views
-            state.features = student.encoder(view1)
-            p1, p2 = predictor(student.projector(state.features)), predictor(student(view2))
-            with torch.no_grad():
-                t1, t2 = teacher(view1), teacher(view2)
-            with learner.optimizing() as block:
-                block.loss = 4 - 2 * (cosine_similarity(p1, t2) + cosine_similarity(p2, t1)).mean()
+        view1, view2 = state.views
+        state.features = student.encoder(view1)
+        p1, p2 = predictor(student.projector(state.features)), predictor(student(view2))
+        with torch.no_grad():
+            t1, t2 = teacher(view1), teacher(view2)
+        with learner.optimizing() as block:
+            block.loss = 4 - 2 * (cosine_similarity(p1, t2) + cosine_similarity(p2, t1)).mean()
 
 
 models = {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False), "predictor": predictor}

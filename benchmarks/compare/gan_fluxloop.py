@@ -1,4 +1,4 @@
-"""A DCGAN with fluxloop, in a step of one's own."""
+"""A DCGAN with fluxloop, in a phase of one's own."""
 
 from functools import partial
 
@@ -7,21 +7,23 @@ from common import BETAS, CLIP, DECAY, EPOCHS, FOLDER, GAN_LR, NOISE, gan_setup,
 from torch.nn.functional import softplus
 from torch.optim.lr_scheduler import LambdaLR
 
-from fluxloop import EMA, Checkpointer, GradientClip, Learner, LRScheduler, SampleImages, TrainingPhase, runstep
+from fluxloop import EMA, Checkpointer, GradientClip, Learner, LRScheduler, SampleImages, TrainingPhase
 
 gen, disc, loader = gan_setup()
 
 
 # --- counted ---
 class GAN(TrainingPhase):
-    def step(self, learner, batch):
+    def entries(self, batch):
+        return {"real": batch}
+
+    def body(self, learner, handle, state):
         gen, disc = learner.model
-        with runstep(learner, self, real=batch) as (_, state):
-            state.fake = gen(torch.randn(len(state.real), NOISE, device=state.real.device))
-            with learner.optimizing("disc") as block:
-                block.loss = softplus(-disc(state.real)).mean() + softplus(disc(state.fake.detach())).mean()
-            with learner.optimizing("gen") as block:
-                block.loss = softplus(-disc(state.fake)).mean()
+        state.fake = gen(torch.randn(len(state.real), NOISE, device=state.real.device))
+        with learner.optimizing("disc") as block:
+            block.loss = softplus(-disc(state.real)).mean() + softplus(disc(state.fake.detach())).mean()
+        with learner.optimizing("gen") as block:
+            block.loss = softplus(-disc(state.fake)).mean()
 
 
 adam = partial(torch.optim.Adam, lr=GAN_LR, betas=BETAS, fused=False)

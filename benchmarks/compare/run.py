@@ -37,8 +37,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 FOLDER = Path(__file__).parent
 TASKS = {"gan": "GAN", "byol": "BYOL", "simclr": "SimCLR"}
 FRAMEWORKS = {
-    "fluxloop": "fluxloop, a step of one's own",
-    "fluxloop_phase": "fluxloop, its own phase",
+    "fluxloop": "fluxloop, a phase of one's own",
+    "fluxloop_phase": "fluxloop, a built-in phase",
     "torch": "plain PyTorch",
     "lightning": "Lightning, manual optimization",
     "ignite": "Ignite",

@@ -1,4 +1,4 @@
-"""SimCLR with fluxloop, in a step of one's own."""
+"""SimCLR with fluxloop, in a phase of one's own."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ import torch
 from common import EPOCHS, FOLDER, SSL_LR, TEMPERATURE, lr_factor, ssl_setup
 from torch.optim.lr_scheduler import LambdaLR
 
-from fluxloop import Checkpointer, KNNProbe, Learner, LRScheduler, TrainingPhase, runstep
+from fluxloop import Checkpointer, KNNProbe, Learner, LRScheduler, TrainingPhase
 from fluxloop.losses import nt_xent
 
 model, _, loader, bank, valid = ssl_setup()
@@ -14,11 +14,13 @@ model, _, loader, bank, valid = ssl_setup()
 
 # --- counted ---
 class SimCLR(TrainingPhase):
-    def step(self, learner, batch):
-        with runstep(learner, self, views=batch[0]) as (_, state):
-            z1, z2 = (learner.model(view) for view in state.views)
-            with learner.optimizing() as block:
-                block.loss = nt_xent(z1, z2, TEMPERATURE)
+    def entries(self, batch):
+        return {"views": batch[0]}
+
+    def body(self, learner, handle, state):
+        z1, z2 = (learner.model(view) for view in state.views)
+        with learner.optimizing() as block:
+            block.loss = nt_xent(z1, z2, TEMPERATURE)
 
 
 adam = partial(torch.optim.AdamW, lr=SSL_LR, fused=False)
