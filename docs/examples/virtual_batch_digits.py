@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from common import Rows, digits, parse, write_result
+from common import digits, parse, write_result
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
@@ -29,9 +29,10 @@ from fluxloop import (
     UpdateEnd,
     ValidationPhase,
     accuracy,
-    runstep,
     seed_everything,
 )
+from fluxloop.loop import Handle
+from fluxloop.state import StepState
 
 BATCH, COUNT = 16, 4
 
@@ -40,31 +41,23 @@ class VirtualBatchPhase(AbstractTrainingPhase):
     """Supervised training that updates with the mean gradient of every `count` batches."""
 
     def __init__(self, count: int) -> None:
-        self.count = count
-        self.waiting = 0
+        self.count, self.batches, self.updates = count, 0, count == 1
 
-    def step(self, learner: Learner, batch: Rows) -> None:
+    def body(self, learner: Learner, handle: Handle, state: StepState) -> None:
         """Add the gradient of one batch; update where it completes a virtual one."""
-        xs, ys = batch
-        with runstep(learner, self, xs=xs, ys=ys) as (handle, state):
-            state.preds = learner.model(state.xs)
-            handle(LossBegin())
-            state.loss = learner.loss_fn(state.preds, state.ys)
-            handle(BackwardBegin())
-            learner.backward(state.loss / self.count)
-            handle(BackwardEnd())
-            self.waiting += 1
-            if self.waiting == self.count:
-                learner.update()
-                self.waiting = 0
+        state.preds = learner.model(state.xs)
+        handle(LossBegin())
+        state.loss = learner.loss_fn(state.preds, state.ys)
+        handle(BackwardBegin())
+        learner.backward(state.loss / self.count)
+        handle(BackwardEnd())
+        if self.updates:
+            learner.update()
 
-    def state_dict(self) -> dict[str, int]:
-        """Give what a checkpoint keeps."""
-        return {"waiting": self.waiting}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a kept state."""
-        self.waiting = state["waiting"]
+    def finish(self, learner: Learner, state: StepState) -> None:
+        """Count the batch, and note whether the next one completes a virtual batch."""
+        self.batches += 1
+        self.updates = (self.batches + 1) % self.count == 0
 
 
 def network(activation: type[nn.Module], pool: type[nn.Module]) -> nn.Module:
