@@ -416,6 +416,62 @@ def test_an_older_file_does_not_say_which_callbacks_there_were(tmp_path: Path) -
         net(Recorder(), Counting(), EMA("model", 0.9)).load_state_dict(state)
 
 
+class Remembers(TrainingPhase):
+    """Counts its steps."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def finish(self, learner: Learner, state: Any) -> None:
+        self.count += 1
+
+
+def renamed(state: Any, old: str, new: str) -> Any:
+    """Write another name for one wherever it stands, as if the class had been called so when the file was written."""
+    if isinstance(state, dict):
+        return {renamed(key, old, new): renamed(value, old, new) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(renamed(value, old, new) for value in state)
+    return state.replace(old, new) if isinstance(state, str) else state
+
+
+HERE = __name__
+
+
+@pytest.mark.parametrize("old", ["elsewhere.Remembers", f"{HERE}.Remembered"], ids=["moved", "renamed"])
+def test_a_phase_that_was_moved_or_renamed_begins_anew_and_is_named(old: str) -> None:
+    first = net(Recorder(), Metrics())
+    first.fit(2, phases=[Remembers()])
+    state = renamed(first.state_dict(), f"{HERE}.Remembers", old)
+    second, phase = net(Recorder(), Metrics(), seed=99), Remembers()
+    with pytest.warns(
+        UserWarning, match=f"was kept for the phases {re.escape(str([old]))}, which nobody has defined now"
+    ):
+        second.load_state_dict(state)
+    assert_same_bits(first, second)
+    assert second.history.cycles == 2
+    second.fit(1, phases=[phase])
+    assert phase.count == second.history[Remembers].steps == 2
+
+
+def test_the_state_of_a_callback_that_was_moved_is_refused() -> None:
+    first = net(Counting())
+    first.fit(1)
+    state = renamed(first.state_dict(), f"{HERE}.Counting", "elsewhere.Counting")
+    with pytest.raises(CheckpointError, match=f"callback 'Counting' was a elsewhere.Counting and is a {HERE}.Counting"):
+        net(Counting()).load_state_dict(state)
+
+
+def test_a_callback_that_was_renamed_begins_anew_and_is_named() -> None:
+    first, second = net(Counting()), net(counting := Counting())
+    first.fit(1)
+    state = renamed(first.state_dict(), "Counting", "Counted")
+    with pytest.warns(UserWarning, match="has states of Counted, which .* has no state of Counting: .* begins anew"):
+        second.load_state_dict(state)
+    assert counting.count == 0
+    assert_same_bits(first, second)
+
+
 def test_what_nobody_publishes_now_is_left_out_with_a_word() -> None:
     first = net(Recorder(), Metrics())
     first.fit(2)

@@ -58,6 +58,9 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(
             printed = out.getvalue()
         elif language == "output":
             assert [line.rstrip() for line in printed.strip().splitlines()] == code.strip().splitlines()
+    for name, function in namespace.items():
+        if name.startswith("test_"):  # a page shows a test as it stands in a file of tests
+            function()
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -108,6 +111,13 @@ def test_the_file_tree_in_the_readme_names_every_module() -> None:
             listed.add(folder + name)
     package = ROOT / "fluxloop"
     assert listed == {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
+
+
+def test_the_hooks_before_a_commit_are_the_checks_of_ci_run() -> None:
+    checks = re.findall(r"^(\.venv/bin/(?:ruff|mypy).*)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    hooks = re.findall(r"^ +entry: (.+)$", (ROOT / ".pre-commit-config.yaml").read_text(), re.MULTILINE)
+    assert len(checks) == 3
+    assert hooks == checks
 
 
 def test_relative_links_lead_somewhere() -> None:
