@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 import fluxloop
-from fluxloop import Callback, Event, FluxloopError, Phase
+from fluxloop import Backend, Callback, Event, FluxloopError, Phase
 from fluxloop.errors import CancelSignal
 from fluxloop.events import STANDARD_EVENTS
 
@@ -295,6 +296,22 @@ def test_every_error_signal_event_phase_and_callback_is_public() -> None:
     assert {event.__name__ for event in STANDARD_EVENTS} <= set(PUBLIC)
     assert public_in("fluxloop.phase", Phase) | public_in("fluxloop.phases", Phase) <= set(PUBLIC)
     assert public_in("fluxloop.callbacks", Callback) <= set(PUBLIC)
+
+
+@pytest.mark.parametrize(("package", "base"), [("callbacks", Callback), ("logging", Backend), ("phases", Phase)])
+def test_every_class_of_its_packages_that_is_nobodys_base_is_public(package: str, base: type) -> None:
+    folder = importlib.import_module(f"fluxloop.{package}").__path__
+    modules = [importlib.import_module(f"fluxloop.{package}.{found.name}") for found in pkgutil.iter_modules(folder)]
+    defined = {
+        name: value
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__
+    }
+    bases = {above for value in defined.values() for above in value.__mro__[1:]}
+    last = {name for name, value in defined.items() if value not in bases and not name.startswith("_")}
+    assert len(last) > 5
+    assert sorted(last - set(PUBLIC)) == [], f"add them to fluxloop.{package}, to fluxloop, and to PUBLIC here"
 
 
 @pytest.mark.parametrize("name", TESTING)
