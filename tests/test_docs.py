@@ -238,3 +238,11 @@ def test_a_step_of_the_tutorial_is_refused_where_steps_are_compiled() -> None:
     phase: Phase = defined_on(TUTORIAL)["Pieces"](10)
     with pytest.raises(CompileError, match="Pieces has a step of its own"):
         supervised("step").fit(1, phases=[phase])
+
+
+def test_a_reader_who_begins_at_the_readme_finds_every_page() -> None:
+    found = [ROOT / "README.md"]
+    for page in found:  # which grows meanwhile
+        targets = re.findall(r"\]\(([^)#:]+\.md)[)#]", page.read_text())
+        found.extend(sorted({(page.parent / target).resolve() for target in targets} - set(found)))
+    assert sorted({page.name for page in PAGES} - {page.name for page in found}) == []
