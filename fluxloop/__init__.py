@@ -6,7 +6,6 @@ from fluxloop.lazy import lazily
 
 if TYPE_CHECKING:
     from fluxloop import augment, errors, events, losses, schedules, testing
-    from fluxloop.accelerator import Accelerator
     from fluxloop.augment import MultiCrop, TwoViews, ViewDataset
     from fluxloop.callback import Callback, NoConflict, RunFirst, Unresolvable, UnsafeCallback, on, resolve_conflict
     from fluxloop.callbacks import (
@@ -52,8 +51,10 @@ if TYPE_CHECKING:
         Unfreeze,
         throttle,
     )
-    from fluxloop.combined import CombinedLoader
-    from fluxloop.data import (
+    from fluxloop.compute.accelerator import Accelerator
+    from fluxloop.compute.modes import watching
+    from fluxloop.data.combined import CombinedLoader
+    from fluxloop.data.loaders import (
         TensorBatches,
         as_dataloader,
         overfit,
@@ -139,9 +140,7 @@ if TYPE_CHECKING:
     )
     from fluxloop.loop import runepoch, runstep
     from fluxloop.losses import MixedLoss, MixedTargets
-    from fluxloop.lr_finder import LRSweep, find_lr
     from fluxloop.metrics import Loss, Metric, SmoothLoss, accuracy, binary_accuracy, mae, mse, rmse, top_k
-    from fluxloop.modes import watching
     from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, FittingPhase, Phase, ProbePhase
     from fluxloop.phases import (
         AutoencoderPhase,
@@ -172,6 +171,7 @@ if TYPE_CHECKING:
         VICRegPhase,
     )
     from fluxloop.randomness import seed_everything, start_generators, stream_seed
+    from fluxloop.run.lr_finder import LRSweep, find_lr
     from fluxloop.schedules import (
         constant,
         cosine,
@@ -418,7 +418,7 @@ if not TYPE_CHECKING:  # so that type checkers see misspelt names
     __getattr__, __dir__ = lazily(
         __name__,
         {
-            "accelerator": "Accelerator",
+            "compute.accelerator": "Accelerator",
             "augment": "MultiCrop TwoViews ViewDataset",
             "callback": "Callback NoConflict RunFirst Unresolvable UnsafeCallback on resolve_conflict",
             "callbacks": (
@@ -428,8 +428,8 @@ if not TYPE_CHECKING:  # so that type checkers see misspelt names
                 "MetricSource MetricsPrinter MixUp Profile ProgressBar Recorder SampleImages SanityCheck Scheduler "
                 "SetEpoch StallReport StochasticWeightAveraging StopOnNaNLoss Timer Traces Unfreeze throttle"
             ),
-            "combined": "CombinedLoader",
-            "data": "TensorBatches as_dataloader overfit split",
+            "data.combined": "CombinedLoader",
+            "data.loaders": "TensorBatches as_dataloader overfit split",
             "errors": (
                 "AmbiguousHandlerError AssignmentError BatchError CallbackConflictError CallbackCycleError "
                 "CallbackError CallbackTypeError CancelEpochException CancelFittingException CancelSignal "
@@ -454,9 +454,9 @@ if not TYPE_CHECKING:  # so that type checkers see misspelt names
             ),
             "loop": "runepoch runstep",
             "losses": "MixedLoss MixedTargets",
-            "lr_finder": "LRSweep find_lr",
+            "run.lr_finder": "LRSweep find_lr",
             "metrics": "Loss Metric SmoothLoss accuracy binary_accuracy mae mse rmse top_k",
-            "modes": "watching",
+            "compute.modes": "watching",
             "phase": "AbstractTrainingPhase AbstractValidationPhase FittingPhase Phase ProbePhase",
             "phases": (
                 "AutoencoderPhase AveragedValidationPhase BarlowTwinsPhase BYOLPhase DINOPhase DistillationPhase "

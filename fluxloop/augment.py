@@ -13,7 +13,7 @@ from torch.nn.functional import affine_grid, grid_sample
 from torch.utils.data import Dataset
 
 from fluxloop.errors import DataError, describe
-from fluxloop.given import called, check_called, number
+from fluxloop.guard.given import called, check_called, number
 
 Transform = Callable[[Any], Any]
 

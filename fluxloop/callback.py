@@ -27,9 +27,9 @@ from attrs import fields as attrs_fields
 from multipledispatch import Dispatcher
 from multipledispatch.conflict import supercedes
 
-from fluxloop.assign import put, set_option
 from fluxloop.errors import AmbiguousHandlerError, HandlerError, arguments_misfit, describe, did_you_mean
 from fluxloop.events import Event, event_types
+from fluxloop.guard.assign import put, set_option
 from fluxloop.monitor import Expected, Monitor
 from fluxloop.phase import Phase, phase_types, require_pair
 

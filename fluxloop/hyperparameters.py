@@ -34,9 +34,9 @@ from multipledispatch import Dispatcher
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fluxloop.compute.optimizers import options_given
 from fluxloop.errors import OptimizerError, describe, did_you_mean
-from fluxloop.optimizers import options_given
-from fluxloop.view import look_up
+from fluxloop.order.view import look_up
 
 F = TypeVar("F", bound=Callable[..., Any])
 

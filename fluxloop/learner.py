@@ -11,12 +11,18 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from fluxloop.accelerator import Accelerator
-from fluxloop.assign import FIXED, check_known, put
 from fluxloop.callback import Callback
 from fluxloop.callbacks.defaults import with_defaults
-from fluxloop.checkpoint import Manifest, complete_copy, gather, load_weights, manifest, owners_of, take
-from fluxloop.data import name_data
+from fluxloop.checkpoint.checkpoint import Manifest, complete_copy, gather, load_weights, manifest, owners_of, take
+from fluxloop.checkpoint.folder import read, write
+from fluxloop.checkpoint.misfits import check_fits
+from fluxloop.compute.accelerator import Accelerator
+from fluxloop.compute.finite import Finite
+from fluxloop.compute.host import HostQueue
+from fluxloop.compute.models import like, named_models, not_copied
+from fluxloop.compute.optimizers import build_optimizers, parameter_names
+from fluxloop.compute.updates import UpdateBlock, Updates
+from fluxloop.data.loaders import name_data
 from fluxloop.errors import (
     AssignmentError,
     CallbackTypeError,
@@ -28,26 +34,20 @@ from fluxloop.errors import (
     describe,
 )
 from fluxloop.events import Event
-from fluxloop.finite import Finite
-from fluxloop.fit import fit, run_epoch
-from fluxloop.folder import read, write
-from fluxloop.given import as_path, check_called, check_number
+from fluxloop.guard.assign import FIXED, check_known, put
+from fluxloop.guard.given import as_path, check_called, check_number
 from fluxloop.history import History
-from fluxloop.host import HostQueue
-from fluxloop.inference import evaluate, predict
 from fluxloop.loop import Scope, place_in_words
-from fluxloop.misfits import check_fits
-from fluxloop.models import like, named_models, not_copied
 from fluxloop.nested import batch_size
-from fluxloop.optimizers import build_optimizers, parameter_names
+from fluxloop.order.runner import Callbacks
+from fluxloop.persist.walk import Kept, Walk, of_learners
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.randomness import Streams, check_seed, draw_seed
-from fluxloop.resume import place_of
-from fluxloop.runner import Callbacks
+from fluxloop.run.fit import fit, run_epoch
+from fluxloop.run.inference import evaluate, predict
+from fluxloop.run.resume import place_of
 from fluxloop.state import SharedState, State, StepState
-from fluxloop.updates import UpdateBlock, Updates
-from fluxloop.walk import Kept, Walk, of_learners
 from fluxloop.weights import Weights
 
 C = TypeVar("C", bound=Callback)
@@ -55,8 +55,8 @@ C = TypeVar("C", bound=Callback)
 if TYPE_CHECKING:
     import typing_extensions
 
-    from fluxloop.compiled import CompiledSteps
-    from fluxloop.summary import Summary
+    from fluxloop.compile.plans import CompiledSteps
+    from fluxloop.run.summary import Summary
 
     M = typing_extensions.TypeVar("M", default=Any)
 else:
@@ -183,7 +183,7 @@ class Learner(Generic[M]):
         self.compiled: CompiledSteps | None = None
         """Its steps as graphs, where they are compiled whole."""
         if self.accelerator.compile == "step":
-            from fluxloop.compiled import CompiledSteps
+            from fluxloop.compile.plans import CompiledSteps
 
             self.compiled = CompiledSteps(self)
         self.callbacks = Callbacks(self)
@@ -662,7 +662,7 @@ class Learner(Generic[M]):
         Raises:
             PhaseError: Something in `phases` is no phase, or a module is lazy.
         """
-        from fluxloop.check import check
+        from fluxloop.run.check import check
 
         if phases is not None and not isinstance(phases, Iterable):
             raise PhaseError(f"phases={describe(phases)} was given; expected a list of instances: [TrainingPhase()]")
@@ -740,7 +740,7 @@ class Learner(Generic[M]):
             batch: Left out, the first of the training data.
             depth: How deep to go into modules; left out, to the end.
         """
-        from fluxloop.summary import summary
+        from fluxloop.run.summary import summary
 
         if depth is not None:
             check_number("learner.summary", "depth", depth, least=0, whole=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fluxloop.assign import put
+from fluxloop.compute.modes import is_held_in_eval, switch_modes, switch_optimizers
 from fluxloop.errors import (
     BatchError,
     CancelEpochException,
@@ -26,7 +26,7 @@ from fluxloop.errors import (
     describe,
 )
 from fluxloop.events import EpochBegin, EpochEnd, Event, StepBegin, StepEnd
-from fluxloop.modes import is_held_in_eval, switch_modes, switch_optimizers
+from fluxloop.guard.assign import put
 from fluxloop.randomness import forget_normal, preserved, start_generators, start_step
 from fluxloop.state import StepState
 

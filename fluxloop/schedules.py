@@ -16,7 +16,7 @@ from typing import Any
 
 from attrs import NOTHING, field, fields, frozen
 
-from fluxloop.given import number
+from fluxloop.guard.given import number
 
 Schedule = Callable[[int], float]
 

@@ -15,23 +15,23 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
-from fluxloop.access import SERVICES, covers, dotted, parse, weights_path
-from fluxloop.access import Path as AccessPath
 from fluxloop.callback import Callback, Handler, UnsafeCallback, on
-from fluxloop.checkpoint import gather
-from fluxloop.data import TensorBatches
+from fluxloop.checkpoint.checkpoint import gather
+from fluxloop.checkpoint.folder import write
+from fluxloop.data.loaders import TensorBatches
+from fluxloop.data.passes import untouched
 from fluxloop.errors import CheckpointError, DataError, describe
 from fluxloop.events import Event
-from fluxloop.folder import write
 from fluxloop.learner import Learner
-from fluxloop.passes import untouched
-from fluxloop.persist import MARK
+from fluxloop.order.access import SERVICES, covers, dotted, parse, weights_path
+from fluxloop.order.access import Path as AccessPath
+from fluxloop.order.view import FACTS
+from fluxloop.persist.plain import MARK
 from fluxloop.phase import Phase
 from fluxloop.phases.supervised import TrainingPhase
 from fluxloop.randomness import preserved, start_generators
-from fluxloop.resume import place_of
+from fluxloop.run.resume import place_of
 from fluxloop.state import Container, State
-from fluxloop.view import FACTS
 from fluxloop.weights import Weights
 
 

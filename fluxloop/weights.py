@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from fluxloop.access import Access, Path, keeper, parse, weights_path
+from fluxloop.compute.models import like
 from fluxloop.errors import CallbackError, ModelError, PhaseError, describe, did_you_mean
-from fluxloop.models import like
+from fluxloop.order.access import Access, Path, keeper, parse, weights_path
 from fluxloop.state import Container
 
 Models = dict[str | None, nn.Module]

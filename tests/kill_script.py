@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import fluxloop
 from fluxloop import Callback, EpochBegin, Learner, Phase, Recorder, StepBegin, StepEnd, on
-from fluxloop import folder as files
 from fluxloop.callbacks.checkpointer import Checkpointer
 from fluxloop.callbacks.scheduler import Scheduler
+from fluxloop.checkpoint import folder as files
 from fluxloop.hyperparameters import LearningRate
 from fluxloop.schedules import cosine
 from fluxloop.signals import INTERRUPTED

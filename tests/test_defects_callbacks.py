@@ -50,7 +50,7 @@ from fluxloop.callbacks.gradient_clip import GradientClip
 from fluxloop.callbacks.profile import Profile
 from fluxloop.callbacks.set_epoch import SetEpoch
 from fluxloop.callbacks.swa import StochasticWeightAveraging
-from fluxloop.summary import summary
+from fluxloop.run.summary import summary
 from fluxloop.testing import EventRecorder, toy_learner
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fluxloop import Learner, Recorder, TensorBatches, TrainingPhase
-from fluxloop.data import overfit
+from fluxloop.data.loaders import overfit
 from fluxloop.errors import DataError
 
 XS = torch.arange(40.0)[:, None]

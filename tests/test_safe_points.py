@@ -35,9 +35,9 @@ from fluxloop import (
     on,
 )
 from fluxloop.callbacks.checkpointer import Checkpointer
+from fluxloop.checkpoint.folder import Folder
 from fluxloop.errors import CheckpointError
-from fluxloop.folder import Folder
-from fluxloop.resume import FitScope, place_of
+from fluxloop.run.resume import FitScope, place_of
 from fluxloop.testing import EventRecorder, assert_resumes_exactly, assert_same_bits, toy_learner
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import fluxloop
 from fluxloop import Checkpointer, Recorder, StepBegin, TrainingPhase, UnsafeCallback, on
-from fluxloop.folder import Folder
+from fluxloop.checkpoint.folder import Folder
 from fluxloop.testing import EventRecorder, assert_same_bits, toy_learner
 
 ENVIRONMENT = {

@@ -14,7 +14,7 @@ from fluxloop.callback import Callback, on
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import ModelError, did_you_mean
 from fluxloop.events import EpochBegin, StepBegin
-from fluxloop.given import check_number, texts
+from fluxloop.guard.given import check_number, texts
 from fluxloop.nested import tensors
 from fluxloop.phase import AbstractTrainingPhase
 

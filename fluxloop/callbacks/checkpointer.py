@@ -15,14 +15,14 @@ from typing import Any, Literal
 from attrs import define, field
 
 from fluxloop.callback import UnsafeCallback, on
-from fluxloop.checkpoint import check_writers, gather, lasting
+from fluxloop.checkpoint.checkpoint import check_writers, gather, lasting
+from fluxloop.checkpoint.folder import LATEST, Folder, Progress, name_of
+from fluxloop.compute.finite import first_names, not_finite, state_tensors
 from fluxloop.errors import CallbackConflictError, CheckpointError, sentence, warn_user
 from fluxloop.events import FitBegin, FitEnd, StepEnd
-from fluxloop.finite import first_names, not_finite, state_tensors
-from fluxloop.folder import LATEST, Folder, Progress, name_of
-from fluxloop.given import as_path
+from fluxloop.guard.given import as_path
 from fluxloop.monitor import Mode, Monitor
-from fluxloop.persist import snapshot
+from fluxloop.persist.plain import snapshot
 from fluxloop.phase import AbstractTrainingPhase, FittingPhase
 from fluxloop.signals import instead_of
 

@@ -11,7 +11,7 @@ from attrs import define, field
 from fluxloop.callback import Callback, Handler, require_call
 from fluxloop.errors import CallbackTypeError, HandlerError, describe
 from fluxloop.events import Event
-from fluxloop.given import check_number
+from fluxloop.guard.given import check_number
 from fluxloop.phase import Phase
 
 Condition = Callable[[Event, Phase], bool]

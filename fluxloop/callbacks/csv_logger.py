@@ -15,7 +15,7 @@ from fluxloop.callback import Callback, on
 from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.events import CycleEnd, EpochEnd, FitBegin, FitEnd
-from fluxloop.given import as_path
+from fluxloop.guard.given import as_path
 from fluxloop.history import numbers_in
 from fluxloop.logging.backend import Backend, log_to
 from fluxloop.logging.loggables import Loggable

@@ -8,7 +8,7 @@ from typing import Any
 from fluxloop.callback import Callback, Handler, require_call
 from fluxloop.errors import CallbackTypeError, HandlerError, describe
 from fluxloop.events import Event
-from fluxloop.given import check_paths
+from fluxloop.guard.given import check_paths
 from fluxloop.phase import Phase
 
 

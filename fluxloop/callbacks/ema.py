@@ -9,15 +9,15 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
-from fluxloop.access import overlap, parse, weights_path
 from fluxloop.callback import Callback, on, resolve_conflict
+from fluxloop.compute.models import check_not_lazy, copied_weights
+from fluxloop.compute.optimizers import owned_parameters
 from fluxloop.errors import CallbackConflictError, ModelError, describe
 from fluxloop.events import StepBegin, StepEnd, UpdateEnd
-from fluxloop.models import check_not_lazy, copied_weights
-from fluxloop.optimizers import owned_parameters
+from fluxloop.order.access import overlap, parse, weights_path
+from fluxloop.order.view import look_up
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.schedules import Schedule, value_at
-from fluxloop.view import look_up
 
 Buffers = Literal["copy", "average", "keep"]
 

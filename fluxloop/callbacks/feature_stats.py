@@ -13,7 +13,7 @@ from torch import Tensor
 from fluxloop.callback import on
 from fluxloop.callbacks.probe import MetricSource
 from fluxloop.events import EpochBegin, StepEnd
-from fluxloop.given import check_number, named
+from fluxloop.guard.given import check_number, named
 from fluxloop.phase import AbstractTrainingPhase
 
 

@@ -9,7 +9,7 @@ from attrs import define, field
 
 from fluxloop.callback import Callback, on
 from fluxloop.events import StepEnd
-from fluxloop.given import number
+from fluxloop.guard.given import number
 from fluxloop.phase import Phase
 
 

@@ -14,12 +14,12 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from fluxloop.callback import NoConflict, RunFirst, on, resolve_conflict
 from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.probe import Announcing
+from fluxloop.compute.optimizers import owned_parameters
 from fluxloop.errors import CallbackConflictError, OptimizerError, did_you_mean
 from fluxloop.events import EpochBegin, EpochEnd, StepEnd, UpdateBegin
 from fluxloop.monitor import Expected
-from fluxloop.optimizers import owned_parameters
+from fluxloop.order.view import look_up
 from fluxloop.phase import AbstractTrainingPhase, Phase
-from fluxloop.view import look_up
 
 
 @define

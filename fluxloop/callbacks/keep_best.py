@@ -13,13 +13,13 @@ from fluxloop.callback import Callback, NoConflict, UnsafeCallback, on, resolve_
 from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.probe import Announcing
 from fluxloop.callbacks.recorder import Recorder
-from fluxloop.checkpoint import weights_of, with_metadata
+from fluxloop.checkpoint.checkpoint import weights_of, with_metadata
+from fluxloop.checkpoint.misfits import weights_differ
+from fluxloop.compute.modes import switch_optimizers
 from fluxloop.errors import CallbackConflictError, ModelError, warn_user
 from fluxloop.events import CycleEnd, EpochEnd, FitBegin
-from fluxloop.misfits import weights_differ
-from fluxloop.modes import switch_optimizers
 from fluxloop.monitor import Mode, Monitor
-from fluxloop.persist import keep, put_back, snapshot
+from fluxloop.persist.plain import keep, put_back, snapshot
 from fluxloop.phase import FittingPhase, Phase
 
 Weights = dict[str, dict[str, Any]]

@@ -14,7 +14,7 @@ from fluxloop.callbacks.metrics import Metrics, seen_by
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import CallbackTypeError, describe
 from fluxloop.events import EpochBegin, EpochEnd, FitBegin, StepEnd
-from fluxloop.given import check_number
+from fluxloop.guard.given import check_number
 from fluxloop.history import numbers_in
 from fluxloop.logging.backend import Backend, log_to
 from fluxloop.logging.loggables import HyperParameters, Loggable, Scalar, loggable

@@ -14,15 +14,15 @@ from attrs import define, field
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fluxloop.access import overlap, parse
-from fluxloop.arguments import arguments_of, changed
 from fluxloop.callback import Callback, NoConflict, RunFirst, on, resolve_conflict
 from fluxloop.callbacks.scheduler import Scheduler, Unit, check_unit, record
 from fluxloop.errors import CallbackConflictError, CheckpointError, MetricError, describe
 from fluxloop.events import CycleEnd, EpochBegin, EpochEnd, FitBegin, StepBegin, StepEnd, UpdateEnd
 from fluxloop.hyperparameters import LearningRate, Momentum, OptimizerOption
 from fluxloop.monitor import Monitor
-from fluxloop.persist import keep, put_back
+from fluxloop.order.access import overlap, parse
+from fluxloop.persist.arguments import arguments_of, changed
+from fluxloop.persist.plain import keep, put_back
 from fluxloop.phase import AbstractTrainingPhase, FittingPhase, Phase
 
 Factory = Callable[[Optimizer], Any]

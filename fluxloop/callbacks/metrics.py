@@ -16,8 +16,8 @@ from fluxloop.history import MOST_PARTS, numbers_in
 from fluxloop.metrics.base import Loss, Metric, SmoothLoss, Tracker
 from fluxloop.metrics.expected import expected_of
 from fluxloop.monitor import Expected
+from fluxloop.persist.series import Series
 from fluxloop.phase import Phase, ProbePhase, weight_of
-from fluxloop.series import Series
 from fluxloop.state import Container, PhaseDict
 
 AnyMetric = Loss | SmoothLoss | Metric

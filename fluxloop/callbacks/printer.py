@@ -12,7 +12,7 @@ from fluxloop.callbacks.progress import FitClock, ProgressBar
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import counted, shown
 from fluxloop.events import EpochEnd, FitBegin
-from fluxloop.given import number
+from fluxloop.guard.given import number
 from fluxloop.history import numbers_in, shown_as
 from fluxloop.phase import Phase, ProbePhase
 from fluxloop.state import name_of

@@ -12,22 +12,22 @@ from attrs import define, field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fluxloop.access import weights_path
 from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
 from fluxloop.callbacks.metrics import Metrics, PhaseMetrics
 from fluxloop.callbacks.recorder import Recorder
-from fluxloop.data import as_dataloader, holds_rows
+from fluxloop.compute.models import to_device_of
+from fluxloop.compute.modes import watching
+from fluxloop.data.loaders import as_dataloader, holds_rows
+from fluxloop.data.passes import untouched
+from fluxloop.data.sources import complete
 from fluxloop.errors import DataError, MetricError, describe
 from fluxloop.events import EpochBegin, EpochEnd, StepEnd
-from fluxloop.given import check_name, check_number, number
+from fluxloop.guard.given import check_name, check_number, number
 from fluxloop.metrics.neighbors import knn_predict
-from fluxloop.models import to_device_of
-from fluxloop.modes import watching
 from fluxloop.monitor import Expected, Mode
-from fluxloop.passes import untouched
+from fluxloop.order.access import weights_path
 from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase
 from fluxloop.randomness import drawing, stream_seed
-from fluxloop.sources import complete
 from fluxloop.state import PhaseDict
 
 Features = Callable[[nn.Module, Any], Tensor]

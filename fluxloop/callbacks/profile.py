@@ -13,8 +13,8 @@ from attrs import define, field
 
 from fluxloop.callback import Handler, UnsafeCallback, on
 from fluxloop.events import CycleBegin, CycleEnd, EpochBegin, EpochEnd, Event, FitBegin, FitEnd, StepBegin, StepEnd
+from fluxloop.order.runner import fired_with
 from fluxloop.phase import AbstractTrainingPhase, FittingPhase, Phase
-from fluxloop.runner import fired_with
 from fluxloop.state import name_of
 
 DATA, STEPS, CALLBACKS = "data", "steps", "callbacks"

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from fluxloop.callback import Callback, on
 from fluxloop.errors import shown
 from fluxloop.events import EpochBegin, EpochEnd, FitBegin, FitEnd, StepEnd
-from fluxloop.given import number, yes_or_no
+from fluxloop.guard.given import number, yes_or_no
 from fluxloop.phase import Phase
 from fluxloop.randomness import preserved
 from fluxloop.state import name_of

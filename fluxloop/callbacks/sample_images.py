@@ -10,16 +10,16 @@ from typing import Any
 from attrs import define, field
 from torch import Tensor, nn
 
-from fluxloop.access import weights_path
 from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
 from fluxloop.callbacks.recorder import Recorder
+from fluxloop.compute.models import to_device_of
+from fluxloop.compute.modes import watching
 from fluxloop.errors import CallbackConflictError, ModelError, describe
 from fluxloop.events import CycleEnd, EpochEnd, StepBegin
-from fluxloop.given import as_path, check_number
+from fluxloop.guard.given import as_path, check_number
 from fluxloop.images import image_grid, pillow, save_image
-from fluxloop.models import to_device_of
-from fluxloop.modes import watching
 from fluxloop.nested import map_tensors
+from fluxloop.order.access import weights_path
 from fluxloop.phase import AbstractTrainingPhase, Phase
 from fluxloop.randomness import drawing, stream_seed
 

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fluxloop.callback import Callback, on
+from fluxloop.compute.models import to_device_of
+from fluxloop.compute.modes import watching
+from fluxloop.data.passes import untouched
+from fluxloop.data.sources import complete
 from fluxloop.errors import SanityCheckError, describe, sentence, warn_user
 from fluxloop.events import EpochBegin
-from fluxloop.models import to_device_of
-from fluxloop.modes import watching
-from fluxloop.passes import untouched
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.randomness import preserved
-from fluxloop.sources import complete
 
 
 @frozen

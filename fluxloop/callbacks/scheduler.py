@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from attrs import define, field
 
-from fluxloop.arguments import arguments_of, changed
 from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
 from fluxloop.errors import CallbackConflictError, CheckpointError, OptimizerError, describe, did_you_mean
 from fluxloop.events import EpochBegin, EpochEnd, StepBegin, StepEnd
@@ -25,9 +24,10 @@ from fluxloop.hyperparameters import (
     put,
     set_hyperparameter,
 )
+from fluxloop.persist.arguments import arguments_of, changed
+from fluxloop.persist.series import Series
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.schedules import Schedule, check_schedule, value_at, written
-from fluxloop.series import Series
 
 Unit = Literal["step", "update", "epoch"]
 UNITS = ("step", "update", "epoch")

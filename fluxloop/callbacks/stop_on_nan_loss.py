@@ -8,7 +8,7 @@ from attrs import define, field
 
 from fluxloop.callback import Callback, on
 from fluxloop.events import BackwardBegin, StepBegin, StepEnd, UpdateBegin
-from fluxloop.given import yes_or_no
+from fluxloop.guard.given import yes_or_no
 from fluxloop.phase import AbstractTrainingPhase, Phase
 
 

@@ -14,17 +14,17 @@ from attrs import define, field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fluxloop.access import weights_path
 from fluxloop.callback import Callback, on
+from fluxloop.compute.models import copied_weights, to_device_of
+from fluxloop.compute.modes import switch_modes
+from fluxloop.data.passes import untouched
+from fluxloop.data.sources import complete
 from fluxloop.errors import DataError, ModelError, describe
 from fluxloop.events import EpochBegin, EpochEnd, FitEnd, StepEnd
-from fluxloop.models import copied_weights, to_device_of
-from fluxloop.modes import switch_modes
-from fluxloop.passes import untouched
+from fluxloop.order.access import weights_path
 from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from fluxloop.randomness import drawing, stream_seed
 from fluxloop.signals import INTERRUPTED, TERMINATED
-from fluxloop.sources import complete
 
 Forward = Callable[[nn.Module, Any], object]
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from fluxloop.callback import Callback, NoConflict, on, require_call, resolve_conflict
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.events import EpochBegin, StepEnd
-from fluxloop.given import check_paths
+from fluxloop.guard.given import check_paths
+from fluxloop.persist.series import Series
 from fluxloop.phase import Phase, check_phase_type
-from fluxloop.series import Series
 from fluxloop.state import PhaseDict
 
 

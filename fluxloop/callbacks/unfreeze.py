@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
+from fluxloop.compute.models import named_models
+from fluxloop.compute.optimizers import owned_parameters
 from fluxloop.errors import ModelError, OptimizerError, describe, did_you_mean
 from fluxloop.events import EpochBegin, EpochEnd, FitBegin, StepBegin, StepEnd
-from fluxloop.models import named_models
-from fluxloop.optimizers import owned_parameters
 from fluxloop.phase import AbstractTrainingPhase, FittingPhase
 
 

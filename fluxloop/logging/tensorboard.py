@@ -8,7 +8,7 @@ from typing import Any
 
 from attrs import define, field
 
-from fluxloop.given import as_path
+from fluxloop.guard.given import as_path
 from fluxloop.logging.backend import Backend, key, log_to
 from fluxloop.logging.loggables import Audio, Figure, Histogram, HyperParameters, Image, Scalar, Text
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from attrs import define, field
 
-from fluxloop.given import as_path
+from fluxloop.guard.given import as_path
 from fluxloop.logging.backend import Backend, log_to
 from fluxloop.logging.loggables import (
     Audio,

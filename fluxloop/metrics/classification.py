@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from fluxloop.errors import MetricError
-from fluxloop.given import check_number
+from fluxloop.guard.given import check_number
 
 
 def _classes(ys: Tensor, preds: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from fluxloop.errors import PhaseError
-from fluxloop.given import check_called
+from fluxloop.guard.given import check_called
 from fluxloop.losses.reconstruction import require_same_shape
 from fluxloop.phases.objective import ObjectivePhase
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fluxloop.errors import BatchError, PhaseError, describe
-from fluxloop.given import check_number
+from fluxloop.guard.given import check_number
 from fluxloop.losses.distillation import dino_loss
 from fluxloop.nested import tensors
 from fluxloop.phases.joint_embedding import TeacherPhase, Views

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from fluxloop.compute.modes import watching
 from fluxloop.errors import PhaseError
-from fluxloop.given import check_number
+from fluxloop.guard.given import check_number
 from fluxloop.losses.distillation import distillation_loss
-from fluxloop.modes import watching
 from fluxloop.phases.objective import ObjectivePhase
 from fluxloop.phases.supervised import unpack
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fluxloop.errors import BatchError, PhaseError, describe, did_you_mean
 from fluxloop.events import LossBegin
-from fluxloop.given import check_number
+from fluxloop.guard.given import check_number
 from fluxloop.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss, gradient_penalty, r1_penalty
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.phases.twin import TwinPhase

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fluxloop.errors import BatchError, PhaseError, describe
-from fluxloop.given import check_called
+from fluxloop.guard.given import check_called
 from fluxloop.phase import inputs_and_labels
 from fluxloop.phases.objective import ObjectivePhase, can_run, require_parts
 

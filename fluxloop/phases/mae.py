@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fluxloop.errors import BatchError, PhaseError, describe
-from fluxloop.given import check_number
+from fluxloop.guard.given import check_number
 from fluxloop.losses.reconstruction import masked_mse, normalize_patches
 from fluxloop.phases.objective import ObjectivePhase
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import triplet_margin_loss
 
 from fluxloop.errors import BatchError, PhaseError, describe
-from fluxloop.given import check_number
+from fluxloop.guard.given import check_number
 from fluxloop.losses.contrastive import supervised_contrastive
 from fluxloop.phases.joint_embedding import JointEmbeddingPhase, Views
 from fluxloop.phases.objective import ObjectivePhase, can_run, require_parts

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fluxloop.errors import PhaseError
-from fluxloop.given import check_number
+from fluxloop.guard.given import check_number
 from fluxloop.losses.contrastive import info_nce
 from fluxloop.phases.joint_embedding import TeacherPhase, Views
 from fluxloop.randomness import stream_seed

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fluxloop.errors import PhaseError, describe
-from fluxloop.given import check_called, check_number
+from fluxloop.guard.given import check_called, check_number
 from fluxloop.losses.reconstruction import kl_standard_normal, squared_error
 from fluxloop.phases.objective import ObjectivePhase
 

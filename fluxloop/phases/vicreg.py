@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from fluxloop.errors import BatchError, PhaseError
-from fluxloop.given import check_number
+from fluxloop.guard.given import check_number
 from fluxloop.losses.redundancy import vicreg_loss
 from fluxloop.phases.joint_embedding import JointEmbeddingPhase, Views
 

@@ -47,12 +47,12 @@ from fluxloop import (
     on,
     runstep,
 )
-from fluxloop import folder as folder_module
 from fluxloop.callbacks.checkpointer import Checkpointer
 from fluxloop.callbacks.early_stopping import EarlyStopping
+from fluxloop.checkpoint import folder as folder_module
+from fluxloop.checkpoint.folder import LATEST, MARKER, Folder, read
 from fluxloop.errors import CallbackConflictError, CheckpointError
-from fluxloop.folder import LATEST, MARKER, Folder, read
-from fluxloop.persist import snapshot
+from fluxloop.persist.plain import snapshot
 from fluxloop.signals import EXIT_CODE
 from fluxloop.testing import (
     Coefficient,
@@ -856,7 +856,7 @@ def test_what_is_written_in_the_background_is_a_copy_and_steps_go_on_meanwhile(
                 go_on.set()
 
     toy(Recorder(), Checkpointer(tmp_path / "a", keep_last=None)).fit(2)
-    monkeypatch.setattr("fluxloop.folder.torch.save", slow)
+    monkeypatch.setattr("fluxloop.checkpoint.folder.torch.save", slow)
     learner = toy(Recorder(), Release(), keeper := Checkpointer(tmp_path / "b", keep_last=None, background=True))
     learner.fit(2)
     assert threading.current_thread() not in threads
@@ -1121,7 +1121,7 @@ def test_d_mt_10_a_checkpoint_is_one_file_that_is_whole_or_not_there(
         save(state, file)
         seen.append(all(Folder(tmp_path).is_complete(path) for _, path in Folder(tmp_path).files()))
 
-    monkeypatch.setattr("fluxloop.folder.torch.save", look)
+    monkeypatch.setattr("fluxloop.checkpoint.folder.torch.save", look)
     toy(Checkpointer(tmp_path, unit="step", every=2)).fit(2)
     assert len(seen) >= 12
     assert all(seen)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, softplus
 
-import fluxloop.compiled
+import fluxloop.compile.plans
 from fluxloop import (
     EMA,
     Accelerator,
@@ -788,7 +788,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     def lower(graph: Any, inputs: Any, device: Any) -> Any:
         return torch.no_grad()(graph)
 
-    monkeypatch.setattr(fluxloop.compiled, "lower", lower)
+    monkeypatch.setattr(fluxloop.compile.plans, "lower", lower)
 
 
 def views(xs: Tensor) -> Tensor:

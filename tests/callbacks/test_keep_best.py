@@ -40,7 +40,7 @@ from fluxloop import (
 from fluxloop.callbacks.checkpointer import Checkpointer
 from fluxloop.callbacks.early_stopping import EarlyStopping
 from fluxloop.callbacks.keep_best import KeepBestModel
-from fluxloop.folder import Folder, read, write
+from fluxloop.checkpoint.folder import Folder, read, write
 from fluxloop.testing import assert_resumes_exactly, assert_same_bits, bits, toy_learner
 
 VALUES = [3.0, 1.0, 2.0, 4.0]

@@ -37,7 +37,7 @@ from fluxloop import (
     runstep,
 )
 from fluxloop.callbacks import progress
-from fluxloop.host import HostQueue
+from fluxloop.compute.host import HostQueue
 from fluxloop.testing import assert_observer, assert_same_bits, bits, toy_learner
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* did no step with them")

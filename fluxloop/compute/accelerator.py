@@ -1,0 +1,151 @@
+"""Where tensors are computed: the device, and the three places of a step that know about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fluxloop.compute.gradients import add_gradients
+from fluxloop.compute.optimizers import step_optimizer
+from fluxloop.errors import BatchError, describe
+from fluxloop.nested import map_tensors, move_object
+
+
+class Accelerator:
+    """Places models and batches on a device; computes gradients and steps optimizers there.
+
+    ``runstep`` places a step's entries, ``learner.backward`` computes gradients and
+    ``learner.update`` steps an optimizer through it: the three doors for what is to come.
+
+    Args:
+        device: ``"auto"`` (CUDA, else MPS, else the CPU), or anything ``torch.device`` takes.
+        compile: ``"step"``: forward, loss, backward and update of a step are one compiled graph for
+            each shape of batch (`docs/speed.md`); who needs a moment inside the step is an error.
+            ``"model"``: each model's forward is compiled by ``torch.compile``. False: neither.
+
+    Raises:
+        ValueError: The device is not available on this machine, or `compile` is something else.
+    """
+
+    def __init__(
+        self, device: str | torch.device = "auto", *, compile: Literal[False, "model", "step"] = False
+    ) -> None:
+        if compile not in (False, "model", "step"):
+            raise ValueError(f"Accelerator(compile={compile!r}) was given; expected False, 'model' or 'step'")
+        self.device = _choose(device)
+        self.compile = compile
+
+    def place_model(self, model: nn.Module) -> None:
+        """Move a module's parameters and buffers to the device, in place."""
+        model.to(self.device)
+
+    def compile_model(self, model: nn.Module) -> None:
+        """Have a model's forward be compiled by torch, where that was asked for; it stays what it is."""
+        if self.compile == "model" and hasattr(model, "_compiled_call_impl"):  # a private name of torch's
+            # model.compile() would do nothing for torch's own classes, such as Sequential: their code is left alone
+            call: Callable[..., Any] = model._call_impl
+            model._compiled_call_impl = torch.compile(lambda *args, **kwargs: call(*args, **kwargs))
+        elif self.compile == "model":
+            model.compile()
+
+    def place(self, entries: dict[str, Any]) -> None:
+        """Move every tensor in a step's entries to the device, in nested containers too, and what has ``to(device)``.
+
+        To a CUDA device they are copied by a stream of their own, from pinned memory: while the
+        device still computes the steps before, of which the host runs ahead.
+
+        Raises:
+            BatchError: An entry cannot be moved; names it.
+        """
+        device = self.device
+        for name, value in entries.items():
+            if type(value) is Tensor:
+                if value.device != device:
+                    entries[name] = self._move(value)
+            else:
+                try:
+                    entries[name] = map_tensors(self._move, value, self._move_object)
+                except TypeError as error:
+                    raise BatchError(
+                        f"the entry {name!r}, {describe(value)}, cannot be moved to the device {str(device)!r}: {error}"
+                    ) from error
+
+    def _move_object(self, value: Any) -> Any:
+        return move_object(value, self.device)
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        if tensor.device == self.device:
+            return tensor
+        if self.device.type != "cuda" or not tensor.is_cpu:
+            return tensor.to(self.device, non_blocking=True)
+        copies, computes = _copy_stream(self.device), torch.cuda.current_stream(self.device)
+        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+        with torch.cuda.stream(copies):
+            moved = pinned.to(self.device, non_blocking=True)
+        computes.wait_stream(copies)
+        moved.record_stream(computes)
+        return moved
+
+    def backward(
+        self, loss: Tensor, parameters: Sequence[nn.Parameter], *, alone: bool = False, retain_graph: bool = False
+    ) -> None:
+        """Add the gradients of a scalar loss to ``grad`` of `parameters`.
+
+        Args:
+            loss: The loss.
+            parameters: Those of the optimizers whose loss it is.
+            alone: Whether the loss may be differentiated for all it reaches, because nobody else's
+                parameters are to be left out; then some of `parameters` may be frozen.
+            retain_graph: Whether another loss needs the same graph.
+        """
+        add_gradients(loss, None if alone else parameters, retain_graph)
+
+    def update(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> None:
+        """Step an optimizer.
+
+        Args:
+            optimizer: The optimizer.
+            closure: For one that computes gradients itself, several times in a step: computes them, returns the loss.
+        """
+        step_optimizer(optimizer, closure)
+
+    def __repr__(self) -> str:
+        compiled = f", compile={self.compile!r}" if self.compile else ""
+        return f"Accelerator(device={str(self.device)!r}{compiled})"
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Give the stream that copies batches to a CUDA device."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types there
+
+
+def _choose(device: str | torch.device) -> torch.device:
+    """Resolve ``"auto"``, and give a CUDA device its index, so that it equals that of its tensors."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            device = "cuda"
+        elif torch.backends.mps.is_available():
+            device = "mps"
+        else:
+            device = "cpu"
+    expected = "expected 'auto' or 'cpu', or a device that this machine has"
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r} was given; {expected}") from error
+    available: dict[str, Callable[[], bool]]
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "xpu": torch.xpu.is_available}
+    if chosen.type in available and not available[chosen.type]():
+        raise ValueError(f"device={str(device)!r} was given, but {chosen.type.upper()} is not available; {expected}")
+    if chosen.type == "cuda" and chosen.index is not None and chosen.index >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={str(device)!r} was given, and there are {torch.cuda.device_count()} GPUs; {expected}"
+        )
+    if chosen.index is None and chosen.type in ("cuda", "mps"):
+        chosen = torch.device(chosen.type, torch.cuda.current_device() if chosen.type == "cuda" else 0)
+    return chosen

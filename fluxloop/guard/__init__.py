@@ -1,0 +1,1 @@
+"""What users give or write is looked at before anything is changed: arguments, and names of attributes."""

@@ -1,0 +1,502 @@
+"""What of an object is kept in a checkpoint, as plain data, and how it is put back.
+
+Plain data is what ``torch.load(weights_only=True)`` reads: numbers, texts, tensors, and lists,
+tuples, dicts and sets of them. Other containers are written as a marked dict. An object with an
+identity (a random generator, something with ``state_dict`` and ``load_state_dict``, an instance
+of a class with fields) is written as its state, and put back into the live one. Nothing in a
+checkpoint names a class to import or a function to call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum
+from itertools import chain
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
+
+from fluxloop.errors import CheckpointError, describe, warn_user
+from fluxloop.persist.series import Series
+from fluxloop.state import Container, NamedPhase, PhaseDict, name_of
+
+MARK = "__kept__"
+SCALARS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+
+
+def class_name(cls: type) -> str:
+    """Name a class with its module, as a checkpoint does."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def phase_id(phase: Any) -> str:
+    """Name a phase as a checkpoint does: by its class and, where it has one, its own name in brackets."""
+    cls = phase.cls if isinstance(phase, NamedPhase) else phase if isinstance(phase, type) else type(phase)
+    name = name_of(phase)
+    return class_name(cls) if name == name_of(cls) else f"{class_name(cls)}[{name}]"
+
+
+def phase_of(id: str, phases: Iterable[type]) -> NamedPhase | None:
+    """Return the phase that `phase_id` named, or None where there is no such class.
+
+    Args:
+        id: What a checkpoint calls it.
+        phases: The phase types that there are.
+    """
+    name, _, own = id.partition("[")
+    cls = next((cls for cls in phases if class_name(cls) == name), None)
+    return None if cls is None else NamedPhase(cls, own[:-1] or name_of(cls))
+
+
+# Writing
+
+
+def keep(value: Any, where: str) -> Any:
+    """Turn a value into plain data; see `_keep`."""
+    try:
+        return _keep(value, where)
+    except RecursionError:
+        raise CheckpointError(
+            f"{where} is a {type(value).__name__} that contains itself, which cannot be kept in a checkpoint"
+        ) from None
+
+
+def _keep(value: Any, where: str) -> Any:
+    """Turn a value into plain data.
+
+    Args:
+        value: Anything.
+        where: What it is called in a message.
+
+    Raises:
+        CheckpointError: It, or something in it, is none of what can be kept.
+    """
+    kind = type(value)
+    if kind in NUMBERS:
+        return value
+    if isinstance(value, Tensor):
+        value = value.detach()
+        if value.untyped_storage().nbytes() > value.nbytes:  # a view, of a data set perhaps
+            value = value.clone()
+        return value if value.is_cpu else {MARK: "on the device", "tensor": value}
+    if kind is Series:
+        return _keep_series(value, where)
+    if kind in (list, tuple) and is_simple(value):
+        return kind(value)
+    if kind.__module__.partition(".")[0] == "numpy":
+        return _keep_numpy(value, where)
+    if isinstance(value, SCALARS):
+        return _plain_scalar(value, where)
+    if isinstance(value, PhaseDict):
+        return {MARK: "phases", "items": {phase_id(k): _keep(v, f"{where}[{k.__name__}]") for k, v in value.items()}}
+    if kind in (list, tuple):
+        return kind(_keep_item(item, f"{where}[{index}]") for index, item in enumerate(value))
+    if isinstance(value, dict):
+        return of_entries(((key, _keep_item(item, f"{where}[{key!r}]")) for key, item in value.items()), where)
+    if isinstance(value, (set, frozenset)):
+        items = sorted(value, key=repr)  # the same set is the same file
+        return {MARK: type(value).__name__, "items": [_keep_item(item, where) for item in items]}
+    if isinstance(value, deque):
+        return {MARK: "deque", "items": [_keep_item(item, where) for item in value], "maxlen": value.maxlen}
+    if isinstance(value, torch.Generator):
+        return {MARK: "object", "state": value.get_state()}
+    if isinstance(value, random.Random):
+        return {MARK: "object", "state": value.getstate()}
+    if is_stateful(value):
+        return {MARK: "object", "state": _keep(value.state_dict(), where)}
+    fields = _fields(value)
+    if fields is not None:
+        return {MARK: "fields", "items": {name: _keep(item, f"{where}.{name}") for name, item in fields.items()}}
+    raise CheckpointError(
+        f"{where} is a {type(value).__name__}, which cannot be kept in a checkpoint; expected numbers, texts, tensors, "
+        "containers of them, or an object with state_dict() and load_state_dict(state)"
+    )
+
+
+def _keep_series(series: Series, where: str) -> Any:
+    """Keep a series as arrays, or as a list where it holds other things."""
+    arrays = series.arrays()
+    if arrays is None:
+        return _keep(list(series), where)
+    steps, values = arrays
+    tensors = type(series[0][1]) is Tensor
+    return {MARK: "series", "steps": steps, "values": _keep(values, where), "tensors": tensors}
+
+
+NUMBERS = frozenset((type(None), bool, int, float, str))
+NUMBERS_AND_TUPLES = NUMBERS | {tuple}
+
+
+def is_simple(items: list[Any] | tuple[Any, ...]) -> bool:
+    """Tell whether a list, perhaps a long series, holds numbers, texts, and tuples of them alone."""
+    kinds = set(map(type, items))
+    if kinds <= NUMBERS:
+        return True
+    if not kinds <= NUMBERS_AND_TUPLES:
+        return False
+    rows = items if len(kinds) == 1 else [item for item in items if type(item) is tuple]
+    return set(map(type, chain.from_iterable(rows))) <= NUMBERS
+
+
+def _keep_item(value: Any, where: str) -> Any:
+    """Keep an item of a container: there is no live one to put an object's state into."""
+    numpys = type(value).__module__.partition(".")[0] == "numpy"
+    if isinstance(value, (PhaseDict, torch.Generator, random.Random)) or (
+        not isinstance(value, (Tensor, *SCALARS, dict, list, tuple, set, frozenset, deque))
+        and (_numpy_state(value) is not None if numpys else is_stateful(value) or _fields(value) is not None)
+    ):
+        raise CheckpointError(
+            f"{where} is a {type(value).__name__} inside a container, which cannot be kept in a checkpoint; keep its "
+            "numbers, texts and tensors there instead, or give what holds it state_dict() and load_state_dict(state)"
+        )
+    return _keep(value, where)
+
+
+def _plain_scalar(value: Any, where: str) -> Any:
+    """Give a number or text of a class of its own as the number or text it is.
+
+    Raises:
+        CheckpointError: It is a member of an enumeration that is neither.
+    """
+    if isinstance(value, Enum):
+        if not isinstance(value, (int, float, str, bytes)):
+            raise CheckpointError(f"{where} is {value!r}, which cannot be kept in a checkpoint; keep its name or value")
+        return value.value
+    if isinstance(value, bytes):  # PyTorch before 2.5 reads neither these nor complex numbers
+        raw = torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else torch.empty(0, dtype=torch.uint8)
+        return {MARK: "bytes", "bytes": raw}
+    if isinstance(value, complex):
+        return {MARK: "complex", "parts": (value.real, value.imag)}
+    bases: tuple[Any, ...] = (int, float, str)
+    for base in bases:
+        if isinstance(value, base) and type(value) not in NUMBERS:
+            return base(value)
+    return value
+
+
+def of_entries(pairs: Iterable[tuple[Any, Any]], where: str = "") -> dict[Any, Any]:
+    """Turn a dict's keys and kept items into a dict of plain data."""
+    entries = [(key if type(key) in NUMBERS else _plain_key(key, where), item) for key, item in pairs]
+    if any(isinstance(key, dict) or key == MARK for key, _ in entries):
+        return {MARK: "pairs", "items": entries}
+    return dict(entries)
+
+
+def _plain_key(key: Any, where: str) -> Any:
+    """Turn a key of a dict into plain data; a marked dict where it is no number or text."""
+    if type(key).__module__.partition(".")[0] == "numpy" and hasattr(key, "item"):
+        key = key.item()
+    if isinstance(key, SCALARS):
+        return _plain_scalar(key, where)
+    if isinstance(key, tuple):
+        parts = tuple(_plain_key(part, where) for part in key)
+        return {MARK: "key", "parts": parts} if any(isinstance(part, dict) for part in parts) else parts
+    raise CheckpointError(
+        f"{where} has the key {key!r}, which cannot be kept in a checkpoint; expected numbers or texts as keys"
+    )
+
+
+def _keep_numpy(value: Any, where: str) -> Any:
+    numpy = sys.modules["numpy"]
+    if isinstance(value, numpy.ndarray) and value.dtype.names is None and not value.dtype.hasobject:
+        raw = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8) if value.size else torch.empty(0)
+        return {MARK: "array", "dtype": value.dtype.str, "shape": tuple(value.shape), "bytes": raw}
+    if isinstance(value, numpy.generic) and value.dtype.names is None and not value.dtype.hasobject:
+        return {MARK: "numpy scalar", "dtype": value.dtype.str, "value": value.item()}
+    state = _numpy_state(value)
+    if state is not None:
+        return {MARK: "object", "state": _keep(state, where)}
+    raise CheckpointError(f"{where} is a {type(value).__name__} of NumPy's, which cannot be kept in a checkpoint")
+
+
+def _numpy_state(value: Any) -> Any:
+    """Give the state of a random generator of NumPy's, None for anything else."""
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.random.Generator):
+        return value.bit_generator.state
+    if numpy is not None and isinstance(value, numpy.random.RandomState):
+        return value.get_state(legacy=False)
+    return None
+
+
+def is_stateful(value: Any) -> bool:
+    """Tell whether an object has ``state_dict`` and ``load_state_dict``."""
+    names = ("state_dict", "load_state_dict")
+    return not isinstance(value, type) and all(callable(getattr(type(value), name, None)) for name in names)
+
+
+def _fields(value: Any) -> dict[str, Any] | None:
+    """Give the fields of an instance of a class that names them; None for anything else."""
+    if isinstance(value, type) or callable(value):
+        return None
+    if attrs.has(type(value)) or dataclasses.is_dataclass(value):
+        fields = attrs.fields(type(value)) if attrs.has(type(value)) else dataclasses.fields(value)
+        return {field.name: getattr(value, field.name) for field in fields}
+    return dict(vars(value)) if isinstance(value, Container) and hasattr(value, "__dict__") else None
+
+
+# Reading
+
+
+def is_held(kept: Any) -> bool:
+    """Tell whether what was kept is the state of an object, which has to be there."""
+    return isinstance(kept, dict) and kept.get(MARK) in ("object", "fields", "phases")
+
+
+def put_back(
+    kept: Any,
+    live: Any = None,
+    *,
+    phases: Iterable[type] = (),
+    device: torch.device | None = None,
+    where: str = "it",
+) -> Any:
+    """Make of plain data what it was; an object's state is put into the live one, which is returned.
+
+    Args:
+        kept: What `keep` gave.
+        live: What is there now.
+        phases: The phase types that there are.
+        device: Where tensors belong that were on a device.
+        where: What it is called in a message.
+
+    Raises:
+        CheckpointError: The live object is missing, or of another kind.
+    """
+
+    def again(item: Any, now: Any = None, name: str = "") -> Any:
+        return put_back(item, now, phases=phases, device=device, where=where + name)
+
+    if isinstance(kept, Tensor):
+        if isinstance(live, Tensor) and live.is_leaf and live.requires_grad and live.shape == kept.shape:
+            with torch.no_grad():  # an optimizer may hold it
+                return live.copy_(kept)
+        return kept.clone()
+    if type(kept) is tuple:
+        return kept if is_simple(kept) else tuple(again(item) for item in kept)
+    if isinstance(kept, list):
+        items = list(kept) if is_simple(kept) else [again(item) for item in kept]
+        if type(live) in (list, Series):  # others may hold it too
+            live[:] = items
+            return live
+        return items
+    if not isinstance(kept, dict):
+        return kept
+    kind = kept.get(MARK)
+    if kind in (None, "dict", "pairs"):
+        entries = {again(key): again(item) for key, item in items_of(kept)}
+        if isinstance(live, dict):  # perhaps of a type of its own
+            live.clear()
+            live.update(entries)
+            return live
+        return entries
+    if kind in ("bytes", "no bytes"):
+        return bytes(kept["bytes"].tolist()) if "bytes" in kept else b""
+    if kind == "complex":
+        return complex(*kept["parts"])
+    if kind == "key":
+        return again(kept["parts"])
+    if kind == "on the device":
+        return kept["tensor"].to(device, copy=True)
+    if kind == "series":
+        values = again(kept["values"])
+        rows = values.unbind() if kept["tensors"] else values.tolist()
+        series = Series(zip(kept["steps"].tolist(), rows, strict=True))
+        if isinstance(live, list):
+            live[:] = series
+            return live
+        return series
+    if kind in ("set", "frozenset"):
+        return (set if kind == "set" else frozenset)(again(item) for item in kept["items"])
+    if kind == "deque":
+        return deque((again(item) for item in kept["items"]), kept["maxlen"])
+    if kind in ("array", "numpy scalar"):
+        return _put_back_numpy(kept)
+    if kind == "phases":
+        if not isinstance(live, PhaseDict):
+            raise misplaced(where, "a PhaseDict", live)
+        found = {id: phase_of(id, phases) for id in kept["items"]}
+        missing = sorted(id for id, phase in found.items() if phase is None)
+        if missing:
+            warn_user(f"{where} was kept for the phases {missing}, which nobody has defined now")
+        for phase in [phase for phase in live if phase_id(phase) not in kept["items"]]:
+            del live[phase]
+        for id, phase in found.items():
+            if phase is not None:
+                live[phase] = again(kept["items"][id], live[phase], f"[{phase.name}]")
+        return live
+    return _into(kept, live, again, where)
+
+
+def items_of(kept: dict[str, Any]) -> Iterable[tuple[Any, Any]]:
+    """Give the keys and items of what `keep` made of a dict."""
+    if kept.get(MARK) == "pairs":
+        return list(kept["items"])
+    return (kept["items"] if MARK in kept else kept).items()
+
+
+def _into(kept: dict[str, Any], live: Any, again: Callable[..., Any], where: str) -> Any:
+    """Put an object's state into the live one."""
+    if kept[MARK] == "fields":
+        fields = _fields(live)
+        if fields is None:
+            raise misplaced(where, "an object with fields", live)
+        for name, item in kept["items"].items():
+            object.__setattr__(live, name, again(item, fields.get(name), f".{name}"))
+    elif isinstance(live, torch.Generator):
+        live.set_state(kept["state"])
+    elif isinstance(live, random.Random):
+        live.setstate(kept["state"])
+    elif _numpy_state(live) is not None:
+        _set_numpy_state(live, again(kept["state"]))
+    elif is_stateful(live):
+        live.load_state_dict(again(kept["state"]))
+    else:
+        raise misplaced(where, "an object with load_state_dict(state), or a random generator", live)
+    return live
+
+
+def _put_back_numpy(kept: dict[str, Any]) -> Any:
+    import numpy
+
+    if kept[MARK] == "numpy scalar":
+        return numpy.dtype(kept["dtype"]).type(kept["value"])
+    raw = kept["bytes"].to(torch.uint8).numpy().tobytes()
+    return numpy.frombuffer(raw, dtype=kept["dtype"]).reshape(kept["shape"]).copy()
+
+
+def is_numpy_generator(value: Any) -> bool:
+    """Tell whether a value is a random generator of NumPy's."""
+    return _numpy_state(value) is not None
+
+
+def _set_numpy_state(live: Any, state: Any) -> None:
+    if hasattr(live, "bit_generator"):
+        live.bit_generator.state = state
+    else:
+        live.set_state(state)
+
+
+def misplaced(where: str, expected: str, live: Any) -> CheckpointError:
+    """Give the error for a state whose object is not there."""
+    return CheckpointError(
+        f"the checkpoint has a state for {where}, which is {describe(live)} now; expected {expected}, made as in the "
+        "run that wrote it"
+    )
+
+
+# Modules
+
+
+UNINITIALIZED = {MARK: "uninitialized"}
+"""Stands for a parameter or buffer of a lazy module, which has no shape before the first batch."""
+
+
+def is_uninitialized(kept: Any) -> bool:
+    """Tell whether kept data stands for a tensor of a lazy module that had seen no batch."""
+    return isinstance(kept, dict) and kept.get(MARK) == "uninitialized"
+
+
+def uninitialize(module: nn.Module, names: set[str]) -> None:
+    """Take the shape from tensors of lazy modules that have been given one since, though they have seen no batch.
+
+    Raises:
+        CheckpointError: A module has seen one: it is no longer lazy.
+    """
+    for name in names:
+        part, _, own = name.rpartition(".")
+        owner = module.get_submodule(part)
+        tensor: Any = getattr(owner, own)
+        if is_lazy(tensor):
+            continue
+        if not isinstance(owner, LazyModuleMixin):
+            raise CheckpointError(
+                f"{name!r} had seen no batch when its state was kept (a lazy module), and has a shape now; make the "
+                "learner anew"
+            )
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        tensor.__class__ = UninitializedParameter if own in owner._parameters else UninitializedBuffer
+
+
+def unsaved_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Give the buffers that ``state_dict`` leaves out: full name, owner, own name, tensor."""
+    for path, part in module.named_modules():
+        for name in sorted(part._non_persistent_buffers_set):
+            tensor = part._buffers.get(name)
+            if tensor is not None and not is_lazy(tensor):
+                yield f"{path}.{name}".lstrip("."), part, name, tensor
+
+
+# Attributes
+
+
+WATCHED = "__watched__"
+"""The attribute in which a phase holds what is known of it."""
+
+
+def attributes(thing: Any) -> dict[str, Any]:
+    """Give the attributes of an object, those in slots too."""
+    slots = [name for cls in type(thing).__mro__ for name in _slots(cls)]
+    found = {name: getattr(thing, name) for name in slots if hasattr(thing, name)}
+    own = {name: value for name, value in getattr(thing, "__dict__", {}).items() if name != WATCHED}
+    return {**found, **own}
+
+
+def _slots(cls: type) -> Iterator[str]:
+    names = cls.__dict__.get("__slots__", ())
+    for name in (names,) if isinstance(names, str) else names:
+        if name not in ("__weakref__", "__dict__"):
+            yield f"_{cls.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def plain_attributes(thing: Any) -> dict[str, Any]:
+    """Give the attributes of an object that are plain data; of a module, its own and its buffers."""
+    found = {name: value for name, value in attributes(thing).items() if name not in _OF_EVERY_MODULE}
+    if isinstance(thing, nn.Module):
+        found.update(thing._buffers)
+    plain: dict[str, Any] = {}
+    for name, value in found.items():
+        try:
+            kept = keep(value, name)
+        except CheckpointError:
+            continue
+        if not is_held(kept):
+            plain[name] = value
+    return plain
+
+
+def size(kept: Any) -> int:
+    """Give the size of plain data in bytes, as it is in memory, roughly."""
+    if isinstance(kept, Tensor):
+        return kept.numel() * kept.element_size()
+    if isinstance(kept, Mapping):
+        return sum(size(key) + size(item) for key, item in kept.items())
+    if isinstance(kept, (list, tuple, set)):
+        return sum(map(size, kept))
+    return len(kept) if isinstance(kept, (str, bytes)) else 8
+
+
+def snapshot(kept: Any) -> Any:
+    """Copy plain data, so that what happens next does not change it; tensors come to the CPU."""
+    if isinstance(kept, Tensor):
+        return kept if is_lazy(kept) else kept.detach().to("cpu", copy=True)
+    if isinstance(kept, dict):
+        return {key: snapshot(item) for key, item in kept.items()}
+    if type(kept) is list and is_simple(kept):
+        return list(kept)
+    if type(kept) is tuple and is_simple(kept):
+        return kept
+    if type(kept) in (list, tuple):
+        return type(kept)(snapshot(item) for item in kept)
+    return kept

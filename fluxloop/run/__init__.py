@@ -1,0 +1,1 @@
+"""What a learner does: fit, resume, predict and evaluate, check, find a learning rate, summarize."""

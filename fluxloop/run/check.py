@@ -1,0 +1,246 @@
+"""A step of each phase on the side, to find what is wrong with it before a fit: `Learner.check`."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from fluxloop.callback import UnsafeCallback
+from fluxloop.compute.models import keep_tensors
+from fluxloop.compute.updates import Updates
+from fluxloop.data.passes import untouched
+from fluxloop.errors import DataError, MissingEntryError, PhaseError
+from fluxloop.loop import set_modes
+from fluxloop.phase import Phase
+from fluxloop.randomness import preserved
+from fluxloop.run.fit import check_phase, default_phases, feed
+from fluxloop.run.inference import aside
+
+if TYPE_CHECKING:
+    from fluxloop.learner import Learner
+
+
+Severity = Literal["error", "warning", "skipped"]
+
+
+def _kept(optimizer: Optimizer) -> Callable[[], None]:
+    """Keep an optimizer's state and options; return what puts them back, bit for bit."""
+    state = {
+        parameter: {name: (value, copy.deepcopy(value)) for name, value in entries.items()}
+        for parameter, entries in optimizer.state.items()
+    }
+    options = [{k: copy.deepcopy(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+    def put_back() -> None:
+        optimizer.state.clear()
+        for parameter, entries in state.items():
+            for name, (value, copied) in entries.items():
+                if isinstance(value, Tensor):
+                    with torch.no_grad():
+                        value.copy_(copied)
+                optimizer.state[parameter][name] = value if isinstance(value, Tensor) else copied
+        for group, kept in zip(optimizer.param_groups, options, strict=True):
+            group.update(kept)
+
+    return put_back
+
+
+def _first(learner: Learner, phase: Phase) -> Any:
+    """Return the first batch of a phase's data.
+
+    Raises:
+        DataError: There is none, or the data can be iterated once only: its first batch would be lost.
+    """
+    data = feed(learner, phase)
+    data.check()
+    if hasattr(data.source, "__next__"):
+        raise NotLookedAtError(
+            f"the {phase.data_key!r} data can be iterated once only; give a batch to look at: learner.check(batch)"
+        )
+    with untouched(data.source):
+        for batch in data:
+            return batch
+    raise PhaseError(f"{phase!r} runs on no data of the learner's; give a batch to look at: learner.check(batch)")
+
+
+class NotLookedAtError(PhaseError, DataError):
+    """Nothing could be run on the side without a trace: of data that can be iterated once, or in a phase."""
+
+
+def _kept_gradients(updates: Updates) -> Callable[[], None]:
+    """Keep the gradients and where they stand, and begin without any; return what puts them back."""
+    gradients = [(parameter, parameter.grad) for parameter in updates.names]
+    noted = ("consumed", "window", "in_block", "num_batches", "phase", "step", "before")
+    windows = [(slot, {name: getattr(slot, name) for name in noted}) for slot in updates.slots]
+    for slot in updates.slots:
+        slot.end_gradients()
+    for parameter in updates.names:
+        parameter.grad = None
+
+    def put_back() -> None:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for slot, kept in windows:
+            for name, value in kept.items():
+                setattr(slot, name, value)
+
+    return put_back
+
+
+def check(learner: Learner, batch: Any, phases: Iterable[Phase] | None) -> list[str]:
+    """Run one step per phase and list what is wrong; everything is put back. See `Learner.check`."""
+    in_use = list(learner.phases.values()) or default_phases(learner.data)
+    chosen = in_use if phases is None else list(phases)
+    for phase in chosen:
+        check_phase(phase)
+    if any(is_lazy(parameter) for module in learner.modules() for parameter in module.parameters()):
+        raise PhaseError("learner.check cannot look at lazy modules that have seen no batch; run one step first")
+    return list(dict.fromkeys(problem for phase in chosen for problem in look_at(learner, phase, batch)))
+
+
+class Problem(str):
+    """What is wrong with a phase, in a sentence.
+
+    Attributes:
+        severity: ``"error"`` where a fit would fail too, ``"warning"`` where it would not (a gradient that
+            is computed and not used) or need not (an entry that a callback declares to store), ``"skipped"``
+            where nothing could be looked at.
+    """
+
+    __slots__ = ("severity",)
+    severity: Severity
+
+    def __new__(cls, text: str, severity: Severity) -> Problem:
+        """Make a problem of a sentence."""
+        problem = super().__new__(cls, text)
+        problem.severity = severity
+        return problem
+
+
+def look_at(learner: Learner, phase: Phase, batch: Any) -> list[Problem]:
+    """Run one step of a copy of a phase on the side, and return what is wrong.
+
+    Args:
+        learner: Everything in it is put back.
+        phase: It is left as it is.
+        batch: Left out, the first of the phase's data.
+    """
+    findings: list[str] = []
+    problems: list[Problem] = []
+    try:
+        phase.check(learner)
+        if type(phase).step is not Phase.step or type(phase).body is not Phase.body:  # else it has an epoch alone
+            with _aside(learner, phase, findings) as copied:
+                copied.step(learner, _first(learner, phase) if batch is None else batch)
+    except Exception as error:
+        severity: Severity = "warning" if _may_be_stored(learner, error) else "error"
+        if isinstance(error, NotLookedAtError):
+            severity = "skipped"
+        problems.append(Problem(f"{phase!r}: {type(error).__name__}: {error}{_place(error)}", severity))
+    return [*(Problem(finding, "warning") for finding in findings), *problems]
+
+
+def _may_be_stored(learner: Learner, error: Exception) -> bool:
+    """Return whether an entry that is missing is one that a callback declares to store: here none of them runs."""
+    if not isinstance(error, MissingEntryError) or error.name is None or not error.name.isidentifier():
+        return False
+    own = [each.unwrapped for each in learner.callbacks if not type(each.unwrapped).__module__.startswith("fluxloop.")]
+    return any(isinstance(each, UnsafeCallback) for each in own) or any(  # such a one declares nothing
+        learner.callbacks.writers(f"{root}.{error.name}") for root in ("step", "cbstate")
+    )
+
+
+@contextmanager
+def _aside(learner: Learner, phase: Phase, findings: list[str]) -> Iterator[Phase]:
+    """Give a copy of a phase to run one step of; put everything back after it."""
+    modules, updates = learner.modules(), learner.updates
+    with ExitStack() as undone:
+        undone.enter_context(preserved())
+        undone.enter_context(aside(learner, "check", []))
+        undone.callback(_kept_gradients(updates))
+        for slot in updates.slots:
+            undone.callback(_kept(slot.optimizer))
+        weights = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+        undone.callback(keep_tensors(modules, weights))
+        undone.callback(_kept_attributes(modules))
+        undone.callback(set_modes(learner, phase))
+        undone.callback(setattr, updates, "findings", None)
+        updates.findings = findings
+        for name, kept in (("loss_fn", learner.loss_fn), ("compiled", learner.compiled)):
+            undone.callback(setattr, learner, name, kept)
+        memo = {id(thing): thing for thing in (learner, *_held(learner))}
+        learner.compiled = None  # a step as it is written finds the same, and compiles nothing
+        if not isinstance(learner.loss_fn, nn.Module):
+            learner.loss_fn = _copied(learner.loss_fn, memo, "the loss function")
+        yield _copied(phase, memo, repr(phase))
+
+
+def _held(learner: Learner) -> Iterator[Any]:
+    """Yield what a phase may hold of the learner's: the copy of the phase holds the same."""
+    for module in learner.modules():
+        yield from module.modules()
+        yield from module.parameters()
+        yield from module.buffers()
+    yield from (slot.optimizer for slot in learner.updates.slots)
+    yield from vars(learner.data).values()
+
+
+def _copied(thing: Any, memo: dict[int, Any], name: str) -> Any:
+    """Copy something whose step leaves traces in it.
+
+    Raises:
+        PhaseError: It cannot be copied, so nothing can be run without a trace.
+    """
+    try:
+        return copy.deepcopy(thing, memo)
+    except Exception as error:
+        raise NotLookedAtError(
+            f"{name} cannot be copied ({type(error).__name__}: {error}), so a step of it would leave traces in it; "
+            "nothing was run. Give its class a __deepcopy__"
+        ) from error
+
+
+def _kept_attributes(modules: list[nn.Module]) -> Callable[[], None]:
+    """Keep the plain attributes of modules, such as a count of calls; return what puts them back."""
+    torchs = vars(nn.Module()).keys()
+    kept = [
+        (vars(part), name, value, copy.copy(value))
+        for module in modules
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if name not in torchs and type(value) in PLAIN
+    ]
+
+    def put_back() -> None:
+        for attributes, name, value, copied in kept:
+            if isinstance(value, list):  # in place: others may hold it
+                value[:] = copied
+            elif isinstance(value, (dict, set)):
+                value.clear()
+                value.update(copied)
+            attributes[name] = value
+
+    return put_back
+
+
+PLAIN = (bool, int, float, str, type(None), list, dict, set, tuple)
+
+
+def _place(error: BaseException) -> str:
+    """Return where an error was raised, in the user's code where it passed through it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not _is_librarys(frame.filename)]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+
+
+def _is_librarys(filename: str) -> bool:
+    return filename.startswith((str(Path(__file__).parent), str(Path(torch.__file__).parent), "<"))

@@ -1,0 +1,135 @@
+"""Evaluate and predict, on the side: what the training sees is as before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fluxloop.callback import Callback, on
+from fluxloop.callbacks.metrics import Metrics
+from fluxloop.callbacks.progress import ProgressBar
+from fluxloop.callbacks.recorder import Recorder
+from fluxloop.compute.host import HostQueue
+from fluxloop.data.loaders import as_dataloader
+from fluxloop.data.ordering import in_order
+from fluxloop.errors import DataError, MetricError, PhaseError, describe, sentence
+from fluxloop.events import StepEnd
+from fluxloop.history import History
+from fluxloop.loop import runs_a_view
+from fluxloop.nested import concatenate, map_tensors
+from fluxloop.order.runner import Callbacks
+from fluxloop.phase import Phase
+from fluxloop.phases.supervised import PredictionPhase, ValidationPhase
+from fluxloop.randomness import Streams
+from fluxloop.run.fit import check_phase, run_epoch
+from fluxloop.state import SharedState, StepState
+
+if TYPE_CHECKING:
+    from fluxloop.learner import Learner
+
+
+@contextmanager
+def aside(learner: Learner, owner: str, callbacks: list[Callback]) -> Iterator[None]:
+    """Run something with callbacks, history and random numbers of its own; put the learner's back after.
+
+    So that evaluation and prediction leave no trace: what the training sees is as before.
+    """
+    fields = vars(learner)  # past the checks of what users assign
+    changed = ("callbacks", "cbstate", "history", "streams", "step", "host_queue", "phases", "scope", "model")
+    kept = {name: fields[name] for name in (*changed, "fit_phases", "num_epochs")}
+    updates, block = learner.updates, learner.updates.block
+    try:
+        if runs_a_view(learner.scope):
+            fields["model"] = learner.weights.given
+        fields["scope"] = updates.block = None
+        cbstate = SharedState()
+        fields |= {
+            "host_queue": HostQueue(learner.accelerator.device),
+            "phases": dict(learner.phases),
+            "cbstate": cbstate,
+            "history": History(cbstate, learner.seed),
+            "streams": Streams(learner.seed, prefix=f"{owner}/"),
+            "step": StepState(),
+            "callbacks": Callbacks(learner),
+            "fit_phases": (),
+            "num_epochs": None,
+        }
+        learner.callbacks.set(callbacks)
+        yield
+    finally:
+        fields.update(kept)
+        updates.block = block
+
+
+def _bar(learner: Learner) -> list[Callback]:
+    """Make a progress bar like the learner's, if it has one."""
+    bar = learner.callbacks.get(ProgressBar)
+    return [ProgressBar(bar.enabled, bar.interval, bar.file)] if isinstance(bar, ProgressBar) else []
+
+
+def evaluate(learner: Learner, data: Any, metrics: Iterable[Any] | None, phase: Phase | None) -> dict[str, float]:
+    """Compute metrics over one epoch of a validation phase; see `Learner.evaluate`."""
+    phase = ValidationPhase() if phase is None else phase
+    check_watches(phase)
+    if metrics is not None and (isinstance(metrics, str) or not isinstance(metrics, Iterable)):
+        raise MetricError(f"metrics={describe(metrics)} was given; expected a list: metrics=[accuracy]")
+    own = learner.callbacks.get(Metrics)
+    chosen = own.metrics if metrics is None and isinstance(own, Metrics) else list(metrics or ())
+    with aside(learner, "evaluate", [Recorder(), Metrics(*chosen), *_bar(learner)]):
+        run_epoch(learner, phase, None if data is None else as_dataloader(data))
+        series = learner.history.metrics[phase]
+    return {name: values[-1] for name, values in series.items()}
+
+
+def check_watches(phase: Phase) -> None:
+    """Raise for a phase that would train.
+
+    Raises:
+        PhaseError: It has gradients, or is no phase.
+    """
+    check_phase(phase)
+    if phase.gradients:
+        raise PhaseError(
+            f"{phase!r} was given to evaluate or predict, and it trains; expected a validation phase, such as "
+            "ValidationPhase()"
+        )
+
+
+class _Collect(Callback):
+    """Collect the predictions of each step on the host."""
+
+    reads = ("step.preds",)
+    draws = False
+
+    def __init__(self) -> None:
+        self.parts: list[Any] = []
+
+    @on(StepEnd)
+    def collect(self, event: StepEnd, phase: Phase, learner: Any) -> None:
+        self.parts.append(map_tensors(lambda tensor: tensor.detach().cpu(), learner.step.preds))
+
+
+def predict(learner: Learner, data: Any, phase: Phase | None, stack: bool) -> Any:
+    """Run a phase over data and join its predictions, where they are to be joined; see `Learner.predict`."""
+    phase = PredictionPhase() if phase is None else phase
+    check_watches(phase)
+    collect = _Collect()
+    source = in_order(as_dataloader(data)) if stack else as_dataloader(data)
+    with aside(learner, "predict", [collect, Recorder(), *_bar(learner)]):
+        run_epoch(learner, phase, source)
+    if not collect.parts:
+        raise PhaseError(
+            f"{phase!r} made no predictions: no step of it ended; expected a phase whose step runs runstep and "
+            "stores state.preds"
+        )
+    if not stack:
+        return collect.parts
+    try:
+        return concatenate(collect.parts)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"the predictions of {len(collect.parts)} batches cannot be joined along their first dimension: "
+            f"{sentence(error)} "
+            "For those of each batch by itself: predict(data, stack=False)"
+        ) from error

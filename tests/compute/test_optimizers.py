@@ -1,0 +1,796 @@
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from fluxloop import (
+    Accelerator,
+    Learner,
+    LearningRate,
+    Momentum,
+    OptimizerError,
+    Scheduler,
+    TensorBatches,
+    TrainingPhase,
+    get_hyperparameter,
+    runstep,
+    set_hyperparameter,
+)
+from fluxloop import linear as linear_schedule
+from fluxloop.compute import optimizers
+from fluxloop.compute.optimizers import build_optimizers, owned_parameters, parameter_names, step_optimizer
+
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+class Two(nn.Module):
+    """A model with two named parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(2, 3)
+        self.head = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+
+    def forward(self, xs: Tensor) -> Tensor:
+        return self.head(self.encoder(xs))
+
+
+def linear(frozen: bool = False) -> nn.Module:
+    return nn.Linear(2, 3).requires_grad_(not frozen)
+
+
+def held(optimizer: torch.optim.Optimizer) -> list[int]:
+    return [id(parameter) for parameter in owned_parameters(optimizer)]
+
+
+def ids(*modules: nn.Module) -> list[int]:
+    return [id(parameter) for module in modules for parameter in module.parameters()]
+
+
+def message(model: Any, optimizer: Any, error: type[Exception] = OptimizerError) -> str:
+    with pytest.raises(error) as raised:
+        Learner(model, optimizer=optimizer)
+    return str(raised.value)
+
+
+# What may be given
+
+
+@pytest.mark.parametrize(
+    ("factory", "expected"),
+    [
+        (torch.optim.Adam, torch.optim.Adam),
+        (SGD, torch.optim.SGD),
+        (lambda ps: torch.optim.AdamW(ps, 0.1), torch.optim.AdamW),
+    ],
+    ids=["class", "partial", "function"],
+)
+def test_a_factory_makes_the_optimizer_of_a_single_model(factory: Any, expected: type) -> None:
+    model = linear()
+    learner = Learner(model, optimizer=factory)
+    assert type(learner.optimizer) is expected
+    assert held(learner.optimizer) == ids(model)
+    assert learner.optimizer_names == (None,)
+
+
+def test_a_factory_is_called_with_the_trainable_parameters_alone() -> None:
+    model = Two()
+    model.encoder.requires_grad_(False)
+    learner = Learner(model, optimizer=SGD)
+    assert held(learner.optimizer) == ids(model.head)
+
+
+def test_a_factory_makes_one_optimizer_per_model() -> None:
+    generator, critic = linear(), linear()
+    learner = Learner({"generator": generator, "critic": critic}, optimizer=SGD)
+    assert learner.optimizer_names == ("generator", "critic")
+    assert held(learner.optimizer.generator) == ids(generator)
+    assert held(learner.optimizer.critic) == ids(critic)
+    assert learner.optimizer.generator is not learner.optimizer.critic
+
+
+def test_an_optimizer_is_used_as_it_is_with_its_groups() -> None:
+    model = Two()
+    groups = [{"params": model.head.parameters(), "lr": 0.5}, {"params": model.encoder.parameters()}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    learner = Learner(model, optimizer=optimizer)
+    assert learner.optimizer is optimizer
+    assert [group["lr"] for group in learner.optimizer.param_groups] == [0.5, 0.1]
+
+
+def test_one_optimizer_may_hold_the_parameters_of_several_models() -> None:
+    generator, critic = linear(), linear()
+    optimizer = SGD([*generator.parameters(), *critic.parameters()])
+    learner = Learner({"generator": generator, "critic": critic}, optimizer=optimizer)
+    assert learner.optimizer is optimizer
+    assert learner.optimizer_names == (None,)
+
+
+def test_a_mapping_may_mix_factories_partials_and_optimizers() -> None:
+    one, two, three = linear(), linear(), linear()
+    given = {"one": torch.optim.Adam, "two": SGD, "three": torch.optim.AdamW(three.parameters(), lr=0.3)}
+    learner = Learner({"one": one, "two": two, "three": three}, optimizer=given)
+    assert [type(optimizer).__name__ for optimizer in learner.optimizer] == ["Adam", "SGD", "AdamW"]
+    assert learner.optimizer.three is given["three"]
+    assert [held(optimizer) for optimizer in learner.optimizer] == [ids(one), ids(two), ids(three)]
+
+
+def test_the_order_of_a_mapping_is_the_order_of_the_optimizers() -> None:
+    models = {"one": linear(), "two": linear()}
+    assert Learner(models, optimizer={"two": SGD, "one": SGD}).optimizer_names == ("two", "one")
+
+
+def test_a_factorys_name_may_be_that_of_a_submodule_of_a_single_model() -> None:
+    model = Two()
+    learner = Learner(model, optimizer={"encoder": SGD, "head": torch.optim.Adam})
+    assert held(learner.optimizer.encoder) == ids(model.encoder)
+    assert held(learner.optimizer.head) == ids(model.head)
+
+
+def test_a_factorys_name_may_be_the_path_of_a_submodule_of_one_of_several_models() -> None:
+    model, critic = Two(), linear()
+    given = {"G.encoder": SGD, "G.head.0": SGD, "G.head.1": SGD, "D": torch.optim.Adam}
+    learner = Learner({"G": model, "D": critic}, optimizer=given)
+    assert learner.optimizer_names == tuple(given)
+    assert held(learner.optimizer["G.encoder"]) == ids(model.encoder)
+    assert held(learner.optimizer["G.head.1"]) == ids(model.head[1])
+    assert held(learner.optimizer["D"]) == ids(critic)
+    with learner.optimizing("G.head.0") as block:
+        assert held(block.slot.optimizer) == ids(model.head[0])
+
+
+def test_names_of_optimizers_over_given_parameters_are_free() -> None:
+    model = Two()
+    given = {"slow": SGD(model.encoder.parameters()), "fast": SGD(model.head.parameters())}
+    learner = Learner(model, optimizer=given)
+    assert learner.optimizer.slow is given["slow"]
+    assert learner.optimizer.fast is given["fast"]
+
+
+def test_optimizers_over_one_model_are_found_under_the_names_they_were_given() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    learner = Learner(model, optimizer={"0": SGD, "2": torch.optim.Adam})
+    assert learner.optimizer_names == ("0", "2")
+    assert held(learner.optimizing("2").slot.optimizer) == held(learner.optimizing(2).slot.optimizer) == ids(model[2])
+
+
+def test_an_optimizer_may_hold_frozen_parameters_too() -> None:
+    model = Two()
+    model.encoder.requires_grad_(False)
+    learner = Learner(model, optimizer=SGD(model.parameters()))
+    assert held(learner.optimizer) == ids(model)
+
+
+# Frozen models
+
+
+def test_a_frozen_model_gets_no_optimizer() -> None:
+    learner = Learner({"teacher": linear(frozen=True), "student": linear()}, optimizer=SGD)
+    assert learner.optimizer_names == ("student",)
+    assert held(learner.optimizer.student) == ids(learner.model.student)
+    assert not hasattr(learner.optimizer, "teacher")
+    with pytest.raises(OptimizerError, match=r"no optimizer 'teacher'.*\['student'\]"):
+        learner.optimizing("teacher")
+
+
+def test_a_learner_whose_models_are_all_frozen_has_no_optimizer_and_can_evaluate() -> None:
+    model = linear(frozen=True)
+    learner = Learner(model, nn.functional.mse_loss, optimizer=SGD, default_callbacks=False)
+    assert learner.optimizer_names == ()
+    assert len(learner.optimizer) == 0
+    xs = torch.zeros(4, 2)
+    expected = nn.functional.mse_loss(model(xs), torch.zeros(4, 3)).item()
+    assert learner.evaluate((xs, torch.zeros(4, 3)))["loss"] == pytest.approx(expected)
+
+
+def test_the_only_trained_one_of_several_models_may_be_left_unnamed_in_a_block() -> None:
+    learner = Learner({"teacher": linear(frozen=True), "student": linear()}, optimizer=SGD)
+    with learner.optimizing() as block:
+        assert block.slot.name == "student"
+
+
+def test_a_factory_for_a_frozen_model_is_an_error_that_names_it() -> None:
+    text = message({"teacher": linear(frozen=True), "student": linear()}, {"teacher": SGD, "student": SGD})
+    assert "optimizer['teacher'] would get no parameter" in text
+    assert "none of Linear requires a gradient" in text
+
+
+# What is reported by name
+
+
+def test_parameters_in_no_optimizer_are_named() -> None:
+    model = Two()
+    text = message(model, SGD(model.head.parameters()))
+    assert "trainable parameters are in no optimizer: encoder.weight, encoder.bias;" in text
+    assert "requires_grad_(False)" in text
+
+
+def test_parameters_in_no_optimizer_are_named_with_their_model_and_counted_where_there_are_many() -> None:
+    text = message({"G": nn.Sequential(*(linear() for _ in range(4))), "D": linear()}, {"D": SGD})
+    assert "G.0.weight, G.0.bias, G.1.weight, G.1.bias, G.2.weight and 3 more" in text
+    assert "D." not in text
+
+
+def test_a_parameter_in_two_optimizers_is_named_with_both() -> None:
+    model = Two()
+    text = message(model, {"all": SGD(model.parameters()), "head": SGD(model.head[0].parameters())})
+    assert "parameters are held more than once" in text
+    assert "head.0.weight (in optimizer['all'] and optimizer['head'])" in text
+    assert "head.0.bias (in optimizer['all'] and optimizer['head'])" in text
+    assert "encoder" not in text
+
+
+def test_overlapping_submodules_are_reported() -> None:
+    text = message(Two(), {"head": SGD, "head.1": SGD, "encoder": SGD})
+    assert "head.1.weight (in optimizer['head'] and optimizer['head.1'])" in text
+
+
+def test_foreign_parameters_are_counted_with_their_shapes() -> None:
+    model = linear()
+    text = message(model, SGD([*model.parameters(), nn.Parameter(torch.zeros(7, 5))]))
+    assert "the optimizer holds 1 parameters that belong to no model (shapes (7, 5))" in text
+
+
+def test_an_optimizer_of_another_copy_of_the_model_is_foreign() -> None:
+    text = message(linear(), SGD(linear().parameters()))
+    assert "holds 2 parameters that belong to no model (shapes (3, 2), (3,))" in text
+
+
+def test_many_foreign_parameters_are_shown_in_part() -> None:
+    text = message({"D": linear()}, {"D": SGD(nn.Parameter(torch.zeros(i)) for i in range(1, 6))})
+    assert "optimizer['D'] holds 5 parameters" in text
+    assert "(shapes (1,), (2,), (3,), …)" in text
+
+
+def test_a_parameter_shared_by_two_models_is_named_and_can_be_given_to_one_optimizer() -> None:
+    one, two = linear(), linear()
+    two.weight = one.weight
+    models = {"one": one, "two": two}
+    text = message(models, SGD)
+    assert "one.weight (in optimizer['one'] and optimizer['two'])" in text
+    assert "give the optimizers themselves" in text
+    given = {"one": SGD(one.parameters()), "two": SGD([two.bias])}
+    assert held(Learner(models, optimizer=given).optimizer.two) == [id(two.bias)]
+
+
+def test_a_shared_parameter_inside_one_model_has_one_name() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    assert list(parameter_names({None: model}).values()) == ["0.weight", "0.bias", "1.bias"]
+    assert held(Learner(model, optimizer=SGD).optimizer) == ids(model)
+
+
+# What cannot be used
+
+
+def test_a_name_that_is_no_model_or_submodule_is_an_error_with_the_nearest_one() -> None:
+    text = message(Two(), {"encodr": SGD, "head": SGD})
+    assert "optimizer['encodr'] is a factory, but no model or submodule is called 'encodr'" in text
+    assert "['encoder', 'head']" in text
+    assert "did you mean 'encoder'?" in text
+
+
+def test_a_name_that_is_no_model_lists_models_and_their_parts() -> None:
+    text = message({"G": Two(), "D": linear()}, {"generator": SGD, "D": SGD})
+    assert "no model or submodule is called 'generator'" in text
+    assert "'D', 'G'" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (0.1, "optimizer=0.1 was given; expected a factory that takes parameters"),
+        ("adam", "optimizer='adam' was given; expected a factory"),
+        (None, "optimizer=None was given"),
+        ([torch.optim.Adam], "optimizer=a list of length 1 was given"),
+    ],
+)
+def test_something_that_is_no_optimizer_is_an_error(given: Any, words: str) -> None:
+    text = message(linear(), given)
+    assert words in text
+    assert "partial(torch.optim.SGD, lr=0.1)" in text
+
+
+def test_something_in_a_mapping_that_is_no_optimizer_is_an_error() -> None:
+    assert "optimizer['head'] is 0.1; expected a factory" in message(Two(), {"encoder": SGD, "head": 0.1})
+
+
+@pytest.mark.parametrize("name", [1, "", None])
+def test_an_optimizer_needs_a_name(name: Any) -> None:
+    assert f"an optimizer is named {name!r}" in message(Two(), {name: SGD})
+
+
+def test_an_empty_mapping_leaves_every_parameter_without_optimizer() -> None:
+    assert "in no optimizer: weight, bias" in message(linear(), {})
+
+
+def test_a_factory_that_makes_no_optimizer_is_an_error() -> None:
+    text = message(linear(), lambda parameters: list(parameters))
+    assert "the factory optimizer made a list of length 2; expected a torch.optim.Optimizer" in text
+    text = message({"G": linear()}, {"G": lambda parameters: None})
+    assert "the factory optimizer['G'] made None" in text
+
+
+def test_an_error_of_a_factory_is_its_own() -> None:
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        Learner(linear(), optimizer=partial(torch.optim.Adam, lr=-1.0))
+
+
+# Building and stepping
+
+
+def test_build_optimizers_gives_them_by_name() -> None:
+    built = build_optimizers({"G": linear(), "D": linear()}, {"D": SGD, "G": torch.optim.Adam})
+    assert [(name, type(optimizer).__name__) for name, optimizer in built.items()] == [("D", "SGD"), ("G", "Adam")]
+    assert list(build_optimizers({None: linear()}, SGD)) == [None]
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        SGD,
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        torch.optim.Adam,
+        torch.optim.AdamW,
+        torch.optim.RMSprop,
+        torch.optim.Adagrad,
+        torch.optim.NAdam,
+        partial(torch.optim.Adam, foreach=True),
+        partial(torch.optim.Adam, fused=True),
+        partial(torch.optim.Adam, amsgrad=True, maximize=True),
+    ],
+)
+def test_stepping_an_optimizer_gives_the_bits_of_its_own_step(factory: Any) -> None:
+    trained = []
+    for step in (step_optimizer, lambda optimizer: optimizer.step()):
+        torch.manual_seed(0)
+        model = Two()
+        optimizer = factory(model.parameters())
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(4, 2)).square().mean().backward()
+            step(optimizer)
+        trained.append([*model.parameters(), *(v for s in optimizer.state.values() for v in s.values())])
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*trained, strict=True))
+
+
+def test_stepping_an_optimizer_records_no_graph() -> None:
+    model = linear()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    step_optimizer(optimizer)
+    assert all(p.is_leaf and p.grad_fn is None for p in model.parameters())
+    assert torch.is_grad_enabled()
+
+
+def test_the_names_of_the_gradients_are_those_of_the_models_parameters() -> None:
+    class Both(TrainingPhase):
+        def step(self, learner: Learner, batch: Any) -> Any:
+            with runstep(learner, self, xs=batch) as (_, state):
+                for name in ("G", "D"):
+                    with learner.optimizing(name) as block:
+                        block.loss = learner.models[name](state.xs).square().mean()
+
+    batches = TensorBatches(torch.ones(4, 2), batch_size=4)
+    learner = Learner({"G": linear(), "D": linear()}, data=(batches,), optimizer=SGD, default_callbacks=False)
+    learner.epoch(Both())
+    assert list(learner.step.grads) == ["G.weight", "G.bias", "D.weight", "D.bias"]
+    assert learner.step.grads["D.bias"] is learner.model.D.bias.grad
+
+
+class Weighted(nn.Module):
+    """A loss with a weight to train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, preds: Tensor, ys: Tensor) -> Tensor:
+        return self.weight * (preds - ys).square().mean()
+
+
+def test_a_trainable_parameter_of_the_loss_in_no_optimizer_is_an_error_that_names_it() -> None:
+    with pytest.raises(OptimizerError, match=r"in no optimizer: loss_fn\.weight"):
+        Learner(linear(), Weighted(), optimizer=SGD)
+
+
+def test_parameters_of_the_loss_may_be_frozen_or_in_an_optimizer() -> None:
+    Learner(linear(), Weighted().requires_grad_(False), optimizer=SGD)
+    model, loss_fn = linear(), Weighted()
+    data = TensorBatches(torch.ones(4, 2), torch.ones(4, 3), batch_size=2)
+    optimizer = SGD([*model.parameters(), *loss_fn.parameters()])
+    Learner(model, loss_fn, data=(data,), optimizer=optimizer, default_callbacks=False).fit(1)
+    assert loss_fn.weight.item() < 1
+
+
+# Fused implementations
+
+
+def fused(optimizer: torch.optim.Optimizer) -> list[Any]:
+    return [group["fused"] for group in optimizer.param_groups]
+
+
+def adam_of(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=0.1)
+
+
+def two_groups(parameters: Any, **options: Any) -> torch.optim.Optimizer:
+    first, *others = parameters
+    return torch.optim.AdamW([{"params": [first], "lr": 0.5}, {"params": others, **options}])
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [torch.optim.Adam, partial(torch.optim.AdamW, lr=0.1), adam_of, lambda ps: torch.optim.AdamW(ps), two_groups],
+    ids=["class", "partial", "function", "lambda", "groups"],
+)
+def test_adam_made_by_a_factory_is_fused_on_the_cpu(factory: Any) -> None:
+    cpu = Accelerator("cpu")
+    assert set(fused(Learner(Two(), optimizer=factory, accelerator=cpu).optimizer)) == {True}
+    learner = Learner({"G": Two(), "D": Two()}, optimizer={"G": factory, "D": factory}, accelerator=cpu)
+    assert {*fused(learner.optimizer.G), *fused(learner.optimizer.D)} == {True}
+
+
+class OwnAdam(torch.optim.Adam):
+    pass
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        partial(torch.optim.Adam, fused=False),
+        partial(torch.optim.Adam, foreach=False),
+        partial(torch.optim.Adam, foreach=True),
+        partial(torch.optim.Adam, capturable=True),
+        partial(torch.optim.Adam, differentiable=True),
+        partial(torch.optim.Adam, lr=torch.tensor(0.1)),
+        partial(two_groups, fused=False),
+        partial(two_groups, foreach=True),
+        OwnAdam,
+        SGD,
+        torch.optim.Adagrad,
+        torch.optim.RMSprop,
+    ],
+)
+def test_what_the_user_said_and_other_optimizers_are_left_as_they_are(factory: Any) -> None:
+    model = Two()
+    [made] = build_optimizers({None: model}, factory).values()
+    plain = factory(list(model.parameters()))
+    for ours, theirs in zip(made.param_groups, plain.param_groups, strict=True):
+        assert ours.get("fused") is theirs.get("fused")
+        assert ours.get("foreach") is theirs.get("foreach")
+
+
+def test_an_optimizer_that_was_made_beforehand_is_left_as_it_is() -> None:
+    model = Two()
+    optimizer = torch.optim.Adam(model.parameters())
+    assert fused(Learner(model, optimizer=optimizer).optimizer) == [None]
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        torch.ones(2, dtype=torch.complex64),
+        torch.ones(2, dtype=torch.bfloat16),
+        torch.ones(4, 4)[:, ::2],
+        torch.ones(4, 4)[::2],
+        torch.ones(2, device="meta"),
+    ],
+    ids=["complex", "half", "with gaps", "rows with gaps", "another device"],
+)
+def test_parameters_that_a_fused_kernel_cannot_take_are_stepped_plainly(parameter: Tensor) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain, self.odd = nn.Parameter(torch.ones(2)), nn.Parameter(parameter)
+
+    [made] = build_optimizers({None: Odd()}, torch.optim.Adam).values()
+    assert fused(made) == [None]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW])
+def test_a_fused_training_agrees_with_the_plain_one(cls: Any, memory_format: Any) -> None:
+    xs, ys = torch.randn(8, 3, 5, 5), torch.randn(8, 2)
+    trained = []
+    for options in ({}, {"fused": False}):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2))
+        model = model.to(memory_format=memory_format)
+        data = TensorBatches(xs, ys, batch_size=4)
+        factory = partial(cls, lr=0.01, weight_decay=0.1, **options)
+        learner = Learner(model, nn.functional.mse_loss, data=(data,), optimizer=factory, seed=0)
+        learner.fit(5)
+        assert fused(learner.optimizer) == [not options]
+        trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.allclose(*trained, atol=1e-5)
+    assert not torch.equal(*trained)  # so one of them was fused
+
+
+def losses_of(model: nn.Module) -> list[Tensor]:
+    """Three losses; the second reaches the head alone."""
+    xs = torch.linspace(-1, 1, 8).reshape(4, 2)
+    return [
+        model(xs).square().mean(),
+        model.head(model.encoder(xs).detach()).square().mean(),
+        model(2 * xs).abs().sum(),
+    ]
+
+
+def scheduled(optimizer: Any, model: nn.Module) -> None:
+    optimizer.param_groups[0]["lr"] *= 0.5
+
+
+def decayed(optimizer: Any, model: nn.Module) -> None:
+    optimizer.param_groups[0].update(weight_decay=0.3, betas=(0.5, 0.6), eps=1e-3)
+
+
+def frozen(optimizer: Any, model: nn.Module) -> None:
+    model.encoder.requires_grad_(False)
+
+
+def with_a_new_group(optimizer: Any, model: nn.Module) -> None:
+    model.extra = nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [model.extra], "lr": 0.3, "fused": True})
+
+
+def reloaded(optimizer: Any, model: nn.Module) -> None:
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def with_another_state(optimizer: Any, model: nn.Module) -> None:
+    state = optimizer.state[model.head[1].bias]
+    state["exp_avg"] = state["exp_avg"] + 1
+    optimizer.state[model.head[1].weight] = {k: v.clone() for k, v in optimizer.state[model.head[0].weight].items()}
+    optimizer.state[model.head[1].weight]["exp_avg"] = torch.full((1, 3), 0.5)
+    optimizer.state[model.head[1].weight]["exp_avg_sq"] = torch.full((1, 3), 0.5)
+
+
+def forgotten(optimizer: Any, model: nn.Module) -> None:
+    optimizer.state.clear()
+
+
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "maximize": True}, {"weight_decay": 0.2, "lr": 1}], ids=repr)
+@pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    "change", [scheduled, decayed, frozen, with_a_new_group, reloaded, with_another_state, forgotten]
+)
+def test_a_fused_kernel_called_directly_does_what_torchs_step_does(cls: Any, options: Any, change: Any) -> None:
+    trained = []
+    for step in (step_optimizer, lambda optimizer: optimizer.step()):
+        torch.manual_seed(0)
+        model = Two()
+        optimizer = cls(model.parameters(), fused=True, **options)
+        for number in range(7):
+            if number == 4:
+                change(optimizer, model)
+            optimizer.zero_grad()
+            loss = losses_of(model)[number % 3]
+            (loss + model.extra.square().sum() if hasattr(model, "extra") else loss).backward()
+            step(optimizer)
+        states = [optimizer.state.get(p, {}) for p in model.parameters()]
+        trained.append([*model.parameters(), *(state[name] for state in states for name in sorted(state))])
+    assert len(trained[0]) == len(trained[1])
+    assert all(map(torch.equal, *trained))
+
+
+def transposed(gradient: Tensor) -> Tensor:
+    return gradient.t().contiguous().t()
+
+
+def repeated(gradient: Tensor) -> Tensor:
+    return gradient[:1].expand_as(gradient)
+
+
+@pytest.mark.parametrize("other", [transposed, repeated])
+@pytest.mark.parametrize("first", [0, 2], ids=["at once", "later"])
+def test_gradients_in_another_order_in_memory_are_not_mixed_up(other: Any, first: int) -> None:
+    parameters = []
+    for step in (step_optimizer, lambda optimizer: optimizer.step()):
+        model = nn.Linear(5, 4)
+        nn.init.ones_(model.weight)
+        if step is step_optimizer:
+            [optimizer] = build_optimizers({None: model}, torch.optim.AdamW).values()
+        else:
+            optimizer = torch.optim.AdamW(model.parameters())
+        for number in range(4):
+            gradient = torch.linspace(-1, 1, 20).reshape(4, 5)
+            model.weight.grad = other(gradient) if number >= first else gradient
+            step(optimizer)
+        parameters.append(model.weight.detach())
+    assert fused(build_optimizers({None: nn.Linear(5, 4)}, torch.optim.AdamW)[None]) == [True]
+    assert torch.allclose(*parameters, rtol=0, atol=1e-7)
+
+
+def test_averages_in_another_order_in_memory_are_not_mixed_up() -> None:
+    trained = []
+    for options in ({}, {"fused": False}):
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3)
+        [optimizer] = build_optimizers({None: model}, partial(torch.optim.Adam, **options)).values()
+        for number in range(4):
+            if number == 2:
+                model.to(memory_format=torch.channels_last)
+            optimizer.zero_grad()
+            model(torch.linspace(-1, 1, 150).reshape(2, 3, 5, 5)).square().mean().backward()
+            step_optimizer(optimizer)
+        trained.append(model.weight.detach())
+    assert torch.allclose(*trained, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("private_names", [True, False])
+def test_a_fused_step_is_the_same_without_torchs_private_names(
+    monkeypatch: pytest.MonkeyPatch, private_names: bool
+) -> None:
+    if not private_names:
+        monkeypatch.setattr(optimizers, "_profiling", None)
+    model, reference = Two(), Two()
+    reference.load_state_dict(model.state_dict())
+    [ours] = build_optimizers({None: model}, torch.optim.AdamW).values()
+    theirs = torch.optim.AdamW(reference.parameters(), fused=True)
+    for number in range(3):
+        for each, optimizer in ((model, ours), (reference, theirs)):
+            optimizer.zero_grad()
+            losses_of(each)[number].backward()
+        step_optimizer(ours)
+        theirs.step()
+    assert all(map(torch.equal, model.parameters(), reference.parameters()))
+
+
+def test_hooks_of_a_fused_optimizer_run_around_its_step() -> None:
+    model, seen = Two(), []
+    [optimizer] = build_optimizers({None: model}, torch.optim.Adam).values()
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    losses_of(model)[0].backward()
+    step_optimizer(optimizer)
+    assert seen == ["before", "after"]
+
+
+def test_an_adam_whose_step_was_replaced_is_stepped_by_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = Two(), []
+    [optimizer] = build_optimizers({None: model}, torch.optim.AdamW).values()
+    for _ in range(2):  # the second time there are averages
+        losses_of(model)[0].backward()
+        step_optimizer(optimizer)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: seen.append("own"))
+    step_optimizer(optimizer)
+    assert seen == ["own"]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_sparse_gradients_are_refused_by_adam_and_taken_by_others() -> None:
+    def learner_with(optimizer: Any) -> Learner:
+        model = nn.Sequential(nn.Embedding(5, 2, sparse=True), nn.Flatten(), nn.Linear(4, 1))
+        data = TensorBatches(torch.tensor([[0, 1], [1, 2]]), torch.ones(2, 1), batch_size=1)
+        return Learner(model, nn.functional.mse_loss, data=(data,), optimizer=optimizer, default_callbacks=False)
+
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        learner_with(torch.optim.Adam).fit(2)
+    for optimizer in (SGD, torch.optim.Adagrad):
+        learner = learner_with(optimizer)
+        learner.fit(2)
+        assert learner.model[0].weight.grad.is_sparse
+
+
+@pytest.mark.parametrize(("first", "second"), [({}, {"fused": False}), ({"fused": False}, {})], ids=["fused", "plain"])
+def test_a_training_goes_on_with_the_implementation_it_began_with(first: Any, second: Any) -> None:
+    def learner_with(options: Any) -> Learner:
+        torch.manual_seed(0)
+        xs = torch.linspace(-1, 1, 16).reshape(8, 2)
+        data = TensorBatches(xs, xs[:, :1], batch_size=2, shuffle=True)
+        factory = partial(torch.optim.AdamW, lr=0.05, **options)
+        return Learner(Two(), nn.functional.mse_loss, data=(data,), optimizer=factory, default_callbacks=False, seed=0)
+
+    whole, begun, other = learner_with(first), learner_with(first), learner_with(second)
+    whole.fit(4)
+    begun.fit(2)
+    other.load_state_dict(begun.state_dict())
+    assert fused(other.optimizer) == fused(whole.optimizer)
+    other.fit(2)
+    assert all(map(torch.equal, whole.model.parameters(), other.model.parameters()))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_graph_made_before_a_fused_step_is_refused_after_it_as_without_fusing(hooked: bool) -> None:
+    learner = Learner(nn.Linear(3, 3), data=(torch.randn(4, 3),), optimizer=torch.optim.Adam, default_callbacks=False)
+    assert learner.optimizer.param_groups[0]["fused"]
+    if hooked:
+        learner.optimizer.register_step_post_hook(lambda *_: None)
+    xs = torch.randn(4, 3)
+    hidden = learner.model(xs)
+    stale = learner.model(hidden).sum()  # its gradient needs the weights as they are now
+    learner.backward(learner.model(xs).square().mean())
+    learner.update()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()
+
+
+# Options that are tensors
+
+
+def halves() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    return {"G": nn.Linear(4, 2), "D": nn.Linear(2, 1)}
+
+
+def by_tensor(**options: Any) -> Any:
+    return partial(torch.optim.AdamW, lr=torch.tensor(1e-2), **options)
+
+
+def test_each_optimizer_of_a_factory_has_a_tensor_of_its_own_as_learning_rate() -> None:
+    make = by_tensor()
+    learner = Learner(halves(), optimizer=make, default_callbacks=False)
+    second = Learner(halves(), optimizer=make, default_callbacks=False)
+    set_hyperparameter(learner, LearningRate("G"), 0.5)
+    for held in (learner.optimizer.D, second.optimizer.G, second.optimizer.D):
+        assert held.param_groups[0]["lr"].item() == pytest.approx(1e-2)
+    assert make.keywords["lr"].item() == pytest.approx(1e-2)
+    assert learner.optimizer.G.param_groups[0]["lr"].item() == 0.5
+
+
+def test_betas_and_defaults_are_tensors_of_their_own_too() -> None:
+    make = by_tensor(betas=(torch.tensor(0.9), torch.tensor(0.99)), capturable=False)
+    learner = Learner(halves(), optimizer=make, default_callbacks=False)
+    set_hyperparameter(learner, Momentum("G"), 0.5)
+    assert get_hyperparameter(learner, Momentum("D")) == pytest.approx(0.9)
+    assert learner.optimizer.G.defaults["betas"][0].item() == pytest.approx(0.9)
+
+
+def test_a_group_that_joins_later_shares_no_tensor_with_the_others() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    learner = Learner(model, mse_loss, data=((torch.ones(4, 2),) * 2,), optimizer=by_tensor(), default_callbacks=False)
+    for _ in range(2):
+        model.append(nn.Linear(2, 2))
+        learner.optimizer.add_param_group({"params": model[-1].parameters()})
+    learner.fit(1)
+    set_hyperparameter(learner, LearningRate(group=1), 0.5)
+    rates = [group["lr"].item() for group in learner.optimizer.param_groups]
+    assert rates == pytest.approx([1e-2, 0.5, 1e-2])
+
+
+def test_groups_of_an_optimizer_made_beforehand_are_separated_and_the_first_keeps_its_tensor() -> None:
+    model, rate = nn.Linear(2, 2), torch.tensor(0.1)
+    optimizer = torch.optim.SGD([{"params": [model.weight]}, {"params": [model.bias]}], lr=rate)
+    learner = Learner(model, optimizer=optimizer, default_callbacks=False)
+    set_hyperparameter(learner, LearningRate(group=1), 0.5)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert rate.item() == pytest.approx(0.1)
+    assert get_hyperparameter(learner, LearningRate) == pytest.approx((0.1, 0.5))
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}])
+def test_tensor_rates_under_a_schedule_are_trained_with_as_numbers_are_also_copied_and_resumed(options: Any) -> None:
+    rows = torch.rand(8, 2, generator=torch.Generator().manual_seed(0))
+
+    def make(rate: Any) -> Learner:
+        torch.manual_seed(0)
+        factory = partial(torch.optim.AdamW, lr=rate, **options)
+        return Learner(
+            Two(),
+            mse_loss,
+            data=((rows, rows[:, :1]),),
+            optimizer={"encoder": factory, "head": factory},
+            callbacks=[Scheduler({LearningRate("encoder"): linear_schedule(4, 0.1, 0.0)})],
+            default_callbacks=False,
+            seed=0,
+        )
+
+    learner, plain, other = make(torch.tensor(1e-2)), make(1e-2), make(torch.tensor(1e-2))
+    learner.fit(2)
+    copied = copy.deepcopy(learner)
+    other.load_state_dict(learner.state_dict())
+    plain.fit(4)
+    for each in (learner, copied, other):
+        each.fit(2)
+        rates = [each.optimizer.encoder.param_groups[0]["lr"].item(), each.optimizer.head.param_groups[0]["lr"].item()]
+        assert rates == pytest.approx([0.025, 1e-2])
+        for mine, theirs in zip(each.model.parameters(), plain.model.parameters(), strict=True):
+            assert torch.allclose(mine, theirs, atol=1e-6)
+        assert all(map(torch.equal, each.model.parameters(), learner.model.parameters()))

@@ -1,0 +1,476 @@
+from __future__ import annotations
+
+import io
+import re
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from fluxloop import CheckpointError
+from fluxloop.persist.walk import Kept, Owners, nobody
+
+
+def through_a_file(kept: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(kept, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def same(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, numpy.ndarray):
+        return a.dtype == b.dtype and a.tobytes() == b.tobytes()
+    return bool(a == b)
+
+
+class Opaque:
+    __slots__ = ()
+
+
+class Own:
+    def __init__(self) -> None:
+        self.n = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"n": self.n}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.n = state["n"]
+
+
+# Attributes
+
+
+class Mine:
+    transient: ClassVar[tuple[str, ...]] = ("file",)
+
+    def __init__(self) -> None:
+        self.every = 3
+        self.n = 0
+        self.items: list[int] = []
+        self.table = numpy.zeros(2)
+        self.total = torch.zeros(2)
+        self.file: Any = 0
+        self.thing: Any = Opaque()
+        self.generator = torch.Generator().manual_seed(1)
+
+
+def states(kept: Kept) -> dict[str, Any]:
+    state, lost = kept.state(nobody)
+    assert lost == []
+    return dict(state or {})
+
+
+CHANGES: dict[str, tuple[str, Callable[[Mine], object]]] = {
+    "another number": ("n", lambda mine: setattr(mine, "n", 1)),
+    "a list in place": ("items", lambda mine: mine.items.append(1)),
+    "an array in place": ("table", lambda mine: mine.table.__iadd__(1)),
+    "a tensor in place": ("total", lambda mine: mine.total.add_(1)),
+    "another tensor": ("total", lambda mine: setattr(mine, "total", torch.ones(2))),
+    "a generator that was drawn from": ("generator", lambda mine: torch.rand(1, generator=mine.generator)),
+    "a new attribute": ("new", lambda mine: setattr(mine, "new", 1)),
+}
+
+
+@pytest.mark.parametrize(("name", "change"), CHANGES.values(), ids=CHANGES)
+def test_an_attribute_that_changed_is_kept_and_comes_back(name: str, change: Callable[[Mine], object]) -> None:
+    first, second = Mine(), Mine()
+    kept, live = Kept(first, "Mine"), Kept(second, "Mine")
+    assert states(kept) == {}
+    change(first)
+    state = through_a_file(states(kept))
+    assert list(state) == [name]
+    live.load(state, nobody)
+    a, b = getattr(first, name), getattr(second, name)
+    assert same(a.get_state() if name == "generator" else a, b.get_state() if name == "generator" else b)
+
+
+def test_a_setting_that_never_changed_is_not_overwritten_by_the_checkpoint() -> None:
+    first, second = Mine(), Mine()
+    kept = Kept(first, "Mine")
+    first.n = 5
+    second.every = 10
+    live = Kept(second, "Mine")
+    live.load(states(kept), nobody)
+    assert (second.n, second.every) == (5, 10)
+
+
+def test_what_the_checkpoint_does_not_name_is_as_at_first_again() -> None:
+    first, second = Mine(), Mine()
+    kept, live = Kept(first, "Mine"), Kept(second, "Mine")
+    second.n, second.items = 3, [4]
+    second.table += 1
+    second.total += 1
+    live.load(states(kept), nobody)
+    assert (second.n, second.items, second.table.tolist(), second.total.tolist()) == (0, [], [0, 0], [0, 0])
+
+
+def test_what_is_transient_is_not_kept() -> None:
+    mine = Mine()
+    kept = Kept(mine, "Mine")
+    mine.file = 7
+    assert states(kept) == {}
+
+
+def test_what_changes_and_cannot_be_kept_is_lost_and_named() -> None:
+    mine = Mine()
+    kept = Kept(mine, "Mine")
+    mine.thing = Opaque()
+    mine.n = 1
+    state, lost = kept.state(nobody)
+    assert lost == ["Mine.thing"]
+    assert list(state) == ["n"]
+
+
+def test_what_belongs_to_somebody_else_is_kept_by_its_name() -> None:
+    first, second = Mine(), Mine()
+    kept, live = Kept(first, "Mine"), Kept(second, "Mine")
+    first.thing = model = nn.Linear(1, 1)
+    state, lost = kept.state(Owners([("model", model)]))
+    assert lost == []
+    other = nn.Linear(1, 1)
+    live.load(through_a_file(state), Owners([("model", other)]))
+    assert second.thing is other
+
+
+def test_a_module_of_its_own_is_kept_though_it_did_not_change() -> None:
+    class Holds:
+        def __init__(self) -> None:
+            self.critic = nn.Linear(1, 1)
+
+    first, second = Holds(), Holds()
+    state = through_a_file(states(Kept(first, "Holds")))
+    Kept(second, "Holds").load(state, nobody)
+    assert torch.equal(first.critic.weight, second.critic.weight)
+
+
+def test_attributes_in_slots_are_kept_private_ones_too() -> None:
+    class Base:
+        __slots__ = ("__secret", "n")
+
+        def __init__(self) -> None:
+            self.n = 0
+            self.__secret = 0
+
+        def set(self) -> None:
+            self.n, self.__secret = 1, 2
+
+        def secret(self) -> int:
+            return self.__secret
+
+    class Slotted(Base):
+        __slots__ = ("items",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.items: list[int] = []
+
+    first, second = Slotted(), Slotted()
+    kept, live = Kept(first, "Slotted"), Kept(second, "Slotted")
+    first.set()
+    first.items.append(3)
+    live.load(through_a_file(states(kept)), nobody)
+    assert (second.n, second.secret(), second.items) == (1, 2, [3])
+
+
+@pytest.mark.parametrize("given", [0, {}, [], None, torch.zeros(2), torch.zeros(0), {"a": 1}], ids=repr)
+def test_what_a_pair_gives_is_all_that_counts(given: Any) -> None:
+    class Pair:
+        def __init__(self) -> None:
+            self.n = 0
+            self.got: list[Any] = []
+
+        def state_dict(self) -> Any:
+            return given
+
+        def load_state_dict(self, state: Any) -> None:
+            self.got.append(state)
+
+    first, second = Pair(), Pair()
+    kept, live = Kept(first, "Pair"), Kept(second, "Pair")
+    first.n = 5
+    live.load(through_a_file(kept.state(nobody)[0]), nobody)
+    assert len(second.got) == 1
+    assert same(second.got[0], given)
+    assert second.n == 0
+
+
+def test_a_pair_that_gives_no_plain_data_is_told() -> None:
+    class Pair(Own):
+        def state_dict(self) -> Any:
+            return {"thing": Opaque()}
+
+    with pytest.raises(CheckpointError, match=r"Pair\.state_dict\(\)\['thing'\] is .*Opaque"):
+        Kept(Pair(), "Pair").state(nobody)
+
+
+# At any depth
+
+
+class Pool:
+    """Has the pair."""
+
+    def __init__(self) -> None:
+        self.items: list[float] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"items": self.items}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.items = state["items"]
+
+
+class Counts:
+    """Is called, and keeps what it saw."""
+
+    steps = 0
+    shared: ClassVar[list[int]] = []
+
+    def __init__(self, inner: Any = None) -> None:
+        self.seen: list[Any] = []
+        self.inner = inner
+        self.value: Any = None
+
+    def __call__(self) -> None:
+        self.seen.append(len(self.seen))
+        self.value = torch.tensor(1.0)
+        self.steps += 1
+
+
+class Helpers:
+    def __init__(self) -> None:
+        self.pools = {"a": Pool()}
+        self.calls = [Counts(Counts())]
+        self.same = self.calls[0].inner
+        self.call = partial(Counts.__call__, Counts())
+        self.method = Counts().__call__
+        self.generators = (torch.Generator().manual_seed(1),)
+        self.opened: Any = None
+
+
+def moved(helpers: Helpers) -> None:
+    helpers.pools["a"].items.append(1.0)
+    helpers.calls[0]()
+    helpers.calls[0].inner()
+    helpers.call()
+    helpers.method()
+    torch.rand(1, generator=helpers.generators[0])
+
+
+def says(helpers: Helpers) -> Any:
+    partials = helpers.call.args[0]
+    bound: Any = helpers.method
+    return (
+        helpers.pools["a"].items,
+        [(c.seen, c.steps, c.value) for c in (helpers.calls[0], helpers.calls[0].inner, partials, bound.__self__)],
+        helpers.generators[0].get_state().tolist(),
+        helpers.same is helpers.calls[0].inner,
+    )
+
+
+def test_helpers_in_containers_and_in_each_other_are_kept_and_go_back() -> None:
+    first, second = Helpers(), Helpers()
+    begin = says(second)
+    kept, live = Kept(first, "phases.P"), Kept(second, "phases.P")
+    moved(first)
+    live.load(through_a_file(states(kept)), nobody)
+    assert says(second) == says(first)
+    moved(first)
+    moved(second)
+    assert says(second) == says(first)
+    live.load({}, nobody)
+    assert says(second) == begin
+
+
+def test_what_was_none_or_absent_or_large_at_first_is_so_again() -> None:
+    class Thing:
+        def __init__(self) -> None:
+            self.best: Any = None
+            self.bank = torch.zeros(100_000)
+            self.noise = torch.arange(100_000.0)
+
+    thing = Thing()
+    kept = Kept(thing, "Thing")
+    thing.best = 3.0
+    thing.bank += 1
+    thing.noise = thing.noise * 2
+    thing.late = 1  # type: ignore[attr-defined]  # came in training
+    kept.load({}, nobody)
+    assert thing.best is None
+    assert thing.bank.sum() == 0
+    assert torch.equal(thing.noise, torch.arange(100_000.0))
+    assert not hasattr(thing, "late")
+
+
+def test_an_attribute_that_was_removed_is_removed_again() -> None:
+    first, second = Mine(), Mine()
+    kept, live = Kept(first, "Mine"), Kept(second, "Mine")
+    del first.n
+    live.load(through_a_file(states(kept)), nobody)
+    assert not hasattr(second, "n")
+    live.load({}, nobody)
+    assert second.n == 0
+
+
+def test_what_is_shared_or_contains_itself_is_so_again() -> None:
+    first, second = Mine(), Mine()
+    kept, live = Kept(first, "Mine"), Kept(second, "Mine")
+    first.last = first.items  # type: ignore[attr-defined]  # an alias of what was there
+    first.new = [first.total, {}]  # type: ignore[attr-defined]  # new, and held twice
+    first.again = first.new  # type: ignore[attr-defined]
+    first.new[1]["self"] = first.new  # type: ignore[attr-defined]
+    first.items.append(1)
+    live.load(through_a_file(states(kept)), nobody)
+    other: Any = second
+    assert other.last is other.items
+    assert other.items == [1]
+    assert other.again is other.new
+    assert other.new[0] is other.total
+    assert other.new[1]["self"] is other.new
+
+
+def test_a_list_of_helpers_keeps_its_new_order() -> None:
+    class Two:
+        def __init__(self) -> None:
+            self.pools = [Pool(), Pool()]
+
+    first, second = Two(), Two()
+    kept, live = Kept(first, "Two"), Kept(second, "Two")
+    pools = list(second.pools)
+    first.pools[0].items.append(1.0)
+    first.pools.reverse()
+    live.load(through_a_file(states(kept)), nobody)
+    assert second.pools == [pools[1], pools[0]]
+    assert pools[0].items == [1.0]
+
+
+def test_a_number_of_the_class_is_kept_too() -> None:
+    class Shares:
+        seen: ClassVar[list[int]] = []
+
+    kept = Kept(Shares(), "Shares")
+    Shares.seen.append(1)
+    state = through_a_file(states(kept))
+    Shares.seen.clear()
+    kept.load(state, nobody)
+    assert Shares.seen == [1]
+    kept.load({}, nobody)
+    assert Shares.seen == []
+
+
+def test_what_a_subclass_adds_is_kept_beside_its_bases_pair() -> None:
+    class More(Pool):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count = 0
+            self.pool = Pool()
+
+    first, second = More(), More()
+    kept, live = Kept(first, "More"), Kept(second, "More")
+    first.items, first.count = [2.0], 3
+    first.pool.items.append(4.0)
+    state = through_a_file(states(kept))
+    assert sorted(state) == ["count", "pair", "pool"]
+    live.load(state, nobody)
+    assert (second.items, second.count, second.pool.items) == ([2.0], 3, [4.0])
+
+
+def test_a_metric_whose_state_dict_is_empty_is_kept() -> None:
+    class Metric(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.total = torch.zeros(())
+            self.values: list[torch.Tensor] = []
+            self.register_buffer("rows", torch.zeros(()), persistent=False)
+
+        def update(self, value: float) -> None:
+            self.total = self.total + value
+            self.values.append(torch.tensor(value))
+            self.rows += 1
+
+    class Holds:
+        def __init__(self) -> None:
+            self.metrics = {"a": Metric()}
+
+    first, second = Holds(), Holds()
+    kept, live = Kept(first, "Holds"), Kept(second, "Holds")
+    assert not first.metrics["a"].state_dict()
+    first.metrics["a"].update(2.0)
+    live.load(through_a_file(states(kept)), nobody)
+    metric = second.metrics["a"]
+    assert (metric.total, metric.values, metric.rows) == (2, [2], 1)
+
+
+def test_a_module_of_a_helper_keeps_gradients_modes_and_what_is_frozen() -> None:
+    class Holds:
+        def __init__(self) -> None:
+            self.critic = nn.Linear(1, 1)
+
+    first, second = Holds(), Holds()
+    kept, live = Kept(first, "Holds"), Kept(second, "Holds")
+    first.critic(torch.ones(1)).backward()
+    first.critic.bias.requires_grad_(False)
+    first.critic.eval()
+    live.load(through_a_file(states(kept)), nobody)
+    assert second.critic.weight.grad == first.critic.weight.grad
+    assert not second.critic.bias.requires_grad
+    assert not second.critic.training
+
+
+@pytest.mark.parametrize(
+    ("change", "path"),
+    [
+        (lambda helpers: helpers.pools.update(b=Pool()), r"phases\.P\.pools\['b'\]"),
+        (lambda helpers: setattr(helpers, "opened", Opaque()), r"phases\.P\.opened"),
+        (lambda helpers: setattr(helpers.calls[0], "value", iter([1])), r"phases\.P\.calls\[0\]\.value"),
+        (lambda helpers: helpers.calls[0].seen.append(lambda: 1), r"phases\.P\.calls\[0\]\.seen\[0\]"),
+    ],
+    ids=["a new object in a dict", "an object of C's", "an iterator", "a function in a list"],
+)
+def test_what_cannot_be_kept_is_named_by_its_path(change: Callable[[Helpers], object], path: str) -> None:
+    helpers = Helpers()
+    kept = Kept(helpers, "phases.P")
+    change(helpers)
+    assert [re.fullmatch(path, lost) is not None for lost in kept.state(nobody)[1]] == [True]
+
+
+def test_an_object_with_a_lock_is_left_as_it_is_and_named() -> None:
+    class Writer:
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+            self.lines: list[str] = []
+
+    class Holds:
+        def __init__(self) -> None:
+            self.writers = [Writer()]
+
+    holds = Holds()
+    kept = Kept(holds, "Holds")
+    holds.writers[0].lines.append("a")
+    assert kept.state(nobody) == ({}, ["Holds.writers[0]"])
+    kept.load({}, nobody)
+    assert holds.writers[0].lines == ["a"]
+
+
+def test_what_a_function_closes_over_is_named_where_it_changed() -> None:
+    lines: list[int] = []
+
+    class Holds:
+        def __init__(self) -> None:
+            self.hook = lambda: lines.append(1)
+
+    holds = Holds()
+    kept = Kept(holds, "Holds")
+    assert kept.state(nobody) == ({}, [])
+    holds.hook()
+    assert kept.state(nobody) == ({}, ["Holds.hook.__closure__.lines"])
