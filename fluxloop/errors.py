@@ -43,7 +43,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
+
+PACKAGE = str(Path(__file__).parent)
+"""Where fluxloop's own files lie: messages point at the line of a user's above them."""
 
 
 class FluxloopError(Exception):

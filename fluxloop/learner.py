@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from fluxloop.callback import Callback
 from fluxloop.callbacks.defaults import with_defaults
-from fluxloop.checkpoint.checkpoint import Manifest, complete_copy, gather, load_weights, manifest, owners_of, take
+from fluxloop.checkpoint.checkpoint import Manifest, complete_copy, gather, load_weights, manifest, take
 from fluxloop.checkpoint.folder import read, write
+from fluxloop.checkpoint.ledger import Ledger
 from fluxloop.checkpoint.misfits import check_fits
 from fluxloop.compute.accelerator import Accelerator
 from fluxloop.compute.finite import Finite
-from fluxloop.compute.host import HostQueue
 from fluxloop.compute.models import like, named_models, not_copied
 from fluxloop.compute.optimizers import build_optimizers, parameter_names
 from fluxloop.compute.updates import UpdateBlock, Updates
@@ -36,19 +36,19 @@ from fluxloop.errors import (
 from fluxloop.events import Event
 from fluxloop.guard.assign import FIXED, check_known, put
 from fluxloop.guard.given import as_path, check_called, check_number
-from fluxloop.history import History
-from fluxloop.loop import Scope, place_in_words
+from fluxloop.loop import place_in_words
 from fluxloop.nested import batch_size
-from fluxloop.order.runner import Callbacks
+from fluxloop.order.owners import owners_of
+from fluxloop.order.weights import Weights
 from fluxloop.persist.walk import Kept, Walk, of_learners
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
-from fluxloop.randomness import Streams, check_seed, draw_seed
+from fluxloop.randomness import check_seed, draw_seed
 from fluxloop.run.fit import fit, run_epoch
 from fluxloop.run.inference import evaluate, predict
 from fluxloop.run.resume import place_of
-from fluxloop.state import SharedState, State, StepState
-from fluxloop.weights import Weights
+from fluxloop.run.session import Running, Session
+from fluxloop.state import State
 
 C = TypeVar("C", bound=Callback)
 
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     import typing_extensions
 
     from fluxloop.compile.plans import CompiledSteps
+    from fluxloop.history import History
     from fluxloop.run.summary import Summary
 
     M = typing_extensions.TypeVar("M", default=Any)
@@ -97,10 +98,18 @@ class Learner(Generic[M]):
         cbstate: What callbacks share.
         history: Counts and metrics per phase, and why the last fit stopped.
         callbacks: The callbacks in their proved order; ``learner.callbacks.explain()`` tells why.
+        loss_fn: The loss function; may be replaced at any time.
+        models: The modules by name; a single one has the name None.
+        accelerator: Where tensors are computed.
         seed: The run's seed.
         num_batches: Batches of the running epoch, None where its data does not know.
         num_epochs: How many epochs (cycles) the running fit comes to, those before it too; None outside of a fit.
         fit_phases: What a cycle of the running fit runs, in order; empty outside of a fit.
+        phases: The phases that have run, by class.
+        scope: The running step, epoch or fit, as `runstep` and `runepoch` give it; None outside of one.
+        updates: Who owns which gradient, and how many updates there have been: ``learner.updates.count``.
+        streams: The random numbers of the run, by what draws them.
+        finite: Ends a fit whose numbers are not finite, where `StopOnNaNLoss` asks for it.
 
     Raises:
         ModelError: The model is no module, or its names cannot be used.
@@ -142,55 +151,27 @@ class Learner(Generic[M]):
         self.params: Any = like(model, {k: tuple(m.parameters()) for k, m in self.models.items()})
         optimizers = build_optimizers(self.models, optimizer, loss_fn)
         self.optimizer: Any = like(model, optimizers)
-        self.seed_given = seed is not None
+        self._seed_given = seed is not None
         self.seed = draw_seed() if seed is None else check_seed(seed)
-        self.streams = Streams(self.seed)
-        self.host_queue = HostQueue(self.accelerator.device)
-        self.step = StepState()
-        self.cbstate = SharedState()
-        self.history = History(self.cbstate, self.seed)
         self.num_batches: int | None = None
-        self.num_epochs: int | None = None
-        self.resume_from: str | PathLike[str] | None = None
-        """Where the running fit was to go on from, where there was nothing yet to go on from."""
-        self.fit_phases: tuple[Phase, ...] = ()
-        self.phases: dict[type[Phase], Phase] = {}
-        """The phases that have run, by class."""
-        self.scope: Scope | None = None
-        self.fitting = False
-        self.driven: Phase | None = None
-        """The phase whose epoch `epoch` or `fit` runs; None in a loop of the user's own."""
-        self.stop_requested: str | None = None
-        self.safe_points: list[Callable[[], object]] = []
-        """Called at each moment of a fit in which no step is under way, until it ends."""
-        self._walks: dict[nn.Module, Walk] = {}
-        self.kept_loss: Kept | None = None
-        self.kept_phases: list[Kept] = []
-        """What checkpoints keep of the phases that run."""
-        self.waiting_states: dict[str, list[Any]] = {}
-        """Loaded states of phases that have not run yet, by class."""
-        self.loaded = False
-        """Whether a state was loaded: phases of which it has none begin as they were first used."""
-        self.begun_data: set[str] = set()
-        """Keys of the data that a fit has run on."""
-        self.told_lengths: set[str] = set()
-        """Data of which it was said that an epoch has not as many batches as its length says."""
-        self.told_lost: set[str] = set()
-        """The paths of which it was said that no checkpoint keeps them."""
+        self._ledger = Ledger()
+        self._running = Running()
+        session = Session.begin(self)
+        self.callbacks, self.cbstate, self.history = session.callbacks, session.cbstate, session.history
+        self.streams, self._host_queue = session.streams, session._host_queue
+        self.step, self.scope = session.step, session.scope
+        self.phases, self.fit_phases, self.num_epochs = session.phases, session.fit_phases, session.num_epochs
         self.updates = Updates(self, parameter_names(self.models, loss_fn), optimizers)
         self.finite = Finite(self)
-        """Stops a fit whose loss or gradients are not finite, where `StopOnNaNLoss` asks for it."""
-        self.compiled: CompiledSteps | None = None
-        """Its steps as graphs, where they are compiled whole."""
+        self._compiled: CompiledSteps | None = None
         if self.accelerator.compile == "step":
             from fluxloop.compile.plans import CompiledSteps
 
-            self.compiled = CompiledSteps(self)
-        self.callbacks = Callbacks(self)
+            self._compiled = CompiledSteps(self)
         given = listed(callbacks)
         for module in self.modules():
             self._watch(module)
-        self.kept_loss = self._kept_loss(loss_fn)
+        self._ledger.loss = self._kept_loss(loss_fn)
         self.callbacks.set(with_defaults(given) if default_callbacks else given)
         self._made = True
 
@@ -221,7 +202,7 @@ class Learner(Generic[M]):
             AssignmentError: An epoch or a fit is running.
             DataError: It cannot be loaded.
         """
-        if self.fitting or self.driven is not None:
+        if self._running.fitting or self._running.phase is not None:
             raise AssignmentError(
                 "learner.data was assigned during a fit or an epoch, which ends with the data it began with; give it "
                 "to the next one: learner.fit(epochs, data), or end this one first: learner.request_stop('new data')"
@@ -240,7 +221,7 @@ class Learner(Generic[M]):
         if isinstance(loss_fn, nn.Module) and loss_fn is not self.loss_fn:
             self.accelerator.place_model(loss_fn)
             self._watch(loss_fn)
-        self.kept_loss = self._kept_loss(loss_fn)
+        self._ledger.loss = self._kept_loss(loss_fn)
 
     def meet_parameters(self) -> None:
         """Take note of parameters that joined the models, were replaced or unfrozen; a training epoch begins with it.
@@ -261,9 +242,11 @@ class Learner(Generic[M]):
     def _watch(self, module: nn.Module) -> None:
         """Look at the parts of a module that are new, so that changes of their attributes are seen."""
         of_learners.update(module.modules())
-        known = self._walks.get(module)
+        known = self._ledger.modules.get(module)
         if known is None:
-            self._walks[module] = Walk(dict(module.named_modules()), type(module).__name__, owners_of(self), parts=True)
+            self._ledger.modules[module] = Walk(
+                dict(module.named_modules()), type(module).__name__, owners_of(self), parts=True
+            )
         else:
             known.join(dict(module.named_modules()), owners_of(self))
 
@@ -451,7 +434,7 @@ class Learner(Generic[M]):
         On the CPU that is at once; elsewhere at the end of a later step, at the latest before the
         epoch ends.
         """
-        self.host_queue.request(tensor, then)
+        self._host_queue.request(tensor, then)
 
     def where(self) -> str:
         """Say where the training stands: ``"TrainingPhase(), epoch 2, step 16 of the run"``, both counted from 1."""
@@ -480,31 +463,20 @@ class Learner(Generic[M]):
         Raises:
             CancelFittingException: No fit is running.
         """
-        if not self.fitting:
+        if not self._running.fitting:
             raise CancelFittingException(reason)
-        self.stop_requested = reason
+        self._running.stop_requested = reason
 
-    def stop_if_requested(self) -> None:
-        """End the fit where that was requested, as by Ctrl+C; asked before each batch.
+    def at_safe_point(self, action: Callable[[], object]) -> None:
+        """Call `action` at each moment between two steps or epochs of the running fit, or of the next one, to its end.
 
-        Raises:
-            CancelFittingException: With the reason.
+        At these moments no step is under way and the state can be kept: ``learner.save(path)``.
+
+        Args:
+            action: A function without arguments.
         """
-        if self.stop_requested:
-            reason, self.stop_requested = self.stop_requested, None
-            raise CancelFittingException(reason)
-
-    def safe_point(self) -> None:
-        """Do what waits for a moment between two steps or epochs of a fit: checkpoints, and a stop that was asked for.
-
-        Raises:
-            CancelFittingException: The fit is to end.
-        """
-        if self.stop_requested:  # so that a checkpoint written now has it
-            self.history.stop_reason = self.stop_requested
-        for action in self.safe_points:
-            action()
-        self.stop_if_requested()
+        check_called("learner.at_safe_point", "action", action, "a function without arguments")
+        self._running.safe_points.append(action)
 
     # Keeping
 
@@ -721,10 +693,6 @@ class Learner(Generic[M]):
     def modules(self) -> list[nn.Module]:
         """List the models, and the loss function where it is a module."""
         return [*self.models.values(), *([self.loss_fn] if isinstance(self.loss_fn, nn.Module) else [])]
-
-    def module_walk(self, module: nn.Module) -> Walk:
-        """Give what is watched of a model's parts: attributes that are no parameters, buffers or parts."""
-        return self._walks[module]
 
     @property
     def optimizer_names(self) -> tuple[str | None, ...]:

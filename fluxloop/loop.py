@@ -33,7 +33,7 @@ from fluxloop.state import StepState
 if TYPE_CHECKING:
     from typing import Literal
 
-    from fluxloop.learner import Learner
+    from fluxloop.interfaces import RunLearner
     from fluxloop.phase import Phase
 
 Handle = Callable[[Event], None]
@@ -53,7 +53,7 @@ class Scope:
 
     __slots__ = ("_early", "_learner", "_undo", "handle", "parent", "phase", "stream")
 
-    def __init__(self, learner: Learner, phase: Phase) -> None:
+    def __init__(self, learner: RunLearner, phase: Phase) -> None:
         self._learner = learner
         self.phase = phase
         self.parent: Scope | None = None
@@ -129,7 +129,7 @@ class Scope:
         return f"{type(self).__name__}({self.phase!r})"
 
 
-def runstep(learner: Learner, phase: Phase, /, **entries: Any) -> StepScope:
+def runstep(learner: RunLearner, phase: Phase, /, **entries: Any) -> StepScope:
     """Run one step: fire `StepBegin`, give ``(handle, state)``, fire `StepEnd`.
 
     The tensors in `entries` are moved to the accelerator's device, gradients are on or off as
@@ -167,7 +167,7 @@ class StepScope(Scope):
 
     __slots__ = ("_apart", "_grad_enabled", "state")
 
-    def __init__(self, learner: Learner, phase: Phase) -> None:
+    def __init__(self, learner: RunLearner, phase: Phase) -> None:
         self._learner = learner
         self.phase = phase
         self.state: StepState
@@ -218,8 +218,8 @@ class StepScope(Scope):
             learner = self._learner
             try:
                 self.handle(STEP_END)
-                if learner.host_queue.busy:
-                    learner.host_queue.send()
+                if learner._host_queue.busy:
+                    learner._host_queue.send()
             except CancelStepException:
                 pass
             except BaseException as failure:
@@ -275,7 +275,7 @@ class runepoch(Scope):  # noqa: N801 - used like a function
 
     __slots__ = ("spare",)
 
-    def __init__(self, learner: Learner, phase: Phase) -> None:
+    def __init__(self, learner: RunLearner, phase: Phase) -> None:
         super().__init__(learner, phase)
         self.spare: StepScope | None = None
         """The scope of a step that has ended, for the next one."""
@@ -326,7 +326,7 @@ class runepoch(Scope):  # noqa: N801 - used like a function
         try:
             if ends:
                 try:
-                    learner.host_queue.flush()
+                    learner._host_queue.flush()
                 except CancelEpochException:
                     pass  # it ends here anyway
                 if self.parent is not None:
@@ -342,7 +342,7 @@ class runepoch(Scope):  # noqa: N801 - used like a function
             if not ends:
                 learner.updates.abandon_step(learner.step)
                 if not isinstance(self.parent, StepScope):
-                    learner.host_queue.drop()
+                    learner._host_queue.drop()
                 if error is not None and not isinstance(error, CancelSignal):
                     locate(error, learner, self.phase)
             self.close(error)
@@ -356,7 +356,7 @@ def same_phase(a: Phase, b: Phase) -> bool:
     return alike and (not hasattr(type(a), "__attrs_attrs__") or a == b)  # slots are not among vars()
 
 
-def check_view(learner: Learner, phase: Phase) -> None:
+def check_view(learner: RunLearner, phase: Phase) -> None:
     """Raise for a phase that runs a view of the weights which there is not, or trains it.
 
     Raises:
@@ -370,7 +370,7 @@ def check_view(learner: Learner, phase: Phase) -> None:
         learner.weights.view(phase.model_view)
 
 
-def show_weights(scope: Scope, learner: Learner, phase: Phase) -> None:
+def show_weights(scope: Scope, learner: RunLearner, phase: Phase) -> None:
     """Have ``learner.model`` be the view of the weights that a phase runs, until the scope ends.
 
     The live ones, unless the phase says otherwise; they are not touched.
@@ -389,7 +389,7 @@ def show_weights(scope: Scope, learner: Learner, phase: Phase) -> None:
         put(learner, "model", learner.weights.given)
 
 
-def set_modes(learner: Learner, phase: Phase) -> Callable[[], None]:
+def set_modes(learner: RunLearner, phase: Phase) -> Callable[[], None]:
     """Put models, loss function and optimizers into the modes of a phase; return what puts them back.
 
     A model that is frozen and in eval mode stays in it where others are trained. Optimizers with
@@ -425,7 +425,7 @@ def runs_a_view(scope: Scope | None) -> bool:
     return False
 
 
-def locate(error: BaseException, learner: Learner, phase: Phase) -> None:
+def locate(error: BaseException, learner: RunLearner, phase: Phase) -> None:
     """Note on an exception in which phase, epoch and step it was raised, once."""
     if any(note.startswith("fluxloop: in ") for note in getattr(error, "__notes__", ())):
         return
@@ -433,7 +433,7 @@ def locate(error: BaseException, learner: Learner, phase: Phase) -> None:
     annotate(error, f"fluxloop: in {place_in_words(learner, phase)}{counted}")
 
 
-def place_in_words(learner: Learner, phase: Phase) -> str:
+def place_in_words(learner: RunLearner, phase: Phase) -> str:
     """Say where a phase stands: ``"TrainingPhase(), epoch 2, step 16 of the run"``, both counted from 1."""
     if not phase.data_key:
         return f"{phase!r}, after {learner.history.cycles} complete cycles"

@@ -20,7 +20,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import update_wrapper
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet
 
 from fluxloop.errors import BatchError, CancelStepException, PhaseError, arguments_misfit, describe
@@ -32,7 +32,6 @@ from fluxloop.state import name_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fluxloop.learner import Learner
     from fluxloop.loop import Handle
     from fluxloop.state import StepState
 
@@ -44,7 +43,7 @@ class Step:
     here the step ends, whoever called it.
     """
 
-    def __init__(self, function: Callable[[Any, Learner, Any], Any]) -> None:
+    def __init__(self, function: Callable[[Any, Any, Any], Any]) -> None:
         update_wrapper(self, function)
         self.function = function
 
@@ -56,7 +55,7 @@ class Step:
     def __get__(self, phase: Phase | None, owner: type) -> Any:
         return self if phase is None else MethodType(self, phase)
 
-    def __call__(self, phase: Phase, learner: Learner, batch: Any) -> Any:
+    def __call__(self, phase: Phase, learner: Any, batch: Any) -> Any:
         """Run the step; give what it returns, or the step's state where it was cancelled."""
         try:
             return self.function(phase, learner, batch)
@@ -135,7 +134,7 @@ class Phase:
         """The name of the stream that its steps start from."""
         return f"{self.owner}/step"
 
-    def step(self, learner: Learner, batch: Any) -> Any:
+    def step(self, learner: Any, batch: Any) -> Any:
         """Do one step on one batch: its `entries`, then `body` between StepBegin and StepEnd, then `finish`.
 
         Returns:
@@ -151,10 +150,10 @@ class Phase:
                 "        ..."
             )
         with runstep(learner, self, **self.entries(batch)) as (handle, state):
-            if learner.compiled is None:
+            if learner._compiled is None:
                 self.body(learner, handle, state)
             else:
-                learner.compiled.run(self, handle, state)
+                learner._compiled.run(self, handle, state)
             self.finish(learner, state)
         return state
 
@@ -162,13 +161,13 @@ class Phase:
         """Give the entries that a step starts with: ``xs``, and ``ys`` where the batch is a pair."""
         return inputs_and_labels(batch)
 
-    def body(self, learner: Learner, handle: Handle, state: StepState) -> None:
+    def body(self, learner: Any, handle: Handle, state: StepState) -> None:
         """Do what happens between StepBegin and StepEnd, in tensors alone where it is to be compiled."""
 
-    def finish(self, learner: Learner, state: StepState) -> None:
+    def finish(self, learner: Any, state: StepState) -> None:
         """Do what follows the body before StepEnd, in Python, such as counting steps; it is not compiled."""
 
-    def epoch(self, learner: Learner, data: Iterable[Any]) -> None:
+    def epoch(self, learner: Any, data: Iterable[Any]) -> None:
         """Do one epoch: a step on each batch of `data`."""
         with runepoch(learner, self):
             for batch in data:
@@ -189,7 +188,7 @@ class Phase:
         """
         return batch_size(vars(state))
 
-    def check(self, learner: Learner) -> None:
+    def check(self, learner: Any) -> None:
         """Raise what is wrong with the learner for this phase, before anything has begun."""
 
     def __repr__(self) -> str:
@@ -308,17 +307,6 @@ def require_pair(cls: type, error: type[Exception]) -> None:
         )
 
 
-@runtime_checkable
-class Stateful(Protocol):
-    """What keeps something between steps, as a phase with a queue does."""
-
-    def state_dict(self) -> Any:
-        """Give the state."""
-
-    def load_state_dict(self, state: Any) -> Any:
-        """Go on from a state."""
-
-
 class AbstractTrainingPhase(Phase):
     """Base of the phases that train: data ``"training"``, train mode, gradients on."""
 
@@ -361,7 +349,7 @@ class ProbePhase(AbstractValidationPhase):
     no epochs of its own.
     """
 
-    def check(self, learner: Learner) -> None:
+    def check(self, learner: Any) -> None:
         """Raise: it has no epochs of its own."""
         raise PhaseError("ProbePhase stands for what probes record and has no epochs; give the probe as a callback")
 
@@ -369,7 +357,7 @@ class ProbePhase(AbstractValidationPhase):
 class FittingPhase(Phase):
     """The fit itself. `FitBegin`, `CycleBegin`, `CycleEnd` and `FitEnd` are fired with it."""
 
-    def check(self, learner: Learner) -> None:
+    def check(self, learner: Any) -> None:
         """Raise: it has no epochs of its own."""
         raise PhaseError("FittingPhase is the fit itself and has no epochs; expected a phase such as TrainingPhase()")
 

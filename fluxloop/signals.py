@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
+    from fluxloop.interfaces import RunLearner
 
 INTERRUPTED, TERMINATED = "interrupted (Ctrl+C)", "terminated (SIGTERM)"
 """Reasons of fits that are to go on another time."""
@@ -24,7 +24,7 @@ class StopWaiting(BaseException):
 
 
 @contextmanager
-def heeding_signals(learner: Learner) -> Iterator[Terminates]:
+def heeding_signals(learner: RunLearner) -> Iterator[Terminates]:
     """Make the first Ctrl+C, or a SIGTERM, end the fit after its running step.
 
     A second Ctrl+C interrupts at once. After a SIGTERM the fit waits for its next batch a few
@@ -64,12 +64,12 @@ def instead_of(usual: object, number: signal.Signals, handler: Callable[[int, ob
 class _Interrupts:
     """Has a fit end at Ctrl+C."""
 
-    def __init__(self, learner: Learner) -> None:
+    def __init__(self, learner: RunLearner) -> None:
         self._learner = learner
 
     def __call__(self, number: int, frame: object) -> None:
         """Ask for the end; a second Ctrl+C is Python's again."""
-        self._learner.stop_requested = INTERRUPTED
+        self._learner._running.stop_requested = INTERRUPTED
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -80,14 +80,14 @@ class Terminates:
         came: Whether one came.
     """
 
-    def __init__(self, learner: Learner) -> None:
+    def __init__(self, learner: RunLearner) -> None:
         self._learner = learner
         self.came = self._late = False
         self.timer = threading.Timer(0, lambda: None)
 
     def __call__(self, number: int, frame: object) -> None:
         """Ask for the end; end waiting for a batch when that has lasted too long."""
-        self.came, self._learner.stop_requested = True, TERMINATED
+        self.came, self._learner._running.stop_requested = True, TERMINATED
         if self._late and is_waiting(self._learner):
             raise StopWaiting
         if not self.timer.is_alive():
@@ -103,7 +103,7 @@ class Terminates:
             signal.pthread_kill(ident, signal.SIGTERM)
 
 
-def is_waiting(learner: Learner) -> bool:
+def is_waiting(learner: RunLearner) -> bool:
     """Tell whether a fit waits for a batch: no step is under way."""
     scope = learner.scope
     while scope is not None:

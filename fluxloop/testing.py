@@ -26,13 +26,13 @@ from fluxloop.learner import Learner
 from fluxloop.order.access import SERVICES, covers, dotted, parse, weights_path
 from fluxloop.order.access import Path as AccessPath
 from fluxloop.order.view import FACTS
+from fluxloop.order.weights import Weights
 from fluxloop.persist.plain import MARK
 from fluxloop.phase import Phase
 from fluxloop.phases.supervised import TrainingPhase
 from fluxloop.randomness import preserved, start_generators
 from fluxloop.run.resume import place_of
 from fluxloop.state import Container, State
-from fluxloop.weights import Weights
 
 
 class Coefficient(nn.Module):
@@ -289,7 +289,7 @@ class _Moments:
 
     def watched(self, learner: Learner) -> Learner:
         """Have the learner's next fit tell its moments."""
-        learner.safe_points.append(lambda: self._look(learner))
+        learner.at_safe_point(lambda: self._look(learner))
         return learner
 
     def _look(self, learner: Learner) -> None:

@@ -183,7 +183,13 @@ class Snapshot:
         flags.append(torch.is_grad_enabled())
         if self.learner is not None:
             learner = self.learner
-            flags += [learner.fitting, learner.scope, learner.num_batches, learner.history.cycles, learner.data]
+            flags += [
+                learner._running.fitting,
+                learner.scope,
+                learner.num_batches,
+                learner.history.cycles,
+                learner.data,
+            ]
             flags += [learner.callbacks.digest, learner.updates.block]
         return flags
 

@@ -263,7 +263,7 @@ def test_d_mt_06_one_failing_handler_of_the_end_keeps_no_other_from_running() ->
         learner.fit(1)
     assert ended == ["failed", "ended"]
     assert learner.scope is None
-    assert not learner.fitting
+    assert not learner._running.fitting
 
 
 def test_d_mt_07_a_fit_can_be_ended_after_any_step() -> None:

@@ -500,7 +500,7 @@ def check_outcome(learner: Learner, recorder: EventRecorder, error: BaseExceptio
     assert learner.history.cycles == recorder.events.count("CycleEnd")
     assert learner.scope is None
     assert learner.num_batches is None
-    assert not learner.fitting
+    assert not learner._running.fitting
 
 
 OUTCOMES = [

@@ -14,171 +14,43 @@ import fluxloop
 
 ROOT = Path(fluxloop.__file__).parent
 
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
-    ("given",),
-    (
-        "events",
-        "gradients",
-        "images",
-        "losses.adversarial",
-        "losses.contrastive",
-        "losses.distillation",
-        "losses.reconstruction",
-        "losses.redundancy",
-        "metrics.averages",
-        "metrics.neighbors",
-        "nested",
-        "notes",
-        "randomness",
-        "schedules",
-        "series",
-        "signals",
+LAYERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "words": (
+        "Errors, events, schedules, and helpers that know nothing of a training.",
+        ("errors", "events", "lazy", "guard", "nested", "randomness", "schedules", "images", "augment"),
     ),
-    (
-        "access",
-        "assign",
-        "augment",
-        "digests",
-        "host",
-        "lazy",
-        "loading",
-        "logging.loggables",
-        "losses.mixed",
-        "metrics.classification",
-        "modes",
-        "optimizers",
-        "state",
+    "state": (
+        "The entries of a step, what is shared, counts, series, when to stop, and what may be used of a learner.",
+        ("state", "monitor", "history", "stopping", "interfaces", "signals"),
     ),
-    (
-        "accelerator",
-        "data",
-        "finite",
-        "folder",
-        "logging.backend",
-        "loop",
-        "losses",
-        "models",
-        "monitor",
-        "persist",
-        "readonly",
-        "updates",
+    "persist": ("Objects as plain data: what is kept of anything that a run can reach.", ("persist",)),
+    "compute": ("Gradients are computed and optimizers step.", ("compute",)),
+    "steps": ("A step, an epoch, and the phase that says what happens in them.", ("loop", "phase")),
+    "data": ("Batches: where they come from, and how a pass is begun and left.", ("data",)),
+    "order": (
+        "Callbacks: who may touch what, and so in which order they run.",
+        ("callback", "order", "hyperparameters"),
     ),
-    (
-        "arguments",
-        "fingerprint",
-        "history",
-        "layout",
-        "logging.memory",
-        "logging.tensorboard",
-        "logging.text_files",
-        "logging.wandb",
-        "optimizer_state",
-        "phase",
-        "stopping",
-        "walk",
-        "weights",
+    "parts": (
+        "Losses, metrics, loggers and phases: each a page that stands alone.",
+        ("losses", "metrics", "logging", "phases"),
     ),
-    ("sources",),
-    (
-        "callback",
-        "logging.mlflow",
-        "metrics.base",
-        "misfits",
-        "passes",
-        "phases.supervised",
-        "phases.twin",
-        "seen",
-        "view",
-    ),
-    (
-        "callbacks.batch_limit",
-        "callbacks.conditional",
-        "callbacks.custom",
-        "callbacks.early_stopping",
-        "callbacks.ema",
-        "callbacks.garbage_collect",
-        "callbacks.mixup",
-        "callbacks.progress",
-        "callbacks.recorder",
-        "callbacks.sanity_check",
-        "callbacks.stall_report",
-        "callbacks.stop_on_nan_loss",
-        "callbacks.swa",
-        "callbacks.unfreeze",
-        "checkpoint",
-        "combined",
-        "feed",
-        "forbidden",
-        "graph",
-        "hyperparameters",
-        "logging",
-        "metrics.expected",
-        "metrics.regression",
-        "outlook",
-        "phases.gan",
-        "phases.objective",
-        "phases.per_optimizer",
-        "summary",
-    ),
-    (
-        "callbacks.activation_stats",
-        "callbacks.checkpointer",
-        "callbacks.sample_images",
-        "callbacks.scheduler",
-        "callbacks.set_epoch",
-        "callbacks.traces",
-        "metrics",
-        "ordering",
-        "phases.autoencoder",
-        "phases.distillation",
-        "phases.joint_embedding",
-        "phases.mae",
-        "phases.vae",
-        "resume",
-        "runner",
-        "tracing",
-    ),
-    (
-        "callbacks.lr_scheduler",
-        "callbacks.metrics",
-        "callbacks.profile",
-        "compiled",
-        "phases.barlow_twins",
-        "phases.byol",
-        "phases.dino",
-        "phases.metric_learning",
-        "phases.moco",
-        "phases.simclr",
-        "phases.simsiam",
-        "phases.vicreg",
-    ),
-    (
-        "callbacks.csv_logger",
-        "callbacks.log",
-        "callbacks.printer",
-        "callbacks.probe",
-        "phases",
-    ),
-    (
-        "callbacks.defaults",
-        "callbacks.feature_stats",
-        "callbacks.gradient_clip",
-        "callbacks.keep_best",
-        "callbacks.log_pictures",
-        "fit",
-    ),
-    (
-        "callbacks",
-        "lr_finder",
-    ),
-    ("inference",),
-    ("check",),
-    ("learner",),
-    ("testing",),
-    ("",),
-)
-"""The modules in reading order: each may import those of lower layers alone. "" is the package itself."""
+    "checkpoint": ("A learner as plain data, and the files with it.", ("checkpoint",)),
+    "compile": ("A step as one graph.", ("compile",)),
+    "callbacks": ("The callbacks that come with fluxloop.", ("callbacks",)),
+    "run": ("What a learner does: fit, resume, predict, check.", ("run",)),
+    "learner": ("The learner, and what tests of users' parts need.", ("learner", "testing", "")),
+}
+"""The layers in reading order, each with what it is for: modules, and folders with all that is in them.
+
+A module imports those of its own layer and of lower ones, for type checkers too. "" is the package itself.
+"""
+
+
+def layer_of(name: str) -> int:
+    """Return the number of the layer that a module belongs to."""
+    root = name.split(".")[0]
+    return next(number for number, (_, roots) in enumerate(LAYERS.values()) if root in roots)
 
 
 @cache
@@ -201,23 +73,26 @@ def is_for_types(node: ast.AST) -> bool:
     )
 
 
-def run_time_nodes(nodes: Iterable[ast.AST], lazy: bool) -> Iterator[ast.AST]:
+def run_time_nodes(nodes: Iterable[ast.AST], types: bool) -> Iterator[ast.AST]:
     """Walk statements, functions' bodies included, leaving out what is there for type checkers alone."""
     for node in nodes:
-        if is_for_types(node) and not lazy:
+        if is_for_types(node) and not types:
             assert isinstance(node, ast.If)
-            yield from run_time_nodes(node.orelse, lazy)
+            yield from run_time_nodes(node.orelse, types)
         else:
             yield node
-            yield from run_time_nodes(ast.iter_child_nodes(node), lazy)
+            yield from run_time_nodes(ast.iter_child_nodes(node), types)
 
 
-def imported(source: str, lazy: bool = False) -> Iterator[str]:
+def imported(source: str, types: bool = False) -> Iterator[str]:
     """Give the names of the package's modules that some source imports at run time; "" for the package itself.
 
-    A lazy package shows its names to type checkers and loads them when they are asked for, which is at run time.
+    Args:
+        source: The text of a module.
+        types: Whether imports for type checkers count too. Those of a package that loads its names lazily are imports
+            at run time: that is when they are asked for.
     """
-    for node in run_time_nodes(ast.parse(source).body, lazy):
+    for node in run_time_nodes(ast.parse(source).body, types):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == "fluxloop":
@@ -236,7 +111,7 @@ def imported(source: str, lazy: bool = False) -> Iterator[str]:
 def imports(name: str) -> frozenset[str]:
     """Give whom a module imports; a package's module stands for its package too where an outsider imports it."""
     path = modules()[name]
-    found = set(imported(path.read_text(encoding="utf-8"), lazy=path.name == "__init__.py"))
+    found = set(imported(path.read_text(encoding="utf-8"), types=path.name == "__init__.py"))
     for other in list(found):
         package = other.rpartition(".")[0]
         if package and not (name == package or name.startswith(f"{package}.")):
@@ -244,16 +119,27 @@ def imports(name: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def test_the_table_of_layers_names_every_module_once() -> None:
-    named = [name for layer in LAYERS for name in layer]
-    assert sorted(named) == sorted(modules())
+def test_the_table_of_layers_names_every_module_and_folder_once() -> None:
+    named = [name for _, roots in LAYERS.values() for name in roots]
+    assert sorted(named) == sorted({name.split(".")[0] for name in modules()})
+
+
+def test_the_root_holds_the_words_that_a_user_meets() -> None:
+    assert len(list(ROOT.glob("*.py"))) <= 22
 
 
 @pytest.mark.parametrize("name", sorted(modules()))
-def test_a_module_imports_only_modules_of_lower_layers(name: str) -> None:
-    layer = {module: index for index, names in enumerate(LAYERS) for module in names}
-    upward = sorted(other for other in imports(name) if layer[other] >= layer[name])
-    assert not upward, f"{name or 'the package'} imports {upward}, which stand no lower"
+def test_a_module_imports_only_modules_of_its_layer_and_of_lower_ones(name: str) -> None:
+    source = modules()[name].read_text(encoding="utf-8")
+    upward = sorted({other for other in imported(source, types=True) if layer_of(other) > layer_of(name)})
+    assert not upward, f"{name or 'the package'} imports {upward}, which stand higher"
+
+
+def test_nothing_below_the_learner_imports_it_even_for_types() -> None:
+    for name, path in modules().items():
+        if name not in ("learner", "testing", ""):
+            found = set(imported(path.read_text(encoding="utf-8"), types=True))
+            assert found.isdisjoint({"learner", "testing", ""}), name
 
 
 def test_imports_at_run_time_are_acyclic() -> None:
@@ -273,13 +159,13 @@ def test_callbacks_never_import_the_learner_or_the_fit() -> None:
         if name not in seen:
             seen.add(name)
             todo.extend(imports(name))
-    assert seen.isdisjoint({"learner", "fit", "inference", "check", "testing", ""})
+    assert {name.split(".")[0] for name in seen}.isdisjoint({"learner", "run", "testing", ""})
 
 
 def test_phases_never_import_the_learner_the_fit_or_callbacks() -> None:
     for name in modules():
         if name.split(".")[0] in ("phase", "phases"):
-            forbidden = {"learner", "fit", "runner", "callback", "callbacks"}
+            forbidden = {"learner", "run", "order", "callback", "callbacks"}
             assert forbidden.isdisjoint(other.split(".")[0] for other in imports(name))
 
 
@@ -289,8 +175,8 @@ def test_no_module_imports_the_package_itself() -> None:
 
 
 def test_only_the_learner_makes_an_accelerator() -> None:
-    users = {name for name in modules() if "accelerator" in imports(name)}
-    assert users <= {"", "learner"}
+    users = {name for name in modules() if "compute.accelerator" in imports(name)}
+    assert users == {"", "learner"}
 
 
 @pytest.mark.parametrize(
@@ -314,6 +200,6 @@ def test_imports_are_found_wherever_they_stand(source: str, expected: list[str])
 
 def test_what_a_package_loads_lazily_counts_as_what_it_imports() -> None:
     source = "if TYPE_CHECKING:\n    from fluxloop.callbacks.ema import EMA"
-    assert list(imported(source, lazy=True)) == ["callbacks.ema"]
+    assert list(imported(source, types=True)) == ["callbacks.ema"]
     assert {"callbacks", "learner", "phases", "testing"} <= imports("")
     assert {"phases.gan", "phases.supervised"} <= imports("phases")

@@ -47,7 +47,7 @@ def toy(*callbacks: Callback, **options: Any) -> Learner[Any]:
 
 def watched(learner: Learner[Any], look: Callable[[], object]) -> Learner[Any]:
     """Have a learner's next fit call a function at its safe points."""
-    learner.safe_points.append(look)
+    learner.at_safe_point(look)
     return learner
 
 
@@ -158,7 +158,7 @@ def test_d_mt_07_a_stop_takes_effect_between_two_batches() -> None:
         @on(StepBegin, AbstractTrainingPhase)
         def ask(self, event: StepBegin, phase: Phase, learner: Any) -> None:
             if learner.history[type(phase)].steps == 4:
-                learner.stop_requested = "the budget is used up"
+                learner._running.stop_requested = "the budget is used up"
 
     trace = EventRecorder()
     learner = toy(Recorder(), Ask(), trace)
@@ -222,7 +222,7 @@ def test_d_mt_06_an_error_in_one_undo_or_handler_of_the_end_does_not_keep_the_ot
     assert "close a" in notes
     assert "close c" in notes
     assert "end c" in notes
-    assert not learner.fitting
+    assert not learner._running.fitting
     assert learner.scope is None
 
 
@@ -365,7 +365,7 @@ def test_the_state_cannot_be_asked_for_while_an_epoch_ends(tmp_path: Path) -> No
         def ask(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
             learner.save(tmp_path / "state.pt")
 
-    with pytest.raises(CheckpointError, match=r"learner\.safe_points"):
+    with pytest.raises(CheckpointError, match=r"learner\.at_safe_point"):
         toy(AsksFirst(), Recorder(), Metrics()).fit(1)
 
 

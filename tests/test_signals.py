@@ -62,7 +62,7 @@ def test_sigterm_ends_a_fit_without_a_checkpointer_in_good_order_too() -> None:
 
 def test_an_error_in_a_fit_that_is_being_terminated_is_not_lost() -> None:
     def fail(learner: Any) -> None:
-        if learner.stop_requested:
+        if learner._running.stop_requested:
             raise ZeroDivisionError("on purpose")
 
     class Fails(Signal):

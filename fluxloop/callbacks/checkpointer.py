@@ -185,7 +185,7 @@ class Checkpointer(UnsafeCallback):
         self._progress, self._reason = here if there else None, lasting(learner.history.stop_reason)
         self._since, self._over, self._owing, self._waits, self._told = monotonic(), False, False, False, False
         self._never_finite, self._told_bad = set(not_finite(state_tensors(learner))), False
-        learner.safe_points.append(partial(self._look, learner))
+        learner.at_safe_point(partial(self._look, learner))
         learner.defer(self._leave)
         if hasattr(signal, "SIGUSR1") and threading.current_thread() is threading.main_thread():
             heeding = instead_of(signal.SIG_DFL, signal.SIGUSR1, self._ask)
@@ -198,9 +198,9 @@ class Checkpointer(UnsafeCallback):
         Raises:
             CheckpointError: Says which folder to resume from.
         """
-        if learner.resume_from is None:
+        if learner._running.resume_from is None:
             return
-        given = Path(learner.resume_from)
+        given = Path(learner._running.resume_from)
         looked_in = (given.parent if given.name == LATEST else given).resolve()
         written = [each.folder for each in learner.callbacks if isinstance(each, Checkpointer)]
         if all(folder.resolve() != looked_in for folder in written):
@@ -210,7 +210,7 @@ class Checkpointer(UnsafeCallback):
                 f"resume={str(given)!r} was given, and there is nothing to go on from: the Checkpointer writes to "
                 f"{self.folder}, which {there}. Expected the same folder: fit(epochs, resume={str(self.folder)!r})"
             )
-        learner.resume_from = None  # somebody writes where the next process will look
+        learner._running.resume_from = None  # somebody writes where the next process will look
 
     def _ask(self, number: int, frame: object) -> None:
         """Have a checkpoint written at the next moment between two steps."""
@@ -232,8 +232,8 @@ class Checkpointer(UnsafeCallback):
         if self._waits and not between:  # for the end of an epoch that cannot be resumed in the middle
             return
         begins = self._progress is None and between
-        if begins or learner.stop_requested or self._over or self._owing or self._is_due(learner, between):
-            self._write(learner, at_once=between or bool(learner.stop_requested))
+        if begins or learner._running.stop_requested or self._over or self._owing or self._is_due(learner, between):
+            self._write(learner, at_once=between or bool(learner._running.stop_requested))
 
     def _is_due(self, learner: Any, between: bool) -> bool:
         cycles = learner.history.cycles
@@ -290,7 +290,7 @@ class Checkpointer(UnsafeCallback):
 
     def _is_sound(self, learner: Any) -> bool:
         """Tell whether weights, buffers and the optimizers' states are numbers to go on from; say once if not."""
-        learner.host_queue.flush()  # of a device: what it has found is heard first
+        learner._host_queue.flush()  # of a device: what it has found is heard first
         bad = [name for name in not_finite(state_tensors(learner)) if name not in self._never_finite]
         if bad and not self._told_bad:
             self._told_bad = True

@@ -13,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from attrs import frozen
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -29,7 +28,7 @@ from fluxloop.data.sources import changes_of, source_state
 from fluxloop.errors import CheckpointError, annotate, sentence, warn_user
 from fluxloop.guard.assign import put
 from fluxloop.order.access import dotted
-from fluxloop.order.view import View
+from fluxloop.order.owners import owners_of
 from fluxloop.persist.plain import (
     UNINITIALIZED,
     WATCHED,
@@ -52,7 +51,7 @@ from fluxloop.signals import INTERRUPTED, TERMINATED
 from fluxloop.state import StepState, name_of
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
+    from fluxloop.interfaces import RunLearner
     from fluxloop.order.graph import Node
 
 State = dict[str, Any]
@@ -61,7 +60,7 @@ State = dict[str, Any]
 # Gathering
 
 
-def gather(learner: Learner, place: State | None) -> State:
+def gather(learner: RunLearner, place: State | None) -> State:
     """Give the state of a learner; tensors are those it holds, as with ``Module.state_dict()``.
 
     Args:
@@ -71,15 +70,15 @@ def gather(learner: Learner, place: State | None) -> State:
     Raises:
         CheckpointError: Something cannot be kept.
     """
-    learner.host_queue.flush()
+    learner._host_queue.flush()
     lost: list[str] = []
     owners = owners_of(learner)
     parameters = parameter_names(learner.models, learner.loss_fn)
     loss_fn = None
     if isinstance(learner.loss_fn, nn.Module):
         loss_fn = _module_state(learner, learner.loss_fn, owners, lost)
-    elif learner.kept_loss is not None:
-        loss_fn = {"attributes": _note_lost(learner.kept_loss.state(owners), lost)}
+    elif learner._ledger.loss is not None:
+        loss_fn = {"attributes": _note_lost(learner._ledger.loss.state(owners), lost)}
     state = {
         "fluxloop": FORMAT,
         "seed": learner.seed,
@@ -103,12 +102,12 @@ def gather(learner: Learner, place: State | None) -> State:
     return state
 
 
-def tell_lost(learner: Learner, lost: list[str]) -> None:
+def tell_lost(learner: RunLearner, lost: list[str]) -> None:
     """Warn of what a checkpoint does not keep, once each."""
-    new = [path for path in dict.fromkeys(lost) if path not in learner.told_lost]
+    new = [path for path in dict.fromkeys(lost) if path not in learner._ledger.told_lost]
     if not new:
         return
-    learner.told_lost.update(new)
+    learner._ledger.told_lost.update(new)
     names = tuple(
         dict.fromkeys(re.split(r"[.\[]", path.removeprefix("callbacks.").removeprefix("phases."))[1] for path in new)
     )
@@ -136,12 +135,12 @@ def lasting(reason: str | None) -> str | None:
     return None if reason in (INTERRUPTED, TERMINATED) else reason
 
 
-def _module_state(learner: Learner, module: nn.Module, owners: Owners, lost: list[str]) -> State:
+def _module_state(learner: RunLearner, module: nn.Module, owners: Owners, lost: list[str]) -> State:
     """Give a module's state: what it saves by itself, and what it does not.
 
     That is: buffers it leaves out, which parameters are frozen, and its parts' other attributes that have changed.
     """
-    watched = _note_lost(learner.module_walk(module).state(owners), lost)
+    watched = _note_lost(learner._ledger.modules[module].state(owners), lost)
     return {
         **weights_of(module),
         "buffers": {name: tensor for name, _, _, tensor in unsaved_buffers(module)},
@@ -182,7 +181,7 @@ def with_metadata(tensors: dict[str, Any], metadata: dict[str, Any]) -> OrderedD
     return state
 
 
-def _kept_views(learner: Learner) -> list[str]:
+def _kept_views(learner: RunLearner) -> list[str]:
     """List the views of weights whose keeper has no state of its own."""
     own = {
         path
@@ -194,7 +193,7 @@ def _kept_views(learner: Learner) -> list[str]:
     return [path for path in paths if path not in own]
 
 
-def _updates_state(learner: Learner) -> State:
+def _updates_state(learner: RunLearner) -> State:
     """Give where the gradients stand, and those that wait for an update."""
     updates = learner.updates
     consumed = {p for slot in updates.slots if slot.consumed for p in slot.parameters}
@@ -216,7 +215,7 @@ def _updates_state(learner: Learner) -> State:
     }
 
 
-def _shared_state(learner: Learner) -> State:
+def _shared_state(learner: RunLearner) -> State:
     """Give what callbacks share, as plain data."""
     kept: State = {}
     for name, value in vars(learner.cbstate).items():
@@ -233,7 +232,7 @@ def _shared_state(learner: Learner) -> State:
     return kept
 
 
-def _callbacks_state(learner: Learner, owners: Owners, lost: list[str]) -> State:
+def _callbacks_state(learner: RunLearner, owners: Owners, lost: list[str]) -> State:
     """Give the states of callbacks by id."""
     states: State = {}
     for node in learner.callbacks.graph.nodes:
@@ -245,49 +244,23 @@ def _callbacks_state(learner: Learner, owners: Owners, lost: list[str]) -> State
     return states
 
 
-def owners_of(learner: Learner) -> Owners:
-    """Give what tells who keeps a value: a model or its tensors, an optimizer, a callback, a phase, data."""
-    named: list[tuple[str, Any]] = [("learner", learner), ("learner.accelerator", learner.accelerator)]
-    modules = dict(learner.models)
-    roots = [*((f"model.{name}" if name else "model", m) for name, m in modules.items())]
-    roots += [(f"view {'.'.join(map(str, path))}", m) for path, m in learner.weights.views.items()]
-    if isinstance(learner.loss_fn, nn.Module):
-        roots.append(("loss_fn", learner.loss_fn))
-    places: list[int] = []
-    for root, module in roots:
-        named += [(f"{root}.{path}".rstrip("."), part) for path, part in module.named_modules()]
-        for path, tensor in (*module.named_parameters(), *module.named_buffers()):
-            named.append((f"{root}.{path}", tensor))
-            if not is_lazy(tensor) and tensor.layout is torch.strided:
-                places.append(tensor.untyped_storage().data_ptr())
-    named += [(f"optimizer {slot.name or ''}", slot.optimizer) for slot in learner.updates.slots]
-    named += [(f"cbstate.{name}", value) for name, value in vars(learner.cbstate).items()]
-    named += [("cbstate", learner.cbstate), ("history", learner.history), ("step", learner.step)]
-    named += [(f"data.{key}", source) for key, source in vars(learner.data).items()] + [("data", learner.data)]
-    named += [(f"callback {node.id}", node.callback.unwrapped) for node in learner.callbacks.graph.nodes]
-    named += [("", each) for each in learner.callbacks.given()]
-    named += [(f"phase {phase_id(phase)}", phase) for phase in learner.phases.values()]
-    named += [("", kept.thing) for kept in learner.kept_phases]
-    return Owners(named, places, (View,))
-
-
-def _phases_state(learner: Learner, owners: Owners, lost: list[str]) -> State:
+def _phases_state(learner: RunLearner, owners: Owners, lost: list[str]) -> State:
     """Give the states of phases by class and name, in the order in which the learner met them."""
     states: State = {}
-    for kept in learner.kept_phases:
+    for kept in learner._ledger.phases:
         state = _note_lost(kept.state(owners), lost)
         states.setdefault(phase_id(kept.thing), []).append(state)
-    for name, waiting in learner.waiting_states.items():
+    for name, waiting in learner._ledger.waiting.items():
         states.setdefault(name, []).extend(waiting)
     return {name: given for name, given in states.items() if any(given)}
 
 
-def _data_state(learner: Learner, place: State | None, lost: list[str]) -> State:
+def _data_state(learner: RunLearner, place: State | None, lost: list[str]) -> State:
     """Give the states of the data; of the data under way, that with which its epoch began."""
     running = None if place is None or place["feed"] is None else vars(learner.data)[place["feed"]["key"]]
     states: State = {}
     for key, source in vars(learner.data).items():
-        states[key] = data_state(source, key in learner.begun_data and source is not running, key)
+        states[key] = data_state(source, key in learner._ledger.begun_data and source is not running, key)
         states[key]["fingerprint"] = fingerprint(source)
         lost += changes_of(source)[1]
         if source is running and place is not None:
@@ -298,7 +271,7 @@ def _data_state(learner: Learner, place: State | None, lost: list[str]) -> State
 # Going on
 
 
-def take(learner: Learner, state: State, *, begun: bool) -> Callable[[], None]:
+def take(learner: RunLearner, state: State, *, begun: bool) -> Callable[[], None]:
     """Put a learner where the state was gathered, or leave it where it is: see `apply`.
 
     Returns:
@@ -308,12 +281,12 @@ def take(learner: Learner, state: State, *, begun: bool) -> Callable[[], None]:
         CheckpointError: A state cannot be put back.
     """
     before, history = snapshot(gather(learner, None)), learner.history
-    begun_data, reason = set(learner.begun_data), history.stop_reason
+    begun_data, reason = set(learner._ledger.begun_data), history.stop_reason
     gradients = [(parameter, parameter.grad) for parameter in learner.updates.names]  # used ones are in no checkpoint
 
     def undo() -> None:
         apply(learner, before, begun=True)
-        learner.begun_data, history.stop_reason = begun_data, reason
+        learner._ledger.begun_data, history.stop_reason = begun_data, reason
         for parameter, gradient in gradients:
             parameter.grad = gradient
 
@@ -322,7 +295,7 @@ def take(learner: Learner, state: State, *, begun: bool) -> Callable[[], None]:
     return undo
 
 
-def _tell_others(learner: Learner, state: State) -> None:
+def _tell_others(learner: RunLearner, state: State) -> None:
     """Warn of states without a callback, and of callbacks without a state, which begin anew."""
     nodes = {node.id: node.callback.unwrapped for node in learner.callbacks.graph.nodes}
     unknown = sorted(state["callbacks"].keys() - nodes)
@@ -363,7 +336,7 @@ def _misses_something(callback: Callback, state: State, told: bool) -> bool:
 
 
 def try_to_apply(
-    learner: Learner, state: State, undo: Callable[[], None], *, begun: bool, running: bool = False
+    learner: RunLearner, state: State, undo: Callable[[], None], *, begun: bool, running: bool = False
 ) -> None:
     """Put a state in place, or undo it and say why it does not fit.
 
@@ -385,7 +358,7 @@ def try_to_apply(
         ) from error
 
 
-def apply(learner: Learner, state: State, *, begun: bool, running: bool = False) -> None:
+def apply(learner: RunLearner, state: State, *, begun: bool, running: bool = False) -> None:
     """Put a learner where the state was gathered; it has been checked with `check_fits`.
 
     Phases that have not run yet take their states when they first do.
@@ -412,8 +385,8 @@ def apply(learner: Learner, state: State, *, begun: bool, running: bool = False)
         _load_module(learner, module, state["models"][name or ""], how)
     if isinstance(learner.loss_fn, nn.Module):
         _load_module(learner, learner.loss_fn, state["loss_fn"], how)
-    elif learner.kept_loss is not None:
-        learner.kept_loss.load((state["loss_fn"] or {"attributes": {}})["attributes"], **how)
+    elif learner._ledger.loss is not None:
+        learner._ledger.loss.load((state["loss_fn"] or {"attributes": {}})["attributes"], **how)
     for path, kept in state["views"].items():
         if path in learner.weights:
             learner.weights[path].load_state_dict(kept)
@@ -432,18 +405,18 @@ def apply(learner: Learner, state: State, *, begun: bool, running: bool = False)
         if where in gone:
             continue
         shared[name] = put_back(kept, shared.get(name), phases=types, device=device, where=where)
-    learner.waiting_states = {name: list(states) for name, states in state["phases"].items()}
-    learner.loaded = True
-    for kept_phase in learner.kept_phases:
-        waiting = learner.waiting_states.get(phase_id(kept_phase.thing))
+    learner._ledger.waiting = {name: list(states) for name, states in state["phases"].items()}
+    learner._ledger.loaded = True
+    for kept_phase in learner._ledger.phases:
+        waiting = learner._ledger.waiting.get(phase_id(kept_phase.thing))
         kept_phase.load(waiting.pop(0) if waiting else {}, **how)
     for key, kept in state["data"].items():
         if key in learner.data and put_data_back(vars(learner.data)[key], kept):
-            learner.begun_data.add(key)
+            learner._ledger.begun_data.add(key)
 
 
-def _load_module(learner: Learner, module: nn.Module, kept: State, how: dict[str, Any]) -> None:
-    learner.module_walk(module).load(kept["attributes"], **how)
+def _load_module(learner: RunLearner, module: nn.Module, kept: State, how: dict[str, Any]) -> None:
+    learner._ledger.modules[module].load(kept["attributes"], **how)
     put_weights(module, kept)
     for name, part, own, tensor in list(unsaved_buffers(module)):
         if name in kept["buffers"]:
@@ -454,7 +427,7 @@ def _load_module(learner: Learner, module: nn.Module, kept: State, how: dict[str
             parameter.requires_grad = name not in frozen_ones
 
 
-def _load_updates(learner: Learner, kept: State) -> None:
+def _load_updates(learner: RunLearner, kept: State) -> None:
     by_name = parameters_by_name(learner.models, learner.loss_fn)
     gradients = {by_name[name]: gradient for name, gradient in kept["gradients"].items() if name in by_name}
     for parameter in learner.updates.names:
@@ -468,7 +441,7 @@ def _load_updates(learner: Learner, kept: State) -> None:
         slot.step = slot.before = None
 
 
-def _load_callbacks(learner: Learner, states: State, how: dict[str, Any]) -> None:
+def _load_callbacks(learner: RunLearner, states: State, how: dict[str, Any]) -> None:
     nodes = {node.id: node for node in learner.callbacks.graph.nodes}
     for id, node in nodes.items():
         own, conditions = learner.callbacks.kept(node)
@@ -485,25 +458,27 @@ def _load_callbacks(learner: Learner, states: State, how: dict[str, Any]) -> Non
             ) from error
 
 
-def meet_phases(learner: Learner, phases: list[Phase]) -> None:
+def meet_phases(learner: RunLearner, phases: list[Phase]) -> None:
     """Note phases that are about to run, and have new ones take up the states that wait for them.
 
     Of two instances of a class with one name the learner forgets the one that runs no more.
     """
     ids = {phase_id(phase) for phase in phases}
-    kept = [k for k in learner.kept_phases if phase_id(k.thing) not in ids or any(k.thing is each for each in phases)]
+    kept = [
+        k for k in learner._ledger.phases if phase_id(k.thing) not in ids or any(k.thing is each for each in phases)
+    ]
     known = [each.thing for each in kept]
     for phase in phases:
         if not any(phase is each for each in known):
             kept.append(watched(learner, phase))
-            waiting = learner.waiting_states.get(phase_id(phase))
-            if waiting or learner.loaded:  # where nothing was kept of it, it begins as it was first used
+            waiting = learner._ledger.waiting.get(phase_id(phase))
+            if waiting or learner._ledger.loaded:  # where nothing was kept of it, it begins as it was first used
                 types, device = phase_types(), learner.accelerator.device
                 kept[-1].load(waiting.pop(0) if waiting else {}, owners_of(learner), phases=types, device=device)
-    learner.kept_phases = kept
+    learner._ledger.phases = kept
 
 
-def watched(learner: Learner, phase: Phase) -> Kept:
+def watched(learner: RunLearner, phase: Phase) -> Kept:
     """Give what is known of a phase since it was used first, in whichever learner."""
     known = vars(phase).get(WATCHED)
     if not isinstance(known, Kept) or known.thing is not phase:
@@ -511,7 +486,7 @@ def watched(learner: Learner, phase: Phase) -> Kept:
     return known
 
 
-def complete_copy(learner: Learner, copied: Learner, memo: dict[int, Any]) -> None:
+def complete_copy(learner: RunLearner, copied: RunLearner, memo: dict[int, Any]) -> None:
     """Give a copy of a learner what PyTorch leaves out where it copies parameters and optimizers.
 
     Those are gradients and hooks. The states of phases wait for whichever instances the copy will run.
@@ -527,11 +502,11 @@ def complete_copy(learner: Learner, copied: Learner, memo: dict[int, Any]) -> No
         for node, twin_node in zip(learner.callbacks.graph.nodes, copied.callbacks.graph.nodes, strict=True):
             walk, twin_walk = learner.callbacks.kept(node)[0].walk, copied.callbacks.kept(twin_node)[0].walk
             walk.complete_copy(twin_walk, memo)
-    copied.waiting_states = snapshot(_phases_state(learner, owners_of(learner), []))
-    copied.kept_phases = []
+    copied._ledger.waiting = snapshot(_phases_state(learner, owners_of(learner), []))
+    copied._ledger.phases = []
 
 
-def load_weights(learner: Learner, state: State, name: str, strict: bool) -> list[str]:
+def load_weights(learner: RunLearner, state: State, name: str, strict: bool) -> list[str]:
     """Take weights from a state; see `Learner.load_weights`."""
     live = dict(learner.models) if name == "model" else {None: learner.weights[name]}
     if "fluxloop" in state:
@@ -652,7 +627,7 @@ DERIVED = {"params": "model", "batch_size": "step", "num_batches": "data"}
 """Roots of paths that follow from others."""
 
 
-def unkept(node: Node, learner: Learner) -> list[str]:
+def unkept(node: Node, learner: RunLearner) -> list[str]:
     """List the paths a callback writes that no checkpoint keeps, derives, or was told to leave out."""
     roots = {"model", "optimizer", "cbstate", "history", "seed", "step", *DERIVED}
     if isinstance(learner.loss_fn, nn.Module):
@@ -662,7 +637,7 @@ def unkept(node: Node, learner: Learner) -> list[str]:
     return [path for path, root in written if root not in roots and path not in transient]
 
 
-def check_writers(learner: Learner) -> None:
+def check_writers(learner: RunLearner) -> None:
     """Raise for a callback that writes what no checkpoint keeps.
 
     Raises:
@@ -676,7 +651,7 @@ def check_writers(learner: Learner) -> None:
             )
 
 
-def manifest(learner: Learner) -> Manifest:
+def manifest(learner: RunLearner) -> Manifest:
     """List what a checkpoint keeps; see `Learner.checkpoint_manifest`."""
     state = gather(learner, None)
     nodes = learner.callbacks.graph.nodes

@@ -22,7 +22,7 @@ from fluxloop.phase import phase_types
 from fluxloop.state import PhaseDict
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
+    from fluxloop.interfaces import RunLearner
 
 FORMAT = 1
 """Number of the layout of a checkpoint; a file of another one is refused."""
@@ -30,7 +30,7 @@ FORMAT = 1
 State = dict[str, Any]
 
 
-def check_fits(learner: Learner, state: Any) -> None:
+def check_fits(learner: RunLearner, state: Any) -> None:
     """Raise for a state that does not fit a learner, before anything is changed.
 
     Raises:
@@ -58,7 +58,7 @@ def check_fits(learner: Learner, state: Any) -> None:
         raise CheckpointError("the checkpoint does not fit this learner:\n  " + "\n  ".join(wrong))
 
 
-def _misfits(learner: Learner, state: State) -> Iterator[str]:
+def _misfits(learner: RunLearner, state: State) -> Iterator[str]:
     yield from _models_differ(learner, state)
     slots = {slot.name or "": slot for slot in learner.updates.slots}
     by_name = parameters_by_name(learner.models, learner.loss_fn)
@@ -82,7 +82,7 @@ def _misfits(learner: Learner, state: State) -> Iterator[str]:
     yield from _data_differ(learner, state)
 
 
-def _models_differ(learner: Learner, state: State) -> Iterator[str]:
+def _models_differ(learner: RunLearner, state: State) -> Iterator[str]:
     models = {name or "": module for name, module in learner.models.items()}
     yield from _names_differ("model", models, state["models"])
     for name, module in models.items():
@@ -154,7 +154,7 @@ def weights_differ(module: nn.Module, state: dict[str, Any], label: str, exactly
             yield f"{label}: {name!r} is of {tensor.dtype}, in the checkpoint of {kept.dtype}"
 
 
-def _callbacks_differ(learner: Learner, state: State) -> Iterator[str]:
+def _callbacks_differ(learner: RunLearner, state: State) -> Iterator[str]:
     for node in learner.callbacks.graph.nodes:
         kept, name = state["callbacks"].get(node.id), class_name(type(node.callback.unwrapped))
         if kept is None:
@@ -166,7 +166,7 @@ def _callbacks_differ(learner: Learner, state: State) -> Iterator[str]:
         yield from _kept_differs(own, kept["state"], f"callback {node.id!r}")
         for condition, around in zip(conditions, kept["around"], strict=False):
             yield from _kept_differs(condition, around, f"a condition of callback {node.id!r}")
-    for kept_phase in learner.kept_phases:
+    for kept_phase in learner._ledger.phases:
         for each in state["phases"].get(phase_id(kept_phase.thing), ()):
             yield from _kept_differs(kept_phase, each, f"phase {kept_phase.name}")
 
@@ -194,7 +194,7 @@ def _kept_differs(live: Kept, kept: State, label: str) -> Iterator[str]:
             yield from kinds_differ(now[name], before[name], f"{label}: {name!r}")
 
 
-def _shared_differ(learner: Learner, kept: State) -> Iterator[str]:
+def _shared_differ(learner: RunLearner, kept: State) -> Iterator[str]:
     """Tell what callbacks share that cannot be put back; tried on copies."""
     shared = vars(learner.cbstate)
     for name in kept.keys() & shared.keys():
@@ -239,7 +239,7 @@ def _series_differs(series: Any, where: str) -> Iterator[str]:
         yield f"{where} is {describe(series)} in the checkpoint; expected pairs of a number and a value"
 
 
-def _data_differ(learner: Learner, state: State) -> Iterator[str]:
+def _data_differ(learner: RunLearner, state: State) -> Iterator[str]:
     place = state["place"]
     feed = None if place is None else place["feed"]
     parts = {key: kept for key, kept in state["data"].items() if key in learner.data}
@@ -254,14 +254,14 @@ def _data_differ(learner: Learner, state: State) -> Iterator[str]:
                 yield f"the {label} data: the state of a generator in the checkpoint cannot be put back: {error!r}"
 
 
-def check_same_run(learner: Learner, state: State) -> None:
+def check_same_run(learner: RunLearner, state: State) -> None:
     """Raise where going on would not be going on with the same run.
 
     Raises:
         CheckpointError: The seed or an optimizer's options were given otherwise.
     """
     wrong = []
-    if learner.seed_given and learner.seed != state["seed"]:
+    if learner._seed_given and learner.seed != state["seed"]:
         wrong.append(f"seed={learner.seed} was given, and the run has seed={state['seed']}")
     for slot in learner.updates.slots:
         former = state["optimizers"][slot.name or ""]["defaults"]

@@ -49,7 +49,7 @@ from fluxloop.randomness import generator_states, preserved, put_generators
 from fluxloop.state import StepState
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
+    from fluxloop.interfaces import RunLearner
     from fluxloop.loop import Handle, Scope
 
 Compiled = Callable[..., Any]
@@ -80,7 +80,7 @@ def lower(graph: GraphModule, inputs: list[Any], device: torch.device) -> Compil
     return inner
 
 
-def require(learner: Learner, phases: Iterable[type[Phase]]) -> None:
+def require(learner: RunLearner, phases: Iterable[type[Phase]]) -> None:
     """Raise for phases whose steps cannot be one graph.
 
     Raises:
@@ -103,7 +103,7 @@ def require(learner: Learner, phases: Iterable[type[Phase]]) -> None:
 
 
 class CompiledSteps:
-    """The compiled steps of a learner, by phase class: ``learner.compiled``.
+    """The compiled steps of a learner, by phase class: ``learner._compiled``.
 
     Args:
         learner: Whose steps they are.
@@ -112,7 +112,7 @@ class CompiledSteps:
         CompileError: This torch cannot trace steps.
     """
 
-    def __init__(self, learner: Learner) -> None:
+    def __init__(self, learner: RunLearner) -> None:
         require_torch()
         self._learner = learner
         self._plans: dict[type[Phase], Plan] = {}
@@ -149,7 +149,7 @@ class CompiledSteps:
 class Plan:
     """The graphs of one phase class, and what they rest on."""
 
-    def __init__(self, learner: Learner) -> None:
+    def __init__(self, learner: RunLearner) -> None:
         self._learner = learner
         self._graphs: dict[Any, list[Graph]] = {}
         self._epoch: Scope | None = None
@@ -175,7 +175,8 @@ class Plan:
             self._is_watched = changes_between_steps(learner, type(phase))
             self._inside = inside(learner, type(phase))
         epoch = None if learner.scope is None else learner.scope.parent
-        ours = learner.driven is phase and type(phase).epoch is Phase.epoch  # nobody's code runs between its steps
+        # nobody's code runs between the steps then
+        ours = learner._running.phase is phase and type(phase).epoch is Phase.epoch
         if self._is_watched or not ours or epoch is not self._epoch:
             self._compare(phase)
             self._epoch = epoch
@@ -249,7 +250,7 @@ class Graph:
         CompileError: It cannot be compiled.
     """
 
-    def __init__(self, learner: Learner, phase: Phase, callbacks: list[Callback], traced: Traced) -> None:
+    def __init__(self, learner: RunLearner, phase: Phase, callbacks: list[Callback], traced: Traced) -> None:
         self._learner = learner
         self._whose = repr(phase)
         self._inside = callbacks
@@ -349,7 +350,7 @@ class Graph:
         given = iter(self._call(*self._fixed, *moving, *self._constants))
         for slot in self._slots:
             if "step" in vars(slot.optimizer):  # wrapped by a scheduler of torch's, which notes that there was one
-                slot.optimizer._opt_called = True  # type: ignore[attr-defined]  # where torch looks
+                slot.optimizer._opt_called = True  # where torch looks
         bad = next(given) if self._looks else None
         found = [next(given) for _ in self._looks]
         for name, value in self._stored:
@@ -530,14 +531,14 @@ def differing(before: tuple[Any, ...], now: tuple[Any, ...]) -> list[str]:
     return [name for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
-def modules_of(learner: Learner, phase: Phase) -> list[nn.Module]:
+def modules_of(learner: RunLearner, phase: Phase) -> list[nn.Module]:
     """List the models, the loss function where it is a module, a phase's own, and the view of weights that it runs."""
     views = learner.weights.copies(phase.model_view).values() if phase.model_view else ()
     own = [value for holder in holders_of(phase) for value in attributes(holder).values()]
     return [*learner.modules(), *views, *(value for value in own if isinstance(value, nn.Module))]
 
 
-def rests_on(learner: Learner, phase: Phase) -> dict[str, Any]:
+def rests_on(learner: RunLearner, phase: Phase) -> dict[str, Any]:
     """Describe what Python sees of models, loss function and optimizers while a step is traced, by name."""
     found: dict[str, Any] = {}
     for number, module in enumerate(modules_of(learner, phase)):
@@ -564,7 +565,7 @@ def rests_on(learner: Learner, phase: Phase) -> dict[str, Any]:
     return found
 
 
-def states_of(learner: Learner) -> dict[str, Any]:
+def states_of(learner: RunLearner) -> dict[str, Any]:
     """Describe the tensors that optimizers keep for parameters, those that have some."""
     found: dict[str, Any] = {}
     for slot in learner.updates.slots:
@@ -583,7 +584,7 @@ def as_tensor_or_seen(value: Any) -> Any:
     return Same(value), describe(value)
 
 
-def changes_between_steps(learner: Learner, phase: type[Phase]) -> bool:
+def changes_between_steps(learner: RunLearner, phase: type[Phase]) -> bool:
     """Tell whether somebody may change between two steps what a graph rests on: modes, attributes, hooks.
 
     That is a user's own `finish`, and callbacks that write to models or loss function, or read them when a step begins.
@@ -604,7 +605,7 @@ def changes_between_steps(learner: Learner, phase: type[Phase]) -> bool:
     return False
 
 
-def inside(learner: Learner, phase: type[Phase]) -> list[Callback]:
+def inside(learner: RunLearner, phase: type[Phase]) -> list[Callback]:
     """List the callbacks that have handlers that are part of a phase's graphs."""
     events = [event for event in fired_with(phase) if event.inside_step]
     return [
@@ -614,7 +615,7 @@ def inside(learner: Learner, phase: type[Phase]) -> list[Callback]:
     ]
 
 
-def listeners(learner: Learner, phase: Phase, events: list[Event]) -> list[tuple[tuple[Bound, ...], Event]]:
+def listeners(learner: RunLearner, phase: Phase, events: list[Event]) -> list[tuple[tuple[Bound, ...], Event]]:
     """Give who takes note of the events of a step once its graph has run, with the events, in order."""
     noting = {node.id for node in learner.callbacks.graph.nodes if node.callback.in_compiled_step == "after"}
     table = learner.callbacks.table(type(phase))

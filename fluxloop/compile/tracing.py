@@ -32,7 +32,7 @@ from fluxloop.compile.forbidden import AsTried, noting_containers, noting_draws
 from fluxloop.compute.finite import norm_before_clipping, stored_losses
 from fluxloop.compute.updates import Slot, UpdateBlock, Updates
 from fluxloop.data.sources import generators_of
-from fluxloop.errors import CancelSignal, CompileError, LossError, OptimizerError, PhaseError, annotate
+from fluxloop.errors import PACKAGE, CancelSignal, CompileError, LossError, OptimizerError, PhaseError, annotate
 from fluxloop.errors import describe as describe_briefly
 from fluxloop.events import Event
 from fluxloop.nested import init_fields, map_tensors, tensors
@@ -43,7 +43,7 @@ from fluxloop.phase import Phase
 from fluxloop.state import StepState
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
+    from fluxloop.interfaces import RunLearner
 
 MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"} | {"_flat_weights", "_flat_weight_refs"}
 """Attributes of modules that are no numbers of the user's: what torch keeps there, a recurrent layer's lists too."""
@@ -69,7 +69,7 @@ class StandIn:
 
     def __init__(
         self,
-        learner: Learner,
+        learner: RunLearner,
         phase: Phase,
         state: StepState,
         leaves: dict[nn.Parameter, Tensor],
@@ -81,7 +81,7 @@ class StandIn:
         self.optimizer = optimizers[None] if tuple(optimizers) == (None,) else optimizers
         self.accelerator = AcceleratorStandIn(learner.accelerator.device)
         names: Any = {leaves[parameter]: name for parameter, name in learner.updates.names.items()}
-        self.updates = Updates(self, names, optimizers)  # type: ignore[arg-type]  # it stands for one
+        self.updates = Updates(self, names, optimizers)
         for slot in self.updates.slots:  # none in a phase without gradients
             theirs = learner.updates.find(slot.name)
             slot.consumed, slot.in_block = False, theirs.in_block
@@ -107,7 +107,7 @@ class StandIn:
             handler = node.callback.handler(type(event), type(self._phase))
             if handler is not None and node.callback.in_compiled_step == "inside":
                 try:
-                    handler(event, self._phase, make_view(node.access, self))  # type: ignore[arg-type]  # as above
+                    handler(event, self._phase, make_view(node.access, self))
                 except Exception as error:
                     annotate(error, f"fluxloop: raised by {node.id} at {type(event).__name__}, while it was traced")
                     raise
@@ -129,7 +129,7 @@ class StandIn:
         self, name: str | int | None = None, *, loss: str | None = None, retain_graph: bool = False
     ) -> UpdateBlock:
         """Open the block in which one optimizer's parameters may change."""
-        return UpdateBlock(self, self.updates.find(name), retain_graph, loss)  # type: ignore[arg-type]  # as above
+        return UpdateBlock(self, self.updates.find(name), retain_graph, loss)
 
 
 class AcceleratorStandIn:
@@ -306,7 +306,7 @@ class Traced:
     """
 
     def __init__(
-        self, learner: Learner, phase: Phase, modules: list[nn.Module], callbacks: list[Callback], state: StepState
+        self, learner: RunLearner, phase: Phase, modules: list[nn.Module], callbacks: list[Callback], state: StepState
     ) -> None:
         self._learner, self._phase = learner, phase
         self._parts = [part for module in modules for part in module.modules()]
@@ -489,7 +489,7 @@ class Traced:
         buffers = self._copied() if self._phase.gradients else []
         learner = StandIn(self._learner, self._phase, state, leaves, twins)
         with self._reading():
-            self._phase.body(learner, learner.fire, state)  # type: ignore[arg-type]  # it stands for one
+            self._phase.body(learner, learner.fire, state)
         self.fired = learner.fired
         self._note_gradients(learner, waiting, stepped)
         if any(leaf.untyped_storage()._cdata != before for leaf, before in memory.items()):
@@ -703,7 +703,7 @@ class Traced:
                     setattr(kind, "__getattribute__", function)  # noqa: B010 - as above
 
 
-LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
+LIBRARIES = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, PACKAGE))
 NUMBERS = (type(None), bool, int, float, str)
 
 

@@ -21,8 +21,7 @@ from fluxloop.errors import CancelFittingException, sentence, warn_user
 
 if TYPE_CHECKING:
     from fluxloop.compute.updates import Slot
-    from fluxloop.learner import Learner
-    from fluxloop.loop import Scope
+    from fluxloop.interfaces import RunLearner
     from fluxloop.state import StepState
 
 HOW_TO = (
@@ -43,10 +42,10 @@ class Finite:
         learner: Whose steps they are.
     """
 
-    def __init__(self, learner: Learner) -> None:
+    def __init__(self, learner: RunLearner) -> None:
         self._learner = learner
         self._buffers: list[KeptBuffers] = []
-        self._epoch: Scope | None = None
+        self._epoch: object = None
         self._step: StepState | None = None
         self.looked = False
         """Whether the losses of the running step were looked at before their gradients were computed."""
@@ -67,7 +66,7 @@ class Finite:
             self._step = self._learner.step
             keep(self._buffers, self.bad)
 
-    def _begin_epoch(self, scope: Scope | None) -> None:
+    def _begin_epoch(self, scope: Any) -> None:
         self._epoch = None if scope is None else scope.parent
         modules = list(self._learner.modules())
         if scope is not None:  # a teacher, or a head, of the phase's own
@@ -298,7 +297,7 @@ def not_finite(tensors: Iterable[tuple[str, Any]]) -> Iterator[str]:
             yield name
 
 
-def state_tensors(learner: Learner) -> Iterator[tuple[str, Any]]:
+def state_tensors(learner: RunLearner) -> Iterator[tuple[str, Any]]:
     """Give weights, buffers, the optimizers' states, and gradients that wait for an update, each with a name."""
     for name, model in [*learner.models.items(), ("loss_fn", learner.loss_fn)]:
         if isinstance(model, nn.Module):

@@ -23,11 +23,10 @@ from fluxloop.compute.optimizers import (
 )
 from fluxloop.errors import LossError, OptimizerError, PhaseError, describe, did_you_mean, warn_user
 from fluxloop.events import BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd
-from fluxloop.order.access import Path
 from fluxloop.state import Gradients, LossName, StepState
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
+    from fluxloop.interfaces import RunLearner
 
 GONE = " (no longer in the model)"
 """Follows the name of a parameter that an optimizer holds and no model has any more."""
@@ -140,7 +139,7 @@ class Updates:
         optimizers: By name; checked to own each trainable parameter once.
     """
 
-    def __init__(self, learner: Learner, names: dict[nn.Parameter, str], optimizers: Optimizers) -> None:
+    def __init__(self, learner: RunLearner, names: dict[nn.Parameter, str], optimizers: Optimizers) -> None:
         self._learner = learner
         self.names = names
         self.gradients = Gradients((name, parameter) for parameter, name in self.names.items())
@@ -521,7 +520,7 @@ class Updates:
                 ) from error
             raise
 
-    def explain(self, path: Path) -> Iterator[str]:
+    def explain(self, path: tuple[str, ...]) -> Iterator[str]:
         """Tell which optimizers write a path below ``model``, ``params`` or ``optimizer``."""
         for slot in self.slots:
             name = slot.name or ""
@@ -575,7 +574,7 @@ class UpdateBlock:
 
     __slots__ = ("_frozen", "_name", "_retain_graph", "_updates", "learner", "loss", "slot")
 
-    def __init__(self, learner: Learner, slot: Slot, retain_graph: bool = False, name: str | None = None) -> None:
+    def __init__(self, learner: RunLearner, slot: Slot, retain_graph: bool = False, name: str | None = None) -> None:
         if name is not None and (not isinstance(name, str) or not name or "/" in name):
             raise LossError(
                 f"optimizing(loss={name!r}) was given; expected the name under which the block's loss is recorded, "

@@ -26,8 +26,8 @@ from fluxloop.data.sources import (
     twin_of,
 )
 from fluxloop.errors import CheckpointError, describe
+from fluxloop.interfaces import Stateful
 from fluxloop.persist.plain import keep, put_back
-from fluxloop.phase import Stateful
 from fluxloop.randomness import start_torch
 
 # The number of the epoch

@@ -15,7 +15,7 @@ from fluxloop.phase import Phase, ProbePhase, phase_types
 from fluxloop.state import name_of
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
+    from fluxloop.interfaces import RunLearner
 
 
 def monitors_of(callbacks: Iterable[Callback]) -> list[tuple[Callback, Monitor]]:
@@ -43,7 +43,7 @@ def _mode(said: list[Expected]) -> Any:
     return None
 
 
-def check_monitors(learner: Learner, phases: Iterable[Phase]) -> None:
+def check_monitors(learner: RunLearner, phases: Iterable[Phase]) -> None:
     """Raise for a callback that watches what a fit will not record, or that cannot know which way is better.
 
     Raises:
@@ -64,7 +64,7 @@ def check_monitors(learner: Learner, phases: Iterable[Phase]) -> None:
             monitor.require_direction(type(callback).__name__)
 
 
-def warn_unseen(learner: Learner) -> None:
+def warn_unseen(learner: RunLearner) -> None:
     """Warn about what callbacks watch and what has never had a value, though a fit has ended."""
     metrics = vars(learner.cbstate).get("metrics", {})
     for callback, monitor in monitors_of(learner.callbacks):
@@ -90,7 +90,7 @@ class Outlook:
     open: bool
 
     @classmethod
-    def of(cls, learner: Learner, phases: list[Phase]) -> Outlook:
+    def of(cls, learner: RunLearner, phases: list[Phase]) -> Outlook:
         """Look ahead."""
         series: list[tuple[Phase, Expected]] = []
         is_open = False
@@ -101,7 +101,7 @@ class Outlook:
                 series += [(phase, expected) for expected in recorded or ()]
         return cls(phases, series, is_open)
 
-    def settle(self, learner: Learner, callback: Callback, monitor: Monitor) -> None:
+    def settle(self, learner: RunLearner, callback: Callback, monitor: Monitor) -> None:
         """Have a monitor know which phases may record its metric, and whether one will for sure.
 
         Raises:
@@ -144,7 +144,7 @@ class Outlook:
             s if plain[s] == 1 else f"{phase}/{name}" for (phase, _, name), s in zip(every, short, strict=True)
         )
 
-    def _may_come(self, learner: Learner, metric: str) -> bool:
+    def _may_come(self, learner: RunLearner, metric: str) -> bool:
         """Return whether a metric that no phase of the fit records may be there nevertheless."""
         if self.open or find_series(vars(learner.cbstate).get("metrics", {}), metric, missing_ok=True):
             return True
@@ -161,7 +161,7 @@ def _keys() -> set[str]:
     return {cls.data_key for cls in phase_types() if cls.data_key}
 
 
-def _runs_more(learner: Learner, phases: list[Phase]) -> bool:
+def _runs_more(learner: RunLearner, phases: list[Phase]) -> bool:
     """Return whether somebody's own code may run further epochs inside the fit."""
     own = [each for each in learner.callbacks if not type(each).__module__.startswith("fluxloop.")]
     own_phases = [phase for phase in phases if not type(phase).__module__.startswith("fluxloop.")]

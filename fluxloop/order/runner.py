@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from fluxloop.callback import EXPECTED, Callback, Handler, require_call, watchers
-from fluxloop.checkpoint.checkpoint import owners_of
 from fluxloop.errors import (
     CancelEpochException,
     CancelFittingException,
@@ -26,13 +25,14 @@ from fluxloop.loop import Handle, locate
 from fluxloop.order.access import covers, dotted, parse, view_of
 from fluxloop.order.graph import CallbackGraph, Node, touches
 from fluxloop.order.outlook import note_directions
+from fluxloop.order.owners import owners_of
 from fluxloop.order.view import make_view
 from fluxloop.persist.walk import Kept, Owners
 from fluxloop.phase import FittingPhase, Phase, check_phase_type
 from fluxloop.randomness import Stream, between_steps, noticing, putting_back, with_own_stream
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
+    from fluxloop.interfaces import RunLearner
 
 Bound = tuple[Handler, Any, str]
 """What delivering one event to one callback takes: the call, its view, the callback's id."""
@@ -64,7 +64,7 @@ class Callbacks:
     Iterating gives the callbacks in the order in which they run.
     """
 
-    def __init__(self, learner: Learner) -> None:
+    def __init__(self, learner: RunLearner) -> None:
         self._learner = learner
         self._graph = CallbackGraph()
         self._views: dict[str, Any] = {}
@@ -103,8 +103,8 @@ class Callbacks:
                 check_handlers(node)
                 if id(node.callback.unwrapped) not in known:
                     self._init(node)
-            if self._learner.compiled is not None:
-                self._learner.compiled.require(self._learner.phases_in_use())
+            if self._learner._compiled is not None:
+                self._learner._compiled.require(self._learner.phases_in_use())
             for node in graph.nodes:
                 node.callback.unwrapped._adopted = True
             former = {id(kept.thing): kept for own, around in self._kept.values() for kept in (own, *around)}
@@ -186,7 +186,7 @@ class Callbacks:
             table = self._tables[phase] = Table(self, phase)
         return table
 
-    def handle(self, learner: Learner, phase: Phase) -> Handle:
+    def handle(self, learner: RunLearner, phase: Phase) -> Handle:
         """Give the function that fires events for `phase`: one look-up, then the calls."""
         table = self.table(type(phase))
 
@@ -411,7 +411,7 @@ def watch(node: Node, former: dict[int, Kept], owners: Owners) -> tuple[Kept, li
     return look(layer, f"callbacks.{node.id}"), conditions
 
 
-def deliver(bound: tuple[Bound, ...], event: Event, phase: Phase, learner: Learner) -> None:
+def deliver(bound: tuple[Bound, ...], event: Event, phase: Phase, learner: RunLearner) -> None:
     """Call handlers in order.
 
     At an event that ends something, a cancel waits until all have run; at `FitEnd`, so does an
@@ -448,7 +448,7 @@ def _wider(held: BaseException | None, signal: CancelSignal) -> BaseException:
     return held or signal
 
 
-def _locate_handler(error: BaseException, id: str, event: Event, phase: Phase, learner: Learner) -> None:
+def _locate_handler(error: BaseException, id: str, event: Event, phase: Phase, learner: RunLearner) -> None:
     name = type(event).__name__
     if isinstance(error, StateAccessError) and error.event is None and error.callback == id:
         error.event = name

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fluxloop.order.access import SERVICES, Access, Path, covers, dotted
 from fluxloop.order.readonly import guarded
-from fluxloop.weights import DeclaredWeights
+from fluxloop.order.weights import DeclaredWeights
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
+    from fluxloop.interfaces import RunLearner
 
 
 class View:
@@ -29,9 +29,9 @@ class View:
     """
 
     __slots__ = ("_learner",)
-    _learner: Learner
+    _learner: RunLearner
 
-    def __init__(self, learner: Learner) -> None:
+    def __init__(self, learner: RunLearner) -> None:
         object.__setattr__(self, "_learner", learner)
         for name, nested in self._nested.items():
             object.__setattr__(self, name, nested(learner))
@@ -79,7 +79,7 @@ class Undeclared:
         raise self._access.refuse(self._path, "read")
 
 
-def make_view(access: Access, learner: Learner) -> Any:
+def make_view(access: Access, learner: RunLearner) -> Any:
     """Make the view of `learner` for one callback: a class generated once from its declaration."""
     return _generate(access, (), lambda learner: learner)(learner)
 

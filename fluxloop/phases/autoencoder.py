@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn.functional import mse_loss
@@ -14,7 +14,6 @@ from fluxloop.losses.reconstruction import require_same_shape
 from fluxloop.phases.objective import ObjectivePhase
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
     from fluxloop.state import StepState
 
 
@@ -37,12 +36,12 @@ class AutoencoderPhase(ObjectivePhase):
         check_called("AutoencoderPhase", "compare", compare, "a function (preds, xs) -> scalar", PhaseError)
         self.compare = compare
 
-    def forward(self, learner: Learner, state: StepState) -> None:
+    def forward(self, learner: Any, state: StepState) -> None:
         """Encode and decode."""
         state.latents = state.features = learner.model.encoder(state.xs)
         state.preds = learner.model.decoder(state.latents)
 
-    def loss(self, learner: Learner, state: StepState) -> Tensor:
+    def loss(self, learner: Any, state: StepState) -> Tensor:
         """Compare the reconstruction with the input."""
         if self.compare is mse_loss:
             require_same_shape(state.preds, state.xs)

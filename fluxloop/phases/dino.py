@@ -15,7 +15,6 @@ from fluxloop.phases.joint_embedding import TeacherPhase, Views
 from fluxloop.schedules import Schedule, value_at
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
     from fluxloop.state import StepState
 
 
@@ -92,7 +91,7 @@ class DINOPhase(TeacherPhase):
             entries["temperature"] = torch.tensor(temperature, dtype=torch.float64 if double else torch.float32)
         return entries
 
-    def forward(self, learner: Learner, state: StepState) -> None:
+    def forward(self, learner: Any, state: StepState) -> None:
         """Run both networks on their crops."""
         views = self.seen(state)
         outputs = [self.embed(learner.model.student, view) for view in views]
@@ -100,13 +99,13 @@ class DINOPhase(TeacherPhase):
         with torch.no_grad():
             state.teacher = [self.embed(learner.model.teacher, view)[1] for view in views[: self.num_global]]
 
-    def loss(self, learner: Learner, state: StepState) -> Tensor:
+    def loss(self, learner: Any, state: StepState) -> Tensor:
         """Compare the student's crops with the teacher's."""
         temperature = state.temperature if callable(self.teacher_temperature) else self.teacher_temperature
         center = 0.0 if self.center is None else self.center.to(state.student[0])
         return dino_loss(state.student, state.teacher, center, self.student_temperature, temperature)
 
-    def finish(self, learner: Learner, state: StepState) -> None:
+    def finish(self, learner: Any, state: StepState) -> None:
         """Move the centre towards this batch's mean."""
         mean = torch.cat(state.teacher).mean(0)
         old = torch.zeros_like(mean) if self.center is None else self.center.to(mean)

@@ -15,7 +15,6 @@ from fluxloop.phases.objective import ObjectivePhase
 from fluxloop.phases.supervised import unpack
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
     from fluxloop.state import StepState
 
 
@@ -48,20 +47,20 @@ class DistillationPhase(ObjectivePhase):
         xs, ys = unpack(self, batch)
         return {"xs": xs, "ys": ys}
 
-    def forward(self, learner: Learner, state: StepState) -> None:
+    def forward(self, learner: Any, state: StepState) -> None:
         """Run both models."""
         state.preds = learner.model.student(state.xs)
         with watching(learner.model.teacher):
             state.teacher_preds = learner.model.teacher(state.xs)
 
-    def loss(self, learner: Learner, state: StepState) -> Tensor:
+    def loss(self, learner: Any, state: StepState) -> Tensor:
         """Weigh the teacher against the labels."""
         soft = distillation_loss(state.preds, state.teacher_preds, self.temperature)
         of_labels = cross_entropy if learner.loss_fn is None else learner.loss_fn
         hard: Tensor = of_labels(state.preds, state.ys)
         return self.soft_weight * soft + (1 - self.soft_weight) * hard
 
-    def require(self, learner: Learner) -> None:
+    def require(self, learner: Any) -> None:
         """Raise for missing models, and for a teacher that is trained."""
         super().require(learner)
         if any(parameter.requires_grad for parameter in learner.model.teacher.parameters()):

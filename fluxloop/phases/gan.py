@@ -16,7 +16,6 @@ from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.phases.twin import TwinPhase
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
     from fluxloop.loop import Handle
     from fluxloop.state import StepState
 
@@ -131,7 +130,7 @@ class GANPhase(AbstractTrainingPhase):
         noise = torch.randn(count, *shape, device=device)
         return noise.to(state.real.dtype) if state.real.is_floating_point() else noise
 
-    def body(self, learner: Learner, handle: Handle, state: StepState) -> None:
+    def body(self, learner: Any, handle: Handle, state: StepState) -> None:
         """Train the critic on one batch, and the generator when it is its turn."""
         (generator_name, generator), (critic_name, critic) = self.models(learner)
         labels = (state.ys,) if self.conditional else ()
@@ -150,7 +149,7 @@ class GANPhase(AbstractTrainingPhase):
                 handle(LossBegin())
                 block.loss = self.adversarial.generator(state.fake_scores)
 
-    def finish(self, learner: Learner, state: StepState) -> None:
+    def finish(self, learner: Any, state: StepState) -> None:
         """Count the critic's update."""
         self._count(self._critic_updates + 1)
 
@@ -173,7 +172,7 @@ class GANPhase(AbstractTrainingPhase):
         state.penalty = penalty.detach()
         return loss + penalty
 
-    def models(self, learner: Learner) -> tuple[tuple[str, nn.Module], tuple[str, nn.Module]]:
+    def models(self, learner: Any) -> tuple[tuple[str, nn.Module], tuple[str, nn.Module]]:
         """Give the names and modules of the generator and the critic.
 
         Raises:
@@ -197,7 +196,7 @@ class GANPhase(AbstractTrainingPhase):
         generator, critic = str(found["generator"]), str(found["critic"])
         return (generator, models[generator]), (critic, models[critic])
 
-    def check(self, learner: Learner) -> None:
+    def check(self, learner: Any) -> None:
         """Raise for missing models or optimizers."""
         for name, _ in self.models(learner):
             if name not in learner.optimizer_names:
@@ -230,7 +229,7 @@ class GANValidationPhase(TwinPhase):
 
     of = GANPhase
 
-    def body(self, learner: Learner, handle: Handle, state: StepState) -> None:
+    def body(self, learner: Any, handle: Handle, state: StepState) -> None:
         """Compute both losses on one batch."""
         (generator_name, generator), (critic_name, critic) = self.training.models(learner)
         labels = (state.ys,) if self.training.conditional else ()
@@ -244,7 +243,7 @@ class GANValidationPhase(TwinPhase):
             generator_name: adversarial.generator(state.fake_scores),
         }
 
-    def check(self, learner: Learner) -> None:
+    def check(self, learner: Any) -> None:
         """Raise for missing models."""
         self.training.models(learner)
 

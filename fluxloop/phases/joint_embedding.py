@@ -13,7 +13,6 @@ from fluxloop.phase import inputs_and_labels
 from fluxloop.phases.objective import ObjectivePhase, can_run, require_parts
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
     from fluxloop.state import StepState
 
 Views = Callable[[Any], tuple[Tensor, ...]]
@@ -81,7 +80,7 @@ class JointEmbeddingPhase(ObjectivePhase):
                 )
         return tuple(views)
 
-    def forward(self, learner: Learner, state: StepState) -> None:
+    def forward(self, learner: Any, state: StepState) -> None:
         """Embed both views."""
         view1, view2 = self.seen(state)
         state.features, state.z1 = self.embed(learner.model, view1)
@@ -104,7 +103,7 @@ class JointEmbeddingPhase(ObjectivePhase):
             embedding = features if projector is None else projector(features)
         return features, embedding
 
-    def require(self, learner: Learner) -> None:
+    def require(self, learner: Any) -> None:
         """Raise for models without an encoder."""
         whole = can_run(learner.model) and not hasattr(learner.model, "projector")
         parts = self.parts or (() if whole else ("encoder",))
@@ -128,7 +127,7 @@ class TeacherPhase(JointEmbeddingPhase):
     moves_teacher = False
     """Whether the phase moves the teacher itself, so that no callback has to."""
 
-    def check(self, learner: Learner) -> None:
+    def check(self, learner: Any) -> None:
         """Raise for missing models, and for a teacher that nobody moves."""
         super().check(learner)
         if self.moves_teacher:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from fluxloop.losses.reconstruction import masked_mse, normalize_patches
 from fluxloop.phases.objective import ObjectivePhase
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
     from fluxloop.state import StepState
 
 
@@ -103,7 +102,7 @@ class MAEPhase(ObjectivePhase):
         self.mask_ratio = mask_ratio
         self.normalize = normalize
 
-    def forward(self, learner: Learner, state: StepState) -> None:
+    def forward(self, learner: Any, state: StepState) -> None:
         """Hide patches, encode the others, decode all."""
         state.patches = patchify(state.xs, self.patch_size)
         n, count, size = state.patches.shape
@@ -122,7 +121,7 @@ class MAEPhase(ObjectivePhase):
         state.features = tokens.mean(1)
         state.preds = learner.model.decoder(tokens, state.places)
 
-    def loss(self, learner: Learner, state: StepState) -> Tensor:
+    def loss(self, learner: Any, state: StepState) -> Tensor:
         """Compare the hidden patches."""
         targets = normalize_patches(state.patches) if self.normalize else state.patches
         return masked_mse(state.preds, targets, state.mask)

@@ -15,7 +15,6 @@ from fluxloop.phases.joint_embedding import JointEmbeddingPhase, Views
 from fluxloop.phases.objective import ObjectivePhase, can_run, require_parts
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
     from fluxloop.state import StepState
 
 
@@ -48,7 +47,7 @@ class SupConPhase(JointEmbeddingPhase):
             raise BatchError(f"SupConPhase was given {describe(batch)} as a batch; expected labels too, (xs, ys)")
         return entries
 
-    def loss(self, learner: Learner, state: StepState) -> Tensor:
+    def loss(self, learner: Any, state: StepState) -> Tensor:
         """Pull together what has one label."""
         return supervised_contrastive(
             torch.cat([state.z1, state.z2]), torch.cat([state.ys, state.ys]), self.temperature
@@ -86,17 +85,17 @@ class TripletPhase(ObjectivePhase):
         labels = {"ys": batch[1]} if nested else {}
         return dict(zip(("anchor", "positive", "negative"), triplet, strict=True)) | labels
 
-    def forward(self, learner: Learner, state: StepState) -> None:
+    def forward(self, learner: Any, state: StepState) -> None:
         """Embed all three."""
         encoder: Any = learner.model if can_run(learner.model) else learner.model.encoder
         state.features = encoder(state.anchor)
         state.z_positive, state.z_negative = encoder(state.positive), encoder(state.negative)
 
-    def loss(self, learner: Learner, state: StepState) -> Tensor:
+    def loss(self, learner: Any, state: StepState) -> Tensor:
         """Compare the two distances."""
         return triplet_margin_loss(state.features, state.z_positive, state.z_negative, margin=self.margin)
 
-    def require(self, learner: Learner) -> None:
+    def require(self, learner: Any) -> None:
         """Raise for models without an encoder."""
         if not can_run(learner.model):
             require_parts(self, learner.model, "encoder")

@@ -15,7 +15,6 @@ from fluxloop.phases.joint_embedding import TeacherPhase, Views
 from fluxloop.randomness import stream_seed
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
     from fluxloop.state import StepState
 
 
@@ -55,7 +54,7 @@ class MoCoPhase(TeacherPhase):
         self.queue: Tensor | None = None
         self._oldest = 0
 
-    def forward(self, learner: Learner, state: StepState) -> None:
+    def forward(self, learner: Any, state: StepState) -> None:
         """Embed one view by each network."""
         view1, view2 = self.seen(state)
         state.features, z1 = self.embed(learner.model.student, view1)
@@ -63,18 +62,18 @@ class MoCoPhase(TeacherPhase):
         with torch.no_grad():
             state.keys = normalize(self.embed(learner.model.teacher, view2)[1], dim=1)
 
-    def loss(self, learner: Learner, state: StepState) -> Tensor:
+    def loss(self, learner: Any, state: StepState) -> Tensor:
         """Have each query find its key."""
         return info_nce(state.queries, state.keys, self.negatives(learner, state.keys), self.temperature)
 
-    def negatives(self, learner: Learner, keys: Tensor) -> Tensor:
+    def negatives(self, learner: Any, keys: Tensor) -> Tensor:
         """Give the queue on the keys' device; before the first step, what it begins with."""
         if self.queue is not None:
             return self.queue.to(keys)
         generator = torch.Generator().manual_seed(stream_seed(learner.seed, "MoCoPhase/queue"))
         return normalize(torch.randn(self.queue_size, keys.shape[1], generator=generator), dim=1).to(keys)
 
-    def finish(self, learner: Learner, state: StepState) -> None:
+    def finish(self, learner: Any, state: StepState) -> None:
         """Put the keys in the place of the oldest."""
         keys = state.keys[-self.queue_size :]
         places = (self._oldest + torch.arange(len(keys), device=keys.device)) % self.queue_size

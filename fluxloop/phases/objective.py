@@ -12,7 +12,6 @@ from fluxloop.phase import AbstractTrainingPhase, Phase
 from fluxloop.phases.twin import TwinPhase
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
     from fluxloop.loop import Handle
     from fluxloop.state import StepState
 
@@ -38,10 +37,10 @@ class ObjectivePhase(AbstractTrainingPhase):
 
     stores_loss = True
 
-    def forward(self, learner: Learner, state: StepState) -> None:
+    def forward(self, learner: Any, state: StepState) -> None:
         """Run the models on the entries, and store what they give."""
 
-    def loss(self, learner: Learner, state: StepState) -> Tensor:
+    def loss(self, learner: Any, state: StepState) -> Tensor:
         """Give the scalar loss of what `forward` stored."""
         raise PhaseError(
             f"{type(self).__name__} says no loss; write one:\n"
@@ -52,15 +51,15 @@ class ObjectivePhase(AbstractTrainingPhase):
     parts: tuple[str, ...] = ()
     """The models that `forward` calls by name."""
 
-    def require(self, learner: Learner) -> None:
+    def require(self, learner: Any) -> None:
         """Raise for a learner without these models; asked before anything runs."""
         require_parts(self, learner.model, *self.parts)
 
-    def check(self, learner: Learner) -> None:
+    def check(self, learner: Any) -> None:
         """Raise what is wrong with the learner for this phase."""
         self.require(learner)
 
-    def body(self, learner: Learner, handle: Handle, state: StepState) -> None:
+    def body(self, learner: Any, handle: Handle, state: StepState) -> None:
         """Train on one batch."""
         self.forward(learner, state)
         handle(LossBegin())
@@ -92,13 +91,13 @@ class ObjectiveValidationPhase(TwinPhase):
 
     of = ObjectivePhase
 
-    def body(self, learner: Learner, handle: Handle, state: StepState) -> None:
+    def body(self, learner: Any, handle: Handle, state: StepState) -> None:
         """Compute the loss on one batch."""
         self.training.forward(learner, state)
         handle(LossBegin())
         state.loss = self.training.loss(learner, state)
 
-    def check(self, learner: Learner) -> None:
+    def check(self, learner: Any) -> None:
         """Raise for a learner without the models that the training phase calls."""
         self.training.require(learner)
 

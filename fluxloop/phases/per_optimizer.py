@@ -13,7 +13,6 @@ from fluxloop.phases.supervised import unpack
 from fluxloop.phases.twin import TwinPhase
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
     from fluxloop.loop import Handle
     from fluxloop.state import StepState
 
@@ -34,7 +33,7 @@ class PerOptimizerPhase(AbstractTrainingPhase):
         ...         return loss + learner.model.fc1.weight.abs().sum() if name == "fc1" else loss
     """
 
-    def loss(self, learner: Learner, state: StepState, name: str | None) -> Tensor:
+    def loss(self, learner: Any, state: StepState, name: str | None) -> Tensor:
         """Give the scalar loss of the optimizer `name`."""
         raise PhaseError(
             f"{type(self).__name__} says no loss; write one:\n"
@@ -47,12 +46,12 @@ class PerOptimizerPhase(AbstractTrainingPhase):
         xs, ys = unpack(self, batch)
         return {"xs": xs, "ys": ys}
 
-    def forward(self, learner: Learner, state: StepState, name: str | None) -> None:
+    def forward(self, learner: Any, state: StepState, name: str | None) -> None:
         """Store ``state.preds`` for the optimizer `name`; with several models, nothing."""
         if callable(learner.model):
             state.preds = learner.model(state.xs)
 
-    def body(self, learner: Learner, handle: Handle, state: StepState) -> None:
+    def body(self, learner: Any, handle: Handle, state: StepState) -> None:
         """Train each optimizer's parameters on one batch."""
         for name in learner.optimizer_names:
             with learner.optimizing(name) as block:
@@ -75,7 +74,7 @@ class PerOptimizerValidationPhase(TwinPhase):
 
     of = PerOptimizerPhase
 
-    def body(self, learner: Learner, handle: Handle, state: StepState) -> None:
+    def body(self, learner: Any, handle: Handle, state: StepState) -> None:
         """Compute each optimizer's loss on one batch."""
         named = learner.optimizer_names != (None,)
         for name in learner.optimizer_names:

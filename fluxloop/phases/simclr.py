@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -12,7 +12,6 @@ from fluxloop.losses.contrastive import nt_xent
 from fluxloop.phases.joint_embedding import JointEmbeddingPhase, Views
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
     from fluxloop.state import StepState
 
 
@@ -34,6 +33,6 @@ class SimCLRPhase(JointEmbeddingPhase):
         check_number("SimCLRPhase", "temperature", temperature, above=0, error=PhaseError)
         self.temperature = temperature
 
-    def loss(self, learner: Learner, state: StepState) -> Tensor:
+    def loss(self, learner: Any, state: StepState) -> Tensor:
         """Compare the two views of each row with all others."""
         return nt_xent(state.z1, state.z2, self.temperature)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -10,7 +10,6 @@ from fluxloop.losses.distillation import negative_cosine
 from fluxloop.phases.joint_embedding import JointEmbeddingPhase
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
     from fluxloop.state import StepState
 
 
@@ -30,11 +29,11 @@ class SimSiamPhase(JointEmbeddingPhase):
 
     parts = ("encoder", "predictor")
 
-    def forward(self, learner: Learner, state: StepState) -> None:
+    def forward(self, learner: Any, state: StepState) -> None:
         """Embed both views and predict each from the other."""
         super().forward(learner, state)
         state.p1, state.p2 = learner.model.predictor(state.z1), learner.model.predictor(state.z2)
 
-    def loss(self, learner: Learner, state: StepState) -> Tensor:
+    def loss(self, learner: Any, state: StepState) -> Tensor:
         """Compare each prediction with the other view's embedding."""
         return (negative_cosine(state.p1, state.z2) + negative_cosine(state.p2, state.z1)) / 2

@@ -10,7 +10,6 @@ from fluxloop.nested import call_with
 from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, Phase
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
     from fluxloop.loop import Handle
     from fluxloop.state import StepState
 
@@ -30,7 +29,7 @@ def unpack(phase: Phase, batch: Any) -> tuple[Any, Any]:
     )
 
 
-def check_supervised(phase: Phase, learner: Learner) -> None:
+def check_supervised(phase: Phase, learner: Any) -> None:
     """Raise what keeps a learner from running a supervised phase.
 
     Raises:
@@ -83,7 +82,7 @@ class TrainingPhase(AbstractTrainingPhase):
         xs, ys = unpack(self, batch)
         return {"xs": xs, "ys": ys}
 
-    def body(self, learner: Learner, handle: Handle, state: StepState) -> None:
+    def body(self, learner: Any, handle: Handle, state: StepState) -> None:
         """Train on one batch.
 
         Raises:
@@ -97,7 +96,7 @@ class TrainingPhase(AbstractTrainingPhase):
         handle(BackwardEnd())
         learner.update()
 
-    def check(self, learner: Learner) -> None:
+    def check(self, learner: Any) -> None:
         """Raise what is wrong with the learner for this phase's own step."""
         if runs(self, TrainingPhase):
             check_supervised(self, learner)
@@ -114,13 +113,13 @@ class ValidationPhase(AbstractValidationPhase):
 
     entries = TrainingPhase.entries
 
-    def body(self, learner: Learner, handle: Handle, state: StepState) -> None:
+    def body(self, learner: Any, handle: Handle, state: StepState) -> None:
         """Validate on one batch."""
         state.preds = learner.model(state.xs)
         handle(LossBegin())
         state.loss = learner.loss_fn(state.preds, state.ys)
 
-    def check(self, learner: Learner) -> None:
+    def check(self, learner: Any) -> None:
         """Raise what is wrong with the learner for this phase's own step."""
         if runs(self, ValidationPhase):
             check_supervised(self, learner)
@@ -138,11 +137,11 @@ class PredictionPhase(AbstractValidationPhase):
         """Give ``xs``."""
         return {"xs": batch[0] if isinstance(batch, (tuple, list)) and batch else batch}
 
-    def body(self, learner: Learner, handle: Handle, state: StepState) -> None:
+    def body(self, learner: Any, handle: Handle, state: StepState) -> None:
         """Predict one batch."""
         state.preds = call_with(getattr(learner.model, "predict", learner.model), state.xs)
 
-    def check(self, learner: Learner) -> None:
+    def check(self, learner: Any) -> None:
         """Raise what is wrong with the learner for this phase's own step."""
         if runs(self, PredictionPhase) and not callable(learner.model):
             raise PhaseError(

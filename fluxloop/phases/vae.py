@@ -14,7 +14,6 @@ from fluxloop.losses.reconstruction import kl_standard_normal, squared_error
 from fluxloop.phases.objective import ObjectivePhase
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
     from fluxloop.state import StepState
 
 
@@ -45,7 +44,7 @@ class VAEPhase(ObjectivePhase):
         self.beta = beta
         self.compare = compare
 
-    def forward(self, learner: Learner, state: StepState) -> None:
+    def forward(self, learner: Any, state: StepState) -> None:
         """Encode, draw a code, decode."""
         code: Any = learner.model.encoder(state.xs)
         mean, logvar = self._halves(code)
@@ -70,7 +69,7 @@ class VAEPhase(ObjectivePhase):
             )
         return halves[0], halves[1]
 
-    def loss(self, learner: Learner, state: StepState) -> Tensor:
+    def loss(self, learner: Any, state: StepState) -> Tensor:
         """Weigh the reconstruction against the divergence."""
         state.reconstruction = self.compare(state.preds, state.xs)
         state.divergence = kl_standard_normal(state.mean, state.logvar)

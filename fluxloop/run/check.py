@@ -18,7 +18,7 @@ from fluxloop.callback import UnsafeCallback
 from fluxloop.compute.models import keep_tensors
 from fluxloop.compute.updates import Updates
 from fluxloop.data.passes import untouched
-from fluxloop.errors import DataError, MissingEntryError, PhaseError
+from fluxloop.errors import PACKAGE, DataError, MissingEntryError, PhaseError
 from fluxloop.loop import set_modes
 from fluxloop.phase import Phase
 from fluxloop.randomness import preserved
@@ -26,7 +26,7 @@ from fluxloop.run.fit import check_phase, default_phases, feed
 from fluxloop.run.inference import aside
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
+    from fluxloop.interfaces import RunLearner
 
 
 Severity = Literal["error", "warning", "skipped"]
@@ -54,7 +54,7 @@ def _kept(optimizer: Optimizer) -> Callable[[], None]:
     return put_back
 
 
-def _first(learner: Learner, phase: Phase) -> Any:
+def _first(learner: RunLearner, phase: Phase) -> Any:
     """Return the first batch of a phase's data.
 
     Raises:
@@ -96,7 +96,7 @@ def _kept_gradients(updates: Updates) -> Callable[[], None]:
     return put_back
 
 
-def check(learner: Learner, batch: Any, phases: Iterable[Phase] | None) -> list[str]:
+def check(learner: RunLearner, batch: Any, phases: Iterable[Phase] | None) -> list[str]:
     """Run one step per phase and list what is wrong; everything is put back. See `Learner.check`."""
     in_use = list(learner.phases.values()) or default_phases(learner.data)
     chosen = in_use if phases is None else list(phases)
@@ -126,7 +126,7 @@ class Problem(str):
         return problem
 
 
-def look_at(learner: Learner, phase: Phase, batch: Any) -> list[Problem]:
+def look_at(learner: RunLearner, phase: Phase, batch: Any) -> list[Problem]:
     """Run one step of a copy of a phase on the side, and return what is wrong.
 
     Args:
@@ -149,7 +149,7 @@ def look_at(learner: Learner, phase: Phase, batch: Any) -> list[Problem]:
     return [*(Problem(finding, "warning") for finding in findings), *problems]
 
 
-def _may_be_stored(learner: Learner, error: Exception) -> bool:
+def _may_be_stored(learner: RunLearner, error: Exception) -> bool:
     """Return whether an entry that is missing is one that a callback declares to store: here none of them runs."""
     if not isinstance(error, MissingEntryError) or error.name is None or not error.name.isidentifier():
         return False
@@ -160,7 +160,7 @@ def _may_be_stored(learner: Learner, error: Exception) -> bool:
 
 
 @contextmanager
-def _aside(learner: Learner, phase: Phase, findings: list[str]) -> Iterator[Phase]:
+def _aside(learner: RunLearner, phase: Phase, findings: list[str]) -> Iterator[Phase]:
     """Give a copy of a phase to run one step of; put everything back after it."""
     modules, updates = learner.modules(), learner.updates
     with ExitStack() as undone:
@@ -175,16 +175,16 @@ def _aside(learner: Learner, phase: Phase, findings: list[str]) -> Iterator[Phas
         undone.callback(set_modes(learner, phase))
         undone.callback(setattr, updates, "findings", None)
         updates.findings = findings
-        for name, kept in (("loss_fn", learner.loss_fn), ("compiled", learner.compiled)):
+        for name, kept in (("loss_fn", learner.loss_fn), ("_compiled", learner._compiled)):
             undone.callback(setattr, learner, name, kept)
         memo = {id(thing): thing for thing in (learner, *_held(learner))}
-        learner.compiled = None  # a step as it is written finds the same, and compiles nothing
+        learner._compiled = None  # a step as it is written finds the same, and compiles nothing
         if not isinstance(learner.loss_fn, nn.Module):
             learner.loss_fn = _copied(learner.loss_fn, memo, "the loss function")
         yield _copied(phase, memo, repr(phase))
 
 
-def _held(learner: Learner) -> Iterator[Any]:
+def _held(learner: RunLearner) -> Iterator[Any]:
     """Yield what a phase may hold of the learner's: the copy of the phase holds the same."""
     for module in learner.modules():
         yield from module.modules()
@@ -243,4 +243,4 @@ def _place(error: BaseException) -> str:
 
 
 def _is_librarys(filename: str) -> bool:
-    return filename.startswith((str(Path(__file__).parent), str(Path(torch.__file__).parent), "<"))
+    return filename.startswith((PACKAGE, str(Path(torch.__file__).parent), "<"))

@@ -36,10 +36,11 @@ from fluxloop.events import CycleBegin, CycleEnd, FitBegin, FitEnd, UpdateBegin,
 from fluxloop.guard.assign import put
 from fluxloop.guard.given import as_path
 from fluxloop.history import History
+from fluxloop.interfaces import Stateful
 from fluxloop.loop import check_view
 from fluxloop.order.outlook import check_monitors, warn_unseen
 from fluxloop.persist.plain import attributes, phase_id
-from fluxloop.phase import AbstractValidationPhase, Phase, Stateful, check_every, check_methods, check_name, is_due
+from fluxloop.phase import AbstractValidationPhase, Phase, check_every, check_methods, check_name, is_due
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.randomness import preserved
 from fluxloop.run.resume import FitScope, check_resumes, nothing
@@ -48,14 +49,14 @@ from fluxloop.state import State, name_of
 
 if TYPE_CHECKING:
     from fluxloop.callback import Callback
-    from fluxloop.learner import Learner
+    from fluxloop.interfaces import RunLearner
 
 
 UPDATE_EVENTS = (UpdateBegin, UpdateEnd)
 
 
 def fit(
-    learner: Learner,
+    learner: RunLearner,
     epochs: int,
     data: Any,
     phases: Iterable[Phase] | None,
@@ -66,7 +67,7 @@ def fit(
     epochs = _count(epochs)
     if steps_per_epoch is not None and (type(steps_per_epoch) is not int or steps_per_epoch < 1):
         raise ValueError(f"fit(steps_per_epoch={steps_per_epoch!r}) was asked for; expected 1 or more, or None")
-    if learner.fitting:
+    if learner._running.fitting:
         raise ReentrantFitError(
             "fit was called while this learner is fitting; wait until it returns, or run learner.epoch(phase) "
             "for a further epoch inside"
@@ -109,29 +110,29 @@ def fit(
         if state is None:
             learner.updates.drop_waiting("a fit begins")
         _tell_bad_weights(learner)
-        learner.fitting, learner.fit_phases, learner.num_epochs = True, tuple(chosen), until
-        learner.resume_from = resume if state is None else None
+        learner._running.fitting, learner.fit_phases, learner.num_epochs = True, tuple(chosen), until
+        learner._running.resume_from = resume if state is None else None
         with preserved() if state is not None else nullcontext():
             scope = FitScope(learner, chosen, steps_per_epoch, state, undo)
             state, undo = None, nothing  # the scope has them, until it has come to where the state was written
             with _alone_in_process():
                 return _run(learner, scope, until, reason)
     finally:
-        if learner.fitting:
-            learner.safe_points.clear()
-        learner.fitting, learner.stop_requested = False, None
-        learner.fit_phases, learner.num_epochs, learner.resume_from = (), None, None
+        if learner._running.fitting:
+            learner._running.safe_points.clear()
+        learner._running.fitting, learner._running.stop_requested = False, None
+        learner.fit_phases, learner.num_epochs, learner._running.resume_from = (), None, None
         put(learner, "data", kept)
 
 
-def _take_up(learner: Learner, state: dict[str, Any], phases: list[Phase]) -> Callable[[], None]:
+def _take_up(learner: RunLearner, state: dict[str, Any], phases: list[Phase]) -> Callable[[], None]:
     """Put the state of a checkpoint in place for phases that are about to run; return what undoes it."""
-    known = learner.kept_phases
+    known = learner._ledger.phases
     meet_phases(learner, phases)
     try:
         return take(learner, state, begun=False)
     except BaseException:
-        learner.kept_phases = known
+        learner._ledger.phases = known
         raise
 
 
@@ -156,7 +157,7 @@ def _alone_in_process() -> Iterator[None]:
         _threads.remove(thread)
 
 
-def _tell_bad_weights(learner: Learner) -> None:
+def _tell_bad_weights(learner: RunLearner) -> None:
     """Warn of weights that are not finite before anything is trained: their losses would not be either."""
     names = [
         (name, parameter)
@@ -174,7 +175,7 @@ def _tell_bad_weights(learner: Learner) -> None:
         )
 
 
-def _run(learner: Learner, scope: FitScope, until: int, reason: str | None) -> History:
+def _run(learner: RunLearner, scope: FitScope, until: int, reason: str | None) -> History:
     """Run a fit that nothing speaks against, until so many cycles are complete."""
     history = learner.history
     began, history.stop_reason = history.cycles, reason
@@ -184,11 +185,11 @@ def _run(learner: Learner, scope: FitScope, until: int, reason: str | None) -> H
         try:
             with scope.noting("fit"):
                 scope.handle(FitBegin(scope.goes_on))
-            if learner.resume_from is not None:
-                _tell_unkept(learner.resume_from)
+            if learner._running.resume_from is not None:
+                _tell_unkept(learner._running.resume_from)
             scope.put_again("fit" if history.cycles < until else "end")
             history.stop_reason = reason
-            learner.safe_point()
+            scope.pass_safe_point()
             while history.cycles < until:
                 with scope.noting("cycle"):
                     scope.handle(CycleBegin(scope.goes_on))
@@ -198,20 +199,21 @@ def _run(learner: Learner, scope: FitScope, until: int, reason: str | None) -> H
                     if scope.is_under_way or is_due(phase, history.cycles + 1, until):
                         run_epoch(learner, phase, scope=scope)
                         scope.ended()
-                        learner.safe_point()
+                        scope.pass_safe_point()
                     else:
                         scope.index += 1
                 scope.index = 0
                 history.cycles += 1
                 scope.handle(CycleEnd())
-                learner.safe_point()
+                scope.pass_safe_point()
         except CancelFittingException as cancel:
             history.stop_reason = cancel.reason or "cancelled"
         except KeyboardInterrupt:
             history.stop_reason = INTERRUPTED
         except BaseException as failure:
-            if learner.stop_requested and "DataLoader worker" in str(failure):
-                history.stop_reason = learner.stop_requested  # the signal reached the workers too, and ended them
+            if learner._running.stop_requested and "DataLoader worker" in str(failure):
+                # the signal reached the workers too, and ended them
+                history.stop_reason = learner._running.stop_requested
             else:
                 error = failure
         error = _finish(scope, history, error)
@@ -292,7 +294,7 @@ def check_phase(phase: object) -> None:
         check_every(phase)
 
 
-def check_names(learner: Learner, phases: Iterable[Phase]) -> None:
+def check_names(learner: RunLearner, phases: Iterable[Phase]) -> None:
     """Raise for phases whose numbers could not be told apart, from each other's and from those that have run.
 
     Two phases of one name are the same phase: of one class, and one instance where they have something of their own
@@ -332,15 +334,15 @@ class _PerLearner:
 
     def __init__(self, phase: Stateful) -> None:
         self.first = copy.deepcopy(phase.state_dict())
-        self.owner: ReferenceType[Learner] | None = None
-        self.others: WeakKeyDictionary[Learner, Any] = WeakKeyDictionary()
+        self.owner: ReferenceType[RunLearner] | None = None
+        self.others: WeakKeyDictionary[RunLearner, Any] = WeakKeyDictionary()
 
 
 _states: dict[int, _PerLearner] = {}
 """By the phase's id, as long as it lives: a phase may be unhashable."""
 
 
-def bring_state(learner: Learner, phase: Stateful) -> None:
+def bring_state(learner: RunLearner, phase: Stateful) -> None:
     """Have a phase that keeps something between steps go on from what it kept for this learner.
 
     In a second learner it begins as it did in the first.
@@ -357,31 +359,31 @@ def bring_state(learner: Learner, phase: Stateful) -> None:
     kept.owner = ref(learner)
 
 
-def check_runs(learner: Learner, phase: Phase) -> None:
+def check_runs(learner: RunLearner, phase: Phase) -> None:
     """Raise what keeps a learner from running a phase, before anything is changed."""
     check_phase(phase)
     check_view(learner, phase)
     phase.check(learner)
-    if learner.compiled is not None:
-        learner.compiled.require([type(phase)])
+    if learner._compiled is not None:
+        learner._compiled.require([type(phase)])
     if isinstance(phase, Stateful):
         bring_state(learner, phase)
 
 
-def run_epoch(learner: Learner, phase: Phase, data: Any = None, scope: FitScope | None = None) -> None:
+def run_epoch(learner: RunLearner, phase: Phase, data: Any = None, scope: FitScope | None = None) -> None:
     """Run one epoch of a phase, of a fit's cycle where there is one; see `Learner.epoch`."""
     check_runs(learner, phase)
     check_names(learner, [phase])
-    if not learner.fitting:
+    if not learner._running.fitting:
         meet_phases(learner, [phase])
-    kept, outer = learner.data, (learner.num_batches, learner.driven)
-    learner.driven = phase
+    kept, outer = learner.data, (learner.num_batches, learner._running.phase)
+    learner._running.phase = phase
     if data is not None:
         key = phase.data_key or ("training" if phase.gradients else "")  # shuffled where it trains
         put(learner, "data", State({**vars(learner.data), phase.data_key: load(data, key)}))
     try:
         # an epoch inside another one does not end for a stop that was asked for: the outer one does, after it
-        batches = feed(learner, phase, learner.safe_point if scope is not None else lambda: None)
+        batches = feed(learner, phase, scope.pass_safe_point if scope is not None else lambda: None)
         if data is not None:
             batches.name = "given"
         batches.check()
@@ -390,7 +392,7 @@ def run_epoch(learner: Learner, phase: Phase, data: Any = None, scope: FitScope 
         learner.phases[type(phase)] = phase
         if scope is not None:
             scope.take(batches)
-            learner.begun_data.add(phase.data_key)
+            learner._ledger.begun_data.add(phase.data_key)
         learner.num_batches = batches.num_batches
         goes_on = scope is not None and scope.goes_on
         stood = learner.updates.standing() if phase.gradients and not goes_on else None
@@ -409,10 +411,10 @@ def run_epoch(learner: Learner, phase: Phase, data: Any = None, scope: FitScope 
         raise worker_died(error) from error
     finally:
         put(learner, "data", kept)
-        learner.num_batches, learner.driven = outer
+        learner.num_batches, learner._running.phase = outer
 
 
-def _tell_of_no_step(learner: Learner, phase: Phase, batches: int, stood: tuple[int, int] | None) -> None:
+def _tell_of_no_step(learner: RunLearner, phase: Phase, batches: int, stood: tuple[int, int] | None) -> None:
     """Warn where the steps of a phase fired no event and trained nothing."""
     if type(phase).epoch is Phase.epoch and (stood is None or learner.updates.standing() == stood):
         warn_user(
@@ -423,7 +425,7 @@ def _tell_of_no_step(learner: Learner, phase: Phase, batches: int, stood: tuple[
         )
 
 
-def tell_of_updates_by_hand(learner: Learner, phase: Phase, stood: tuple[int, int]) -> None:
+def tell_of_updates_by_hand(learner: RunLearner, phase: Phase, stood: tuple[int, int]) -> None:
     """Warn once where a phase steps its optimizers by hand, and callbacks wait for updates that nobody tells them of.
 
     Args:
@@ -456,7 +458,7 @@ def needs_updates(callback: Callback) -> bool:
     return named and not others and getattr(inner, "unit", "step") != "epoch"
 
 
-def left_alone(learner: Learner, phase: Phase, source: Any) -> AbstractContextManager[None]:
+def left_alone(learner: RunLearner, phase: Phase, source: Any) -> AbstractContextManager[None]:
     """Keep a phase that only watches from moving a loader's own generators, and workers that others use."""
     if phase.gradients and not learner.streams.prefix:
         return nullcontext()
@@ -478,7 +480,7 @@ def _where_it_is(key: str, known: list[str]) -> str:
     return f"; did you mean {other!r}? Then say so: data={{{key!r}: data[{other!r}]}}"
 
 
-def feed(learner: Learner, phase: Phase, before_batch: Callable[[], object] = lambda: None) -> Feed:
+def feed(learner: RunLearner, phase: Phase, before_batch: Callable[[], object] = lambda: None) -> Feed:
     """Find the data of a phase; one that names none gets what was given to its epoch, or the only data there is.
 
     Raises:
@@ -497,7 +499,12 @@ def feed(learner: Learner, phase: Phase, before_batch: Callable[[], object] = la
             )
         key = "" if "" in keys else keys[0]
         return Feed(
-            vars(learner.data)[key], phase.owner, learner.streams, key or "given", before_batch, learner.told_lengths
+            vars(learner.data)[key],
+            phase.owner,
+            learner.streams,
+            key or "given",
+            before_batch,
+            learner._ledger.told_lengths,
         )
     if key not in learner.data:
         known = sorted(vars(learner.data))
@@ -505,4 +512,4 @@ def feed(learner: Learner, phase: Phase, before_batch: Callable[[], object] = la
             f"{type(phase).__name__} runs on the {key!r} data, and there is {known or 'no data'}; "
             f"give it to the learner, data={{{key!r}: ...}}, or to this call{_where_it_is(key, known)}"
         )
-    return Feed(vars(learner.data)[key], phase.owner, learner.streams, key, before_batch, learner.told_lengths)
+    return Feed(vars(learner.data)[key], phase.owner, learner.streams, key, before_batch, learner._ledger.told_lengths)

@@ -10,65 +10,51 @@ from fluxloop.callback import Callback, on
 from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.progress import ProgressBar
 from fluxloop.callbacks.recorder import Recorder
-from fluxloop.compute.host import HostQueue
 from fluxloop.data.loaders import as_dataloader
 from fluxloop.data.ordering import in_order
 from fluxloop.errors import DataError, MetricError, PhaseError, describe, sentence
 from fluxloop.events import StepEnd
-from fluxloop.history import History
 from fluxloop.loop import runs_a_view
 from fluxloop.nested import concatenate, map_tensors
-from fluxloop.order.runner import Callbacks
 from fluxloop.phase import Phase
 from fluxloop.phases.supervised import PredictionPhase, ValidationPhase
-from fluxloop.randomness import Streams
 from fluxloop.run.fit import check_phase, run_epoch
-from fluxloop.state import SharedState, StepState
+from fluxloop.run.session import Session
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
+    from fluxloop.interfaces import RunLearner
 
 
 @contextmanager
-def aside(learner: Learner, owner: str, callbacks: list[Callback]) -> Iterator[None]:
+def aside(learner: RunLearner, owner: str, callbacks: list[Callback]) -> Iterator[None]:
     """Run something with callbacks, history and random numbers of its own; put the learner's back after.
 
     So that evaluation and prediction leave no trace: what the training sees is as before.
     """
-    fields = vars(learner)  # past the checks of what users assign
-    changed = ("callbacks", "cbstate", "history", "streams", "step", "host_queue", "phases", "scope", "model")
-    kept = {name: fields[name] for name in (*changed, "fit_phases", "num_epochs")}
+    outer, model = Session.of(learner), learner.model
     updates, block = learner.updates, learner.updates.block
+    inner = Session.begin(learner, owner)
+    inner.phases = dict(outer.phases)
     try:
-        if runs_a_view(learner.scope):
-            fields["model"] = learner.weights.given
-        fields["scope"] = updates.block = None
-        cbstate = SharedState()
-        fields |= {
-            "host_queue": HostQueue(learner.accelerator.device),
-            "phases": dict(learner.phases),
-            "cbstate": cbstate,
-            "history": History(cbstate, learner.seed),
-            "streams": Streams(learner.seed, prefix=f"{owner}/"),
-            "step": StepState(),
-            "callbacks": Callbacks(learner),
-            "fit_phases": (),
-            "num_epochs": None,
-        }
+        if runs_a_view(outer.scope):
+            vars(learner)["model"] = learner.weights.given  # past the checks of what users assign
+        updates.block = None
+        inner.put_into(learner)
         learner.callbacks.set(callbacks)
         yield
     finally:
-        fields.update(kept)
+        outer.put_into(learner)
+        vars(learner)["model"] = model
         updates.block = block
 
 
-def _bar(learner: Learner) -> list[Callback]:
+def _bar(learner: RunLearner) -> list[Callback]:
     """Make a progress bar like the learner's, if it has one."""
     bar = learner.callbacks.get(ProgressBar)
     return [ProgressBar(bar.enabled, bar.interval, bar.file)] if isinstance(bar, ProgressBar) else []
 
 
-def evaluate(learner: Learner, data: Any, metrics: Iterable[Any] | None, phase: Phase | None) -> dict[str, float]:
+def evaluate(learner: RunLearner, data: Any, metrics: Iterable[Any] | None, phase: Phase | None) -> dict[str, float]:
     """Compute metrics over one epoch of a validation phase; see `Learner.evaluate`."""
     phase = ValidationPhase() if phase is None else phase
     check_watches(phase)
@@ -110,7 +96,7 @@ class _Collect(Callback):
         self.parts.append(map_tensors(lambda tensor: tensor.detach().cpu(), learner.step.preds))
 
 
-def predict(learner: Learner, data: Any, phase: Phase | None, stack: bool) -> Any:
+def predict(learner: RunLearner, data: Any, phase: Phase | None, stack: bool) -> Any:
     """Run a phase over data and join its predictions, where they are to be joined; see `Learner.predict`."""
     phase = PredictionPhase() if phase is None else phase
     check_watches(phase)

@@ -11,25 +11,24 @@ from attrs import frozen
 from torch import Tensor
 
 from fluxloop.callback import Callback, UnsafeCallback, on
-from fluxloop.compute.host import HostQueue
 from fluxloop.data.passes import untouched
 from fluxloop.errors import CancelFittingException, DataError, LossError, OptimizerError, PhaseError
 from fluxloop.events import StepBegin, StepEnd
 from fluxloop.guard.given import check_number
 from fluxloop.hyperparameters import put
-from fluxloop.order.runner import Callbacks
 from fluxloop.phase import AbstractTrainingPhase, Phase
 from fluxloop.phases.supervised import TrainingPhase
-from fluxloop.randomness import Streams, preserved
+from fluxloop.randomness import preserved
 from fluxloop.run.fit import check_runs, feed
+from fluxloop.run.session import Session
 from fluxloop.schedules import exponential
 from fluxloop.signals import INTERRUPTED
-from fluxloop.state import SharedState, State, StepState
+from fluxloop.state import State, StepState
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from fluxloop.learner import Learner
+    from fluxloop.interfaces import RunLearner
 
 DIVERGED = 4.0
 """A smoothed loss above this many times the lowest has diverged."""
@@ -136,7 +135,7 @@ def _longest_fall(values: tuple[float, ...]) -> list[int]:
 
 
 def find_lr(
-    learner: Learner,
+    learner: RunLearner,
     *,
     start: float = 1e-7,
     end: float = 10.0,
@@ -216,21 +215,15 @@ def find_lr(
     return LRSweep(tuple(sweep.rates), tuple(sweep.losses), tuple(sweep.smoothed), reason)
 
 
-def _copied(learner: Learner, phase: Phase, callbacks: list[Callback]) -> tuple[Learner, Phase, list[Callback]]:
+def _copied(learner: RunLearner, phase: Phase, callbacks: list[Callback]) -> tuple[RunLearner, Phase, list[Callback]]:
     """Copy a learner without its callbacks, what they share, and its data; with it what is to run in the copy."""
-    memo: dict[int, Any] = {
-        id(learner.data): State(dict(vars(learner.data))),
-        id(learner.cbstate): SharedState(),
-        id(learner.step): StepState(),
-        id(learner.streams): Streams(learner.seed, prefix="find_lr/"),
-        id(learner.host_queue): HostQueue(learner.accelerator.device),
-        id(learner.callbacks): State(),
-        id(learner.phases): {},
-        id(learner.weights.views): {},
-        id(learner.weights.followers): {},
-    }
+    memo: dict[int, Any] = {id(learner.data): State(dict(vars(learner.data)))}
+    memo |= {id(thing): State() for thing in Session.of(learner).objects()}  # none of them is copied
+    memo |= {id(learner.weights.views): {}, id(learner.weights.followers): {}}
     trial, phase, callbacks = copy.deepcopy((learner, phase, callbacks), memo)
-    vars(trial)["callbacks"] = Callbacks(trial)  # past the checks of what users assign
+    inner = Session.begin(trial, "find_lr")
+    inner.history.cycles = learner.history.cycles
+    inner.put_into(trial)
     for slot in trial.updates.slots:
         slot.end_gradients()  # those that wait are the learner's to use
     return trial, phase, callbacks
@@ -243,7 +236,7 @@ class _Sweep(UnsafeCallback):
     draws = False
 
     def __init__(
-        self, learner: Learner, chosen: list[int], schedule: exponential, steps: int, smoothing: float
+        self, learner: RunLearner, chosen: list[int], schedule: exponential, steps: int, smoothing: float
     ) -> None:
         groups = [group for index in chosen for group in learner.updates.slots[index].optimizer.param_groups]
         largest = max(float(group["lr"]) for group in groups)
@@ -260,13 +253,13 @@ class _Sweep(UnsafeCallback):
         self.average = 0.0
 
     @on(StepBegin, AbstractTrainingPhase)
-    def set_rate(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Learner) -> None:
+    def set_rate(self, event: StepBegin, phase: AbstractTrainingPhase, learner: RunLearner) -> None:
         rate = self.schedule(len(self.losses))
         for group, ratio in self.groups:
             put(group, "lr", rate * ratio)
 
     @on(StepEnd, AbstractTrainingPhase)
-    def keep_loss(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Learner) -> None:
+    def keep_loss(self, event: StepEnd, phase: AbstractTrainingPhase, learner: RunLearner) -> None:
         rate, loss = self.schedule(len(self.losses)), self._loss(learner.step, phase)
         if not isfinite(loss):
             raise CancelFittingException(f"the loss became {loss} at a learning rate of {rate:.2g}")

@@ -25,7 +25,7 @@ from fluxloop.randomness import generator_states, put_generators
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
-    from fluxloop.learner import Learner
+    from fluxloop.interfaces import RunLearner
 
 Place = dict[str, Any]
 """Where a fit stands, as plain data: its phases, how many of the cycle are complete, and the place in the data."""
@@ -74,7 +74,7 @@ class FitScope(Scope):
 
     def __init__(
         self,
-        learner: Learner,
+        learner: RunLearner,
         phases: list[Phase],
         steps_per_epoch: int | None,
         state: dict[str, Any] | None = None,
@@ -145,6 +145,14 @@ class FitScope(Scope):
                 self._order_again(self.phases[self.index])
             self._again, self._go_back = None, nothing
 
+    def pass_safe_point(self) -> None:
+        """Do what waits for a moment between two steps or epochs: checkpoints, and a stop that was asked for.
+
+        Raises:
+            CancelFittingException: The fit is to end.
+        """
+        self._learner._running.pass_safe_point(self._learner.history)
+
     def take(self, feed: Feed) -> None:
         """Take the data of an epoch that is about to run."""
         self.feed = feed
@@ -178,8 +186,8 @@ class FitScope(Scope):
     def finish(self) -> None:
         """Let whoever waits for a moment without anything under way have the last one."""
         self.finished = True
-        self._learner.stop_requested = None
-        self._learner.safe_point()
+        self._learner._running.stop_requested = None
+        self.pass_safe_point()
 
     def place(self) -> dict[str, Any]:
         """Give where the fit stands, as plain data.
@@ -214,7 +222,7 @@ class FitScope(Scope):
         }
 
 
-def place_of(learner: Learner) -> dict[str, Any] | None:
+def place_of(learner: RunLearner) -> dict[str, Any] | None:
     """Give where a learner's fit stands; None where it is not fitting.
 
     Raises:
@@ -228,13 +236,13 @@ def place_of(learner: Learner) -> dict[str, Any] | None:
     if isinstance(scope, StepScope) or not isinstance(fitting, FitScope) or ends:
         raise CheckpointError(
             "the state of a learner was asked for while a step is under way or an epoch ends; expected between two "
-            "steps: a Checkpointer waits for that, and so does learner.safe_points.append(function)"
+            "steps: a Checkpointer waits for that, and so does learner.at_safe_point(function)"
         )
     return None if fitting.cut else fitting.place()
 
 
 def check_resumes(
-    learner: Learner,
+    learner: RunLearner,
     state: dict[str, Any],
     epochs: int,
     phases: list[Phase],
@@ -295,7 +303,7 @@ def _check_place(place: Place, phases: list[Phase], feeds: list[Feed], steps_per
         feeds[place["index"]].check_place(place["feed"])
 
 
-def _compare_data(learner: Learner, kept: dict[str, Any]) -> None:
+def _compare_data(learner: RunLearner, kept: dict[str, Any]) -> None:
     """Warn of data that a run goes on with between two epochs and that is not the data of the checkpoint."""
     for key, source in vars(learner.data).items():
         differ = differences(kept.get(key, {}).get("fingerprint", {}), fingerprint(source))

@@ -19,7 +19,7 @@ from fluxloop.nested import call_with, tensors
 from fluxloop.randomness import preserved
 
 if TYPE_CHECKING:
-    from fluxloop.learner import Learner
+    from fluxloop.interfaces import RunLearner
 
 UNKNOWN = "?"
 
@@ -115,7 +115,7 @@ class Summary:
             yield f"output shapes are unknown: {self.note}"
 
 
-def summary(learner: Learner, batch: Any = None, depth: int | None = None) -> Summary:
+def summary(learner: RunLearner, batch: Any = None, depth: int | None = None) -> Summary:
     """Tell what a learner is made of; see `Learner.summary`."""
     shapes: dict[nn.Module, str] = {}
     note = _run(learner, batch, shapes)
@@ -161,7 +161,7 @@ def _rows(name: str | None, model: nn.Module, shapes: dict[nn.Module, str]) -> I
         )
 
 
-def _optimizers(learner: Learner) -> Iterator[OptimizerRow]:
+def _optimizers(learner: RunLearner) -> Iterator[OptimizerRow]:
     for slot in learner.updates.slots:
         settings = []
         for group in slot.optimizer.param_groups:
@@ -188,7 +188,7 @@ def _setting(value: Any) -> str:
 # Output shapes
 
 
-def _run(learner: Learner, batch: Any, shapes: dict[nn.Module, str]) -> str:
+def _run(learner: RunLearner, batch: Any, shapes: dict[nn.Module, str]) -> str:
     """Run the model on a batch on the side, and note the shapes of what each module gives.
 
     Returns:

@@ -874,7 +874,7 @@ def test_an_error_of_the_last_background_write_leaves_the_fit(tmp_path: Path, mo
     learner = toy(Checkpointer(tmp_path, background=True))
     with pytest.raises(CheckpointError, match="No space left on device"):
         learner.fit(1)
-    assert not learner.fitting
+    assert not learner._running.fitting
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoints")]
 
 

@@ -166,7 +166,7 @@ def test_a_table_with_probes_is_the_same_after_a_kill_at_any_moment(tmp_path: Pa
     whole, options = make("whole")
     whole.fit(**options)
     killed, options = make("killed")
-    killed.safe_points.append(kill)
+    killed.at_safe_point(kill)
     with pytest.raises(Killed):
         killed.fit(**options)
     resumed, options = make("killed")

@@ -242,7 +242,7 @@ def test_numbers_that_reach_the_host_later_stand_at_the_step_that_they_are_of(mo
     memory = Memory()
     learner = toy(Recorder(), Metrics(), LogMetrics(memory))
     waiting: list[tuple[Any, Any]] = []
-    queue = learner.host_queue
+    queue = learner._host_queue
 
     def deliver() -> None:
         while waiting:

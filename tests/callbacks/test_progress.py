@@ -121,7 +121,7 @@ def test_a_bar_of_an_epoch_that_goes_on_begins_where_it_was_left(tmp_path: Path)
             raise Killed
 
     learner = toy_learner(Recorder(), bar())
-    learner.safe_points.append(kill)
+    learner.at_safe_point(kill)
     with pytest.raises(Killed):
         learner.fit(3)
     resumed = toy_learner(Recorder(), bar(interval=0))
@@ -221,7 +221,7 @@ class Device(HostQueue):
 @pytest.mark.usefixtures("clock")
 def test_numbers_that_arrive_later_are_shown_when_they_have_arrived() -> None:
     learner = toy_learner(Recorder(), Metrics(), bar())
-    learner.host_queue = Device()
+    learner._host_queue = Device()
     assert "loss=" in shown(learner)
 
 

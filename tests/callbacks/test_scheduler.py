@@ -628,7 +628,7 @@ def test_one_added_later_records_on_after_a_resume_in_the_middle_of_an_epoch(tmp
             learner.save(tmp_path / "state.pt")
 
     learner = make()
-    learner.safe_points.append(look)
+    learner.at_safe_point(look)
     learner.fit(2)
     resumed = make()
     resumed.fit(3, resume=tmp_path / "state.pt")

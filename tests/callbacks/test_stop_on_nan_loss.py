@@ -665,7 +665,7 @@ def test_buffers_of_a_module_that_a_phase_holds_stay_as_well() -> None:
 def test_on_a_device_the_fit_ends_when_the_number_has_come(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     learner = learner_of(StopOnNaNLoss(), bad=0.0, optimizer=partial(torch.optim.Adam, fused=fused))
     asked: list[Any] = []
-    monkeypatch.setattr(learner.host_queue, "request", lambda tensor, then: asked.append((tensor, then)))
+    monkeypatch.setattr(learner._host_queue, "request", lambda tensor, then: asked.append((tensor, then)))
     seen: list[dict[str, Tensor]] = []
 
     finite = learner.finite

@@ -180,7 +180,7 @@ def test_the_state_cannot_be_asked_for_in_the_middle_of_a_step() -> None:
         def ask(self, event: StepEnd, phase: Phase, learner: Any) -> None:
             learner.state_dict()
 
-    with pytest.raises(CheckpointError, match=r"while a step is under way .*learner.safe_points.append"):
+    with pytest.raises(CheckpointError, match=r"while a step is under way .*learner.at_safe_point"):
         net(Asks()).fit(1)
 
 
@@ -393,7 +393,7 @@ def test_an_older_file_lacks_what_was_added_since_and_goes_on(tmp_path: Path) ->
         if plain.history[TrainingPhase].steps == 3 and not found:
             found.append(copy.deepcopy(plain.state_dict()))
 
-    plain.safe_points.append(look)
+    plain.at_safe_point(look)
     plain.fit(3)
     state = found[0]
     del state["present"], state["optimizers"][""]["names"], state["place"]["steps_per_epoch"]

@@ -161,7 +161,7 @@ def states() -> dict[str, State]:
             found["inside"] = copy.deepcopy(learner.state_dict())
             raise Killed
 
-    learner.safe_points.append(look)
+    learner.at_safe_point(look)
     with pytest.raises(Killed):
         learner.fit(3, phases=running)
     learner = make()
@@ -481,7 +481,7 @@ def test_a_loader_that_refuses_its_state_in_the_middle_of_an_epoch_leaves_the_le
         if first.history[TrainingPhase].steps == 8 and not found:
             found["inside"] = copy.deepcopy(first.state_dict())
 
-    first.safe_points.append(look)
+    first.at_safe_point(look)
     first.fit(2)
     second = make(9, data=(Keeps("b"),), callbacks=[Recorder()])
     second.fit(1)

@@ -213,7 +213,7 @@ def test_gradients_that_wait_go_to_their_parameters_too(tmp_path: Path) -> None:
         if phase.n == 5 and not (tmp_path / "state.pt").exists():
             plain.save(tmp_path / "state.pt")
 
-    plain.safe_points.append(look)
+    plain.at_safe_point(look)
     plain.fit(3, phases=[phase])
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert state["updates"]["gradients"].keys() == dict(plain.model.named_parameters()).keys()

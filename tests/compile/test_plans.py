@@ -159,8 +159,8 @@ def both(
 
 
 def graphs(of: Learner[Any], phase: type[Phase] = TrainingPhase) -> int:
-    assert of.compiled is not None
-    return sum(map(len, of.compiled._plans[phase]._graphs.values()))
+    assert of._compiled is not None
+    return sum(map(len, of._compiled._plans[phase]._graphs.values()))
 
 
 # Compiled by TorchInductor
@@ -221,10 +221,8 @@ def breaking(error: Exception, calls: int = 0) -> Callable[..., Any]:
 def test_what_fails_at_the_first_call_of_a_graph_is_an_error_that_says_what_to_do_and_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    careless = breaking(RuntimeError("no such kernel\nat some place"), calls=1)
-    monkeypatch.setattr(fluxloop.compile.plans, "lower", careless)
-        fluxloop.compile.plans, "lower", breaking(RuntimeError("no such kernel\nat some place"), calls=1)
-    )
+    broken = breaking(RuntimeError("no such kernel\nat some place"), calls=1)
+    monkeypatch.setattr(fluxloop.compile.plans, "lower", broken)
     made = learner(optimizer=SGD, model=lambda: nn.Sequential(nn.Linear(16, 4), nn.BatchNorm1d(4)), data=(rows(),))
     state: list[Any] = []
     note = lambda learner: state.append((weights(learner), copy.deepcopy(learner.optimizer.state_dict())))  # noqa: E731
@@ -742,8 +740,8 @@ def test_a_step_of_ones_own_is_refused_unless_its_class_says_that_it_runs_as_it_
     ):
         learner().fit(1, phases=[OwnStep()])
     _, compiled = both(phases=lambda: [AsItIs()], tolerance=0.0)
-    assert compiled.compiled is not None
-    assert AsItIs not in compiled.compiled._plans
+    assert compiled._compiled is not None
+    assert AsItIs not in compiled._compiled._plans
 
 
 def test_explain_says_which_steps_can_be_compiled() -> None:
@@ -854,7 +852,7 @@ def test_loading_a_state_goes_on_with_the_tensors_that_are_there_then() -> None:
 def test_evaluate_and_predict_are_compiled_and_reuse_their_graphs() -> None:
     made = learner(callbacks=[])
     made.fit(2)
-    assert made.compiled is not None
+    assert made._compiled is not None
     expected = learner(False)
     expected.model.load_state_dict(made.model.state_dict())
     for _ in range(2):
@@ -863,7 +861,7 @@ def test_evaluate_and_predict_are_compiled_and_reuse_their_graphs() -> None:
         )
         torch.testing.assert_close(made.predict(rows()), expected.predict(rows()))
     assert graphs(made, ValidationPhase) == 2
-    assert sum(len(plan._graphs) for plan in made.compiled._plans.values()) == 6
+    assert sum(len(plan._graphs) for plan in made._compiled._plans.values()) == 6
 
 
 # Gradients that wait for an update
@@ -922,7 +920,7 @@ def test_gradients_are_added_up_in_graphs_of_inductor_too() -> None:
 def test_an_optimizer_that_takes_its_first_step_late_costs_no_graph_of_a_later_epoch() -> None:
     made = learner(optimizer=ADAM, data=((rows()[0][:64], rows()[1][:64]),))
     made.fit(4, phases=[phase := Every(2)])
-    plan = made.compiled._plans[Every]  # type: ignore[union-attr]  # it is compiled
+    plan = made._compiled._plans[Every]  # type: ignore[union-attr]  # it is compiled
     assert plan._count == 2
     made.load_state_dict(copy.deepcopy(made.state_dict()))
     made.fit(2, phases=[phase])

@@ -246,7 +246,7 @@ def asking(then: Any = None) -> tuple[Learner, Ask, EventRecorder]:
     recorder = EventRecorder()
     ask = Ask(recorder, then)
     learner = toy_learner(ask, recorder, num_batches=3)
-    learner.host_queue = HostQueue(CUDA)
+    learner._host_queue = HostQueue(CUDA)
     return learner, ask, recorder
 
 
@@ -308,7 +308,7 @@ def test_numbers_of_the_training_come_in_the_training_although_a_handler_evaluat
 
     ask = AskAndEvaluate()
     learner = toy_learner(ask, num_batches=2)
-    learner.host_queue = HostQueue(CUDA)
+    learner._host_queue = HostQueue(CUDA)
     learner.epoch(TrainingPhase())
     assert ask.got == [(1.0, True)] * 2
 

@@ -274,7 +274,7 @@ def test_a_file_of_the_middle_of_an_epoch_goes_on_where_it_was_written_also_afte
         def save(self, event: Event, phase: Phase, learner: Any) -> None:
             self.steps += 1
             if self.steps == 6:
-                learner.safe_points.append(lambda: (tmp_path / "it").exists() or learner.save(tmp_path / "it"))
+                learner.at_safe_point(lambda: (tmp_path / "it").exists() or learner.save(tmp_path / "it"))
 
     learner = learner_of(Save(), kind=kind)
     learner.fit(2)

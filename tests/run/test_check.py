@@ -573,9 +573,9 @@ def test_steps_that_are_to_be_compiled_are_checked_as_they_are_written() -> None
     xs = torch.ones(8, 1)
     accelerator = Accelerator("cpu", compile="step")
     learner = Learner(nn.Linear(1, 1), nn.functional.mse_loss, data=((xs, xs),), accelerator=accelerator)
-    compiled = learner.compiled
+    compiled = learner._compiled
     assert learner.check() == []
-    assert learner.compiled is compiled
+    assert learner._compiled is compiled
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,7 @@ def test_what_is_wrong_is_said_before_the_fit_begins(case):
     with pytest.raises(error, match=f"(?s){words}"):
         learner.fit(1, **given)
     assert recorder.events == []
-    assert not learner.fitting
+    assert not learner._running.fitting
 
 
 def test_the_second_phase_is_checked_before_the_fit_begins_too():
@@ -416,7 +416,7 @@ def test_the_fit_after_one_that_stopped_is_that_of_a_fresh_learner_in_the_same_s
         learner.fit(1)
     except BrokenError:
         pass
-    assert (learner.fitting, learner.scope, learner.num_batches) == (False, None, None)
+    assert (learner._running.fitting, learner.scope, learner.num_batches) == (False, None, None)
     fresh = toy_learner(optimizer=optimizer)
     fresh.model.load_state_dict(learner.model.state_dict())
     fresh.optimizer.load_state_dict(copy.deepcopy(learner.optimizer.state_dict()))

@@ -174,7 +174,7 @@ def surroundings(learner: Learner) -> dict[str, Any]:
         "weights": [tensor.tolist() for tensor in learner.model.state_dict().values()],
         "gradients": [None if p.grad is None else p.grad.tolist() for p in learner.model.parameters()],
         "numbers": (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()),
-        "running": (learner.fitting, learner.scope, learner.num_batches),
+        "running": (learner._running.fitting, learner.scope, learner.num_batches),
     }
 
 

@@ -127,7 +127,7 @@ def test_d_lz_23_nothing_of_the_learner_is_changed_to_the_bit(optimizer: Any) ->
     assert learner.streams.positions() == positions
     assert [module.training for module in learner.model.modules()] == modes
     assert learner.scope is None
-    assert not learner.fitting
+    assert not learner._running.fitting
     learner.fit(1)
     other.fit(1)
     assert_same_bits(learner, other)

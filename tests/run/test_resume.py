@@ -88,7 +88,7 @@ def save_at(learner: Learner, moment: int, path: Path, **options: Any) -> None:
             learner.save(path)
             raise Killed
 
-    learner.safe_points.append(look)
+    learner.at_safe_point(look)
     with pytest.raises(Killed):
         learner.fit(**options)
 
@@ -476,7 +476,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path: 
                 learner.save(path)
                 raise Killed
 
-        learner.safe_points.append(look)
+        learner.at_safe_point(look)
         lives += 1
         try:
             learner.fit(3, resume=path if path.exists() else None)
@@ -790,7 +790,7 @@ def test_what_cannot_be_gone_on_with_is_told_once_and_goes_on_from_the_end_of_an
         if steps == 10:  # in the second epoch
             raise Killed
 
-    killed.safe_points.append(count)
+    killed.at_safe_point(count)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         with pytest.raises(Killed):
@@ -1286,7 +1286,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_changes_no_more(
     else:
         learner.fit(2)
     assert learner.history.cycles == 2
-    assert not learner.fitting
+    assert not learner._running.fitting
     again = run_with_checkpoints(tmp_path)
     again.fit(2, resume=tmp_path)
     assert again.history.cycles == 2
@@ -1359,7 +1359,7 @@ def test_what_does_not_fit_is_told_and_changes_nothing(
     assert all(torch.equal(tensor, before[name]) for name, tensor in bits(other).items())
     assert other.history.cycles == 0
     assert {name: n for name, n in other.streams.positions().items() if n} == {n: v for n, v in streams.items() if v}
-    assert not other.fitting
+    assert not other._running.fitting
     other.fit(1)  # it trains as one that was never asked to go on
     fresh = make_linear(**learner)
     fresh.fit(1)
@@ -1381,7 +1381,7 @@ def test_a_state_that_a_callback_refuses_changes_nothing(tmp_path: Path) -> None
     Refuses.refuses = True
     with pytest.raises(ValueError, match="another layout"):
         other.fit(2, resume=tmp_path / "state.pt")
-    assert not other.fitting
+    assert not other._running.fitting
     assert bits(other).keys() == before.keys()
 
 

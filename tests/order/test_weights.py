@@ -19,7 +19,7 @@ from fluxloop import (
     TrainingPhase,
     on,
 )
-from fluxloop.weights import Weights, submodule
+from fluxloop.order.weights import Weights, submodule
 
 
 def net() -> nn.Sequential:
