@@ -33,6 +33,7 @@ TARGETS = torch.linspace(0.1, 0.9, 24).reshape(4, 6)
 OTHER = torch.linspace(-1.0, 1.0, 24).reshape(4, 6)
 ROWS = torch.tensor([[0, 2, 1, 3, 0, 1], [3, 3, 0, 1, 2, 2]])
 SQUARE = torch.linspace(-1.0, 1.0, 36).reshape(6, 6) + 2 * torch.eye(6)
+LINEAR = nn.Linear(6, 2)
 
 
 def squares(x: Tensor) -> Tensor:
@@ -391,9 +392,7 @@ def of_shapes() -> dict[str, Function]:
         "func.vmap": lambda x: torch.func.vmap(lambda row: row.softmax(0).cumsum(0))(x),
         "func.vmap of grad": per_row,
         "func.grad of grad": torch.func.grad(lambda x: torch.func.grad(lambda y: y.pow(3).sum())(x).sin().sum()),
-        "func.functional_call": lambda x: torch.func.functional_call(
-            nn.Linear(6, 2), {"weight": x[:2], "bias": x[0, :2]}, x
-        ),
+        "func.functional_call": lambda x: torch.func.functional_call(LINEAR, {"weight": x[:2], "bias": x[0, :2]}, x),
         "func.vjp": lambda x: torch.func.vjp(torch.sin, x)[1](OTHER)[0],
         "a step of MAML": meta,
     }
