@@ -854,7 +854,7 @@ def half_a_state() -> None:
     Case("no @on", method_without_on, HandlerError, ("Luz.on_batch_end looks like a handler", "@on(StepEnd)")),
     Case("half a state", half_a_state, HandlerError, ("Half has state_dict alone", "load_state_dict(self, state)")),
 )
-def test_d_lz_08_a_callback_that_nothing_would_call_is_refused_when_it_is_made(case: Case) -> None:
+def test_a_callback_that_nothing_would_call_is_refused_when_it_is_made(case: Case) -> None:
     refused(case, case.given)
 
 

@@ -766,7 +766,7 @@ def test_callbacks_are_compared_by_identity_and_can_be_put_in_a_set() -> None:
 
 
 def test_a_callback_can_be_configured_after_it_was_made_and_read_after_the_fit() -> None:
-    """A logger whose alpha is set later, and whose state is reached from the learner (E30)."""
+    """A logger whose alpha is set later, and whose state is reached from the learner."""
 
     @define
     class LossEMA(Callback):
@@ -794,13 +794,13 @@ def test_a_callback_can_be_configured_after_it_was_made_and_read_after_the_fit()
     assert kept.value == expected
 
 
-def test_e27_a_callback_lists_the_events_it_handles() -> None:
+def test_a_callback_lists_the_events_it_handles() -> None:
     handled = Recorder().handles()
     assert {event.__name__ for event, _ in handled} == {"EpochBegin", "StepEnd", "UpdateEnd", "EpochEnd"}
     assert CustomCallback(print, FitBegin, FittingPhase).handles() == [(FitBegin, FittingPhase)]
 
 
-def test_e28_the_events_can_be_enumerated_in_firing_order_with_users_own() -> None:
+def test_the_events_can_be_enumerated_in_firing_order_with_users_own() -> None:
     events = event_types()
     assert tuple(events[: len(STANDARD_EVENTS)]) == STANDARD_EVENTS
     assert (events[0], events[len(STANDARD_EVENTS) - 1]) == (FitBegin, FitEnd)
@@ -830,7 +830,7 @@ def order(*callbacks: Callback) -> list[str]:
 
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize("first", [0, 1])
-def test_d_ft_04_a_resolution_is_looked_up_in_both_directions(swap: bool, first: int) -> None:
+def test_a_resolution_is_looked_up_in_both_directions(swap: bool, first: int) -> None:
     pair = make_pair()
     types = (pair[1], pair[0]) if swap else pair
 

@@ -104,7 +104,7 @@ class Reader(Callback):
 # FluxTraining: the graph
 
 
-def test_d_ft_01_handlers_are_looked_up_once_and_not_at_every_event() -> None:
+def test_handlers_are_looked_up_once_and_not_at_every_event() -> None:
     asked: list[tuple[str, str]] = []
 
     class Counting(Callback):
@@ -120,7 +120,7 @@ def test_d_ft_01_handlers_are_looked_up_once_and_not_at_every_event() -> None:
     assert len(asked) == len(set(asked))
 
 
-def test_d_ft_02_a_cycle_is_an_error_at_construction_that_prints_it() -> None:
+def test_a_cycle_is_an_error_at_construction_that_prints_it() -> None:
     class First(Callback):
         pass
 
@@ -141,7 +141,7 @@ def test_d_ft_02_a_cycle_is_an_error_at_construction_that_prints_it() -> None:
         toy_learner(Own())
 
 
-def test_d_ft_03_reading_what_nobody_writes_is_an_error_at_construction() -> None:
+def test_reading_what_nobody_writes_is_an_error_at_construction() -> None:
     with pytest.raises(
         MissingProducerError, match=r"Reader reads 'cbstate.things', which no callback writes; add .*Writer"
     ):
@@ -149,7 +149,7 @@ def test_d_ft_03_reading_what_nobody_writes_is_an_error_at_construction() -> Non
     assert_order(toy_learner(Reader(), Writer()), Writer, Reader)
 
 
-def test_d_ft_04_a_resolution_said_one_way_round_counts_both_ways() -> None:
+def test_a_resolution_said_one_way_round_counts_both_ways() -> None:
     class Left(Writer):
         pass
 
@@ -169,7 +169,7 @@ def test_d_ft_04_a_resolution_said_one_way_round_counts_both_ways() -> None:
     assert_order(toy_learner(Right(), Left()), Left, Right)
 
 
-def test_d_ft_05_two_writers_can_be_ordered_with_run_first() -> None:
+def test_two_writers_can_be_ordered_with_run_first() -> None:
     @resolve_conflict.register(Writer, OtherWriter)
     def _(a: Writer, b: OtherWriter) -> RunFirst:
         return RunFirst(b)
@@ -179,7 +179,7 @@ def test_d_ft_05_two_writers_can_be_ordered_with_run_first() -> None:
     assert learner.cbstate.things == 1
 
 
-def test_d_ft_06_an_order_through_a_third_callback_settles_a_conflict() -> None:
+def test_an_order_through_a_third_callback_settles_a_conflict() -> None:
     class Earliest(Writer):
         pass
 
@@ -197,7 +197,7 @@ def test_d_ft_06_an_order_through_a_third_callback_settles_a_conflict() -> None:
 # FluxTraining: access
 
 
-def test_d_ft_07_declared_paths_of_one_branch_all_hold() -> None:
+def test_declared_paths_of_one_branch_all_hold() -> None:
     seen: list[Any] = []
 
     def touch(learner: Any) -> None:
@@ -229,9 +229,7 @@ def test_d_ft_07_declared_paths_of_one_branch_all_hold() -> None:
     ],
     ids=["dict", "list", "list in a dict", "list in a tuple", "set", "OrderedDict", "defaultdict"],
 )
-def test_d_ft_08_who_declared_to_read_a_container_cannot_change_it(
-    things: Any, change: Callable[[Any], object]
-) -> None:
+def test_who_declared_to_read_a_container_cannot_change_it(things: Any, change: Callable[[Any], object]) -> None:
     before = deepcopy(things)
     learner = toy_learner(Writer(things), Reader(change))
     with pytest.raises(StateAccessError, match=r"Reader tried to write 'cbstate\.things"):
@@ -239,7 +237,7 @@ def test_d_ft_08_who_declared_to_read_a_container_cannot_change_it(
     assert learner.cbstate.things == before
 
 
-def test_d_ft_08_asking_whether_an_entry_is_there_is_an_access() -> None:
+def test_asking_whether_an_entry_is_there_is_an_access() -> None:
     learner = toy_learner(CustomCallback(lambda learner: "loss" in learner.step, StepEnd, reads=("step.xs",)))
     with pytest.raises(StateAccessError, match=r"tried to read 'step\.loss' at StepEnd"):
         learner.epoch(TrainingPhase())
@@ -248,7 +246,7 @@ def test_d_ft_08_asking_whether_an_entry_is_there_is_an_access() -> None:
 # FluxTraining: the learner
 
 
-def test_d_ft_09_parameters_and_optimizers_have_the_names_of_the_models() -> None:
+def test_parameters_and_optimizers_have_the_names_of_the_models() -> None:
     models = {"generator": nn.Linear(2, 3), "critic": nn.Linear(3, 1)}
     learner = Learner(models)  # the default optimizer
     assert learner.optimizer._fields == learner.params._fields == learner.model._fields == ("generator", "critic")
@@ -258,7 +256,7 @@ def test_d_ft_09_parameters_and_optimizers_have_the_names_of_the_models() -> Non
         assert [id(p) for p in getattr(learner.params, name)] == [id(p) for p in model.parameters()]
 
 
-def test_d_ft_12_data_may_be_training_data_alone() -> None:
+def test_data_may_be_training_data_alone() -> None:
     data = TensorBatches(torch.ones(8, 1), torch.ones(8, 1), batch_size=4)
     recorder = EventRecorder()
     learner = toy_learner(recorder, Recorder(), data=(data,))
@@ -267,7 +265,7 @@ def test_d_ft_12_data_may_be_training_data_alone() -> None:
     assert {phase for _, phase in recorder.trace} == {"FittingPhase", "TrainingPhase"}
 
 
-def test_d_ft_13_early_stop_returns_normally_with_its_reason_and_all_end_events() -> None:
+def test_early_stop_returns_normally_with_its_reason_and_all_end_events() -> None:
     recorder = EventRecorder()
 
     class AStop(Callback):
@@ -285,7 +283,7 @@ def test_d_ft_13_early_stop_returns_normally_with_its_reason_and_all_end_events(
     assert learner.fit(0).stop_reason is None
 
 
-def test_d_ft_14_loss_begin_is_fired_in_validation() -> None:
+def test_loss_begin_is_fired_in_validation() -> None:
     seen: list[set[str]] = []
     look = CustomCallback(lambda learner: seen.append(set(learner.step)), LossBegin, ValidationPhase)
     recorder = EventRecorder()
@@ -313,7 +311,7 @@ class Acquires(Callback):
 
 @pytest.mark.parametrize("event", [StepBegin, LossBegin, StepEnd])
 @pytest.mark.parametrize("signal", [CancelStepException, CancelEpochException, CancelFittingException, RuntimeError])
-def test_d_ft_15_what_a_step_acquired_is_released_when_it_is_cancelled(event: Any, signal: Any) -> None:
+def test_what_a_step_acquired_is_released_when_it_is_cancelled(event: Any, signal: Any) -> None:
     def cancel(learner: Any) -> None:
         raise signal("now")
 
@@ -329,7 +327,7 @@ def test_d_ft_15_what_a_step_acquired_is_released_when_it_is_cancelled(event: An
     assert acquires.held == 0
 
 
-def test_d_ft_15_an_epoch_cancelled_at_its_end_ends_once_and_the_cancel_does_not_escape() -> None:
+def test_an_epoch_cancelled_at_its_end_ends_once_and_the_cancel_does_not_escape() -> None:
     def cancel(learner: Any) -> None:
         raise CancelEpochException("at the end")
 
@@ -365,7 +363,7 @@ class DecoratedStep(AbstractTrainingPhase):
 
 
 @pytest.mark.parametrize("phase", [InheritedStep(), AssignedStep(), DecoratedStep()], ids=repr)
-def test_d_ft_15_a_step_cancelled_when_it_begins_ends_there_however_its_phase_came_to_it(phase: Phase) -> None:
+def test_a_step_cancelled_when_it_begins_ends_there_however_its_phase_came_to_it(phase: Phase) -> None:
     def cancel(learner: Any) -> None:
         raise CancelStepException("not this one")
 
@@ -385,7 +383,7 @@ class ClipTo(Callback):
         nn.utils.clip_grad_norm_(learner.model.parameters(), 0.5)
 
 
-def test_d_ft_16_a_fit_has_events_clipping_has_a_place_and_prediction_exists() -> None:
+def test_a_fit_has_events_clipping_has_a_place_and_prediction_exists() -> None:
     recorder, (xs, ys) = EventRecorder(), (torch.randn(20, 3), torch.randn(20, 1))
     model = nn.Linear(3, 1)
     own = deepcopy(model)
@@ -444,7 +442,7 @@ def watch_smooth_loss(losses: list[float]) -> SmoothWatch:
     return watch
 
 
-def test_d_ft_18_the_smooth_loss_gives_the_past_most_of_the_weight() -> None:
+def test_the_smooth_loss_gives_the_past_most_of_the_weight() -> None:
     losses = [float(i % 2) for i in range(200)]  # 0, 1, 0, 1, …
     running = watch_smooth_loss(losses).running
     value = weight = 0.0
@@ -454,12 +452,12 @@ def test_d_ft_18_the_smooth_loss_gives_the_past_most_of_the_weight() -> None:
     assert all(abs(smooth - 0.5) < 0.02 for smooth in running[100:])
 
 
-def test_d_ft_18_the_smooth_loss_is_smooth_as_a_steps_value_too() -> None:
+def test_the_smooth_loss_is_smooth_as_a_steps_value_too() -> None:
     watch = watch_smooth_loss([0.0, 1.0, 0.0, 1.0])
     assert watch.latest == pytest.approx(watch.running)
 
 
-def test_d_ft_19_epoch_metrics_are_weighted_by_batch_size() -> None:
+def test_epoch_metrics_are_weighted_by_batch_size() -> None:
     data = [torch.zeros(9), torch.full((1,), 10.0)]
     mean = Metric(lambda xs: xs.mean(), name="mean", inputs=("xs",))
     learner = toy_learner(Recorder(), Metrics(mean), data=(data,))
@@ -468,7 +466,7 @@ def test_d_ft_19_epoch_metrics_are_weighted_by_batch_size() -> None:
 
 
 @pytest.mark.parametrize("level", ["steps", "epoch"])
-def test_d_ft_19_an_epoch_without_a_finished_step_records_no_metric(level: str) -> None:
+def test_an_epoch_without_a_finished_step_records_no_metric(level: str) -> None:
     class ACancel(Callback):
         """In the second epoch, before the others that nothing orders."""
 
@@ -492,7 +490,7 @@ def test_d_ft_19_an_epoch_without_a_finished_step_records_no_metric(level: str) 
     assert history[TrainingPhase].steps == 32
 
 
-def test_d_ft_22_new_callbacks_are_initialised_and_the_runner_stays() -> None:
+def test_new_callbacks_are_initialised_and_the_runner_stays() -> None:
     initialised: list[str] = []
 
     class Counts(Callback):
@@ -517,7 +515,7 @@ def test_d_ft_22_new_callbacks_are_initialised_and_the_runner_stays() -> None:
     assert recorder.events[0] == "EpochBegin"
 
 
-def test_d_ft_23_missing_validation_data_is_a_warning_and_own_checks_keep_the_default_ones() -> None:
+def test_missing_validation_data_is_a_warning_and_own_checks_keep_the_default_ones() -> None:
     ran: list[str] = []
     check = SanityCheck(Check("mine", lambda learner: ran.append("mine")))
     data = TensorBatches(torch.ones(8, 1), torch.ones(8, 1), batch_size=4)
@@ -535,14 +533,14 @@ def bar_text(run: Callable[[Learner], object], **options: Any) -> str:
     return file.getvalue()
 
 
-def test_d_ft_24_the_bar_works_without_a_recorder() -> None:
+def test_the_bar_works_without_a_recorder() -> None:
     text = bar_text(lambda learner: learner.fit(1))
     assert "TrainingPhase" in text
     assert "ValidationPhase" in text
     assert "/16" in text
 
 
-def test_d_ft_24_the_bar_works_for_data_without_a_length() -> None:
+def test_the_bar_works_for_data_without_a_length() -> None:
     def batches() -> Iterator[Any]:
         for _ in range(3):
             yield torch.ones(2, 1), torch.ones(2, 1)
@@ -552,14 +550,14 @@ def test_d_ft_24_the_bar_works_for_data_without_a_length() -> None:
     assert "/16" not in text
 
 
-def test_d_ft_24_the_bar_measures_the_data_that_was_passed() -> None:
+def test_the_bar_measures_the_data_that_was_passed() -> None:
     data = TensorBatches(torch.ones(10, 1), torch.ones(10, 1), batch_size=2)
     text = bar_text(lambda learner: learner.epoch(TrainingPhase(), data))
     assert "/5" in text
     assert "/16" not in text
 
 
-def test_d_ft_28_an_error_in_a_handler_says_where_it_was_raised_and_keeps_its_type() -> None:
+def test_an_error_in_a_handler_says_where_it_was_raised_and_keeps_its_type() -> None:
     class Fails(Callback):
         @on(StepEnd, ValidationPhase)
         def fail(self, event: StepEnd, phase: Phase, learner: Any) -> None:
@@ -575,7 +573,7 @@ def test_d_ft_28_an_error_in_a_handler_says_where_it_was_raised_and_keeps_its_ty
     ]
 
 
-def test_d_ft_29_every_file_with_tests_is_collected_and_no_collected_file_is_empty() -> None:
+def test_every_file_with_tests_is_collected_and_no_collected_file_is_empty() -> None:
     for path in sorted(TESTS.rglob("*.py")):
         functions = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.FunctionDef)]
         has_tests = any(function.name.startswith("test_") for function in functions)
@@ -591,7 +589,7 @@ class OwnLosses(PerOptimizerPhase):
         return loss + 100 * sum(p.sum() for p in learner.model.parameters()) if name == "0" else loss
 
 
-def test_d_lz_01_no_gradient_leaks_from_one_optimizers_loss_into_anothers_update() -> None:
+def test_no_gradient_leaks_from_one_optimizers_loss_into_anothers_update() -> None:
     model, xs, ys = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), torch.randn(8, 1), torch.randn(8, 1)
     own = deepcopy(model)
     optimizers = {"0": partial(SGD, lr=0.1), "1": partial(SGD, lr=0.1)}
@@ -606,7 +604,7 @@ def test_d_lz_01_no_gradient_leaks_from_one_optimizers_loss_into_anothers_update
     assert torch.equal(model[1].bias, own[1].bias)
 
 
-def test_d_lz_08_a_misspelt_event_is_an_error_when_the_class_is_made() -> None:
+def test_a_misspelt_event_is_an_error_when_the_class_is_made() -> None:
     with pytest.raises(HandlerError, match=r"on_batch_end looks like a handler but nothing calls it; expected @on"):
 
         class OneCycle(Callback):
@@ -621,14 +619,14 @@ def test_d_lz_08_a_misspelt_event_is_an_error_when_the_class_is_made() -> None:
 
 
 @pytest.mark.parametrize("fraction", [0, 0.0, 1.0, -0.1])
-def test_d_lz_12_a_validation_share_that_leaves_nothing_is_an_error(fraction: float) -> None:
+def test_a_validation_share_that_leaves_nothing_is_an_error(fraction: float) -> None:
     with pytest.raises(DataError, match="expected a share above 0 and below 1"):
         split(torch.arange(10), fraction)
     rest, part = split(torch.arange(10), 0.01)
     assert (len(rest), len(part)) == (9, 1)
 
 
-def test_d_lz_13_fewer_rows_than_a_batch_with_drop_last_is_an_error() -> None:
+def test_fewer_rows_than_a_batch_with_drop_last_is_an_error() -> None:
     xs, ys = torch.ones(5, 1), torch.ones(5, 1)
     with pytest.raises(DataError, match="5 rows make no full batch of 8"):
         TensorBatches(xs, ys, batch_size=8, drop_last=True)
@@ -646,7 +644,7 @@ class RowStream(IterableDataset[Tensor]):
         return iter(torch.ones(10, 1))
 
 
-def test_d_lz_14_options_of_a_loader_hold_for_every_kind_of_data_or_are_refused() -> None:
+def test_options_of_a_loader_hold_for_every_kind_of_data_or_are_refused() -> None:
     xs = torch.arange(10.0).reshape(10, 1)
     for data in (xs, xs.numpy(), (xs, xs), {"xs": xs}, TensorDataset(xs)):
         loader: Any = as_dataloader(data, batch_size=4, drop_last=True)
@@ -658,7 +656,7 @@ def test_d_lz_14_options_of_a_loader_hold_for_every_kind_of_data_or_are_refused(
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 4}, {"shuffle": True}, {"drop_last": True}])
-def test_d_lz_14_options_for_what_makes_batches_already_are_refused(options: dict[str, Any]) -> None:
+def test_options_for_what_makes_batches_already_are_refused(options: dict[str, Any]) -> None:
     rows = TensorDataset(torch.ones(10, 1))
     for loader in (DataLoader(rows, batch_size=5, shuffle=True), [torch.ones(5, 1)]):
         with pytest.raises(DataError, match=r"options were given for .*, which already makes batches"):
@@ -676,12 +674,12 @@ class Rows:
         return torch.full((1,), float(index))
 
 
-def test_d_lz_14_options_hold_for_whatever_gives_rows_by_their_number() -> None:
+def test_options_hold_for_whatever_gives_rows_by_their_number() -> None:
     loader: Any = as_dataloader(Rows(), batch_size=4, drop_last=True)
     assert len(loader) == 2
 
 
-def test_d_lz_15_the_loss_is_that_of_all_rows_and_auroc_of_several_classes_takes_logits() -> None:
+def test_the_loss_is_that_of_all_rows_and_auroc_of_several_classes_takes_logits() -> None:
     xs = torch.randn(100, 4)
     ys = (xs @ torch.randn(4, 3)).argmax(1)
     learner = Learner(
@@ -708,12 +706,12 @@ def test_d_lz_15_the_loss_is_that_of_all_rows_and_auroc_of_several_classes_takes
         (Metric(accuracy, name="loss"),),
     ],
 )
-def test_d_lz_16_two_metrics_of_one_name_are_an_error(metrics: tuple[Any, ...]) -> None:
+def test_two_metrics_of_one_name_are_an_error(metrics: tuple[Any, ...]) -> None:
     with pytest.raises(MetricError, match="two metrics are called"):
         Metrics(*metrics)
 
 
-def test_d_lz_16_a_collection_cannot_take_the_name_of_another_metric() -> None:
+def test_a_collection_cannot_take_the_name_of_another_metric() -> None:
     collection = torchmetrics.MetricCollection({"accuracy": torchmetrics.classification.MulticlassAccuracy(3)})
     learner = Learner(
         nn.Linear(4, 3),
@@ -735,7 +733,7 @@ def raise_error(error: BaseException) -> Callable[[Any], None]:
 
 @pytest.mark.parametrize("event", [FitBegin, EpochBegin, StepBegin, StepEnd, EpochEnd])
 @pytest.mark.parametrize("error", [ValueError("oh"), KeyboardInterrupt()], ids=["error", "interrupt"])
-def test_d_lz_22_a_fit_that_fails_or_is_interrupted_anywhere_still_ends(event: Any, error: BaseException) -> None:
+def test_a_fit_that_fails_or_is_interrupted_anywhere_still_ends(event: Any, error: BaseException) -> None:
     ends: list[FitEnd] = []
 
     class Ends(Callback):
@@ -755,7 +753,7 @@ def test_d_lz_22_a_fit_that_fails_or_is_interrupted_anywhere_still_ends(event: A
 
 
 @pytest.mark.parametrize("call", ["evaluate", "predict"])
-def test_d_lz_22_an_interrupted_evaluation_or_prediction_leaves_the_learner_as_it_was(call: str) -> None:
+def test_an_interrupted_evaluation_or_prediction_leaves_the_learner_as_it_was(call: str) -> None:
     def batches() -> Iterator[Any]:
         yield torch.ones(2, 1), torch.ones(2, 1)
         raise KeyboardInterrupt
@@ -857,7 +855,7 @@ def wrong_uses() -> dict[str, Callable[[], object]]:
 
 
 @pytest.mark.parametrize("case", list(wrong_uses()))
-def test_d_lz_26_no_error_text_has_an_unexpanded_placeholder(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_error_text_has_an_unexpanded_placeholder(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(Exception, match=r"\w") as caught:
         wrong_uses()[case]()
     text = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
@@ -865,7 +863,7 @@ def test_d_lz_26_no_error_text_has_an_unexpanded_placeholder(case: str, capsys: 
     assert not PLACEHOLDER.search(text), text
 
 
-def test_d_lz_26_no_text_in_the_sources_names_a_placeholder_outside_of_an_f_string() -> None:
+def test_no_text_in_the_sources_names_a_placeholder_outside_of_an_f_string() -> None:
     found = []
     for path in sorted(SOURCES.rglob("*.py")):
         tree = ast.parse(path.read_text("utf-8"))

@@ -85,7 +85,7 @@ def learner_of(*callbacks: Callback, model: Any = None, **options: Any) -> Learn
 # luz
 
 
-def test_d_lz_28_nothing_switches_to_eval_and_never_back() -> None:
+def test_nothing_switches_to_eval_and_never_back() -> None:
     modes: list[bool] = []
 
     def look(learner: Any) -> None:
@@ -119,7 +119,7 @@ def test_d_lz_28_nothing_switches_to_eval_and_never_back() -> None:
     assert all(modes)
 
 
-def test_d_lz_28_a_model_given_in_eval_mode_is_trained_in_train_mode_and_given_back_as_it_was() -> None:
+def test_a_model_given_in_eval_mode_is_trained_in_train_mode_and_given_back_as_it_was() -> None:
     seen: list[bool] = []
     look = CustomCallback(lambda learner: seen.append(learner.model[3].training), StepEnd, TrainingPhase)
     learner = learner_of(look, model=net().eval())
@@ -163,7 +163,7 @@ def fails(preds: Tensor, ys: Tensor) -> Tensor:
     ids=["update", "compute", "function"],
 )
 @pytest.mark.parametrize("phase", [TrainingPhase, ValidationPhase])
-def test_d_mt_01_an_error_of_a_metric_is_raised_and_named_and_becomes_no_nan(
+def test_an_error_of_a_metric_is_raised_and_named_and_becomes_no_nan(
     metric: Metric, kind: type[Exception], word: str, phase: Any
 ) -> None:
     learner = learner_of(Recorder(), Metrics(Metric(metric.fn, name="share", phase=phase)))
@@ -178,7 +178,7 @@ def test_d_mt_01_an_error_of_a_metric_is_raised_and_named_and_becomes_no_nan(
 
 
 @pytest.mark.parametrize("phase", [TrainingPhase, ValidationPhase])
-def test_d_mt_02_no_predictions_are_kept_over_an_epoch(phase: Any) -> None:
+def test_no_predictions_are_kept_over_an_epoch(phase: Any) -> None:
     alive: list[int] = []
     seen: list[weakref.ref[Tensor]] = []
 
@@ -217,9 +217,7 @@ class Reiterable:
 
 
 @pytest.mark.parametrize("kind", ["dataset", "iterable", "generator"])
-def test_d_mt_05_data_without_a_length_is_trained_on_with_every_callback(
-    kind: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_without_a_length_is_trained_on_with_every_callback(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     def make() -> Any:
         if kind == "dataset":
             return DataLoader(Stream(), batch_size=8)
@@ -238,7 +236,7 @@ def test_d_mt_05_data_without_a_length_is_trained_on_with_every_callback(
         assert len(learner.predict(make())) == (20 if kind == "dataset" else 24)
 
 
-def test_d_mt_05_a_limit_makes_epochs_of_data_without_an_end() -> None:
+def test_a_limit_makes_epochs_of_data_without_an_end() -> None:
     def endless() -> Iterator[Any]:
         while True:
             yield from batches()
@@ -248,7 +246,7 @@ def test_d_mt_05_a_limit_makes_epochs_of_data_without_an_end() -> None:
     assert learner.history[TrainingPhase] == Counts(epochs=3, steps=12, steps_epoch=4, updates={None: 12})
 
 
-def test_d_mt_06_one_failing_handler_of_the_end_keeps_no_other_from_running() -> None:
+def test_one_failing_handler_of_the_end_keeps_no_other_from_running() -> None:
     ended: list[str] = []
 
     def leave(learner: Any) -> None:
@@ -266,7 +264,7 @@ def test_d_mt_06_one_failing_handler_of_the_end_keeps_no_other_from_running() ->
     assert not learner._running.fitting
 
 
-def test_d_mt_07_a_fit_can_be_ended_after_any_step() -> None:
+def test_a_fit_can_be_ended_after_any_step() -> None:
     def stop(learner: Any) -> None:
         if learner.cbstate.history[TrainingPhase].steps == 2:
             raise CancelFittingException("two steps are enough")
@@ -277,7 +275,7 @@ def test_d_mt_07_a_fit_can_be_ended_after_any_step() -> None:
     assert learner.history[ValidationPhase].steps == 0
 
 
-def test_d_mt_11_without_validation_data_nothing_announces_a_validation(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_validation_data_nothing_announces_a_validation(capsys: pytest.CaptureFixture[str]) -> None:
     recorder = EventRecorder()
     learner = learner_of(recorder, data=(batches(),), default_callbacks=True)
     learner.fit(1)
@@ -286,7 +284,7 @@ def test_d_mt_11_without_validation_data_nothing_announces_a_validation(capsys: 
 
 
 @pytest.mark.parametrize(("gpu", "mps", "chosen"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
-def test_d_mt_12_the_device_is_chosen_as_the_documentation_says(
+def test_the_device_is_chosen_as_the_documentation_says(
     monkeypatch: pytest.MonkeyPatch, gpu: bool, mps: bool, chosen: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
@@ -297,7 +295,7 @@ def test_d_mt_12_the_device_is_chosen_as_the_documentation_says(
     assert "CUDA, else MPS, else the CPU" in " ".join((Accelerator.__doc__ or "").split())
 
 
-def test_d_mt_13_counts_of_steps_and_epochs_are_documented_whole_numbers() -> None:
+def test_counts_of_steps_and_epochs_are_documented_whole_numbers() -> None:
     learner = toy_learner(Recorder(), Metrics(), throttle(CustomCallback(lambda _: None, StepEnd), StepEnd, freq=2))
     learner.fit(3)
     counts = learner.history[TrainingPhase]
@@ -309,7 +307,7 @@ def test_d_mt_13_counts_of_steps_and_epochs_are_documented_whole_numbers() -> No
         assert f"{name}: " in (Counts.__doc__ or "")
 
 
-def test_d_mt_13_the_count_goes_on_over_fits_and_phases_see_their_own() -> None:
+def test_the_count_goes_on_over_fits_and_phases_see_their_own() -> None:
     seen: list[int] = []
     look = CustomCallback(
         lambda learner: seen.append(learner.cbstate.history[TrainingPhase].steps),
@@ -325,7 +323,7 @@ def test_d_mt_13_the_count_goes_on_over_fits_and_phases_see_their_own() -> None:
     assert learner.history[TrainingPhase].steps == 9
 
 
-def test_d_lz_11_clipping_sees_the_gradients_that_the_optimizer_steps_with_not_scaled_ones() -> None:
+def test_clipping_sees_the_gradients_that_the_optimizer_steps_with_not_scaled_ones() -> None:
     class Scaled(Accelerator):
         """Computes gradients of a scaled loss, and has them unscaled before an update begins."""
 
@@ -343,7 +341,7 @@ def test_d_lz_11_clipping_sees_the_gradients_that_the_optimizer_steps_with_not_s
     assert norms["plain"][0] > 0.25
 
 
-def test_d_lz_17_the_printed_history_shows_validation() -> None:
+def test_the_printed_history_shows_validation() -> None:
     learner = toy_learner(Recorder(), Metrics())
     history = learner.fit(2)
     assert "ValidationPhase: 2 epochs" in repr(history)

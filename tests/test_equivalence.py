@@ -209,7 +209,7 @@ def test_one_loss_with_two_optimizers_over_one_model_equals_the_hand_written_loo
     assert learner.history[TrainingPhase].updates == {"body": EPOCHS * STEPS, "head": EPOCHS * STEPS}
 
 
-# E20: a phase that fires the events itself
+# A phase that fires the events itself
 
 
 class SpelledOut(TrainingPhase):
@@ -225,7 +225,7 @@ class SpelledOut(TrainingPhase):
             learner.update()
 
 
-def test_e20_a_spelled_out_phase_has_the_trace_and_the_bits_of_the_built_in_one() -> None:
+def test_a_spelled_out_phase_has_the_trace_and_the_bits_of_the_built_in_one() -> None:
     learners = []
     traces = []
     for phase in (TrainingPhase(), SpelledOut()):
@@ -481,7 +481,7 @@ def test_a_gan_that_forgets_the_detach_still_trains_each_model_on_its_own_loss()
     assert_same_bits(forgetful, careful)
 
 
-# Two optimizers over one model, each with a loss of its own (E2 of luz, without its leak)
+# Two optimizers over one model, each with a loss of its own
 
 
 class TwoRates(PerOptimizerPhase):
@@ -490,7 +490,7 @@ class TwoRates(PerOptimizerPhase):
         return loss + learner.model[0].weight.abs().sum() if name == "0" else loss
 
 
-def test_e2_d_lz_01_two_optimizers_over_one_model_equal_the_hand_written_loop_without_a_leak() -> None:
+def test_two_optimizers_over_one_model_equal_the_hand_written_loop_without_a_leak() -> None:
     by_hand = made(plain)
     optimizers = {
         "0": torch.optim.SGD(by_hand[0].parameters(), 0.1),

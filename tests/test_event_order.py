@@ -217,7 +217,7 @@ def test_a_training_step_fires_exactly_these_events():
     ]
 
 
-def test_d_ft_14_a_validation_step_fires_loss_begin_too():
+def test_a_validation_step_fires_loss_begin_too():
     learner, recorder = recorded()
     ValidationPhase().step(learner, next(iter(learner.data.validation)))
     assert recorder.events == ["StepBegin", "LossBegin", "StepEnd"]
@@ -270,7 +270,7 @@ def test_a_step_cancelled_in_its_body_fires_no_step_end_and_is_not_counted():
     assert (learner.history[RaiseInStep].steps, learner.history[RaiseInStep].epochs) == (1, 1)
 
 
-def test_d_ft_15_an_epoch_cancelled_in_a_step_fires_epoch_end_once():
+def test_an_epoch_cancelled_in_a_step_fires_epoch_end_once():
     trace, error, learner = fit_phase(RaiseInStep(CancelEpochException()))
     assert trace == read(
         """
@@ -286,7 +286,7 @@ def test_d_ft_15_an_epoch_cancelled_in_a_step_fires_epoch_end_once():
     assert (learner.history[RaiseInStep].steps, learner.history[RaiseInStep].epochs) == (0, 1)
 
 
-def test_d_ft_13_a_fit_cancelled_in_a_step_returns_normally_and_says_why():
+def test_a_fit_cancelled_in_a_step_returns_normally_and_says_why():
     trace, error, learner = fit_phase(RaiseInStep(CancelFittingException("low loss reached")))
     assert trace == read(
         """
@@ -301,7 +301,7 @@ def test_d_ft_13_a_fit_cancelled_in_a_step_returns_normally_and_says_why():
     assert (learner.history[RaiseInStep].epochs, learner.history.cycles) == (0, 0)
 
 
-def test_d_lz_22_an_error_in_a_step_leaves_the_fit_after_fit_end():
+def test_an_error_in_a_step_leaves_the_fit_after_fit_end():
     broken = BrokenError()
     trace, error, learner = fit_phase(RaiseInStep(broken))
     assert trace == read(
@@ -427,7 +427,7 @@ def test_a_fit_cancelled_at_epoch_begin_fires_no_epoch_end():
     assert learner.history.stop_reason == "not today"
 
 
-def test_d_ft_15_an_epoch_cancelled_at_its_end_ends_once():
+def test_an_epoch_cancelled_at_its_end_ends_once():
     trace, error, learner = handled(CancelEpochException(), EpochEnd)
     assert trace == read(ONE_EPOCH)
     assert error is None
@@ -441,7 +441,7 @@ def test_a_step_cancelled_at_its_end_ends_once_and_is_counted():
     assert learner.history[TrainingPhase].steps == 2
 
 
-def test_d_lz_22_fit_end_follows_an_error_at_fit_begin():
+def test_fit_end_follows_an_error_at_fit_begin():
     broken = BrokenError()
     trace, error, _ = handled(broken, FitBegin)
     assert trace == read("FittingPhase FitBegin FitEnd")

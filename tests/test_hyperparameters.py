@@ -37,7 +37,7 @@ def gan_learner() -> Learner:
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad])
-def test_d_ft_10_the_value_that_is_set_is_the_one_the_optimizer_uses(optimizer: Any) -> None:
+def test_the_value_that_is_set_is_the_one_the_optimizer_uses(optimizer: Any) -> None:
     learner = toy_learner(optimizer=partial(optimizer, lr=0.001))
     learner.fit(1)
     before = learner.model.value.clone()
@@ -138,16 +138,14 @@ def test_an_optimizer_of_a_part_has_a_dotted_name() -> None:
         (Betas("D"), "SGD 'D' has no 'betas'; it has dampening, .*lr, .*momentum.*weight_decay"),
     ],
 )
-def test_d_ft_26_what_an_optimizer_does_not_have_is_an_error_that_names_what_it_has(
-    hp: OptimizerOption, message: str
-) -> None:
+def test_what_an_optimizer_does_not_have_is_an_error_that_names_what_it_has(hp: OptimizerOption, message: str) -> None:
     learner = gan_learner()
     for call in (partial(get_hyperparameter, learner, hp), partial(set_hyperparameter, learner, hp, 0.5)):
         with pytest.raises(OptimizerError, match=message):
             call()
 
 
-def test_d_ft_26_an_optimizer_without_momentum_says_so() -> None:
+def test_an_optimizer_without_momentum_says_so() -> None:
     with pytest.raises(OptimizerError, match=r"Adagrad has no 'momentum' or 'betas'; it has .*lr, lr_decay"):
         get_hyperparameter(toy_learner(optimizer=torch.optim.Adagrad), Momentum)
     with pytest.raises(OptimizerError, match=r"the learner has a single one without a name: LearningRate\(\)"):

@@ -95,7 +95,7 @@ def test_a_loss_module_is_moved_to_the_device_and_a_function_used_as_it_is() -> 
     assert Learner(nn.Linear(2, 3), nn.functional.mse_loss).loss_fn is nn.functional.mse_loss
 
 
-def test_e14_a_loss_may_be_a_function_or_a_module() -> None:
+def test_a_loss_may_be_a_function_or_a_module() -> None:
     def trained(loss: Any) -> Learner:
         learner = toy_learner()
         learner.loss_fn = loss
@@ -136,7 +136,7 @@ def test_data_comes_in_many_forms(data: Any, keys: list[str], batches: int | Non
         assert learner.history[TrainingPhase].steps == batches
 
 
-def test_d_ft_12_one_element_of_data_is_training_data() -> None:
+def test_one_element_of_data_is_training_data() -> None:
     learner = toy_learner(Recorder(), data=((XS, YS),))
     learner.fit(1)
     assert learner.history[TrainingPhase].epochs == 1
@@ -241,7 +241,7 @@ def test_a_subclass_replaces_the_default_too() -> None:
 
 
 @pytest.mark.parametrize("default", [Recorder, Metrics, ProgressBar, MetricsPrinter, StopOnNaNLoss])
-def test_d_ft_17_a_throttled_callback_replaces_the_default_of_its_type(default: Any) -> None:
+def test_a_throttled_callback_replaces_the_default_of_its_type(default: Any) -> None:
     mine = default()
     learner = toy_learner(throttle(mine, StepEnd, freq=2), default_callbacks=True)
     assert classes(learner) == sorted(DEFAULTS)
@@ -328,7 +328,7 @@ class WritesPreds(Callback):
         learner.step.preds = learner.step.preds * 2
 
 
-def test_d_ft_22_a_callback_is_initialised_once_per_learner_however_it_came() -> None:
+def test_a_callback_is_initialised_once_per_learner_however_it_came() -> None:
     for manage in (
         lambda learner, callback: learner.add_callback(callback),
         lambda learner, callback: learner.replace_callback(callback),

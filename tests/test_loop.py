@@ -195,7 +195,7 @@ def test_the_steps_handle_fires_events_for_the_running_phase():
     assert {phase for _, phase in recorder.trace} == {"ValidationPhase"}
 
 
-# FluxTraining's checks of the loop
+# Phases with a step of their own
 
 
 class Custom(AbstractTrainingPhase):
@@ -695,7 +695,7 @@ def test_a_cancelled_epoch_nested_in_a_step_ends_alone():
 # Notes on errors
 
 
-def test_d_ft_28_an_error_in_a_handler_leaves_with_its_type_and_says_where_it_was_raised():
+def test_an_error_in_a_handler_leaves_with_its_type_and_says_where_it_was_raised():
     calls = 0
 
     def fail_late(learner: Learner) -> None:

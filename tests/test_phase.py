@@ -180,7 +180,7 @@ def test_a_handler_for_a_more_specific_phase_goes_before_one_for_its_base():
 
 
 @pytest.mark.parametrize("phase", [TrainingPhase, Mine])
-def test_e26_a_schedule_for_training_phases_acts_in_them_alone(phase):
+def test_a_schedule_for_training_phases_acts_in_them_alone(phase):
     schedule = SetRate()
     learner = toy_learner(schedule, num_batches=2)
     learner.fit(2, phases=[phase(), ValidationPhase()])

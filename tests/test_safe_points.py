@@ -153,7 +153,7 @@ def test_a_phase_inside_of_a_phase_has_no_place_to_go_on_from() -> None:
 # Ending a fit
 
 
-def test_d_mt_07_a_stop_takes_effect_between_two_batches() -> None:
+def test_a_stop_takes_effect_between_two_batches() -> None:
     class Ask(UnsafeCallback):
         @on(StepBegin, AbstractTrainingPhase)
         def ask(self, event: StepBegin, phase: Phase, learner: Any) -> None:
@@ -191,7 +191,7 @@ def test_a_cancelled_step_or_epoch_leaves_a_run_that_can_be_gone_on_with() -> No
     assert_resumes_exactly(lambda: toy(Recorder(), Metrics(), Cancels()), epochs=3, at=[3, 4, 8, 12, 15])
 
 
-def test_d_mt_06_an_error_in_one_undo_or_handler_of_the_end_does_not_keep_the_others() -> None:
+def test_an_error_in_one_undo_or_handler_of_the_end_does_not_keep_the_others() -> None:
     done: list[str] = []
 
     class Resource(UnsafeCallback):
@@ -240,7 +240,7 @@ def test_an_error_at_the_end_leaves_the_checkpoint_before_it(tmp_path: Path) -> 
     assert_same_bits(plain, again)
 
 
-def test_d_mt_13_counts_are_whole_numbers_also_after_a_resume(tmp_path: Path) -> None:
+def test_counts_are_whole_numbers_also_after_a_resume(tmp_path: Path) -> None:
     for until in (1, 2):
         learner = toy(Recorder(), Metrics(), Checkpointer(tmp_path))
         learner.fit(until, resume=tmp_path)

@@ -189,7 +189,7 @@ def test_one_cycle_is_that_of_torch_where_the_peaks_fall_on_the_same_step() -> N
 
 @settings(deadline=None, max_examples=30)
 @given(total=totals, pct=st.floats(0, 1), after=st.integers(0, 5000))
-def test_d_ft_25_one_cycle_has_a_true_end_and_anneals_by_cosine(total: int, pct: float, after: int) -> None:
+def test_one_cycle_has_a_true_end_and_anneals_by_cosine(total: int, pct: float, after: int) -> None:
     schedule = schedules.one_cycle(total, 1.0, pct)
     up = math.ceil(total * pct)
     assert schedule(total + after) == 1e-5

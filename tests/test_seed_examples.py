@@ -87,7 +87,7 @@ def assert_equal_weights(first: nn.Module, second: nn.Module) -> None:
 # E1: module, loss, optimizer and metric, and nothing else
 
 
-def test_e01_fit_reports_loss_and_accuracy_of_both_sets(capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_reports_loss_and_accuracy_of_both_sets(capsys: pytest.CaptureFixture[str]) -> None:
     train, valid = batches(), batches(24)
     learner = Learner(
         Net(),
@@ -144,7 +144,7 @@ def by_hand_with_two_rates(net: Net, data: TensorBatches, epochs: int) -> dict[s
     return averages
 
 
-def test_e02_two_optimizers_over_one_model_equal_the_hand_written_loop() -> None:
+def test_two_optimizers_over_one_model_equal_the_hand_written_loop() -> None:
     net, data = Net(), batches()
     own = deepcopy(net)
     learner = quiet(net, cross_entropy, data=(data,), optimizer=TWO_RATES, callbacks=[Recorder(), Metrics()])
@@ -170,7 +170,7 @@ class GradientWatch(Callback):
         self.seen.append((event.name, {key: None if grads[key] is None else grads[key].clone() for key in grads}))
 
 
-def test_e02_the_gradient_of_one_optimizers_loss_never_reaches_the_other() -> None:
+def test_the_gradient_of_one_optimizers_loss_never_reaches_the_other() -> None:
     watch = GradientWatch([])
     learner = quiet(Net(), cross_entropy, data=(batches(32),), optimizer=TWO_RATES, callbacks=[watch])
     learner.fit(2, phases=[TwoRates()])
@@ -182,7 +182,7 @@ def test_e02_the_gradient_of_one_optimizers_loss_never_reaches_the_other() -> No
         assert second["fc2.weight"].abs().sum() > 0
 
 
-def test_e02_validation_gives_each_optimizers_loss_and_touches_no_gradient() -> None:
+def test_validation_gives_each_optimizers_loss_and_touches_no_gradient() -> None:
     train, valid = batches(), batches(20)
     callbacks = [Recorder(), Metrics(accuracy)]
     learner = quiet(Net(), cross_entropy, data=(train, valid), optimizer=TWO_RATES, callbacks=callbacks)
@@ -204,7 +204,7 @@ def test_e02_validation_gives_each_optimizers_loss_and_touches_no_gradient() -> 
     assert history["validation/accuracy"] == [pytest.approx(accuracy(weights(xs), ys).item())]
 
 
-def test_e02_validation_between_the_epochs_changes_no_weight() -> None:
+def test_validation_between_the_epochs_changes_no_weight() -> None:
     net, train = Net(), batches()
     own = deepcopy(net)
     learner = quiet(net, cross_entropy, data=(train, batches(20)), optimizer=TWO_RATES)
@@ -224,13 +224,13 @@ class SelfContained(Net):
         return {"fc1": SGD(self.fc1.parameters(), lr=0.1), "fc2": SGD(self.fc2.parameters(), lr=0.01)}
 
 
-def test_e03_a_learner_without_any_loss_is_refused_before_it_trains() -> None:
+def test_a_learner_without_any_loss_is_refused_before_it_trains() -> None:
     learner = quiet(Net(), data=(batches(),))
     with pytest.raises(LossError, match="TrainingPhase needs a loss function, and the learner has none; give one"):
         learner.fit(1)
 
 
-def test_e03_the_models_own_loss_and_optimizers_are_taken() -> None:
+def test_the_models_own_loss_and_optimizers_are_taken() -> None:
     net, data = SelfContained(), batches()
     own = deepcopy(net)
     learner = quiet(net, net.loss, data=(data,), optimizer=net.optimizers())
@@ -272,7 +272,7 @@ class OwnValidationStep(AbstractValidationPhase):
     step = whole_step
 
 
-def test_e04_the_whole_step_by_hand_equals_the_loss_by_optimizer() -> None:
+def test_the_whole_step_by_hand_equals_the_loss_by_optimizer() -> None:
     train, valid = batches(), batches(20)
     net, recorder = Net(), EventRecorder()
     first, second = (
@@ -350,7 +350,7 @@ def by_hand_accumulated(net: nn.Module, data: Any, every: int, epochs: int, flus
 
 
 @pytest.mark.parametrize("rows", [48, 40])
-def test_e05_an_update_every_third_batch_equals_hand_written_accumulation(rows: int) -> None:
+def test_an_update_every_third_batch_equals_hand_written_accumulation(rows: int) -> None:
     net, data = Net(), batches(rows, batch_size=8)
     own = deepcopy(net)
     learner = quiet(
@@ -363,7 +363,7 @@ def test_e05_an_update_every_third_batch_equals_hand_written_accumulation(rows: 
     assert learner.history[VirtualBatches].updates == {None: 3 * len(data) // 3}
 
 
-def test_e05_an_accumulated_update_equals_one_step_on_the_larger_batch() -> None:
+def test_an_accumulated_update_equals_one_step_on_the_larger_batch() -> None:
     net, (xs, ys) = Net(), classification(32)
     small, large = deepcopy(net), deepcopy(net)
     for model, size, phase in ((small, 8, VirtualBatches(4)), (large, 32, TrainingPhase())):
@@ -374,7 +374,7 @@ def test_e05_an_accumulated_update_equals_one_step_on_the_larger_batch() -> None
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_e05_batches_left_at_the_end_of_an_epoch_count_in_the_next_one() -> None:
+def test_batches_left_at_the_end_of_an_epoch_count_in_the_next_one() -> None:
     net, data = Net(), batches(40, batch_size=8)  # 5 batches
     learner = quiet(
         net, cross_entropy, data=(data,), optimizer=partial(AdamW, lr=0.01, fused=False), callbacks=[Recorder()]
@@ -388,7 +388,7 @@ def test_e05_batches_left_at_the_end_of_an_epoch_count_in_the_next_one() -> None
     assert learner.history[phase].updates == {None: 2}
 
 
-def test_e05_an_epoch_of_ones_own_can_update_with_what_is_left() -> None:
+def test_an_epoch_of_ones_own_can_update_with_what_is_left() -> None:
     net, data = Net(), batches(40, batch_size=8)
     own = deepcopy(net)
     learner = quiet(
@@ -414,7 +414,7 @@ class ConvNet(nn.Module):
         return self.head(self.dropout(self.conv(xs).relu().mean((2, 3))))
 
 
-def test_e07_hyperparameters_of_the_model_and_the_optimizer_may_come_later() -> None:
+def test_hyperparameters_of_the_model_and_the_optimizer_may_come_later() -> None:
     prepare = partial(ConvNet, channels=5)
     learner = quiet(prepare(num_classes=10), cross_entropy, optimizer=partial(Adam, lr=0.003, fused=False))
     learner.fit(1, ((torch.randn(8, 1, 6, 6), torch.randint(10, (8,))),))
@@ -422,7 +422,7 @@ def test_e07_hyperparameters_of_the_model_and_the_optimizer_may_come_later() -> 
     assert learner.optimizer.param_groups[0]["lr"] == 0.003
 
 
-def test_e08_predictions_come_in_loader_order_in_eval_mode_without_gradients() -> None:
+def test_predictions_come_in_loader_order_in_eval_mode_without_gradients() -> None:
     images = torch.randn(22, 1, 6, 6)
     learner = quiet(ConvNet(3), cross_entropy, data=((images, torch.randint(3, (22,))),))
     learner.fit(1)
@@ -440,7 +440,7 @@ def test_e08_predictions_come_in_loader_order_in_eval_mode_without_gradients() -
 # E9: the loop
 
 
-def test_e09_the_loop_goes_from_init_over_training_and_validation_to_the_end() -> None:
+def test_the_loop_goes_from_init_over_training_and_validation_to_the_end() -> None:
     modes = []
     watch = CustomCallback(lambda learner: modes.append((learner.model.training, learner.step.xs.device)), StepBegin)
     recorder = EventRecorder()
@@ -484,7 +484,7 @@ class Correct:
         return self.right / self.total
 
 
-def test_e10_a_metric_with_update_and_compute_starts_anew_each_epoch_and_set() -> None:
+def test_a_metric_with_update_and_compute_starts_anew_each_epoch_and_set() -> None:
     metrics = Metrics(Metric(Correct(), name="Acc"), accuracy)
     learner = quiet(Net(), cross_entropy, data=(batches(40), batches(20)), callbacks=[Recorder(), metrics])
     history = learner.fit(3)
@@ -493,7 +493,7 @@ def test_e10_a_metric_with_update_and_compute_starts_anew_each_epoch_and_set() -
         assert history[f"{key}/acc"] == pytest.approx(history[f"{key}/accuracy"])
 
 
-def test_e11_evaluate_computes_metrics_on_other_data_and_leaves_no_trace() -> None:
+def test_evaluate_computes_metrics_on_other_data_and_leaves_no_trace() -> None:
     xs, ys = torch.randn(100, 3), torch.randn(100, 1)
     learner = quiet(nn.Linear(3, 1), mse_loss, data=((xs, ys),), callbacks=[Recorder(), Metrics(mae)])
     learner.fit(1)
@@ -527,7 +527,7 @@ class PrintCallback(Callback):
         print(self.message)  # noqa: T201
 
 
-def test_e12_a_callback_with_an_argument_prints_the_iteration_and_its_message(
+def test_a_callback_with_an_argument_prints_the_iteration_and_its_message(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     toy_learner(PrintCallback("Done!"), Recorder(), num_batches=3).fit(2)
@@ -535,7 +535,7 @@ def test_e12_a_callback_with_an_argument_prints_the_iteration_and_its_message(
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
-def test_e13_the_order_of_callbacks_is_said_by_them_and_not_by_the_list(order: tuple[int, ...]) -> None:
+def test_the_order_of_callbacks_is_said_by_them_and_not_by_the_list(order: tuple[int, ...]) -> None:
     calls: list[str] = []
 
     class First(Callback):
@@ -567,7 +567,7 @@ def test_e13_the_order_of_callbacks_is_said_by_them_and_not_by_the_list(order: t
 # E14, E15 and E16: loss, optimizer and regression as in plain PyTorch
 
 
-def test_e14_a_loss_may_be_a_function_or_a_module() -> None:
+def test_a_loss_may_be_a_function_or_a_module() -> None:
     model, data = nn.Linear(3, 1), TensorBatches(torch.randn(20, 3), torch.randn(20, 1), batch_size=8)
     first, second = (quiet(deepcopy(model), loss, data=(data,)) for loss in (mse_loss, nn.MSELoss()))
     first.fit(2)
@@ -599,7 +599,7 @@ class ParameterWatch(Callback):
         self.after = [p.detach().clone() for p in learner.optimizer.param_groups[0]["params"]]
 
 
-def test_e15_backward_changes_gradients_alone_and_the_first_adam_step_moves_each_parameter_by_lr() -> None:
+def test_backward_changes_gradients_alone_and_the_first_adam_step_moves_each_parameter_by_lr() -> None:
     watch = ParameterWatch()
     model = nn.Linear(3, 1)
     data = [(torch.randn(100, 3), torch.randn(100, 1))]
@@ -615,7 +615,7 @@ def test_e15_backward_changes_gradients_alone_and_the_first_adam_step_moves_each
         assert torch.equal(after, parameter.detach())
 
 
-def test_e16_full_batch_regression_prints_the_loss_at_each_tenth_step(capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_batch_regression_prints_the_loss_at_each_tenth_step(capsys: pytest.CaptureFixture[str]) -> None:
     xs = torch.randn(100, 3)
     ys = (xs * torch.tensor([0.2, -1.3, -0.5])).sum(1, keepdim=True) + torch.randn(100, 1)
     net = nn.Sequential(nn.Linear(3, 32), nn.ReLU(), nn.Linear(32, 1))
@@ -705,7 +705,7 @@ STEP_EVENTS = ["StepBegin", "LossBegin", "BackwardBegin", "BackwardEnd", "Update
     ],
     ids=["e18", "e19", "e20", "built-in"],
 )
-def test_e17_to_e20_each_stage_of_a_phase_trains_as_the_bare_step_function(phase: Any, events: list[str]) -> None:
+def test_each_stage_of_a_phase_trains_as_the_bare_step_function(phase: Any, events: list[str]) -> None:
     net, data, recorder = Net(), batches(32), EventRecorder()
     own = deepcopy(net)
     learner = quiet(
@@ -722,7 +722,7 @@ def test_e17_to_e20_each_stage_of_a_phase_trains_as_the_bare_step_function(phase
     assert {name for _, name in recorder.trace} == {type(phase).__name__}
 
 
-def test_e19_the_state_is_the_learners_step_and_feeds_the_metrics() -> None:
+def test_the_state_is_the_learners_step_and_feeds_the_metrics() -> None:
     learner = quiet(Net(), cross_entropy, data=(batches(),), callbacks=[Recorder(), Metrics(accuracy)])
     history = learner.fit(2, phases=[WithState()])
     assert {"xs", "ys", "preds", "loss"} <= set(vars(learner.step))
@@ -731,7 +731,7 @@ def test_e19_the_state_is_the_learners_step_and_feeds_the_metrics() -> None:
 
 
 @pytest.mark.parametrize("make_optimizer", [partial(SGD, lr=0.1, momentum=0.9), partial(AdamW, lr=0.01, fused=False)])
-def test_e20_the_phase_of_the_tutorial_is_the_training_phase_to_the_bit(make_optimizer: Any) -> None:
+def test_the_phase_of_the_tutorial_is_the_training_phase_to_the_bit(make_optimizer: Any) -> None:
     model, data = regularized(), TensorBatches(*classification(40), batch_size=16, shuffle=True)
     recorders = EventRecorder(), EventRecorder()
     learners = [
@@ -753,7 +753,7 @@ def test_e20_the_phase_of_the_tutorial_is_the_training_phase_to_the_bit(make_opt
     assert not torch.equal(next(learners[0].model.parameters()), next(model.parameters()))
 
 
-def test_e21_counts_go_on_over_the_epochs_of_ones_own_loop() -> None:
+def test_counts_go_on_over_the_epochs_of_ones_own_loop() -> None:
     learner = toy_learner(Recorder(), num_batches=4)
     for i in range(1, 11):
         learner.epoch(WithEvents())
@@ -773,7 +773,7 @@ class OwnValidation(AbstractValidationPhase):
         return state
 
 
-def test_e22_a_validation_step_of_ones_own_watches_and_changes_nothing() -> None:
+def test_a_validation_step_of_ones_own_watches_and_changes_nothing() -> None:
     recorder = EventRecorder()
     learner = quiet(regularized(), cross_entropy, data=(batches(32), batches(16)), callbacks=[recorder])
     before = deepcopy(learner.model)
@@ -792,7 +792,7 @@ class OwnEpoch(TrainingPhase):
                 self.step(learner, batch)
 
 
-def test_e23_the_default_epoch_written_out_is_the_same_epoch() -> None:
+def test_the_default_epoch_written_out_is_the_same_epoch() -> None:
     recorders = EventRecorder(), EventRecorder()
     first, second = (toy_learner(recorder, Recorder()) for recorder in recorders)
     first.fit(2, phases=[OwnEpoch()])
@@ -810,7 +810,7 @@ class UntilLow(TrainingPhase):
                     raise CancelFittingException("Low loss reached.")
 
 
-def test_e24_a_low_loss_ends_the_training_with_its_message_for_whoever_called_the_epoch() -> None:
+def test_a_low_loss_ends_the_training_with_its_message_for_whoever_called_the_epoch() -> None:
     recorder = EventRecorder()
     learner = toy_learner(recorder, Recorder(), optimizer=partial(SGD, lr=0.0001))
 
@@ -825,7 +825,7 @@ def test_e24_a_low_loss_ends_the_training_with_its_message_for_whoever_called_th
     assert learner.scope is None
 
 
-def test_e24_inside_fit_a_low_loss_is_the_reason_why_it_stopped() -> None:
+def test_inside_fit_a_low_loss_is_the_reason_why_it_stopped() -> None:
     recorder = EventRecorder()
     history = toy_learner(recorder, optimizer=partial(SGD, lr=0.0001)).fit(1000, phases=[UntilLow(), ValidationPhase()])
     assert history.stop_reason == "Low loss reached."
@@ -855,7 +855,7 @@ class GAN(AbstractTrainingPhase):
                 block.loss = softplus(-critic(state.fake)).mean()
 
 
-def test_e25_a_gan_with_named_models_equals_the_hand_written_loop() -> None:
+def test_a_gan_with_named_models_equals_the_hand_written_loop() -> None:
     models, data = make_gan(), TensorBatches(torch.randn(40, 3), batch_size=8)
     own, adam = deepcopy(models), partial(Adam, lr=0.01, betas=(0.5, 0.999), fused=False)
     learner = quiet(models, data=(data,), optimizer=adam, callbacks=[Recorder(), Metrics()])
@@ -882,7 +882,7 @@ def test_e25_a_gan_with_named_models_equals_the_hand_written_loop() -> None:
     assert len(history["training/loss_critic"]) == len(history["training/loss_generator"]) == 3
 
 
-def test_e25_names_are_the_same_for_models_parameters_and_optimizers_and_the_step_keeps_what_is_put_there() -> None:
+def test_names_are_the_same_for_models_parameters_and_optimizers_and_the_step_keeps_what_is_put_there() -> None:
     models = make_gan()
     learner = quiet(models, data=(TensorBatches(torch.randn(8, 3), batch_size=8),))
     learner.fit(1, phases=[GAN()])
@@ -913,7 +913,7 @@ class HalveRate(Callback):
         self.rates.append(group["lr"])
 
 
-def test_e26_a_schedule_acts_in_every_training_phase_and_in_no_other() -> None:
+def test_a_schedule_acts_in_every_training_phase_and_in_no_other() -> None:
     schedule = HalveRate([])
     learner = toy_learner(schedule, num_batches=2, optimizer=partial(SGD, lr=0.008))
     learner.epoch(WithEvents())
@@ -965,7 +965,7 @@ def averages(epochs: int, alpha: float, start: float | None = None) -> Iterator[
         yield value
 
 
-def test_e29_the_moving_average_is_printed_before_validation_and_kept_after_training(
+def test_the_moving_average_is_printed_before_validation_and_kept_after_training(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     logger = CustomLogger(alpha=0.1)
@@ -977,7 +977,7 @@ def test_e29_the_moving_average_is_printed_before_validation_and_kept_after_trai
     assert capsys.readouterr().out.splitlines() == expected
 
 
-def test_e29_the_moving_average_goes_on_from_a_restored_state() -> None:
+def test_the_moving_average_goes_on_from_a_restored_state() -> None:
     first = CustomLogger()
     toy_learner(first, Recorder()).fit(1)
     second = CustomLogger()
@@ -987,7 +987,7 @@ def test_e29_the_moving_average_goes_on_from_a_restored_state() -> None:
     assert second.value == pytest.approx(next(averages(1, 0.1, start=first.value)))
 
 
-def test_e30_a_callback_is_configured_after_it_was_made_and_read_after_the_fit() -> None:
+def test_a_callback_is_configured_after_it_was_made_and_read_after_the_fit() -> None:
     logger = CustomLogger()
     learner = toy_learner(logger, Recorder())
     logger.alpha = 0.05

@@ -1062,7 +1062,7 @@ def test_data_that_cannot_be_gone_on_with_is_told_once_and_checkpoints_wait(tmp_
 # Defects of the older systems
 
 
-def test_d_ft_21_the_whole_state_is_kept_and_any_metric_decides(tmp_path: Path) -> None:
+def test_the_whole_state_is_kept_and_any_metric_decides(tmp_path: Path) -> None:
     keeper = Checkpointer(tmp_path, keep_last=1, keep_best=1, monitor="validation/loss")
     learner = toy(Recorder(), Metrics(), keeper)
     learner.fit(3, phases=[TrainingPhase(), Scored([2.0, 1.0, 3.0])])
@@ -1076,7 +1076,7 @@ def test_d_ft_21_the_whole_state_is_kept_and_any_metric_decides(tmp_path: Path) 
     assert_same_bits(learner, again)
 
 
-def test_d_lz_18_resuming_fires_no_skipped_epochs_and_removes_nothing(tmp_path: Path) -> None:
+def test_resuming_fires_no_skipped_epochs_and_removes_nothing(tmp_path: Path) -> None:
     said: list[str] = []
 
     class Prints(Callback):
@@ -1099,7 +1099,7 @@ def test_d_lz_18_resuming_fires_no_skipped_epochs_and_removes_nothing(tmp_path: 
     assert epochs_of(tmp_path) == [3, 4]  # still there after the end
 
 
-def test_d_lz_20_the_number_of_the_epoch_goes_on(tmp_path: Path) -> None:
+def test_the_number_of_the_epoch_goes_on(tmp_path: Path) -> None:
     for until in (9, 10, 12):
         learner = toy(Recorder(), Metrics(), Checkpointer(tmp_path, keep_last=None))
         learner.fit(until, resume=tmp_path)
@@ -1107,9 +1107,7 @@ def test_d_lz_20_the_number_of_the_epoch_goes_on(tmp_path: Path) -> None:
     assert learner.history[TrainingPhase].epochs == 12
 
 
-def test_d_mt_10_a_checkpoint_is_one_file_that_is_whole_or_not_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_is_one_file_that_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
     save = torch.save
 

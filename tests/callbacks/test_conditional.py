@@ -164,7 +164,7 @@ def test_a_condition_is_asked_only_about_events_that_are_handled() -> None:
     assert asked == {"LossBegin TrainingPhase"}
 
 
-def test_d_ft_15_ported_steps_cancelled_on_a_condition_are_not_counted() -> None:
+def test_steps_cancelled_on_a_condition_are_not_counted() -> None:
     def cancel(learner: Any) -> None:
         raise CancelStepException
 
@@ -222,14 +222,14 @@ def test_a_wrapped_unsafe_callback_gets_the_learner_itself() -> None:
     assert looks.seen is learner
 
 
-def test_d_ft_17_the_wrapped_callback_is_found_and_replaces_the_default() -> None:
+def test_the_wrapped_callback_is_found_and_replaces_the_default() -> None:
     recorder = Recorder()
     learner = toy_learner(throttle(recorder, StepEnd, freq=2), default_callbacks=True)
     assert learner.get_callback(Recorder) is recorder
     assert [type(callback) for callback in learner.callbacks].count(Recorder) == 1
 
 
-def test_d_ft_17_run_after_holds_in_both_directions() -> None:
+def test_run_after_holds_in_both_directions() -> None:
     learner = toy_learner(
         throttle(MetricsPrinter(), EpochEnd, freq=5),
         throttle(Metrics(), StepEnd, freq=2),
@@ -239,7 +239,7 @@ def test_d_ft_17_run_after_holds_in_both_directions() -> None:
     assert learner.callbacks.order == ["Recorder", "Metrics", "MetricsPrinter"]
 
 
-def test_d_ft_17_conflicts_are_found_and_resolved_through_wrappers() -> None:
+def test_conflicts_are_found_and_resolved_through_wrappers() -> None:
     with pytest.raises(CallbackConflictError, match=r"Doubles writes 'step\.preds' and Halves writes 'step\.preds'"):
         toy_learner(throttle(Doubles(), LossBegin, freq=2), ConditionalCallback(Halves(), always))
 

@@ -47,7 +47,7 @@ def epochs_and_sets(path: Path) -> list[tuple[int, str]]:
     return [(int(row["epoch"]), row["set"]) for row in read(path)]
 
 
-def test_ported_five_epochs_give_five_rows_and_ten_with_validation(tmp_path: Path) -> None:
+def test_five_epochs_give_five_rows_and_ten_with_validation(tmp_path: Path) -> None:
     data = (toy().data.training,)
     toy(Recorder(), Metrics(error), CSVLogger(tmp_path / "a.csv"), data=data).fit(5)
     assert (tmp_path / "a.csv").read_text().splitlines()[0] == "epoch,set,loss,error"
@@ -66,7 +66,7 @@ def test_the_values_are_those_of_the_history_to_the_bit(tmp_path: Path) -> None:
             assert [float(row[metric]) for row in rows] == history[f"{name}/{metric}"]
 
 
-def test_d_mt_11_there_is_no_row_for_a_validation_that_does_not_happen(tmp_path: Path) -> None:
+def test_there_is_no_row_for_a_validation_that_does_not_happen(tmp_path: Path) -> None:
     toy(Recorder(), Metrics(), CSVLogger(tmp_path / "log.csv")).fit(2, phases=[TrainingPhase()])
     assert epochs_and_sets(tmp_path / "log.csv") == [(1, "training"), (2, "training")]
 
@@ -83,7 +83,7 @@ class StopAfter(Callback):
             raise CancelFittingException("enough")
 
 
-def test_ported_early_stopping_leaves_the_same_rows_whatever_the_order_of_the_list(tmp_path: Path) -> None:
+def test_early_stopping_leaves_the_same_rows_whatever_the_order_of_the_list(tmp_path: Path) -> None:
     found = set()
     for index, order in enumerate(itertools.permutations(range(4))):
         path = tmp_path / f"{index}.csv"
@@ -224,7 +224,7 @@ def two_epochs(path: Path, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("tail", ["", "2,train", "2,training,0.5,0.5\n3,tr"])
-def test_d_lz_18_a_resumed_run_goes_on_in_its_file_without_gap_or_duplicate(tail: str, tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_in_its_file_without_gap_or_duplicate(tail: str, tmp_path: Path) -> None:
     two_epochs(tmp_path / "whole.csv")
     path = tmp_path / "log.csv"
     state = killed(path)
@@ -234,7 +234,7 @@ def test_d_lz_18_a_resumed_run_goes_on_in_its_file_without_gap_or_duplicate(tail
     assert path.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
-def test_d_lz_18_columns_that_came_up_after_the_state_are_taken_back(tmp_path: Path) -> None:
+def test_columns_that_came_up_after_the_state_are_taken_back(tmp_path: Path) -> None:
     two_epochs(tmp_path / "whole.csv")
     path = tmp_path / "log.csv"
     state = killed(path, [TrainingPhase(), AveragedValidationPhase()])

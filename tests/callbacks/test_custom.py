@@ -115,7 +115,7 @@ def test_it_may_be_told_to_run_after_another() -> None:
     assert log == ["zebra", "first"]
 
 
-def test_ported_a_cancelled_fit_counts_no_epoch() -> None:
+def test_a_cancelled_fit_counts_no_epoch() -> None:
     def stop(learner: Any) -> None:
         raise CancelFittingException("interrupt")
 

@@ -88,7 +88,7 @@ def test_without_a_terminal_a_fit_prints_a_line_per_epoch_and_no_bar(capsys: pyt
     assert all("loss" in line and "mae" in line for line in captured.out.splitlines())
 
 
-def test_e1_a_fit_with_the_defaults_records_loss_and_metrics_of_both_sets(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fit_with_the_defaults_records_loss_and_metrics_of_both_sets(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     xs, ys = torch.randn(60, 4), torch.randint(0, 3, (60,))
     learner = Learner(

@@ -83,7 +83,7 @@ def epochs_run(values: Sequence[float], stopping: EarlyStopping, epochs: int = 1
 # A number is patience
 
 
-def test_d_lz_02_default_early_stopping_goes_on_while_it_improves() -> None:
+def test_default_early_stopping_goes_on_while_it_improves() -> None:
     assert epochs_run(FALLING, EarlyStopping(1)) == 12
     with pytest.raises(ValueError, match="EarlyStopping\\(0\\) was given; expected a number of epochs without"):
         EarlyStopping(0)
@@ -106,7 +106,7 @@ def test_epochs_run_where_nothing_improves(stopping: EarlyStopping, epochs: int)
 
 
 @pytest.mark.parametrize("values", [[1, 2] * 10, [1.0] * 20, [1, 3, 2] * 7], ids=["oscillation", "plateau", "waves"])
-def test_d_ft_20_a_number_stops_at_a_plateau_or_an_oscillation_where_consecutive_rises_never_come(values: Any) -> None:
+def test_a_number_stops_at_a_plateau_or_an_oscillation_where_consecutive_rises_never_come(values: Any) -> None:
     assert epochs_run(values, EarlyStopping(3)) == 4
     assert epochs_run(values, EarlyStopping(Patience(3))) == 12
 
@@ -127,7 +127,7 @@ def test_an_improvement_is_by_more_than_min_delta() -> None:
     assert epochs_run(values, EarlyStopping(2, min_delta=0.25), 6) == 6  # 0.5 is by 0.5 better than 1
 
 
-def test_d_lz_03_the_new_value_is_compared_with_the_best_and_there_is_no_mode_zero() -> None:
+def test_the_new_value_is_compared_with_the_best_and_there_is_no_mode_zero() -> None:
     assert epochs_run([4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7], EarlyStopping(1, min_delta=0.5)) == 12
     with pytest.raises(ValueError, match="mode='zero' was given; expected 'min' or 'max'"):
         EarlyStopping(1, mode="zero")  # type: ignore[arg-type]
@@ -156,7 +156,7 @@ def test_a_criterion_is_told_each_epochs_value(criterion: Criterion, epochs: int
     assert epochs_run(FLAT, EarlyStopping(criterion)) == epochs
 
 
-def test_d_mt_08_a_first_value_of_nan_is_no_improvement_and_does_not_keep_it_from_stopping() -> None:
+def test_a_first_value_of_nan_is_no_improvement_and_does_not_keep_it_from_stopping() -> None:
     assert epochs_run([nan] * 12, EarlyStopping(3)) == 3
     assert epochs_run([nan, 1, 2, 3, 4, 5, 6, 7], EarlyStopping(3), 8) == 5
     assert epochs_run([nan, 3, 2, 1, 0, -1], EarlyStopping(2), 6) == 6
@@ -201,7 +201,7 @@ def test_pq_without_a_training_loss_is_an_error_that_says_so() -> None:
 # What is monitored
 
 
-def test_d_lz_04_a_metric_is_found_in_any_case_and_with_underscores_in_its_name() -> None:
+def test_a_metric_is_found_in_any_case_and_with_underscores_in_its_name() -> None:
     metric = Metric(lambda preds, ys: torch.tensor(1.0), name="Top_1_of_Preds")
     stopping = EarlyStopping(2, monitor="validation/TOP_1_of_preds", mode="max")
     learner = toy_learner(stopping, Recorder(), Metrics(metric), num_batches=2)
@@ -252,7 +252,7 @@ def test_a_metric_of_every_second_epoch_is_told_when_it_comes() -> None:
 # The reason
 
 
-def test_d_mt_15_the_reason_tells_the_metric_its_value_its_epoch_and_the_criterion() -> None:
+def test_the_reason_tells_the_metric_its_value_its_epoch_and_the_criterion() -> None:
     learner = learner_of(EarlyStopping(2))
     history = learner.fit(9, phases=[TrainingPhase(), Script([3, 1, 2, 4, 0, 0, 0, 0, 0])])
     assert history.stop_reason == (
@@ -316,7 +316,7 @@ def test_it_does_not_disturb_the_training() -> None:
     [(2, 3), (NoImprovement(2), 3), (Warmup(NoImprovement(2), 1) | InvalidValue(), 4)],
     ids=["number", "criterion", "combined"],
 )
-def test_d_lz_05_the_best_value_and_the_counter_begin_anew_in_each_fit(given: Any, epochs: int) -> None:
+def test_the_best_value_and_the_counter_begin_anew_in_each_fit(given: Any, epochs: int) -> None:
     stopping = EarlyStopping(given)
     learner = learner_of(stopping)
     script = Script([0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1])
@@ -329,7 +329,7 @@ def test_d_lz_05_the_best_value_and_the_counter_begin_anew_in_each_fit(given: An
         assert learner.history.stop_reason is not None
 
 
-def test_d_lz_05_one_criterion_in_two_learners_counts_for_each() -> None:
+def test_one_criterion_in_two_learners_counts_for_each() -> None:
     shared = NoImprovement(2)
     first, second = EarlyStopping(shared), EarlyStopping(shared)
     assert epochs_run([1, 2, 2, 2], first, 2) == 2

@@ -202,7 +202,7 @@ def two(*callbacks: Callback) -> Learner:
     return learner_of(*callbacks, optimizer={"0": sgd, "2": sgd})
 
 
-def test_d_lz_25_each_optimizers_parameters_are_clipped_once_when_it_steps_and_whole_numbers_are_taken() -> None:
+def test_each_optimizers_parameters_are_clipped_once_when_it_steps_and_whole_numbers_are_taken() -> None:
     by_hand = net()
     optimizers = [sgd(by_hand[0].parameters()), sgd(by_hand[2].parameters())]
     norms: list[list[float]] = [[], []]

@@ -122,7 +122,7 @@ def test_where_the_metric_is_always_nan_training_is_left_as_it_is() -> None:
     assert_same_bits(learner, trained(3, [nan] * 3))
 
 
-def test_d_lz_21_weights_alone_are_put_back_and_optimizer_and_counts_stay_where_training_left_them() -> None:
+def test_weights_alone_are_put_back_and_optimizer_and_counts_stay_where_training_left_them() -> None:
     learner, plain = toy(KeepBestModel()), trained(4)
     learner.fit(4, phases=[TrainingPhase(), Scored(VALUES)])
     mine, others = bits(learner), bits(plain)
@@ -451,7 +451,7 @@ def test_a_model_that_has_grown_since_its_best_is_left_as_training_made_it_with_
     assert len(learner.model) == 4
 
 
-def test_d_mt_09_the_best_weights_survive_a_resume(tmp_path: Path) -> None:
+def test_the_best_weights_survive_a_resume(tmp_path: Path) -> None:
     for until in (1, 3, 4):
         learner = toy(keeper := KeepBestModel(), Checkpointer(tmp_path))
         learner.fit(until, phases=[TrainingPhase(), Scored(VALUES)], resume=tmp_path)

@@ -121,7 +121,7 @@ def test_every_so_many_steps_are_logged_and_validation_steps_where_asked() -> No
     assert [step for step, _ in both.series("step/validation/loss")] == list(range(1, 9))
 
 
-def test_d_mt_11_nothing_is_logged_for_a_validation_that_does_not_happen() -> None:
+def test_nothing_is_logged_for_a_validation_that_does_not_happen() -> None:
     memory = Memory()
     data = (toy().data.training,)
     toy(Recorder(), Metrics(), LogMetrics(memory), data=data).fit(2)
@@ -422,7 +422,7 @@ def test_given_hyperparameters_are_logged_once_and_scheduled_ones_when_they_are_
     assert_order(learner, Publish, LogHyperParams)
 
 
-def test_d_ft_27_hyperparameters_and_traces_are_logged_in_training_with_its_steps() -> None:
+def test_hyperparameters_and_traces_are_logged_in_training_with_its_steps() -> None:
     memory = Memory()
     traces = Traces({"rows": lambda learner: len(learner.step.xs)})
     toy(Recorder(), Publish(), traces, LogHyperParams(memory), LogTraces(memory)).fit(3)  # with validation
@@ -821,10 +821,10 @@ def test_a_cancelled_step_is_not_counted_among_those_that_are_logged() -> None:
     ]
 
 
-# Ported
+# Whole runs
 
 
-def test_ported_the_log_callbacks_run_clean_without_a_scheduler() -> None:
+def test_the_log_callbacks_run_clean_without_a_scheduler() -> None:
     memory = Memory()
     toy_learner(
         Recorder(),
@@ -837,7 +837,7 @@ def test_ported_the_log_callbacks_run_clean_without_a_scheduler() -> None:
     assert "step/training/loss" in memory.names
 
 
-def test_ported_two_optimizers_two_sets_ten_epochs_give_40_scalars_and_20_histograms(tmp_path: Path) -> None:
+def test_two_optimizers_two_sets_ten_epochs_give_40_scalars_and_20_histograms(tmp_path: Path) -> None:
     from fluxloop import PerOptimizerPhase
     from fluxloop.phases.per_optimizer import PerOptimizerValidationPhase
 
@@ -867,7 +867,7 @@ def test_ported_two_optimizers_two_sets_ten_epochs_give_40_scalars_and_20_histog
     assert sum(len(found.Histograms(tag)) for tag in found.Tags()["histograms"]) == 20
 
 
-def test_ported_steps_continue_from_1_to_12_after_a_resume(tmp_path: Path) -> None:
+def test_steps_continue_from_1_to_12_after_a_resume(tmp_path: Path) -> None:
     data = (toy_learner(num_batches=3).data.training,)
     first = toy(Recorder(), Metrics(), LogMetrics(TensorBoard(tmp_path)), data=data)
     first.fit(2)

@@ -180,7 +180,7 @@ def test_every_torch_scheduler_gives_the_bits_of_a_loop_by_hand(factory: Any, un
 
 @every
 @units
-def test_d_rt_03_loading_a_state_leaves_optimizer_and_schedule_exactly_as_saved(factory: Any, unit: Any) -> None:
+def test_loading_a_state_leaves_optimizer_and_schedule_exactly_as_saved(factory: Any, unit: Any) -> None:
     whole, used = by_hand(factory, unit)
     first = learner_of(LRScheduler(factory, unit=unit))
     first.fit(2, phases=[TrainingPhase()])
@@ -287,7 +287,7 @@ def test_a_loaded_state_is_not_shared_with_the_one_who_gave_it() -> None:
         ),
     ],
 )
-def test_d_mt_14_going_on_with_other_arguments_is_an_error_that_names_them(old: Any, new: Any, message: str) -> None:
+def test_going_on_with_other_arguments_is_an_error_that_names_them(old: Any, new: Any, message: str) -> None:
     first, second = learner_of(LRScheduler(old)), learner_of(LRScheduler(new))
     first.fit(2)
     before = copy.deepcopy(scheduler_of(second).state_dict())
@@ -306,7 +306,7 @@ def test_functions_with_the_same_arguments_go_on_and_an_older_file_says_nothing_
     scheduler_of(second).load_state_dict(state)
 
 
-def test_d_mt_14_another_learning_rate_of_the_optimizer_is_named_too() -> None:
+def test_another_learning_rate_of_the_optimizer_is_named_too() -> None:
     factory = partial(StepLR, step_size=2)
     first = learner_of(LRScheduler(factory))
     second = learner_of(LRScheduler(factory), optimizer=partial(torch.optim.SGD, lr=0.5, momentum=0.9))
@@ -353,7 +353,7 @@ def test_what_no_checkpoint_can_keep_is_an_error_that_names_it() -> None:
         learner_of(LRScheduler(Holder))
 
 
-def test_d_rt_03_a_scheduler_is_made_once_for_a_learner() -> None:
+def test_a_scheduler_is_made_once_for_a_learner() -> None:
     made = []
 
     def factory(optimizer: Optimizer) -> Any:
@@ -399,7 +399,7 @@ def groups_learner(*callbacks: Callback) -> Learner:
     )
 
 
-def test_d_rt_01_one_cycle_works_with_several_parameter_groups() -> None:
+def test_one_cycle_works_with_several_parameter_groups() -> None:
     learner = groups_learner(LRScheduler(partial(OneCycleLR, max_lr=[0.1, 0.2], total_steps=5), unit="step"))
     learner.fit(1)
     other = groups_learner().optimizer
@@ -412,14 +412,14 @@ def test_d_rt_01_one_cycle_works_with_several_parameter_groups() -> None:
     assert sorted(learner.cbstate.hyperparameters) == ["learning_rate/0", "learning_rate/1"]
 
 
-def test_d_rt_02_cosine_annealing_restarts() -> None:
+def test_cosine_annealing_with_restarts_starts_anew_every_second_epoch() -> None:
     learner = learner_of(LRScheduler(partial(CosineAnnealingWarmRestarts, T_0=2)))
     learner.fit(5)
     rates = [rate for _, rate in learner.cbstate.hyperparameters["learning_rate"]]
     assert rates == pytest.approx([0.01, 0.005, 0.01, 0.005, 0.01])
 
 
-def test_ported_from_luz_multiplicative_halves_each_epoch() -> None:
+def test_a_multiplicative_schedule_halves_the_rate_each_epoch() -> None:
     learner = learner_of(LRScheduler(partial(MultiplicativeLR, lr_lambda=halve)))
     learner.fit(5)
     rates = [rate for _, rate in learner.cbstate.hyperparameters["learning_rate"]]
@@ -436,13 +436,13 @@ def test_ported_from_luz_multiplicative_halves_each_epoch() -> None:
         (partial(CosineAnnealingLR, T_max=3), 0.0),
     ],
 )
-def test_ported_from_mlr3torch_the_final_rate_is_that_of_the_formula(factory: Any, final: float) -> None:
+def test_the_final_rate_is_that_of_the_formula(factory: Any, final: float) -> None:
     learner = learner_of(LRScheduler(factory))
     learner.fit(3)
     assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(final, abs=1e-12)
 
 
-def test_ported_from_r_torch_one_cycle_ends_and_a_step_beyond_is_an_error() -> None:
+def test_one_cycle_ends_and_a_step_beyond_is_an_error() -> None:
     learner = learner_of(LRScheduler(partial(OneCycleLR, max_lr=0.1, total_steps=2 * BATCHES), unit="step"))
     learner.fit(2, phases=[TrainingPhase()])
     with pytest.raises(ValueError, match="Tried to step 7 times"):
@@ -531,7 +531,7 @@ def test_per_update_every_update_counts() -> None:
     assert rates == [0.01 * 0.5**k for k in (0, 0, 2, 2, 4)]
 
 
-def test_d_lz_06_and_d_mt_15_the_optimizer_that_is_named_is_the_one_that_is_scheduled() -> None:
+def test_the_optimizer_that_is_named_is_the_one_that_is_scheduled() -> None:
     learner = gan(LRScheduler(partial(ExponentialLR, gamma=0.5), optimizer="D"))
     learner.fit(2, phases=[GAN()])
     assert learner.optimizer.G.param_groups[0]["lr"] == 0.01
@@ -540,7 +540,7 @@ def test_d_lz_06_and_d_mt_15_the_optimizer_that_is_named_is_the_one_that_is_sche
     assert list(scheduler_of(learner).schedulers) == ["D"]
 
 
-def test_d_lz_06_several_optimizers_have_schedulers_of_their_own() -> None:
+def test_several_optimizers_have_schedulers_of_their_own() -> None:
     learner = gan(
         LRScheduler(partial(ExponentialLR, gamma=0.5), optimizer="D"),
         LRScheduler(partial(StepLR, step_size=1), optimizer="G", unit="update"),
@@ -596,7 +596,7 @@ def plateau_rates(values: list[float], **options: Any) -> list[float]:
         ([1.0, 0.95, 0.91, 0.9, 0.85], {"threshold": 0.2, "patience": 0}),
     ],
 )
-def test_ported_from_r_torch_a_plateau_reduces_as_torch_does(values: list[float], options: dict[str, Any]) -> None:
+def test_a_plateau_reduces_as_torch_does(values: list[float], options: dict[str, Any]) -> None:
     optimizer = sgd([nn.Parameter(torch.zeros(1))])
     scheduler = ReduceLROnPlateau(optimizer, **{"patience": 1, "factor": 0.1, **options})
     expected = []
@@ -607,7 +607,7 @@ def test_ported_from_r_torch_a_plateau_reduces_as_torch_does(values: list[float]
     assert len(set(expected)) > 1
 
 
-def test_d_lz_07_and_d_mt_15_a_plateau_watches_the_epochs_validation_loss() -> None:
+def test_a_plateau_watches_the_epochs_validation_loss() -> None:
     hook, used = watch()
     learner = learner_of(LRScheduler(plateau), Recorder(), Metrics(), hook)
     learner.fit(8)
@@ -741,7 +741,7 @@ def test_what_cannot_be_is_refused(make: Callable[[], object], error: Any, messa
         make()
 
 
-def test_d_lz_08_a_misspelt_unit_is_an_error() -> None:
+def test_a_misspelt_unit_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"unit='on_batch_end'\) was given; expected 'step' or 'epoch'"):
         LRScheduler(partial(StepLR, step_size=1), unit="on_batch_end")
 

@@ -103,7 +103,7 @@ class Seen(Callback):
 # Against a hand-written loop
 
 
-def test_d_lz_09_the_training_is_that_of_a_hand_written_loop_with_a_share_per_row() -> None:
+def test_the_training_is_that_of_a_hand_written_loop_with_a_share_per_row() -> None:
     model, xs = net(), rows(5)
     optimizer = sgd(model.parameters())
     for step, x, y in steps(3, xs, LABELS):
@@ -120,7 +120,7 @@ def test_d_lz_09_the_training_is_that_of_a_hand_written_loop_with_a_share_per_ro
 
 
 @pytest.mark.parametrize("loss", [nn.NLLLoss(), nn.NLLLoss(reduction="sum"), nll_loss])
-def test_d_lz_09_a_mixed_loss_blends_the_losses_of_each_row(loss: Any) -> None:
+def test_a_mixed_loss_blends_the_losses_of_each_row(loss: Any) -> None:
     def model() -> nn.Module:
         return nn.Sequential(*net(), nn.LogSoftmax(1))
 
@@ -223,7 +223,7 @@ def test_classes_per_place_are_mixed_too() -> None:
 
 
 @pytest.mark.parametrize("loss", [cross_entropy, nn.CrossEntropyLoss(), MixedLoss(nn.CrossEntropyLoss())])
-def test_d_lz_10_validation_is_not_touched_whatever_the_loss(loss: Any) -> None:
+def test_validation_is_not_touched_whatever_the_loss(loss: Any) -> None:
     learner = learner_of(MixUp(), Metrics(accuracy), Recorder(), loss=loss)
     learner.fit(2)
     with torch.no_grad():

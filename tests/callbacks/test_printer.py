@@ -99,7 +99,7 @@ def test_an_epoch_that_did_not_end_prints_nothing(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == ""
 
 
-def test_e12_epochs_go_on_counting_in_the_next_fit(capsys: pytest.CaptureFixture[str]) -> None:
+def test_epochs_go_on_counting_in_the_next_fit(capsys: pytest.CaptureFixture[str]) -> None:
     learner = still_learner()
     learner.fit(1, phases=[TrainingPhase()])
     learner.fit(1, phases=[TrainingPhase()])

@@ -138,7 +138,7 @@ def test_it_works_alone() -> None:
 
 
 @pytest.mark.usefixtures("clock")
-def test_d_ft_24_data_of_unknown_size_has_a_bar_that_counts() -> None:
+def test_data_of_unknown_size_has_a_bar_that_counts() -> None:
     xs = torch.ones(2, 1)
     text = shown(toy_learner(bar(), data=((pair for pair in [(xs, xs)] * 7),)))
     assert "TrainingPhase: 0batch" in text
@@ -147,7 +147,7 @@ def test_d_ft_24_data_of_unknown_size_has_a_bar_that_counts() -> None:
 
 
 @pytest.mark.usefixtures("clock")
-def test_d_ft_24_the_bar_is_as_long_as_the_data_that_runs() -> None:
+def test_the_bar_is_as_long_as_the_data_that_runs() -> None:
     learner = toy_learner(bar(), num_batches=16)
     xs = torch.ones(2, 1)
     learner.epoch(TrainingPhase(), [(xs, xs)] * 5)

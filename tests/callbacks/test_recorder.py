@@ -54,7 +54,7 @@ def test_counts_are_zero_before_and_complete_after() -> None:
     assert learner.cbstate.history[ValidationPhase] == Counts(epochs=10, steps=160, steps_epoch=16, updates={})
 
 
-def test_e21_epochs_run_one_by_one_add_up() -> None:
+def test_epochs_run_one_by_one_add_up() -> None:
     learner = toy_learner(Recorder())
     for _ in range(10):
         learner.epoch(TrainingPhase())
@@ -74,7 +74,7 @@ def test_updates_are_counted_by_the_optimizers_name() -> None:
     assert learner.history[FiveCriticSteps].steps == 6
 
 
-def test_d_ft_15_cancelled_steps_are_not_counted() -> None:
+def test_cancelled_steps_are_not_counted() -> None:
     begun: list[int] = []
 
     def cancel_every_second(learner: Any) -> None:
@@ -137,7 +137,7 @@ def test_an_epoch_inside_another_is_counted_apart() -> None:
     assert learner.history[ValidationPhase] == Counts(4, 16, 4, {})
 
 
-def test_e18_a_phase_without_step_events_has_epochs_and_no_steps() -> None:
+def test_a_phase_without_step_events_has_epochs_and_no_steps() -> None:
     learner = toy_learner(Recorder())
     learner.fit(3, phases=[Quiet()])
     assert learner.history[Quiet] == Counts(epochs=3, steps=0, steps_epoch=0, updates={})

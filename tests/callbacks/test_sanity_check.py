@@ -66,7 +66,7 @@ def test_a_learner_that_is_well_passes() -> None:
         assert learner.history[TrainingPhase].epochs == 2
 
 
-def test_d_ft_23_missing_validation_data_is_a_warning() -> None:
+def test_missing_validation_data_is_a_warning() -> None:
     learner = toy_learner(SanityCheck(), Recorder(), data=([(torch.ones(2, 1), torch.ones(2, 1))],))
     with pytest.warns(UserWarning, match=r"(?s)sanity check.*warning: validation data: the learner has no validation"):
         learner.fit(1)
@@ -165,7 +165,7 @@ def test_data_given_to_an_epoch_is_what_is_looked_at() -> None:
 # Checks of one's own
 
 
-def test_d_ft_23_the_default_checks_stay_when_others_are_added() -> None:
+def test_the_default_checks_stay_when_others_are_added() -> None:
     mine = Check("mine", lambda learner: None)
     assert [check.name for check in SanityCheck().checks] == DEFAULTS
     assert [check.name for check in SanityCheck(mine).checks] == [*DEFAULTS, "mine"]

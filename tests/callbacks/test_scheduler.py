@@ -79,7 +79,7 @@ def test_the_optimizer_uses_what_is_recorded_at_every_step(optimizer: Any) -> No
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-def test_d_ft_10_scheduled_weights_are_those_of_a_loop_by_hand(optimizer: Any) -> None:
+def test_scheduled_weights_are_those_of_a_loop_by_hand(optimizer: Any) -> None:
     rate, decay = exponential(2 * BATCHES, 0.01, 0.0001), linear(2 * BATCHES, 0.0, 0.5)
     learner = learner_of(Scheduler({LearningRate: rate, WeightDecay: decay}), optimizer=optimizer)
     plain = learner_of(optimizer=optimizer)
@@ -96,7 +96,7 @@ def test_d_ft_10_scheduled_weights_are_those_of_a_loop_by_hand(optimizer: Any) -
     assert not torch.equal(plain.model.value, value)
 
 
-def test_d_ft_27_only_training_phases_are_scheduled_counted_and_recorded() -> None:
+def test_only_training_phases_are_scheduled_counted_and_recorded() -> None:
     schedule = linear(100, 0.01, 0.0)
     learner = learner_of(Scheduler({LearningRate: schedule}))
     learner.fit(2, phases=[ValidationPhase(), TrainingPhase(), ValidationPhase()])
@@ -105,7 +105,7 @@ def test_d_ft_27_only_training_phases_are_scheduled_counted_and_recorded() -> No
     assert learner.cbstate.hyperparameters["learning_rate"] == [(t + 1, schedule(t)) for t in range(2 * BATCHES)]
 
 
-def test_e26_a_users_training_phase_is_scheduled_and_a_users_validation_phase_is_not() -> None:
+def test_a_users_training_phase_is_scheduled_and_a_users_validation_phase_is_not() -> None:
     class Mine(TrainingPhase):
         pass
 
@@ -287,7 +287,7 @@ def test_each_optimizer_and_any_attribute_may_have_a_schedule_of_its_own() -> No
     assert all([step for step, _ in series] == [1, 2, 3, 4] for series in records.values())
 
 
-def test_d_ft_07_hyperparameters_that_touch_one_branch_are_all_allowed() -> None:
+def test_hyperparameters_that_touch_one_branch_are_all_allowed() -> None:
     names = ("G", "D")
     scheduler = Scheduler({kind(name): 0.01 for kind in (LearningRate, WeightDecay, Momentum) for name in names})
     learner = gan(scheduler)
@@ -352,12 +352,12 @@ def test_what_cannot_be_scheduled_is_refused_at_once(make: Callable[[], object],
         make()
 
 
-def test_d_lz_08_a_misspelt_unit_is_an_error_that_says_what_was_meant() -> None:
+def test_a_misspelt_unit_is_an_error_that_says_what_was_meant() -> None:
     with pytest.raises(ValueError, match="did you mean 'epoch'"):
         Scheduler({LearningRate: 0.1}, unit="epochs")
 
 
-def test_d_ft_26_what_the_optimizer_does_not_have_is_refused_before_anything_is_changed() -> None:
+def test_what_the_optimizer_does_not_have_is_refused_before_anything_is_changed() -> None:
     learner = learner_of()
     with pytest.raises(OptimizerError, match=r"SGD has no 'betas'; it has .*lr, .*momentum") as caught:
         learner.add_callback(Scheduler({LearningRate: 0.5, BETAS: 0.5}))
@@ -425,7 +425,7 @@ def test_two_schedulers_of_the_same_thing_are_refused() -> None:
         learner_of(Scheduler({LearningRate: 0.1}), Scheduler({LearningRate(group=0): 0.1}, unit="epoch"))
 
 
-def test_regression_ft_122_it_sorts_without_a_cycle_next_to_recorder_metrics_and_ema() -> None:
+def test_it_sorts_without_a_cycle_next_to_recorder_metrics_and_ema() -> None:
     digests = set()
     for order in permutations(range(4)):
         given = [Scheduler({LearningRate: 0.1}), Recorder(), Metrics(), EMA("model", 0.9)]

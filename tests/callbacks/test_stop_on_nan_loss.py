@@ -98,7 +98,7 @@ def test_the_fit_ends_with_the_weights_of_the_last_good_step(
             assert torch.equal(torch.as_tensor(ours[index][name]), torch.as_tensor(tensor)), name
 
 
-def test_d_ft_13_fit_returns_and_its_end_says_why() -> None:
+def test_fit_returns_and_its_end_says_why() -> None:
     reasons: list[Any] = []
     recorder = EventRecorder()
     learner = learner_of(StopOnNaNLoss(), recorder)

@@ -83,7 +83,7 @@ def test_tensors_are_kept_without_their_graph_and_not_changed_later() -> None:
 
 
 @pytest.mark.parametrize(("phase", "other"), [(TrainingPhase, ValidationPhase), (ValidationPhase, TrainingPhase)])
-def test_ported_traces_of_a_phase_are_recorded_there_alone(phase: Any, other: Any) -> None:
+def test_traces_of_a_phase_are_recorded_there_alone(phase: Any, other: Any) -> None:
     learner = toy_learner(Traces({"loss": loss}, phase=phase))
     learner.fit(1)
     assert len(traced(learner, phase, "loss")) == 16

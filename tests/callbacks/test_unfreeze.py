@@ -212,7 +212,7 @@ def test_parts_of_several_models_begin_with_the_models_name() -> None:
 # It freezes once
 
 
-def test_d_ft_11_what_was_frozen_by_hand_stays_frozen_through_epochs_of_training_and_validation() -> None:
+def test_what_was_frozen_by_hand_stays_frozen_through_epochs_of_training_and_validation() -> None:
     learner = learner_of(optimizer=momentum)
     learner.fit(1)
     buffers = {name: id(state["momentum_buffer"]) for name, state in enumerate(learner.optimizer.state.values())}
@@ -227,7 +227,7 @@ def test_d_ft_11_what_was_frozen_by_hand_stays_frozen_through_epochs_of_training
     assert after == buffers  # and the optimizer's state is not made anew
 
 
-def test_d_ft_11_a_second_fit_freezes_nothing_again_and_counts_on() -> None:
+def test_a_second_fit_freezes_nothing_again_and_counts_on() -> None:
     watch = Watch()
     learner = learner_of(Unfreeze({"encoder.0": 3, "encoder.3": 1}), watch)
     for _ in range(4):

@@ -332,7 +332,7 @@ def test_what_is_refused_only_once_the_fit_has_begun_is_undone_too(begun: bool, 
 # Callbacks come and go
 
 
-def test_d_lz_19_states_of_callbacks_go_by_their_ids_whatever_the_order_of_the_list() -> None:
+def test_states_of_callbacks_go_by_their_ids_whatever_the_order_of_the_list() -> None:
     def some() -> list[Callback]:
         return [Counting(0, "a"), Counting(100, "b"), Recorder(), Metrics(), EMA("model", 0.5)]
 
@@ -971,7 +971,7 @@ def test_callbacks_that_know_each_other_or_contain_themselves_do_not_hang() -> N
     assert owner.count == loop.count == 2
 
 
-def test_d_rt_05_whatever_has_a_state_is_kept_also_inside_a_callback() -> None:
+def test_whatever_has_a_state_is_kept_also_inside_a_callback() -> None:
     class Scaler:
         """Stands for a gradient scaler, a scheduler, a metric: an object with the pair."""
 

@@ -67,7 +67,7 @@ def test_names_sort_as_texts_as_they_do_by_progress(progresses: list[tuple[int, 
     assert sorted(map(name_of, progresses)) == [name_of(progress) for progress in sorted(progresses)]
 
 
-def test_d_lz_20_the_newest_is_found_by_number_and_not_by_text(tmp_path: Path) -> None:
+def test_the_newest_is_found_by_number_and_not_by_text(tmp_path: Path) -> None:
     for epochs, text in ((2, "2"), (10, "10"), (9, "09")):
         write(tmp_path / f"epoch-{text}-step-{epochs}-phase-0.pt", {**STATE, "epochs": epochs})
     found = find_state(tmp_path)

@@ -388,12 +388,12 @@ def test_what_holds_rows_becomes_batches_of_32(data: Any) -> None:
     assert lengths(as_dataloader(data, batch_size=30, drop_last=True)) == [30, 30, 30]
 
 
-def test_d_lz_14_the_batch_size_holds_for_bare_tensors_and_arrays() -> None:
+def test_the_batch_size_holds_for_bare_tensors_and_arrays() -> None:
     assert len(as_dataloader(torch.zeros(90, 2), batch_size=2)) == 45
     assert len(as_dataloader(np.zeros(90), batch_size=2)) == 45
 
 
-def test_d_lz_13_a_last_batch_that_is_not_full_is_kept() -> None:
+def test_a_last_batch_that_is_not_full_is_kept() -> None:
     assert lengths(as_dataloader(torch.zeros(10), batch_size=32)) == [10]
 
 
@@ -544,7 +544,7 @@ def test_a_part_of_a_split_can_be_split_again() -> None:
 
 
 @pytest.mark.parametrize("fraction", [0, 1, 0.0, 1.0, -0.1, 1.5, 2, -1, float("nan"), float("inf"), "0.2", None, True])
-def test_d_lz_12_a_fraction_that_leaves_a_part_empty_is_refused(fraction: Any) -> None:
+def test_a_fraction_that_leaves_a_part_empty_is_refused(fraction: Any) -> None:
     with pytest.raises(DataError, match=r"fraction=.* was given; expected a share above 0 and below 1, e\.g\. 0\.2"):
         split(torch.arange(10), fraction)
 

@@ -25,7 +25,7 @@ def by_hand(weight: Any, loss: Any = functional.nll_loss) -> Tensor:
 
 
 @pytest.mark.parametrize("loss", [nn.NLLLoss(), functional.nll_loss, nn.CrossEntropyLoss()])
-def test_d_lz_09_each_row_is_blended_by_its_own_share(loss: Any) -> None:
+def test_each_row_is_blended_by_its_own_share(loss: Any) -> None:
     found = MixedLoss(loss)(PREDS, MixedTargets(FIRST, SECOND, SHARES))
     torch.testing.assert_close(found, by_hand(SHARES).mean())
     wrong = functional.nll_loss(PREDS, FIRST, reduction="none") * SHARES.mean()

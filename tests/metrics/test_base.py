@@ -77,7 +77,7 @@ def values(learner: Learner, phase: Any = TrainingPhase) -> dict[str, list[Any]]
 
 @quick
 @given(st.integers(1, 70), st.integers(1, 40))
-def test_d_ft_19_the_loss_of_an_epoch_is_that_of_all_rows_at_once(rows: int, batch_size: int) -> None:
+def test_the_loss_of_an_epoch_is_that_of_all_rows_at_once(rows: int, batch_size: int) -> None:
     learner = classifier(rows=rows, batch_size=batch_size)
     learner.fit(1)
     expected = nn.functional.cross_entropy(logits_of(learner, rows).double(), YS[:rows]).item()
@@ -86,7 +86,7 @@ def test_d_ft_19_the_loss_of_an_epoch_is_that_of_all_rows_at_once(rows: int, bat
     assert learner.evaluate()["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_d_lz_15_a_short_last_batch_counts_for_its_rows_only() -> None:
+def test_a_short_last_batch_counts_for_its_rows_only() -> None:
     learner = classifier()
     learner.fit(1, phases=[ValidationPhase()])
     means = [
@@ -163,7 +163,7 @@ def test_a_step_without_a_loss_records_none() -> None:
     assert learner.history[NoLoss].steps == 3
 
 
-def test_d_ft_19_an_epoch_without_a_finished_step_has_no_value() -> None:
+def test_an_epoch_without_a_finished_step_has_no_value() -> None:
     def cancel(learner: Any) -> None:
         if cancelling:
             raise CancelStepException
@@ -195,7 +195,7 @@ def test_a_loss_that_is_no_tensor_is_recorded_too() -> None:
 
 @quick
 @given(st.integers(1, 30), st.sampled_from([0.0, 0.5, 0.9, 0.98]))
-def test_d_ft_18_smoothloss_is_a_bias_corrected_moving_average(steps: int, decay: float) -> None:
+def test_smoothloss_is_a_bias_corrected_moving_average(steps: int, decay: float) -> None:
     losses: list[float] = []
     keep = CustomCallback(lambda learner: losses.append(learner.step.loss.item()), StepEnd, TrainingPhase)
     learner = classifier(lr=0.5, batch_size=2, rows=2 * steps, callbacks=[Recorder(), Metrics(SmoothLoss(decay)), keep])
@@ -347,7 +347,7 @@ class Hits:
         return self.correct / self.total
 
 
-def test_e10_a_class_with_update_compute_and_reset_is_a_metric() -> None:
+def test_a_class_with_update_compute_and_reset_is_a_metric() -> None:
     learner = classifier(Hits(), lr=0.5)
     learner.fit(2)
     expected = accuracy(logits_of(learner), YS).item()
@@ -433,12 +433,12 @@ def test_a_lambda_needs_a_name(function: Any) -> None:
         (SmoothLoss(), Metric(linear, name="smoothloss")),
     ],
 )
-def test_d_lz_16_two_metrics_of_one_name_are_refused(metrics: tuple[Any, ...]) -> None:
+def test_two_metrics_of_one_name_are_refused(metrics: tuple[Any, ...]) -> None:
     with pytest.raises(MetricError, match=r"two metrics are called '\w+'; give one another name: Metric\(f, name="):
         Metrics(*metrics)
 
 
-def test_d_lz_16_a_metric_named_as_one_of_a_collection_is_refused_and_not_lost() -> None:
+def test_a_metric_named_as_one_of_a_collection_is_refused_and_not_lost() -> None:
     collection = torchmetrics.MetricCollection({"accuracy": MulticlassAccuracy(3, average="macro")})
     with pytest.raises(MetricError, match="accuracy"):
         classifier(accuracy, collection).fit(1)

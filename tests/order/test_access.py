@@ -89,25 +89,25 @@ def add_step(counts: Any) -> None:
     counts.steps += 1
 
 
-# FluxTraining's checks of its protected states
+# What is declared, and what is not
 
 
-def test_protect_jl_reading_what_is_not_declared_raises() -> None:
+def test_reading_what_is_not_declared_raises() -> None:
     error = refused(lambda learner: learner.step.loss)
     assert (error.callback, error.path, error.mode, error.event) == ("Touch", "step.loss", "read", "StepEnd")
 
 
-def test_protect_jl_writing_what_is_only_declared_as_read_raises() -> None:
+def test_writing_what_is_only_declared_as_read_raises() -> None:
     error = refused(lambda learner: store(learner, loss=0), reads=("step.loss",))
     assert (error.path, error.mode) == ("step.loss", "write")
 
 
-def test_protect_jl_writing_what_is_declared_as_written_works() -> None:
+def test_writing_what_is_declared_as_written_works() -> None:
     learner = run(lambda learner: store(learner, mark=5), writes=("step.mark",))
     assert learner.step.mark == 5
 
 
-def test_protect_jl_of_a_nested_path_only_the_named_leaf_is_writable() -> None:
+def test_of_a_nested_path_only_the_named_leaf_is_writable() -> None:
     def use(learner: Any) -> None:
         learner.cbstate.box.inner.x = 2
         for attempt in (
@@ -187,7 +187,7 @@ def test_one_may_read_a_whole_and_write_a_part_of_it() -> None:
 
 
 def test_two_declared_paths_below_one_branch_add_up() -> None:
-    """FluxTraining merges permissions shallowly, so that the second replaces the first (D-FT-07)."""
+    """FluxTraining merges permissions shallowly, so that the second replaces the first."""
 
     def use(learner: Any) -> tuple[int, int]:
         learner.step.first, learner.step.second = 1, 2

@@ -272,7 +272,7 @@ def test_the_conflict_of_two_instances_of_one_class_says_something_that_works() 
 
 
 @pytest.mark.parametrize("later", ["A", "B"])
-def test_d_ft_06_run_after_in_either_direction_resolves_a_conflict(later: str) -> None:
+def test_run_after_in_either_direction_resolves_a_conflict(later: str) -> None:
     callbacks = [
         kind(writes=("step.loss",), run_after=(other,) if kind.__name__ == later else ())
         for kind, other in ((A, B), (B, A))
@@ -281,13 +281,13 @@ def test_d_ft_06_run_after_in_either_direction_resolves_a_conflict(later: str) -
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_d_ft_06_an_order_through_other_callbacks_resolves_a_conflict(reverse: bool) -> None:
+def test_an_order_through_other_callbacks_resolves_a_conflict(reverse: bool) -> None:
     """FluxTraining lets a direct edge alone suppress the conflict."""
     callbacks = [A(writes=("step.loss",)), C(run_after=(A,)), D(run_after=(C,)), B(writes=("step",), run_after=(D,))]
     assert order(*(reversed(callbacks) if reverse else callbacks)) == ["A", "C", "D", "B"]
 
 
-def test_d_ft_06_an_order_that_follows_from_another_path_resolves_a_conflict() -> None:
+def test_an_order_that_follows_from_another_path_resolves_a_conflict() -> None:
     callbacks = [
         A(writes=("step.loss",), reads=("step.mark",)),
         C(writes=("step.mark",), reads=("step.seen",)),
@@ -303,7 +303,7 @@ def test_two_writers_that_also_read_what_they_write_make_no_cycle() -> None:
 
 @pytest.mark.parametrize("direction", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("first", [0, 1])
-def test_d_ft_05_run_first_orders_two_writers(direction: tuple[int, int], first: int) -> None:
+def test_run_first_orders_two_writers(direction: tuple[int, int], first: int) -> None:
     """FluxTraining fails there with a MethodError."""
     pair = fresh("One", "Two")
 
@@ -320,7 +320,7 @@ def test_d_ft_05_run_first_orders_two_writers(direction: tuple[int, int], first:
 
 
 @pytest.mark.parametrize("direction", [(0, 1), (1, 0)])
-def test_d_ft_04_05_run_first_lets_a_reader_run_before_the_writer(direction: tuple[int, int]) -> None:
+def test_run_first_lets_a_reader_run_before_the_writer(direction: tuple[int, int]) -> None:
     pair = fresh("Writes", "Reads")
 
     @resolve_conflict.register(pair[direction[0]], pair[direction[1]])
@@ -383,18 +383,18 @@ def cycle(*callbacks: Callback) -> list[str]:
     return [line.strip() for line in told]
 
 
-def test_d_ft_02_a_callback_after_its_own_type_is_a_cycle_of_one() -> None:
+def test_a_callback_after_its_own_type_is_a_cycle_of_one() -> None:
     assert cycle(A(run_after=(A,))) == ["A before A: A declares run_after = A"]
 
 
-def test_d_ft_02_a_cycle_of_two_is_printed_with_both_reasons() -> None:
+def test_a_cycle_of_two_is_printed_with_both_reasons() -> None:
     assert cycle(A(run_after=(B,)), B(run_after=(A,))) == [
         "A before B: B declares run_after = A",
         "B before A: A declares run_after = B",
     ]
 
 
-def test_d_ft_02_a_cycle_of_three_with_mixed_reasons_is_printed_edge_by_edge() -> None:
+def test_a_cycle_of_three_with_mixed_reasons_is_printed_edge_by_edge() -> None:
     callbacks = [
         A(writes=("step.loss",), run_after=(C,)),
         B(reads=("step.loss",), writes=("step.mark",)),
@@ -407,7 +407,7 @@ def test_d_ft_02_a_cycle_of_three_with_mixed_reasons_is_printed_edge_by_edge() -
     ]
 
 
-def test_d_ft_02_a_cycle_with_a_resolution_says_so() -> None:
+def test_a_cycle_with_a_resolution_says_so() -> None:
     one, two = fresh("One", "Two")
     resolve_conflict.register(one, two)(lambda a, b: RunFirst(a))
     assert cycle(one(writes=("step.loss",), run_after=(two,)), two(writes=("step.loss",))) == [
@@ -417,7 +417,7 @@ def test_d_ft_02_a_cycle_with_a_resolution_says_so() -> None:
 
 
 @pytest.mark.parametrize("length", [4, 5])
-def test_d_ft_02_a_long_cycle_is_printed_whole_and_bystanders_are_left_out(length: int) -> None:
+def test_a_long_cycle_is_printed_whole_and_bystanders_are_left_out(length: int) -> None:
     ring = [kind(run_after=(KINDS[(i - 1) % length],)) for i, kind in enumerate(KINDS[:length])]
     told = cycle(*ring, Recorder(), Metrics(), CustomCallback(print, StepEnd))
     names = LETTERS[:length]
@@ -426,16 +426,16 @@ def test_d_ft_02_a_long_cycle_is_printed_whole_and_bystanders_are_left_out(lengt
     assert [line.split()[0] for line in told[1:]] == [line.split()[2].rstrip(":") for line in told[:-1]]
 
 
-def test_d_ft_02_of_several_cycles_the_shortest_is_told() -> None:
+def test_of_several_cycles_the_shortest_is_told() -> None:
     callbacks = [A(run_after=(C,)), B(run_after=(A,)), C(run_after=(B,)), D(run_after=(E, C)), E(run_after=(D,))]
     assert cycle(*callbacks) == ["D before E: E declares run_after = D", "E before D: D declares run_after = E"]
 
 
-def test_d_ft_02_what_hangs_on_a_cycle_is_not_told() -> None:
+def test_what_hangs_on_a_cycle_is_not_told() -> None:
     assert all("C" not in line for line in cycle(A(run_after=(B,)), B(run_after=(A,)), C(run_after=(A,))))
 
 
-def test_d_ft_02_a_cycle_is_found_when_the_learner_is_built_and_when_a_callback_is_added() -> None:
+def test_a_cycle_is_found_when_the_learner_is_built_and_when_a_callback_is_added() -> None:
     learner = toy_learner(A(run_after=(B,)))
     with pytest.raises(CallbackCycleError, match="A declares run_after = B"):
         learner.add_callback(B(run_after=(A,)))
@@ -449,41 +449,41 @@ def test_d_ft_02_a_cycle_is_found_when_the_learner_is_built_and_when_a_callback_
     ("path", "builtin"),
     [("cbstate.history", "Recorder"), ("cbstate.metrics", "Metrics"), ("cbstate.traces", "Traces")],
 )
-def test_d_ft_03_reading_what_nobody_writes_names_the_built_in_that_provides_it(path: str, builtin: str) -> None:
+def test_reading_what_nobody_writes_names_the_built_in_that_provides_it(path: str, builtin: str) -> None:
     with pytest.raises(MissingProducerError, match=rf"A reads '{path}', which no callback writes; add .*{builtin}\(\)"):
         build(A(reads=(path,)))
 
 
-def test_d_ft_03_a_class_of_the_user_s_that_would_do_as_well_does_not_hide_the_built_in() -> None:
+def test_a_class_of_the_user_s_that_would_do_as_well_does_not_hide_the_built_in() -> None:
     doing_as_well = [type("Mine", (Callback,), {"writes": ("cbstate.history",)}) for _ in range(2)]
     assert len(doing_as_well) == 2
     with pytest.raises(MissingProducerError, match=r"add Recorder\(\) to the callbacks"):
         build(A(reads=("cbstate.history",)))
 
 
-def test_d_ft_03_the_producer_of_what_lies_below_is_named_too() -> None:
+def test_the_producer_of_what_lies_below_is_named_too() -> None:
     with pytest.raises(MissingProducerError, match=r"A reads 'cbstate\.history\.epochs'.*Recorder\(\)"):
         build(A(reads=("cbstate.history.epochs",)))
 
 
-def test_d_ft_03_an_entry_that_nobody_knows_is_an_error_too() -> None:
+def test_an_entry_that_nobody_knows_is_an_error_too() -> None:
     with pytest.raises(MissingProducerError, match=r"'cbstate\.unheard_of'.*add a callback that writes it"):
         build(A(reads=("cbstate.unheard_of",)))
 
 
-def test_d_ft_03_the_metrics_without_a_recorder_are_refused_when_the_learner_is_built() -> None:
+def test_the_metrics_without_a_recorder_are_refused_when_the_learner_is_built() -> None:
     with pytest.raises(MissingProducerError, match=r"Metrics reads 'cbstate\.history'.*Recorder\(\)"):
         build(Metrics())
 
 
-def test_d_ft_03_a_producer_that_is_there_is_enough_in_any_order() -> None:
+def test_a_producer_that_is_there_is_enough_in_any_order() -> None:
     assert order(A(reads=("cbstate.mine",)), B(writes=("cbstate.mine",))) == ["B", "A"]
     assert order(A(reads=("cbstate.mine.deep",)), B(writes=("cbstate.mine",))) == ["B", "A"]
     assert order(A(reads=("cbstate",))) == ["A"]
     assert order(A(writes=("cbstate.mine",), reads=("cbstate.mine",))) == ["A"]
 
 
-def test_d_ft_03_a_producer_that_is_needed_cannot_be_removed() -> None:
+def test_a_producer_that_is_needed_cannot_be_removed() -> None:
     learner = toy_learner(Recorder(), Metrics())
     with pytest.raises(MissingProducerError, match="Recorder"):
         learner.remove_callback(Recorder)
@@ -751,7 +751,7 @@ def test_the_order_respects_every_edge_and_is_the_smallest_that_does(data: st.Da
     assert order(*data.draw(st.permutations(callbacks))) == expected
 
 
-# FluxTraining's defects
+# When errors are found, and how often callbacks are sorted
 
 
 def counting(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[Any]:
@@ -767,7 +767,7 @@ def counting(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[An
     return calls
 
 
-def test_d_ft_01_the_callbacks_are_sorted_once_and_never_during_a_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_callbacks_are_sorted_once_and_never_during_a_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """FluxTraining sorts the graph at every event."""
     graphs = counting(monkeypatch, CallbackGraph, "__init__")
     learner = toy_learner(EventRecorder(), Recorder(), Metrics())
@@ -777,17 +777,17 @@ def test_d_ft_01_the_callbacks_are_sorted_once_and_never_during_a_fit(monkeypatc
     assert built <= 2  # one that is empty, one that is proved
 
 
-def test_d_ft_02_a_cycle_is_an_error_at_construction_not_at_the_first_event() -> None:
+def test_a_cycle_is_an_error_at_construction_not_at_the_first_event() -> None:
     with pytest.raises(CallbackCycleError, match="A before B: B declares run_after = A"):
         toy_learner(A(run_after=(B,)), B(run_after=(A,)))
 
 
-def test_d_ft_03_a_missing_producer_is_an_error_at_construction_not_at_the_first_event() -> None:
+def test_a_missing_producer_is_an_error_at_construction_not_at_the_first_event() -> None:
     with pytest.raises(MissingProducerError, match=r"add .*Recorder"):
         toy_learner(MetricsPrinter(), Metrics())
 
 
-def test_d_ft_07_declarations_on_one_branch_are_merged_deeply_over_callbacks_and_within_one() -> None:
+def test_declarations_on_one_branch_are_merged_deeply_over_callbacks_and_within_one() -> None:
     one, two = A(writes=("cbstate.rates.a",)), B(writes=("cbstate.rates.b",))
     reader = C(reads=("cbstate.rates.a", "cbstate.rates.b"))
     assert order(reader, two, one) == ["A", "B", "C"]
@@ -797,7 +797,7 @@ def test_d_ft_07_declarations_on_one_branch_are_merged_deeply_over_callbacks_and
     ]
 
 
-def test_d_ft_08_reading_a_container_does_not_let_one_change_it() -> None:
+def test_reading_a_container_does_not_let_one_change_it() -> None:
     def spoil(learner: Any) -> None:
         learner.cbstate.history[TrainingPhase].epochs = 99
 
@@ -808,7 +808,7 @@ def test_d_ft_08_reading_a_container_does_not_let_one_change_it() -> None:
     assert learner.cbstate.history[TrainingPhase] == Counts(epochs=0, steps=1, steps_epoch=1, updates={None: 1})
 
 
-def test_d_ft_22_a_callback_that_is_set_or_put_in_place_of_another_is_initialised() -> None:
+def test_a_callback_that_is_set_or_put_in_place_of_another_is_initialised() -> None:
     class Publish(Callback):
         writes = ("cbstate.published",)
 

@@ -136,7 +136,7 @@ def published(learner: Learner) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_d_ft_08_no_container_that_is_only_read_can_be_changed_through_the_view(mutation: str) -> None:
+def test_no_container_that_is_only_read_can_be_changed_through_the_view(mutation: str) -> None:
     touch = Touch(MUTATIONS[mutation], ("step", "cbstate", "history", "data"))
     learner = toy_learner(touch, Publisher(), Recorder(), num_batches=1)
     with pytest.raises(StateAccessError, match="Touch tried to write") as caught:
@@ -251,7 +251,7 @@ def test_a_step_entry_may_be_named_like_a_method_of_a_dict(name: str) -> None:
     ],
     ids=["OrderedDict", "defaultdict", "set", "dict in a tuple", "list in a tuple"],
 )
-def test_d_ft_08_other_containers_that_are_only_read_stay_as_they_are(value: Any, mutate: Use) -> None:
+def test_other_containers_that_are_only_read_stay_as_they_are(value: Any, mutate: Use) -> None:
     class Owner(Callback):
         writes = ("cbstate.owned",)
 

@@ -108,9 +108,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[type[Event], type[Pha
 
 
 @pytest.mark.parametrize("epochs", [1, 4])
-def test_d_ft_01_handlers_are_resolved_once_per_event_and_phase_type(
-    monkeypatch: pytest.MonkeyPatch, epochs: int
-) -> None:
+def test_handlers_are_resolved_once_per_event_and_phase_type(monkeypatch: pytest.MonkeyPatch, epochs: int) -> None:
     """FluxTraining sorts all callbacks at each event."""
     calls = counted(monkeypatch)
     learner = toy_learner(EventRecorder(), Recorder(), Metrics(), num_batches=4)
@@ -257,7 +255,7 @@ def test_a_callback_passed_by_the_user_replaces_the_default_of_its_type() -> Non
 # init
 
 
-def test_d_ft_22_init_runs_once_for_each_new_callback_whatever_brings_it() -> None:
+def test_init_runs_once_for_each_new_callback_whatever_brings_it() -> None:
     """FluxTraining leaves callbacks that are set or replaced without init."""
     first, second, third = Inits(), Inits(), Inits()
     learner = toy_learner(first)
@@ -276,7 +274,7 @@ def test_d_ft_22_init_runs_once_for_each_new_callback_whatever_brings_it() -> No
     assert [len(callback.learners) for callback in (first, second, third)] == [1, 1, 1]
 
 
-def test_d_ft_22_wrapping_a_callback_that_is_there_does_not_init_it_again() -> None:
+def test_wrapping_a_callback_that_is_there_does_not_init_it_again() -> None:
     inits = Inits()
     learner = toy_learner(inits)
     learner.replace_callback(throttle(inits, StepEnd, freq=2))
@@ -284,14 +282,14 @@ def test_d_ft_22_wrapping_a_callback_that_is_there_does_not_init_it_again() -> N
     assert [type(callback).__name__ for callback in learner.callbacks.given()] == ["ConditionalCallback"]
 
 
-def test_d_ft_22_each_learner_gets_an_init_of_its_own() -> None:
+def test_each_learner_gets_an_init_of_its_own() -> None:
     inits = Inits()
     learners = [toy_learner(inits), toy_learner(inits)]
     assert len(inits.learners) == 2
     assert all(learner.cbstate.inits == 0 for learner in learners)
 
 
-def test_d_ft_22_init_is_idempotent_what_was_recorded_stays_when_it_runs_again() -> None:
+def test_init_is_idempotent_what_was_recorded_stays_when_it_runs_again() -> None:
     recorder, metrics = Recorder(), Metrics()
     learner = toy_learner(recorder, metrics, num_batches=2)
     learner.fit(2)
@@ -788,7 +786,7 @@ def raising(error: BaseException, event: type[Event], phase: type[Phase] = Phase
     return CustomCallback(fail, event, phase, name="culprit")
 
 
-def test_d_ft_28_an_error_in_a_handler_says_callback_event_phase_epoch_and_step_and_keeps_its_type() -> None:
+def test_an_error_in_a_handler_says_callback_event_phase_epoch_and_step_and_keeps_its_type() -> None:
     error = KeyError("mine")
     learner = toy_learner(raising(error, LossBegin, TrainingPhase, after=7), num_batches=3)
     with pytest.raises(KeyError) as caught:
@@ -799,7 +797,7 @@ def test_d_ft_28_an_error_in_a_handler_says_callback_event_phase_epoch_and_step_
 
 
 @pytest.mark.parametrize("event", [FitBegin, EpochBegin, StepBegin, BackwardBegin, StepEnd, EpochEnd, FitEnd])
-def test_d_ft_28_the_note_is_there_once_at_every_kind_of_event(event: type[Event]) -> None:
+def test_the_note_is_there_once_at_every_kind_of_event(event: type[Event]) -> None:
     error = ValueError("mine")
     with pytest.raises(ValueError, match="mine"):
         toy_learner(raising(error, event), num_batches=1).fit(1)
@@ -807,14 +805,14 @@ def test_d_ft_28_the_note_is_there_once_at_every_kind_of_event(event: type[Event
     assert notes(error).count("fluxloop: in ") == 1
 
 
-def test_d_ft_28_an_error_in_a_wrapped_callback_names_the_callback_itself() -> None:
+def test_an_error_in_a_wrapped_callback_names_the_callback_itself() -> None:
     error = ValueError("mine")
     with pytest.raises(ValueError, match="mine"):
         toy_learner(throttle(raising(error, StepEnd), StepEnd, freq=1), num_batches=1).fit(1)
     assert "raised by culprit at StepEnd of TrainingPhase()" in notes(error)
 
 
-def test_d_ft_28_an_error_in_the_step_itself_names_phase_epoch_and_step_and_no_callback() -> None:
+def test_an_error_in_the_step_itself_names_phase_epoch_and_step_and_no_callback() -> None:
     class Failing(TrainingPhase):
         def step(self, learner: Any, batch: Any) -> None:
             with runstep(learner, self, xs=batch[0]):

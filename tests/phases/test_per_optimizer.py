@@ -96,7 +96,7 @@ def test_each_optimizer_in_order_has_its_forward_loss_backward_and_update() -> N
     assert learner.history[Penalised].updates == {"fc1": 3, "fc2": 3}
 
 
-def test_d_lz_01_each_optimizer_steps_on_the_gradient_of_its_own_loss_alone() -> None:
+def test_each_optimizer_steps_on_the_gradient_of_its_own_loss_alone() -> None:
     steps: list[bool] = []
 
     class Compare(UnsafeCallback):

@@ -185,7 +185,7 @@ def unshuffled() -> dict[str, Any]:
     xs, ys = rows()
     batches = list(zip(xs.split(8), ys.split(8), strict=True))
     return {
-        "one-element tuple (D-FT-12)": (batches,),
+        "one-element tuple": (batches,),
         "mapping": {"training": batches},
         "list of batches": batches,
         "tensor batches": TensorBatches(xs, ys, batch_size=8),
@@ -292,7 +292,7 @@ BAD = {
         DataError,
         r"validation data \(a list of length 0\) gave no batch; expected at least one",
     ),
-    "D-LZ-13: fewer rows than batch_size": (
+    "fewer rows than batch_size": (
         {"data": (DataLoader(TensorDataset(*rows(4)), batch_size=8, drop_last=True),)},
         {},
         DataError,

@@ -109,7 +109,7 @@ def half_learner(*callbacks: Callback, **options: Any) -> Learner:
 # Evaluate
 
 
-def test_d_lz_15_evaluate_weighs_a_ragged_last_batch_by_its_rows():
+def test_evaluate_weighs_a_ragged_last_batch_by_its_rows():
     learner = half_learner(Recorder(), Metrics(mse, rmse, mae))
     values = learner.evaluate()
     mean, square = (0.5 + 1 + 1.5 + 2 + 25) / 5, (0.25 + 1 + 2.25 + 4 + 625) / 5
@@ -146,7 +146,7 @@ def test_evaluate_without_data_says_which_is_missing():
         half_learner(data=()).evaluate()
 
 
-def test_e11_evaluate_gives_values_by_name_and_leaves_no_trace() -> None:
+def test_evaluate_gives_values_by_name_and_leaves_no_trace() -> None:
     learner = toy_learner(Recorder(), Metrics())
     learner.fit(1)
     before = bits(learner), learner.history.rows(), learner.streams.positions(), learner.step
@@ -276,7 +276,7 @@ def test_a_handler_may_evaluate_and_predict_while_fitting(event, phase):
 # Predict
 
 
-def test_e08_predictions_are_those_of_the_model_in_eval_mode_in_the_order_of_the_data():
+def test_predictions_are_those_of_the_model_in_eval_mode_in_the_order_of_the_data():
     learner = noisy_learner()
     learner.fit(1)
     xs = torch.randn(70, 3)
@@ -307,7 +307,7 @@ def test_predict_takes_inputs_in_any_form_and_leaves_targets_out(data):
     assert torch.equal(half_learner().predict(data), torch.arange(6.0).reshape(6, 1) / 2)
 
 
-def test_e8_predictions_come_in_the_order_of_the_rows() -> None:
+def test_predictions_come_in_the_order_of_the_rows() -> None:
     model = nn.Linear(1, 1)
     learner = Learner(model, nn.functional.mse_loss, seed=0)
     predictions = learner.predict((XS,))
@@ -370,7 +370,7 @@ def flat(value: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_d_lz_29_structured_predictions_are_joined_leaf_by_leaf(structure):
+def test_structured_predictions_are_joined_leaf_by_leaf(structure):
     class Structured(nn.Module):
         def forward(self, xs: Tensor) -> Any:
             return STRUCTURES[structure](xs)

@@ -102,7 +102,7 @@ def test_the_losses_are_those_of_a_loop_by_hand() -> None:
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, partial(torch.optim.SGD, lr=0.1, momentum=0.9)])
-def test_d_lz_23_nothing_of_the_learner_is_changed_to_the_bit(optimizer: Any) -> None:
+def test_nothing_of_the_learner_is_changed_to_the_bit(optimizer: Any) -> None:
     recorder = EventRecorder()
     learner, other = (
         noisy_learner(EMA("model", 0.9), Scheduler({LearningRate: one_cycle(100, 0.01)}), each, optimizer=optimizer)
@@ -238,7 +238,7 @@ def test_what_was_found_can_be_read_and_drawn() -> None:
     assert [line.get_label().split(":")[0] for line in axes.lines] == ["loss", "smoothed", "valley", "steepest"]
 
 
-def test_ported_from_luz_there_is_a_row_per_step_and_a_suggestion_that_trains() -> None:
+def test_there_is_a_row_per_step_and_a_suggestion_that_trains() -> None:
     learner = toy_learner()
     sweep = find_lr(learner, steps=100, end=1e-1)
     assert len(sweep.losses) == 100
@@ -302,7 +302,7 @@ def gan() -> Learner:
     return Learner(models, data=(data,), optimizer=optimizers, default_callbacks=False, seed=0)
 
 
-def test_d_lz_23_any_phase_and_any_optimizer() -> None:
+def test_any_phase_and_any_optimizer_can_be_searched() -> None:
     learner = gan()
     before = bits(learner)
     both, path = rates_seen(learner, phase=GAN(), steps=8, end=1e-2)
