@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import traceback
 import warnings
@@ -141,6 +142,7 @@ XS = torch.rand(8, 4, generator=torch.Generator().manual_seed(0))
 YS = torch.rand(8, 1, generator=torch.Generator().manual_seed(1))
 GOOD = [(XS, YS)]
 sgd = partial(SGD, lr=0.1)
+PLACEHOLDER = re.compile(r"\{[A-Za-z_][\w.]*(\([^)]*\))?(!r)?(:[^}\s]*)?\}|%[sdr]")
 
 
 class Case(NamedTuple):
@@ -164,6 +166,7 @@ def refused(case: Case, call: Callable[[], object]) -> None:
     text = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
     missing = [word for word in case.words if word not in text]
     assert not missing, f"the message says nothing of {missing}: {text}"
+    assert not PLACEHOLDER.search(text), f"the message has a placeholder that was not filled in: {text}"
 
 
 class Snapshot:
@@ -1380,3 +1383,21 @@ def test_a_malformed_argument_is_named_when_it_is_given(
 
 def test_the_table_of_malformed_arguments_is_large() -> None:
     assert len(MALFORMED) >= 263
+
+
+# Messages as a whole
+
+
+def test_no_text_in_the_package_has_a_placeholder_outside_of_an_f_string() -> None:
+    assert PLACEHOLDER.search("no model is called {name!r}")
+    found = []
+    for path in sorted(Path(fluxloop.__file__).parent.rglob("*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        inside = {part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        found += [
+            f"{path.name}: {node.value}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in inside
+            if PLACEHOLDER.search(node.value)
+        ]
+    assert found == []

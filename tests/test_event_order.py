@@ -6,12 +6,18 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from attrs import define
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from torch.optim import Adam
 
 import fluxloop
 from fluxloop import (
@@ -911,7 +917,7 @@ def test_after_ctrl_c_the_signal_is_pythons_again_and_the_next_fit_is_a_normal_o
     assert [(event, phase) for event, phase in result["next_trace"]] == read(ONE_EPOCH)
 
 
-@pytest.mark.parametrize("event", [LossBegin, StepEnd, EpochEnd, fluxloop.CycleEnd])
+@pytest.mark.parametrize("event", [FitBegin, EpochBegin, StepBegin, LossBegin, StepEnd, EpochEnd, fluxloop.CycleEnd])
 def test_a_keyboard_interrupt_raised_in_a_handler_ends_the_fit_in_good_order(event):
     learner, recorder = recorded(RaiseAt(KeyboardInterrupt(), event))
     assert learner.fit(1).stop_reason == INTERRUPTED
@@ -952,3 +958,47 @@ def test_a_fit_runs_in_a_thread_where_signals_cannot_be_handled():
     thread.start()
     thread.join()
     assert recorder.trace == read(ONE_EPOCH)
+
+
+# What an event finds
+
+
+@define
+class ParameterWatch(Callback):
+    """Holds copies of the optimizer's parameters before and after its step, as seen through its groups."""
+
+    before: list[Tensor] | None = None
+    after: list[Tensor] | None = None
+    gradients: list[Tensor] | None = None
+    reads = ("optimizer",)
+
+    @on(BackwardBegin)
+    def keep_before(self, event: BackwardBegin, phase: Any, learner: Any) -> None:
+        self.before = [p.detach().clone() for p in learner.optimizer.param_groups[0]["params"]]
+
+    @on(BackwardEnd)
+    def keep_gradients(self, event: BackwardEnd, phase: Any, learner: Any) -> None:
+        parameters = learner.optimizer.param_groups[0]["params"]
+        assert all(torch.equal(p, old) for p, old in zip(parameters, self.before or (), strict=True))
+        self.gradients = [p.grad.clone() for p in parameters]
+
+    @on(UpdateEnd)
+    def keep_after(self, event: UpdateEnd, phase: Any, learner: Any) -> None:
+        self.after = [p.detach().clone() for p in learner.optimizer.param_groups[0]["params"]]
+
+
+def test_parameters_change_between_update_begin_and_update_end_alone() -> None:
+    watch = ParameterWatch()
+    model = nn.Linear(3, 1)
+    data = [(torch.randn(100, 3), torch.randn(100, 1))]
+    adam = partial(Adam, lr=0.01, fused=False)
+    learner = Learner(model, mse_loss, data=(data,), optimizer=adam, callbacks=[watch], default_callbacks=False)
+    learner.fit(1)
+    assert watch.before
+    assert watch.after
+    assert watch.gradients
+    for before, gradient, after, parameter in zip(
+        watch.before, watch.gradients, watch.after, model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(after, before - 0.01 * gradient.sign(), rtol=0, atol=1e-6)
+        assert torch.equal(after, parameter.detach())

@@ -6,6 +6,7 @@ import io
 import os
 import random
 import re
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader, IterableDataset
+from torchmetrics.classification import MulticlassF1Score
 
 import fluxloop
 from fluxloop import (
@@ -45,6 +48,7 @@ from fluxloop import (
     LogTraces,
     LogVisualization,
     LRScheduler,
+    Metric,
     Metrics,
     MetricSource,
     MetricsPrinter,
@@ -68,8 +72,10 @@ from fluxloop import (
     Unfreeze,
     UnsafeCallback,
     ValidationPhase,
+    accuracy,
     callbacks,
     throttle,
+    watching,
 )
 from fluxloop.callbacks.log import LogCallback
 from fluxloop.hyperparameters import WeightDecay
@@ -630,3 +636,80 @@ def test_all_together_nothing_is_told_to_be_lost(capsys: pytest.CaptureFixture[s
     learner = noisy_learner(*everybody())
     learner.fit(1)  # a checkpoint that keeps not everything warns, and a warning is an error here
     assert [entry.path for entry in learner.checkpoint_manifest() if entry.kind == "not kept"] == []
+
+
+def test_all_together_leave_the_model_in_train_mode_in_every_training_step(capsys: pytest.CaptureFixture[str]) -> None:
+    modes: list[bool] = []
+
+    def look(learner: Any) -> None:
+        modes.extend(module.training for module in learner.model.modules())
+
+    def watch(view: Any) -> None:
+        learner.evaluate()
+        learner.predict(torch.rand(8, 3))
+        learner.epoch(ValidationPhase())
+        learner.summary()
+        with watching(learner.model):
+            learner.model(torch.rand(8, 3))
+
+    learner = noisy_learner(
+        *everybody({cls: make for cls, make in MAKE.items() if cls is not Checkpointer}),  # it would keep `modes`, too
+        CustomCallback(look, StepBegin, TrainingPhase, reads=("model",), name="look before"),
+        CustomCallback(look, StepEnd, TrainingPhase, reads=("model",), name="look after"),
+    )
+    learner.add_callback(CustomCallback(watch, StepEnd, TrainingPhase, name="watches in the middle of an epoch"))
+    learner.fit(2)
+    assert len(modes) == 2 * 3 * 2 * len(list(learner.model.modules()))
+    assert all(modes)
+
+
+@pytest.mark.parametrize("phase", [TrainingPhase, ValidationPhase])
+def test_all_that_measure_keep_no_predictions_and_losses_of_steps_gone_by(phase: Any) -> None:
+    alive: list[int] = []
+    seen: list[weakref.ref[Tensor]] = []
+
+    def look(learner: Any) -> None:
+        seen.extend(weakref.ref(learner.step[name]) for name in ("preds", "loss"))
+        alive.append(sum(reference() is not None for reference in seen))
+
+    measures = Metrics(accuracy, MulticlassF1Score(3), Metric(lambda preds, ys: preds.mean(), name="level"))
+    looking = CustomCallback(look, StepEnd, phase, reads=("step",))
+    learner = learner_with(Recorder(), measures, ActivationStats(every=1), looking, num_batches=12)
+    learner.fit(2, phases=[phase()])
+    assert len(alive) == 24
+    assert max(alive) <= 4  # the step's own, and those of the one before
+
+
+class Stream(IterableDataset[Any]):
+    """Rows whose number nobody knows."""
+
+    def __iter__(self) -> Iterator[Any]:
+        rows = classes(3, shuffle=False).data
+        return iter(zip(*(tensor[:20] for tensor in rows), strict=True))
+
+
+class Reiterable:
+    """Batches whose number nobody knows."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(classes(3, shuffle=False))
+
+
+@pytest.mark.parametrize("kind", ["dataset", "iterable", "generator"])
+def test_together_they_take_data_without_a_length(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def make() -> Any:
+        if kind == "dataset":
+            return DataLoader(Stream(), batch_size=8)
+        return Reiterable() if kind == "iterable" else (batch for batch in classes(3, shuffle=False))
+
+    once = kind == "generator"
+    given = [Recorder(), Metrics(accuracy), MetricsPrinter(), ProgressBar(enabled=True), SetEpoch(), Profile()]
+    given += [ActivationStats(), EMA("model"), Traces({"rows": lambda learner: len(learner.step.xs)})]
+    if not once:  # these run over the data again
+        given += [StochasticWeightAveraging(), KNNProbe("model", k=3)]
+    learner = learner_with(*given)
+    learner.fit(1 if once else 2, (make(), make()))
+    for phase in (TrainingPhase, ValidationPhase):
+        assert learner.history[phase].steps == (3 if once else 6)
+    if not once:
+        assert len(learner.predict(make())) == (20 if kind == "dataset" else 24)

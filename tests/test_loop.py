@@ -993,3 +993,45 @@ def test_a_loop_with_a_new_phase_for_each_step_is_the_loop_with_one() -> None:
                 phase_of(phase).step(learner, batch)
                 losses.append(learner.step.loss.item())
     assert losses[: len(losses) // 2] == losses[len(losses) // 2 :]
+
+
+class Acquires(Callback):
+    """Holds something from StepBegin to the end of the step, whatever end that is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = 0
+        self.log: list[int] = []
+
+    @on(StepBegin)
+    def acquire(self, event: StepBegin, phase: Phase, learner: Any) -> None:
+        self.held += 1
+        self.log.append(self.held)
+        learner.defer(self.release)
+
+    def release(self) -> None:
+        self.held -= 1
+
+
+@pytest.mark.parametrize("event", [StepBegin, LossBegin, StepEnd])
+@pytest.mark.parametrize("error", WAYS_OUT[1:], ids=lambda error: type(error).__name__)
+def test_what_a_step_acquired_is_released_wherever_the_step_is_cut_short(event, error):
+    acquires = Acquires()
+    learner = toy_learner(acquires, Do(raising(error), event), num_batches=2)
+    error_of(learner.fit, 1, phases=[TrainingPhase()])
+    assert acquires.log
+    assert set(acquires.log) == {1}
+    assert acquires.held == 0
+
+
+def test_a_model_that_was_given_in_eval_mode_is_trained_in_train_mode_and_then_as_it_was():
+    learner = normalizing_learner()
+    learner.model.eval()
+    before = modes(learner)
+    seen: list[bool] = []
+    learner.add_callback(Do(lambda learner: seen.extend(modes(learner)), StepEnd))
+    learner.fit(1, phases=[TrainingPhase()])
+    assert seen
+    assert all(seen)
+    assert modes(learner) == before
+    assert not any(before)

@@ -118,3 +118,10 @@ def test_all_of_them_only_watch(capsys: pytest.CaptureFixture[str]) -> None:
     plain.fit(3)
     watched.fit(3)
     assert_same_bits(plain, watched)
+
+
+def test_without_validation_data_they_announce_no_validation(capsys: pytest.CaptureFixture[str]) -> None:
+    toy_learner(data=((torch.ones(8, 1), torch.ones(8, 1)),), default_callbacks=True).fit(1)
+    printed = "".join(capsys.readouterr())
+    assert "rain" in printed
+    assert "alid" not in printed

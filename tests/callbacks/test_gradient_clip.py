@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from fluxloop import (
     EMA,
     AbstractTrainingPhase,
+    Accelerator,
     Callback,
     CallbackConflictError,
     FeatureStats,
@@ -38,7 +39,7 @@ from fluxloop import (
 )
 from fluxloop.callbacks.checkpointer import Checkpointer
 from fluxloop.callbacks.gradient_clip import GradientClip
-from fluxloop.testing import assert_observer, assert_same_bits, bits
+from fluxloop.testing import assert_observer, assert_same_bits, bits, toy_learner
 
 BATCH, BATCHES = 4, 5
 
@@ -395,3 +396,21 @@ def test_bad_numbers_are_refused(options: dict[str, Any], message: str) -> None:
 
 def test_it_shows_what_it_was_given() -> None:
     assert repr(GradientClip(1)) == "GradientClip(max_norm=1, norm_type=2.0, value=None, optimizer=None)"
+
+
+def test_clipping_sees_the_gradients_that_the_optimizer_steps_with_not_scaled_ones() -> None:
+    class Scaled(Accelerator):
+        """Computes gradients of a scaled loss, and has them unscaled before an update begins."""
+
+        def backward(self, loss: Tensor, parameters: Any, **options: Any) -> None:
+            super().backward(loss * 1024, parameters, **options)
+            for parameter in parameters:
+                parameter.grad /= 1024
+
+    norms: dict[str, list[float]] = {}
+    for name, accelerator in (("plain", Accelerator("cpu")), ("scaled", Scaled("cpu"))):
+        learner = toy_learner(GradientClip(0.25), Recorder(), accelerator=accelerator)
+        learner.fit(1, phases=[TrainingPhase()])
+        norms[name] = [*learner.history["training/grad_norm"], learner.model.value.item()]
+    assert norms["plain"] == norms["scaled"]
+    assert norms["plain"][0] > 0.25

@@ -12,6 +12,7 @@ from torch.nn.functional import mse_loss
 from torchmetrics import MeanMetric
 
 from fluxloop import (
+    AbstractTrainingPhase,
     Accelerator,
     CancelEpochException,
     CancelFittingException,
@@ -403,3 +404,30 @@ def test_values_that_nothing_shows_are_named_once(value: Any) -> None:
     learner.fit(1)
     assert learner.history["training/table"][0] is not None
     assert learner.evaluate().keys() == {"loss", "table", "other"}
+
+
+class FedLoss(AbstractTrainingPhase):
+    """The loss of each step is the batch's number."""
+
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        state.loss = state.xs.mean()
+
+
+def test_the_smooth_loss_of_a_step_is_the_smoothed_one_too() -> None:
+    running: list[float] = []
+    latest: list[float] = []
+
+    def look(learner: Any) -> None:
+        metrics = learner.cbstate.metrics[FedLoss]
+        running.append(metrics.running()["smoothloss"].item())
+        latest.append(metrics.latest()["smoothloss"].item())
+
+    losses = [0.0, 1.0, 0.0, 1.0]
+    watch = CustomCallback(look, StepEnd, FedLoss)
+    data = [torch.full((4,), loss) for loss in losses]
+    toy_learner(Recorder(), Metrics(SmoothLoss()), watch, data=(data,)).fit(1, phases=[FedLoss()])
+    value = weight = 0.0
+    for smooth, loss in zip(running, losses, strict=True):
+        value, weight = 0.98 * value + 0.02 * loss, 0.98 * weight + 0.02
+        assert smooth == pytest.approx(value / weight, abs=1e-6)
+    assert latest == pytest.approx(running)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fluxloop import (
     Callback,
     Check,
+    DataError,
     FitBegin,
     Learner,
     Recorder,
@@ -347,3 +348,13 @@ def test_a_failure_that_ends_with_a_period_is_followed_by_the_hint_without_a_sec
 
     with pytest.raises(SanityCheckError, match=r"error: mine: out of bounds\. Look there"):
         toy_learner(SanityCheck(Check("mine", fail, "Look there"))).fit(1)
+
+
+def test_missing_training_data_fails_the_fit_and_each_check_says_so_alone() -> None:
+    learner = toy_learner(SanityCheck(), data=())
+    with pytest.raises(DataError, match="TrainingPhase runs on the 'training' data, and there is no data"):
+        learner.fit(1)
+    with pytest.raises(ValueError, match="the learner has no training data"):
+        SanityCheck().checks[0].run(learner)
+    for check in SanityCheck().checks:
+        check.run(toy_learner())  # raises where it fails

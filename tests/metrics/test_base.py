@@ -15,8 +15,10 @@ from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, Multicl
 from fluxloop import (
     AbstractTrainingPhase,
     Callback,
+    CancelEpochException,
     CancelStepException,
     CustomCallback,
+    EpochBegin,
     Learner,
     Loss,
     LossBegin,
@@ -33,6 +35,7 @@ from fluxloop import (
     ValidationPhase,
     accuracy,
     mae,
+    on,
     runepoch,
     runstep,
     top_k,
@@ -639,3 +642,22 @@ def test_the_last_value_of_a_share_survives_being_kept() -> None:
     other.load_state_dict(tracker.state_dict())
     assert other.latest()["accuracy"] == tracker.latest()["accuracy"] == 0.75
     assert other.compute()["accuracy"] == 0.75
+
+
+def test_an_epoch_that_is_cancelled_when_it_begins_has_no_value() -> None:
+    class ACancel(Callback):
+        """In the second epoch, before the others that nothing orders."""
+
+        epochs = 0
+
+        @on(EpochBegin, TrainingPhase)
+        def begin(self, event: EpochBegin, phase: Any, learner: Any) -> None:
+            self.epochs += 1
+            if self.epochs == 2:
+                raise CancelEpochException("not this one")
+
+    learner = toy_learner(ACancel(), Recorder(), Metrics())
+    history = learner.fit(3, phases=[TrainingPhase()])
+    assert history[TrainingPhase].epochs == 3
+    assert [row["epoch"] for row in history.rows()] == [1, 3]
+    assert history[TrainingPhase].steps == 32

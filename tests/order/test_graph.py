@@ -1002,3 +1002,14 @@ def test_advice_for_a_conflict_names_the_users_own_class() -> None:
         with pytest.raises(CallbackConflictError) as caught:
             toy_learner(own(), GradientClip(1.0))
         assert f"run_after = (GradientClip,)   # in {own.__name__}" in str(caught.value)
+
+
+def test_a_users_own_class_that_writes_what_is_missing_is_named() -> None:
+    class WritesThings(Callback):
+        writes = ("cbstate.things",)
+
+    with pytest.raises(
+        MissingProducerError, match=r"A reads 'cbstate\.things', which no callback writes; add .*WritesThings"
+    ):
+        build(A(reads=("cbstate.things",)))
+    assert order(A(reads=("cbstate.things",)), WritesThings()) == ["WritesThings", "A"]

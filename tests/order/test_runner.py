@@ -897,3 +897,14 @@ def test_a_subclass_of_a_default_callback_replaces_it() -> None:
     assert type(old) is Recorder
     assert [callback for callback in learner.callbacks if isinstance(callback, Recorder)] == [mine]
     assert len(learner.callbacks) == size
+
+
+def test_one_object_holds_the_callbacks_however_they_are_changed() -> None:
+    learner = toy_learner()
+    held = learner.callbacks
+    learner.set_callbacks([GarbageCollect()])
+    learner.add_callback(Recorder())
+    learner.replace_callback(GarbageCollect())
+    learner.remove_callback(GarbageCollect)
+    assert learner.callbacks is held
+    assert held.order == ["Recorder"]

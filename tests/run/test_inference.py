@@ -593,3 +593,22 @@ def test_a_batch_that_is_a_dict_is_given_by_name() -> None:
 def test_empty_data_for_predict_is_named_as_what_was_given() -> None:
     with pytest.raises(DataError, match=r"the given data \(a list of length 0\) gave no batch"):
         toy_learner().predict([])
+
+
+@pytest.mark.parametrize("call", ["evaluate", "predict"])
+def test_an_interrupted_evaluation_or_prediction_leaves_the_learner_as_it_was(call: str) -> None:
+    def batches() -> Iterator[Any]:
+        yield torch.ones(2, 1), torch.ones(2, 1)
+        raise KeyboardInterrupt
+
+    learner = toy_learner(Recorder(), Metrics())
+    learner.model.train()
+    learner.fit(1)
+    before, step, rows, order = bits(learner), learner.step, learner.history.rows(), learner.callbacks.order
+    with pytest.raises(KeyboardInterrupt):
+        getattr(learner, call)(batches())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bits(learner).items())
+    assert (learner.step, learner.history.rows(), learner.callbacks.order) == (step, rows, order)
+    assert learner.model.training
+    assert learner.scope is None
+    assert learner.fit(1).cycles == 2
