@@ -19,7 +19,7 @@ from fluxloop.compute.modes import switch_optimizers
 from fluxloop.errors import CallbackConflictError, ModelError, warn_user
 from fluxloop.events import CycleEnd, EpochEnd, FitBegin
 from fluxloop.monitor import Mode, Monitor
-from fluxloop.persist.plain import keep, put_back, snapshot
+from fluxloop.persist.plain import from_plain, snapshot, to_plain
 from fluxloop.phase import FittingPhase, Phase
 
 Weights = dict[str, dict[str, Any]]
@@ -123,7 +123,7 @@ class KeepBestModel(UnsafeCallback):
             undo = switch_optimizers(modes, False)  # the weights that are evaluated
             former = self._weights
             self._weights = {path: _copied(module, former.get(path, {})) for path, module in self._modules(learner)}
-            self._optimizers = [snapshot(keep(mode.optimizer.state_dict(), "an optimizer")) for mode in modes]
+            self._optimizers = [snapshot(to_plain(mode.optimizer.state_dict(), "an optimizer")) for mode in modes]
             undo()
 
     @on(CycleEnd, FittingPhase)
@@ -159,7 +159,7 @@ class KeepBestModel(UnsafeCallback):
             if path in self._weights:
                 _load(module, self._weights[path])
         for mode, state in zip(learner.updates.modes, self._optimizers, strict=False):
-            mode.optimizer.load_state_dict(put_back(state))
+            mode.optimizer.load_state_dict(from_plain(state))
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a checkpoint keeps: the best value, its epoch, and the weights."""
@@ -207,8 +207,8 @@ def _kind(tensor: Tensor) -> tuple[Any, ...]:
 
 def _load(module: nn.Module, kept: dict[str, Any]) -> None:
     """Have a module hold what `_copied` gave."""
-    own = {name: value if isinstance(value, Tensor) else put_back(value) for name, value in kept["state"].items()}
-    module.load_state_dict(with_metadata(own, put_back(kept["metadata"])))
+    own = {name: value if isinstance(value, Tensor) else from_plain(value) for name, value in kept["state"].items()}
+    module.load_state_dict(with_metadata(own, from_plain(kept["metadata"])))
     buffers = dict(module.named_buffers())
     for name in kept["buffers"].keys() & buffers:
         buffers[name].detach().copy_(kept["buffers"][name])

@@ -22,7 +22,7 @@ from fluxloop.hyperparameters import LearningRate, Momentum, OptimizerOption
 from fluxloop.monitor import Monitor
 from fluxloop.order.access import overlap, parse
 from fluxloop.persist.arguments import arguments_of, changed
-from fluxloop.persist.plain import keep, put_back
+from fluxloop.persist.plain import from_plain, to_plain
 from fluxloop.phase import AbstractTrainingPhase, FittingPhase, Phase
 
 Factory = Callable[[Optimizer], Any]
@@ -396,7 +396,7 @@ def _state_when_made(scheduler: Any) -> dict[str, Any]:
     optimizer = scheduler.optimizer
     known = {*optimizer.defaults, "params", "param_names"}
     added = [{k: v for k, v in group.items() if k not in known} for group in optimizer.param_groups]
-    return {**_state(scheduler), "param_groups": put_back(keep(added, "the parameter groups"))}
+    return {**_state(scheduler), "param_groups": from_plain(to_plain(added, "the parameter groups"))}
 
 
 def _state(scheduler: Any) -> Any:
@@ -406,7 +406,7 @@ def _state(scheduler: Any) -> Any:
         CheckpointError: Something in it cannot be kept.
     """
     state = {key: value for key, value in scheduler.state_dict().items() if not callable(value)}
-    return put_back(keep(state, type(scheduler).__name__))
+    return from_plain(to_plain(state, type(scheduler).__name__))
 
 
 def _restored(kept: Any, present: Any) -> Any:

@@ -34,14 +34,14 @@ from fluxloop.persist.plain import (
     WATCHED,
     attributes,
     class_name,
+    from_plain,
     is_held,
     is_stateful,
     is_uninitialized,
-    keep,
     phase_id,
-    put_back,
     size,
     snapshot,
+    to_plain,
     uninitialize,
     unsaved_buffers,
 )
@@ -156,18 +156,18 @@ def weights_of(module: nn.Module) -> State:
         "state": {
             name: UNINITIALIZED
             if is_lazy(value)
-            else (value if isinstance(value, Tensor) else keep(value, f"{name!r} of {label}"))
+            else (value if isinstance(value, Tensor) else to_plain(value, f"{name!r} of {label}"))
             for name, value in state.items()
         },
-        "metadata": keep(dict(getattr(state, "_metadata", {})), f"the metadata of {label}"),
+        "metadata": to_plain(dict(getattr(state, "_metadata", {})), f"the metadata of {label}"),
     }
 
 
 def put_weights(module: nn.Module, kept: State) -> None:
     """Have a module load what `weights_of` gave."""
     lazy = {name for name, value in kept["state"].items() if is_uninitialized(value)}
-    tensors = {name: put_back(value) for name, value in kept["state"].items() if name not in lazy}
-    result = module.load_state_dict(with_metadata(tensors, put_back(kept["metadata"])), strict=not lazy)
+    tensors = {name: from_plain(value) for name, value in kept["state"].items() if name not in lazy}
+    result = module.load_state_dict(with_metadata(tensors, from_plain(kept["metadata"])), strict=not lazy)
     if lazy:
         uninitialize(module, lazy)
         if set(result.missing_keys) - lazy or result.unexpected_keys:
@@ -223,7 +223,7 @@ def _shared_state(learner: RunLearner) -> State:
         if any(path in node.callback.unwrapped.transient for node in learner.callbacks.graph.nodes):
             continue
         try:
-            kept[name] = keep(value, path)
+            kept[name] = to_plain(value, path)
         except CheckpointError as error:
             writers = ", ".join(learner.callbacks.writers(path)) or "nobody"
             raise CheckpointError(
@@ -404,7 +404,7 @@ def apply(learner: RunLearner, state: State, *, begun: bool, running: bool = Fal
         where = f"cbstate.{name}"
         if where in gone:
             continue
-        shared[name] = put_back(kept, shared.get(name), phases=types, device=device, where=where)
+        shared[name] = from_plain(kept, shared.get(name), phases=types, device=device, where=where)
     learner._ledger.waiting = {name: list(states) for name, states in state["phases"].items()}
     learner._ledger.loaded = True
     for kept_phase in learner._ledger.phases:

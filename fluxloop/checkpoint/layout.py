@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fluxloop.errors import describe
-from fluxloop.persist.plain import put_back
+from fluxloop.persist.plain import from_plain
 from fluxloop.randomness import MASK
 
 Rule = Callable[[Any, str], Iterator[str]]
@@ -78,7 +78,7 @@ def _entries(needed: dict[str, Rule], more: dict[str, Rule] | None = None) -> Ru
 def _generators(value: Any, where: str) -> Iterator[str]:
     """Tell what of the global generators' states cannot be put back; tried on generators of its own."""
     try:
-        states = put_back(value)
+        states = from_plain(value)
         torch.Generator().set_state(states["torch"])
         random.Random().setstate(states["python"])
         if states["numpy"] is not None:

@@ -16,7 +16,7 @@ from fluxloop.compute.optimizers import parameters_by_name
 from fluxloop.data.sources import own_generators
 from fluxloop.errors import CheckpointError, describe, did_you_mean
 from fluxloop.history import Counts
-from fluxloop.persist.plain import class_name, is_stateful, is_uninitialized, phase_id, put_back, unsaved_buffers
+from fluxloop.persist.plain import class_name, from_plain, is_stateful, is_uninitialized, phase_id, unsaved_buffers
 from fluxloop.persist.walk import Kept, plain_entries
 from fluxloop.phase import phase_types
 from fluxloop.state import PhaseDict
@@ -182,7 +182,7 @@ def _kept_differs(live: Kept, kept: State, label: str) -> Iterator[str]:
         return  # what others keep is theirs to say
     try:
         if "pair" in kept:
-            now, before = thing.state_dict(), put_back(kept["pair"])
+            now, before = thing.state_dict(), from_plain(kept["pair"])
             if not isinstance(before, dict):
                 yield f"{label} has {describe(before)} as its state in the checkpoint; expected a dict"
         else:
@@ -203,7 +203,7 @@ def _shared_differ(learner: RunLearner, kept: State) -> Iterator[str]:
         except Exception:  # it cannot be tried
             continue
         try:
-            trial = put_back(kept[name], trial, phases=phase_types(), device=torch.device("cpu"), where=name)
+            trial = from_plain(kept[name], trial, phases=phase_types(), device=torch.device("cpu"), where=name)
         except Exception as error:
             yield f"cbstate.{name} of the checkpoint cannot be put back: {error!r}"
             continue

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from fluxloop.compute.optimizers import owned_parameters
 from fluxloop.errors import CheckpointError, describe, did_you_mean
-from fluxloop.persist.plain import class_name, keep, put_back
+from fluxloop.persist.plain import class_name, from_plain, to_plain
 
 State = dict[str, Any]
 ByName = Mapping[str, nn.Parameter]
@@ -53,7 +53,7 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[nn.Parameter, str], lab
         "class": class_name(type(optimizer)),
         "defaults": plain_defaults(optimizer),
         "names": _names(optimizer, names),
-        "state": keep(state, f"the state of {label}"),
+        "state": to_plain(state, f"the state of {label}"),
     }
 
 
@@ -204,7 +204,7 @@ def optimizer_differs(optimizer: Optimizer, kept: State, by_name: ByName, label:
         yield from wrong
         return
     try:
-        state = put_back(_arranged(optimizer, kept, by_name, label))
+        state = from_plain(_arranged(optimizer, kept, by_name, label))
     except CheckpointError as error:
         yield str(error)
         return
@@ -360,7 +360,7 @@ def load_optimizer(
     Raises:
         CheckpointError: It cannot be matched.
     """
-    state = put_back(_arranged(optimizer, kept, by_name, label), device=device)
+    state = from_plain(_arranged(optimizer, kept, by_name, label), device=device)
     optimizer.load_state_dict(state)
     for index, parameter in enumerate(owned_parameters(optimizer)):
         for name, value in state.get("state", {}).get(index, {}).items():

@@ -10,7 +10,7 @@ from fluxloop.data.fingerprint import differences, fingerprint
 from fluxloop.data.passes import Pass, check_place, obstacle
 from fluxloop.data.sources import Numbers
 from fluxloop.errors import CancelFittingException, CheckpointError, DataError, describe, warn_user
-from fluxloop.persist.plain import put_back
+from fluxloop.persist.plain import from_plain
 from fluxloop.randomness import Stream, Streams, put_generators, start_torch
 from fluxloop.signals import TERMINATED, StopWaiting
 
@@ -155,7 +155,7 @@ class Feed:
             return Pass(self.source, numbers, epoch)
         try:
             begun = Pass(self.source, numbers, epoch, place)
-            put_generators(put_back(place["global_generators"]))
+            put_generators(from_plain(place["global_generators"]))
         except Exception as error:
             undo()
             raise CheckpointError(

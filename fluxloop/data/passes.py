@@ -27,7 +27,7 @@ from fluxloop.data.sources import (
 )
 from fluxloop.errors import CheckpointError, describe
 from fluxloop.interfaces import Stateful
-from fluxloop.persist.plain import keep, put_back
+from fluxloop.persist.plain import from_plain, to_plain
 from fluxloop.randomness import start_torch
 
 # The number of the epoch
@@ -203,7 +203,7 @@ class Pass:
         """
         source = self.source
         if place is not None:
-            source.load_state_dict(put_back(place["own"]))
+            source.load_state_dict(from_plain(place["own"]))
             self.went_on = place.get("went_on", False)
         elif _under_way.get(source) is not None:
             self.went_on = True
@@ -269,7 +269,7 @@ def check_place(source: Any, place: dict[str, Any], name: str | None) -> None:
     try:
         put_source_back(source, place)
         put_private_back(source, place["private_now"])
-        put_back(place.get("own"))
+        from_plain(place.get("own"))
     except Exception as error:
         raise CheckpointError(
             f"the place in the {name} data ({describe(source)}) cannot be put back: {type(error).__name__}: {error}"
@@ -294,7 +294,7 @@ def own_state(source: Any, name: str | None) -> Any:
             f"the {name!r} data ({describe(source)}) has a state_dict that gives no state ({error}), so an epoch of it "
             "cannot be resumed in the middle; expected the loader that was wrapped: tensors, a Dataset or a DataLoader"
         ) from error
-    return keep(state, f"the {name} data")
+    return to_plain(state, f"the {name} data")
 
 
 def data_state(source: Any, begun: bool, name: str) -> dict[str, Any]:
@@ -322,6 +322,6 @@ def put_data_back(source: Any, state: dict[str, Any]) -> bool:
         return any([put_data_back(part, kept) for part, kept in parts])
     if state.get("own") is None or not keeps_place(source):
         return False
-    cast(Stateful, source).load_state_dict(put_back(state["own"]))
+    cast(Stateful, source).load_state_dict(from_plain(state["own"]))
     _under_way.put(source, False if state.get("under_way") else None)
     return True

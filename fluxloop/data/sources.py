@@ -42,7 +42,7 @@ from fluxloop.data.loaders import TensorBatches, is_plain
 from fluxloop.data.loading import Endless, begin, watched
 from fluxloop.data.notes import Notes
 from fluxloop.errors import describe
-from fluxloop.persist.plain import SCALARS, WATCHED, attributes, is_numpy_generator, is_stateful, keep, put_back
+from fluxloop.persist.plain import SCALARS, WATCHED, attributes, from_plain, is_numpy_generator, is_stateful, to_plain
 from fluxloop.persist.walk import Walk, models_apart
 from fluxloop.randomness import others_apart, others_going_on, start_generators, start_torch
 
@@ -564,13 +564,13 @@ def generators_state(source: Any) -> dict[str, Any]:
 
 def private_state(source: Any) -> list[Any]:
     """Give where the generators stand that a loader's dataset and samplers keep for themselves."""
-    return [keep(generator, "a generator of the data") for generator in private_generators(source)]
+    return [to_plain(generator, "a generator of the data") for generator in private_generators(source)]
 
 
 def put_private_back(source: Any, kept: list[Any]) -> None:
     """Put those generators where `private_state` found them."""
     for generator, state in zip(private_generators(source), kept, strict=False):
-        put_back(state, generator)
+        from_plain(state, generator)
 
 
 def put_generators_back(source: Any, state: dict[str, Any]) -> None:

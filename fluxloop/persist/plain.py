@@ -59,17 +59,17 @@ def phase_of(id: str, phases: Iterable[type]) -> NamedPhase | None:
 # Writing
 
 
-def keep(value: Any, where: str) -> Any:
-    """Turn a value into plain data; see `_keep`."""
+def to_plain(value: Any, where: str) -> Any:
+    """Turn a value into plain data; see `_to_plain`."""
     try:
-        return _keep(value, where)
+        return _to_plain(value, where)
     except RecursionError:
         raise CheckpointError(
             f"{where} is a {type(value).__name__} that contains itself, which cannot be kept in a checkpoint"
         ) from None
 
 
-def _keep(value: Any, where: str) -> Any:
+def _to_plain(value: Any, where: str) -> Any:
     """Turn a value into plain data.
 
     Args:
@@ -88,47 +88,50 @@ def _keep(value: Any, where: str) -> Any:
             value = value.clone()
         return value if value.is_cpu else {MARK: "on the device", "tensor": value}
     if kind is Series:
-        return _keep_series(value, where)
+        return _series_to_plain(value, where)
     if kind in (list, tuple) and is_simple(value):
         return kind(value)
     if kind.__module__.partition(".")[0] == "numpy":
-        return _keep_numpy(value, where)
+        return _numpy_to_plain(value, where)
     if isinstance(value, SCALARS):
         return _plain_scalar(value, where)
     if isinstance(value, PhaseDict):
-        return {MARK: "phases", "items": {phase_id(k): _keep(v, f"{where}[{k.__name__}]") for k, v in value.items()}}
+        return {
+            MARK: "phases",
+            "items": {phase_id(k): _to_plain(v, f"{where}[{k.__name__}]") for k, v in value.items()},
+        }
     if kind in (list, tuple):
-        return kind(_keep_item(item, f"{where}[{index}]") for index, item in enumerate(value))
+        return kind(_item_to_plain(item, f"{where}[{index}]") for index, item in enumerate(value))
     if isinstance(value, dict):
-        return of_entries(((key, _keep_item(item, f"{where}[{key!r}]")) for key, item in value.items()), where)
+        return of_entries(((key, _item_to_plain(item, f"{where}[{key!r}]")) for key, item in value.items()), where)
     if isinstance(value, (set, frozenset)):
         items = sorted(value, key=repr)  # the same set is the same file
-        return {MARK: type(value).__name__, "items": [_keep_item(item, where) for item in items]}
+        return {MARK: type(value).__name__, "items": [_item_to_plain(item, where) for item in items]}
     if isinstance(value, deque):
-        return {MARK: "deque", "items": [_keep_item(item, where) for item in value], "maxlen": value.maxlen}
+        return {MARK: "deque", "items": [_item_to_plain(item, where) for item in value], "maxlen": value.maxlen}
     if isinstance(value, torch.Generator):
         return {MARK: "object", "state": value.get_state()}
     if isinstance(value, random.Random):
         return {MARK: "object", "state": value.getstate()}
     if is_stateful(value):
-        return {MARK: "object", "state": _keep(value.state_dict(), where)}
+        return {MARK: "object", "state": _to_plain(value.state_dict(), where)}
     fields = _fields(value)
     if fields is not None:
-        return {MARK: "fields", "items": {name: _keep(item, f"{where}.{name}") for name, item in fields.items()}}
+        return {MARK: "fields", "items": {name: _to_plain(item, f"{where}.{name}") for name, item in fields.items()}}
     raise CheckpointError(
         f"{where} is a {type(value).__name__}, which cannot be kept in a checkpoint; expected numbers, texts, tensors, "
         "containers of them, or an object with state_dict() and load_state_dict(state)"
     )
 
 
-def _keep_series(series: Series, where: str) -> Any:
+def _series_to_plain(series: Series, where: str) -> Any:
     """Keep a series as arrays, or as a list where it holds other things."""
     arrays = series.arrays()
     if arrays is None:
-        return _keep(list(series), where)
+        return _to_plain(list(series), where)
     steps, values = arrays
     tensors = type(series[0][1]) is Tensor
-    return {MARK: "series", "steps": steps, "values": _keep(values, where), "tensors": tensors}
+    return {MARK: "series", "steps": steps, "values": _to_plain(values, where), "tensors": tensors}
 
 
 NUMBERS = frozenset((type(None), bool, int, float, str))
@@ -146,7 +149,7 @@ def is_simple(items: list[Any] | tuple[Any, ...]) -> bool:
     return set(map(type, chain.from_iterable(rows))) <= NUMBERS
 
 
-def _keep_item(value: Any, where: str) -> Any:
+def _item_to_plain(value: Any, where: str) -> Any:
     """Keep an item of a container: there is no live one to put an object's state into."""
     numpys = type(value).__module__.partition(".")[0] == "numpy"
     if isinstance(value, (PhaseDict, torch.Generator, random.Random)) or (
@@ -157,7 +160,7 @@ def _keep_item(value: Any, where: str) -> Any:
             f"{where} is a {type(value).__name__} inside a container, which cannot be kept in a checkpoint; keep its "
             "numbers, texts and tensors there instead, or give what holds it state_dict() and load_state_dict(state)"
         )
-    return _keep(value, where)
+    return _to_plain(value, where)
 
 
 def _plain_scalar(value: Any, where: str) -> Any:
@@ -204,7 +207,7 @@ def _plain_key(key: Any, where: str) -> Any:
     )
 
 
-def _keep_numpy(value: Any, where: str) -> Any:
+def _numpy_to_plain(value: Any, where: str) -> Any:
     numpy = sys.modules["numpy"]
     if isinstance(value, numpy.ndarray) and value.dtype.names is None and not value.dtype.hasobject:
         raw = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8) if value.size else torch.empty(0)
@@ -213,7 +216,7 @@ def _keep_numpy(value: Any, where: str) -> Any:
         return {MARK: "numpy scalar", "dtype": value.dtype.str, "value": value.item()}
     state = _numpy_state(value)
     if state is not None:
-        return {MARK: "object", "state": _keep(state, where)}
+        return {MARK: "object", "state": _to_plain(state, where)}
     raise CheckpointError(f"{where} is a {type(value).__name__} of NumPy's, which cannot be kept in a checkpoint")
 
 
@@ -251,7 +254,7 @@ def is_held(kept: Any) -> bool:
     return isinstance(kept, dict) and kept.get(MARK) in ("object", "fields", "phases")
 
 
-def put_back(
+def from_plain(
     kept: Any,
     live: Any = None,
     *,
@@ -262,7 +265,7 @@ def put_back(
     """Make of plain data what it was; an object's state is put into the live one, which is returned.
 
     Args:
-        kept: What `keep` gave.
+        kept: What `to_plain` gave.
         live: What is there now.
         phases: The phase types that there are.
         device: Where tensors belong that were on a device.
@@ -273,7 +276,7 @@ def put_back(
     """
 
     def again(item: Any, now: Any = None, name: str = "") -> Any:
-        return put_back(item, now, phases=phases, device=device, where=where + name)
+        return from_plain(item, now, phases=phases, device=device, where=where + name)
 
     if isinstance(kept, Tensor):
         if isinstance(live, Tensor) and live.is_leaf and live.requires_grad and live.shape == kept.shape:
@@ -319,7 +322,7 @@ def put_back(
     if kind == "deque":
         return deque((again(item) for item in kept["items"]), kept["maxlen"])
     if kind in ("array", "numpy scalar"):
-        return _put_back_numpy(kept)
+        return _numpy_from_plain(kept)
     if kind == "phases":
         if not isinstance(live, PhaseDict):
             raise misplaced(where, "a PhaseDict", live)
@@ -337,7 +340,7 @@ def put_back(
 
 
 def items_of(kept: dict[str, Any]) -> Iterable[tuple[Any, Any]]:
-    """Give the keys and items of what `keep` made of a dict."""
+    """Give the keys and items of what `to_plain` made of a dict."""
     if kept.get(MARK) == "pairs":
         return list(kept["items"])
     return (kept["items"] if MARK in kept else kept).items()
@@ -364,7 +367,7 @@ def _into(kept: dict[str, Any], live: Any, again: Callable[..., Any], where: str
     return live
 
 
-def _put_back_numpy(kept: dict[str, Any]) -> Any:
+def _numpy_from_plain(kept: dict[str, Any]) -> Any:
     import numpy
 
     if kept[MARK] == "numpy scalar":
@@ -468,7 +471,7 @@ def plain_attributes(thing: Any) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for name, value in found.items():
         try:
-            kept = keep(value, name)
+            kept = to_plain(value, name)
         except CheckpointError:
             continue
         if not is_held(kept):

@@ -44,16 +44,16 @@ from fluxloop.persist.plain import (
     SCALARS,
     attributes,
     class_name,
+    from_plain,
     is_numpy_generator,
     is_simple,
     is_stateful,
     items_of,
-    keep,
     misplaced,
     of_entries,
-    put_back,
     size,
     snapshot,
+    to_plain,
 )
 from fluxloop.state import PhaseDict
 
@@ -530,15 +530,15 @@ class Walk:
             return self._entries(thing, where)
         if kind == "tensor":
             grad = thing.grad if thing.is_leaf and thing.requires_grad else None
-            return {"tensor": keep(thing, where), "grad": None if grad is None else keep(grad, where)}
+            return {"tensor": to_plain(thing, where), "grad": None if grad is None else to_plain(grad, where)}
         if kind == "module":
             return _module_state(thing, where)
         if kind == "pair":
-            return {MARK: "object", "state": keep(thing.state_dict(), f"{where}.state_dict()")}
+            return {MARK: "object", "state": to_plain(thing.state_dict(), f"{where}.state_dict()")}
         if kind != "set":
-            return keep(thing, where)
+            return to_plain(thing, where)
         try:
-            return keep(thing, where)
+            return to_plain(thing, where)
         except CheckpointError:
             return Is(thing, where)
 
@@ -587,7 +587,7 @@ class Walk:
             return self._entries(value, path)
         if what in ("tensor", "array", "set"):
             try:
-                return Is(value, path) if what == "tensor" and is_lazy(value) else keep(value, path)
+                return Is(value, path) if what == "tensor" and is_lazy(value) else to_plain(value, path)
             except CheckpointError:
                 return Is(value, path)
         if self._noted is not None:
@@ -601,7 +601,7 @@ class Walk:
         made = Thing(value, what, "", path, None)
         try:
             if what in ("generator", "pair", "module"):
-                written = _module_state(value, path) if what == "module" else keep(value, path)
+                written = _module_state(value, path) if what == "module" else to_plain(value, path)
                 if what != "module":
                     return written
             else:
@@ -637,7 +637,7 @@ class Walk:
         if type(value) is range:
             return {MARK: "range", "ends": (value.start, value.stop, value.step)}
         try:
-            return keep(value, path)
+            return to_plain(value, path)
         except CheckpointError:
             return Is(value, path)
 
@@ -773,23 +773,23 @@ class Walk:
             if first is None or alike(self._contents(met)["state"], first["state"]):
                 return
             given = first["state"]
-        met.thing.load_state_dict(put_back(given, where=f"{where}.state_dict()", **self._how))
+        met.thing.load_state_dict(from_plain(given, where=f"{where}.state_dict()", **self._how))
 
     def _put_contents(self, met: Thing, kept: Any, where: str) -> None:
         thing, kind = met.thing, met.kind
         if isinstance(kept, Is):  # a long container of objects
             kept, items = None, met.raw
         if kind == "tensor":
-            _put_tensor(thing, put_back(kept["tensor"], **self._how))
+            _put_tensor(thing, from_plain(kept["tensor"], **self._how))
             grad = kept["grad"]
             if thing.is_leaf and thing.requires_grad:
-                thing.grad = None if grad is None else put_back(grad, **self._how).to(thing.device)
+                thing.grad = None if grad is None else from_plain(grad, **self._how).to(thing.device)
         elif kind in ("generator", "phases"):
-            put_back(kept, thing, where=where, **self._how)
+            from_plain(kept, thing, where=where, **self._how)
         elif kind == "array":
-            thing[...] = put_back(kept, **self._how)
+            thing[...] = from_plain(kept, **self._how)
         elif kind == "set":
-            items = put_back(kept, **self._how)
+            items = from_plain(kept, **self._how)
             thing.clear()
             thing.update(items)
         elif kind == "dict":
@@ -814,7 +814,7 @@ class Walk:
             fresh: Any = live if type(live) is list and id(live) not in self._by_id else []
             return self._fill_list(self._remember(path, fresh), kept, path)
         if not isinstance(kept, dict):
-            return self._remember(path, put_back(kept, live, where=path, **self._how))
+            return self._remember(path, from_plain(kept, live, where=path, **self._how))
         mark = kept.get(MARK)
         if mark in (None, "pairs", "dict"):
             fresh = live if isinstance(live, dict) and id(live) not in self._by_id else {}
@@ -828,7 +828,7 @@ class Walk:
             return self._follow(kept, mark, path)
         if mark in ("made", "module", "object", "fields", "phases"):
             return self._remember(path, self._put_into(kept, live, path))
-        return self._remember(path, put_back(kept, live, where=path, **self._how))
+        return self._remember(path, from_plain(kept, live, where=path, **self._how))
 
     def _follow(self, kept: State, mark: str, path: str) -> Any:
         """Give what a reference stands for."""
@@ -862,7 +862,7 @@ class Walk:
         elif mark == "made" and what in ("object", "pair"):
             pass
         elif mark in ("object", "fields", "phases"):
-            return put_back(kept, live, where=path, **self._how)
+            return from_plain(kept, live, where=path, **self._how)
         else:
             raise misplaced(path, "the object that the script makes when a fit begins", live)
         made = Thing(live, what, "", path, None)
@@ -892,7 +892,7 @@ class Walk:
         now = dict(live)
         entries = []
         for key, item in items_of(kept):
-            real = put_back(key)
+            real = from_plain(key)
             entries.append((real, self._restore(item, now.get(real), f"{path}[{real!r}]")))
         live.clear()
         live.update(entries)
@@ -1037,7 +1037,7 @@ def _module_state(module: nn.Module, where: str) -> State:
     """Write a module that is no part of a model: its state, and what that leaves out."""
     state = {name: value for name, value in module.state_dict().items() if not is_lazy(value)}
     buffers = {
-        f"{path}.{name}".lstrip("."): keep(part._buffers[name], where)
+        f"{path}.{name}".lstrip("."): to_plain(part._buffers[name], where)
         for path, part in module.named_modules()
         for name in sorted(part._non_persistent_buffers_set)
         if part._buffers.get(name) is not None
@@ -1045,10 +1045,10 @@ def _module_state(module: nn.Module, where: str) -> State:
     parameters = [(name, p) for name, p in module.named_parameters() if not is_lazy(p)]
     return {
         MARK: "module",
-        "state": keep(state, f"{where}.state_dict()"),
+        "state": to_plain(state, f"{where}.state_dict()"),
         "buffers": buffers,
         "frozen": [name for name, parameter in parameters if not parameter.requires_grad],
-        "grads": {name: keep(p.grad, where) for name, p in parameters if p.grad is not None},
+        "grads": {name: to_plain(p.grad, where) for name, p in parameters if p.grad is not None},
     }
 
 
@@ -1056,7 +1056,7 @@ def _load_module(module: nn.Module, kept: State, how: dict[str, Any], where: str
     """Put back what `_module_state` wrote."""
 
     def again(written: Any) -> Any:
-        return put_back(written, where=where, **how)
+        return from_plain(written, where=where, **how)
 
     module.load_state_dict(again(kept["state"]))
     for name, written in kept.get("buffers", {}).items():

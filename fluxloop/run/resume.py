@@ -18,7 +18,7 @@ from fluxloop.data.feed import Feed
 from fluxloop.data.fingerprint import differences, fingerprint
 from fluxloop.errors import CheckpointError, describe, warn_user
 from fluxloop.loop import Scope, StepScope, runepoch
-from fluxloop.persist.plain import keep, phase_id, put_back
+from fluxloop.persist.plain import from_plain, phase_id, to_plain
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.randomness import generator_states, put_generators
 
@@ -93,7 +93,7 @@ class FitScope(Scope):
         self._noting = ExitStack()
         place = None if state is None else state["place"]
         if place is not None:
-            self.script = put_back(place["script"])
+            self.script = from_plain(place["script"])
             put_generators(self.script)
             self.index = place["index"]
             if place["feed"] is not None:
@@ -210,9 +210,9 @@ class FitScope(Scope):
             place = self.feed.place()
             if place is None:
                 raise CheckpointError("an epoch is just beginning; a state can be kept between two of its steps")
-            place["global_generators"] = keep(generator_states(), "the random generators")
+            place["global_generators"] = to_plain(generator_states(), "the random generators")
         names = [phase_id(phase) for phase in self.phases]
-        script = keep(self.script, "the random generators")
+        script = to_plain(self.script, "the random generators")
         return {
             "phases": names,
             "index": self.index,

@@ -42,7 +42,7 @@ from fluxloop.data.sources import (
     source_state,
     twin_of,
 )
-from fluxloop.persist.plain import keep, put_back
+from fluxloop.persist.plain import from_plain, to_plain
 from fluxloop.randomness import stream_seed
 
 
@@ -559,7 +559,7 @@ class Counting(FromNumpy):
 def test_what_a_loader_keeps_for_itself_is_put_back(make: Callable[[], DataLoader[Any]]) -> None:
     loader = make()
     list(iterate(loader, numbers(0)))
-    state = put_back(keep(source_state(loader), "it"))
+    state = from_plain(to_plain(source_state(loader), "it"))
     then = [batch.tolist() for batch in iterate(loader, numbers(1))]
     other = make()
     put_source_back(other, state)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fluxloop import CheckpointError, TrainingPhase, ValidationPhase
-from fluxloop.persist.plain import class_name, keep, plain_attributes, put_back, size, snapshot
+from fluxloop.persist.plain import class_name, from_plain, plain_attributes, size, snapshot, to_plain
 from fluxloop.persist.series import Series
 from fluxloop.state import PhaseDict
 
@@ -31,7 +31,7 @@ def through_a_file(kept: Any) -> Any:
 
 
 def again(value: Any, live: Any = None, **how: Any) -> Any:
-    return put_back(through_a_file(keep(value, "it")), live, **how)
+    return from_plain(through_a_file(to_plain(value, "it")), live, **how)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -130,8 +130,8 @@ def test_a_list_that_others_hold_too_is_the_same_one_afterwards() -> None:
 
 def test_what_comes_back_shares_no_memory_with_what_was_kept() -> None:
     value = {"a": torch.zeros(2)}
-    kept = keep(value, "it")
-    first, second = put_back(kept), put_back(kept)
+    kept = to_plain(value, "it")
+    first, second = from_plain(kept), from_plain(kept)
     first["a"] += 1
     assert second["a"].tolist() == [0, 0]
     value["a"] += 5
@@ -140,8 +140,8 @@ def test_what_comes_back_shares_no_memory_with_what_was_kept() -> None:
 
 def test_equal_sets_are_kept_alike() -> None:
     texts = [f"name {n}" for n in range(20)]
-    assert keep(set(texts), "it") == keep(set(reversed(texts)), "it")
-    assert keep({"b", "a", "c"}, "it")["items"] == ["a", "b", "c"]
+    assert to_plain(set(texts), "it") == to_plain(set(reversed(texts)), "it")
+    assert to_plain({"b", "a", "c"}, "it")["items"] == ["a", "b", "c"]
 
 
 @attrs.define
@@ -195,9 +195,9 @@ def test_an_object_with_a_state_is_put_back_into_the_live_one() -> None:
 def test_a_random_generator_goes_on_where_it_was(make: Callable[[], Any], draw: Callable[[Any], Any]) -> None:
     generator, live = make(), make()
     draw(generator)
-    kept = through_a_file(keep(generator, "it"))
+    kept = through_a_file(to_plain(generator, "it"))
     then = draw(generator)
-    assert put_back(kept, live) is live
+    assert from_plain(kept, live) is live
     assert draw(live) == then
 
 
@@ -207,11 +207,11 @@ def test_entries_by_phase_come_back_for_the_phases_there_are() -> None:
     value[ValidationPhase].append(2)
     live: PhaseDict[list[int]] = PhaseDict(list)
     live[ValidationPhase].append(9)
-    kept = through_a_file(keep(value, "it"))
-    assert put_back(kept, live, phases=[TrainingPhase, ValidationPhase]) is live
+    kept = through_a_file(to_plain(value, "it"))
+    assert from_plain(kept, live, phases=[TrainingPhase, ValidationPhase]) is live
     assert dict(live) == {TrainingPhase: [1], ValidationPhase: [2]}
     with pytest.warns(UserWarning, match=rf"it was kept for the phases \['{class_name(ValidationPhase)}'\]"):
-        put_back(kept, PhaseDict(list), phases=[TrainingPhase])
+        from_plain(kept, PhaseDict(list), phases=[TrainingPhase])
 
 
 def test_entries_of_phases_with_names_come_back_under_them() -> None:
@@ -220,7 +220,7 @@ def test_entries_of_phases_with_names_come_back_under_them() -> None:
     value[ValidationPhase()].append(2)
     live: PhaseDict[list[int]] = PhaseDict(list)
     live[ValidationPhase(name="gone")].append(3)
-    put_back(through_a_file(keep(value, "it")), live, phases=[ValidationPhase])
+    from_plain(through_a_file(to_plain(value, "it")), live, phases=[ValidationPhase])
     assert [(phase.__name__, held) for phase, held in live.items()] == [("noisy", [1]), ("ValidationPhase", [2])]
 
 
@@ -251,20 +251,20 @@ UNKEPT: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize(("value", "message"), UNKEPT.values(), ids=UNKEPT)
 def test_what_cannot_be_kept_is_named_with_its_path(value: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        keep(value, "it")
+        to_plain(value, "it")
 
 
 def test_what_contains_itself_is_told() -> None:
     value: list[Any] = []
     value.append(value)
     with pytest.raises(CheckpointError, match="contains itself"):
-        keep(value, "it")
+        to_plain(value, "it")
 
 
 @pytest.mark.parametrize("value", [Own(), torch.Generator(), Fields()], ids=["a state", "a generator", "fields"])
 def test_a_state_without_its_object_is_told(value: Any) -> None:
     with pytest.raises(CheckpointError, match=r"the checkpoint has a state for Mine\.thing, which is None now"):
-        put_back(keep(value, "it"), None, where="Mine.thing")
+        from_plain(to_plain(value, "it"), None, where="Mine.thing")
 
 
 def test_the_plain_attributes_of_a_module_are_its_own_and_its_buffers() -> None:
@@ -304,7 +304,7 @@ def test_a_long_series_of_numbers_or_scalars_is_kept_as_two_arrays() -> None:
     ):
         series = Series(enumerate(values, start=1))
         file = io.BytesIO()
-        torch.save(keep(series, "it"), file)
+        torch.save(to_plain(series, "it"), file)
         numbers = steps * (8 + (4 if isinstance(values[0], torch.Tensor) else 8))
         assert len(file.getvalue()) < 1.2 * numbers
         for live in (None, Series([(0, 1.0)]), [(0, 1.0)]):
@@ -335,12 +335,12 @@ def test_no_bytes_and_no_complex_numbers_are_in_a_file(value: Any) -> None:
             return all(map(plain, kept))
         return isinstance(kept, (type(None), bool, int, float, str, torch.Tensor))
 
-    assert plain(keep(value, "it"))
+    assert plain(to_plain(value, "it"))
     assert again(value) == value
 
 
 def test_what_older_files_hold_is_read() -> None:
-    assert put_back({"__kept__": "no bytes"}) == b""
-    assert put_back(b"a") == b"a"
-    assert put_back(1j) == 1j
-    assert put_back({"__kept__": "dict", "items": {"__kept__": 1}}) == {"__kept__": 1}
+    assert from_plain({"__kept__": "no bytes"}) == b""
+    assert from_plain(b"a") == b"a"
+    assert from_plain(1j) == 1j
+    assert from_plain({"__kept__": "dict", "items": {"__kept__": 1}}) == {"__kept__": 1}
