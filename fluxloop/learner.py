@@ -40,7 +40,7 @@ from fluxloop.loop import place_in_words
 from fluxloop.nested import batch_size
 from fluxloop.order.owners import owners_of
 from fluxloop.order.weights import Weights
-from fluxloop.persist.walk import Kept, Walk, of_learners
+from fluxloop.persist.walk import Walk, Watched, of_learners
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.randomness import check_seed, draw_seed
@@ -250,10 +250,10 @@ class Learner(Generic[M]):
         else:
             known.join(dict(module.named_modules()), owners_of(self))
 
-    def _kept_loss(self, loss_fn: object) -> Kept | None:
+    def _kept_loss(self, loss_fn: object) -> Watched | None:
         """Look at a loss function of which a checkpoint may keep something; None for others."""
         plain = loss_fn is None or isinstance(loss_fn, (nn.Module, BuiltinFunctionType))
-        return None if plain else Kept(loss_fn, "loss_fn", owners_of(self))
+        return None if plain else Watched(loss_fn, "loss_fn", owners_of(self))
 
     # Training
 

@@ -45,7 +45,7 @@ from fluxloop.persist.plain import (
     uninitialize,
     unsaved_buffers,
 )
-from fluxloop.persist.walk import Kept, Owners, copy_attributes, copy_gradient, of_learners
+from fluxloop.persist.walk import Owners, Watched, copy_attributes, copy_gradient, of_learners
 from fluxloop.phase import Phase, phase_types
 from fluxloop.signals import INTERRUPTED, TERMINATED
 from fluxloop.state import StepState, name_of
@@ -478,11 +478,11 @@ def meet_phases(learner: RunLearner, phases: list[Phase]) -> None:
     learner._ledger.phases = kept
 
 
-def watched(learner: RunLearner, phase: Phase) -> Kept:
+def watched(learner: RunLearner, phase: Phase) -> Watched:
     """Give what is known of a phase since it was used first, in whichever learner."""
     known = vars(phase).get(WATCHED)
-    if not isinstance(known, Kept) or known.thing is not phase:
-        known = vars(phase)[WATCHED] = Kept(phase, f"phases.{name_of(phase)}", owners_of(learner))
+    if not isinstance(known, Watched) or known.thing is not phase:
+        known = vars(phase)[WATCHED] = Watched(phase, f"phases.{name_of(phase)}", owners_of(learner))
     return known
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from attrs import define, field
 from torch import nn
 
-from fluxloop.persist.walk import Kept, Walk
+from fluxloop.persist.walk import Walk, Watched
 
 
 @define(eq=False)
@@ -27,8 +27,8 @@ class Ledger:
     """
 
     modules: dict[nn.Module, Walk] = field(factory=dict)
-    loss: Kept | None = None
-    phases: list[Kept] = field(factory=list)
+    loss: Watched | None = None
+    phases: list[Watched] = field(factory=list)
     waiting: dict[str, list[Any]] = field(factory=dict)
     loaded: bool = False
     begun_data: set[str] = field(factory=set)

@@ -17,7 +17,7 @@ from fluxloop.data.sources import own_generators
 from fluxloop.errors import CheckpointError, describe, did_you_mean
 from fluxloop.history import Counts
 from fluxloop.persist.plain import class_name, from_plain, is_stateful, is_uninitialized, phase_id, unsaved_buffers
-from fluxloop.persist.walk import Kept, plain_entries
+from fluxloop.persist.walk import Watched, plain_entries
 from fluxloop.phase import phase_types
 from fluxloop.state import PhaseDict
 
@@ -171,7 +171,7 @@ def _callbacks_differ(learner: RunLearner, state: State) -> Iterator[str]:
             yield from _kept_differs(kept_phase, each, f"phase {kept_phase.name}")
 
 
-def _kept_differs(live: Kept, kept: State, label: str) -> Iterator[str]:
+def _kept_differs(live: Watched, kept: State, label: str) -> Iterator[str]:
     """Tell where a callback's or a phase's state is none that it could have given."""
     thing = live.thing
     if kept and is_stateful(thing) != ("pair" in kept):

@@ -27,7 +27,7 @@ from fluxloop.order.graph import CallbackGraph, Node, touches
 from fluxloop.order.outlook import note_directions
 from fluxloop.order.owners import owners_of
 from fluxloop.order.view import make_view
-from fluxloop.persist.walk import Kept, Owners
+from fluxloop.persist.walk import Owners, Watched
 from fluxloop.phase import FittingPhase, Phase, check_phase_type
 from fluxloop.randomness import Stream, between_steps, noticing, putting_back, with_own_stream
 
@@ -69,7 +69,7 @@ class Callbacks:
         self._graph = CallbackGraph()
         self._views: dict[str, Any] = {}
         self._tables: dict[type[Phase], Table] = {}
-        self._kept: dict[str, tuple[Kept, list[Kept]]] = {}
+        self._kept: dict[str, tuple[Watched, list[Watched]]] = {}
         self._told_drawing: set[str] = set()
         self.version = next(_versions)
         """Another number, of all learners', after each change of the callbacks or their handlers."""
@@ -173,7 +173,7 @@ class Callbacks:
         for (own, _), former, now in zip(self._kept.values(), before, self.new_objects(), strict=True):
             own.walk.note_made(now - former)
 
-    def kept(self, node: Node) -> tuple[Kept, list[Kept]]:
+    def kept(self, node: Node) -> tuple[Watched, list[Watched]]:
         """Give what a checkpoint keeps of a callback, and of the conditions around it."""
         return self._kept[node.id]
 
@@ -391,7 +391,7 @@ def check_handlers(node: Node) -> None:
         require_call(call, 3, EXPECTED, f"the handler {type(callback).__name__}.{name}, at {event.__name__},")
 
 
-def watch(node: Node, former: dict[int, Kept], owners: Owners) -> tuple[Kept, list[Kept]]:
+def watch(node: Node, former: dict[int, Watched], owners: Owners) -> tuple[Watched, list[Watched]]:
     """Look at a callback that has been set up, and at the conditions around it, so that changes are seen.
 
     Args:
@@ -400,8 +400,8 @@ def watch(node: Node, former: dict[int, Kept], owners: Owners) -> tuple[Kept, li
         owners: Tell what somebody else keeps.
     """
 
-    def look(thing: Any, name: str) -> Kept:
-        return former.get(id(thing)) or Kept(thing, name, owners)
+    def look(thing: Any, name: str) -> Watched:
+        return former.get(id(thing)) or Watched(thing, name, owners)
 
     conditions = []
     layer = node.callback

@@ -1216,7 +1216,7 @@ def plain_entries(state: State) -> State:
     return {name: kept for name, kept in entries.items() if not (isinstance(kept, dict) and MARK in kept)}
 
 
-class Kept:
+class Watched:
     """What is kept of one object, such as a callback or a phase.
 
     Args:

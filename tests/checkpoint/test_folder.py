@@ -382,7 +382,7 @@ sys.stdin.readline()
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Start another process that holds the lock of a folder."""
-    root = str(Path(folder_module.__file__).parent.parent)
+    root = str(Path(folder_module.__file__).parents[2])
     paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)],

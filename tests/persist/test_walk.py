@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fluxloop import CheckpointError
-from fluxloop.persist.walk import Kept, Owners, nobody
+from fluxloop.persist.walk import Owners, Watched, nobody
 
 
 def through_a_file(kept: Any) -> Any:
@@ -65,7 +65,7 @@ class Mine:
         self.generator = torch.Generator().manual_seed(1)
 
 
-def states(kept: Kept) -> dict[str, Any]:
+def states(kept: Watched) -> dict[str, Any]:
     state, lost = kept.state(nobody)
     assert lost == []
     return dict(state or {})
@@ -85,7 +85,7 @@ CHANGES: dict[str, tuple[str, Callable[[Mine], object]]] = {
 @pytest.mark.parametrize(("name", "change"), CHANGES.values(), ids=CHANGES)
 def test_an_attribute_that_changed_is_kept_and_comes_back(name: str, change: Callable[[Mine], object]) -> None:
     first, second = Mine(), Mine()
-    kept, live = Kept(first, "Mine"), Kept(second, "Mine")
+    kept, live = Watched(first, "Mine"), Watched(second, "Mine")
     assert states(kept) == {}
     change(first)
     state = through_a_file(states(kept))
@@ -97,17 +97,17 @@ def test_an_attribute_that_changed_is_kept_and_comes_back(name: str, change: Cal
 
 def test_a_setting_that_never_changed_is_not_overwritten_by_the_checkpoint() -> None:
     first, second = Mine(), Mine()
-    kept = Kept(first, "Mine")
+    kept = Watched(first, "Mine")
     first.n = 5
     second.every = 10
-    live = Kept(second, "Mine")
+    live = Watched(second, "Mine")
     live.load(states(kept), nobody)
     assert (second.n, second.every) == (5, 10)
 
 
 def test_what_the_checkpoint_does_not_name_is_as_at_first_again() -> None:
     first, second = Mine(), Mine()
-    kept, live = Kept(first, "Mine"), Kept(second, "Mine")
+    kept, live = Watched(first, "Mine"), Watched(second, "Mine")
     second.n, second.items = 3, [4]
     second.table += 1
     second.total += 1
@@ -117,14 +117,14 @@ def test_what_the_checkpoint_does_not_name_is_as_at_first_again() -> None:
 
 def test_what_is_transient_is_not_kept() -> None:
     mine = Mine()
-    kept = Kept(mine, "Mine")
+    kept = Watched(mine, "Mine")
     mine.file = 7
     assert states(kept) == {}
 
 
 def test_what_changes_and_cannot_be_kept_is_lost_and_named() -> None:
     mine = Mine()
-    kept = Kept(mine, "Mine")
+    kept = Watched(mine, "Mine")
     mine.thing = Opaque()
     mine.n = 1
     state, lost = kept.state(nobody)
@@ -134,7 +134,7 @@ def test_what_changes_and_cannot_be_kept_is_lost_and_named() -> None:
 
 def test_what_belongs_to_somebody_else_is_kept_by_its_name() -> None:
     first, second = Mine(), Mine()
-    kept, live = Kept(first, "Mine"), Kept(second, "Mine")
+    kept, live = Watched(first, "Mine"), Watched(second, "Mine")
     first.thing = model = nn.Linear(1, 1)
     state, lost = kept.state(Owners([("model", model)]))
     assert lost == []
@@ -149,8 +149,8 @@ def test_a_module_of_its_own_is_kept_though_it_did_not_change() -> None:
             self.critic = nn.Linear(1, 1)
 
     first, second = Holds(), Holds()
-    state = through_a_file(states(Kept(first, "Holds")))
-    Kept(second, "Holds").load(state, nobody)
+    state = through_a_file(states(Watched(first, "Holds")))
+    Watched(second, "Holds").load(state, nobody)
     assert torch.equal(first.critic.weight, second.critic.weight)
 
 
@@ -176,7 +176,7 @@ def test_attributes_in_slots_are_kept_private_ones_too() -> None:
             self.items: list[int] = []
 
     first, second = Slotted(), Slotted()
-    kept, live = Kept(first, "Slotted"), Kept(second, "Slotted")
+    kept, live = Watched(first, "Slotted"), Watched(second, "Slotted")
     first.set()
     first.items.append(3)
     live.load(through_a_file(states(kept)), nobody)
@@ -197,7 +197,7 @@ def test_what_a_pair_gives_is_all_that_counts(given: Any) -> None:
             self.got.append(state)
 
     first, second = Pair(), Pair()
-    kept, live = Kept(first, "Pair"), Kept(second, "Pair")
+    kept, live = Watched(first, "Pair"), Watched(second, "Pair")
     first.n = 5
     live.load(through_a_file(kept.state(nobody)[0]), nobody)
     assert len(second.got) == 1
@@ -211,7 +211,7 @@ def test_a_pair_that_gives_no_plain_data_is_told() -> None:
             return {"thing": Opaque()}
 
     with pytest.raises(CheckpointError, match=r"Pair\.state_dict\(\)\['thing'\] is .*Opaque"):
-        Kept(Pair(), "Pair").state(nobody)
+        Watched(Pair(), "Pair").state(nobody)
 
 
 # At any depth
@@ -281,7 +281,7 @@ def says(helpers: Helpers) -> Any:
 def test_helpers_in_containers_and_in_each_other_are_kept_and_go_back() -> None:
     first, second = Helpers(), Helpers()
     begin = says(second)
-    kept, live = Kept(first, "phases.P"), Kept(second, "phases.P")
+    kept, live = Watched(first, "phases.P"), Watched(second, "phases.P")
     moved(first)
     live.load(through_a_file(states(kept)), nobody)
     assert says(second) == says(first)
@@ -300,7 +300,7 @@ def test_what_was_none_or_absent_or_large_at_first_is_so_again() -> None:
             self.noise = torch.arange(100_000.0)
 
     thing = Thing()
-    kept = Kept(thing, "Thing")
+    kept = Watched(thing, "Thing")
     thing.best = 3.0
     thing.bank += 1
     thing.noise = thing.noise * 2
@@ -314,7 +314,7 @@ def test_what_was_none_or_absent_or_large_at_first_is_so_again() -> None:
 
 def test_an_attribute_that_was_removed_is_removed_again() -> None:
     first, second = Mine(), Mine()
-    kept, live = Kept(first, "Mine"), Kept(second, "Mine")
+    kept, live = Watched(first, "Mine"), Watched(second, "Mine")
     del first.n
     live.load(through_a_file(states(kept)), nobody)
     assert not hasattr(second, "n")
@@ -324,7 +324,7 @@ def test_an_attribute_that_was_removed_is_removed_again() -> None:
 
 def test_what_is_shared_or_contains_itself_is_so_again() -> None:
     first, second = Mine(), Mine()
-    kept, live = Kept(first, "Mine"), Kept(second, "Mine")
+    kept, live = Watched(first, "Mine"), Watched(second, "Mine")
     first.last = first.items  # type: ignore[attr-defined]  # an alias of what was there
     first.new = [first.total, {}]  # type: ignore[attr-defined]  # new, and held twice
     first.again = first.new  # type: ignore[attr-defined]
@@ -345,7 +345,7 @@ def test_a_list_of_helpers_keeps_its_new_order() -> None:
             self.pools = [Pool(), Pool()]
 
     first, second = Two(), Two()
-    kept, live = Kept(first, "Two"), Kept(second, "Two")
+    kept, live = Watched(first, "Two"), Watched(second, "Two")
     pools = list(second.pools)
     first.pools[0].items.append(1.0)
     first.pools.reverse()
@@ -358,7 +358,7 @@ def test_a_number_of_the_class_is_kept_too() -> None:
     class Shares:
         seen: ClassVar[list[int]] = []
 
-    kept = Kept(Shares(), "Shares")
+    kept = Watched(Shares(), "Shares")
     Shares.seen.append(1)
     state = through_a_file(states(kept))
     Shares.seen.clear()
@@ -376,7 +376,7 @@ def test_what_a_subclass_adds_is_kept_beside_its_bases_pair() -> None:
             self.pool = Pool()
 
     first, second = More(), More()
-    kept, live = Kept(first, "More"), Kept(second, "More")
+    kept, live = Watched(first, "More"), Watched(second, "More")
     first.items, first.count = [2.0], 3
     first.pool.items.append(4.0)
     state = through_a_file(states(kept))
@@ -403,7 +403,7 @@ def test_a_metric_whose_state_dict_is_empty_is_kept() -> None:
             self.metrics = {"a": Metric()}
 
     first, second = Holds(), Holds()
-    kept, live = Kept(first, "Holds"), Kept(second, "Holds")
+    kept, live = Watched(first, "Holds"), Watched(second, "Holds")
     assert not first.metrics["a"].state_dict()
     first.metrics["a"].update(2.0)
     live.load(through_a_file(states(kept)), nobody)
@@ -417,7 +417,7 @@ def test_a_module_of_a_helper_keeps_gradients_modes_and_what_is_frozen() -> None
             self.critic = nn.Linear(1, 1)
 
     first, second = Holds(), Holds()
-    kept, live = Kept(first, "Holds"), Kept(second, "Holds")
+    kept, live = Watched(first, "Holds"), Watched(second, "Holds")
     first.critic(torch.ones(1)).backward()
     first.critic.bias.requires_grad_(False)
     first.critic.eval()
@@ -439,7 +439,7 @@ def test_a_module_of_a_helper_keeps_gradients_modes_and_what_is_frozen() -> None
 )
 def test_what_cannot_be_kept_is_named_by_its_path(change: Callable[[Helpers], object], path: str) -> None:
     helpers = Helpers()
-    kept = Kept(helpers, "phases.P")
+    kept = Watched(helpers, "phases.P")
     change(helpers)
     assert [re.fullmatch(path, lost) is not None for lost in kept.state(nobody)[1]] == [True]
 
@@ -455,7 +455,7 @@ def test_an_object_with_a_lock_is_left_as_it_is_and_named() -> None:
             self.writers = [Writer()]
 
     holds = Holds()
-    kept = Kept(holds, "Holds")
+    kept = Watched(holds, "Holds")
     holds.writers[0].lines.append("a")
     assert kept.state(nobody) == ({}, ["Holds.writers[0]"])
     kept.load({}, nobody)
@@ -470,7 +470,7 @@ def test_what_a_function_closes_over_is_named_where_it_changed() -> None:
             self.hook = lambda: lines.append(1)
 
     holds = Holds()
-    kept = Kept(holds, "Holds")
+    kept = Watched(holds, "Holds")
     assert kept.state(nobody) == ({}, [])
     holds.hook()
     assert kept.state(nobody) == ({}, ["Holds.hook.__closure__.lines"])
