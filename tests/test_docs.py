@@ -101,16 +101,19 @@ def test_an_example_runs_and_writes_its_results_and_pictures(script: str, tmp_pa
         assert matplotlib.image.imread(picture).std() > 0
 
 
-def test_the_file_tree_in_the_readme_names_every_module() -> None:
+def test_the_file_tree_in_the_readme_names_the_modules_and_folders_of_the_root() -> None:
     tree = (ROOT / "README.md").read_text().split("## The files")[1]
-    listed: set[str] = set()
-    folder = ""
-    for indent, name in re.findall(r"^( {2,4})(\w+(?:\.py|/))", tree, re.MULTILINE):
-        folder = name if name.endswith("/") else folder if len(indent) == 4 else ""
-        if not name.endswith("/"):
-            listed.add(folder + name)
+    listed = re.findall(r"^  (\w+(?:\.py|/))", tree, re.MULTILINE)
     package = ROOT / "fluxloop"
-    assert listed == {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
+    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert sorted(listed) == sorted(folders | {path.name for path in package.glob("*.py") if path.name != "__init__.py"})
+
+
+def test_every_module_and_folder_says_in_its_first_line_what_it_is_for() -> None:
+    for path in (ROOT / "fluxloop").rglob("*.py"):
+        said = ast.get_docstring(ast.parse(path.read_text()))
+        assert said, path
+        assert said.split("\n")[0].rstrip().endswith((".", ":")), path
 
 
 def test_the_hooks_before_a_commit_are_the_checks_of_ci_run() -> None:

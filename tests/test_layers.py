@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -122,6 +123,13 @@ def imports(name: str) -> frozenset[str]:
 def test_the_table_of_layers_names_every_module_and_folder_once() -> None:
     named = [name for _, roots in LAYERS.values() for name in roots]
     assert sorted(named) == sorted({name.split(".")[0] for name in modules()})
+
+
+def test_the_layers_in_architecture_are_those_that_are_proved() -> None:
+    page = (ROOT.parent / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| (.+?) \| ((?:`\w+`(?:, )?)+) \|$", page, re.MULTILINE)
+    told = {name: (what, tuple(re.findall(r"`(\w+)`", roots))) for name, what, roots in rows}
+    assert told == {name: (what, tuple(root or "__init__" for root in roots)) for name, (what, roots) in LAYERS.items()}
 
 
 def test_the_root_holds_the_words_that_a_user_meets() -> None:
