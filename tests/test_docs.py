@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 import fluxloop
-import fluxloop.compiled
+import fluxloop.compile.plans
 from fluxloop import Accelerator, CompileError, Learner, Phase, TrainingPhase, ValidationPhase
 from fluxloop.testing import assert_same_bits, toy_learner
 
@@ -106,7 +106,9 @@ def test_the_file_tree_in_the_readme_names_the_modules_and_folders_of_the_root()
     listed = re.findall(r"^  (\w+(?:\.py|/))", tree, re.MULTILINE)
     package = ROOT / "fluxloop"
     folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
-    assert sorted(listed) == sorted(folders | {path.name for path in package.glob("*.py") if path.name != "__init__.py"})
+    assert sorted(listed) == sorted(
+        folders | {path.name for path in package.glob("*.py") if path.name != "__init__.py"}
+    )
 
 
 def test_every_module_and_folder_says_in_its_first_line_what_it_is_for() -> None:
@@ -149,7 +151,7 @@ def defined_on(page: Path) -> dict[str, Any]:
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run graphs as they were traced, without a compiler: the same operations, in no time."""
-    monkeypatch.setattr(fluxloop.compiled, "lower", lambda graph, inputs, device: torch.no_grad()(graph))
+    monkeypatch.setattr(fluxloop.compile.plans, "lower", lambda graph, inputs, device: torch.no_grad()(graph))
 
 
 def supervised(compile: Any) -> Learner[Any]:
@@ -228,8 +230,8 @@ def test_a_body_of_the_pages_is_compiled_and_trains_the_same(
     for ours, theirs in zip(weights_of(eager), weights_of(compiled), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert eager.history[cls].updates == compiled.history[cls].updates
-    assert compiled.compiled is not None
-    assert sum(map(len, compiled.compiled._plans[cls]._graphs.values())) == graphs
+    assert compiled._compiled is not None
+    assert sum(map(len, compiled._compiled._plans[cls]._graphs.values())) == graphs
 
 
 def weights_of(learner: Learner[Any]) -> list[torch.Tensor]:
