@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fluxloop import Accelerator, CompileError, Learner, TrainingPhase
 
-slow = pytest.mark.skipif("FLUXLOOP_COMPILER" not in os.environ, reason="takes minutes; set FLUXLOOP_COMPILER=1")
+minutes = pytest.mark.skipif("FLUXLOOP_COMPILER" not in os.environ, reason="takes minutes; set FLUXLOOP_COMPILER=1")
 
 Function = Callable[[Tensor], Any]
 
@@ -522,7 +522,7 @@ def groups() -> list[tuple[str, list[str]]]:
     return found
 
 
-@slow
+@minutes
 @pytest.mark.filterwarnings("ignore")  # of torch's about its own
 @pytest.mark.parametrize(("family", "names"), groups(), ids=lambda value: value if isinstance(value, str) else value[0])
 def test_operations_and_their_gradients_agree_with_eager_steps(family: str, names: list[str]) -> None:
@@ -537,7 +537,7 @@ def test_gradients_that_were_once_wrong_agree(family: str, names: list[str]) -> 
     assert different(family, names) == []
 
 
-@slow
+@minutes
 @pytest.mark.filterwarnings("ignore")  # as above
 @pytest.mark.parametrize("name", REFUSED)
 def test_operations_that_no_graph_can_take_are_refused_in_words(name: str) -> None:

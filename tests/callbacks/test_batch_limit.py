@@ -156,5 +156,6 @@ def test_a_phase_that_is_no_phase_type_is_refused(phase: Any) -> None:
         BatchLimit(3, phase=phase)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_its_epochs_where_it_would_have() -> None:
     assert_resumes_exactly(lambda: toy_learner(BatchLimit(3), Recorder(), Metrics(), num_batches=5))

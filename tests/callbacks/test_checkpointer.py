@@ -285,6 +285,7 @@ def test_other_files_in_a_runs_folder_are_left_alone(tmp_path: Path) -> None:
 # The best
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize(
     ("values", "options", "expected"),
     [
@@ -424,6 +425,7 @@ def test_a_second_fit_of_the_same_learner_goes_on(tmp_path: Path) -> None:
     assert_same_bits(learner, plain)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("phase", [TrainingPhase, ValidationPhase])
 @pytest.mark.parametrize("unit", ["epoch", "step"])
 def test_a_second_fit_goes_on_also_where_the_first_was_ended_inside_a_cycle(
@@ -492,6 +494,7 @@ def test_trying_a_callback_out_leaves_the_runs_folder_alone(tmp_path: Path) -> N
 # Going on
 
 
+@pytest.mark.slow
 def test_the_epochs_are_the_total_and_the_end_is_the_same_to_the_bit(tmp_path: Path) -> None:
     plain = toy(Recorder(), Metrics())
     plain.fit(5)
@@ -503,6 +506,7 @@ def test_the_epochs_are_the_total_and_the_end_is_the_same_to_the_bit(tmp_path: P
     assert_same_bits(plain, learner)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_a_finished_run_trains_nothing_however_often(every: int, tmp_path: Path) -> None:
     first = toy(Checkpointer(tmp_path, every=every))
@@ -769,6 +773,7 @@ def fails_from(count: int, where: str, error: Exception, monkeypatch: pytest.Mon
     monkeypatch.setattr(owner, name, fail)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
 @pytest.mark.parametrize(
     ("where", "error"),
@@ -1265,6 +1270,7 @@ class BadOnce(TrainingPhase):
         super().body(learner, handle, state)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("unit", ["epoch", "step"])
 @pytest.mark.parametrize("at", [3, 8])
 def test_a_run_that_stopped_at_a_gradient_goes_on_from_before_it_once_the_cause_is_mended(

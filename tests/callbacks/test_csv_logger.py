@@ -146,6 +146,7 @@ def test_what_a_probe_finds_beside_two_validations_has_a_row_of_its_own(tmp_path
     assert epochs_and_sets(tmp_path / "log.csv") == [(1, name) for name in sets]
 
 
+@pytest.mark.slow(quick=3)
 @pytest.mark.parametrize("moment", range(1, 10))
 def test_a_table_with_probes_is_the_same_after_a_kill_at_any_moment(tmp_path: Path, moment: int) -> None:
     class Killed(BaseException):

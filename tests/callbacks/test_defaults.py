@@ -52,6 +52,7 @@ def test_their_order_is_proved() -> None:
     assert_order(learner, Metrics, ProgressBar)
 
 
+@pytest.mark.slow
 def test_any_list_of_them_gives_the_same_order() -> None:
     digests = {
         toy_learner(*(TYPES[index]() for index in order)).callbacks.digest for order in permutations(range(len(TYPES)))

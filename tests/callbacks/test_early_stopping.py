@@ -444,6 +444,7 @@ class Kill(Callback):
             raise OSError("killed")
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("epochs", [1, 3, 5])
 def test_a_resumed_run_goes_on_with_the_best_value_and_the_counter(epochs: int, tmp_path: Path) -> None:
     values = [1, 2, 0.5, 3, 2, 1, 0.75, 4, 4, 4, 4]

@@ -152,6 +152,7 @@ DECAYS: dict[str, Decay] = {"number": 0.97, "schedule": cosine(STEPS, 0.5, 1.0)}
 # The formula
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DECAYS)
 @pytest.mark.parametrize("into", [None, "teacher"], ids=["copy", "teacher"])
 def test_after_100_steps_the_average_equals_the_formula_and_a_hand_written_loop_to_the_bit(
@@ -401,6 +402,7 @@ class UpdatesOnly(TrainingPhase):
             learner.update()
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("phase", [ByHand, ByHandWithEvents, HalfByHand, UpdatesOnly])
 @pytest.mark.parametrize("fused", [False, True, None], ids=["", "fused", "chosen"])
 def test_steps_that_call_the_optimizer_by_hand_are_averaged(phase: type[Phase], fused: bool | None) -> None:
@@ -595,6 +597,7 @@ def evaluated(learner: Learner, phase: Phase, path: Path) -> None:
     find_lr(learner, steps=3)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("between", [checked, loaded, loaded_weights, evaluated], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_what_is_done_between_two_steps_is_no_update(
@@ -655,6 +658,7 @@ def test_a_step_that_is_left_after_its_update_is_averaged_there_and_then(
     assert equal(learner.weights["model@ema"], average)
 
 
+@pytest.mark.slow
 def test_a_run_whose_steps_are_cancelled_after_their_updates_is_resumed_to_the_bit() -> None:
     class Leave(Callback):
         reads = ("step.loss",)
@@ -672,6 +676,7 @@ def test_a_run_whose_steps_are_cancelled_after_their_updates_is_resumed_to_the_b
     assert_resumes_exactly(make, epochs=2, at=[2, 3, 11])
 
 
+@pytest.mark.slow
 def test_a_throttled_average_of_accumulated_updates_is_resumed_to_the_bit() -> None:
     """An update whose average waits for its turn is part of the checkpoint."""
 
@@ -692,6 +697,7 @@ class BothWays(TrainingPhase):
         (ByHand() if self.count > 3 else TrainingPhase()).step(learner, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", [ByHand, HalfByHand, BothWays, EveryThird])
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_a_run_whose_optimizer_is_stepped_by_hand_is_resumed_to_the_bit(phase: type[Phase], fused: bool) -> None:
@@ -827,6 +833,7 @@ def byol_by_hand(decay: float) -> dict[str, nn.Module]:
     return models
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize("compile", [False, "step"], ids=["eager", "compiled"])
 def test_a_teacher_moves_with_a_fused_optimizer_as_in_a_hand_written_loop(compile: Any) -> None:
@@ -848,6 +855,7 @@ def test_a_teacher_moves_with_a_fused_optimizer_as_in_a_hand_written_loop(compil
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize("phase", [GANPhase, ByHand, EveryThird], ids=lambda phase: phase.__name__)
 def test_compiled_steps_take_the_averages_that_eager_ones_take(phase: type[Phase]) -> None:
@@ -1188,6 +1196,7 @@ def saved(ema: EMA) -> Any:
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("through_a_file", [False, True])
 @pytest.mark.parametrize("into", [None, "teacher"], ids=["copy", "teacher"])
 def test_an_average_goes_on_from_its_state_to_the_same_bits(into: str | None, through_a_file: bool) -> None:
@@ -1420,6 +1429,7 @@ LEAVING: list[BaseException] = [
 ]
 
 
+@pytest.mark.slow(quick=3)
 @pytest.mark.parametrize("event", [EpochBegin, StepBegin, LossBegin, StepEnd, EpochEnd], ids=lambda e: e.__name__)
 @pytest.mark.parametrize("error", LEAVING, ids=lambda e: type(e).__name__)
 def test_however_a_phase_with_the_average_is_left_the_live_weights_are_back(
@@ -1445,6 +1455,7 @@ def test_however_a_phase_with_the_average_is_left_the_live_weights_are_back(
     assert learner.scope is None
 
 
+@pytest.mark.slow(quick=12)
 @pytest.mark.parametrize("error", LEAVING, ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("run", ["evaluate", "epoch", "runepoch", "runstep", "inside a step"])
 def test_the_live_weights_are_back_after_an_error_in_a_step_of_the_average(run: str, error: BaseException) -> None:

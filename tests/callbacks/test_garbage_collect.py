@@ -29,6 +29,7 @@ def test_steps_go_on_counting_from_epoch_to_epoch(monkeypatch: pytest.MonkeyPatc
     assert len(calls) == 3
 
 
+@pytest.mark.slow
 def test_a_cycle_is_gone_after_its_step() -> None:
     class Node:
         def __init__(self) -> None:
@@ -56,5 +57,6 @@ def test_a_number_of_steps_below_one_is_refused(every: int) -> None:
         GarbageCollect(every=every)
 
 
+@pytest.mark.slow
 def test_collecting_changes_nothing() -> None:
     assert_observer(GarbageCollect(every=25), toy_learner)

@@ -89,6 +89,7 @@ def same(model: nn.Module, other: nn.Module) -> bool:
 # Against PyTorch
 
 
+@pytest.mark.slow(quick=3)
 @pytest.mark.parametrize("norm_type", [0.5, 1.5, 2, 4, inf])
 @pytest.mark.parametrize("max_norm", [0.05, 1])
 def test_clipping_by_norm_equals_a_hand_written_loop_to_the_bit(max_norm: float, norm_type: float) -> None:
@@ -345,6 +346,7 @@ def test_without_a_recorder_it_clips_and_records_nothing() -> None:
     assert not learner.history.metrics[TrainingPhase]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 4, 7])
 def test_the_average_of_an_epoch_in_whose_middle_a_run_was_killed_is_that_of_the_whole_epoch(
     steps: int, tmp_path: Path

@@ -87,6 +87,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
+@pytest.mark.slow(quick=3)
 @pytest.mark.parametrize(
     ("values", "options", "best"),
     [
@@ -459,6 +460,7 @@ def test_the_best_weights_survive_a_resume(tmp_path: Path) -> None:
     assert same(weights(learner), weights(trained(2)))
 
 
+@pytest.mark.slow
 def test_a_run_resumed_anywhere_ends_with_the_same_best() -> None:
     assert_resumes_exactly(lambda: toy(KeepBestModel()), epochs=3, at=[1, 4, 6, 8, 11])
 

@@ -688,6 +688,7 @@ BACKENDS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], dict[str, list
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BACKENDS)
 def test_a_resumed_log_equals_that_of_a_run_that_was_never_stopped(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -733,6 +734,7 @@ def test_given_hyperparameters_are_not_logged_again_by_a_resumed_run(tmp_path: P
     assert read_jsonl(tmp_path / "log.jsonl")["hyperparameters/lr"] == [(0, 0.1)]
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "tensorboard"])
 def test_a_branch_from_an_older_file_does_not_cut_the_log_of_the_run_it_leaves(kind: str, tmp_path: Path) -> None:
     make, read = BACKENDS[kind]

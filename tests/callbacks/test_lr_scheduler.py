@@ -165,6 +165,7 @@ def test_every_scheduler_of_torch_is_tried_here() -> None:
     assert public == {*FACTORIES, "ReduceLROnPlateau"}
 
 
+@pytest.mark.slow(quick=4)
 @every
 @units
 def test_every_torch_scheduler_gives_the_bits_of_a_loop_by_hand(factory: Any, unit: Any) -> None:
@@ -178,6 +179,7 @@ def test_every_torch_scheduler_gives_the_bits_of_a_loop_by_hand(factory: Any, un
     assert learner.cbstate.hyperparameters["learning_rate"] == (every_step if unit == "step" else every_step[::BATCHES])
 
 
+@pytest.mark.slow(quick=4)
 @every
 @units
 def test_loading_a_state_leaves_optimizer_and_schedule_exactly_as_saved(factory: Any, unit: Any) -> None:
@@ -200,12 +202,14 @@ def test_loading_a_state_leaves_optimizer_and_schedule_exactly_as_saved(factory:
     assert resumed.cbstate.hyperparameters["learning_rate"][0] == (2 * BATCHES + 1, used[2 * BATCHES][0])
 
 
+@pytest.mark.slow(quick=1)
 @every
 @units
 def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bits(factory: Any, unit: Any) -> None:
     assert_resumes_exactly(lambda: learner_of(LRScheduler(factory, unit=unit), Recorder()), epochs=3, at=[2, 4])
 
 
+@pytest.mark.slow
 def test_a_plateau_and_a_phase_that_updates_one_optimizer_now_and_then_resume_in_the_same_bits() -> None:
     def with_plateau() -> Learner:
         return learner_of(LRScheduler(plateau), Recorder(), Metrics())
@@ -217,6 +221,7 @@ def test_a_plateau_and_a_phase_that_updates_one_optimizer_now_and_then_resume_in
     assert_resumes_exactly(with_two, phases=lambda: [GAN()])
 
 
+@pytest.mark.slow
 def test_milestones_inside_another_scheduler_resume_in_the_same_bits() -> None:
     def factory(optimizer: Optimizer) -> Any:
         parts = [ConstantLR(optimizer, total_iters=3), MultiStepLR(optimizer, milestones=[1, 1, 2])]
@@ -586,6 +591,7 @@ def plateau_rates(values: list[float], **options: Any) -> list[float]:
     return rates
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize(
     ("values", "options"),
     [
@@ -769,6 +775,7 @@ class ReadsTheOptimizer(Callback):
     draws = False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", [plateau, FACTORIES["StepLR"]])
 def test_it_sorts_without_a_cycle_next_to_what_reads_the_optimizer_and_records_metrics(factory: Any) -> None:
     digests = set()

@@ -360,6 +360,7 @@ class Gives:
     def reset(self) -> None: ...
 
 
+@pytest.mark.slow(quick=3)
 @pytest.mark.parametrize(
     ("value", "parts"),
     [

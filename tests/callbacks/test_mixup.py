@@ -294,6 +294,7 @@ def test_it_begins_anew_in_a_second_learner_and_goes_on_in_a_second_fit() -> Non
         assert_same_bits(learner, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 5, 6])
 def test_a_resumed_run_mixes_as_the_one_that_was_never_killed(steps: int, tmp_path: Path) -> None:
     class Kill(Callback):

@@ -184,6 +184,7 @@ def traced(callbacks: Callable[[Any], list[Callback]], source: Any) -> tuple[Lea
     return learner, phase.trace, after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES)
 def test_weights_data_order_modes_and_random_numbers_are_the_same_to_the_bit_with_and_without_probes(
     source: str,
@@ -384,6 +385,7 @@ def test_the_linear_probe_equals_a_hand_written_one_on_the_same_features_to_the_
     assert len(steps) == 9
 
 
+@pytest.mark.slow
 def test_the_linear_probe_learns_what_the_features_hold() -> None:
     xs, ys = rows()
     learner = learner_of(
@@ -394,6 +396,7 @@ def test_the_linear_probe_learns_what_the_features_hold() -> None:
     assert found[-1] > 0.9 > found[0]
 
 
+@pytest.mark.slow
 def test_no_gradient_of_a_linear_probe_reaches_the_model() -> None:
     seen: list[Any] = []
 
@@ -589,6 +592,7 @@ BAD_QUERIES: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.slow(quick=4)
 @pytest.mark.parametrize("kind", BAD_QUERIES)
 @pytest.mark.parametrize("make", [partial(KNNProbe, "encoder"), partial(LinearProbe, "encoder", 3)])
 def test_queries_without_labels_say_what_is_expected(make: Any, kind: str) -> None:

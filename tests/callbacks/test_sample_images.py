@@ -362,6 +362,7 @@ def test_two_of_the_same_weights_would_overwrite_each_others_files_and_need_a_na
 # Watching changes nothing
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("model", ["G", "G@ema"])
 def test_training_is_the_same_to_the_bit_with_and_without_it(model: str) -> None:
     emas = [EMA("G", 0.9)] if "@" in model else []

@@ -187,6 +187,7 @@ def test_an_epoch_that_is_begun_again_has_the_value_it_had() -> None:
     assert resumed.cbstate.hyperparameters["learning_rate"] == [(2 * BATCHES + 1, schedule(2))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["step", "epoch"])
 def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bits(unit: Any) -> None:
     def make() -> Learner:
@@ -588,6 +589,7 @@ def test_updates_can_be_counted_instead_of_steps() -> None:
     assert values(theirs) == pytest.approx(values(by_update))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["step", "update", "epoch"])
 def test_every_unit_resumes_exactly(unit: Any) -> None:
     def make() -> Learner:

@@ -442,6 +442,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_gradients_that_are_not_finite_change_nothing_at_any_step(setting: str, bad: float) -> None:

@@ -107,6 +107,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[int, int], bool]]] = {
 }
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("case", CASES)
 def test_the_average_equals_torchs_averaged_model_to_the_bit_with_its_batch_norm_statistics(case: str) -> None:
     options, when = CASES[case]
@@ -284,6 +285,7 @@ def test_a_batch_norm_that_training_holds_in_eval_mode_keeps_its_statistics_in_t
     assert learner.history["validation/loss@swa"][-1] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_batch_norm_that_a_callback_puts_into_eval_mode_keeps_its_statistics_too() -> None:
     def hold(learner: Any) -> None:
         learner.model[1].eval()
@@ -454,6 +456,7 @@ def test_names_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
         StochasticWeightAveraging(**options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"start": 1}, {"every": 2}, {"unit": "step", "every": 3}], ids=str)
 def test_a_run_that_was_killed_goes_on_to_the_same_average(options: dict[str, Any]) -> None:
     def make() -> Learner:

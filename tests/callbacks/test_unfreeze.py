@@ -362,6 +362,7 @@ class Kill(Callback):
             raise OSError("killed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 3, 4, 7, 11])
 def test_a_resumed_run_has_the_same_trainable_set_and_ends_the_same(steps: int, tmp_path: Path) -> None:
     def make(*callbacks: Callback) -> Learner:

@@ -697,6 +697,7 @@ class Keeper(Callback):
         self.value = self._given[0]()
 
 
+@pytest.mark.slow(quick=4)
 @pytest.mark.parametrize(
     "value",
     [
@@ -875,6 +876,7 @@ def test_a_parameter_that_an_optimizer_holds_stays_the_one_it_holds(tmp_path: Pa
     assert_resumes_exactly(lambda: net(Learns()), epochs=2, at=[3, 6])
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("when", ["init", "fit", "epoch"])
 @pytest.mark.parametrize(
     "take",
@@ -1102,6 +1104,7 @@ def test_the_manifest_says_what_is_not_kept_and_what_is_transient() -> None:
     assert kinds["accelerator"] == "transient"
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_resumes_exactly() -> None:
     def everything() -> Learner[Any]:
         return net(
@@ -1206,6 +1209,7 @@ def test_the_manifest_says_how_large_the_file_is(tmp_path: Path) -> None:
     assert repr(manifest).endswith(f"a file of {manifest.file_size:,} bytes")
 
 
+@pytest.mark.slow
 def test_a_file_of_many_steps_is_little_more_than_the_numbers_that_were_recorded(tmp_path: Path) -> None:
     steps = 2000
     learner = Learner(

@@ -45,6 +45,7 @@ def trained_file(path: Path) -> None:
     learner.save(path)
 
 
+@pytest.mark.slow
 def test_two_tensors_of_one_size_that_were_exchanged_are_named(tmp_path: Path) -> None:
     trained_file(tmp_path / "state.pt")
     whole = torch.load(tmp_path / "state.pt", weights_only=True)

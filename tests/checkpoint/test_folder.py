@@ -181,6 +181,7 @@ def test_a_full_disk_is_told_with_what_is_needed_and_what_is_free(
     assert names(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process whose files may not grow")
 def test_a_file_that_may_not_grow_is_told_by_a_real_system(tmp_path: Path) -> None:
     script = f"""

@@ -414,6 +414,7 @@ def test_there_are_more_than_a_hundred_kinds() -> None:
     assert len({*CHANGES, *INSIDE}) > 150
 
 
+@pytest.mark.slow(quick=4)
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_state_that_does_not_fit_is_refused_and_nothing_is_changed(
     name: str, states: dict[str, State], victim: Learner[Any], tmp_path: Path
@@ -430,6 +431,7 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_changed(
     assert digest(victim) == before
 
 
+@pytest.mark.slow(quick=5)
 @pytest.mark.parametrize("name", INSIDE)
 def test_a_place_that_does_not_fit_is_refused_and_nothing_is_changed(
     name: str, states: dict[str, State], victim: Learner[Any], tmp_path: Path

@@ -88,6 +88,7 @@ if hasattr(torch.optim, "Adafactor"):  # new in torch 2.5
     OPTIMIZERS["Adafactor"] = torch.optim.Adafactor
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_state_goes_to_the_parameter_of_its_name_whatever_the_order(name: str, tmp_path: Path) -> None:
     plain = in_order(OPTIMIZERS[name], ORDERS[0])

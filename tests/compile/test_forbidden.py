@@ -51,6 +51,7 @@ def noted(draw: Callable[[], Any]) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("draw", "place"),
     [

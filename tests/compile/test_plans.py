@@ -166,6 +166,7 @@ def graphs(of: Learner[Any], phase: type[Phase] = TrainingPhase) -> int:
 # Compiled by TorchInductor
 
 
+@pytest.mark.slow
 def test_a_compiled_training_agrees_with_eager_after_100_steps_ragged_batches_and_dropout_too() -> None:
     model = lambda: nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))  # noqa: E731
     clip = lambda: [GradientClip(0.5), Scheduler({LearningRate: one_cycle(100, 0.05)})]  # noqa: E731
@@ -177,6 +178,7 @@ def test_a_compiled_training_agrees_with_eager_after_100_steps_ragged_batches_an
         assert compiled.history[name] == pytest.approx(eager.history[name], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_compiled_dropout_draws_other_numbers_at_each_step_the_same_in_each_run() -> None:
     def outputs() -> list[Tensor]:
         seen: list[Tensor] = []
@@ -218,6 +220,7 @@ def breaking(error: Exception, calls: int = 0) -> Callable[..., Any]:
     return lower
 
 
+@pytest.mark.slow
 def test_what_fails_at_the_first_call_of_a_graph_is_an_error_that_says_what_to_do_and_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -258,6 +261,7 @@ def test_a_torch_that_cannot_trace_is_said_when_the_learner_is_made(monkeypatch:
 # What a step does, graph by graph
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize(
     "optimizer",
@@ -294,6 +298,7 @@ def matrices() -> nn.Module:
     return nn.Sequential(nn.Linear(16, 32, bias=False), nn.Tanh(), nn.Linear(32, 4, bias=False))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="new in torch 2.9")
 def test_muon_which_asks_for_its_rate_as_a_number_is_refused_in_words() -> None:
@@ -302,6 +307,7 @@ def test_muon_which_asks_for_its_rate_as_a_number_is_refused_in_words() -> None:
         made.fit(1)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize(
     ("optimizer", "sparse", "words"),
@@ -324,6 +330,7 @@ def test_optimizers_that_no_graph_can_step_are_refused_in_words(optimizer: str, 
         made.fit(3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize(
     "callbacks",
@@ -351,6 +358,7 @@ def test_callbacks_work_with_compiled_steps(callbacks: Callable[[], list[Callbac
                 torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_schedules_of_the_learning_rate_and_of_weight_decay_make_no_new_graphs() -> None:
     _, compiled = both(5, callbacks=lambda: [Scheduler({LearningRate: linear(12, 0.1, 0.01)})])
@@ -361,6 +369,7 @@ def test_schedules_of_the_learning_rate_and_of_weight_decay_make_no_new_graphs()
         assert graphs(compiled) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_a_momentum_that_changes_at_every_step_is_right_and_said() -> None:
     with pytest.warns(UserWarning, match=r"compiled 8 times.*the optimizer: momentum"):
@@ -425,6 +434,7 @@ class Patches(nn.Module):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize(
     ("phases", "model", "callbacks"),
@@ -462,6 +472,7 @@ def test_phases_of_one_loss_are_compiled(phases: Any, model: Any, callbacks: Any
     assert graphs(compiled, type(phases()[0])) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_a_gan_is_compiled_with_a_graph_for_each_kind_of_step() -> None:
     models = lambda: {"G": nn.Linear(8, 16), "D": nn.Linear(16, 1)}  # noqa: E731
@@ -478,6 +489,7 @@ class TwoRates(PerOptimizerPhase):
         return loss + learner.model[0].weight.square().sum() if name == "0" else loss
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_one_graph_holds_the_updates_of_several_optimizers_in_order() -> None:
     phases = lambda: [TwoRates(), PerOptimizerValidationPhase(TwoRates())]  # noqa: E731
@@ -504,6 +516,7 @@ class Nested(AbstractTrainingPhase):
         state.mean = state.preds.mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_a_phase_of_ones_own_is_compiled_by_its_entries_body_and_finish() -> None:
     eager, compiled = both(phases=lambda: [Nested()])
@@ -514,6 +527,7 @@ def test_a_phase_of_ones_own_is_compiled_by_its_entries_body_and_finish() -> Non
     assert compiled.step.mean == pytest.approx(eager.step.mean, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_shared_parametrized_recurrent_unused_and_normalized_parameters() -> None:
     shared = nn.Linear(16, 16)
@@ -561,12 +575,14 @@ class Rebinding(Unused):
         return super().forward(xs) * (1 + 0.1 * self.seen)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_a_buffer_that_forward_replaces_counts_on() -> None:
     _, compiled = both(model=Rebinding)
     assert compiled.model.seen == 2 * 9  # training and validation
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_tensors_that_a_loss_function_holds_are_looked_up_not_copied() -> None:
     balance = torch.ones(4)
@@ -584,6 +600,7 @@ def test_tensors_that_a_loss_function_holds_are_looked_up_not_copied() -> None:
 # What a step leaves
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_entries_stay_readable_without_graphs_and_gradients_are_not_kept() -> None:
     made = learner()
@@ -595,6 +612,7 @@ def test_entries_stay_readable_without_graphs_and_gradients_are_not_kept() -> No
     assert all(parameter.grad is None for parameter in made.model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_events_outside_and_counts_of_updates_are_as_ever() -> None:
     heard: list[str] = []
@@ -615,6 +633,7 @@ def test_events_outside_and_counts_of_updates_are_as_ever() -> None:
     assert heard == one * 3
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the fit stops")
 @pytest.mark.usefixtures("plain")
 def test_a_loss_that_is_not_finite_leaves_weights_and_state_as_they_are_and_ends_the_fit() -> None:
@@ -633,6 +652,7 @@ def test_a_loss_that_is_not_finite_leaves_weights_and_state_as_they_are_and_ends
 # Resume, and watching
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_compiled_runs_resume_to_the_bit() -> None:
     def make() -> Learner[Any]:
@@ -644,11 +664,13 @@ def test_compiled_runs_resume_to_the_bit() -> None:
     assert_resumes_exactly(make, epochs=2, at=[2, 7])
 
 
+@pytest.mark.slow
 def test_a_compiled_run_resumes_to_the_bit_with_inductor_too() -> None:
     accelerator = partial(Accelerator, "cpu", compile="step")
     assert_resumes_exactly(lambda: toy_learner(accelerator=accelerator()), epochs=1, at=[1, 9])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_watching_changes_nothing_in_compiled_steps() -> None:
     note = CustomCallback(lambda learner: torch.rand(3), StepEnd, TrainingPhase)
@@ -676,6 +698,7 @@ class ReadsGradients(Callback):
         list(learner.step.grads)
 
 
+@pytest.mark.slow(quick=3)
 @pytest.mark.parametrize(
     ("callback", "words"),
     [
@@ -707,6 +730,7 @@ def test_a_callback_added_later_is_refused_and_the_old_ones_stay() -> None:
     assert made.callbacks.order == before
 
 
+@pytest.mark.slow
 def test_a_handler_added_from_outside_is_noticed_at_the_next_step(plain: None) -> None:
     class Taught(Callback):
         pass
@@ -775,6 +799,7 @@ class Weighted(TrainingPhase):
         self.weight *= self.change
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_a_number_of_the_phase_that_changes_is_seen_and_said_when_it_changes_often() -> None:
     with pytest.warns(UserWarning, match=r"Weighted has been compiled 8 times.*Weighted.weight"):
@@ -785,6 +810,7 @@ def test_a_number_of_the_phase_that_changes_is_seen_and_said_when_it_changes_oft
     assert graphs(compiled, Weighted) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_modes_attributes_and_frozen_parameters_are_compared_at_each_epoch() -> None:
     model = lambda: nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 4), nn.LeakyReLU(0.1))  # noqa: E731
@@ -805,6 +831,7 @@ def test_modes_attributes_and_frozen_parameters_are_compared_at_each_epoch() -> 
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 @pytest.mark.filterwarnings("ignore:the step of TrainingPhase has been compiled")
 def test_a_callback_that_changes_the_model_between_steps_is_seen() -> None:
@@ -819,6 +846,7 @@ def test_a_callback_that_changes_the_model_between_steps_is_seen() -> None:
     both(3, model=model, callbacks=lambda: [Slope()])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_in_a_loop_of_ones_own_the_model_is_compared_at_every_step() -> None:
     found = []
@@ -834,6 +862,7 @@ def test_in_a_loop_of_ones_own_the_model_is_compared_at_every_step() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_loading_a_state_goes_on_with_the_tensors_that_are_there_then() -> None:
     other = learner(optimizer=ADAM)
@@ -848,6 +877,7 @@ def test_loading_a_state_goes_on_with_the_tensors_that_are_there_then() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_evaluate_and_predict_are_compiled_and_reuse_their_graphs() -> None:
     made = learner(callbacks=[])
@@ -897,6 +927,7 @@ def gradients(of: Learner[Any]) -> list[Tensor | None]:
     return [parameter.grad for module in of.modules() for parameter in module.parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize("optimizer", [SGD, ADAM, partial(torch.optim.SGD, lr=0.1)], ids=["SGD", "Adam", "plain SGD"])
 def test_gradients_are_added_up_over_compiled_steps_and_used_by_a_later_one(optimizer: Any) -> None:
@@ -911,11 +942,13 @@ def test_gradients_are_added_up_over_compiled_steps_and_used_by_a_later_one(opti
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradients_are_added_up_in_graphs_of_inductor_too() -> None:
     _, made = both(5, lambda: [Every(2)], data=(rows(),), optimizer=ADAM, tolerance=1e-5)
     assert made.history[Every].updates == {None: 7}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_an_optimizer_that_takes_its_first_step_late_costs_no_graph_of_a_later_epoch() -> None:
     made = learner(optimizer=ADAM, data=((rows()[0][:64], rows()[1][:64]),))
@@ -927,6 +960,7 @@ def test_an_optimizer_that_takes_its_first_step_late_costs_no_graph_of_a_later_e
     assert plan._count == 4  # the states are other tensors now
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_a_window_that_is_open_resumes_to_the_bit_in_compiled_steps() -> None:
     assert_resumes_exactly(lambda: learner(optimizer=ADAM), epochs=3, phases=lambda: [Every(4)])
@@ -1008,6 +1042,7 @@ class Same(Every):
             learner.update()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["none", "inductor"])
 def test_gradients_that_wait_share_no_memory(compiler: str, request: pytest.FixtureRequest) -> None:
     if compiler == "none":
@@ -1161,6 +1196,7 @@ def test_sparse_gradients_that_wait_are_refused() -> None:
         made.fit(1, phases=[Embeds()])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own use of it
 def test_a_model_is_compiled_by_torch_and_stays_what_it_is() -> None:
     from torch._dynamo.utils import counters
@@ -1384,6 +1420,7 @@ def test_an_update_with_a_closure_cannot_be_compiled() -> None:
         learner().fit(1, phases=[WithClosure()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [SGD, ADAM])
 def test_a_graph_made_before_a_step_cannot_be_differentiated_after_it(optimizer: Any) -> None:
     for compile in (False, "step"):

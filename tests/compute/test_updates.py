@@ -1710,6 +1710,7 @@ def total(learner: Learner) -> float:
     return -learner.updates.slots[0].parameters[0].item()
 
 
+@pytest.mark.slow(quick=13)
 @pytest.mark.parametrize("vetoed", [(), (1,), (2,), (3,), (1, 2), (2, 3), (1, 3)])
 @pytest.mark.parametrize(("block", "several"), [(False, False), (True, False), (True, True)])
 def test_the_gradients_of_a_cancelled_batch_never_count(vetoed: tuple[int, ...], block: bool, several: bool) -> None:
@@ -1919,6 +1920,7 @@ CLOSURES = {
 }
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("kind", CLOSURES)
 @pytest.mark.parametrize("clip", [None, 0.3])
 def test_an_update_with_a_closure_is_that_of_a_loop_by_hand(kind: str, clip: float | None) -> None:
@@ -1964,6 +1966,7 @@ def test_a_closure_in_a_block_is_of_its_optimizer_alone() -> None:
     assert learner.step.loss.item() < 1.0
 
 
+@pytest.mark.slow(quick=4)
 @pytest.mark.parametrize("kind", ["LBFGS", "with a line search", "sharpness-aware"])
 @pytest.mark.parametrize("bad", [5, 6, 7])
 @pytest.mark.filterwarnings("ignore:the fit stops")
@@ -1984,6 +1987,7 @@ def test_a_gradient_that_is_not_finite_in_the_middle_of_a_closure_changes_nothin
     assert learner.history[WithClosure].updates.get(None, 0) == len(kept) - 1
 
 
+@pytest.mark.slow
 def test_a_run_of_lbfgs_that_was_killed_goes_on_to_the_bit(tmp_path: Any) -> None:
     class Fails(Callback):
         reads = ("history",)

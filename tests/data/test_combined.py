@@ -253,6 +253,7 @@ def killed_after(steps: int) -> Any:
     return Killing()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("at", [3, 21])
 def test_an_epoch_is_resumed_in_the_middle_to_the_bit(mode: str, at: int, tmp_path: Path) -> None:
@@ -269,6 +270,7 @@ def test_an_epoch_is_resumed_in_the_middle_to_the_bit(mode: str, at: int, tmp_pa
     assert_same_bits(whole, resumed)
 
 
+@pytest.mark.slow
 def test_an_epoch_is_resumed_with_workers_as_without(tmp_path: Path) -> None:
     batches = trained(make(), 2)
     folder = tmp_path / "run"
@@ -308,6 +310,7 @@ def test_a_loader_beside_it_changes_nothing_for_a_loader() -> None:
     assert tensors() == tensors(b=TensorBatches(floats(6), batch_size=2, shuffle=True), c=[floats(1)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_watching_the_same_loader_changes_nothing(mode: str) -> None:
     def plain() -> list[Any]:
@@ -393,6 +396,7 @@ def test_loaders_are_told_their_passes() -> None:
     assert (short.epochs[-1], long.epochs[-1]) == (9, 9)
 
 
+@pytest.mark.slow
 def test_it_resumes_exactly_and_is_watched_without_a_trace() -> None:
     class Pairs(TrainingPhase):
         def entries(self, batch: Any) -> dict[str, Any]:

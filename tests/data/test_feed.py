@@ -268,6 +268,7 @@ class Streaming(Counting):
         self.start, self.epoch = state["next"], state["epoch"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Counting, Streaming])
 @pytest.mark.parametrize("limit", [None, 4, 5, 10])
 def test_a_loader_that_keeps_its_place_resumes_exactly_wherever_epochs_were_cut(

@@ -155,6 +155,7 @@ def learner_of(folder: Path, source: Any) -> Learner:
     return toy_learner(Checkpointer(folder, unit="step"), data=(source,))
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(("first", "other", "words"), CHANGED.values(), ids=CHANGED)
 def test_an_epoch_does_not_go_on_with_other_data(
     first: Callable[[], Any], other: Callable[[], Any], words: str, tmp_path: Path

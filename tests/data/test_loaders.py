@@ -207,6 +207,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow(quick=13)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("batch_size", [1, 5, 32, 64])
 def test_shuffled_batches_are_those_indexed_by_hand(layout: Any, batch_size: int) -> None:

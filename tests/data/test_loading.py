@@ -138,6 +138,7 @@ def loader(data: Any, workers: int, **options: Any) -> DataLoader[Any]:
     return DataLoader(data, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
 def test_an_end_that_is_none_is_an_error_that_names_the_batch(make: Callable[[int], DataLoader[Any]]) -> None:
     learner = toy_learner(data=(make(0),))
@@ -149,6 +150,7 @@ def test_an_end_that_is_none_is_an_error_that_names_the_batch(make: Callable[[in
     assert f"batch {steps + 1} " in told or f"step {steps} " in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a data set", "collate_fn of an iterable data set"])
 def test_an_end_that_is_none_in_a_worker_is_an_error(name: str) -> None:
     kind, told, _ = failure(lambda: toy_learner(data=(LOADERS[name](1),)).fit(1))
@@ -157,6 +159,7 @@ def test_an_end_that_is_none_in_a_worker_is_an_error(name: str) -> None:
     assert "step 5 " in told
 
 
+@pytest.mark.slow
 def test_the_message_says_how_many_batches_were_expected() -> None:
     kind, told, cause = failure(lambda: toy_learner(data=(loader(Rows(stop), 0),)).fit(1))
     assert (kind, cause) == (DataError, StopIteration)
@@ -164,6 +167,7 @@ def test_the_message_says_how_many_batches_were_expected() -> None:
     assert "IndexError" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"), [("sampler", {"sampler": StopsAtOnce()}), ("worker", {"worker_init_fn": stop})]
 )
@@ -214,6 +218,7 @@ def test_what_a_model_or_a_handler_raises_passes_as_itself() -> None:
         learner.fit(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "said"),
     [
@@ -235,6 +240,7 @@ def missing() -> None:
     raise FileNotFoundError("row 21 is not there")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_of_the_data_set_passes_as_itself(workers: int) -> None:
     kind, told, _ = failure(lambda: toy_learner(data=(loader(Rows(missing), workers),)).fit(1))

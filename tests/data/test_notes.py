@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gc
 
+import pytest
+
 from fluxloop.data.notes import Notes
 
 
@@ -12,6 +14,7 @@ class Thing:
         return True
 
 
+@pytest.mark.slow
 def test_a_note_is_of_one_object_and_goes_with_it() -> None:
     notes: Notes[int] = Notes()
     one, other = Thing(), Thing()

@@ -148,6 +148,7 @@ LOADERS: dict[str, Callable[[], DataLoader[Any]]] = {
 }
 
 
+@pytest.mark.slow(quick=7)
 @pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
 def test_an_iteration_from_a_batch_on_is_the_rest_of_a_whole_one(make: Callable[[], DataLoader[Any]]) -> None:
     scramble(1)
@@ -177,6 +178,7 @@ def test_an_order_drawn_by_numpy_alone_differs_between_epochs_and_seeds() -> Non
     assert len(set(map(tuple, orders))) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [None, FromNumpy(6)], ids=["shuffled", "a sampler that draws"])
 def test_samples_do_not_depend_on_the_number_of_workers(sampler: Any) -> None:
     def load(workers: int, skip: int = 0) -> list[Any]:
@@ -196,6 +198,7 @@ def test_samples_do_not_depend_on_the_number_of_workers(sampler: Any) -> None:
     assert load(2, skip=1) == load(0)[1:]
 
 
+@pytest.mark.slow
 def test_workers_that_stay_load_what_new_ones_do() -> None:
     def make(persistent: bool) -> DataLoader[Any]:
         return DataLoader(
@@ -242,6 +245,7 @@ def test_the_users_loader_is_not_changed() -> None:
     assert {name: vars(loader)[name] for name in before} == before
 
 
+@pytest.mark.slow
 def test_a_loader_that_is_forgotten_is_freed_with_its_twin() -> None:
     loader = DataLoader(Rows(), batch_size=3)
     list(iterate(loader, numbers()))
@@ -361,6 +365,7 @@ def assert_like_plain(make: Callable[[], DataLoader[Any]]) -> None:
         assert all(map(torch.equal, ours, theirs))
 
 
+@pytest.mark.slow(quick=27)
 @pytest.mark.parametrize("data", WHOLE.values(), ids=WHOLE)
 @pytest.mark.parametrize("options", IN_ORDER.values(), ids=IN_ORDER)
 def test_whole_batches_are_those_of_the_loader(
@@ -371,6 +376,7 @@ def test_whole_batches_are_those_of_the_loader(
     assert_like_plain(lambda: DataLoader(dataset, **options(count)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tensors", "several in one"])
 def test_workers_fetch_whole_batches_too(name: str) -> None:
     options: dict[str, Any] = {"batch_size": 4, "shuffle": True, "multiprocessing_context": "fork"}

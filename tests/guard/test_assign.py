@@ -218,6 +218,7 @@ def epochs_of(early: EarlyStopping, change: Callable[[EarlyStopping], object], b
     return len(learner.fit(9).metrics[TrainingPhase]["loss"])
 
 
+@pytest.mark.slow(quick=5)
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize(
     ("early", "name", "value", "epochs"),

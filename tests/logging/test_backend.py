@@ -79,6 +79,7 @@ def test_it_is_opened_at_the_first_write_and_again_after_closing() -> None:
     assert backend.done[4:] == ["flush", "position", "close", "open", "write"]
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("fails", ["find", "open", "write", "flush", "position", "close"])
 def test_a_backend_that_fails_warns_once_and_is_left_alone_and_the_training_goes_on(fails: str) -> None:
     backend, memory = Fragile(fails), Memory()

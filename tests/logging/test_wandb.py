@@ -66,6 +66,7 @@ def test_what_is_logged_is_read_back_from_its_file(tmp_path: Path) -> None:
     assert list(tmp_path.glob("wandb/offline-run-*/files/a.txt"))
 
 
+@pytest.mark.slow
 def test_resumed_the_same_run_goes_on_and_no_step_is_there_twice(tmp_path: Path) -> None:
     first = offline(tmp_path)
     log_to(first, Scalar(1), "loss", 1, "step")

@@ -113,6 +113,7 @@ def vicreg_by_entries(z1: Tensor, z2: Tensor, invariance: float, variance: float
     return invariance * distance + variance * hinge + covariance * together
 
 
+@pytest.mark.slow
 @FEW
 @given(
     n=st.integers(2, 5),

@@ -78,6 +78,7 @@ def values(learner: Learner, phase: Any = TrainingPhase) -> dict[str, list[Any]]
 # Loss
 
 
+@pytest.mark.slow
 @quick
 @given(st.integers(1, 70), st.integers(1, 40))
 def test_the_loss_of_an_epoch_is_that_of_all_rows_at_once(rows: int, batch_size: int) -> None:
@@ -196,6 +197,7 @@ def test_a_loss_that_is_no_tensor_is_recorded_too() -> None:
 # SmoothLoss
 
 
+@pytest.mark.slow
 @quick
 @given(st.integers(1, 30), st.sampled_from([0.0, 0.5, 0.9, 0.98]))
 def test_smoothloss_is_a_bias_corrected_moving_average(steps: int, decay: float) -> None:
@@ -217,6 +219,7 @@ def test_a_decay_outside_its_range_is_refused(decay: float) -> None:
 # Functions
 
 
+@pytest.mark.slow
 @quick
 @given(st.integers(1, 70), st.integers(1, 40))
 def test_a_function_is_averaged_over_rows(rows: int, batch_size: int) -> None:
@@ -280,6 +283,7 @@ def test_a_function_that_gives_no_scalar_is_refused_by_name() -> None:
 # Objects with update, compute and reset
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(st.integers(3, 70), st.integers(1, 40))
 def test_torchmetrics_are_used_as_they_are(rows: int, batch_size: int) -> None:
