@@ -40,7 +40,9 @@ from fluxloop.loop import place_in_words
 from fluxloop.nested import batch_size
 from fluxloop.order.owners import owners_of
 from fluxloop.order.weights import Weights
-from fluxloop.persist.walk import Walk, Watched, of_learners
+from fluxloop.persist.owners import of_learners
+from fluxloop.persist.walk import Walk
+from fluxloop.persist.watched import Watched
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.randomness import check_seed, draw_seed

@@ -29,23 +29,22 @@ from fluxloop.errors import CheckpointError, annotate, sentence, warn_user
 from fluxloop.guard.assign import put
 from fluxloop.order.access import dotted
 from fluxloop.order.owners import owners_of
+from fluxloop.persist.copies import copy_attributes, copy_gradient
+from fluxloop.persist.modules import UNINITIALIZED, freeze, is_uninitialized, uninitialize, unsaved_buffers
+from fluxloop.persist.owners import Owners, Restoring, of_learners
 from fluxloop.persist.plain import (
-    UNINITIALIZED,
     WATCHED,
     attributes,
     class_name,
     from_plain,
     is_held,
     is_stateful,
-    is_uninitialized,
     phase_id,
     size,
     snapshot,
     to_plain,
-    uninitialize,
-    unsaved_buffers,
 )
-from fluxloop.persist.walk import Owners, Watched, copy_attributes, copy_gradient, of_learners
+from fluxloop.persist.watched import Watched
 from fluxloop.phase import Phase, phase_types
 from fluxloop.signals import INTERRUPTED, TERMINATED
 from fluxloop.state import StepState, name_of
@@ -375,18 +374,18 @@ def apply(learner: RunLearner, state: State, *, begun: bool, running: bool = Fal
     learner.history.seed = state["seed"]
     put(learner, "seed", state["seed"])
     learner.streams.go_on(state["seed"], state["streams"])
-    types, device = phase_types(), learner.accelerator.device
-    how: Any = {"owners": owners_of(learner), "begun": begun, "running": running, "phases": types, "device": device}
-    _load_callbacks(learner, state["callbacks"], how)  # first: they may still refuse
+    types, device = tuple(phase_types()), learner.accelerator.device
+    restoring = Restoring(owners_of(learner), begun, running, types, device)
+    _load_callbacks(learner, state["callbacks"], restoring)  # first: they may still refuse
     for slot in learner.updates.slots:
         if slot.mode is not None:  # before the weights of that mode are loaded
             slot.mode.set(state["updates"]["slots"][slot.name or ""].get("train_mode", False))
     for name, module in learner.models.items():
-        _load_module(learner, module, state["models"][name or ""], how)
+        _load_module(learner, module, state["models"][name or ""], restoring)
     if isinstance(learner.loss_fn, nn.Module):
-        _load_module(learner, learner.loss_fn, state["loss_fn"], how)
+        _load_module(learner, learner.loss_fn, state["loss_fn"], restoring)
     elif learner._ledger.loss is not None:
-        learner._ledger.loss.load((state["loss_fn"] or {"attributes": {}})["attributes"], **how)
+        learner._ledger.loss.restore((state["loss_fn"] or {"attributes": {}})["attributes"], restoring)
     for path, kept in state["views"].items():
         if path in learner.weights:
             learner.weights[path].load_state_dict(kept)
@@ -409,22 +408,19 @@ def apply(learner: RunLearner, state: State, *, begun: bool, running: bool = Fal
     learner._ledger.loaded = True
     for kept_phase in learner._ledger.phases:
         waiting = learner._ledger.waiting.get(phase_id(kept_phase.thing))
-        kept_phase.load(waiting.pop(0) if waiting else {}, **how)
+        kept_phase.restore(waiting.pop(0) if waiting else {}, restoring)
     for key, kept in state["data"].items():
         if key in learner.data and put_data_back(vars(learner.data)[key], kept):
             learner._ledger.begun_data.add(key)
 
 
-def _load_module(learner: RunLearner, module: nn.Module, kept: State, how: dict[str, Any]) -> None:
-    learner._ledger.modules[module].load(kept["attributes"], **how)
+def _load_module(learner: RunLearner, module: nn.Module, kept: State, restoring: Restoring) -> None:
+    learner._ledger.modules[module].restore(kept["attributes"], restoring)
     put_weights(module, kept)
     for name, part, own, tensor in list(unsaved_buffers(module)):
         if name in kept["buffers"]:
             part._buffers[own] = kept["buffers"][name].to(tensor.device, copy=True)
-    frozen_ones = set(kept["frozen"])
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad is (name in frozen_ones):
-            parameter.requires_grad = name not in frozen_ones
+    freeze(module, set(kept["frozen"]))
 
 
 def _load_updates(learner: RunLearner, kept: State) -> None:
@@ -441,15 +437,15 @@ def _load_updates(learner: RunLearner, kept: State) -> None:
         slot.step = slot.before = None
 
 
-def _load_callbacks(learner: RunLearner, states: State, how: dict[str, Any]) -> None:
+def _load_callbacks(learner: RunLearner, states: State, restoring: Restoring) -> None:
     nodes = {node.id: node for node in learner.callbacks.graph.nodes}
     for id, node in nodes.items():
         own, conditions = learner.callbacks.kept(node)
         kept = states.get(id, {"state": {}, "around": []})
         try:
-            own.load(kept["state"], **how)
+            own.restore(kept["state"], restoring)
             for condition, around in zip(conditions, [*kept["around"], *([{}] * len(conditions))], strict=False):
-                condition.load(around, **how)
+                condition.restore(around, restoring)
         except CheckpointError:
             raise
         except Exception as error:
@@ -473,8 +469,10 @@ def meet_phases(learner: RunLearner, phases: list[Phase]) -> None:
             kept.append(watched(learner, phase))
             waiting = learner._ledger.waiting.get(phase_id(phase))
             if waiting or learner._ledger.loaded:  # where nothing was kept of it, it begins as it was first used
-                types, device = phase_types(), learner.accelerator.device
-                kept[-1].load(waiting.pop(0) if waiting else {}, owners_of(learner), phases=types, device=device)
+                types, device = tuple(phase_types()), learner.accelerator.device
+                kept[-1].restore(
+                    waiting.pop(0) if waiting else {}, Restoring(owners_of(learner), phases=types, device=device)
+                )
     learner._ledger.phases = kept
 
 

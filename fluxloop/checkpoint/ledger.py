@@ -7,7 +7,8 @@ from typing import Any
 from attrs import define, field
 from torch import nn
 
-from fluxloop.persist.walk import Walk, Watched
+from fluxloop.persist.walk import Walk
+from fluxloop.persist.watched import Watched
 
 
 @define(eq=False)

@@ -16,8 +16,9 @@ from fluxloop.compute.optimizers import parameters_by_name
 from fluxloop.data.sources import own_generators
 from fluxloop.errors import CheckpointError, describe, did_you_mean
 from fluxloop.history import Counts
-from fluxloop.persist.plain import class_name, from_plain, is_stateful, is_uninitialized, phase_id, unsaved_buffers
-from fluxloop.persist.walk import Watched, plain_entries
+from fluxloop.persist.modules import is_uninitialized, unsaved_buffers
+from fluxloop.persist.plain import class_name, from_plain, is_stateful, phase_id
+from fluxloop.persist.watched import Watched, plain_entries
 from fluxloop.phase import phase_types
 from fluxloop.state import PhaseDict
 

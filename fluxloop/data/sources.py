@@ -42,8 +42,9 @@ from fluxloop.data.loaders import TensorBatches, is_plain
 from fluxloop.data.loading import Endless, begin, watched
 from fluxloop.data.notes import Notes
 from fluxloop.errors import describe
+from fluxloop.persist.owners import Restoring, models_apart
 from fluxloop.persist.plain import SCALARS, WATCHED, attributes, from_plain, is_numpy_generator, is_stateful, to_plain
-from fluxloop.persist.walk import Walk, models_apart
+from fluxloop.persist.walk import Walk
 from fluxloop.randomness import others_apart, others_going_on, start_generators, start_torch
 
 
@@ -497,7 +498,7 @@ def put_changes_back(source: Any, kept: dict[str, Any]) -> None:
     """Put a source's parts where `changes_of` found them."""
     walk = _watch(source)
     if walk is not None:
-        walk.load(kept, models_apart)
+        walk.restore(kept, Restoring(models_apart))
 
 
 KINDS = (torch.Generator, random.Random)

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fluxloop.order.view import View
+from fluxloop.persist.owners import Owners
 from fluxloop.persist.plain import phase_id
-from fluxloop.persist.walk import Owners
 
 if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner

@@ -27,7 +27,8 @@ from fluxloop.order.graph import CallbackGraph, Node, touches
 from fluxloop.order.outlook import note_directions
 from fluxloop.order.owners import owners_of
 from fluxloop.order.view import make_view
-from fluxloop.persist.walk import Owners, Watched
+from fluxloop.persist.owners import Owners
+from fluxloop.persist.watched import Watched
 from fluxloop.phase import FittingPhase, Phase, check_phase_type
 from fluxloop.randomness import Stream, between_steps, noticing, putting_back, with_own_stream
 

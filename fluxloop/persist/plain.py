@@ -21,8 +21,7 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
+from torch.nn.parameter import is_lazy
 
 from fluxloop.errors import CheckpointError, describe, warn_user
 from fluxloop.persist.series import Series
@@ -394,48 +393,6 @@ def misplaced(where: str, expected: str, live: Any) -> CheckpointError:
         f"the checkpoint has a state for {where}, which is {describe(live)} now; expected {expected}, made as in the "
         "run that wrote it"
     )
-
-
-# Modules
-
-
-UNINITIALIZED = {MARK: "uninitialized"}
-"""Stands for a parameter or buffer of a lazy module, which has no shape before the first batch."""
-
-
-def is_uninitialized(kept: Any) -> bool:
-    """Tell whether kept data stands for a tensor of a lazy module that had seen no batch."""
-    return isinstance(kept, dict) and kept.get(MARK) == "uninitialized"
-
-
-def uninitialize(module: nn.Module, names: set[str]) -> None:
-    """Take the shape from tensors of lazy modules that have been given one since, though they have seen no batch.
-
-    Raises:
-        CheckpointError: A module has seen one: it is no longer lazy.
-    """
-    for name in names:
-        part, _, own = name.rpartition(".")
-        owner = module.get_submodule(part)
-        tensor: Any = getattr(owner, own)
-        if is_lazy(tensor):
-            continue
-        if not isinstance(owner, LazyModuleMixin):
-            raise CheckpointError(
-                f"{name!r} had seen no batch when its state was kept (a lazy module), and has a shape now; make the "
-                "learner anew"
-            )
-        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        tensor.__class__ = UninitializedParameter if own in owner._parameters else UninitializedBuffer
-
-
-def unsaved_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Give the buffers that ``state_dict`` leaves out: full name, owner, own name, tensor."""
-    for path, part in module.named_modules():
-        for name in sorted(part._non_persistent_buffers_set):
-            tensor = part._buffers.get(name)
-            if tensor is not None and not is_lazy(tensor):
-                yield f"{path}.{name}".lstrip("."), part, name, tensor
 
 
 # Attributes

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from fluxloop import CheckpointError
-from fluxloop.persist.walk import Owners, Watched, nobody
+from fluxloop.persist.owners import Owners, Restoring, nobody
+from fluxloop.persist.watched import Watched
 
 
 def through_a_file(kept: Any) -> Any:
@@ -90,7 +91,7 @@ def test_an_attribute_that_changed_is_kept_and_comes_back(name: str, change: Cal
     change(first)
     state = through_a_file(states(kept))
     assert list(state) == [name]
-    live.load(state, nobody)
+    live.restore(state, Restoring())
     a, b = getattr(first, name), getattr(second, name)
     assert same(a.get_state() if name == "generator" else a, b.get_state() if name == "generator" else b)
 
@@ -101,7 +102,7 @@ def test_a_setting_that_never_changed_is_not_overwritten_by_the_checkpoint() -> 
     first.n = 5
     second.every = 10
     live = Watched(second, "Mine")
-    live.load(states(kept), nobody)
+    live.restore(states(kept), Restoring())
     assert (second.n, second.every) == (5, 10)
 
 
@@ -111,7 +112,7 @@ def test_what_the_checkpoint_does_not_name_is_as_at_first_again() -> None:
     second.n, second.items = 3, [4]
     second.table += 1
     second.total += 1
-    live.load(states(kept), nobody)
+    live.restore(states(kept), Restoring())
     assert (second.n, second.items, second.table.tolist(), second.total.tolist()) == (0, [], [0, 0], [0, 0])
 
 
@@ -139,7 +140,7 @@ def test_what_belongs_to_somebody_else_is_kept_by_its_name() -> None:
     state, lost = kept.state(Owners([("model", model)]))
     assert lost == []
     other = nn.Linear(1, 1)
-    live.load(through_a_file(state), Owners([("model", other)]))
+    live.restore(through_a_file(state), Restoring(Owners([("model", other)])))
     assert second.thing is other
 
 
@@ -150,7 +151,7 @@ def test_a_module_of_its_own_is_kept_though_it_did_not_change() -> None:
 
     first, second = Holds(), Holds()
     state = through_a_file(states(Watched(first, "Holds")))
-    Watched(second, "Holds").load(state, nobody)
+    Watched(second, "Holds").restore(state, Restoring())
     assert torch.equal(first.critic.weight, second.critic.weight)
 
 
@@ -179,7 +180,7 @@ def test_attributes_in_slots_are_kept_private_ones_too() -> None:
     kept, live = Watched(first, "Slotted"), Watched(second, "Slotted")
     first.set()
     first.items.append(3)
-    live.load(through_a_file(states(kept)), nobody)
+    live.restore(through_a_file(states(kept)), Restoring())
     assert (second.n, second.secret(), second.items) == (1, 2, [3])
 
 
@@ -199,7 +200,7 @@ def test_what_a_pair_gives_is_all_that_counts(given: Any) -> None:
     first, second = Pair(), Pair()
     kept, live = Watched(first, "Pair"), Watched(second, "Pair")
     first.n = 5
-    live.load(through_a_file(kept.state(nobody)[0]), nobody)
+    live.restore(through_a_file(kept.state(nobody)[0]), Restoring())
     assert len(second.got) == 1
     assert same(second.got[0], given)
     assert second.n == 0
@@ -283,12 +284,12 @@ def test_helpers_in_containers_and_in_each_other_are_kept_and_go_back() -> None:
     begin = says(second)
     kept, live = Watched(first, "phases.P"), Watched(second, "phases.P")
     moved(first)
-    live.load(through_a_file(states(kept)), nobody)
+    live.restore(through_a_file(states(kept)), Restoring())
     assert says(second) == says(first)
     moved(first)
     moved(second)
     assert says(second) == says(first)
-    live.load({}, nobody)
+    live.restore({}, Restoring())
     assert says(second) == begin
 
 
@@ -305,7 +306,7 @@ def test_what_was_none_or_absent_or_large_at_first_is_so_again() -> None:
     thing.bank += 1
     thing.noise = thing.noise * 2
     thing.late = 1  # type: ignore[attr-defined]  # came in training
-    kept.load({}, nobody)
+    kept.restore({}, Restoring())
     assert thing.best is None
     assert thing.bank.sum() == 0
     assert torch.equal(thing.noise, torch.arange(100_000.0))
@@ -316,9 +317,9 @@ def test_an_attribute_that_was_removed_is_removed_again() -> None:
     first, second = Mine(), Mine()
     kept, live = Watched(first, "Mine"), Watched(second, "Mine")
     del first.n
-    live.load(through_a_file(states(kept)), nobody)
+    live.restore(through_a_file(states(kept)), Restoring())
     assert not hasattr(second, "n")
-    live.load({}, nobody)
+    live.restore({}, Restoring())
     assert second.n == 0
 
 
@@ -330,7 +331,7 @@ def test_what_is_shared_or_contains_itself_is_so_again() -> None:
     first.again = first.new  # type: ignore[attr-defined]
     first.new[1]["self"] = first.new  # type: ignore[attr-defined]
     first.items.append(1)
-    live.load(through_a_file(states(kept)), nobody)
+    live.restore(through_a_file(states(kept)), Restoring())
     other: Any = second
     assert other.last is other.items
     assert other.items == [1]
@@ -349,7 +350,7 @@ def test_a_list_of_helpers_keeps_its_new_order() -> None:
     pools = list(second.pools)
     first.pools[0].items.append(1.0)
     first.pools.reverse()
-    live.load(through_a_file(states(kept)), nobody)
+    live.restore(through_a_file(states(kept)), Restoring())
     assert second.pools == [pools[1], pools[0]]
     assert pools[0].items == [1.0]
 
@@ -362,9 +363,9 @@ def test_a_number_of_the_class_is_kept_too() -> None:
     Shares.seen.append(1)
     state = through_a_file(states(kept))
     Shares.seen.clear()
-    kept.load(state, nobody)
+    kept.restore(state, Restoring())
     assert Shares.seen == [1]
-    kept.load({}, nobody)
+    kept.restore({}, Restoring())
     assert Shares.seen == []
 
 
@@ -381,7 +382,7 @@ def test_what_a_subclass_adds_is_kept_beside_its_bases_pair() -> None:
     first.pool.items.append(4.0)
     state = through_a_file(states(kept))
     assert sorted(state) == ["count", "pair", "pool"]
-    live.load(state, nobody)
+    live.restore(state, Restoring())
     assert (second.items, second.count, second.pool.items) == ([2.0], 3, [4.0])
 
 
@@ -406,7 +407,7 @@ def test_a_metric_whose_state_dict_is_empty_is_kept() -> None:
     kept, live = Watched(first, "Holds"), Watched(second, "Holds")
     assert not first.metrics["a"].state_dict()
     first.metrics["a"].update(2.0)
-    live.load(through_a_file(states(kept)), nobody)
+    live.restore(through_a_file(states(kept)), Restoring())
     metric = second.metrics["a"]
     assert (metric.total, metric.values, metric.rows) == (2, [2], 1)
 
@@ -421,7 +422,7 @@ def test_a_module_of_a_helper_keeps_gradients_modes_and_what_is_frozen() -> None
     first.critic(torch.ones(1)).backward()
     first.critic.bias.requires_grad_(False)
     first.critic.eval()
-    live.load(through_a_file(states(kept)), nobody)
+    live.restore(through_a_file(states(kept)), Restoring())
     assert second.critic.weight.grad == first.critic.weight.grad
     assert not second.critic.bias.requires_grad
     assert not second.critic.training
@@ -458,7 +459,7 @@ def test_an_object_with_a_lock_is_left_as_it_is_and_named() -> None:
     kept = Watched(holds, "Holds")
     holds.writers[0].lines.append("a")
     assert kept.state(nobody) == ({}, ["Holds.writers[0]"])
-    kept.load({}, nobody)
+    kept.restore({}, Restoring())
     assert holds.writers[0].lines == ["a"]
 
 
