@@ -34,6 +34,7 @@ from multipledispatch import Dispatcher
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fluxloop.compute.models import by_name
 from fluxloop.compute.optimizers import options_given
 from fluxloop.errors import OptimizerError, describe, did_you_mean
 from fluxloop.order.view import look_up
@@ -177,29 +178,16 @@ class OptimizerOption(HyperParameter):
             OptimizerError: There is no optimizer of that name.
         """
         if self.optimizer is None:
-            return named_optimizers(learner.optimizer)
+            return by_name(learner.optimizer)
         try:
             return [(self.optimizer, look_up(learner.optimizer, self.optimizer))]
         except (AttributeError, TypeError):
             held = getattr(learner, "_learner", learner).optimizer  # past a view, for the message alone
-            known = [str(name) for name, _ in named_optimizers(held) if name is not None]
+            known = [str(name) for name, _ in by_name(held) if name is not None]
         raise OptimizerError(
             f"{self!r}: there is no optimizer {self.optimizer!r}; the learner has "
             f"{known or f'a single one without a name: {type(self).__name__}()'}{did_you_mean(self.optimizer, known)}"
         )
-
-
-def named_optimizers(held: Any) -> list[tuple[str | None, Optimizer]]:
-    """List optimizers with their names from how a learner holds them (``learner.optimizer``)."""
-    if isinstance(held, Optimizer):
-        return [(None, held)]
-    if hasattr(held, "_fields"):
-        items = list(zip(held._fields, held, strict=True))
-    elif isinstance(held, tuple):
-        items = [(str(index), optimizer) for index, optimizer in enumerate(held)]
-    else:
-        items = [(name, held[name]) for name in held]
-    return [(name, optimizer) for name, optimizer in items if optimizer is not None]
 
 
 @frozen

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fluxloop.callback import Callback, on
 from fluxloop.callbacks.recorder import Recorder
+from fluxloop.compute.models import named_parts
 from fluxloop.errors import ModelError, did_you_mean
 from fluxloop.events import EpochBegin, StepBegin
 from fluxloop.guard.given import check_number, texts
@@ -81,7 +82,7 @@ class ActivationStats(Callback):
         Raises:
             ModelError: A pattern matches none.
         """
-        named = modules_of(learner)
+        named = dict(named_parts(learner.model, nn.Module.named_modules))
         found: dict[str, nn.Module] = {}
         for pattern in _patterns(self.pattern):
             leaves = {name: module for name, module in named.items() if not list(module.children())}
@@ -135,21 +136,9 @@ class ActivationStats(Callback):
         return record
 
 
-def modules_of(learner: Any) -> dict[str, nn.Module]:
-    """Name every module of a learner as its weights are named: ``"model"``, ``"encoder.0"``."""
-    found: dict[str, nn.Module] = {}
-    models = [name for name in learner.weights if "@" not in name]
-    for model in models:
-        root = learner.weights[model]
-        for path, module in root.named_modules():
-            alone = models == ["model"] and path
-            found[path if alone else f"{model}.{path}".rstrip(".")] = module
-    return found
-
-
 @torch.no_grad()
 def statistics(values: Tensor, near: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the mean, the standard deviation and the share of zeros of a tensor, as scalars on its device.
+    """Return the mean, the standard deviation and the share of zeros of a tensor, as scalars on its device.
 
     Args:
         values: Any shape, at least one number; of complex ones the magnitudes count.

@@ -94,7 +94,7 @@ class ConditionalCallback(Callback):
         return self.callback.handles()
 
     def handler(self, event: type[Event], phase: type[Phase]) -> Handler | None:
-        """Give the wrapped callback's handler behind the condition."""
+        """Return the wrapped callback's handler behind the condition."""
         inner = self.callback.handler(event, phase)
         if inner is None:
             return None
@@ -106,7 +106,7 @@ class ConditionalCallback(Callback):
         return call
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the wrapped callback's state, empty where it keeps none."""
+        """Return the wrapped callback's state, empty where it keeps none."""
         inner = getattr(self.callback, "state_dict", None)
         return inner() if inner is not None else {}
 

@@ -16,7 +16,6 @@ from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.events import CycleEnd, EpochEnd, FitBegin, FitEnd
 from fluxloop.guard.given import as_path
-from fluxloop.history import numbers_in
 from fluxloop.logging.backend import Backend, log_to
 from fluxloop.logging.loggables import Loggable
 from fluxloop.logging.text_files import csv_line
@@ -147,7 +146,7 @@ class CSVLogger(Callback):
     def add_row(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
         """Write what the epoch recorded."""
         counts = learner.cbstate.history[phase]
-        values = _recorded_at(counts.epoch, learner.cbstate.metrics[phase])
+        values = learner.cbstate.metrics[phase].numbers_at(counts.epoch)
         if counts.label == ProbePhase.data_key:
             values |= self._probes(learner)
         self._write(counts.epoch, counts.label, values)
@@ -165,38 +164,30 @@ class CSVLogger(Callback):
         if event.reason not in (INTERRUPTED, TERMINATED):
             self._add_probes(learner)
 
-    def _probes(self, learner: Any) -> dict[str, Any]:
+    def _probes(self, learner: Any) -> dict[str, float]:
         """Return what probes found and is not yet written."""
         metrics = learner.cbstate.metrics[ProbePhase]
         newest = max((series[-1][0] for series in metrics.epochs.values() if series), default=0)
         if newest <= self._probed:
             return {}
         self._probed = newest
-        return _recorded_at(newest, metrics)
+        found: dict[str, float] = metrics.numbers_at(newest)
+        return found
 
     def _add_probes(self, learner: Any) -> None:
         values = self._probes(learner)
         if values:
             self._write(self._probed, ProbePhase.data_key, values)
 
-    def _write(self, epoch: int, label: str, values: dict[str, Any]) -> None:
+    def _write(self, epoch: int, label: str, values: dict[str, float]) -> None:
         now = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")} if self.time else {}
         log_to(self._table, _Row({"epoch": epoch, "set": label, **now, **values}), "row", epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps: how far the file is written."""
+        """Return what a checkpoint keeps: how far the file is written."""
         return {**self._table.state_dict(), "probed": self._probed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state."""
+        """Load what a checkpoint keeps."""
         self._table.load_state_dict(state)
         self._probed = state.get("probed", 0)  # older checkpoints have none
-
-
-def _recorded_at(epoch: int, metrics: Any) -> dict[str, Any]:
-    """Return the numbers that were recorded for an epoch, by name."""
-    found: dict[str, Any] = {}
-    for name, series in metrics.epochs.items():
-        if series and series[-1][0] == epoch:
-            found |= numbers_in(name, series[-1][1])
-    return found

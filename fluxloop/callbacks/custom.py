@@ -75,11 +75,11 @@ class CustomCallback(Callback):
         self.draws = draws  # type: ignore[misc]  # computed per instance
 
     def handles(self) -> list[tuple[type[Event], type[Phase]]]:
-        """Give the one event and phase it is for."""
+        """Return the one event and phase it is for."""
         return [(self.event, self.phase)]
 
     def handler(self, event: type[Event], phase: type[Phase]) -> Handler | None:
-        """Give the function where the event and phase fit."""
+        """Return the function where the event and phase fit."""
         if not (issubclass(event, self.event) and issubclass(phase, self.phase)):
             return None
 

@@ -176,7 +176,7 @@ class EarlyStopping(Callback):
             raise CancelFittingException(self._reason)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps: the metric, what has been seen of it, and the criterion's state."""
+        """Return what a checkpoint keeps: the metric, what has been seen of it, and the criterion's state."""
         return {
             "monitor": self._watched.metric,
             "mode": self._watched.direction,
@@ -189,7 +189,7 @@ class EarlyStopping(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state.
+        """Load what a checkpoint keeps.
 
         Raises:
             CheckpointError: It is of another metric, mode or criterion; nothing is changed.
@@ -208,7 +208,7 @@ class EarlyStopping(Callback):
 
 
 def _seconds(given: Any) -> float | None:
-    """Give a duration in seconds."""
+    """Return a duration in seconds."""
     return given.total_seconds() if isinstance(given, timedelta) else given
 
 

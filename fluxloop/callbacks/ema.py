@@ -10,7 +10,7 @@ from attrs import define, field
 from torch import Tensor, nn
 
 from fluxloop.callback import Callback, on, resolve_conflict
-from fluxloop.compute.models import check_not_lazy, copied_weights
+from fluxloop.compute.models import by_name, check_not_lazy, copied_weights
 from fluxloop.compute.optimizers import owned_parameters
 from fluxloop.errors import CallbackConflictError, ModelError, describe
 from fluxloop.events import StepBegin, StepEnd, UpdateEnd
@@ -164,7 +164,7 @@ class EMA(Callback):
 
     def _owning(self, learner: Any) -> list[torch.optim.Optimizer]:
         """List the optimizers of the model's parameters."""
-        every = _listed(learner.optimizer)
+        every = [optimizer for _, optimizer in by_name(learner.optimizer)]
         groups = tuple(len(each.param_groups) for each in every)  # one may be added while training
         if groups not in self._owners:
             own = set(learner.weights[self.model].parameters())
@@ -175,7 +175,7 @@ class EMA(Callback):
     def note_update(self, event: UpdateEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Note an update of the model's weights."""
         optimizer = learner.optimizer if event.name is None else look_up(learner.optimizer, event.name)
-        if not self._pending and any(each in self._owning(learner) for each in _listed(optimizer)):
+        if not self._pending and any(each in self._owning(learner) for _, each in by_name(optimizer)):
             self._pending = True
             self._counted[type(phase).__qualname__] = True
             learner.defer(partial(self._end, phase, learner), early=True)
@@ -211,7 +211,7 @@ class EMA(Callback):
             _lerp(dict(average.named_buffers()), dict(live.named_buffers()), of_buffers)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps: counts, what is noted of updates, and the average where no model holds it."""
+        """Return what a checkpoint keeps: the counts, the updates noted, and the average where no model holds it."""
         own = self._average is not None and self.into is None
         return {
             "num_averaged": self.num_averaged,
@@ -222,7 +222,7 @@ class EMA(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state; before there is a learner, when it is made."""
+        """Load what a checkpoint keeps; before there is a learner, it waits until one is made."""
         self._kept = state if self._average is None else None
         self.num_averaged, self._pending, self._before = state["num_averaged"], state.get("pending", False), None
         self._counted = dict(state.get("counted", {}))
@@ -246,14 +246,6 @@ def _one_place_each(a: EMA, b: EMA) -> None:
         )
 
 
-def _listed(optimizers: Any) -> list[torch.optim.Optimizer]:
-    """List optimizers held as a learner holds them."""
-    if isinstance(optimizers, torch.optim.Optimizer):
-        return [optimizers]
-    held = optimizers if isinstance(optimizers, tuple) else [optimizers[name] for name in optimizers]
-    return [each for each in held if each is not None]
-
-
 def _changes(module: nn.Module) -> int:
     """Count the changes in place of a module's parameters, as autograd does."""
     return sum(parameter._version for parameter in module.parameters())
@@ -261,7 +253,7 @@ def _changes(module: nn.Module) -> int:
 
 @torch.no_grad()
 def _norms(module: nn.Module) -> list[Tensor]:
-    """Give the norm of each parameter, so that any change of its numbers is seen without a copy of them."""
+    """Return the norm of each parameter, so that any change of its numbers is seen without a copy of them."""
     numbers: list[Tensor] = [p for p in module.parameters() if p.is_floating_point() or p.is_complex()]
     return list(torch._foreach_norm(numbers)) if numbers else []
 

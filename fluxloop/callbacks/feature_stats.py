@@ -87,7 +87,7 @@ class FeatureStats(MetricSource):
             self._count -= len(self._kept.popleft())
 
     def measure(self, learner: Any) -> Mapping[str, Any]:
-        """Give the mean standard deviation and the effective rank."""
+        """Return the mean standard deviation and the effective rank."""
         if not self._kept:
             return {}
         features = torch.cat(list(self._kept))[-self.rows :].flatten(1).float().cpu()
@@ -96,7 +96,7 @@ class FeatureStats(MetricSource):
 
 
 def effective_rank(features: Tensor) -> Tensor:
-    """Give the exponential of the entropy of the singular values' shares (Roy and Vetterli, 2007).
+    """Return the exponential of the entropy of the singular values' shares (Roy and Vetterli, 2007).
 
     Args:
         features: Shape (N, F).

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from fluxloop.callback import NoConflict, RunFirst, on, resolve_conflict
-from fluxloop.callbacks.metrics import Metrics
-from fluxloop.callbacks.probe import Announcing
+from fluxloop.callbacks.metrics import Metrics, RecordsMetrics
+from fluxloop.compute.models import by_name
 from fluxloop.compute.optimizers import owned_parameters
 from fluxloop.errors import CallbackConflictError, OptimizerError, did_you_mean
 from fluxloop.events import EpochBegin, EpochEnd, StepEnd, UpdateBegin
@@ -23,7 +23,7 @@ from fluxloop.phase import AbstractTrainingPhase, Phase
 
 
 @define
-class GradientClip(Announcing):
+class GradientClip(RecordsMetrics):
     """Clip the gradients of the optimizer that is about to step.
 
     By their norm, taken over all parameters of that optimizer together, as
@@ -96,7 +96,7 @@ class GradientClip(Announcing):
         super().init(learner)
         self._totals, self._counts = {}, {}
         if self.optimizer is not None:
-            names = _names(learner.optimizer)
+            names = [name for name, _ in by_name(learner.optimizer) if name is not None]
             if str(self.optimizer) not in names:
                 raise OptimizerError(
                     f"GradientClip(optimizer={self.optimizer!r}): the learner has "
@@ -175,15 +175,6 @@ def _one_optimizer_each(a: GradientClip, b: GradientClip) -> NoConflict:
 
 def _metric(name: str | int | None) -> str:
     return "grad_norm" if name is None else f"grad_norm_{name}".lower()
-
-
-def _names(optimizers: Any) -> list[str]:
-    """List the names of optimizers held as a learner holds them; none for a single one."""
-    if isinstance(optimizers, torch.optim.Optimizer):
-        return []
-    if isinstance(optimizers, tuple) and not hasattr(optimizers, "_fields"):
-        return [str(index) for index, held in enumerate(optimizers) if held is not None]
-    return list(getattr(optimizers, "_fields", optimizers))
 
 
 def _norm(parameters: list[torch.nn.Parameter], norm_type: float) -> Tensor:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fluxloop.callback import Callback, NoConflict, UnsafeCallback, on, resolve_conflict
-from fluxloop.callbacks.metrics import Metrics
-from fluxloop.callbacks.probe import Announcing
+from fluxloop.callbacks.metrics import Metrics, RecordsMetrics
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.checkpoint.checkpoint import weights_of, with_metadata
 from fluxloop.checkpoint.misfits import weights_differ
@@ -59,7 +58,7 @@ class KeepBestModel(UnsafeCallback):
 
     Reads: cbstate.metrics
     Writes: model (when the fit has ended; a loss function that is a module, and averages that were measured, too)
-    Runs after: Recorder, Metrics, Announcing
+    Runs after: Recorder, Metrics, RecordsMetrics
     """
 
     monitor: str = "validation/loss"
@@ -74,7 +73,7 @@ class KeepBestModel(UnsafeCallback):
 
     reads = ("cbstate.metrics",)
     writes = ("model",)
-    run_after = (Recorder, Metrics, Announcing)
+    run_after = (Recorder, Metrics, RecordsMetrics)
     draws = False
     _fixed = ("monitor", "mode")
     in_compiled_step = "after"
@@ -132,7 +131,7 @@ class KeepBestModel(UnsafeCallback):
         self._watched.require(learner.cbstate.metrics)
 
     def _modules(self, learner: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Give, with their paths, the modules that training changes, and the averages that were measured."""
+        """Yield the modules that training changes, and the averages that were measured, each with its path."""
         for name, module in learner.models.items():
             yield ("model" if name is None else f"model.{name}"), module
         if isinstance(learner.loss_fn, nn.Module):
@@ -162,7 +161,7 @@ class KeepBestModel(UnsafeCallback):
             mode.optimizer.load_state_dict(from_plain(state))
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps: the best value, its epoch, and the weights."""
+        """Return what a checkpoint keeps: the best value, its epoch, and the weights."""
         return {
             "best": self.best,
             "epoch": self.epoch,
@@ -172,7 +171,7 @@ class KeepBestModel(UnsafeCallback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state."""
+        """Load what a checkpoint keeps."""
         self.best, self.epoch, self._seen = state["best"], state["epoch"], state["seen"]
         self._weights = {
             path: {part: {name: _copy(value) for name, value in items.items()} for part, items in kept.items()}

@@ -15,7 +15,6 @@ from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import CallbackTypeError, describe
 from fluxloop.events import EpochBegin, EpochEnd, FitBegin, StepEnd
 from fluxloop.guard.given import check_number
-from fluxloop.history import numbers_in
 from fluxloop.logging.backend import Backend, log_to
 from fluxloop.logging.loggables import HyperParameters, Loggable, Scalar, loggable
 from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase, check_phase_type
@@ -83,11 +82,11 @@ class LogCallback(Callback):
             backend.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps: how far the backends have written."""
+        """Return what a checkpoint keeps: how far the backends have written."""
         return {"backends": [backend.state_dict() for backend in self.backends]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state."""
+        """Load what a checkpoint keeps."""
         for backend, kept in zip(self.backends, state["backends"], strict=True):
             backend.load_state_dict(kept)
 
@@ -161,10 +160,8 @@ class LogMetrics(LogCallback):
         if phase.gradients:
             sources.append((ProbePhase, ProbePhase.data_key))
         for source, label in sources:
-            for name, series in learner.cbstate.metrics[source].epochs.items():
-                for part, number in numbers_in(name, series[-1][1]).items() if series else ():
-                    if series[-1][0] == epoch:
-                        self.log(Scalar(number), part, epoch, ("epoch", label))
+            for name, number in learner.cbstate.metrics[source].numbers_at(epoch).items():
+                self.log(Scalar(number), name, epoch, ("epoch", label))
         self.flush(event, phase, learner)
 
 
@@ -223,11 +220,11 @@ class LogHyperParams(LogCallback):
                     self.log(Scalar(value), name, step, ("step", "hyperparameters"))
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps: how far the backends have written, and what was logged last."""
+        """Return what a checkpoint keeps: how far the backends have written, and what was logged last."""
         return {**super().state_dict(), "logged": self._logged, "newest": dict(self._newest)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state."""
+        """Load what a checkpoint keeps."""
         super().load_state_dict(state)
         self._logged, self._newest = state["logged"], dict(state["newest"])
 
@@ -269,17 +266,17 @@ class LogTraces(LogCallback):
                 self.log(loggable(value), name, step, group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps: how far the backends have written, and what was logged last."""
+        """Return what a checkpoint keeps: how far the backends have written, and what was logged last."""
         return {**super().state_dict(), "newest": copy.deepcopy(self._newest)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state."""
+        """Load what a checkpoint keeps."""
         super().load_state_dict(state)
         self._newest = copy.deepcopy(state["newest"])
 
 
 def _new_entries(table: Any, newest: dict[str, Any]) -> Iterator[tuple[str, int, Any]]:
-    """Give the newest (step, value) of each series that has one since the last time, with its name."""
+    """Yield the name, step and value of each series that has a new entry since the last time."""
     own = dict.items(table) if isinstance(table, dict) else table.items()
     for name, series in own:  # not those of a read-only view, which would copy the whole series each step
         if series and newest.get(name) != series[-1][0]:
@@ -288,7 +285,7 @@ def _new_entries(table: Any, newest: dict[str, Any]) -> Iterator[tuple[str, int,
 
 
 def at_least_one(cls: str, every: int) -> int:
-    """Give a number of steps.
+    """Return a number of steps that was checked.
 
     Raises:
         ValueError: It is less than 1.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fluxloop.callback import on, require_call
 from fluxloop.callbacks.log import LogCallback, at_least_one, training_steps
+from fluxloop.compute.models import named_parts
 from fluxloop.errors import CallbackTypeError, describe
 from fluxloop.events import EpochBegin, EpochEnd, StepBegin, StepEnd
 from fluxloop.logging.backend import Backend
@@ -102,20 +103,10 @@ class LogHistograms(LogCallback):
         self._given = {}
 
     def _named(self, learner: Any, parts: Callable[[nn.Module], Any]) -> Iterator[tuple[str, Any]]:
-        models = learner.model
-        if isinstance(models, nn.Module):
-            named = [("", models)]
-        elif hasattr(models, "_fields"):
-            named = list(zip(models._fields, models, strict=True))
-        elif isinstance(models, tuple):
-            named = [(str(index), model) for index, model in enumerate(models)]
-        else:
-            named = list(vars(models).items())
-        for prefix, model in named:
-            for name, part in parts(model):
-                whole = ".".join(filter(None, (prefix, name))) or "model"
-                if self.pattern.search(whole):
-                    yield whole, part
+        """Return the parts of the models whose names match the pattern."""
+        for name, part in named_parts(learner.model, parts):
+            if self.pattern.search(name):
+                yield name, part
 
 
 class LogVisualization(LogCallback):

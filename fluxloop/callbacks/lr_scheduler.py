@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
-from itertools import zip_longest
 from typing import Any
 
-import torch
 from attrs import define, field
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fluxloop.callback import Callback, NoConflict, RunFirst, on, resolve_conflict
 from fluxloop.callbacks.scheduler import Scheduler, Unit, check_unit, record
+from fluxloop.callbacks.torch_schedulers import (
+    advance,
+    check_same,
+    functions_of,
+    mentioned,
+    says_mode,
+    state_of,
+    state_when_made,
+    takes_metrics,
+    wants_count,
+    with_counters,
+)
+from fluxloop.compute.saved import save_options
 from fluxloop.errors import CallbackConflictError, CheckpointError, MetricError, describe
 from fluxloop.events import CycleEnd, EpochBegin, EpochEnd, FitBegin, StepBegin, StepEnd, UpdateEnd
 from fluxloop.hyperparameters import LearningRate, Momentum, OptimizerOption
 from fluxloop.monitor import Monitor
 from fluxloop.order.access import overlap, parse
-from fluxloop.persist.arguments import arguments_of, changed
-from fluxloop.persist.plain import from_plain, to_plain
 from fluxloop.phase import AbstractTrainingPhase, FittingPhase, Phase
 
 Factory = Callable[[Optimizer], Any]
 HYPERPARAMETERS, METRICS = ("cbstate", "hyperparameters"), ("cbstate", "metrics")
-NOT_GIVEN = ("_last_lr",)
-"""What a torch scheduler has when it is made and nobody gave it: the optimizer's present rates."""
 
 
 @define
@@ -101,7 +107,7 @@ class LRScheduler(Callback):
         self._target = LearningRate(self.optimizer)
         if self.monitor is not None:
             self._watched = Monitor(self.monitor)
-        elif "ReduceLROnPlateau" in _mentioned(self.factory):
+        elif "ReduceLROnPlateau" in mentioned(self.factory):
             self._watched = Monitor()
 
     @property
@@ -127,16 +133,16 @@ class LRScheduler(Callback):
         held = {name: scheduler.optimizer for name, scheduler in self.schedulers.items()}
         if held.keys() == optimizers.keys() and all(held[name] is optimizers[name] for name in held):
             return
-        undo = [_kept(optimizer) for optimizer in optimizers.values()]
+        undo = [save_options(optimizer) for optimizer in optimizers.values()]
         try:
             schedulers = {name: self._make(optimizer) for name, optimizer in optimizers.items()}
         except BaseException:
-            for put_back in undo:
-                put_back()
+            for restore in undo:
+                restore()
             raise
         self.schedulers = schedulers
-        self._made = {name: _state_when_made(scheduler) for name, scheduler in schedulers.items()}
-        self._functions = {name: _functions_of(scheduler) for name, scheduler in schedulers.items()}
+        self._made = {name: state_when_made(scheduler) for name, scheduler in schedulers.items()}
+        self._functions = {name: functions_of(scheduler) for name, scheduler in schedulers.items()}
         self._updated, self._ended, self._seen = Counter(), learner.trained_steps, 0
         self._counted = Counter()
         if self._watched is not None:
@@ -164,7 +170,7 @@ class LRScheduler(Callback):
                 f"{str(error).removesuffix('.')}; expected a function "
                 f"of the optimizer: LRScheduler(partial({name}, ...)), with the scheduler's arguments in it"
             ) from error
-        if not wrapped:  # torch's wrapper only notes that there was a step; `_advance` vouches for that
+        if not wrapped:  # torch's wrapper only notes that there was a step; `advance` vouches for that
             vars(optimizer).pop("step", None)
         if not all(hasattr(scheduler, name) for name in ("step", "state_dict", "load_state_dict", "optimizer")):
             raise TypeError(
@@ -176,13 +182,13 @@ class LRScheduler(Callback):
                 "it is given: lambda optimizer: StepLR(optimizer, step_size=10)"
             )
         name = type(scheduler).__name__
-        if _wants_count(scheduler) and self.unit != "epoch" and not hasattr(scheduler, "step_update"):
+        if wants_count(scheduler) and self.unit != "epoch" and not hasattr(scheduler, "step_update"):
             raise ValueError(f"{name} is told the number of epochs: expected LRScheduler(..., unit='epoch')")
-        if _takes_metrics(scheduler) and self._watched is None:
+        if takes_metrics(scheduler) and self._watched is None:
             raise ValueError(f"{name} watches a metric; say which: LRScheduler(..., monitor='validation/loss')")
-        if _takes_metrics(scheduler) and self.unit != "epoch":
+        if takes_metrics(scheduler) and self.unit != "epoch":
             raise ValueError(f"{name} watches a metric of each epoch; expected LRScheduler(..., unit='epoch')")
-        if self._watched is not None and not _takes_metrics(scheduler):
+        if self._watched is not None and not takes_metrics(scheduler):
             raise ValueError(
                 f"monitor={self._watched.metric!r} was given for {name}, which watches nothing; leave it out"
             )
@@ -196,7 +202,7 @@ class LRScheduler(Callback):
             MetricError: Says what to type.
         """
         watched = self._watched
-        if watched is None or watched.known in (None, watched.mode) or "mode" in _given(self.factory):
+        if watched is None or watched.known in (None, watched.mode) or says_mode(self.factory):
             return
         name, metric = type(next(iter(self.schedulers.values()))).__name__, watched.metric
         raise MetricError(
@@ -230,7 +236,7 @@ class LRScheduler(Callback):
         for name, scheduler in self.schedulers.items() if self.unit != "epoch" else ():
             for _ in range(self._updated[name] if self.unit == "update" else 1):
                 self._counted[name] += 1
-                _advance(scheduler, count=self._counted[name], updates=True)
+                advance(scheduler, count=self._counted[name], updates=True)
         self._updated.clear()
 
     @on(EpochEnd)
@@ -241,11 +247,11 @@ class LRScheduler(Callback):
             if new is not None:
                 self._seen = new[0]
                 for scheduler in self.schedulers.values():
-                    _advance(scheduler, new[1])
+                    advance(scheduler, new[1])
         elif self.unit == "epoch" and isinstance(phase, AbstractTrainingPhase):
             for name, scheduler in self.schedulers.items():
                 self._counted[name] += 1
-                _advance(scheduler, count=self._counted[name])
+                advance(scheduler, count=self._counted[name])
 
     @on(CycleEnd, FittingPhase)
     def end_cycle(self, event: CycleEnd, phase: FittingPhase, learner: Any) -> None:
@@ -265,14 +271,14 @@ class LRScheduler(Callback):
                     record(table, label, self._ended + 1, group["lr"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps: each scheduler's state, and the one that it had when it was made."""
+        """Return what a checkpoint keeps: each scheduler's state, and the one that it had when it was made."""
         schedulers = [
             {
                 "optimizer": name,
                 "class": type(scheduler).__name__,
                 "made": self._made[name],
                 "functions": self._functions[name],
-                "now": _state(scheduler),
+                "now": state_of(scheduler),
             }
             for name, scheduler in self.schedulers.items()
         ]
@@ -287,7 +293,7 @@ class LRScheduler(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state; the optimizer is left as it is.
+        """Load what a checkpoint keeps; the optimizer stays as it is.
 
         Raises:
             CheckpointError: It is the state of another scheduler, or of one with other arguments.
@@ -299,9 +305,9 @@ class LRScheduler(Callback):
                 f"{list(self.schedulers)}; make it as it was"
             )
         for name, scheduler in self.schedulers.items():
-            _check_same(scheduler, self._made[name], self._functions[name], kept[name])
+            check_same(scheduler, self._made[name], self._functions[name], kept[name])
         for name, scheduler in self.schedulers.items():
-            scheduler.load_state_dict(_restored(kept[name]["now"], scheduler.state_dict()))
+            scheduler.load_state_dict(with_counters(kept[name]["now"], scheduler.state_dict()))
         self._updated, self._ended, self._seen = Counter(state["updated"]), state["steps"], state["seen"]
         self._counted = Counter({name: count for name, count in state.get("counted", ())})
 
@@ -309,162 +315,6 @@ class LRScheduler(Callback):
 @cache
 def _label(optimizer: str | None, group: int | None) -> str:
     return LearningRate(optimizer, group).label
-
-
-def _mentioned(factory: Any) -> set[str]:
-    """Give the names that a factory's code mentions, the class's where it is one or a partial of one."""
-    while isinstance(factory, partial):
-        factory = factory.func
-    code = getattr(factory, "__code__", None)
-    return {getattr(factory, "__name__", ""), *(code.co_names if code is not None else ())}
-
-
-def _given(factory: Any) -> set[str]:
-    """Return the names of the arguments that a factory gives, and the texts in its code."""
-    names: set[str] = set()
-    while isinstance(factory, partial):
-        names |= set(factory.keywords)
-        names |= {"mode"} if factory.args else set()  # the first argument that is given beforehand
-        factory = factory.func
-    code = getattr(factory, "__code__", None)
-    texts = [each if isinstance(each, tuple) else (each,) for each in (code.co_consts if code is not None else ())]
-    return names | ({"mode"} if any("mode" in each for each in texts) else set())
-
-
-def _takes_metrics(scheduler: Any) -> bool:
-    return "metrics" in inspect.signature(scheduler.step).parameters
-
-
-def _stepped() -> None:
-    """Stand for an optimizer's ``step`` while a scheduler looks at it."""
-
-
-_stepped._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # where torch looks
-
-
-def _wants_count(scheduler: Any) -> bool:
-    """Tell whether a scheduler is told how far the training is, as timm's are: ``step(epoch)``, ``step_update(n)``."""
-    epoch = inspect.signature(scheduler.step).parameters.get("epoch")
-    return epoch is not None and epoch.default is epoch.empty
-
-
-def _advance(scheduler: Any, *metrics: float, count: int = 0, updates: bool = False) -> None:
-    """Step a torch scheduler, without its warning that the optimizer has not been stepped before.
-
-    One that is told how far the training is, is told: so many epochs, or updates, have ended.
-
-    An epoch may have had no update, and torch sees only what goes through its wrapper of ``step``,
-    which costs every update 15 µs.
-    """
-    optimizer = scheduler.optimizer
-    if _wants_count(scheduler):
-        (scheduler.step_update if updates else scheduler.step)(count)
-        return
-    wrapped = "step" in vars(optimizer)
-    if not wrapped:
-        optimizer.step = _stepped
-    optimizer._opt_called = True
-    try:
-        scheduler.step(*metrics)
-    finally:
-        if not wrapped:
-            del optimizer.step
-
-
-def _kept(optimizer: Optimizer) -> Callable[[], None]:
-    """Keep an optimizer's options; return what puts them back."""
-    kept = [(group, dict(group)) for group in optimizer.param_groups]
-    tensors = [(v, v.clone()) for _, old in kept for v in old.values() if isinstance(v, Tensor)]
-    step = vars(optimizer).get("step")
-
-    def put_back() -> None:
-        for group, old in kept:
-            group.clear()
-            group.update(old)
-        with torch.no_grad():
-            for tensor, value in tensors:
-                tensor.copy_(value)
-        vars(optimizer).pop("step", None)
-        if step is not None:
-            vars(optimizer)["step"] = step
-
-    return put_back
-
-
-def _state_when_made(scheduler: Any) -> dict[str, Any]:
-    """Give what tells how a scheduler was made: its state, and what it put into the parameter groups."""
-    optimizer = scheduler.optimizer
-    known = {*optimizer.defaults, "params", "param_names"}
-    added = [{k: v for k, v in group.items() if k not in known} for group in optimizer.param_groups]
-    return {**_state(scheduler), "param_groups": from_plain(to_plain(added, "the parameter groups"))}
-
-
-def _state(scheduler: Any) -> Any:
-    """Copy a scheduler's state, without functions: they come from the script.
-
-    Raises:
-        CheckpointError: Something in it cannot be kept.
-    """
-    state = {key: value for key, value in scheduler.state_dict().items() if not callable(value)}
-    return from_plain(to_plain(state, type(scheduler).__name__))
-
-
-def _restored(kept: Any, present: Any) -> Any:
-    """Give kept data with the Counters that a scheduler has, which a checkpoint keeps as dicts."""
-    if isinstance(kept, dict):
-        old = present if isinstance(present, dict) else {}
-        items = {key: _restored(value, old.get(key)) for key, value in kept.items()}
-        return Counter(items) if isinstance(present, Counter) else items
-    if isinstance(kept, list):
-        among = present if isinstance(present, list) else []
-        return [_restored(*pair) for pair in zip_longest(kept, among[: len(kept)])]
-    return kept
-
-
-def _functions_of(scheduler: Any, where: str = "") -> dict[str, Any]:
-    """Return what the functions in a scheduler were made with: its state has nothing of them."""
-    found: dict[str, Any] = {}
-    for name, value in vars(scheduler).items():
-        if name == "_schedulers":
-            for index, inner in enumerate(value):
-                found |= _functions_of(inner, f"{where}{name}[{index}].")
-        elif callable(value) or (isinstance(value, (list, tuple)) and value and all(map(callable, value))):
-            found |= arguments_of(value, f"{where}{name}")
-    return found
-
-
-def _check_same(scheduler: Any, made: dict[str, Any], functions: dict[str, Any], kept: dict[str, Any]) -> None:
-    """Raise for a scheduler that was made otherwise than the one in a checkpoint.
-
-    Raises:
-        CheckpointError: Names the arguments, with both values.
-    """
-    name = type(scheduler).__name__
-    if kept["class"] != name:
-        raise CheckpointError(f"the checkpoint's scheduler is a {kept['class']}, this one a {name}; make it as it was")
-    found = [f"{where}={old!r}, now {where}={new!r}" for where, old, new in _differences(kept["made"], made, "")]
-    found += [each for each in changed(kept.get("functions", {}), functions) if each not in found]
-    if found:
-        raise CheckpointError(
-            f"the checkpoint's {name} was made with {'; '.join(found[:3])}. Make it with the old values to go on; for "
-            "new ones begin a new training from the weights"
-        )
-
-
-def _differences(old: Any, new: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
-    """Give where two states differ, with both values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(key for key in new if key not in old)]:
-            if key not in NOT_GIVEN:
-                yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
-    elif isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)) and len(old) == len(new):
-        for index, (a, b) in enumerate(zip(old, new, strict=True)):
-            yield from _differences(a, b, f"{where}[{index}]")
-    elif isinstance(old, Tensor) or isinstance(new, Tensor):
-        if not torch.equal(torch.as_tensor(old).cpu(), torch.as_tensor(new).cpu()):
-            yield where, old, new
-    elif old != new:
-        yield where, old, new
 
 
 @resolve_conflict.register(LRScheduler, LRScheduler)  # type: ignore[untyped-decorator]  # multipledispatch has no types
@@ -490,7 +340,7 @@ def _not_the_same_rate(a: Scheduler, b: LRScheduler) -> NoConflict:
         CallbackConflictError: Both set the learning rate, or the momentum, of one optimizer.
     """
     taken: list[OptimizerOption] = [b._target]
-    if not {"OneCycleLR", "CyclicLR"}.isdisjoint(_mentioned(b.factory)):
+    if not {"OneCycleLR", "CyclicLR"}.isdisjoint(mentioned(b.factory)):
         taken.append(Momentum(b.optimizer))
     for parameter in a.schedules:
         for other in taken:

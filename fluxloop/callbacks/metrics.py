@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
-from attrs import evolve
+from attrs import define, evolve
 from torch import Tensor
 
-from fluxloop.callback import Callback, on
+from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import MetricError, annotate, describe, warn_user
 from fluxloop.events import EpochBegin, EpochEnd, StepEnd
 from fluxloop.history import MOST_PARTS, numbers_in
 from fluxloop.metrics.base import Loss, Metric, SmoothLoss, Tracker
 from fluxloop.metrics.expected import expected_of
-from fluxloop.monitor import Expected
+from fluxloop.monitor import Expected, Mode
 from fluxloop.persist.series import Series
-from fluxloop.phase import Phase, ProbePhase, weight_of
+from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase, weight_of
 from fluxloop.state import Container, PhaseDict
 
 AnyMetric = Loss | SmoothLoss | Metric
@@ -58,7 +59,7 @@ class PhaseMetrics(Container):
         return values
 
     def latest(self) -> dict[str, Tensor]:
-        """Give the last step's values by name, on their device; stateful metrics have none."""
+        """Return the last step's values by name, on their device; stateful metrics have none."""
         return {name: value for _, tracker in self.trackers for name, value in tracker.latest().items()}
 
     def record(self, name: str, epoch: int, value: Any, source: str) -> None:
@@ -87,8 +88,20 @@ class PhaseMetrics(Container):
             series.pop()
         series.append((epoch, value))
 
+    def numbers_at(self, epoch: int) -> dict[str, float]:
+        """Return the numbers that an epoch recorded last, by the names under which they are shown and logged.
+
+        Args:
+            epoch: From 1; of an earlier epoch than the last one there are none.
+        """
+        found: dict[str, float] = {}
+        for name, series in self.epochs.items():
+            if series and series[-1][0] == epoch:
+                found |= numbers_in(name, series[-1][1])
+        return found
+
     def last(self, name: str) -> tuple[int, Any]:
-        """Give the newest (epoch, value) of a metric.
+        """Return the newest (epoch, value) of a metric.
 
         Raises:
             MetricError: It has no value yet.
@@ -98,12 +111,12 @@ class PhaseMetrics(Container):
         return self.epochs[name][-1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps: the epochs' values, and where the running epoch stands."""
+        """Return what a checkpoint keeps: the epochs' values, and where the running epoch stands."""
         running = [tracker.state_dict() for _, tracker in self.trackers] if self.started else None
         return {"epochs": self.epochs, "sources": self._sources, "running": running}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state.
+        """Load what a checkpoint keeps.
 
         Raises:
             MetricError: In the middle of an epoch, with other metrics than it began with.
@@ -277,5 +290,60 @@ def _of(metric: AnyMetric, compute: Any) -> dict[str, Any]:
 
 
 def seen_by(phase: Phase, name: str) -> str:
-    """Give a metric's name with the view of the weights that the phase runs: ``"loss@ema"``."""
+    """Return a metric's name with the view of the weights that the phase runs: ``"loss@ema"``."""
     return f"{name}@{phase.model_view}" if phase.model_view and not name.endswith("*") else name
+
+
+@define
+class RecordsMetrics(Callback):
+    """Base of callbacks that record metrics of their own, and say the metrics' names before they are recorded.
+
+    A monitor of such a metric is checked when a fit begins, as one of a metric of `Metrics` is.
+    """
+
+    run_after = (Recorder, Metrics)
+
+    recorded_as: ClassVar[type[Phase] | None] = None
+    """The phase under which they are recorded; None for the one whose epoch ended."""
+    higher_is_better: ClassVar[bool | None] = None
+    """Which way they are better; None where that is not known."""
+    rename_hint: ClassVar[str] = "keep one of them"
+    """What to do about two that record one name, for the message; ``{}`` stands for the class."""
+
+    @property
+    def writes(self) -> tuple[str, ...]:  # type: ignore[override]  # computed: no message says to add one
+        """The metrics."""
+        return ("cbstate.metrics",)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the metrics it records."""
+        return ()
+
+    def init(self, learner: Any) -> None:
+        """Publish the metrics' container, once."""
+        if "metrics" not in learner.cbstate:
+            learner.cbstate.metrics = PhaseDict(PhaseMetrics)
+
+    def records(self, phase: Phase | None) -> Sequence[Expected] | None:
+        """Return the metrics that it records, where it says their names."""
+        if phase is not None and not isinstance(phase, self.recorded_as or AbstractTrainingPhase):
+            return ()
+        mode: Mode | None = None if self.higher_is_better is None else "max" if self.higher_is_better else "min"
+        return [Expected(name.lower(), mode) for name in self.metric_names] or None
+
+
+@resolve_conflict.register(RecordsMetrics, RecordsMetrics)  # type: ignore[untyped-decorator]  # multipledispatch has no types
+def _metrics_of_their_own(a: RecordsMetrics, b: RecordsMetrics) -> NoConflict:
+    """Each records under names of its own.
+
+    Raises:
+        MetricError: Two record the same name.
+    """
+    for name in a.metric_names:
+        if name in b.metric_names:
+            raise MetricError(
+                f"{type(a).__name__} and {type(b).__name__} both record the metric {name!r}; "
+                f"{b.rename_hint.format(type(b).__name__)}"
+            )
+    return NoConflict()

@@ -80,7 +80,7 @@ class Mixing(Callback):
         self._waiting = self._after = None
 
     def handler(self, event: type[Event], phase: type[Phase]) -> Handler | None:
-        """Give no handler inside the step where the number of classes is known when it begins."""
+        """Return no handler inside the step where the number of classes is known when it begins."""
         if self.num_classes is not None and issubclass(event, LossBegin):
             return None
         return super().handler(event, phase)
@@ -150,7 +150,7 @@ class Mixing(Callback):
 
     @on(StepEnd, AbstractTrainingPhase)
     def restore(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
-        """Give metrics classes again."""
+        """Set classes as targets again, for metrics."""
         if self._waiting is not None:
             raise LossError(
                 f"{type(phase).__name__} fires no LossBegin, so its loss saw targets that were not mixed; say the "
@@ -267,7 +267,7 @@ def _beside(share: Tensor, rows: Tensor) -> Tensor:
 
 
 def _first(mixing: Mixing, xs: Any) -> Tensor:
-    """Give the first tensor of inputs that can be mixed.
+    """Return the first tensor of inputs that can be mixed.
 
     Raises:
         DataError: There is none, or one holds no rows of numbers.
@@ -285,7 +285,7 @@ def _first(mixing: Mixing, xs: Any) -> Tensor:
 
 
 def _larger(ys: Any, others: Any, share: Tensor) -> Any:
-    """Give the targets with the larger share, row by row."""
+    """Return the targets with the larger share, row by row."""
     both = iter(list(tensors(others)))
 
     def choose(leaf: Tensor) -> Tensor:
@@ -296,7 +296,7 @@ def _larger(ys: Any, others: Any, share: Tensor) -> Any:
 
 
 def _plain(targets: Any) -> Any:
-    """Give the targets with the larger share, of mixtures of mixtures too."""
+    """Return the targets with the larger share, of mixtures of mixtures too."""
     if not isinstance(targets, MixedTargets):
         return targets
     return _larger(_plain(targets.first), _plain(targets.second), targets.weight)

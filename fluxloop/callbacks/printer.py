@@ -13,7 +13,7 @@ from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import counted, shown
 from fluxloop.events import EpochEnd, FitBegin
 from fluxloop.guard.given import number
-from fluxloop.history import numbers_in, shown_as
+from fluxloop.history import shown_as
 from fluxloop.phase import Phase, ProbePhase
 from fluxloop.state import name_of
 
@@ -59,11 +59,9 @@ class MetricsPrinter(Callback):
         metrics = learner.cbstate.metrics
         recorded = [metrics[phase], metrics[ProbePhase]] if phase.gradients else [metrics[phase]]
         values = [
-            f"{part} {shown_as(number, self.digits)}"
+            f"{name} {shown_as(number, self.digits)}"
             for of_phase in recorded
-            for name, series in of_phase.epochs.items()
-            if series and series[-1][0] == epoch
-            for part, number in numbers_in(name, series[-1][1]).items()
+            for name, number in of_phase.numbers_at(epoch).items()
         ]
         if self.time and (told := self._clock.told(learner)):
             values.append(f"({told})")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,63 +12,26 @@ from attrs import define, field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
-from fluxloop.callbacks.metrics import Metrics, PhaseMetrics
-from fluxloop.callbacks.recorder import Recorder
+from fluxloop.callback import on
+from fluxloop.callbacks.metrics import RecordsMetrics
 from fluxloop.compute.models import to_device_of
 from fluxloop.compute.modes import watching
 from fluxloop.data.loaders import as_dataloader, holds_rows
 from fluxloop.data.passes import untouched
 from fluxloop.data.sources import complete
-from fluxloop.errors import DataError, MetricError, describe
+from fluxloop.errors import DataError, describe
 from fluxloop.events import EpochBegin, EpochEnd, StepEnd
 from fluxloop.guard.given import check_name, check_number, number
 from fluxloop.metrics.neighbors import knn_predict
-from fluxloop.monitor import Expected, Mode
 from fluxloop.order.access import weights_path
 from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase
 from fluxloop.randomness import drawing, stream_seed
-from fluxloop.state import PhaseDict
 
 Features = Callable[[nn.Module, Any], Tensor]
 
 
 @define
-class Announcing(Callback):
-    """Base of callbacks that record metrics of their own, whose names they tell when they are added."""
-
-    run_after = (Recorder, Metrics)
-
-    recorded_as: ClassVar[type[Phase] | None] = None
-    """The phase under which they are recorded; None for the one whose epoch ended."""
-    higher_is_better: ClassVar[bool | None] = None
-    """Which way they are better; None where that is not known."""
-
-    @property
-    def writes(self) -> tuple[str, ...]:  # type: ignore[override]  # computed: no message says to add one
-        """The metrics."""
-        return ("cbstate.metrics",)
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        """Names of the metrics it records."""
-        return ()
-
-    def init(self, learner: Any) -> None:
-        """Publish the metrics' container, once."""
-        if "metrics" not in learner.cbstate:
-            learner.cbstate.metrics = PhaseDict(PhaseMetrics)
-
-    def records(self, phase: Phase | None) -> Sequence[Expected] | None:
-        """Return the metrics that it records, where it says their names."""
-        if phase is not None and not isinstance(phase, self.recorded_as or AbstractTrainingPhase):
-            return ()
-        mode: Mode | None = None if self.higher_is_better is None else "max" if self.higher_is_better else "min"
-        return [Expected(name.lower(), mode) for name in self.metric_names] or None
-
-
-@define
-class MetricSource(Announcing):
+class MetricSource(RecordsMetrics):
     """Base of callbacks that record metrics of their own at the end of a training epoch.
 
     A subclass says ``metric_names`` and ``measure(learner)``, metrics by name; they are recorded
@@ -96,7 +59,7 @@ class MetricSource(Announcing):
         check_number(type(self).__name__, "every", value, least=1, whole=True)
 
     def measure(self, learner: Any) -> Mapping[str, Any]:
-        """Give metrics by name; numbers, or tensors on any device."""
+        """Return metrics by name; numbers, or tensors on any device."""
         raise NotImplementedError
 
     @on(EpochEnd, AbstractTrainingPhase)
@@ -109,28 +72,8 @@ class MetricSource(Announcing):
                 metrics.record(name, counts.epoch, value, type(self).__name__)
 
 
-@resolve_conflict.register(Announcing, Announcing)  # type: ignore[untyped-decorator]  # multipledispatch has no types
-def _metrics_of_their_own(a: Announcing, b: Announcing) -> NoConflict:
-    """Each records under names of its own.
-
-    Raises:
-        MetricError: Two record the same name.
-    """
-    for name in a.metric_names:
-        if name in b.metric_names:
-            raise MetricError(
-                f"{type(a).__name__} and {type(b).__name__} both record the metric {name!r}; "
-                + (
-                    f"give one another name: {type(b).__name__}(..., metric='...')"
-                    if isinstance(b, HeldOut)
-                    else "keep one of them"
-                )
-            )
-    return NoConflict()
-
-
 def flat(module: nn.Module, xs: Any) -> Tensor:
-    """Give what a module makes of its inputs, a row of numbers for each."""
+    """Return what a module makes of its inputs, a row of numbers for each."""
     features = module(xs)
     if not isinstance(features, Tensor):
         raise DataError(
@@ -212,6 +155,7 @@ class HeldOut(MetricSource):
     metric: str = field(default="", kw_only=True)
 
     prefix: ClassVar[str] = "probe"
+    rename_hint = "give one another name: {}(..., metric='...')"
     higher_is_better = True
     _fixed: ClassVar[tuple[str, ...]] = ("model", "metric")
 
@@ -237,7 +181,7 @@ class HeldOut(MetricSource):
             loader(self.queries)
 
     def data(self, learner: Any, given: Any, key: str) -> Any:
-        """Give a loader of what was given, or of the learner's data.
+        """Return a loader of what was given, or of the learner's data.
 
         Raises:
             DataError: Neither is there.
@@ -256,7 +200,7 @@ class HeldOut(MetricSource):
         return source
 
     def sources(self, learner: Any) -> list[Any]:
-        """Give the loaders it runs over.
+        """Return the loaders it runs over.
 
         Raises:
             DataError: One is missing, or can be iterated once only.
@@ -312,11 +256,11 @@ class KNNProbe(HeldOut):
             loader(self.bank)
 
     def sources(self, learner: Any) -> list[Any]:
-        """Give the loaders of the bank and of the rows to classify."""
+        """Return the loaders of the bank and of the rows to classify."""
         return [self.data(learner, self.bank, "training"), *super().sources(learner)]
 
     def measure(self, learner: Any) -> Mapping[str, Any]:
-        """Give the share of held-out rows classified rightly."""
+        """Return the share of held-out rows classified rightly."""
         module = learner.weights[self.model]
         (bank, labels), (queries, answers) = (
             extract(module, source, self.features) for source in self.sources(learner)
@@ -393,7 +337,7 @@ class LinearProbe(HeldOut):
         stepper.zero_grad()
 
     def _begun(self, features: Tensor, seed: int) -> tuple[nn.Linear, torch.optim.Optimizer]:
-        """Give the classifier and its optimizer, made for the first features and as they were kept."""
+        """Return the classifier and its optimizer, made for the first features and as they were kept."""
         if self._probe is None or self._stepper is None:
             with drawing(stream_seed(seed, f"LinearProbe/{self.metric}")):
                 self._probe = nn.Linear(features.shape[1], self.num_classes).to(features)
@@ -405,7 +349,7 @@ class LinearProbe(HeldOut):
         return self._probe, self._stepper
 
     def measure(self, learner: Any) -> Mapping[str, Any]:
-        """Give the share of held-out rows classified rightly; nothing before the first step."""
+        """Return the share of held-out rows classified rightly; nothing before the first step."""
         if self._probe is None and not self._kept:
             return {}
         module = learner.weights[self.model]
@@ -416,12 +360,12 @@ class LinearProbe(HeldOut):
             return {self.metric: (probe(queries).argmax(1) == answers).float().mean()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps: the classifier and its optimizer's state."""
+        """Return what a checkpoint keeps: the classifier and its optimizer's state."""
         if self._probe is None or self._stepper is None:
             return self._kept
         return {"probe": self._probe.state_dict(), "optimizer": self._stepper.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state."""
+        """Load what a checkpoint keeps."""
         self._probe = self._stepper = None
         self._kept = copy.deepcopy(state)

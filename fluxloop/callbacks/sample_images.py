@@ -160,11 +160,11 @@ class SampleImages(Callback):
         return images
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps: the input."""
+        """Return what a checkpoint keeps: the input."""
         return {"inputs": self._inputs, "named": self._named}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state."""
+        """Load what a checkpoint keeps."""
         self._inputs, self._named = state["inputs"], state["named"]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fluxloop.callback import Callback, on
-from fluxloop.compute.models import to_device_of
+from fluxloop.compute.models import by_name, to_device_of
 from fluxloop.compute.modes import watching
 from fluxloop.data.passes import untouched
 from fluxloop.data.sources import complete
@@ -112,8 +112,9 @@ class SanityCheck(Callback):
 
 def _of_phases(learner: Any) -> list[Any]:
     """Run a step of each phase of the running fit on the side, and return what is wrong with them."""
+    models = [model for _, model in by_name(learner.model)]
     losses = (learner.loss_fn,) if isinstance(learner.loss_fn, nn.Module) else ()
-    if any(is_lazy(parameter) for module in (*_models(learner), *losses) for parameter in module.parameters()):
+    if any(is_lazy(parameter) for module in (*models, *losses) for parameter in module.parameters()):
         return []
     problems = learner.check(phases=learner.fit_phases or None)
     return [problem for problem in problems if problem.severity != "skipped"]
@@ -140,12 +141,8 @@ def _data(learner: Any, key: str) -> Any:
     return learner.data[key]
 
 
-def _models(learner: Any) -> tuple[nn.Module, ...]:
-    return learner.model if isinstance(learner.model, tuple) else (learner.model,)
-
-
 def _finite(learner: Any) -> None:
-    for model in _models(learner):
+    for _, model in by_name(learner.model):
         for name, parameter in model.named_parameters():
             if not is_lazy(parameter) and not torch.isfinite(parameter).all():
                 raise ValueError(f"{type(model).__name__}.{name} holds NaN or infinite values")

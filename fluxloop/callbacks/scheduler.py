@@ -11,6 +11,7 @@ from typing import Any, Literal
 from attrs import define, field
 
 from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
+from fluxloop.compute.models import by_name
 from fluxloop.errors import CallbackConflictError, CheckpointError, OptimizerError, describe, did_you_mean
 from fluxloop.events import EpochBegin, EpochEnd, StepBegin, StepEnd
 from fluxloop.hyperparameters import (
@@ -20,7 +21,6 @@ from fluxloop.hyperparameters import (
     as_hyperparameter,
     check_option,
     get_hyperparameter,
-    named_optimizers,
     put,
     set_hyperparameter,
 )
@@ -243,7 +243,7 @@ class Scheduler(Callback):
         return {label: f"{written(schedule)} per {self.unit}" for label, schedule in schedules}
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps: the schedules as texts, and where they are."""
+        """Return what a checkpoint keeps: the schedules as texts, and where they are."""
         return {
             "schedules": self._written(),
             "functions": self._functions,
@@ -255,7 +255,7 @@ class Scheduler(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state.
+        """Load what a checkpoint keeps.
 
         Raises:
             CheckpointError: It is of a run with other schedules; nothing is changed.
@@ -332,7 +332,7 @@ def _optimizer_of(parameter: HyperParameter, learner: Any) -> str | None:
     """
     if isinstance(parameter, OptimizerOption) and parameter.optimizer is not None:
         return parameter.optimizer
-    names = [name for name, _ in named_optimizers(learner.optimizer)]
+    names = [name for name, _ in by_name(learner.optimizer)]
     if len(names) == 1:
         return names[0]
     raise OptimizerError(

@@ -231,7 +231,7 @@ class StochasticWeightAveraging(Callback):
                 ) from error
 
     def _data(self, learner: Any) -> Any:
-        """Give the training data.
+        """Return the training data.
 
         Raises:
             DataError: There is none, or it can be iterated once only.
@@ -246,7 +246,7 @@ class StochasticWeightAveraging(Callback):
         return source
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps: the counts and the average."""
+        """Return what a checkpoint keeps: the counts and the average."""
         return {
             "num_averaged": self.num_averaged,
             "done": self._done,
@@ -256,7 +256,7 @@ class StochasticWeightAveraging(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state; before there is a learner, when it is made."""
+        """Load what a checkpoint keeps; before there is a learner, it waits until one is made."""
         self._kept = state if self._average is None else None
         self.num_averaged, self._done, self._stale = state["num_averaged"], state["done"], state["stale"]
         self._held = list(state.get("held", ()))

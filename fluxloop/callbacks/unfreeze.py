@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal
 
 from attrs import define, field
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
-from fluxloop.compute.models import named_models
+from fluxloop.compute.models import by_name, named_parts
 from fluxloop.compute.optimizers import owned_parameters
 from fluxloop.errors import ModelError, OptimizerError, describe, did_you_mean
 from fluxloop.events import EpochBegin, EpochEnd, FitBegin, StepBegin, StepEnd
@@ -95,7 +96,7 @@ class Unfreeze(Callback):
             )
 
     def _plan(self, learner: Any) -> dict[nn.Parameter, int]:
-        """Give when each parameter is unfrozen.
+        """Return the number of the epoch or step at which each parameter is unfrozen.
 
         Raises:
             ModelError: A pattern matches nothing.
@@ -125,7 +126,7 @@ class Unfreeze(Callback):
         if self._frozen:
             return
         plan = self._plan(learner)
-        owned = {parameter for optimizer in _listed(learner.optimizer) for parameter in owned_parameters(optimizer)}
+        owned = {parameter for _, each in by_name(learner.optimizer) for parameter in owned_parameters(each)}
         missing = [name for name, each in _parameters(learner.model) if each in plan and each not in owned]
         if missing:
             raise OptimizerError(
@@ -185,15 +186,5 @@ def _flags_alone(a: Unfreeze, b: Callback) -> NoConflict:
 
 
 def _parameters(models: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    """Give parameters by every name they have."""
-    for model_name, model in named_models(models).items():
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            yield name if model_name is None else f"{model_name}.{name}", parameter
-
-
-def _listed(optimizers: Any) -> list[Any]:
-    """List optimizers held as a learner holds them."""
-    if hasattr(optimizers, "param_groups"):
-        return [optimizers]
-    held = optimizers if isinstance(optimizers, tuple) else [optimizers[name] for name in optimizers]
-    return [each for each in held if each is not None]
+    """Return the parameters of a learner's models with their names, one that is shared under each of its names."""
+    return named_parts(models, partial(nn.Module.named_parameters, remove_duplicate=False))

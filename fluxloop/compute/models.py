@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from keyword import iskeyword
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from fluxloop.errors import ModelError, describe, sentence
 from fluxloop.nested import map_tensors, move_object
 from fluxloop.state import State
+
+T = TypeVar("T")
 
 LONGEST_NAME = 200
 """Bytes of a model's name: it is a part of names of files, which have 255 at most."""
@@ -82,6 +85,42 @@ def like(model: Any, values: dict[str | None, Any]) -> Any:
     if all(map(is_name, names)):
         return namedtuple("Named", names)(*values.values())
     return State(dict(zip(names, values.values(), strict=True)))
+
+
+def by_name(held: Any) -> list[tuple[str | None, Any]]:
+    """List models or optimizers with their names, from how a learner holds them: what `like` has arranged.
+
+    Args:
+        held: ``learner.model`` or ``learner.optimizer``.
+
+    Returns:
+        Pairs of a name and what is named so; the name of a single one is None. A model without an optimizer
+        is left out.
+
+    >>> by_name((nn.ReLU(), None, nn.Tanh()))
+    [('0', ReLU()), ('2', Tanh())]
+    """
+    if isinstance(held, (nn.Module, Optimizer)):
+        return [(None, held)]
+    if isinstance(held, tuple):
+        names = getattr(held, "_fields", None) or map(str, range(len(held)))
+        items = list(zip(names, held, strict=True))
+    else:
+        items = [(name, held[name]) for name in held]
+    return [(name, each) for name, each in items if each is not None]
+
+
+def named_parts(models: Any, parts: Callable[[nn.Module], Iterable[tuple[str, T]]]) -> Iterator[tuple[str, T]]:
+    """Name the parts of a learner's models as ``learner.weights`` does: ``"0.bias"`` of a single one, ``"G.0.bias"``.
+
+    Args:
+        models: ``learner.model``.
+        parts: Lists the parts of one model with their names in it, such as ``nn.Module.named_modules``. The model
+            itself has the name "" there, and is called ``"G"`` here, or ``"model"`` where it is the single one.
+    """
+    for model_name, model in by_name(models):
+        for name, part in parts(model):
+            yield ".".join(filter(None, (model_name, name))) or "model", part
 
 
 def to_device_of(module: nn.Module, value: Any) -> Any:

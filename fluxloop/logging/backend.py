@@ -137,7 +137,7 @@ class Backend:
             del _writers[place]
 
     def state_dict(self) -> dict[str, Any]:
-        """Give how far it has written, as plain data."""
+        """Return how far the backend has written, as plain data."""
         if self._opened and not self._silent:
             self._attempt("be flushed", self._take_mark)
         return {"position": self._mark}
@@ -268,5 +268,5 @@ log_to = LogTo("log_to")
 
 
 def key(name: str, group: Sequence[str]) -> str:
-    """Give the full name of what is logged, ``"epoch/validation/loss"``."""
+    """Return the full name of what is logged, ``"epoch/validation/loss"``."""
     return "/".join((*group, name))

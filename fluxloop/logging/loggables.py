@@ -156,7 +156,7 @@ class File(Loggable):
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Give nested hyperparameters by dotted names; what is no number, text, bool or None is shown as text.
+    """Return nested hyperparameters by dotted names; what is no number, text, bool or None is shown as text.
 
     >>> flattened({"lr": 0.1, "model": {"width": 64, "kind": int}})
     {'lr': 0.1, 'model.width': 64, 'model.kind': "<class 'int'>"}
@@ -171,7 +171,7 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _by_name(values: Any) -> dict[str, Any]:
-    """Give hyperparameters by name: of a mapping, or of an object whose fields they are.
+    """Return hyperparameters by name: of a mapping, or of an object whose fields they are.
 
     Raises:
         TypeError: It has neither.

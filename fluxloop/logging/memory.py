@@ -43,7 +43,7 @@ class Memory(Backend):
     muted: ClassVar[bool] = False
 
     def series(self, name: str) -> list[tuple[int, float]]:
-        """Give the (step, value) of a number by its full name.
+        """Return the (step, value) of a number by its full name.
 
         Args:
             name: The groups and the name, ``"epoch/validation/loss"``.

@@ -55,7 +55,7 @@ class TextFile(Backend):
     _waiting: list[str] = field(factory=list, init=False, repr=False)
 
     def line(self, step: int, group: Sequence[str], name: str, value: Any) -> str:
-        """Give the line of one value, with its end."""
+        """Return the line of one value, with its end."""
         raise NotImplementedError
 
     @property
@@ -110,7 +110,7 @@ class CSV(TextFile):
     """
 
     def line(self, step: int, group: Sequence[str], name: str, value: Any) -> str:
-        """Give the row of one value."""
+        """Return the row of one value."""
         return csv_line([step, "/".join(group), name, value if isinstance(value, str) else json.dumps(value)])
 
     @property
@@ -133,7 +133,7 @@ class JSONL(TextFile):
     """
 
     def line(self, step: int, group: Sequence[str], name: str, value: Any) -> str:
-        """Give the object of one value."""
+        """Return the object of one value."""
         return json.dumps({"step": step, "group": list(group), "name": name, "value": value}, allow_nan=False) + "\n"
 
 
@@ -145,7 +145,7 @@ def csv_line(cells: Sequence[Any]) -> str:
 
 
 def file_name(name: str) -> str:
-    """Give a name that files can have.
+    """Return a name that files can have.
 
     >>> file_name("G@ema: first/second")
     'G@ema_ first_second'

@@ -101,7 +101,7 @@ class WandB(Backend):
         self._row |= {axis: step, name: value}
 
     def _sent(self, axis: str) -> int:
-        """Give the last step that a resumed run has on the server; offline there is none."""
+        """Return the last step that a resumed run has on the server; offline there is none."""
         if self._resumed and axis not in self._online:
             found = self.run.summary.get(axis)
             self._online[axis] = found if isinstance(found, int) else -1
@@ -118,7 +118,7 @@ class WandB(Backend):
 
 
 def axis_of(name: str) -> str:
-    """Give what stands on the x axis of a full name: its outermost group.
+    """Return what stands on the x axis of a full name: its outermost group.
 
     >>> axis_of("epoch/validation/loss")
     'epoch'
@@ -127,7 +127,7 @@ def axis_of(name: str) -> str:
 
 
 def _offline_files(folder: str | None, run_id: str | None) -> list[Path]:
-    """Give what earlier starts of a run wrote offline."""
+    """Return what earlier starts of a run wrote offline."""
     return [] if folder is None else sorted(Path(folder).glob(f"offline-run-*/run-{run_id}.wandb"))
 
 
@@ -158,7 +158,7 @@ def offline_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _row(items: Any) -> dict[str, Any]:
-    """Give a row by name; of an image and the like, what its description says by nested names."""
+    """Return a row by name; of an image and the like, what its description says by nested names."""
     row: dict[str, Any] = {}
     for item in items:
         name, *below = item.nested_key or [item.key]

@@ -62,7 +62,7 @@ Critic = Callable[..., Tensor]
 
 
 def _gradients(critic: Critic, inputs: Tensor, conditions: tuple[Tensor, ...]) -> Tensor:
-    """Give the gradient of the critic's score with respect to each input, shape (N, D), differentiable."""
+    """Return the gradient of the critic's score with respect to each input, shape (N, D), differentiable."""
     scores = critic(inputs, *conditions)
     (gradient,) = torch.autograd.grad(scores.sum(), inputs, create_graph=True)
     return gradient.flatten(1)

@@ -7,7 +7,7 @@ from torch.nn.functional import cosine_similarity, kl_div, log_softmax
 
 
 def negative_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Give minus the mean cosine similarity: the loss of SimSiam (Chen and He, 2021).
+    """Return minus the mean cosine similarity: the loss of SimSiam (Chen and He, 2021).
 
     BYOL's (Grill et al., 2020) is twice this plus 2. No gradient goes to the targets.
 
@@ -65,7 +65,7 @@ def dino_loss(
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
-    """Give the divergence of a student's softened classes from a teacher's (Hinton et al., 2015).
+    """Return the divergence of a student's softened classes from a teacher's (Hinton et al., 2015).
 
     The Kullback-Leibler divergence from the teacher's distribution to the student's, a mean over
     rows, times ``temperature**2`` so that its gradients keep their size.

@@ -15,7 +15,7 @@ def require_same_shape(preds: Tensor, targets: Tensor) -> None:
 
 
 def kl_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
-    """Give the divergence of diagonal normal distributions from the standard one (Kingma and Welling, 2014).
+    """Return the divergence of diagonal normal distributions from the standard one (Kingma and Welling, 2014).
 
     Args:
         mean: Shape (N, ...).
@@ -45,7 +45,7 @@ def squared_error(preds: Tensor, xs: Tensor) -> Tensor:
 
 
 def normalize_patches(patches: Tensor) -> Tensor:
-    """Give each patch zero mean and unit variance: the targets of MAE (He et al., 2022, section 4.1).
+    """Scale each patch to zero mean and unit variance: the targets of MAE (He et al., 2022, section 4.1).
 
     Args:
         patches: Shape (N, L, P).
@@ -57,7 +57,7 @@ def normalize_patches(patches: Tensor) -> Tensor:
 
 
 def masked_mse(preds: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """Give the mean squared error over masked patches alone: MAE's loss (He et al., 2022).
+    """Return the mean squared error over masked patches alone: MAE's loss (He et al., 2022).
 
     Args:
         preds: Shape (N, L, P).

@@ -8,7 +8,7 @@ from torch.nn.functional import mse_loss, relu
 
 
 def _off_diagonal(matrix: Tensor) -> Tensor:
-    """Give the entries beside the diagonal of a square matrix, shape (D * (D - 1),)."""
+    """Return the entries beside the diagonal of a square matrix, shape (D * (D - 1),)."""
     size = len(matrix)
     return matrix.flatten()[:-1].view(size - 1, size + 1)[:, 1:].flatten()
 

@@ -39,11 +39,11 @@ class Mean:
             self._fold()
 
     def latest(self) -> Tensor:
-        """Give the newest value."""
+        """Return the newest value."""
         return self._last
 
     def _sum(self) -> Tensor | None:
-        """Give the sum so far; when it is asked for changes no bit of it later."""
+        """Return the sum so far; when it is asked for changes no bit of it later."""
         if not self._pending:
             return self._total
         values = torch.stack(self._pending)
@@ -75,11 +75,11 @@ class Mean:
         return None if total is None or (not isinstance(weight, Tensor) and weight == 0) else total / weight
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         return {name.lstrip("_"): getattr(self, name, None) for name in self.__slots__}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state."""
+        """Load what a checkpoint keeps."""
         for name, value in state.items():
             setattr(self, f"_{name}", value)
         if "over" not in state:  # of a checkpoint written before there was one
@@ -101,19 +101,19 @@ class MovingAverage:
         self._weight = self._decay * self._weight + (1 - self._decay)
 
     def latest(self) -> Tensor:
-        """Give the average after the newest value."""
+        """Return the average after the newest value."""
         if self._value is None:
             raise ValueError("no value was added")
         return self._value / self._weight
 
     def compute(self) -> Tensor | None:
-        """Give the average so far."""
+        """Return the average so far."""
         return None if self._value is None else self.latest()
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         return {"value": self._value, "weight": self._weight}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state."""
+        """Load what a checkpoint keeps."""
         self._value, self._weight = state["value"], state["weight"]

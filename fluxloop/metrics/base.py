@@ -85,7 +85,7 @@ class Metric:
     higher_is_better: bool | None = field(default=None, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
-        if isinstance(self.fn, type) or not (callable(self.fn) or is_stateful(self.fn)):
+        if isinstance(self.fn, type) or not (callable(self.fn) or accumulates(self.fn)):
             raise MetricError(
                 f"{describe(self.fn)} was given as a metric; expected a function (preds, ys) -> scalar, or an "
                 "object with update, compute and reset"
@@ -119,10 +119,10 @@ class Metric:
 
     def start(self) -> Tracker:
         """Begin an epoch: give what follows this metric through it."""
-        return ObjectTracker(self) if is_stateful(self.fn) else MeanTracker(self)
+        return ObjectTracker(self) if accumulates(self.fn) else MeanTracker(self)
 
 
-def is_stateful(metric: object) -> bool:
+def accumulates(metric: object) -> bool:
     """Tell whether an object accumulates by itself, as torchmetrics' metrics do."""
     return all(callable(getattr(metric, name, None)) for name in ("update", "compute", "reset"))
 
@@ -145,19 +145,19 @@ class Tracker:
         raise NotImplementedError
 
     def compute(self) -> dict[str, Any]:
-        """Give the values of the epoch so far by name; nothing where there is none."""
+        """Return the values of the epoch so far by name; nothing where there is none."""
         raise NotImplementedError
 
     def latest(self) -> dict[str, Tensor]:
-        """Give the last step's values by name; nothing where a metric has none."""
+        """Return the last step's values by name; nothing where a metric has none."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint in the middle of an epoch keeps."""
+        """Return what a checkpoint in the middle of an epoch keeps."""
         raise NotImplementedError
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state."""
+        """Load what a checkpoint keeps."""
         raise NotImplementedError
 
 
@@ -207,25 +207,25 @@ class MeanTracker(Tracker):
         return self._last is not None
 
     def compute(self) -> dict[str, Any]:
-        """Give the average so far."""
+        """Return the average so far."""
         mean = self._mean.compute()
         if mean is None:
             return {}
         return {self.metric.name: self._finish(mean) if self._finish else mean}
 
     def latest(self) -> dict[str, Tensor]:
-        """Give the last step's value."""
+        """Return the last step's value."""
         if self._last is None:
             return {}
         last = self._last if self._hits is None else self._last / self._over
         return {self.metric.name: self._finish(last) if self._finish else last}
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         return {"mean": self._mean.state_dict(), "last": self._last, "over": self._over}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state."""
+        """Load what a checkpoint keeps."""
         self._mean.load_state_dict(state["mean"])
         self._last, self._over = state["last"], state.get("over", 1)
 
@@ -265,11 +265,11 @@ class ObjectTracker(Tracker):
         return {self.metric.name: value}
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps: whether it was updated, and the object's attributes that are plain data."""
+        """Return what a checkpoint keeps: whether it was updated, and the object's attributes that are plain data."""
         return {"updated": self._updated, "parts": [plain_attributes(part) for part in self._parts()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state."""
+        """Load what a checkpoint keeps."""
         self._updated = state["updated"]
         for part, kept in zip(self._parts(), state["parts"], strict=True):
             for name, value in kept.items():
@@ -387,15 +387,15 @@ class LossTracker(Tracker):
         return {name: mean for name, mean in means.items() if mean is not None}
 
     def latest(self) -> dict[str, Tensor]:
-        """Give the last step's loss, or the moving average after it."""
+        """Return the last step's loss, or the moving average after it."""
         return {name: average.latest() for name, average in self._averages.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         return {name: average.state_dict() for name, average in self._averages.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state."""
+        """Load what a checkpoint keeps."""
         self._averages = {name: self._average() for name in state}
         for name, kept in state.items():
             self._averages[name].load_state_dict(kept)

@@ -11,7 +11,7 @@ from fluxloop.guard.given import check_number
 
 
 def _classes(ys: Tensor, preds: Tensor) -> Tensor:
-    """Give class indices, from indices or from one-hot (or soft) targets of the shape of `preds`.
+    """Return class indices, from indices or from one-hot (or soft) targets of the shape of `preds`.
 
     Raises:
         MetricError: The shapes do not match, or there is one class only.
@@ -34,7 +34,7 @@ def _classes(ys: Tensor, preds: Tensor) -> Tensor:
 
 
 def _share(hits: Tensor) -> Tensor:
-    """Give the share of True; counting takes half the time of a mean."""
+    """Return the share of True; counting takes half the time of a mean."""
     return hits.count_nonzero() / hits.numel()
 
 

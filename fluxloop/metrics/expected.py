@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fluxloop.metrics.base import Averaged, Loss, Metric, SmoothLoss, is_stateful
+from fluxloop.metrics.base import Averaged, Loss, Metric, SmoothLoss, accumulates
 from fluxloop.metrics.classification import HITS
 from fluxloop.monitor import Expected, Mode
 from fluxloop.phase import Phase
@@ -48,12 +48,12 @@ def how_loss_is_stored(phase: Phase) -> str:
 
 
 def _of_metric(metric: Metric) -> list[Expected]:
-    inner = dict(metric.fn.items()) if is_stateful(metric.fn) and hasattr(metric.fn, "items") else None
+    inner = dict(metric.fn.items()) if accumulates(metric.fn) and hasattr(metric.fn, "items") else None
     if inner is not None:  # torchmetrics' MetricCollection
         return [Expected(str(name).lower(), direction_of(each)) for name, each in inner.items()]
     said = metric.higher_is_better
     mode: Mode | None = direction_of(metric.fn) if said is None else "max" if said else "min"
-    if not is_stateful(metric.fn) or _gives_one(metric.fn):
+    if not accumulates(metric.fn) or _gives_one(metric.fn):
         return [Expected(metric.name, mode, not metric.optional, metric.optional)]
     return [Expected(metric.name, mode, False), Expected("*", None, False)]
 
@@ -75,7 +75,7 @@ def direction_of(metric: Any) -> Mode | None:
     higher = getattr(metric, "higher_is_better", None)
     if isinstance(higher, bool):
         return "max" if higher else "min"
-    if not is_stateful(metric) and callable(metric) and getattr(metric, "__hash__", None) and metric in HITS:
+    if not accumulates(metric) and callable(metric) and getattr(metric, "__hash__", None) and metric in HITS:
         return "max"
     of_torch = str(getattr(metric, "__module__", "")).startswith("torch.nn.")
     name = getattr(metric, "__name__", "")

@@ -83,7 +83,7 @@ class DINOPhase(TeacherPhase):
         return checked
 
     def entries(self, batch: Any) -> dict[str, Any]:
-        """Give the views or ``xs``, and ``temperature``, the teacher's in this step, where it has a schedule."""
+        """Return the views or ``xs``, and ``temperature``, the teacher's in this step, where it has a schedule."""
         entries = super().entries(batch)
         if callable(self.teacher_temperature):
             double = any(tensor.dtype == torch.float64 for tensor in tensors(entries))
@@ -113,9 +113,9 @@ class DINOPhase(TeacherPhase):
         self._steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps: the centre and the number of steps."""
+        """Return what a checkpoint keeps: the centre and the number of steps."""
         return {"center": self.center, "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state."""
+        """Load what a checkpoint keeps."""
         self.center, self._steps = state["center"], state["steps"]

@@ -43,7 +43,7 @@ class DistillationPhase(ObjectivePhase):
         self.soft_weight = weight
 
     def entries(self, batch: Any) -> dict[str, Any]:
-        """Give ``xs`` and ``ys`` of a pair."""
+        """Return ``xs`` and ``ys`` of a pair."""
         xs, ys = unpack(self, batch)
         return {"xs": xs, "ys": ys}
 

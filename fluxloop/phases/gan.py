@@ -108,7 +108,7 @@ class GANPhase(AbstractTrainingPhase):
         self._count(0)
 
     def entries(self, batch: Any) -> dict[str, Any]:
-        """Give ``real``, and ``ys`` where both models take labels."""
+        """Return ``real``, and ``ys`` where both models take labels."""
         pair = isinstance(batch, (tuple, list))
         if not pair and not isinstance(batch, Tensor):
             raise BatchError(
@@ -173,7 +173,7 @@ class GANPhase(AbstractTrainingPhase):
         return loss + penalty
 
     def models(self, learner: Any) -> tuple[tuple[str, nn.Module], tuple[str, nn.Module]]:
-        """Give the names and modules of the generator and the critic.
+        """Return the names and modules of the generator and the critic.
 
         Raises:
             PhaseError: The learner's models do not tell which is which.
@@ -206,11 +206,11 @@ class GANPhase(AbstractTrainingPhase):
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps: the number of critic updates."""
+        """Return what a checkpoint keeps: the number of critic updates."""
         return {"critic_updates": self._critic_updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state."""
+        """Load what a checkpoint keeps."""
         self._count(state["critic_updates"])
 
 
@@ -249,5 +249,5 @@ class GANValidationPhase(TwinPhase):
 
 
 def _known(models: Any, names: Sequence[str]) -> str | None:
-    """Give the first of the names that a model has."""
+    """Return the first of the names that a model has."""
     return next((name for name in names if name in models), None)

@@ -45,7 +45,7 @@ class JointEmbeddingPhase(ObjectivePhase):
         self.views = views
 
     def entries(self, batch: Any) -> dict[str, Any]:
-        """Give ``xs`` where the views are made here, else ``views``; and ``ys`` of a batch with labels."""
+        """Return ``xs`` where the views are made here, else ``views``; and ``ys`` of a batch with labels."""
         if self.views is not None:
             return inputs_and_labels(batch)
         if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], (tuple, list)):
@@ -87,14 +87,14 @@ class JointEmbeddingPhase(ObjectivePhase):
         _, state.z2 = self.embed(learner.model, view2)
 
     def seen(self, state: StepState) -> tuple[Tensor, ...]:
-        """Give the step's views, made on the device where the phase makes them."""
+        """Return the step's views, made on the device where the phase makes them."""
         if self.views is not None:
             state.views = self._checked(self.views(state.xs))
         views: tuple[Tensor, ...] = state.views
         return views
 
     def embed(self, model: Any, view: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the features (N, F) and the embedding (N, D) of a view."""
+        """Return the features (N, F) and the embedding (N, D) of a view."""
         projector = getattr(model, "projector", None)
         if projector is None and can_run(model):
             features = embedding = model(view)

@@ -37,7 +37,7 @@ class SupConPhase(JointEmbeddingPhase):
         self.temperature = temperature
 
     def entries(self, batch: Any) -> dict[str, Any]:
-        """Give views and labels.
+        """Return views and labels.
 
         Raises:
             BatchError: The batch has no labels.
@@ -74,7 +74,7 @@ class TripletPhase(ObjectivePhase):
         self.margin = margin
 
     def entries(self, batch: Any) -> dict[str, Any]:
-        """Give the three inputs."""
+        """Return the three inputs."""
         nested = isinstance(batch, (tuple, list)) and len(batch) == 2
         triplet = batch[0] if nested else batch
         if not isinstance(triplet, (tuple, list)) or len(triplet) != 3:

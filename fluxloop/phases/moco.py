@@ -67,7 +67,7 @@ class MoCoPhase(TeacherPhase):
         return info_nce(state.queries, state.keys, self.negatives(learner, state.keys), self.temperature)
 
     def negatives(self, learner: Any, keys: Tensor) -> Tensor:
-        """Give the queue on the keys' device; before the first step, what it begins with."""
+        """Return the queue on the keys' device; before the first step, what it begins with."""
         if self.queue is not None:
             return self.queue.to(keys)
         generator = torch.Generator().manual_seed(stream_seed(learner.seed, "MoCoPhase/queue"))
@@ -82,11 +82,11 @@ class MoCoPhase(TeacherPhase):
         self._oldest = (self._oldest + len(keys)) % self.queue_size
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps: the queue and its oldest place."""
+        """Return what a checkpoint keeps: the queue and its oldest place."""
         return {"queue": None if self.queue is None else self.queue.clone(), "oldest": self._oldest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a kept state.
+        """Load what a checkpoint keeps.
 
         Raises:
             PhaseError: It is of a queue of another size.

@@ -41,7 +41,7 @@ class ObjectivePhase(AbstractTrainingPhase):
         """Run the models on the entries, and store what they give."""
 
     def loss(self, learner: Any, state: StepState) -> Tensor:
-        """Give the scalar loss of what `forward` stored."""
+        """Return the scalar loss of what `forward` stored."""
         raise PhaseError(
             f"{type(self).__name__} says no loss; write one:\n"
             "    def loss(self, learner, state):\n"

@@ -34,7 +34,7 @@ class PerOptimizerPhase(AbstractTrainingPhase):
     """
 
     def loss(self, learner: Any, state: StepState, name: str | None) -> Tensor:
-        """Give the scalar loss of the optimizer `name`."""
+        """Return the scalar loss of the optimizer `name`."""
         raise PhaseError(
             f"{type(self).__name__} says no loss; write one:\n"
             "    def loss(self, learner, state, name):\n"
@@ -42,7 +42,7 @@ class PerOptimizerPhase(AbstractTrainingPhase):
         )
 
     def entries(self, batch: Any) -> dict[str, Any]:
-        """Give the entries that a step starts with: by default ``xs`` and ``ys`` of a pair."""
+        """Return the entries that a step starts with: by default ``xs`` and ``ys`` of a pair."""
         xs, ys = unpack(self, batch)
         return {"xs": xs, "ys": ys}
 

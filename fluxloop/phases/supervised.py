@@ -74,7 +74,7 @@ class TrainingPhase(AbstractTrainingPhase):
     stores_loss = True
 
     def entries(self, batch: Any) -> dict[str, Any]:
-        """Give ``xs`` and ``ys``.
+        """Return ``xs`` and ``ys``.
 
         Raises:
             BatchError: The batch is no pair.
@@ -134,7 +134,7 @@ class PredictionPhase(AbstractValidationPhase):
     """
 
     def entries(self, batch: Any) -> dict[str, Any]:
-        """Give ``xs``."""
+        """Return ``xs``."""
         return {"xs": batch[0] if isinstance(batch, (tuple, list)) and batch else batch}
 
     def body(self, learner: Any, handle: Handle, state: StepState) -> None:

@@ -38,7 +38,7 @@ class TwinPhase(AbstractValidationPhase):
         self.training: Any = training
 
     def entries(self, batch: Any) -> dict[str, Any]:
-        """Give those of the training phase."""
+        """Return the entries of the training phase."""
         entries: dict[str, Any] = self.training.entries(batch)
         return entries
 

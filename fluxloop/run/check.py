@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
 from fluxloop.callback import UnsafeCallback
 from fluxloop.compute.models import keep_tensors
+from fluxloop.compute.saved import save_optimizer
 from fluxloop.compute.updates import Updates
 from fluxloop.data.passes import untouched
 from fluxloop.errors import PACKAGE, DataError, MissingEntryError, PhaseError
@@ -30,28 +30,6 @@ if TYPE_CHECKING:
 
 
 Severity = Literal["error", "warning", "skipped"]
-
-
-def _kept(optimizer: Optimizer) -> Callable[[], None]:
-    """Keep an optimizer's state and options; return what puts them back, bit for bit."""
-    state = {
-        parameter: {name: (value, copy.deepcopy(value)) for name, value in entries.items()}
-        for parameter, entries in optimizer.state.items()
-    }
-    options = [{k: copy.deepcopy(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-
-    def put_back() -> None:
-        optimizer.state.clear()
-        for parameter, entries in state.items():
-            for name, (value, copied) in entries.items():
-                if isinstance(value, Tensor):
-                    with torch.no_grad():
-                        value.copy_(copied)
-                optimizer.state[parameter][name] = value if isinstance(value, Tensor) else copied
-        for group, kept in zip(optimizer.param_groups, options, strict=True):
-            group.update(kept)
-
-    return put_back
 
 
 def _first(learner: RunLearner, phase: Phase) -> Any:
@@ -168,7 +146,7 @@ def _aside(learner: RunLearner, phase: Phase, findings: list[str]) -> Iterator[P
         undone.enter_context(aside(learner, "check", []))
         undone.callback(_kept_gradients(updates))
         for slot in updates.slots:
-            undone.callback(_kept(slot.optimizer))
+            undone.callback(save_optimizer(slot.optimizer))
         weights = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
         undone.callback(keep_tensors(modules, weights))
         undone.callback(_kept_attributes(modules))

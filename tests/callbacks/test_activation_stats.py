@@ -21,7 +21,7 @@ from fluxloop import (
     runstep,
     stream_seed,
 )
-from fluxloop.callbacks.activation_stats import ActivationStats, modules_of, statistics
+from fluxloop.callbacks.activation_stats import ActivationStats, statistics
 from fluxloop.testing import assert_observer, assert_resumes_exactly
 
 SEED = 4
@@ -236,15 +236,6 @@ def test_statistics_can_be_read_by_others_when_an_epoch_ends() -> None:
     )
     learner_of(ActivationStats(every=1), look).fit(2)
     assert seen == [5, 10]
-
-
-def test_names_are_those_of_the_weights() -> None:
-    single, several = learner_of(), learner_of(model={"G": net(), "D": nn.Linear(3, 3)})
-    for learner in (single, several):
-        for name, module in modules_of(learner).items():
-            assert learner.weights[name] is module
-    assert list(modules_of(single)) == ["model", "0", "1", "2", "3"]
-    assert list(modules_of(several)) == ["G", "G.0", "G.1", "G.2", "G.3", "D"]
 
 
 def test_a_pattern_that_matches_nothing_is_an_error_that_lists_what_there_is() -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import io
 import math
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from itertools import count, permutations
@@ -75,14 +74,6 @@ def chained(optimizer: Optimizer) -> Any:
 def sequential(optimizer: Optimizer) -> Any:
     parts = [ConstantLR(optimizer, total_iters=3), ExponentialLR(optimizer, gamma=0.9)]
     return SequentialLR(optimizer, parts, milestones=[2])
-
-
-def fading(step: int, total: int) -> float:
-    return max(0.1, 1 - step / total)
-
-
-def fades(total: int) -> Callable[[int], float]:
-    return lambda step: max(0.1, 1 - step / total)
 
 
 def halve(step: int) -> float:
@@ -240,85 +231,6 @@ def test_a_loaded_state_is_not_shared_with_the_one_who_gave_it() -> None:
     assert state == before == scheduler_of(first).state_dict()
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        (
-            partial(StepLR, step_size=2),
-            partial(StepLR, step_size=2, gamma=0.5),
-            r"StepLR was made with gamma=0.1, now gamma=0.5\.",
-        ),
-        (partial(CosineAnnealingLR, T_max=5), partial(CosineAnnealingLR, T_max=9), "T_max=5, now T_max=9"),
-        (
-            partial(MultiStepLR, milestones=[2]),
-            partial(MultiStepLR, milestones=[3]),
-            "milestones.2=1, now milestones.2=None",
-        ),
-        (
-            FACTORIES["OneCycleLR"],
-            partial(OneCycleLR, max_lr=0.2, total_steps=STEPS + 1),
-            "max_lr=0.1, now .*max_lr=0.2",
-        ),
-        (
-            FACTORIES["OneCycleLR"],
-            partial(OneCycleLR, max_lr=0.1, total_steps=40),
-            "total_steps=16, now total_steps=40",
-        ),
-        (
-            chained,
-            lambda o: ChainedScheduler([ConstantLR(o, total_iters=4), ExponentialLR(o, 0.9)]),
-            r"\[0\].total_iters=3, now",
-        ),
-        (partial(StepLR, step_size=2), partial(ExponentialLR, gamma=0.9), "is a StepLR, this one a ExponentialLR"),
-        (
-            partial(LambdaLR, lr_lambda=partial(fading, total=8)),
-            partial(LambdaLR, lr_lambda=partial(fading, total=80)),
-            r"made with lr_lambdas\[0\].total=8, now lr_lambdas\[0\].total=80",
-        ),
-        (
-            lambda o: LambdaLR(o, fades(8)),
-            lambda o: LambdaLR(o, fades(80)),
-            r"made with lr_lambdas\[0\].total=8, now lr_lambdas\[0\].total=80",
-        ),
-        (
-            lambda o: SequentialLR(o, [LambdaLR(o, fades(3)), MultiplicativeLR(o, fades(8))], [2]),
-            lambda o: SequentialLR(o, [LambdaLR(o, fades(3)), MultiplicativeLR(o, fades(80))], [2]),
-            r"made with _schedulers\[1\].lr_lambdas\[0\].total=8, now _schedulers",
-        ),
-        (
-            partial(LambdaLR, lr_lambda=partial(fading, total=8)),
-            partial(LambdaLR, lr_lambda=halve),
-            r"lr_lambdas\[0\]='fading', now lr_lambdas\[0\]='halve'",
-        ),
-    ],
-)
-def test_going_on_with_other_arguments_is_an_error_that_names_them(old: Any, new: Any, message: str) -> None:
-    first, second = learner_of(LRScheduler(old)), learner_of(LRScheduler(new))
-    first.fit(2)
-    before = copy.deepcopy(scheduler_of(second).state_dict())
-    with pytest.raises(CheckpointError, match=message):
-        scheduler_of(second).load_state_dict(through_a_file(scheduler_of(first).state_dict()))
-    assert scheduler_of(second).state_dict() == before
-
-
-def test_functions_with_the_same_arguments_go_on_and_an_older_file_says_nothing_of_them() -> None:
-    first, second = (learner_of(LRScheduler(partial(LambdaLR, lr_lambda=partial(fading, total=8)))) for _ in range(2))
-    first.fit(2)
-    state = through_a_file(scheduler_of(first).state_dict())
-    scheduler_of(second).load_state_dict(state)
-    for kept in state["schedulers"]:
-        del kept["functions"]
-    scheduler_of(second).load_state_dict(state)
-
-
-def test_another_learning_rate_of_the_optimizer_is_named_too() -> None:
-    factory = partial(StepLR, step_size=2)
-    first = learner_of(LRScheduler(factory))
-    second = learner_of(LRScheduler(factory), optimizer=partial(torch.optim.SGD, lr=0.5, momentum=0.9))
-    with pytest.raises(CheckpointError, match=r"base_lrs\[0\]=0.01, now base_lrs\[0\]=0.5"):
-        scheduler_of(second).load_state_dict(scheduler_of(first).state_dict())
-
-
 def test_the_state_of_other_optimizers_is_refused() -> None:
     first, second = (
         learner_of(LRScheduler(partial(StepLR, step_size=2))),
@@ -326,36 +238,6 @@ def test_the_state_of_other_optimizers_is_refused() -> None:
     )
     with pytest.raises(CheckpointError, match=r"for the optimizers \[None\], this one for \['G', 'D'\]"):
         scheduler_of(second).load_state_dict(scheduler_of(first).state_dict())
-
-
-def test_a_scheduler_of_ones_own_keeps_its_numbers_and_leaves_its_functions_to_the_script() -> None:
-    class Mine(lr_scheduler.LRScheduler):
-        def __init__(self, optimizer: Optimizer, function: Any) -> None:
-            self.function, self.calls = function, Counter({"all": 0})
-            super().__init__(optimizer)
-
-        def get_lr(self) -> Any:
-            self.calls["all"] += 1
-            return [self.function(self.last_epoch) for _ in self.base_lrs]
-
-    def factory(optimizer: Optimizer) -> Mine:
-        return Mine(optimizer, lambda t: 0.01 / (t + 1))
-
-    first, second = learner_of(LRScheduler(factory)), learner_of(LRScheduler(factory))
-    first.fit(2)
-    scheduler_of(second).load_state_dict(through_a_file(scheduler_of(first).state_dict()))
-    mine = scheduler_of(second).schedulers[None]
-    assert (mine.calls, mine.last_epoch, mine.function(1)) == (Counter({"all": 3}), 2, 0.005)
-
-
-def test_what_no_checkpoint_can_keep_is_an_error_that_names_it() -> None:
-    class Holder(StepLR):
-        def __init__(self, optimizer: Optimizer) -> None:
-            self.module = object()
-            super().__init__(optimizer, 1)
-
-    with pytest.raises(CheckpointError, match=r"Holder\['module'\] is a object, which cannot be kept in a checkpoint"):
-        learner_of(LRScheduler(Holder))
 
 
 def test_a_scheduler_is_made_once_for_a_learner() -> None:

@@ -43,6 +43,7 @@ from fluxloop import (
     runstep,
     throttle,
 )
+from fluxloop.callbacks.metrics import PhaseMetrics
 from fluxloop.testing import assert_observer, assert_order, toy_learner
 
 
@@ -68,6 +69,17 @@ def test_values_are_published_by_phase_name_and_epoch() -> None:
     assert [value for _, value in published.epochs["mae"]] == learner.history["validation/mae"]
     assert published.last("mae") == published.epochs["mae"][-1]
     assert "mae: " in repr(published)
+
+
+def test_the_numbers_of_an_epoch_are_those_of_its_newest_values() -> None:
+    metrics = PhaseMetrics()
+    metrics.record("loss", 1, torch.tensor(0.5), "Metrics")
+    metrics.record("recall", 1, torch.tensor([0.25, 0.75]), "Metrics")
+    metrics.record("confusion", 1, torch.eye(2), "Metrics")
+    assert metrics.numbers_at(1) == {"loss": 0.5, "recall/0": 0.25, "recall/1": 0.75}
+    metrics.record("loss", 2, 0.125, "Metrics")
+    assert metrics.numbers_at(2) == {"loss": 0.125}
+    assert metrics.numbers_at(3) == {}
 
 
 def test_a_metric_without_a_value_says_which_there_are() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fluxloop import Learner, ModelError
+from fluxloop.compute.models import by_name, like, named_parts
 from fluxloop.compute.optimizers import owned_parameters
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -150,3 +151,42 @@ def test_names_that_are_no_identifiers_are_items() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 1)))
     learner = Learner(model, optimizer={"0": torch.optim.Adam, "1.0": torch.optim.SGD})
     assert isinstance(learner.optimizer["1.0"], torch.optim.SGD)
+
+
+@pytest.mark.parametrize("given", ["single", "tuple", "named tuple", "mapping"])
+def test_what_is_held_by_name_is_listed_with_its_names(given: str) -> None:
+    one, two = linear(), nn.Linear(3, 1)
+    models: Any = {
+        "single": one,
+        "tuple": (one, two),
+        "named tuple": Networks(one, two),
+        "mapping": {"generator": one, "critic": two},
+    }[given]
+    learner = Learner(models, optimizer=SGD)
+    assert by_name(learner.model) == list(learner.models.items())
+    assert [name for name, _ in by_name(learner.optimizer)] == list(learner.optimizer_names)
+    assert [held(optimizer) for _, optimizer in by_name(learner.optimizer)] == [ids(m) for m in learner.models.values()]
+
+
+def test_a_frozen_model_in_a_tuple_has_no_optimizer_to_list() -> None:
+    learner = Learner((linear(frozen=True), linear()), optimizer=SGD)
+    assert by_name(learner.optimizer) == [("1", learner.optimizer[1])]
+
+
+def test_optimizers_whose_names_are_no_identifiers_are_listed_too() -> None:
+    optimizer = torch.optim.SGD(linear().parameters(), lr=0.1)
+    assert by_name(like(linear(), {"body.weight": optimizer})) == [("body.weight", optimizer)]
+
+
+def test_parts_have_the_names_that_weights_have() -> None:
+    single, several = Learner(nn.Sequential(linear()), optimizer=SGD), Learner({"G": linear(), "D": linear()})
+    for learner, names in ((single, ["model", "0"]), (several, ["G", "D"])):
+        named = dict(named_parts(learner.model, nn.Module.named_modules))
+        assert list(named) == names
+        assert all(learner.weights[name] is module for name, module in named.items())
+    assert [name for name, _ in named_parts(several.model, nn.Module.named_parameters)] == [
+        "G.weight",
+        "G.bias",
+        "D.weight",
+        "D.bias",
+    ]

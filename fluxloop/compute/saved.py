@@ -1,0 +1,61 @@
+"""Save what an optimizer holds while something is tried out with it, and set it again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def save_options(optimizer: Optimizer) -> Callable[[], None]:
+    """Save an optimizer's options; return a function that sets them again, bit for bit.
+
+    Tensors among the options, such as a learning rate in a compiled step, stay the same objects: others hold them.
+    """
+    groups = [
+        (group, {name: value if name == "params" else _saved(value) for name, value in group.items()})
+        for group in optimizer.param_groups
+    ]
+    tensors = [(value, value.clone()) for _, saved in groups for value in saved.values() if isinstance(value, Tensor)]
+    step = vars(optimizer).get("step")  # a scheduler of torch's puts a wrapper there
+
+    def restore() -> None:
+        for group, saved in groups:
+            group.clear()  # what was added since goes, too
+            group.update(saved)
+        with torch.no_grad():
+            for tensor, value in tensors:
+                tensor.copy_(value)
+        vars(optimizer).pop("step", None)
+        if step is not None:
+            vars(optimizer)["step"] = step
+
+    return restore
+
+
+def save_optimizer(optimizer: Optimizer) -> Callable[[], None]:
+    """Save an optimizer's state and options; return a function that sets them again, bit for bit."""
+    state = {
+        parameter: {name: (value, copy.deepcopy(value)) for name, value in entries.items()}
+        for parameter, entries in optimizer.state.items()
+    }
+    restore_options = save_options(optimizer)
+
+    def restore() -> None:
+        optimizer.state.clear()
+        for parameter, entries in state.items():
+            for name, (value, copied) in entries.items():
+                if isinstance(value, Tensor):
+                    with torch.no_grad():
+                        value.copy_(copied)
+                optimizer.state[parameter][name] = value if isinstance(value, Tensor) else copied
+        restore_options()
+
+    return restore
+
+
+def _saved(value: object) -> object:
+    return value if isinstance(value, Tensor) else copy.deepcopy(value)
