@@ -29,8 +29,8 @@ def _counted() -> PhaseDict[int]:
 class BatchLimit(Callback):
     """End every epoch of a phase after some steps; its metrics are those of the steps that were run.
 
-    For one fit, ``learner.fit(..., steps_per_epoch=n)`` says it shorter; this one stays with the
-    learner and counts for some phases alone. A cancelled step is not counted.
+    For one fit, ``learner.fit(..., steps_per_epoch=n)`` is shorter; this callback stays with the
+    learner, and may hold for some phases alone. A cancelled step is not counted.
 
     Args:
         limit: How many steps an epoch has at most.

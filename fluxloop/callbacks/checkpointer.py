@@ -41,7 +41,7 @@ class Checkpointer(UnsafeCallback):
     The same script begins a run and goes on with it: ``learner.fit(100, resume="runs/first")`` with
     ``Checkpointer("runs/first")``. Files are complete or not there; nothing is overwritten; a folder
     with other things in it is refused, and so is a new run where the folder holds one that has come further.
-    Checkpoints are written between steps, when everybody has finished with the last one.
+    Checkpoints are written between steps, when all handlers of the last one have run.
 
     One is written when the run begins (and removed with the first after it), and a last one when the
     fit ends, also early, and where Ctrl+C or SIGTERM ends it. At SIGUSR1, which batch systems can
@@ -49,10 +49,9 @@ class Checkpointer(UnsafeCallback):
 
     While a fit runs, the folder is locked: another process that would write to it is refused.
 
-    Where the data or a phase's own `epoch` cannot be resumed in the middle of an epoch, that is
-    said once, and checkpoints wait until the epoch ends. A state in which numbers are NaN or infinite
-    that were not so when the fit began is not written, which is said once: the newest checkpoint is
-    one to go on from.
+    Where the data or a phase's own `epoch` cannot be resumed in the middle of an epoch, it warns
+    once, and checkpoints wait until the epoch ends. It warns once, too, and writes nothing, where numbers of the
+    state have become NaN or infinite since the fit began: the newest checkpoint can always be resumed from.
 
     Args:
         folder: Of this run alone.
@@ -96,11 +95,11 @@ class Checkpointer(UnsafeCallback):
     _batch: int = field(default=0, init=False, repr=False)
     _owing: bool = field(default=False, init=False, repr=False)
     _waits: bool = field(default=False, init=False, repr=False)
-    _told: bool = field(default=False, init=False, repr=False)
-    _over: bool = field(default=False, init=False, repr=False)
+    _warned_of_place: bool = field(default=False, init=False, repr=False)
+    _is_last: bool = field(default=False, init=False, repr=False)
     _is_copy: bool = field(default=False, init=False, repr=False)
-    _never_finite: set[str] = field(factory=set, init=False, repr=False)
-    _told_bad: bool = field(default=False, init=False, repr=False)
+    _not_finite_before: set[str] = field(factory=set, init=False, repr=False)
+    _warned_of_numbers: bool = field(default=False, init=False, repr=False)
     _writer: ThreadPoolExecutor | None = field(default=None, init=False, repr=False)
     _writing: Future[None] | None = field(default=None, init=False, repr=False)
 
@@ -109,8 +108,8 @@ class Checkpointer(UnsafeCallback):
     _begins_anywhere = True
     in_compiled_step = "after"
     transient = (
-        *("last", "_progress", "_batch", "_reason", "_since", "_owing", "_waits", "_told", "_over"),
-        *("_is_copy", "_watched", "_never_finite", "_told_bad", "_writer", "_writing"),
+        *("last", "_progress", "_batch", "_reason", "_since", "_owing", "_waits", "_warned_of_place", "_is_last"),
+        *("_is_copy", "_watched", "_not_finite_before", "_warned_of_numbers", "_writer", "_writing"),
     )
 
     def __attrs_post_init__(self) -> None:
@@ -146,7 +145,7 @@ class Checkpointer(UnsafeCallback):
         return copied
 
     def init(self, learner: Any) -> None:
-        """Take the folder.
+        """Claim the folder.
 
         Raises:
             CallbackConflictError: Another `Checkpointer` writes to it.
@@ -183,8 +182,9 @@ class Checkpointer(UnsafeCallback):
                 )
         there = (self.folder / name_of(here)).exists()
         self._progress, self._reason = here if there else None, lasting(learner.history.stop_reason)
-        self._since, self._over, self._owing, self._waits, self._told = monotonic(), False, False, False, False
-        self._never_finite, self._told_bad = set(not_finite(state_tensors(learner))), False
+        self._since, self._is_last, self._owing, self._waits = monotonic(), False, False, False
+        self._not_finite_before = set(not_finite(state_tensors(learner)))
+        self._warned_of_place = self._warned_of_numbers = False
         learner.at_safe_point(partial(self._look, learner))
         learner.defer(self._leave)
         if hasattr(signal, "SIGUSR1") and threading.current_thread() is threading.main_thread():
@@ -224,7 +224,7 @@ class Checkpointer(UnsafeCallback):
     @on(FitEnd, FittingPhase)
     def end(self, event: FitEnd, phase: FittingPhase, learner: Any) -> None:
         """Note that the next moment is the last."""
-        self._over = True
+        self._is_last = True
 
     def _look(self, learner: Any) -> None:
         """Write a checkpoint where one is due."""
@@ -232,7 +232,7 @@ class Checkpointer(UnsafeCallback):
         if self._waits and not between:  # for the end of an epoch that cannot be resumed in the middle
             return
         begins = self._progress is None and between
-        if begins or learner._running.stop_requested or self._over or self._owing or self._is_due(learner, between):
+        if begins or learner._running.stop_requested or self._is_last or self._owing or self._is_due(learner, between):
             self._write(learner, at_once=between or bool(learner._running.stop_requested))
 
     def _is_due(self, learner: Any, between: bool) -> bool:
@@ -251,30 +251,30 @@ class Checkpointer(UnsafeCallback):
         return learner.history.cycles, steps, 0 if place is None else place["index"]
 
     def _write(self, learner: Any, at_once: bool) -> None:
-        """Write a checkpoint; or say why not, and write it when the epoch ends or the thread is free."""
+        """Write a checkpoint; or warn why not, and write it when the epoch ends or the thread is free."""
         if not at_once and self._writing is not None and not self._writing.done():
             self._owing = True
             return
         try:
             place = learner.place()
         except CheckpointError as error:
-            if not self._told:
-                self._told = True
+            if not self._warned_of_place:
+                self._warned_of_place = True
                 warn_user(f"{sentence(error)} Checkpoints are written when an epoch ends")
             self._owing = self._waits = True
             return
-        if place is None:  # cut in the middle of an epoch: what was written last is what to go on from
+        if place is None:  # cut in the middle of an epoch: the last checkpoint is the one to resume from
             return
         progress, reason = self._where(learner, place), lasting(learner.history.stop_reason)
         batch = 0 if place["feed"] is None else place["feed"]["batch"]
         again = progress == self._progress
-        if again and batch == self._batch and (not self._over or reason == self._reason):
+        if again and batch == self._batch and (not self._is_last or reason == self._reason):
             return
         self._written, self._since, self._owing, self._waits = self._steps, monotonic(), False, False
         if not self._is_sound(learner):
             return
         self._progress, self._batch, self._reason = progress, batch, reason
-        self._finish_writing()
+        self._wait_for_writer()
         folder = Folder(self.folder)
         complete = place["feed"] is None and place["index"] in (0, len(place["phases"]))
         if self.keep_best and complete and learner.history.cycles:
@@ -289,11 +289,11 @@ class Checkpointer(UnsafeCallback):
             self._put(folder, progress, state, again)
 
     def _is_sound(self, learner: Any) -> bool:
-        """Tell whether weights, buffers and the optimizers' states are numbers to go on from; say once if not."""
-        learner._host_queue.flush()  # of a device: what it has found is heard first
-        bad = [name for name in not_finite(state_tensors(learner)) if name not in self._never_finite]
-        if bad and not self._told_bad:
-            self._told_bad = True
+        """Tell whether weights, buffers and the optimizers' states are finite; warn once if they are not."""
+        learner._host_queue.flush()  # StopOnNaNLoss may be waiting for a number of the device: it goes first
+        bad = [name for name in not_finite(state_tensors(learner)) if name not in self._not_finite_before]
+        if bad and not self._warned_of_numbers:
+            self._warned_of_numbers = True
             newest = f"the newest checkpoint stays {self.last}" if self.last else "no checkpoint is written"
             warn_user(
                 f"numbers of the state became nan or infinite ({first_names(bad)}) by {learner.where()}; no run can go "
@@ -329,15 +329,15 @@ class Checkpointer(UnsafeCallback):
         ]
         folder.remove({name for name in names[: -self.keep_last] if name not in best})
 
-    def _finish_writing(self) -> None:
-        """Wait for the thread; raise what kept it from writing."""
+    def _wait_for_writer(self) -> None:
+        """Wait for the thread; raise the error that it met."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def _leave(self) -> None:
         try:
-            self._finish_writing()
+            self._wait_for_writer()
         finally:
             if self._writer is not None:
                 self._writer.shutdown()

@@ -79,9 +79,9 @@ class ConditionalCallback(Callback):
 
     @property
     def in_compiled_step(self) -> Literal["after", "inside", "never", "watched"] | None:  # type: ignore[override]  # as above
-        """As the wrapped callback; a handler under a condition cannot be part of a graph."""
-        how = self.callback.in_compiled_step
-        return None if how == "inside" else how
+        """As that of the wrapped callback; but a handler under a condition cannot be part of a graph."""
+        inner = self.callback.in_compiled_step
+        return None if inner == "inside" else inner
 
     def init(self, learner: Any) -> None:
         """Set the wrapped callback up; counting begins anew."""
@@ -94,7 +94,7 @@ class ConditionalCallback(Callback):
         return self.callback.handles()
 
     def handler(self, event: type[Event], phase: type[Phase]) -> Handler | None:
-        """Return the wrapped callback's handler behind the condition."""
+        """Return a handler that calls the wrapped callback's where the condition holds."""
         inner = self.callback.handler(event, phase)
         if inner is None:
             return None
@@ -106,12 +106,12 @@ class ConditionalCallback(Callback):
         return call
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the wrapped callback's state, empty where it keeps none."""
+        """Return what a checkpoint keeps of the wrapped callback, which may be nothing."""
         inner = getattr(self.callback, "state_dict", None)
         return inner() if inner is not None else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the wrapped callback's state."""
+        """Load what a checkpoint keeps of the wrapped callback."""
         inner = getattr(self.callback, "load_state_dict", None)
         if inner is not None:
             inner(state)

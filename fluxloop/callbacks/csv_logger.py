@@ -106,8 +106,8 @@ class CSVLogger(Callback):
     it is that phase's name. A row has the metrics of its phase. What probes find on held-out data is in
     the ``validation`` row of the epoch; where there is none, in a row of its own when the cycle ends. A
     metric that comes up later gets a column that is empty before. Each row is in the file when its epoch
-    ends. Where the file cannot be written, it warns once and the training goes on. Resumed, the file goes
-    on where the state was taken.
+    ends. Where the file cannot be written, it warns once and the training goes on. A resumed run cuts the
+    file to the rows that its checkpoint knows, and goes on from there.
 
     Args:
         path: The file; its folder is made.
@@ -138,7 +138,7 @@ class CSVLogger(Callback):
 
     @on(FitBegin)
     def begin(self, event: FitBegin, phase: Phase, learner: Any) -> None:
-        """Refuse to write into another run's file, and let go of it when the fit ends."""
+        """Refuse to write into another run's file, and close it when the fit ends."""
         self._table.begin(event.resumed)
         learner.defer(self._table.close)
 
@@ -160,7 +160,7 @@ class CSVLogger(Callback):
 
     @on(FitEnd)
     def add_last_probes(self, event: FitEnd, phase: Phase, learner: Any) -> None:
-        """Write what they found in a cycle that did not end, unless it goes on another time."""
+        """Write what probes found in a cycle that did not end, unless a resumed run will complete it."""
         if event.reason not in (INTERRUPTED, TERMINATED):
             self._add_probes(learner)
 

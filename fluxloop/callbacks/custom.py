@@ -16,10 +16,10 @@ class CustomCallback(Callback):
     """Call ``f(learner)`` at an event: a quick hook.
 
     Without declarations it reads everything and writes nothing, and therefore runs last at its event. With `writes`
-    alone it runs as late as those allow that read what it writes.
+    alone it runs as late as the callbacks that read those paths allow.
 
     Args:
-        f: Called with a view of the learner.
+        f: Called with the learner view: what a handler gets as ``learner``.
         event: The event type.
         phase: The phase type; left out: any.
         reads: Paths it reads; None: everything.

@@ -20,13 +20,13 @@ from fluxloop.stopping import Criterion, NoImprovement
 class EarlyStopping(Callback):
     """End the fit when a criterion says so about a metric's epoch values.
 
-    The criterion is told each new value when its epoch ends. The fit ends with the running cycle,
+    The criterion gets each new value when its epoch ends. The fit ends with the running cycle,
     so that its other phases and what they record are complete; where a value comes in the middle
     of another epoch (a validation between two training steps), and outside of a fit, at once.
     ``history.stop_reason`` tells the metric, its value and epoch, the criterion and why.
 
     The criterion begins anew in each fit and goes on in a resumed one; the one that was given is
-    not changed. Several of these may watch side by side.
+    not changed. Several `EarlyStopping` may watch side by side.
 
     Args:
         criterion: From `fluxloop.stopping`, such as ``Patience(3) | InvalidValue()``; a number n
@@ -35,9 +35,9 @@ class EarlyStopping(Callback):
         mode: ``"min"`` where less is better, ``"max"`` where more is. Left out, what the metric says of itself:
             fluxloop's and torchmetrics' do, a loss is to be low, ``Metric(f, higher_is_better=True)`` says it.
         min_epochs: The fit does not end before the metric's epoch of this number, counted in each
-            fit from 1; the criterion is told those values too.
+            fit from 1; the criterion gets the values before it, too.
         min_delta: With a number as `criterion`: an improvement is by more than this.
-        training: The training loss that criteria such as `PQ` are told, where there are several.
+        training: The training loss that criteria such as `PQ` need, where there are several.
 
     Raises:
         MetricError: When a fit begins: the metric will not be recorded in it, nobody knows which way it is better, or
@@ -65,7 +65,7 @@ class EarlyStopping(Callback):
     _training_seen: int = field(default=0, init=False, repr=False)
     _reason: str | None = field(default=None, init=False, repr=False)
     _fitting: bool = field(default=False, init=False, repr=False)
-    _open: int = field(default=0, init=False, repr=False)
+    _open_epochs: int = field(default=0, init=False, repr=False)
 
     reads = ("cbstate.metrics",)
     draws = False
@@ -96,7 +96,7 @@ class EarlyStopping(Callback):
         needs = f"{template!r} needs training losses: "
         self._watched = watched.after(getattr(self, "_watched", None))
         self._training = Monitor(self.training, "min", purpose=needs).after(getattr(self, "_training", None))
-        if getattr(self, "_template", None) != template:  # another option was assigned: what it has been told stays
+        if getattr(self, "_template", None) != template:  # else another option was assigned, and the criterion goes on
             self._running = template.start(self._watched.direction or "min")
         self._template = template
 
@@ -108,7 +108,7 @@ class EarlyStopping(Callback):
     def init(self, learner: Any) -> None:
         """Begin anew."""
         self._begin(0, 0)
-        self._fitting, self._open = False, 0
+        self._fitting, self._open_epochs = False, 0
 
     def _begin(self, seen: int, training_seen: int) -> None:
         self._running = self._template.start(self._watched.direction or "min")
@@ -118,7 +118,7 @@ class EarlyStopping(Callback):
     @on(FitBegin, FittingPhase)
     def start(self, event: FitBegin, phase: FittingPhase, learner: Any) -> None:
         """Begin anew, unless the fit is resumed."""
-        self._fitting, self._open = True, 0
+        self._fitting, self._open_epochs = True, 0
         learner.defer(self._leave_fit)
         if not event.resumed:
             metrics = learner.cbstate.metrics
@@ -132,18 +132,18 @@ class EarlyStopping(Callback):
     @on(EpochBegin)
     def enter(self, event: EpochBegin, phase: Phase, learner: Any) -> None:
         """Note that an epoch runs."""
-        self._open += 1
+        self._open_epochs += 1
         learner.defer(self._leave)
 
     def _leave(self) -> None:
-        self._open = max(self._open - 1, 0)
+        self._open_epochs = max(self._open_epochs - 1, 0)
 
     @on(EpochEnd)
     def look(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
-        """Tell the criterion a new value, if the epoch recorded one."""
+        """Give the criterion a new value, if the epoch recorded one."""
         metrics = learner.cbstate.metrics
         if self._template.wants_training_losses():
-            self._keep_training_loss(metrics)
+            self._note_training_loss(metrics)
         new = self._watched.new(metrics, self._seen)
         if new is None:
             return
@@ -158,10 +158,10 @@ class EarlyStopping(Callback):
         self._reason = (
             f"{self._watched.metric} was {value:.6g} in epoch {self._seen}: {why} (EarlyStopping, {self._template!r})"
         )
-        if not self._fitting or self._open > 1:
+        if not self._fitting or self._open_epochs > 1:
             raise CancelFittingException(self._reason)
 
-    def _keep_training_loss(self, metrics: Any) -> None:
+    def _note_training_loss(self, metrics: Any) -> None:
         new = self._training.new(metrics, self._training_seen)
         if new is not None:
             self._training_seen = new[0]
@@ -169,7 +169,7 @@ class EarlyStopping(Callback):
 
     @on(CycleEnd, FittingPhase)
     def stop(self, event: CycleEnd, phase: FittingPhase, learner: Any) -> None:
-        """End the fit where the criterion said so; look whether there is such a metric."""
+        """End the fit where the criterion said so; raise for a metric that nobody records."""
         for monitor in self.monitors:
             monitor.require(learner.cbstate.metrics)
         if self._reason is not None:

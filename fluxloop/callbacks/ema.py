@@ -28,9 +28,9 @@ class EMA(Callback):
 
     At the end of each training step that updated the model's weights, every parameter of the average
     becomes ``decay * average + (1 - decay) * live``, computed as torch's ``lerp``; also where the step
-    is cancelled after its update. That a step did is told by its `UpdateEnd`. In a phase that steps the
-    optimizer by hand, without ``learner.update``, it is seen from the parameters at the step's begin
-    and end, which takes time and, on a GPU, waits for it.
+    is cancelled after its update. An update is seen by its `UpdateEnd`. In a phase that steps the
+    optimizer by hand, without ``learner.update``, the parameters at the step's begin and end are compared
+    instead, which takes time and, on a GPU, waits for the device.
 
     The average is a module of its own, at another path: ``learner.weights["G@ema"]``. Whatever
     evaluates or samples says that name (``SampleImages("G@ema")``, ``KNNProbe("encoder@ema")``,
@@ -50,7 +50,7 @@ class EMA(Callback):
         buffers: What happens to buffers, such as batch norm's statistics: ``"copy"`` the live ones
             (a copy's default), ``"average"`` them too (whole numbers are copied), or ``"keep"`` the
             average's own (the default with `into`: a teacher that sees data keeps statistics itself).
-        view: What stands behind the ``@``.
+        view: Name of the weights view: what stands behind the ``@``.
 
     Raises:
         ModelError: There are no such weights, they have seen no batch (lazy modules) or cannot be
@@ -71,7 +71,7 @@ class EMA(Callback):
     view: str = "ema"
     num_averaged: int = field(default=0, init=False, repr=False)
     _average: nn.Module | None = field(default=None, init=False, repr=False)
-    _kept: dict[str, Any] | None = field(default=None, init=False, repr=False)
+    _loaded: dict[str, Any] | None = field(default=None, init=False, repr=False)
     _follows: bool = field(default=True, init=False, repr=False)
     _pending: bool = field(default=False, init=False, repr=False)
     _counted: dict[str, bool] = field(factory=dict, init=False, repr=False)
@@ -81,7 +81,7 @@ class EMA(Callback):
 
     draws = False
     _fixed = ("model", "into", "buffers", "view")
-    in_compiled_step = "after"  # at UpdateEnd it takes note alone
+    in_compiled_step = "after"  # at UpdateEnd it only takes note
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model or "@" in self.model:
@@ -93,7 +93,7 @@ class EMA(Callback):
         if self.buffers not in (None, "copy", "average", "keep"):
             raise ValueError(f"buffers={self.buffers!r} was given; expected 'copy', 'average' or 'keep'")
         if not isinstance(self.view, str) or not self.view.isidentifier():
-            raise ModelError(f"EMA(view={self.view!r}) was given; expected the name of a view, such as 'ema'")
+            raise ModelError(f"EMA(view={self.view!r}) was given; expected the name of a weights view, such as 'ema'")
 
     @property
     def average(self) -> str:
@@ -125,11 +125,11 @@ class EMA(Callback):
             for module in (live, self._average):
                 check_not_lazy(module, f"EMA({self.model!r})")
             _check_like(self.model, live, self.into, self._average, self.buffers not in (None, "keep"))
-        if self._kept is not None:
-            self.load_state_dict(self._kept)
+        if self._loaded is not None:
+            self.load_state_dict(self._loaded)
 
     def _follow(self, learner: Any, average: nn.Module, anew: bool) -> None:
-        """Have an average that has not begun, or is to begin anew, be the live weights; not one that somebody wrote."""
+        """Make an average that has not begun, or begins anew, equal to the live weights, unless it was written to."""
         if anew:
             self._note_following(average)
         where, changes = self._untouched
@@ -142,7 +142,7 @@ class EMA(Callback):
 
     @on(StepBegin, AbstractTrainingPhase)
     def start(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
-        """Begin the average, at the first step; look at the weights where nobody has counted an update of them."""
+        """Begin the average, at the first step; look at the weights where no `UpdateEnd` has shown an update."""
         if self._follows:
             self._follow(learner, learner.weights[self.average], anew=False)
             self._follows = False
@@ -181,7 +181,7 @@ class EMA(Callback):
             learner.defer(partial(self._end, phase, learner), early=True)
 
     @on(StepEnd, AbstractTrainingPhase)
-    def take(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+    def end_step(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Take an average where the weights were updated."""
         self._end(phase, learner)
 
@@ -223,7 +223,7 @@ class EMA(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what a checkpoint keeps; before there is a learner, it waits until one is made."""
-        self._kept = state if self._average is None else None
+        self._loaded = state if self._average is None else None
         self.num_averaged, self._pending, self._before = state["num_averaged"], state.get("pending", False), None
         self._counted = dict(state.get("counted", {}))
         if self._average is not None and state["average"] is not None:
@@ -234,10 +234,10 @@ class EMA(Callback):
 
 @resolve_conflict.register(EMA, EMA)  # type: ignore[untyped-decorator]  # multipledispatch has no types
 def _one_place_each(a: EMA, b: EMA) -> None:
-    """Two averages are kept in two places.
+    """Two averages lie in two places.
 
     Raises:
-        CallbackConflictError: They are not, and one would be lost.
+        CallbackConflictError: They do not, and one would be lost.
     """
     if overlap(parse(a.writes[0], "EMA"), parse(b.writes[0], "EMA")):
         raise CallbackConflictError(

@@ -47,7 +47,7 @@ class FeatureStats(MetricSource):
     entry: str = field(default="features", validator=named())
     rows: int = field(default=1024, kw_only=True)
     std: Tensor | None = field(default=None, init=False, repr=False)
-    _kept: deque[Tensor] = field(factory=deque, init=False, repr=False)
+    _latest: deque[Tensor] = field(factory=deque, init=False, repr=False)
     _count: int = field(default=0, init=False, repr=False)
 
     recorded_as = None
@@ -71,26 +71,26 @@ class FeatureStats(MetricSource):
     @on(EpochBegin, AbstractTrainingPhase)
     def start(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Begin an epoch without rows."""
-        self._kept.clear()
+        self._latest.clear()
         self._count = 0
 
     @on(StepEnd, AbstractTrainingPhase)
-    def keep(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
-        """Keep the step's features, and drop what is older than the rows asked for."""
+    def collect(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Add the step's features, and drop what is older than the rows asked for."""
         features = learner.step[self.entry]
         if isinstance(features, (tuple, list)):  # one tensor per view: the rows of all
             features = torch.cat(list(features))
         features = features.detach()
-        self._kept.append(features)
+        self._latest.append(features)
         self._count += len(features)
-        while self._count - len(self._kept[0]) >= self.rows:
-            self._count -= len(self._kept.popleft())
+        while self._count - len(self._latest[0]) >= self.rows:
+            self._count -= len(self._latest.popleft())
 
     def measure(self, learner: Any) -> Mapping[str, Any]:
         """Return the mean standard deviation and the effective rank."""
-        if not self._kept:
+        if not self._latest:
             return {}
-        features = torch.cat(list(self._kept))[-self.rows :].flatten(1).float().cpu()
+        features = torch.cat(list(self._latest))[-self.rows :].flatten(1).float().cpu()
         self.std = features.std(0, correction=0)
         return dict(zip(self.metric_names, (self.std.mean(), effective_rank(features)), strict=True))
 

@@ -17,7 +17,7 @@ from fluxloop.phase import Phase
 class GarbageCollect(Callback):
     """Run Python's garbage collector every `every` steps, of any phase.
 
-    For models whose Python objects form cycles that hold tensors.
+    It is for models whose Python objects refer to each other in cycles that hold tensors.
 
     Args:
         every: Steps between collections.

@@ -29,8 +29,8 @@ class GradientClip(RecordsMetrics):
     By their norm, taken over all parameters of that optimizer together, as
     ``torch.nn.utils.clip_grad_norm_`` does, or with `value` each entry by itself, as
     ``clip_grad_value_`` does. Gradients are complete and unscaled then, in any phase. The other
-    optimizers' gradients are not touched. A norm that is not finite makes of the gradients what
-    torch makes of them: an infinite one zeros (NaN where an entry is infinite), NaN all NaN.
+    optimizers' gradients are not touched. A norm that is not finite acts as in torch: an infinite norm
+    zeroes the gradients (NaN where an entry is infinite), a NaN norm makes all of them NaN.
 
     The norm before clipping is the step's entry ``grad_norm``, with named optimizers
     ``grad_norms[name]``, a tensor on the device; its average over an epoch's steps is recorded
@@ -41,11 +41,11 @@ class GradientClip(RecordsMetrics):
         max_norm: Largest norm, 0 or more; with 0 all gradients become 0.
         norm_type: Which norm: 2, or another number above 0, infinity too.
         value: Largest absolute value of an entry, 0 or more; then norms are not clipped.
-        optimizer: Name of the only one whose gradients are clipped; left out, every one's.
+        optimizer: Name of the optimizer whose gradients are clipped; left out, all of them.
 
     Raises:
         OptimizerError: There is no such optimizer.
-        ValueError: A number is none, or out of range.
+        ValueError: An argument is not a number, or out of range.
 
     Reads: optimizer, history
     Writes: step.grads, step.grad_norm, step.grad_norms, cbstate.metrics
@@ -131,7 +131,7 @@ class GradientClip(RecordsMetrics):
 
     @on(StepEnd, AbstractTrainingPhase)
     def add(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
-        """Take the norms of a step's updates into the averages."""
+        """Add the norms of a step's updates to the averages."""
         step = learner.step
         norms = {None: step.grad_norm} if "grad_norm" in step else {}
         for name, norm in (norms | (step.grad_norms if "grad_norms" in step else {})).items():
@@ -160,10 +160,10 @@ def _epoch_values_last(clip: GradientClip, metrics: Metrics) -> RunFirst:
 
 @resolve_conflict.register(GradientClip, GradientClip)  # type: ignore[untyped-decorator]  # as above
 def _one_optimizer_each(a: GradientClip, b: GradientClip) -> NoConflict:
-    """Two clip the gradients of two optimizers.
+    """Two of them may clip the gradients of two optimizers.
 
     Raises:
-        CallbackConflictError: They do not: which one goes first would matter.
+        CallbackConflictError: They clip those of one optimizer, so that their order would matter.
     """
     if a.optimizer is None or b.optimizer is None or str(a.optimizer) == str(b.optimizer):
         raise CallbackConflictError(

@@ -31,8 +31,8 @@ class KeepBestModel(UnsafeCallback):
 
     Put back are parameters and buffers of all models, of a loss function that is a module and, where
     the metric was measured on averaged weights (``"validation/loss@ema"``), of those averages too.
-    Optimizers, counts and callbacks stay where training left them (but optimizers with ``train()`` and
-    ``eval()``, which hold weights themselves: they come back too). It
+    Optimizers, counts and callbacks stay where training left them, except optimizers with ``train()`` and
+    ``eval()``, which hold weights themselves: their state is put back, too. It
     happens after every handler of `FitEnd`, and after the last checkpoint, so files hold what training
     made; also when the fit ends early or by an error. A metric that is NaN is no improvement; where
     none was recorded, nothing is put back.
@@ -182,11 +182,11 @@ class KeepBestModel(UnsafeCallback):
 
 def _copied(module: nn.Module, former: dict[str, Any]) -> dict[str, Any]:
     """Copy what a module saves by itself, and the buffers that it leaves out; into a former copy where that fits."""
-    kept = weights_of(module)
-    kept["buffers"] = {name: tensor for name, tensor in module.named_buffers() if name not in kept["state"]}
+    saved = weights_of(module)
+    saved["buffers"] = {name: tensor for name, tensor in module.named_buffers() if name not in saved["state"]}
     return {
         part: {name: _copy(value, former.get(part, {}).get(name)) for name, value in items.items()}
-        for part, items in kept.items()
+        for part, items in saved.items()
     }
 
 
@@ -204,18 +204,18 @@ def _kind(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.dtype, tensor.device, tensor.layout
 
 
-def _load(module: nn.Module, kept: dict[str, Any]) -> None:
-    """Have a module hold what `_copied` gave."""
-    own = {name: value if isinstance(value, Tensor) else from_plain(value) for name, value in kept["state"].items()}
-    module.load_state_dict(with_metadata(own, from_plain(kept["metadata"])))
+def _load(module: nn.Module, saved: dict[str, Any]) -> None:
+    """Load what `_copied` has returned into a module."""
+    own = {name: value if isinstance(value, Tensor) else from_plain(value) for name, value in saved["state"].items()}
+    module.load_state_dict(with_metadata(own, from_plain(saved["metadata"])))
     buffers = dict(module.named_buffers())
-    for name in kept["buffers"].keys() & buffers:
-        buffers[name].detach().copy_(kept["buffers"][name])
+    for name in saved["buffers"].keys() & buffers:
+        buffers[name].detach().copy_(saved["buffers"][name])
 
 
 @resolve_conflict.register(KeepBestModel, Callback)  # type: ignore[untyped-decorator]  # multipledispatch has no types
 def _at_the_very_end(keeper: KeepBestModel, other: Callback) -> NoConflict:
-    """It writes the weights when nobody's handler runs any more; `run_after` says the rest."""
+    """It writes the weights when no handler runs any more; `run_after` says the rest."""
     return NoConflict()
 
 

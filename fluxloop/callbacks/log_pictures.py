@@ -1,4 +1,4 @@
-"""Log what is looked at: histograms, pictures of a step, sampled images."""
+"""Log pictures: histograms, visualizations of a step, sampled images."""
 
 from __future__ import annotations
 
@@ -69,19 +69,19 @@ class LogHistograms(LogCallback):
 
     @property
     def in_compiled_step(self) -> Literal["after", "never"]:  # type: ignore[override]  # depends on what is logged
-        """Gradients and activations are what a compiled step does not keep."""
+        """Whether a compiled step leaves what is logged: it leaves neither gradients nor activations."""
         return "after" if set(self.of) <= {"weights"} else "never"
 
     @on(StepBegin, AbstractTrainingPhase)
     def listen(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
-        """Have the modules tell what they give, in a step that is logged."""
+        """Hook the modules, in a step that is logged."""
         self._given = {}
         if "activations" in self.of and (self._steps + 1) % self.every == 0:
             for name, module in self._named(learner, nn.Module.named_modules):
                 if not any(module.children()):
-                    learner.defer(module.register_forward_hook(partial(self._take, name)).remove)
+                    learner.defer(module.register_forward_hook(partial(self._note_output, name)).remove)
 
-    def _take(self, name: str, module: nn.Module, inputs: Any, given: Any) -> None:
+    def _note_output(self, name: str, module: nn.Module, inputs: Any, given: Any) -> None:
         first = next(tensors(given), None)
         if first is not None:
             self._given[name] = first.detach().clone()  # a later module may change it in place

@@ -54,7 +54,7 @@ class LRScheduler(Callback):
     an entry per step or epoch; ``"learning_rate/G"`` for a named optimizer, and
     ``"learning_rate/0"``, ``"learning_rate/1"``, … where it has several parameter groups.
 
-    A checkpoint keeps the scheduler's state, and what it was made with: going on with another
+    A checkpoint keeps the scheduler's state, and what it was made with: resuming with another
     `gamma` or `T_max` is an error, not a silent return to the old one. So are other arguments of
     the functions in it, such as those of a `LambdaLR`: of a ``partial``, and numbers they close over.
 
@@ -68,8 +68,8 @@ class LRScheduler(Callback):
         TypeError: The factory is no function, or makes no scheduler.
         ValueError: No such unit, or a monitor for a scheduler that takes none.
         OptimizerError: When the learner is made: it has no such optimizer.
-        MetricError: When a fit begins: it will not record the monitored metric; or a plateau's scheduler that was not
-            told its `mode` takes what the metric calls better for worse.
+        MetricError: When a fit begins: it will not record the monitored metric; or a plateau's scheduler was given no
+            `mode`, and what its default calls better, the metric calls worse.
         CheckpointError: When a checkpoint is loaded: it is of a scheduler with other arguments.
 
     Attributes:
@@ -95,7 +95,7 @@ class LRScheduler(Callback):
 
     draws = False
     _fixed = ("factory", "unit", "optimizer", "monitor")
-    in_compiled_step = "after"  # at UpdateEnd it takes note alone
+    in_compiled_step = "after"  # at UpdateEnd it only counts
 
     def __attrs_post_init__(self) -> None:
         if not callable(self.factory):
@@ -183,7 +183,7 @@ class LRScheduler(Callback):
             )
         name = type(scheduler).__name__
         if wants_count(scheduler) and self.unit != "epoch" and not hasattr(scheduler, "step_update"):
-            raise ValueError(f"{name} is told the number of epochs: expected LRScheduler(..., unit='epoch')")
+            raise ValueError(f"{name} needs the number of epochs; expected LRScheduler(..., unit='epoch')")
         if takes_metrics(scheduler) and self._watched is None:
             raise ValueError(f"{name} watches a metric; say which: LRScheduler(..., monitor='validation/loss')")
         if takes_metrics(scheduler) and self.unit != "epoch":
@@ -196,7 +196,7 @@ class LRScheduler(Callback):
 
     @on(FitBegin, FittingPhase)
     def begin(self, event: FitBegin, phase: FittingPhase, learner: Any) -> None:
-        """Raise for a plateau's scheduler that was not told its mode, and takes better for worse.
+        """Raise for a plateau's scheduler that was given no mode, and whose default is the wrong one.
 
         Raises:
             MetricError: Says what to type.
@@ -354,7 +354,7 @@ def _not_the_same_rate(a: Scheduler, b: LRScheduler) -> NoConflict:
 
 @resolve_conflict.register(LRScheduler, Callback)  # type: ignore[untyped-decorator]  # multipledispatch has no types
 def _around_a_plateau(a: LRScheduler, b: Callback) -> RunFirst | NoConflict | None:
-    """A plateau's scheduler follows whoever records metrics, also those who read the optimizer that it will change."""
+    """A plateau's scheduler follows what records metrics, also where that reads the optimizer that it will change."""
     paths = {mode: [parse(path, "LRScheduler") for path in getattr(b, mode)] for mode in ("reads", "writes")}
     if a._watched is None or any(overlap(path, HYPERPARAMETERS) for path in (*paths["reads"], *paths["writes"])):
         return None

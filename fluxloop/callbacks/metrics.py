@@ -41,7 +41,7 @@ class PhaseMetrics(Container):
 
     @property
     def has_ended(self) -> bool:
-        """Whether an epoch has ended in this process, so that what it gives is recorded."""
+        """Whether an epoch has ended in this process, so that its metrics are recorded."""
         return bool(self.trackers) and not self.started
 
     def running(self) -> dict[str, Any]:
@@ -63,16 +63,16 @@ class PhaseMetrics(Container):
         return {name: value for _, tracker in self.trackers for name, value in tracker.latest().items()}
 
     def record(self, name: str, epoch: int, value: Any, source: str) -> None:
-        """Keep an epoch's value: a scalar as a number, another tensor on the CPU; a second one replaces the first.
+        """Record an epoch's value: a scalar as a number, another tensor on the CPU; a second one replaces the first.
 
         Args:
             name: Of the metric.
             epoch: From 1.
             value: A number, or a tensor on any device.
-            source: Who records it.
+            source: Name of the callback that records it.
 
         Raises:
-            MetricError: Somebody else records that metric.
+            MetricError: Another callback records that metric.
         """
         if self._sources.setdefault(name, source) != source:
             raise MetricError(
@@ -119,7 +119,7 @@ class PhaseMetrics(Container):
         """Load what a checkpoint keeps.
 
         Raises:
-            MetricError: In the middle of an epoch, with other metrics than it began with.
+            MetricError: It was written in the middle of an epoch that began with other metrics.
         """
         self.epochs, self._sources = state["epochs"], state["sources"]
         running = state["running"]
@@ -139,7 +139,7 @@ class PhaseMetrics(Container):
 
 
 class Metrics(Callback):
-    """Compute metrics over each epoch, on the device they are computed on.
+    """Compute metrics over each epoch, on the device of their inputs.
 
     Each step has its weight in the means of an epoch: its number of rows, unless the phase says
     otherwise (`Phase.weight`). The loss always comes first. Numbers reach the host once per epoch.
@@ -171,7 +171,7 @@ class Metrics(Callback):
         self.found: set[str] = set()
         """Names of optional metrics whose inputs a step has had."""
         self.unseen: set[str] = set()
-        """Names of metrics of which it was said that nothing shows them."""
+        """Names of metrics that no printer, plot or log shows, and of which it has warned."""
         names = [metric.name for metric in given]
         for metric_name in names:
             if names.count(metric_name) > 1:
@@ -205,7 +205,7 @@ class Metrics(Callback):
 
     @on(StepEnd)
     def update(self, event: StepEnd, phase: Phase, learner: Any) -> None:
-        """Take in a step."""
+        """Update the metrics with a step."""
         trackers = learner.cbstate.metrics[phase].trackers
         step = learner.step
         weight = learner.batch_size if type(phase).weight is Phase.weight else checked_weight(phase, step)
@@ -290,7 +290,7 @@ def _of(metric: AnyMetric, compute: Any) -> dict[str, Any]:
 
 
 def seen_by(phase: Phase, name: str) -> str:
-    """Return a metric's name with the view of the weights that the phase runs: ``"loss@ema"``."""
+    """Return a metric's name with the weights view that the phase runs: ``"loss@ema"``."""
     return f"{name}@{phase.model_view}" if phase.model_view and not name.endswith("*") else name
 
 

@@ -27,7 +27,7 @@ HARD_ONLY = (functional.nll_loss, functional.multi_margin_loss, nn.NLLLoss, nn.M
 class Mixing(Callback):
     """Base of callbacks that mix each row of a training batch with another one.
 
-    A subclass says how in `mix`. The step's ``xs`` are replaced at `StepBegin`, and ``ys``:
+    A subclass mixes in `mix`. The step's ``xs`` are replaced at `StepBegin`, and ``ys``:
 
     - numbers (regression targets, probabilities) are mixed by each row's share;
     - classes, whole numbers, become probabilities, mixed likewise, as soon as the number of classes
@@ -86,7 +86,7 @@ class Mixing(Callback):
         return super().handler(event, phase)
 
     def mix(self, xs: Any) -> tuple[Any, Tensor, Tensor]:
-        """Mix rows; what is drawn, it draws from torch's generator.
+        """Mix rows, with random numbers from torch's generator.
 
         Args:
             xs: The step's.
@@ -169,11 +169,11 @@ class MixUp(Mixing):
     and the larger of a draw from Beta(alpha, alpha) and its complement, so a row stays at least half
     itself; the rows mixed in are a permutation of the batch.
 
-    What becomes of ``ys``, and what metrics see, is told at `Mixing`: classes become probabilities
-    for the loss, and are classes again, each row's own, after the step.
+    For the loss, classes become probabilities; after the step, for metrics, they are classes again,
+    each row's own. `Mixing` says what becomes of other ``ys``.
 
     Args:
-        alpha: Of the distribution, above 0; small: mostly hardly mixed.
+        alpha: Of the distribution, above 0; with a small one most rows are hardly mixed.
         num_classes: Number of classes, for phases that fire no `LossBegin` or store no ``preds``.
 
     Raises:
@@ -207,11 +207,11 @@ class CutMix(Mixing):
     is an interval of length ``1 - w``, of volumes the cube root. Targets of places, such as a mask,
     are not cut but mixed: they need a callback of their own.
 
-    What becomes of ``ys``, and what metrics see, is told at `Mixing`: classes become probabilities
-    for the loss, and are classes again, those with the larger share, after the step.
+    For the loss, classes become probabilities; after the step, for metrics, they are classes again,
+    those with the larger share. `Mixing` says what becomes of other ``ys``.
 
     Args:
-        alpha: Of the distribution, above 0; 1: all shares alike.
+        alpha: Of the distribution, above 0; with 1 every share is equally likely.
         num_classes: Number of classes, for phases that fire no `LossBegin` or store no ``preds``.
 
     Raises:

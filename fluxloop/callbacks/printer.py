@@ -63,8 +63,8 @@ class MetricsPrinter(Callback):
             for of_phase in recorded
             for name, number in of_phase.numbers_at(epoch).items()
         ]
-        if self.time and (told := self._clock.told(learner)):
-            values.append(f"({told})")
+        if self.time and (times := self._clock.times(learner)):
+            values.append(f"({times})")
         self._print(f"{name_of(phase):<18} epoch {self._clock.epoch(epoch, learner):<4} {'   '.join(values)}".rstrip())
 
     def _print(self, line: str) -> None:

@@ -1,4 +1,4 @@
-"""Measure a representation while it is trained, on features nobody trains through."""
+"""Measure a representation while it is trained, on features through which no gradient goes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Features = Callable[[nn.Module, Any], Tensor]
 class MetricSource(RecordsMetrics):
     """Base of callbacks that record metrics of their own at the end of a training epoch.
 
-    A subclass says ``metric_names`` and ``measure(learner)``, metrics by name; they are recorded
+    A subclass writes ``metric_names`` and ``measure(learner)``, which returns metrics by name; they are recorded
     next to those of `Metrics`, printed with them, and found by everything that monitors one.
 
     Args:
@@ -73,7 +73,7 @@ class MetricSource(RecordsMetrics):
 
 
 def flat(module: nn.Module, xs: Any) -> Tensor:
-    """Return what a module makes of its inputs, a row of numbers for each."""
+    """Return the output of a module, flattened to a row of numbers for each input."""
     features = module(xs)
     if not isinstance(features, Tensor):
         raise DataError(
@@ -138,7 +138,7 @@ def _check_labelled(batch: Any, features: Features) -> None:
 
 @define
 class HeldOut(MetricSource):
-    """Base of probes: a model's features of held-out rows.
+    """Base of probes, which look at a model's features of held-out rows.
 
     Args:
         model: Name of the weights: ``"encoder"``, ``"student.encoder"``, ``"encoder@ema"``, or
@@ -209,7 +209,7 @@ class HeldOut(MetricSource):
 
     @on(EpochBegin, AbstractTrainingPhase)
     def look_for_data(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
-        """Have missing data be an error before the first step."""
+        """Raise for missing data before the first step."""
         self.sources(learner)
 
 
@@ -282,7 +282,7 @@ class LinearProbe(HeldOut):
 
     Args:
         model: Name of the weights whose features the phase stores: ``"encoder"``,
-            ``"student.encoder"``, ``"model"`` for a single model, or an averaged view of them.
+            ``"student.encoder"``, ``"model"`` for a single model, or averaged ones, ``"encoder@ema"``.
         num_classes: Number of classes.
         queries: Labelled rows to classify; left out, the learner's validation data.
         optimizer: A factory that takes parameters.
@@ -308,7 +308,7 @@ class LinearProbe(HeldOut):
     entries: tuple[str, str] = field(default=("features", "ys"), kw_only=True)
     _probe: nn.Linear | None = field(default=None, init=False, repr=False)
     _stepper: torch.optim.Optimizer | None = field(default=None, init=False, repr=False)
-    _kept: dict[str, Any] = field(factory=dict, init=False, repr=False)
+    _loaded: dict[str, Any] = field(factory=dict, init=False, repr=False)
 
     prefix = "linear"
     draws = False  # what its beginning and its measuring draw is put back
@@ -323,7 +323,7 @@ class LinearProbe(HeldOut):
     def init(self, learner: Any) -> None:
         """Look for the weights, publish the metrics' container, and begin anew."""
         super().init(learner)
-        self._probe = self._stepper = None  # what was loaded before is kept until the first features come
+        self._probe = self._stepper = None  # what was loaded before waits until the first features come
 
     @on(StepEnd, AbstractTrainingPhase)
     def train(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
@@ -331,41 +331,41 @@ class LinearProbe(HeldOut):
         features, labels = (learner.step[entry] for entry in self.entries)
         features = features.detach().flatten(1)
         with torch.enable_grad():
-            probe, stepper = self._begun(features, learner.seed)
+            probe, stepper = self._classifier(features, learner.seed)
             cross_entropy(probe(features), labels.long()).backward()  # type: ignore[no-untyped-call]  # torch's
         stepper.step()
         stepper.zero_grad()
 
-    def _begun(self, features: Tensor, seed: int) -> tuple[nn.Linear, torch.optim.Optimizer]:
-        """Return the classifier and its optimizer, made for the first features and as they were kept."""
+    def _classifier(self, features: Tensor, seed: int) -> tuple[nn.Linear, torch.optim.Optimizer]:
+        """Return the classifier and its optimizer, made for the first features and loaded where a state waits."""
         if self._probe is None or self._stepper is None:
             with drawing(stream_seed(seed, f"LinearProbe/{self.metric}")):
                 self._probe = nn.Linear(features.shape[1], self.num_classes).to(features)
             self._stepper = self.optimizer(self._probe.parameters())
-            if self._kept:
-                self._probe.load_state_dict(self._kept["probe"])
-                self._stepper.load_state_dict(self._kept["optimizer"])
-                self._kept = {}
+            if self._loaded:
+                self._probe.load_state_dict(self._loaded["probe"])
+                self._stepper.load_state_dict(self._loaded["optimizer"])
+                self._loaded = {}
         return self._probe, self._stepper
 
     def measure(self, learner: Any) -> Mapping[str, Any]:
         """Return the share of held-out rows classified rightly; nothing before the first step."""
-        if self._probe is None and not self._kept:
+        if self._probe is None and not self._loaded:
             return {}
         module = learner.weights[self.model]
         with drawing(stream_seed(learner.seed, f"LinearProbe/{self.metric}/measure")):
             queries, answers = extract(module, self.sources(learner)[0], self.features)
-        probe, _ = self._begun(queries, learner.seed)
+        probe, _ = self._classifier(queries, learner.seed)
         with torch.no_grad():
             return {self.metric: (probe(queries).argmax(1) == answers).float().mean()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the classifier and its optimizer's state."""
         if self._probe is None or self._stepper is None:
-            return self._kept
+            return self._loaded
         return {"probe": self._probe.state_dict(), "optimizer": self._stepper.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what a checkpoint keeps."""
         self._probe = self._stepper = None
-        self._kept = copy.deepcopy(state)
+        self._loaded = copy.deepcopy(state)

@@ -30,11 +30,10 @@ class Profile(UnsafeCallback):
     Begin, and ends when they have handled its End; what they do at `FitBegin` and at the first `EpochBegin` of a
     phase is not seen. A cancelled step is in no column.
 
-    Seconds are the host's: a GPU works on while the next step is prepared, and who waits for it
-    is charged. A trace of `torch.profiler` shows both.
+    Seconds are the host's: a GPU works on while the next step is prepared, and what waits for it
+    is charged for the wait. A trace of `torch.profiler` shows both.
 
-    Only while a fit is profiled are handlers timed; else they are called as they are. What was
-    measured is not kept in a checkpoint.
+    Handlers are timed only while a fit is profiled. No checkpoint keeps what was measured.
 
     Args:
         trace: A folder for a trace of a few training steps by ``torch.profiler``, named after the
@@ -130,16 +129,16 @@ class Profile(UnsafeCallback):
 
     @on(CycleEnd)
     def end_cycle(self, event: CycleEnd, phase: FittingPhase, learner: Any) -> None:
-        """Take down a cycle's seconds."""
+        """Note a cycle's seconds."""
         self._end("cycle")
 
     @on(FitEnd)
     def end_fit(self, event: FitEnd, phase: FittingPhase, learner: Any) -> None:
-        """Take down the fit's seconds."""
+        """Note the fit's seconds."""
         self._end("fit")
 
     def _note(self, which: tuple[str, str, str], seconds: float) -> None:
-        """Take down a handler's call; one inside another's is part of that one."""
+        """Note a handler's call; one inside another's is part of that one."""
         calls, before = self.handlers.get(which, (0, 0.0))
         self.handlers[which] = calls + 1, before + seconds
         if self._depth == 0:
@@ -180,7 +179,7 @@ class Profile(UnsafeCallback):
 
     @on(EpochEnd)
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
-        """Take down an epoch's seconds."""
+        """Note an epoch's seconds."""
         name = name_of(phase)
         self._switch(phase, DATA, "")
         spent = self._spent.pop(name, None)

@@ -44,13 +44,13 @@ class FitClock:
         """Return the number of an epoch, with how many a fit of several comes to: ``"3/10"``."""
         return f"{epoch}/{learner.num_epochs}" if self.several and epoch == learner.cycle else f"{epoch}"
 
-    def told(self, learner: Any) -> str:
+    def times(self, learner: Any) -> str:
         """Return the time gone and left, ``"0:12, 0:28 left"``; nothing before a cycle is complete."""
         if self.since is None or learner.cycle is None or learner.cycle <= self.cycles:
             return ""
         spent = monotonic() - self.since
-        left = spent / (learner.cycle - self.cycles) * (learner.num_epochs - learner.cycle + 1)
-        return f"{_time(spent)}, {_time(left)} left"
+        rest = spent / (learner.cycle - self.cycles) * (learner.num_epochs - learner.cycle + 1)
+        return f"{_time(spent)}, {_time(rest)} left"
 
 
 def _time(seconds: float) -> str:
@@ -67,7 +67,7 @@ class _Bar:
     numbers: dict[str, str] = field(factory=dict)
 
     def note(self, name: str, number: float) -> None:
-        """Keep a number for the next refresh; from a device it comes later than it was asked for."""
+        """Note a number for the next refresh; from a device it comes later than it was asked for."""
         self.numbers[name] = f"{number:.4g}"
 
     def catch_up(self) -> None:
@@ -80,7 +80,7 @@ class ProgressBar(Callback):
     """Show a bar per epoch of a phase, with the running values of the metrics.
 
     Works for sized and unsized data, in a terminal and in a notebook; the bar disappears when
-    its epoch ends, whatever way. Its title tells the phase, the epoch and, from the second cycle of a
+    its epoch ends, in whatever way. Its title tells the phase, the epoch and, from the second cycle of a
     fit on, how long the fit has run and about how long it still will:
     ``TrainingPhase 3/10 (0:12, 0:42 left)``. Steps look at the clock; only a refresh computes metrics.
 
@@ -120,7 +120,7 @@ class ProgressBar(Callback):
 
     @on(FitEnd)
     def end(self, event: FitEnd, phase: Phase, learner: Any) -> None:
-        """Stop it."""
+        """Stop the clock."""
         self._clock = FitClock()
 
     @on(EpochBegin)
@@ -130,14 +130,14 @@ class ProgressBar(Callback):
             return
         epoch = _epoch(phase, learner) if "history" in learner.cbstate else None
         title = name_of(phase) + (f" {self._clock.epoch(epoch, learner)}" if epoch else "")
-        told = self._clock.told(learner)
+        times = self._clock.times(learner)
         bar = _Bar(due=monotonic() + self.interval, seen=event.batches)
 
         def show() -> None:
             bar.shown = tqdm(
                 initial=event.batches,
                 total=learner.num_batches,
-                desc=f"{title} ({told})" if told else title,
+                desc=f"{title} ({times})" if times else title,
                 leave=False,
                 unit="batch",
                 file=self.file or sys.stderr,

@@ -17,7 +17,7 @@ from fluxloop.state import PhaseDict, name_of
 
 @define
 class Recorder(Callback):
-    """Keep `Counts` per phase: ``cbstate.history[TrainingPhase].epochs``, ``.steps``, ``.updates``.
+    """Count epochs, steps and updates of each phase: ``cbstate.history[TrainingPhase]`` has its `Counts`.
 
     Steps are counted when they end, so a cancelled step is not counted.
 

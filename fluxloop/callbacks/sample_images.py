@@ -112,12 +112,12 @@ class SampleImages(Callback):
 
     @on(StepBegin, AbstractTrainingPhase)
     def look(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
-        """Have the generator tell what it is given, once."""
+        """Hook the generator, to see what it is given, once."""
         if self._inputs is None:
             live = learner.weights[self._live]
-            learner.defer(live.register_forward_pre_hook(self._take, with_kwargs=True).remove)
+            learner.defer(live.register_forward_pre_hook(self._note_inputs, with_kwargs=True).remove)
 
-    def _take(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def _note_inputs(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         if self._inputs is None:
             self._inputs, self._named = self._rows((inputs, named))
 

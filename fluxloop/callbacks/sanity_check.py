@@ -27,7 +27,7 @@ class Check:
 
     Args:
         name: What is checked, in a few words.
-        run: Called with the callback's view; raises (anything) where the check fails.
+        run: Called with the learner view of this callback; raises (anything) where the check fails.
         hint: What to do about a failure.
         severity: ``"error"`` ends the fit, ``"warning"`` only warns.
     """
@@ -52,8 +52,8 @@ class SanityCheck(Callback):
     phase of the fit is run on the side, as ``learner.check()`` does, so that an error in a
     validation phase is found before the first training epoch and not after it.
 
-    They leave model, phases, data order and random numbers as they were. Data that can be iterated
-    once only is not looked into.
+    The checks leave model, phases, data order and random numbers as they were. Data that can be iterated
+    only once is not looked into.
 
     Args:
         checks: Further checks.

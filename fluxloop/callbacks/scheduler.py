@@ -62,7 +62,7 @@ def record(table: dict[str, list[tuple[int, Any]]], label: str, step: int, value
 
 
 def _read(schedules: Any) -> dict[HyperParameter, float | Schedule]:
-    """Read what is scheduled how.
+    """Read the schedules by hyperparameter.
 
     Raises:
         TypeError: No mapping, or something in it is no hyperparameter.
@@ -101,25 +101,25 @@ def _check_value(parameter: HyperParameter, label: str, schedule: Any, t: int, v
     Raises:
         ValueError: Names the schedule and its step.
     """
-    said = f"the schedule of {label} ({written(schedule)}), asked for its value at {t},"
+    which = f"the schedule of {label} ({written(schedule)}), asked for its value at {t},"
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"{said} gave {value!r}; expected a finite number")
+        raise ValueError(f"{which} gave {value!r}; expected a finite number")
     if isinstance(parameter, OptimizerOption):
         for option in parameter.options:
-            check_option(said, option, value)
+            check_option(which, option, value)
 
 
 @define
 class Scheduler(Callback):
     """Set hyperparameters by schedules: ``Scheduler({LearningRate: one_cycle(1000, 0.1)})``.
 
-    At the begin of each training step (or epoch) every hyperparameter is set to ``schedule(t)``,
-    where `t` counts from 0, over all training phases together, what has ended: training steps
+    At the begin of each training step (or epoch) every hyperparameter is set to ``schedule(t)``.
+    `t` counts from 0, over all training phases together, what has ended: training steps
     (each batch is one), updates of an optimizer (fewer, where gradients of several batches add
     up), or epochs. A step that was cancelled does not count: the next one gets the same value. In
     other phases nothing is set and nothing counted.
 
-    Learning rates and weight decays of several parameter groups keep the ratios that they were
+    Learning rates and weight decays of several parameter groups stay in the ratios that they were
     given: the group with the largest gets the schedule's value, the others their share of it, so a
     group without weight decay stays without. (``find_lr`` does the same, and a group's
     ``lr_scale``, as timm makes it, is a further factor.) A group that is named,
@@ -129,7 +129,7 @@ class Scheduler(Callback):
     one entry for each time it was set. Schedules must not draw random numbers.
 
     A resumed run goes on with the schedules that it began with; others are an error. Functions
-    are told apart by their names and what they were made with: the arguments of a ``partial``, and
+    are compared by their names and by what they were made with: the arguments of a ``partial``, and
     numbers that they close over.
 
     Args:
@@ -159,7 +159,7 @@ class Scheduler(Callback):
     """Training steps of the learner, also those before this one was added."""
     _epochs: int = field(default=0, init=False, repr=False)
     _given: dict[str, dict[str, Any]] = field(factory=dict, init=False, repr=False)
-    """By label, what each parameter group had when the learner was made, where its ratio to the others is kept."""
+    """By label, what each parameter group had when the learner was made, where their ratios are to stay."""
     _before: dict[str | None, int] = field(factory=dict, init=False, repr=False)
     """By optimizer, its updates before the learner had this callback."""
 
@@ -195,7 +195,7 @@ class Scheduler(Callback):
 
     @property
     def in_compiled_step(self) -> Literal["watched"] | None:  # type: ignore[override]  # depends on what it sets
-        """What attributes of others it sets is seen where models are compared at every step."""
+        """Whether models have to be compared at every step, to see the attributes that it sets."""
         return "watched" if any(isinstance(parameter, Attribute) for parameter in self.schedules) else None
 
     def init(self, learner: Any) -> None:
@@ -305,7 +305,7 @@ def _given_to(group: Mapping[str, Any], option: str) -> float:
 
 
 def _ratios_of(parameter: OptimizerOption, learner: Any) -> dict[str, float]:
-    """Return what each parameter group was given, where they differ and a schedule keeps their ratios; else nothing.
+    """Return what each parameter group was given, where they differ and stay in their ratios; else nothing.
 
     Raises:
         OptimizerError: They differ in an option whose ratios mean nothing.

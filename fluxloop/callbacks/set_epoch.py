@@ -1,4 +1,4 @@
-"""Tell samplers which epoch it is."""
+"""The callback that was needed for samplers that shuffle by the epoch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fluxloop.callback import Callback
 
 @define
 class SetEpoch(Callback):
-    """Does nothing any more: data that has ``set_epoch`` is told the epoch without it.
+    """Do nothing: the ``set_epoch`` of data is called without this callback, too.
 
     When an epoch of any phase begins, ``set_epoch(epoch)`` is called on the loader, its sampler, its
     batch sampler and its data set, whichever have it: ``DistributedSampler`` shuffles by that

@@ -1,4 +1,4 @@
-"""Say what is waited for where a training stands still."""
+"""Report what a training waits for when it stands still."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fluxloop.signals import is_waiting
 
 @define
 class StallReport(UnsafeCallback):
-    """Write a report where no step of a fit begins or ends for a while: what is waited for, and every thread's stack.
+    """Write a report where no step of a fit begins or ends for a while: what it waits for, and every thread's stack.
 
     A loader whose workers hang, a file system that does not answer, a deadlock between threads: the
     process stands still and prints nothing. The report comes once for each standstill; training goes

@@ -21,18 +21,18 @@ class StopOnNaNLoss(Callback):
     their norm, where `GradientClip` has computed it, also before they were clipped. Weights, the
     optimizer's state, and the models' buffers (batch norm's running statistics) stay those of the
     last good step; of several optimizers in a step those that had stepped before have stepped. A
-    warning and ``history.stop_reason`` say what became what, of which optimizer and parameters, in
+    warning and ``history.stop_reason`` say what became NaN or infinite, of which optimizer and parameters, in
     which epoch and step. To have it be an error::
 
         warnings.filterwarnings("error", message="the fit stops")
 
-    On a GPU looking at a number would stop the queue at every step: there it is delivered a step or
+    On a GPU, looking at a number at every step would stop the queue: there it is delivered a step or
     two later, and the fit ends then. A fused `Adam` or `AdamW`, which fluxloop chooses there where
-    it can, leaves out its updates from the bad step on, without being waited for; other optimizers
-    have taken the bad gradients by then. With ``wait=True`` the numbers are waited for. A compiled
+    it can, leaves out its updates from the bad step on, without waiting; other optimizers
+    have stepped with the bad gradients by then. With ``wait=True`` each step waits for the numbers. A compiled
     step leaves everything as it was, and the fit ends when it has run.
 
-    Optimizers that a phase steps by hand are not seen, but their loss is, when the step ends.
+    The gradients of an optimizer that a phase steps by hand are not looked at, but the loss is, when the step ends.
 
     Args:
         wait: Whether to wait for the device rather than stop a step or two later.
@@ -46,7 +46,7 @@ class StopOnNaNLoss(Callback):
     draws = False
     in_compiled_step = "inside"
 
-    # The entries are read by learner.finite rather than here: going through the view for each of them
+    # learner.finite reads the entries, not this class: going through the learner view for each of them
     # took a third of the check's time.
 
     @on(StepBegin, AbstractTrainingPhase)

@@ -40,8 +40,8 @@ class StochasticWeightAveraging(Callback):
 
     The n-th average moves by ``(live - average) / n``, as ``torch.optim.swa_utils.AveragedModel``
     computes it. It is a module of its own, ``learner.weights["model@swa"]``; the live weights are
-    never replaced. Until the first average it is the live weights, whoever reads it; so it is again
-    after ``learner.load_weights``, and begins anew. Whatever evaluates it says so::
+    never replaced. Until the first average it equals the live weights, whenever it is read; so it does again
+    after ``learner.load_weights``, and the average begins anew. A phase that evaluates it says so::
 
         class SWAValidation(ValidationPhase):
             model_view = "swa"
@@ -51,12 +51,12 @@ class StochasticWeightAveraging(Callback):
 
     Batch norm's statistics of the average are those of its own activations, computed over the training data
     (as ``torch.optim.swa_utils.update_bn`` does) before a phase runs the average, and when the
-    fit ends by itself; the training's data order and random numbers are not moved. Who reads the
-    average at another time, such as a probe, or after Ctrl+C, finds the live model's statistics. A
-    batch norm that training holds in eval mode keeps its statistics.
+    fit ends by itself; the training's data order and random numbers are not moved. What reads the
+    average at another time, such as a probe, or after Ctrl+C, finds the live model's statistics. The
+    statistics of a batch norm that training holds in eval mode stay as they are.
 
-    The averaged weights should differ: the paper keeps the learning rate constant or cyclic from
-    `start` on, which is a `Scheduler`'s to say, or ``torch.optim.swa_utils.SWALR``'s with `LRScheduler`.
+    The averaged weights should differ: in the paper the learning rate is constant or cyclic from
+    `start` on. A `Scheduler` can set it so, or `LRScheduler` with ``torch.optim.swa_utils.SWALR``.
 
     Args:
         model: Name of the weights: a model's, ``"model"`` for a single one, or a part's, ``"encoder.0"``.
@@ -65,7 +65,7 @@ class StochasticWeightAveraging(Callback):
         unit: ``"epoch"`` or ``"step"``, of the training.
         forward: ``(module, batch)`` runs the average on a batch for batch norm's statistics; left
             out, on the batch, or on the first item of a tuple or list.
-        view: What stands behind the ``@``.
+        view: Name of the weights view: what stands behind the ``@``.
 
     Raises:
         ModelError: There are no such weights, or they have seen no batch (lazy modules).
@@ -90,7 +90,7 @@ class StochasticWeightAveraging(Callback):
     _stale: bool = field(default=False, init=False, repr=False)
     _held: list[str] = field(factory=list, init=False, repr=False)
     _average: nn.Module | None = field(default=None, init=False, repr=False)
-    _kept: dict[str, Any] | None = field(default=None, init=False, repr=False)
+    _loaded: dict[str, Any] | None = field(default=None, init=False, repr=False)
 
     in_compiled_step = "after"
     draws = False  # what running over the data draws is put back
@@ -100,7 +100,7 @@ class StochasticWeightAveraging(Callback):
         names = isinstance(self.model, str) and isinstance(self.view, str) and bool(self.model)
         if not names or "@" in self.model or not self.view.isidentifier():
             raise ModelError(
-                f"{self!r} was given; expected live weights, and the name of a view: "
+                f"{self!r} was given; expected live weights, and the name of a weights view: "
                 "StochasticWeightAveraging('model', start=10, view='swa')"
             )
         if not callable(self.forward):
@@ -132,11 +132,11 @@ class StochasticWeightAveraging(Callback):
         learner.weights[self.average] = self._average
         learner.weights.follow(self.average, partial(self._follow, learner))
         self.num_averaged, self._done, self._stale, self._held = 0, 0, False, []
-        if self._kept is not None:
-            self.load_state_dict(self._kept)
+        if self._loaded is not None:
+            self.load_state_dict(self._loaded)
 
     def _follow(self, learner: Any, average: nn.Module, anew: bool) -> None:
-        """Have the average be the live weights before there is one, or where it begins anew."""
+        """Make the average equal to the live weights before the first one is taken, or where it begins anew."""
         if anew:
             self.num_averaged, self._stale = 0, False
         if not self.num_averaged:
@@ -144,7 +144,7 @@ class StochasticWeightAveraging(Callback):
 
     @on(EpochBegin, AbstractTrainingPhase)
     def look_for_data(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
-        """Have missing data, or data the average cannot be run on, be an error before the first step."""
+        """Raise before the first step for missing data, or data that the average cannot be run on."""
         held = self._held_norms(learner)
         if not self._done and norms(learner.weights[self.model], held):
             self._update_norms(learner, copy.deepcopy(learner.weights[self.average]), held, batches=1)
@@ -193,20 +193,20 @@ class StochasticWeightAveraging(Callback):
             buffer.copy_(new_buffer)
 
     @on(EpochBegin, AbstractValidationPhase)
-    def show(self, event: EpochBegin, phase: AbstractValidationPhase, learner: Any) -> None:
-        """Have the average be ready for a phase that runs it."""
+    def prepare(self, event: EpochBegin, phase: AbstractValidationPhase, learner: Any) -> None:
+        """Make the average ready for a phase that runs it."""
         if phase.model_view == self.view:
             self._refresh(learner)
 
     @on(FitEnd)
-    def finish(self, event: FitEnd, phase: Phase, learner: Any) -> None:
-        """Have the average be ready when the fit has ended, unless somebody waits for that."""
+    def end_fit(self, event: FitEnd, phase: Phase, learner: Any) -> None:
+        """Make the average ready when the fit has ended, unless the process was asked to stop."""
         if event.error is None and event.reason not in (INTERRUPTED, TERMINATED):
             self._refresh(learner)
 
     def _refresh(self, learner: Any) -> None:
         """Bring batch norm's statistics of the average up to date."""
-        average = learner.weights[self.average]  # before there is one: the live weights
+        average = learner.weights[self.average]
         if self._stale and norms(average, self._held):
             self._update_norms(learner, average, self._held)
         self._stale = False
@@ -257,7 +257,7 @@ class StochasticWeightAveraging(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what a checkpoint keeps; before there is a learner, it waits until one is made."""
-        self._kept = state if self._average is None else None
+        self._loaded = state if self._average is None else None
         self.num_averaged, self._done, self._stale = state["num_averaged"], state["done"], state["stale"]
         self._held = list(state.get("held", ()))
         if self._average is not None and state["average"] is not None:
@@ -265,7 +265,7 @@ class StochasticWeightAveraging(Callback):
 
 
 def norms(module: nn.Module, held: Collection[str] = ()) -> list[_BatchNorm]:
-    """List the batch norms that keep statistics, but those that are held as they are, by name."""
+    """List the batch norms that have running statistics, without those whose names are in `held`."""
     found = [part for name, part in module.named_modules() if isinstance(part, _BatchNorm) and name not in held]
     return [norm for norm in found if norm.track_running_stats]
 
@@ -280,7 +280,7 @@ def update_norms(
     """Compute batch norm's statistics anew over data, every batch weighing the same.
 
     The module is in train mode meanwhile, without gradients; its modes, and a loader's own generators,
-    are put back. A batch norm that stays in eval mode then (its ``train()`` says so) keeps its statistics.
+    are put back. The statistics of a batch norm that stays in eval mode then (its ``train()`` says so) are left.
 
     Args:
         module: Whose statistics.

@@ -20,10 +20,10 @@ class Traces(Callback):
     """Record ``f(learner)`` at the end of every step, by phase and name.
 
     ``cbstate.traces[TrainingPhase]["norm"]`` is the list of (step from 1, value); tensors are
-    kept detached and on their device.
+    detached, and stay on their device.
 
     Args:
-        functions: By name. Each is called with a view of the learner.
+        functions: By name. Each is called with the learner view: what a handler gets as ``learner``.
         phase: The phase type to trace.
         reads: What the functions read; left out: everything, so that it runs last.
         name: Tells two of them apart; they may trace side by side, under different names.
@@ -78,7 +78,7 @@ class Traces(Callback):
 
     @on(EpochBegin)
     def count_on(self, event: EpochBegin, phase: Phase, learner: Any) -> None:
-        """Go on from the steps that have ended, where this was added later and may see them."""
+        """Go on counting from the steps that have ended, where this was added later and may see them."""
         if isinstance(phase, self.phase) and {"*", "cbstate", "cbstate.history"}.intersection(self.reads):
             counts = learner.cbstate.history if "history" in learner.cbstate else {}
             self._steps[phase] = counts[phase].steps if counts and phase in counts else self._steps[phase]
@@ -92,8 +92,8 @@ class Traces(Callback):
         traces = learner.cbstate.traces[phase]
         for name, function in self.functions.items():
             value = function(learner)
-            kept = value.detach().clone() if isinstance(value, Tensor) else value
-            traces.setdefault(name, Series()).append((self._steps[phase], kept))
+            recorded = value.detach().clone() if isinstance(value, Tensor) else value
+            traces.setdefault(name, Series()).append((self._steps[phase], recorded))
 
     def __repr__(self) -> str:
         return f"Traces({', '.join(self.functions)})"

@@ -34,11 +34,10 @@ class Unfreeze(Callback):
 
         Unfreeze({"*": 10, "encoder.3": 5, "head": 0})
 
-    It freezes once: what somebody else freezes or unfreezes later stays so, also in a resumed run.
+    It freezes once: what is frozen or unfrozen by other means later stays so, also in a resumed run.
     The optimizer holds the parameters from the start, and skips those that are frozen: momentum
-    and weight decay do not move them. Batch norm's statistics are no parameters: in train mode a
-    frozen one still follows the data; to keep them put the module into eval mode in the model's
-    own ``train`` method.
+    and weight decay do not move them. Batch norm's statistics are no parameters: in train mode those of a
+    frozen one still follow the data, unless the model's own ``train`` method puts it into eval mode.
 
     Args:
         when: When by pattern (as in a shell: ``*``, ``?``): the path of a module or the name of a
@@ -83,7 +82,7 @@ class Unfreeze(Callback):
 
     @property
     def in_compiled_step(self) -> Literal["after"] | None:  # type: ignore[override]  # depends on the unit
-        """Whether models are as they were from step to step."""
+        """Whether the models may change from step to step."""
         return "after" if self.unit == "epoch" else None
 
     def init(self, learner: Any) -> None:

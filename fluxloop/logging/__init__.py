@@ -1,4 +1,4 @@
-"""What can be logged, and where to: loggables, backends, and `log_to` between them."""
+"""Loggables, the backends that they are logged to, and `log_to` between them."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Where things are logged to: the base of backends, and `log_to`."""
+"""The base of backends, to which things are logged, and `log_to`."""
 
 from __future__ import annotations
 
@@ -18,27 +18,26 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 _writers: WeakValueDictionary[str, Backend] = WeakValueDictionary()
-"""Who writes where."""
+"""The backend that writes to each file or folder, by its name."""
 
 
 @define(eq=False, slots=False)
 class Backend:
-    """Base of what is logged to. A subclass says how to write; when, and what if it fails, is said here.
+    """Base of backends. A subclass says how to write; this class decides when, and what happens if that fails.
 
-    It is opened when something is first written, flushed at the end of each epoch, and closed at
+    A backend is opened when something is first written, flushed at the end of each epoch, and closed at
     the end of a fit in every outcome; written to again it is opened again, and goes on. One that
     fails (disk full, no network, no rights) warns once and is left alone after that: the training
     goes on. A deep copy, such as that of a learner's copy, writes nothing.
 
-    What it has logged belongs to the state of a training: under ``fit(resume=...)`` it goes on where
-    that state was taken, and what the stopped run logged later is there once. A new run does not
+    What it has logged belongs to the state of a training: ``fit(resume=...)`` cuts the log to what it was
+    at the checkpoint, so that what the stopped run logged later is not there twice. A new run does not
     write into another's log, nor does one that branches off with ``learner.load``, unless this
     backend wrote that log itself.
 
     A subclass registers a function per kind of `Loggable` with `log_to`, and overrides what it needs:
 
-    - ``_open()``, ``_flush()``, ``_close()``: take hold of what is written to, at its end; write what
-      waits; let go.
+    - ``_open()``, ``_flush()``, ``_close()``: open the log at its end; write what waits; close it.
     - ``_place()``: the name of the file or folder that no other backend may write, or None.
     - ``_found()``: the name of another run's log where a new one would be written, or None.
     - ``_position()``: how far it is written, after a flush, as plain data; ``_rewind(position)``: go
@@ -60,10 +59,10 @@ class Backend:
     """Whether a deep copy writes nothing."""
 
     _opened: bool = field(default=False, init=False, repr=False)
-    _ours: bool = field(default=False, init=False, repr=False)
+    _is_own: bool = field(default=False, init=False, repr=False)
     _silent: bool = field(default=False, init=False, repr=False)
     _rewinds: bool = field(default=False, init=False, repr=False)
-    _mark: Any = field(default=None, init=False, repr=False)
+    _noted: Any = field(default=None, init=False, repr=False)
     _refused: set[type] = field(factory=set, init=False, repr=False)
 
     def _open(self) -> None: ...
@@ -87,7 +86,7 @@ class Backend:
         """Get ready for a run.
 
         Args:
-            resumed: Whether the run that the loaded state is of is itself continued (``FitBegin.resumed``).
+            resumed: Whether the run of the loaded state goes on itself (``FitBegin.resumed``), and no branch of it.
 
         Raises:
             LogExistsError: There is a log already, and this run does not continue it, or another
@@ -95,15 +94,15 @@ class Backend:
         """
         if self._opened or self._silent:
             return
-        self._ours = self._ours or (resumed and self._rewinds)
-        found = None if self._ours else self._attempt("look for an earlier log", self._found)
+        self._is_own = self._is_own or (resumed and self._rewinds)
+        found = None if self._is_own else self._attempt("look for an earlier log", self._found)
         if found is not None:
             raise LogExistsError(
                 f"{self!r} would write into an earlier run's log, {found}; give another place, remove it, or continue "
                 "that run: learner.fit(..., resume=folder)"
             )
-        if not self._ours:
-            self._mark, self._rewinds = None, False  # a loaded state is of another log
+        if not self._is_own:
+            self._noted, self._rewinds = None, False  # a loaded state is of another log
         place = self._place()
         if place is not None and _writers.setdefault(place, self) is not self:
             raise LogExistsError(
@@ -128,7 +127,7 @@ class Backend:
             self._attempt("be flushed", self._flush)
 
     def close(self) -> None:
-        """Write what waits, and let go; closing it twice does no harm, and writing opens it again."""
+        """Write what waits, and close; closing it twice does no harm, and writing opens it again."""
         if self._opened and not self._silent:
             self._attempt("be closed", self._stop)
         self._opened = False
@@ -139,19 +138,19 @@ class Backend:
     def state_dict(self) -> dict[str, Any]:
         """Return how far the backend has written, as plain data."""
         if self._opened and not self._silent:
-            self._attempt("be flushed", self._take_mark)
-        return {"position": self._mark}
+            self._attempt("be flushed", self._note_position)
+        return {"position": self._noted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there in a run that is continued: what was logged later is taken back before it writes.
+        """Load how far it had written: a run that is resumed removes what was logged later, before it writes.
 
-        In another run, which a new log is for, it means nothing.
+        Another run, which has a new log, leaves that state out.
         """
         self.close()
-        self._mark, self._rewinds = state["position"], True
+        self._noted, self._rewinds = state["position"], True
 
     def refuse(self, kind: type[Loggable], held: Sequence[str]) -> None:
-        """Say once that a kind of loggable cannot be held."""
+        """Warn once that the backend cannot hold a kind of loggable."""
         if kind not in self._refused and not self._silent:
             self._refused.add(kind)
             warn_user(
@@ -160,18 +159,18 @@ class Backend:
 
     def _start(self) -> None:
         if self._rewinds:
-            self._rewind(self._mark)
+            self._rewind(self._noted)
             self._rewinds = False
         self._open()
-        self._opened = self._ours = True
+        self._opened = self._is_own = True
 
-    def _take_mark(self) -> None:
+    def _note_position(self) -> None:
         self._flush()
-        self._mark = self._position()
+        self._noted = self._position()
 
     def _stop(self) -> None:
         try:
-            self._take_mark()
+            self._note_position()
         finally:
             self._close()
 
@@ -197,15 +196,15 @@ class Backend:
 class LogTo(Dispatcher):  # type: ignore[misc]  # multipledispatch has no types
     """``log_to(backend, loggable, name, step, group=())``: log something to a backend.
 
-    What is called is found by the types of the backend and of the loggable; what is said of a
-    loggable's own type goes before what is said of its bases. Teach a backend, or a
+    The function that is called is found by the types of the backend and of the loggable; one for the
+    loggable's own type goes before those for its bases. Teach a backend, or a
     loggable of your own, with one function::
 
         @log_to.register(TensorBoard, PointCloud)
         def _(backend, cloud, name, step, group):
             backend.writer.add_mesh("/".join((*group, name)), cloud.points, global_step=step)
 
-    What a backend cannot hold is left out, and it says so once.
+    What a backend cannot hold is left out, with one warning.
     """
 
     def register(self, *types: type) -> Callable[[F], F]:
@@ -228,7 +227,7 @@ class LogTo(Dispatcher):  # type: ignore[misc]  # multipledispatch has no types
         Args:
             backend: Or several, a tuple or list.
             loggable: What to log.
-            name: What it is called in its group.
+            name: Its name in the group.
             step: Where it stands on the x axis: a training step or an epoch.
             group: Names from the outermost in, ``("epoch", "validation")``; or one.
 

@@ -1,4 +1,4 @@
-"""What can be logged: numbers, images, histograms, text, figures, sound, files, hyperparameters."""
+"""Loggables: numbers, images, histograms, text, figures, sound, files, hyperparameters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fluxloop.nested import init_fields
 
 
 class Loggable:
-    """Base of what can be logged; a subclass of your own is logged by what you register with `log_to`."""
+    """Base of what can be logged; a subclass of your own is logged by the function that you register with `log_to`."""
 
 
 @frozen
@@ -46,7 +46,7 @@ def _pixels(given: Any) -> Tensor:
 
 @frozen(eq=False)
 class Image(Loggable):
-    """An image; it is kept as whole numbers 0 … 255 of shape (1 or 3, H, W) on the CPU.
+    """An image; it is stored as whole numbers 0 … 255 of shape (1 or 3, H, W) on the CPU.
 
     Args:
         pixels: Shape (1 or 3, H, W) or (H, W); whole numbers 0 … 255 (uint8), or 0 … 1, where what
@@ -146,7 +146,7 @@ class Audio(Loggable):
 
 @frozen
 class File(Loggable):
-    """A file, of which the backend keeps a copy.
+    """A file, which the backend copies.
 
     Args:
         path: Where it is.
@@ -156,7 +156,7 @@ class File(Loggable):
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested hyperparameters by dotted names; what is no number, text, bool or None is shown as text.
+    """Return nested hyperparameters by dotted names; values other than numbers, texts, bools and None become texts.
 
     >>> flattened({"lr": 0.1, "model": {"width": 64, "kind": int}})
     {'lr': 0.1, 'model.width': 64, 'model.kind': "<class 'int'>"}
@@ -194,7 +194,7 @@ def _by_name(values: Any) -> dict[str, Any]:
 
 @frozen
 class HyperParameters(Loggable):
-    """What was chosen for a run.
+    """The hyperparameters of a run.
 
     Args:
         values: By name; nested mappings become dotted names. Or an object whose fields they are: a dataclass, an
@@ -208,10 +208,10 @@ class HyperParameters(Loggable):
 
 
 def loggable(value: Any) -> Loggable:
-    """Make something loggable of a value.
+    """Return the loggable for a value.
 
     A tensor of one element is a number, one of two or three dimensions an image, one of four a grid
-    of images; a figure of matplotlib, a text and a number are what they are.
+    of images; a figure of matplotlib is a `Figure`, a text a `Text`, a number a `Scalar`.
 
     Raises:
         TypeError: It is none of these.
@@ -235,7 +235,7 @@ def loggable(value: Any) -> Loggable:
 
 
 def save(thing: Loggable, path: Path) -> Path:
-    """Write an image, figure, sound or file as a file of its own; give the file, with its ending.
+    """Write an image, figure, sound or file as a file of its own; return its path, with its ending.
 
     Args:
         thing: What to write.

@@ -18,8 +18,8 @@ class Record:
     Args:
         step: Where it stands on the x axis.
         group: From the outermost in.
-        name: What it is called in its group.
-        loggable: What it is.
+        name: Its name in the group.
+        loggable: The thing itself.
     """
 
     step: int
@@ -30,7 +30,7 @@ class Record:
 
 @define(eq=False, slots=False)
 class Memory(Backend):
-    """Keep everything in a list, for tests and notebooks.
+    """Log everything to a list, for tests and notebooks.
 
     A resumed run's list holds what it logs itself.
 
@@ -43,7 +43,7 @@ class Memory(Backend):
     muted: ClassVar[bool] = False
 
     def series(self, name: str) -> list[tuple[int, float]]:
-        """Return the (step, value) of a number by its full name.
+        """Return the (step, value) pairs of a number by its full name.
 
         Args:
             name: The groups and the name, ``"epoch/validation/loss"``.

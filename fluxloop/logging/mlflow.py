@@ -17,7 +17,7 @@ from fluxloop.logging.backend import Backend, key, log_to
 from fluxloop.logging.loggables import Audio, Figure, File, HyperParameters, Image, Loggable, Scalar, Text, save
 from fluxloop.logging.text_files import file_name
 
-WAITING = 100
+NUMBERS_PER_REQUEST = 100
 """How many numbers wait before they are sent; MLflow takes 1000 at once."""
 
 
@@ -56,15 +56,15 @@ class MLflow(Backend):
 
     Args:
         experiment: Name of the experiment; made where there is none.
-        run_name: Left out, MLflow makes one up.
-        tracking_uri: Where to: a folder, a database or a server; left out, what MLflow itself would take. Its default
-            has become a database: mlflow-skinny has none built in, so name a folder or a server there.
+        run_name: Name of the run; left out, MLflow makes one up.
+        tracking_uri: A folder, a database or a server; left out, MLflow's own default. That has
+            become a database: mlflow-skinny has none built in, so name a folder or a server there.
 
     Raises:
         ImportError: mlflow is not installed.
 
     Attributes:
-        run_id: Of the run, once it is begun.
+        run_id: The run's id, once it has begun.
     """
 
     experiment: str = "Default"
@@ -125,12 +125,12 @@ class MLflow(Backend):
         if step > self._there.get(name, -1):
             entities = _library().entities
             self._waiting.append(entities.Metric(name, value, int(time.time() * 1000), step))
-            if len(self._waiting) >= WAITING:
+            if len(self._waiting) >= NUMBERS_PER_REQUEST:
                 self._flush()
 
     @property
     def client(self) -> Any:
-        """The ``MlflowClient``, once it is begun."""
+        """The ``MlflowClient``, once the run has begun."""
         return self._client
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
@@ -152,7 +152,7 @@ def _scalar(backend: MLflow, scalar: Scalar, name: str, step: int, group: tuple[
 def _chosen(backend: MLflow, chosen: HyperParameters, name: str, step: int, group: tuple[str, ...]) -> None:
     param = _library().entities.Param
     params = [param(_name(each, ()), str(value)) for each, value in chosen.values.items()]
-    for start in range(0, len(params), 100):  # as many as it takes at once
+    for start in range(0, len(params), 100):  # MLflow takes so many at once
         backend.client.log_batch(backend.run_id, params=params[start : start + 100])
 
 

@@ -32,8 +32,8 @@ def _as_path(given: Any) -> Path:
 class TensorBoard(Backend):
     """Log to event files in a folder, with ``torch.utils.tensorboard``.
 
-    Steps and epochs stand on the x axes of their own tags in one run. A state keeps how long the
-    event files were; resumed, they are cut to that (a ``purge_step`` would take epochs for steps).
+    Steps and epochs stand on the x axes of their own tags in one run. A checkpoint keeps the lengths of the
+    event files; a resumed run cuts them to that (a ``purge_step`` would take epochs for steps).
 
     Args:
         folder: Of one run; ``tensorboard --logdir`` shows it, or a folder of such.

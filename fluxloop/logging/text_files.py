@@ -29,7 +29,7 @@ from fluxloop.logging.loggables import (
     save,
 )
 
-WAITING = 100
+LINES_PER_WRITE = 100
 """How many lines wait before they are written."""
 
 
@@ -42,7 +42,7 @@ class TextFile(Backend):
     """Base of backends that append lines to a file, which is open only while it is written.
 
     Images, figures, sounds and files lie in a folder beside it, ``metrics_files``, and their value
-    is the path from the file's folder. Resumed, the file is cut to where it was when the state was taken.
+    is the path from the file's folder. A resumed run cuts the file to the length that it had at the checkpoint.
 
     Args:
         path: The file; its folder is made.
@@ -66,7 +66,7 @@ class TextFile(Backend):
     def add(self, step: int, group: Sequence[str], name: str, value: Any) -> None:
         """Add a line."""
         self._waiting.append(self.line(step, group, name, value))
-        if len(self._waiting) >= WAITING:
+        if len(self._waiting) >= LINES_PER_WRITE:
             self._flush()
 
     def _place(self) -> str:
@@ -145,7 +145,7 @@ def csv_line(cells: Sequence[Any]) -> str:
 
 
 def file_name(name: str) -> str:
-    """Return a name that files can have.
+    """Return a name with the characters that names of files can have.
 
     >>> file_name("G@ema: first/second")
     'G@ema_ first_second'

@@ -24,12 +24,12 @@ def _library() -> Any:
 class WandB(Backend):
     """Log to a run of Weights & Biases, one of its own: ``wandb.run`` is left alone.
 
-    What is logged of one step travels in one row. The x axis of a name is the step of its outermost
-    group: "step", "epoch". Resumed, the run goes on under its id, and what it has of a step already
-    is not logged again; offline, each start writes a folder of its own, which ``wandb sync`` joins.
+    All that is logged of one step travels in one row. The x axis of a name is the step of its outermost
+    group: "step", "epoch". A resumed run goes on under its id, and does not log again what it has of a step
+    already; offline, each start writes a folder of its own, which ``wandb sync`` joins.
 
     Args:
-        project: Where the run belongs.
+        project: The project that the run belongs to.
         options: Further arguments of ``wandb.init``: ``mode="offline"``, ``dir=...``, ``name=...``.
 
     Raises:
@@ -37,7 +37,7 @@ class WandB(Backend):
 
     Attributes:
         run: The ``wandb.Run``, while it is open.
-        run_id: Of the run, once it is begun.
+        run_id: The run's id, once it has begun.
     """
 
     def __init__(self, project: str, **options: Any) -> None:
@@ -118,7 +118,7 @@ class WandB(Backend):
 
 
 def axis_of(name: str) -> str:
-    """Return what stands on the x axis of a full name: its outermost group.
+    """Return the name of a full name's x axis: its outermost group.
 
     >>> axis_of("epoch/validation/loss")
     'epoch'
@@ -127,7 +127,7 @@ def axis_of(name: str) -> str:
 
 
 def _offline_files(folder: str | None, run_id: str | None) -> list[Path]:
-    """Return what earlier starts of a run wrote offline."""
+    """List the files that earlier starts of a run wrote offline."""
     return [] if folder is None else sorted(Path(folder).glob(f"offline-run-*/run-{run_id}.wandb"))
 
 
@@ -140,14 +140,14 @@ def offline_rows(path: Path) -> Iterator[dict[str, Any]]:
     record_type: Any = import_module("wandb.proto.wandb_internal_pb2").Record
     data, at, record = path.read_bytes(), 7, b""
     while at + 7 <= len(data):
-        left = 32768 - at % 32768
-        if left < 7:
-            at += left
+        rest = 32768 - at % 32768
+        if rest < 7:  # no header fits: a block ends in padding
+            at += rest
             continue
         _, length, kind = struct.unpack("<IHB", data[at : at + 7])
         piece = data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind == 0 or len(piece) < length:
+        if kind == 0 or len(piece) < length:  # a kill left zeros, or half a piece
             return
         record = piece if kind in (1, 2) else record + piece
         if kind in (1, 4):
@@ -158,7 +158,7 @@ def offline_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _row(items: Any) -> dict[str, Any]:
-    """Return a row by name; of an image and the like, what its description says by nested names."""
+    """Return a row's values by name; those of an image's description, say, by nested names."""
     row: dict[str, Any] = {}
     for item in items:
         name, *below = item.nested_key or [item.key]

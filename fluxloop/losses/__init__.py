@@ -1,6 +1,6 @@
 """Loss functions of self-supervised learning and GANs, to use in phases of one's own; each names its paper.
 
-They take and give tensors, keep no state and draw no random numbers unless they say so. What
+They take and return tensors, have no state and draw no random numbers unless they say so. What
 PyTorch already has (cross entropy, `torch.nn.functional.triplet_margin_loss`) is not repeated.
 """
 

@@ -11,7 +11,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
     """Compare two views of each row against all other rows of both: SimCLR's loss.
 
     The normalised temperature-scaled cross entropy of Chen et al. (2020), averaged over the 2N
-    embeddings: each is to find its twin among the 2N - 1 others by cosine similarity.
+    embeddings: each is to find its row's other view among the 2N - 1 others by cosine similarity.
 
     Args:
         z1: Embeddings of the first view, shape (N, D); need not be normalised.

@@ -41,7 +41,7 @@ class MixedLoss(nn.Module):
         reduction: ``"mean"`` or ``"sum"``, for a function; a module says its own.
 
     Raises:
-        LossError: The loss has no ``reduction``, or gives no loss per row.
+        LossError: The loss has no ``reduction``, or returns no loss per row.
 
     Example:
         >>> loss = MixedLoss(nn.L1Loss())
@@ -94,7 +94,7 @@ class MixedLoss(nn.Module):
 
 
 def _reduces(loss: Callable[..., Tensor]) -> bool:
-    """Tell whether one can say how a loss reduces."""
+    """Tell whether a loss takes the reduction that it is given."""
     if isinstance(loss, nn.Module):
         return True
     parameters = signature(loss).parameters

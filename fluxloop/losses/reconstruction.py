@@ -28,7 +28,7 @@ def kl_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 def squared_error(preds: Tensor, xs: Tensor) -> Tensor:
-    """Sum the squared errors of each row, and halve: minus the log-likelihood of a normal of variance 1.
+    """Sum the squared errors of each row, and halve them: minus the log-likelihood of a normal of variance 1.
 
     Args:
         preds: Shape (N, ...).

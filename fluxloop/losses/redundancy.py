@@ -1,4 +1,4 @@
-"""Losses that keep embeddings from collapsing by looking at how their dimensions vary together."""
+"""Losses that look at how the dimensions of embeddings vary together, so that these do not collapse."""
 
 from __future__ import annotations
 

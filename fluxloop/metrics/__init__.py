@@ -1,4 +1,4 @@
-"""Metrics: what they are, and the common ones. For the rest there is torchmetrics."""
+"""Metrics: the base of them, and the common ones. For the rest there is torchmetrics."""
 
 from fluxloop.metrics.base import Averaged, Loss, Metric, SmoothLoss
 from fluxloop.metrics.classification import accuracy, binary_accuracy, top_k

@@ -1,4 +1,4 @@
-"""Averages that stay on the device until somebody asks."""
+"""Averages that stay on the device until their value is asked for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 FOLD_AFTER = 128
-"""How many values `Mean` keeps before it adds them up: one kernel for many steps."""
+"""How many values `Mean` collects before it adds them up: one kernel for many steps."""
 
 
 class Mean:
@@ -24,7 +24,7 @@ class Mean:
         self._weight: float | Tensor = 0
 
     def add(self, value: Tensor, weight: float | Tensor = 1, over: int = 1) -> None:
-        """Take one more value, which must not be changed in place afterwards.
+        """Add a value, which must not be changed in place afterwards.
 
         Args:
             value: A scalar.
@@ -43,7 +43,7 @@ class Mean:
         return self._last
 
     def _sum(self) -> Tensor | None:
-        """Return the sum so far; when it is asked for changes no bit of it later."""
+        """Return the sum so far. Asking for it at one time or another changes no bit of later sums."""
         if not self._pending:
             return self._total
         values = torch.stack(self._pending)
@@ -58,11 +58,11 @@ class Mean:
             total = torch.where(weights == 0, 0.0, exact * weights).sum()
         return total if self._total is None else self._total + total
 
-    def _stacked(self, like: Tensor) -> Tensor:
-        """Return the weights that wait as one tensor, in the type and on the device of another."""
+    def _stacked(self, values: Tensor) -> Tensor:
+        """Return the weights that wait as one tensor, in the type and on the device of the values."""
         if any(isinstance(weight, Tensor) for weight in self._weights):
-            return torch.stack([torch.as_tensor(weight).to(like) for weight in self._weights])
-        return torch.tensor(self._weights, dtype=like.dtype, device=like.device)
+            return torch.stack([torch.as_tensor(weight).to(values) for weight in self._weights])
+        return torch.tensor(self._weights, dtype=values.dtype, device=values.device)
 
     def _fold(self) -> None:
         self._total, self._weight = self._sum(), self._weight + sum(self._weights)
@@ -95,7 +95,7 @@ class MovingAverage:
         self._weight = 0.0
 
     def add(self, value: Tensor, weight: float | Tensor = 1) -> None:
-        """Take one more value; its weight plays no part."""
+        """Add a value; its weight plays no part."""
         past = self._value if self._value is not None else torch.zeros_like(value)
         self._value = self._decay * past + (1 - self._decay) * value
         self._weight = self._decay * self._weight + (1 - self._decay)

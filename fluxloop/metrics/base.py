@@ -1,4 +1,4 @@
-"""What a metric is, and what follows it through an epoch."""
+"""Metrics, and the trackers that follow them through an epoch."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ class Metric:
     Args:
         fn: A function ``(*inputs) -> scalar`` whose values are averaged over the epoch, each step
             with its weight (`Phase.weight`: its rows, unless the phase says otherwise); or any object
-            with ``update(*inputs)``, ``compute()`` and ``reset()`` (every torchmetrics metric), of
-            which each phase gets a copy.
-        name: What it is recorded under, in lower case; left out, the function's or class's name.
-        phase: The phase type it is computed in; left out: every phase.
+            with ``update(*inputs)``, ``compute()`` and ``reset()`` (every torchmetrics metric); each
+            phase gets a copy of that.
+        name: The name under which it is recorded, in lower case; left out, the function's or class's name.
+        phase: The phase type in which it is computed; left out, every phase.
         inputs: The step entries it is given, in order.
         optional: Whether steps that do not store its inputs are left out: for an entry that a step
             has now and then, such as a penalty computed in every sixteenth. An epoch without any
             has no value.
-        higher_is_better: Which way is better, for those who watch it and were not told; left out, what `fn` says by an
+        higher_is_better: Which way is better, for monitors without a `mode`; left out, what `fn` says by an
             attribute of that name, as torchmetrics' metrics do.
 
     Raises:
-        MetricError: `fn` is neither.
+        MetricError: `fn` is neither a function nor such an object, or another argument is of another kind.
 
     Example:
         >>> distance = Metric(lambda z1, z2: (z1 - z2).norm(dim=1).mean(), name="distance", inputs=("z1", "z2"))
@@ -118,7 +118,7 @@ class Metric:
         return self.optional and not all(name in step for name in self.inputs)
 
     def start(self) -> Tracker:
-        """Begin an epoch: give what follows this metric through it."""
+        """Begin an epoch: return the tracker that follows this metric through it."""
         return ObjectTracker(self) if accumulates(self.fn) else MeanTracker(self)
 
 
@@ -132,15 +132,15 @@ class Tracker:
 
     @property
     def started(self) -> bool:
-        """Whether it has taken in a step."""
+        """Whether a step was added."""
         return True
 
     def update(self, step: Any, weight: float | Tensor) -> None:
-        """Take in a step.
+        """Add a step.
 
         Args:
             step: The step's entries.
-            weight: What it weighs in a mean; see `Phase.weight`.
+            weight: The step's weight in a mean; see `Phase.weight`.
         """
         raise NotImplementedError
 
@@ -359,7 +359,7 @@ class LossTracker(Tracker):
         self._averages: dict[str, Mean | MovingAverage] = {}
 
     def update(self, step: Any, weight: float | Tensor) -> None:
-        """Take in the loss of a step."""
+        """Add the loss of a step."""
         if "loss" in step:
             self._add(self._name, step.loss, weight)
         if "losses" in step and isinstance(step.losses, Mapping):

@@ -64,7 +64,8 @@ def accuracy(preds: Tensor, ys: Tensor) -> Tensor:
 
 
 HITS: dict[Callable[..., Tensor], Callable[..., Tensor]] = {accuracy: _hits}
-"""What metrics that are shares of True count: divided later, many at once, in a third of the time."""
+"""For metrics that are shares of True, the function whose True are counted: the counts of many steps are divided
+at once, in a third of the time."""
 
 
 def binary_accuracy(preds: Tensor, ys: Tensor, threshold: float = 0.5, logits: bool = False) -> Tensor:

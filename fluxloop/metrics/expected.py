@@ -1,4 +1,4 @@
-"""What a metric will be recorded as, and which way it is better, before it has been computed."""
+"""The names under which a metric will be recorded, and which way is better, before it has been computed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fluxloop.phase import Phase
 
 
 def expected_of(metric: Loss | SmoothLoss | Metric, phase: Phase | None) -> list[Expected]:
-    """Return under which names a metric is going to be recorded in a phase.
+    """Return the names under which a metric is going to be recorded in a phase.
 
     Args:
         metric: The metric.
@@ -24,24 +24,24 @@ def expected_of(metric: Loss | SmoothLoss | Metric, phase: Phase | None) -> list
         return []
     if isinstance(metric, Metric):
         return _of_metric(metric)
-    how = "" if phase is None else how_loss_is_stored(phase)
-    found = [Expected(metric.name, "min", bool(how)), Expected(f"{metric.name}_*", "min", False)]
-    if phase is not None and phase.gradients and how != "built in":  # update blocks name their losses as they like
+    origin = "" if phase is None else loss_origin(phase)
+    found = [Expected(metric.name, "min", bool(origin)), Expected(f"{metric.name}_*", "min", False)]
+    if phase is not None and phase.gradients and origin != "built in":  # update blocks name their losses as they like
         found.append(Expected("*", None, False))
     return found
 
 
-def how_loss_is_stored(phase: Phase) -> str:
-    """Return how each step of a phase stores ``loss``: ``"built in"``, ``"inherited"``, or "" where it may not."""
-    how = "built in"
+def loss_origin(phase: Phase) -> str:
+    """Return which step stores ``loss`` in a phase: a "built in" or an "inherited" one; "" where none may do so."""
+    origin = "built in"
     for cls in type(phase).__mro__:
         if "stores_loss" in vars(cls):
-            return how if vars(cls)["stores_loss"] else ""
+            return origin if vars(cls)["stores_loss"] else ""
         for name in ("step", "body", "epoch"):
             own = vars(cls).get(name)
             function = getattr(own, "function", own)  # of a step, which is wrapped
             if function is not None:
-                how = "inherited"
+                origin = "inherited"
                 if "__class__" not in getattr(getattr(function, "__code__", None), "co_freevars", ()):  # no super()
                     return ""
     return ""
@@ -59,7 +59,7 @@ def _of_metric(metric: Metric) -> list[Expected]:
 
 
 def _gives_one(metric: Any) -> bool:
-    """Return whether an object's ``compute`` says that it gives one value, not a mapping of them."""
+    """Tell whether an object's ``compute`` is annotated to return one value, not a mapping of them."""
     gives = getattr(type(metric).compute, "__annotations__", {}).get("return")
     return gives is not None and getattr(gives, "__name__", str(gives)).rpartition(".")[2] in ("Tensor", "float", "int")
 

@@ -42,10 +42,11 @@ class DINOPhase(TeacherPhase):
     paper's code joins crops of one size, which batch norm would notice.
 
     Raises:
-        PhaseError: `num_global` is less than 1.
+        PhaseError: `num_global` is less than 1, or another number is out of range.
+        BatchError: There are fewer crops than `num_global`, or one alone.
 
     Attributes:
-        center: Shape (K,); None before the first step.
+        center: The centre, shape (K,); None before the first step.
     """
 
     num_views = None

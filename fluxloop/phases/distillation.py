@@ -1,4 +1,4 @@
-"""Distillation: learn from the labels and from what a frozen teacher makes of them."""
+"""Distillation: learn from the labels and from the outputs of a frozen teacher."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class DistillationPhase(ObjectivePhase):
     """Distillation (Hinton et al., 2015) of a frozen ``teacher`` into a ``student``.
 
-    1. Both give their logits; the teacher in eval mode, without gradients. 2. `weight` times
+    1. Both compute their logits; the teacher in eval mode, without gradients. 2. `weight` times
     `distillation_loss` plus ``1 - weight`` times the loss of the labels.
 
     Args:
@@ -32,6 +32,10 @@ class DistillationPhase(ObjectivePhase):
     the labels is the learner's ``loss_fn``, cross entropy where it has none. Batches: ``(xs, ys)``.
     Entries: ``xs``, ``ys`` (N,), ``preds`` and ``teacher_preds`` (N, C), ``loss``. The events are those
     of `ObjectivePhase`.
+
+    Raises:
+        PhaseError: A model is missing, the teacher's parameters require gradients, or a number is out of range.
+        BatchError: A batch is no pair.
     """
 
     parts = ("student", "teacher")

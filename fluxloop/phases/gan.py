@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Noise = int | Sequence[int] | Callable[[int, torch.device], Tensor]
 
 ROLES = {"generator": ("generator", "gen", "G", "g"), "critic": ("critic", "discriminator", "disc", "D", "d")}
-"""The names by which a model is known for what it is."""
+"""The names by which a model is found for each role."""
 
 
 class GANPhase(AbstractTrainingPhase):
@@ -62,7 +62,8 @@ class GANPhase(AbstractTrainingPhase):
     ==============================  ===================================================
 
     Raises:
-        PhaseError: No such loss, or less than one critic step.
+        PhaseError: There is no such loss, a number is out of range, or the learner's models or optimizers do not fit.
+        BatchError: A batch is something else.
 
     Example::
 
@@ -218,7 +219,7 @@ class GANValidationPhase(TwinPhase):
     """The validation twin of a `GANPhase`: both losses on held-out rows, without penalties.
 
     Args:
-        training: The phase whose models, noise and losses it takes.
+        training: The phase whose models, noise and losses it uses.
 
     Events: `StepBegin`, `LossBegin`, `StepEnd`, with the entries ``real``, ``noise``, ``fake``,
     ``real_scores``, ``fake_scores`` and ``losses`` by model.
@@ -249,5 +250,5 @@ class GANValidationPhase(TwinPhase):
 
 
 def _known(models: Any, names: Sequence[str]) -> str | None:
-    """Return the first of the names that a model has."""
+    """Return the first of the names that is a model's, or None."""
     return next((name for name in names if name in models), None)

@@ -1,4 +1,4 @@
-"""What the methods that compare several views of each row have in common."""
+"""The base of methods that compare several views of each row."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Views = Callable[[Any], tuple[Tensor, ...]]
 
 
 class JointEmbeddingPhase(ObjectivePhase):
-    """Embed two views of each row; a subclass says the loss of ``z1`` and ``z2``.
+    """Embed two views of each row; a subclass writes the loss of ``z1`` and ``z2``.
 
-    The model has an ``encoder``, whose output are the features to keep, and a ``projector``, whose
+    The model has an ``encoder``, whose output is the features that other tasks use, and a ``projector``, whose
     output is compared: two models of the learner, or two attributes of one. A single module
     without a ``projector`` is called as it is, and its output is both.
 
@@ -30,14 +30,19 @@ class JointEmbeddingPhase(ObjectivePhase):
             is ``xs`` or ``(xs, ys)``. Left out, batches hold the views: ``(view1, view2)`` or
             ``((view1, view2), ys)``, as `ViewDataset` gives them.
 
-    Entries: ``views`` (``xs`` where they are made here), ``ys`` where the batch has labels, then
-    ``features`` (N, F) of the first view, ``z1`` and ``z2`` (N, D), ``loss``.
+    Entries: ``views`` (and ``xs`` where the phase makes them), ``ys`` where the batch has labels, then
+    ``features`` (N, F) of the first view, ``z1`` and ``z2`` (N, D), ``loss``. The events are those of
+    `ObjectivePhase`.
+
+    Raises:
+        BatchError: A batch holds something else.
+        PhaseError: The learner has no ``encoder``, or `views` cannot be called.
     """
 
     num_views: int | None = 2
     """How many views there are; None for two or more."""
     advice = "TwoViews(augment)"
-    """What makes them, for messages."""
+    """A call that makes them, for messages."""
 
     def __init__(self, views: Views | None = None) -> None:
         if views is not None:
@@ -45,7 +50,7 @@ class JointEmbeddingPhase(ObjectivePhase):
         self.views = views
 
     def entries(self, batch: Any) -> dict[str, Any]:
-        """Return ``xs`` where the views are made here, else ``views``; and ``ys`` of a batch with labels."""
+        """Return ``xs`` where the phase makes the views, else ``views``; and ``ys`` of a batch with labels."""
         if self.views is not None:
             return inputs_and_labels(batch)
         if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], (tuple, list)):
@@ -72,7 +77,7 @@ class JointEmbeddingPhase(ObjectivePhase):
                 f"phase what makes them, {type(self).__name__}(views={self.advice}), or use ViewDataset"
             )
         for view in views[1:]:
-            if isinstance(view, Tensor) and isinstance(views[0], Tensor) and not _alike(view, views[0]):
+            if isinstance(view, Tensor) and isinstance(views[0], Tensor) and not _have_same_rows(view, views[0]):
                 raise BatchError(
                     f"{type(self).__name__} was given the batch ({describe(views[0])}, {describe(view)}), which are "
                     f"not two views of the same rows; for rows with labels give the phase what makes views: "
@@ -87,7 +92,7 @@ class JointEmbeddingPhase(ObjectivePhase):
         _, state.z2 = self.embed(learner.model, view2)
 
     def seen(self, state: StepState) -> tuple[Tensor, ...]:
-        """Return the step's views, made on the device where the phase makes them."""
+        """Return the step's views; where the phase makes them, it does so here, on the device."""
         if self.views is not None:
             state.views = self._checked(self.views(state.xs))
         views: tuple[Tensor, ...] = state.views
@@ -110,17 +115,21 @@ class JointEmbeddingPhase(ObjectivePhase):
         require_parts(self, learner.model, *parts)
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
+def _have_same_rows(a: Tensor, b: Tensor) -> bool:
     """Tell whether two tensors may be views of the same rows; they may be of different size."""
     return (a.shape[:1], a.ndim, a.dtype) == (b.shape[:1], b.ndim, b.dtype)
 
 
 class TeacherPhase(JointEmbeddingPhase):
-    """Have a ``student`` learn from a ``teacher``, its moving average; a subclass says how.
+    """Have a ``student`` learn from a ``teacher``, its moving average; a subclass writes the loss.
 
     Both are models of the learner with the parts of a `JointEmbeddingPhase`. The teacher begins as
     a frozen copy, ``copy.deepcopy(student).requires_grad_(False)``, and
-    ``EMA("student", 0.99, into="teacher")`` moves it after every update.
+    ``EMA("student", 0.99, into="teacher")`` moves it after every update. Batches and arguments are
+    those of a `JointEmbeddingPhase`.
+
+    Raises:
+        PhaseError: A model is missing, or no callback moves the teacher.
     """
 
     parts: tuple[str, ...] = ("student", "teacher")
@@ -128,7 +137,7 @@ class TeacherPhase(JointEmbeddingPhase):
     """Whether the phase moves the teacher itself, so that no callback has to."""
 
     def check(self, learner: Any) -> None:
-        """Raise for missing models, and for a teacher that nobody moves."""
+        """Raise for missing models, and for a teacher that no callback moves."""
         super().check(learner)
         if self.moves_teacher:
             return

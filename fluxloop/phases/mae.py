@@ -67,8 +67,8 @@ def unpatchify(patches: Tensor, size: int, height: int, width: int, *, channels_
 class MAEPhase(ObjectivePhase):
     """MAE (He et al., 2022): hide most patches, encode the others, decode all.
 
-    1. Cut the images into patches. 2. Draw for each image which to keep. 3. The encoder sees the
-    kept patches and where they are. 4. The decoder gets its output and gives all patches. 5. The
+    1. Cut the images into patches. 2. Draw for each image which stay visible. 3. The encoder sees the
+    visible patches and where they are. 4. The decoder gets its output and returns all patches. 5. The
     mean squared error over the hidden ones.
 
     Args:
@@ -78,8 +78,9 @@ class MAEPhase(ObjectivePhase):
 
     Raises:
         PhaseError: `mask_ratio` is no share between 0 and 1, or `patch_size` less than 1.
+        BatchError: Images are not (N, C, H, W), `patch_size` does not divide H and W, or there is one patch alone.
 
-    Models: ``encoder(patches, places) -> tokens`` with the kept patches (N, K, P), their places
+    Models: ``encoder(patches, places) -> tokens`` with the visible patches (N, K, P), their places
     (N, K), whole numbers from 0, in the order in which they were drawn, and tokens (N, K, D);
     ``decoder(tokens, places) -> patches`` (N, L, P), all of them, in the images' order. Batches:
     images (N, C, H, W), or ``(images, ys)``. Entries: ``xs``, ``ys`` where there are labels,
@@ -111,8 +112,8 @@ class MAEPhase(ObjectivePhase):
                 f"MAEPhase({self.patch_size}) makes one patch of {describe(state.xs)}, so that nothing can be hidden; "
                 "expected two or more: a smaller patch_size"
             )
-        kept = max(1, int(count * (1 - self.mask_ratio) + 1e-9))
-        state.places = torch.rand(n, count, device=state.patches.device).argsort(1)[:, :kept]
+        shown = max(1, int(count * (1 - self.mask_ratio) + 1e-9))  # 1 - 0.9 is a little less than 0.1
+        state.places = torch.rand(n, count, device=state.patches.device).argsort(1)[:, :shown]
         state.mask = torch.ones(n, count, dtype=torch.bool, device=state.patches.device).scatter_(
             1, state.places, False
         )

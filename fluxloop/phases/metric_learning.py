@@ -29,6 +29,9 @@ class SupConPhase(JointEmbeddingPhase):
         temperature: Divides the cosine similarities.
 
     Models, batches, entries and events are those of `JointEmbeddingPhase`; batches have labels.
+
+    Raises:
+        BatchError: A batch has no labels.
     """
 
     def __init__(self, views: Views | None = None, *, temperature: float = 0.07) -> None:
@@ -61,12 +64,16 @@ class TripletPhase(ObjectivePhase):
     the positive is to be smaller than that to the negative by `margin`.
 
     Args:
-        margin: Of `torch.nn.functional.triplet_margin_loss`.
+        margin: Of `torch.nn.functional.triplet_margin_loss`: a distance, 0 or more.
 
     Model: one module, or a model named ``encoder``. Batches: ``(anchor, positive, negative)``, alone or with
     labels: ``((anchor, positive, negative), ys)``. Entries: those three, ``ys`` where there are labels, ``features``,
     the anchor's embedding, ``z_positive``, ``z_negative`` (N, D), ``loss``. The events are those of
     `ObjectivePhase`.
+
+    Raises:
+        BatchError: A batch holds something else.
+        PhaseError: There is no ``encoder``, or `margin` is less than 0.
     """
 
     def __init__(self, margin: float = 1.0) -> None:

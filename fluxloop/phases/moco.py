@@ -31,7 +31,7 @@ class MoCoPhase(TeacherPhase):
 
     Args:
         views: What makes two views of a batch; left out, batches hold them.
-        queue_size: Number of keys kept.
+        queue_size: Number of keys in the queue.
         temperature: Divides the similarities.
 
     Models are those of `TeacherPhase`: the paper's query and key encoders. Batches and events are
@@ -67,7 +67,7 @@ class MoCoPhase(TeacherPhase):
         return info_nce(state.queries, state.keys, self.negatives(learner, state.keys), self.temperature)
 
     def negatives(self, learner: Any, keys: Tensor) -> Tensor:
-        """Return the queue on the keys' device; before the first step, what it begins with."""
+        """Return the queue (queue_size, D) on the keys' device; before the first step, what it begins with."""
         if self.queue is not None:
             return self.queue.to(keys)
         generator = torch.Generator().manual_seed(stream_seed(learner.seed, "MoCoPhase/queue"))
@@ -89,7 +89,7 @@ class MoCoPhase(TeacherPhase):
         """Load what a checkpoint keeps.
 
         Raises:
-            PhaseError: It is of a queue of another size.
+            PhaseError: The queue had another size.
         """
         queue = state["queue"]
         if queue is not None and len(queue) != self.queue_size:

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class ObjectivePhase(AbstractTrainingPhase):
-    """Train by one loss: say the step's `entries`, its `forward` and its `loss`, and perhaps its `finish`.
+    """Train by one loss: write the step's `entries`, its `forward` and its `loss`, and perhaps its `finish`.
 
     Whatever the learner holds, its models are trained by the one loss: several optimizers step
     one after the other on the gradients of the same backward. Many of fluxloop's phases are
-    subclasses that say these three things; a user's can be five lines:
+    subclasses that write these three; a user's can be five lines:
 
         >>> class Denoising(ObjectivePhase):
         ...     def forward(self, learner, state):
@@ -33,15 +33,19 @@ class ObjectivePhase(AbstractTrainingPhase):
     The events in order, and what the step stores by then: `StepBegin` (the entries), `LossBegin`
     (what `forward` stores), `BackwardBegin` (``loss``, a scalar), `BackwardEnd` (``grads``),
     `UpdateBegin` and `UpdateEnd` of each optimizer, `StepEnd` (what `finish` stores).
+
+    Raises:
+        PhaseError: There is no `loss`, or the learner lacks a model of `parts`.
+        LossError: The loss is no scalar, or has no gradient.
     """
 
     stores_loss = True
 
     def forward(self, learner: Any, state: StepState) -> None:
-        """Run the models on the entries, and store what they give."""
+        """Run the models on the entries, and store their outputs in `state`."""
 
     def loss(self, learner: Any, state: StepState) -> Tensor:
-        """Return the scalar loss of what `forward` stored."""
+        """Return the loss of what `forward` stored, a scalar."""
         raise PhaseError(
             f"{type(self).__name__} says no loss; write one:\n"
             "    def loss(self, learner, state):\n"
@@ -52,11 +56,11 @@ class ObjectivePhase(AbstractTrainingPhase):
     """The models that `forward` calls by name."""
 
     def require(self, learner: Any) -> None:
-        """Raise for a learner without these models; asked before anything runs."""
+        """Raise `PhaseError` for a learner without the models of `parts`, before anything runs."""
         require_parts(self, learner.model, *self.parts)
 
     def check(self, learner: Any) -> None:
-        """Raise what is wrong with the learner for this phase."""
+        """Raise for a learner that this phase cannot run."""
         self.require(learner)
 
     def body(self, learner: Any, handle: Handle, state: StepState) -> None:

@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 class PerOptimizerPhase(AbstractTrainingPhase):
     """Run forward, loss, backward and update once per optimizer, in the order of their names.
 
-    Say the loss of each optimizer in `loss`. The loss of one changes only its own parameters.
+    Write the loss of each optimizer in `loss`. The loss of one changes only its own parameters.
     For batches that are no pairs override `entries`, for several models override `forward`.
 
     Events per optimizer, after `StepBegin`: `LossBegin` (``preds``), `BackwardBegin`
     (``losses[name]``), `BackwardEnd` (``grads``), `UpdateBegin`, `UpdateEnd`; then `StepEnd`.
+
+    Raises:
+        PhaseError: There is no `loss`.
+        BatchError: A batch is no pair, and `entries` is the phase's own.
 
     Example:
         >>> class TwoRates(PerOptimizerPhase):
@@ -34,7 +38,7 @@ class PerOptimizerPhase(AbstractTrainingPhase):
     """
 
     def loss(self, learner: Any, state: StepState, name: str | None) -> Tensor:
-        """Return the scalar loss of the optimizer `name`."""
+        """Return the loss of the optimizer `name`, a scalar; the name is None for a single optimizer."""
         raise PhaseError(
             f"{type(self).__name__} says no loss; write one:\n"
             "    def loss(self, learner, state, name):\n"
@@ -42,7 +46,7 @@ class PerOptimizerPhase(AbstractTrainingPhase):
         )
 
     def entries(self, batch: Any) -> dict[str, Any]:
-        """Return the entries that a step starts with: by default ``xs`` and ``ys`` of a pair."""
+        """Return the entries that a step begins with: ``xs`` and ``ys`` of a pair."""
         xs, ys = unpack(self, batch)
         return {"xs": xs, "ys": ys}
 

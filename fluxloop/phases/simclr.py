@@ -19,7 +19,7 @@ class SimCLRPhase(JointEmbeddingPhase):
     """SimCLR (Chen et al., 2020): two views, one network, the NT-Xent loss over the batch.
 
     1. Draw two views of each row. 2. ``h = encoder(view)``, ``z = projector(h)`` for both.
-    3. `nt_xent`: each of the 2N embeddings is to find its twin among the others.
+    3. `nt_xent`: each of the 2N embeddings is to find its row's other view among the others.
 
     Args:
         views: What makes two views of a batch; left out, batches hold them.

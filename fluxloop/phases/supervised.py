@@ -30,11 +30,11 @@ def unpack(phase: Phase, batch: Any) -> tuple[Any, Any]:
 
 
 def check_supervised(phase: Phase, learner: Any) -> None:
-    """Raise what keeps a learner from running a supervised phase.
+    """Raise for a learner that cannot run a supervised phase.
 
     Raises:
-        PhaseError: It has several models.
-        LossError: It has no loss function.
+        PhaseError: The learner has several models.
+        LossError: The learner has no loss function.
     """
     if not callable(learner.model):
         raise PhaseError(
@@ -56,7 +56,8 @@ def runs(phase: Phase, cls: type[Phase]) -> bool:
 class TrainingPhase(AbstractTrainingPhase):
     """Supervised training: forward, loss, backward, update.
 
-    Batches are pairs ``(xs, ys)``. The events in order, and what the step stores by then:
+    Batches are pairs ``(xs, ys)``, of any nesting of tensors that the model and the loss function take.
+    The events in order, and what the step stores by then:
 
     ===============  ===========================================
     `StepBegin`      ``xs``, ``ys``
@@ -69,6 +70,11 @@ class TrainingPhase(AbstractTrainingPhase):
     ===============  ===========================================
 
     Every stage reads the state again: what a callback puts there is used next.
+
+    Raises:
+        BatchError: A batch is no pair.
+        PhaseError: The learner has several models.
+        LossError: The learner has no loss function, or the loss is no scalar or has no gradient.
     """
 
     stores_loss = True
@@ -97,7 +103,7 @@ class TrainingPhase(AbstractTrainingPhase):
         learner.update()
 
     def check(self, learner: Any) -> None:
-        """Raise what is wrong with the learner for this phase's own step."""
+        """Raise for a learner that this phase's own step cannot run; a subclass's step has its own needs."""
         if runs(self, TrainingPhase):
             check_supervised(self, learner)
 
@@ -107,6 +113,15 @@ class ValidationPhase(AbstractValidationPhase):
 
     Batches are pairs ``(xs, ys)``. The events in order, and what the step stores by then:
     `StepBegin` (``xs``, ``ys``), `LossBegin` (``preds``), `StepEnd` (``loss``).
+
+    Args:
+        name: What its numbers are called by; left out, the class's name.
+        every: In a fit it runs in every so many cycles, and in the last one.
+
+    Raises:
+        BatchError: A batch is no pair.
+        PhaseError: The learner has several models.
+        LossError: The learner has no loss function.
     """
 
     stores_loss = True
@@ -120,7 +135,7 @@ class ValidationPhase(AbstractValidationPhase):
         state.loss = learner.loss_fn(state.preds, state.ys)
 
     def check(self, learner: Any) -> None:
-        """Raise what is wrong with the learner for this phase's own step."""
+        """Raise for a learner that this phase's own step cannot run; a subclass's step has its own needs."""
         if runs(self, ValidationPhase):
             check_supervised(self, learner)
 
@@ -130,7 +145,10 @@ class PredictionPhase(AbstractValidationPhase):
 
     A batch is the model's input, or a tuple or list that begins with it (targets are left out); a
     dict is given by names where these are arguments of the model's ``forward``, else as it is.
-    A model with a method ``predict`` is asked through it. The step stores ``xs``, then ``preds``.
+    Of a model with a method ``predict`` that method is called. The step stores ``xs``, then ``preds``.
+
+    Raises:
+        PhaseError: The learner has several models.
     """
 
     def entries(self, batch: Any) -> dict[str, Any]:
@@ -142,7 +160,7 @@ class PredictionPhase(AbstractValidationPhase):
         state.preds = call_with(getattr(learner.model, "predict", learner.model), state.xs)
 
     def check(self, learner: Any) -> None:
-        """Raise what is wrong with the learner for this phase's own step."""
+        """Raise for a learner that this phase's own step cannot run; a subclass's step has its own needs."""
         if runs(self, PredictionPhase) and not callable(learner.model):
             raise PhaseError(
                 f"predict runs one model, and the learner has {sorted(map(str, learner.models))}; write a phase "
@@ -154,8 +172,8 @@ class AveragedValidationPhase(ValidationPhase):
     """Supervised validation of the averaged weights that ``EMA("model", decay)`` keeps.
 
     ``learner.model`` is the averaged copy while it runs; the trained weights are not touched. Its
-    metrics carry the view's name: ``"validation/loss@ema"``. For another view, or another phase,
-    write a subclass with ``model_view = "ema"``.
+    metrics carry the name of the weights view: ``"validation/loss@ema"``. For another weights view, or
+    another phase, write a subclass with ``model_view = "swa"``. The rest is as in `ValidationPhase`.
     """
 
     model_view = "ema"

@@ -1,4 +1,4 @@
-"""The validation twin of a training phase: what the twins have in common."""
+"""Validation phases that do what a training phase does: what these twins have in common."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TwinPhase(AbstractValidationPhase):
     """
 
     of: ClassVar[type[AbstractTrainingPhase]] = AbstractTrainingPhase
-    """What `training` is to be."""
+    """The type that `training` has to be of."""
 
     def __init__(self, training: Any, *, name: str | None = None, every: int = 1) -> None:
         super().__init__(name=name, every=every)

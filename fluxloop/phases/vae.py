@@ -20,17 +20,19 @@ if TYPE_CHECKING:
 class VAEPhase(ObjectivePhase):
     """VAE (Kingma and Welling, 2014), beta-VAE (Higgins et al., 2017) with a `beta` other than 1.
 
-    1. The encoder gives the mean and the logarithm of the variance of the code. 2. A code is drawn,
-    ``latents = mean + exp(logvar / 2) * noise``. 3. The decoder
-    reconstructs. 4. The error of the reconstruction plus `beta` times the divergence of the code
-    from a standard normal distribution.
+    1. The encoder returns the mean and the logarithm of the variance of the code. 2. A code is drawn,
+    ``latents = mean + exp(logvar / 2) * noise``. 3. The decoder reconstructs the input. 4. The loss is the
+    error of the reconstruction plus `beta` times the divergence of the code from a standard normal distribution.
 
     Args:
         beta: Weight of the divergence.
-        compare: ``(preds, xs) -> scalar``, summed over each row and averaged over rows, so that it
-            stands to the divergence as it should; left out, `squared_error`.
+        compare: ``(preds, xs) -> scalar``, the error of the reconstruction. To weigh against the divergence it has
+            to be summed over each row and averaged over rows; left out, `squared_error`.
 
-    Models: ``encoder``, which gives ``(mean, logvar)``, each (N, D), or one tensor (N, 2 D) of both;
+    Raises:
+        PhaseError: `beta` is less than 0, a model is missing, or the encoder returns something else.
+
+    Models: ``encoder``, which returns ``(mean, logvar)``, each (N, D), or one tensor (N, 2 D) of both;
     and ``decoder``. Batches: ``xs``, or ``(xs, ys)``. Entries: ``xs``, ``ys`` where there are labels,
     ``mean`` (also as ``features``), ``logvar``, ``latents`` (N, D), ``preds``, of the shape of ``xs``,
     ``reconstruction``, ``divergence`` and ``loss``, scalars. The events are those of `ObjectivePhase`.
@@ -54,7 +56,7 @@ class VAEPhase(ObjectivePhase):
         state.preds = learner.model.decoder(state.latents)
 
     def _halves(self, code: Any) -> tuple[Tensor, Tensor]:
-        """Split what the encoder gives into mean and logarithm of the variance.
+        """Split the encoder's output into the mean and the logarithm of the variance.
 
         Raises:
             PhaseError: It is neither two tensors of one shape, nor one with an even number of columns.

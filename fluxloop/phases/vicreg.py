@@ -26,6 +26,9 @@ class VICRegPhase(JointEmbeddingPhase):
         variance: Weight of the hinge on each dimension's standard deviation.
         covariance: Weight of the covariances between dimensions.
 
+    Raises:
+        BatchError: A batch has one row alone, which has no variance.
+
     Models, batches, entries and events are those of `JointEmbeddingPhase`.
     """
 

@@ -1126,7 +1126,7 @@ MISTAKES: dict[str, tuple[Callable[[], EMA], Callable[[], Any], type[Exception],
     "buffers": (lambda: EMA("model", buffers="share"), net, ValueError, "expected 'copy', 'average' or 'keep'"),  # type: ignore[arg-type]  # on purpose
     "a decay for a name": (lambda: EMA(0.999), net, ModelError, r"EMA\(0\.999\) was given; expected live weights"),  # type: ignore[arg-type]  # on purpose
     "into a module": (lambda: EMA("model", into=net()), net, ModelError, "expected a model's name: into='teacher'"),  # type: ignore[arg-type]  # on purpose
-    "name of the view": (lambda: EMA("model", view="my view"), net, ModelError, "expected the name of a view"),
+    "name of the view": (lambda: EMA("model", view="my view"), net, ModelError, "expected the name of a weights view"),
 }
 
 

@@ -256,8 +256,8 @@ def test_it_measures_after_every_so_many_epochs() -> None:
 def test_it_keeps_no_graph_and_no_more_rows_than_asked_for() -> None:
     stats = FeatureStats(rows=10)
     train(learner_of(stats))
-    assert sum(len(part) for part in stats._kept) <= 10 + BATCH - 1
-    assert not any(part.requires_grad for part in stats._kept)
+    assert sum(len(part) for part in stats._latest) <= 10 + BATCH - 1
+    assert not any(part.requires_grad for part in stats._latest)
 
 
 @pytest.mark.parametrize("phase", [TrainingPhase, GANPhase])

@@ -762,7 +762,7 @@ def test_a_scheduler_that_is_told_epochs_alone_is_refused_for_steps() -> None:
     class Epochs(Told):
         step_update = property()  # type: ignore[assignment]  # it has none
 
-    with pytest.raises(ValueError, match=r"Epochs is told the number of epochs: expected .*unit='epoch'"):
+    with pytest.raises(ValueError, match=r"Epochs needs the number of epochs; expected .*unit='epoch'"):
         toy_learner(LRScheduler(Epochs, unit="step"))
 
 

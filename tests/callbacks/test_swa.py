@@ -452,7 +452,7 @@ def test_settings_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("options", [{"model": "G@ema"}, {"model": -1}, {"view": "a b"}, {"view": None}], ids=str)
 def test_names_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ModelError, match="expected live weights, and the name of a view"):
+    with pytest.raises(ModelError, match="expected live weights, and the name of a weights view"):
         StochasticWeightAveraging(**options)
 
 

@@ -27,7 +27,7 @@ from fluxloop import (
     top_k,
 )
 from fluxloop.metrics.base import Loss
-from fluxloop.metrics.expected import direction_of, expected_of, how_loss_is_stored
+from fluxloop.metrics.expected import direction_of, expected_of, loss_origin
 from fluxloop.monitor import Expected
 
 
@@ -50,7 +50,7 @@ class Says(Own):
 
 
 @pytest.mark.parametrize(
-    ("phase", "how"),
+    ("phase", "origin"),
     [
         (TrainingPhase(), "built in"),
         (ValidationPhase(name="b"), "built in"),
@@ -61,8 +61,8 @@ class Says(Own):
         (Says(), "built in"),
     ],
 )
-def test_whether_a_phase_stores_a_loss_follows_from_its_step(phase: Phase, how: str) -> None:
-    assert how_loss_is_stored(phase) == how
+def test_whether_a_phase_stores_a_loss_follows_from_its_step(phase: Phase, origin: str) -> None:
+    assert loss_origin(phase) == origin
 
 
 def test_a_loss_is_expected_for_sure_or_perhaps_under_the_names_of_blocks() -> None:
