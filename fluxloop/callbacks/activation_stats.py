@@ -15,7 +15,7 @@ from fluxloop.callbacks.recorder import Recorder
 from fluxloop.compute.models import named_parts
 from fluxloop.errors import ModelError, did_you_mean
 from fluxloop.events import EpochBegin, StepBegin
-from fluxloop.guard.given import check_number, texts
+from fluxloop.guard.given import number, texts
 from fluxloop.nested import tensors
 from fluxloop.phase import AbstractTrainingPhase
 
@@ -53,7 +53,7 @@ class ActivationStats(Callback):
     """
 
     pattern: str | Sequence[str] = field(default="*", validator=texts)
-    every: int = field(default=10, kw_only=True)
+    every: int = field(default=10, kw_only=True, validator=number(least=1, whole=True))
     near: float = field(default=0.0, kw_only=True)
     _waits: dict[type, int] = field(factory=dict, init=False, repr=False)
     """How many steps of a phase need not be looked at."""
@@ -65,10 +65,6 @@ class ActivationStats(Callback):
     draws = False
     _fixed = ("pattern",)
     in_compiled_step = "never"  # it hooks modules
-
-    @every.validator
-    def _check_every(self, attribute: object, value: int) -> None:
-        check_number("ActivationStats", "every", value, least=1, whole=True)
 
     def init(self, learner: Any) -> None:
         """Look for the modules, and publish the statistics, once."""
@@ -125,8 +121,8 @@ class ActivationStats(Callback):
                 return
             numbers: list[float] = []
 
-            def arrive(number: float) -> None:
-                numbers.append(number)
+            def arrive(value: float) -> None:
+                numbers.append(value)
                 if len(numbers) == 3:
                     learner.cbstate.activations.setdefault(name, []).append((step, *numbers))
 

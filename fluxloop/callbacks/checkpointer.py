@@ -85,23 +85,37 @@ class Checkpointer(UnsafeCallback):
     background: bool = field(default=False, kw_only=True)
     last: Path | None = field(default=None, init=False, repr=False)
     _steps: int = field(default=0, init=False, repr=False)
+    """Training steps ended."""
     _written: int = field(default=0, init=False, repr=False)
+    """Those of them that had ended at the newest checkpoint."""
     _watched: Monitor = field(init=False, repr=False)
     _scores: dict[str, float] = field(factory=dict, init=False, repr=False)
+    """The metric at each checkpoint that may be one of the best, by the name of its file."""
     _scored: int = field(default=0, init=False, repr=False)
+    """The epoch of the newest value of the metric that was used."""
     _progress: Progress | None = field(default=None, init=False, repr=False)
+    """Where the newest checkpoint stands; None before the first."""
     _reason: str | None = field(default=None, init=False, repr=False)
+    """Why the fit had stopped then, as far as that lasts."""
     _since: float = field(default=0.0, init=False, repr=False)
+    """The time of it, or of the begin of the fit."""
     _batch: int = field(default=0, init=False, repr=False)
+    """The batch at which it stands, in the middle of an epoch."""
     _owing: bool = field(default=False, init=False, repr=False)
+    """Whether one is to be written at the next moment, whatever the interval."""
     _waits: bool = field(default=False, init=False, repr=False)
+    """Whether it has to wait for the end of the epoch, which cannot be resumed in the middle."""
     _warned_of_place: bool = field(default=False, init=False, repr=False)
     _is_last: bool = field(default=False, init=False, repr=False)
+    """Whether the fit has ended, so that the next moment is the last."""
     _is_copy: bool = field(default=False, init=False, repr=False)
+    """Whether this belongs to a copy of a learner, and writes nothing."""
     _not_finite_before: set[str] = field(factory=set, init=False, repr=False)
+    """Names of tensors that were NaN or infinite when the fit began: those are no reason to warn."""
     _warned_of_numbers: bool = field(default=False, init=False, repr=False)
     _writer: ThreadPoolExecutor | None = field(default=None, init=False, repr=False)
     _writing: Future[None] | None = field(default=None, init=False, repr=False)
+    """The file that the thread is writing."""
 
     draws = False
     _fixed = ("folder", "monitor", "mode")

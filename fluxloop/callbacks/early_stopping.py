@@ -58,14 +58,22 @@ class EarlyStopping(Callback):
     _watched: Monitor = field(init=False, repr=False)
     _training: Monitor = field(init=False, repr=False)
     _template: Criterion = field(init=False, repr=False)
+    """The criterion as it was given, or made of a number."""
     _running: Criterion = field(init=False, repr=False)
+    """The criterion of the running fit, with what it has seen."""
     _seen: int = field(default=0, init=False, repr=False)
+    """The epoch of the newest value that the criterion got."""
     _before: int = field(default=0, init=False, repr=False)
+    """The epoch of the newest value when the fit began."""
     _training_losses: list[float] = field(factory=list, init=False, repr=False)
+    """Training losses since the metric's last value."""
     _training_seen: int = field(default=0, init=False, repr=False)
+    """The epoch of the newest of them."""
     _reason: str | None = field(default=None, init=False, repr=False)
+    """Why the fit ends with the running cycle; None while it goes on."""
     _fitting: bool = field(default=False, init=False, repr=False)
     _open_epochs: int = field(default=0, init=False, repr=False)
+    """How many epochs run at the moment, one inside another."""
 
     reads = ("cbstate.metrics",)
     draws = False

@@ -10,7 +10,7 @@ from attrs import define, field
 from torch import Tensor, nn
 
 from fluxloop.callback import Callback, on, resolve_conflict
-from fluxloop.compute.models import by_name, check_not_lazy, copied_weights
+from fluxloop.compute.models import by_name, check_not_lazy, copied_weights, move_towards
 from fluxloop.compute.optimizers import owned_parameters
 from fluxloop.errors import CallbackConflictError, ModelError, describe
 from fluxloop.events import StepBegin, StepEnd, UpdateEnd
@@ -71,13 +71,21 @@ class EMA(Callback):
     view: str = "ema"
     num_averaged: int = field(default=0, init=False, repr=False)
     _average: nn.Module | None = field(default=None, init=False, repr=False)
+    """The module that holds the average; None before there is a learner."""
     _loaded: dict[str, Any] | None = field(default=None, init=False, repr=False)
+    """A state that was loaded before there is a learner."""
     _follows: bool = field(default=True, init=False, repr=False)
+    """Whether the average is still to be the live weights: before the first step, and after load_weights."""
     _pending: bool = field(default=False, init=False, repr=False)
+    """Whether an update has been seen whose average is not yet taken."""
     _counted: dict[str, bool] = field(factory=dict, init=False, repr=False)
+    """By phase, whether `UpdateEnd` shows its updates (True), or the parameters alone (False)."""
     _before: tuple[int, list[Tensor]] | None = field(default=None, init=False, repr=False)
+    """The parameters at the step's begin, as `_changes` and `_norms` tell them; None where nobody has to look."""
     _untouched: tuple[int, int] = field(default=(0, 0), init=False, repr=False)
+    """The average, as id and changes, when it was last set to the live weights: it may be written to since."""
     _owners: dict[tuple[int, ...], list[torch.optim.Optimizer]] = field(factory=dict, init=False, repr=False)
+    """The optimizers of the model, by the numbers of all optimizers' groups: one may be added while training."""
 
     draws = False
     _fixed = ("model", "into", "buffers", "view")
@@ -134,7 +142,7 @@ class EMA(Callback):
             self._note_following(average)
         where, changes = self._untouched
         if self._follows and (where != id(average) or changes == _changes(average)):
-            self._move(average, learner.weights[self.model], 1.0, 1.0)
+            move_towards(average, learner.weights[self.model], 1.0, 1.0, "EMA")
             self._note_following(average)
 
     def _note_following(self, average: nn.Module) -> None:
@@ -198,17 +206,10 @@ class EMA(Callback):
         buffers = self.buffers or ("copy" if self.into is None else "keep")
         of_buffers = {"copy": 1.0, "average": 1 - decay, "keep": 0.0}[buffers]
         live = learner.weights[self.model]
-        self._move(learner.weights[self.average], live, 1 - decay, of_buffers)
+        move_towards(learner.weights[self.average], live, 1 - decay, of_buffers, "EMA")
         self.num_averaged += 1
         if self._counted.get(name) is not True:
             self._look(learner)  # a step around this one may go on
-
-    @torch.no_grad()
-    def _move(self, average: nn.Module, live: nn.Module, weight: float, of_buffers: float) -> None:
-        """Move the average towards the live weights."""
-        _lerp(dict(average.named_parameters()), dict(live.named_parameters()), weight)
-        if of_buffers:
-            _lerp(dict(average.named_buffers()), dict(live.named_buffers()), of_buffers)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the counts, the updates noted, and the average where no model holds it."""
@@ -256,29 +257,6 @@ def _norms(module: nn.Module) -> list[Tensor]:
     """Return the norm of each parameter, so that any change of its numbers is seen without a copy of them."""
     numbers: list[Tensor] = [p for p in module.parameters() if p.is_floating_point() or p.is_complex()]
     return list(torch._foreach_norm(numbers)) if numbers else []
-
-
-def _lerp(averages: dict[str, Tensor], live: dict[str, Tensor], weight: float) -> None:
-    """Move averages towards the live tensors, in place; whole numbers, and all at a weight of 1, are copied.
-
-    Raises:
-        ModelError: They are no longer the same tensors by name.
-    """
-    if averages.keys() != live.keys():
-        raise ModelError(
-            f"EMA cannot average {sorted(averages.keys() ^ live.keys())}: only one of the two, the model and its "
-            "average, has them; expected parameters and buffers that stay those of the first step"
-        )
-    moved: list[Tensor] = []
-    towards: list[Tensor] = []
-    for name, average in averages.items():
-        if weight == 1 or not (average.is_floating_point() or average.is_complex()):
-            average.copy_(live[name])
-        else:
-            moved.append(average)
-            towards.append(live[name].to(average.dtype))
-    if moved:
-        torch._foreach_lerp_(moved, towards, weight)  # as torch.optim.swa_utils does
 
 
 def _check_decay(decay: float) -> None:

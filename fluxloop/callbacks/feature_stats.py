@@ -13,7 +13,7 @@ from torch import Tensor
 from fluxloop.callback import on
 from fluxloop.callbacks.probe import MetricSource
 from fluxloop.events import EpochBegin, StepEnd
-from fluxloop.guard.given import check_number, named
+from fluxloop.guard.given import named, number
 from fluxloop.phase import AbstractTrainingPhase
 
 
@@ -45,7 +45,7 @@ class FeatureStats(MetricSource):
     """
 
     entry: str = field(default="features", validator=named())
-    rows: int = field(default=1024, kw_only=True)
+    rows: int = field(default=1024, kw_only=True, validator=number(least=1, whole=True))
     std: Tensor | None = field(default=None, init=False, repr=False)
     _latest: deque[Tensor] = field(factory=deque, init=False, repr=False)
     _count: int = field(default=0, init=False, repr=False)
@@ -53,10 +53,6 @@ class FeatureStats(MetricSource):
     recorded_as = None
     draws = False
     _fixed = ("entry",)
-
-    @rows.validator
-    def _check_rows(self, attribute: object, value: int) -> None:
-        check_number("FeatureStats", "rows", value, least=1, whole=True)
 
     @property
     def metric_names(self) -> tuple[str, ...]:

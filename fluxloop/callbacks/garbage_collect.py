@@ -32,10 +32,6 @@ class GarbageCollect(Callback):
     draws = False
     _begins_anywhere = True
 
-    def __attrs_post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"GarbageCollect(every={self.every}) was given; expected 1 step or more")
-
     @on(StepEnd)
     def collect(self, event: StepEnd, phase: Phase, learner: Any) -> None:
         """Collect when it is time."""

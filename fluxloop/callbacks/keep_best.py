@@ -67,8 +67,11 @@ class KeepBestModel(UnsafeCallback):
     best: float | None = field(default=None, init=False, repr=False)
     epoch: int | None = field(default=None, init=False, repr=False)
     _weights: Weights = field(factory=dict, init=False, repr=False)
+    """The best weights so far, by path."""
     _optimizers: list[Any] = field(factory=list, init=False, repr=False)
+    """The states of optimizers that hold weights themselves, at that time."""
     _seen: int = field(default=0, init=False, repr=False)
+    """The epoch of the newest value of the metric that was looked at."""
     _watched: Monitor = field(init=False, repr=False)
 
     reads = ("cbstate.metrics",)

@@ -73,7 +73,7 @@ class LogCallback(Callback):
     @on(EpochBegin, AbstractTrainingPhase)
     def count(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
         """See how many training steps have ended."""
-        self._steps = training_steps(learner)
+        self._steps = learner.trained_steps
 
     @on(EpochEnd)
     def flush(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
@@ -92,12 +92,6 @@ class LogCallback(Callback):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, self.backends))})"
-
-
-def training_steps(learner: Any) -> int:
-    """Count the training steps ended, of all training phases."""
-    counts = learner.cbstate.history
-    return sum(counts[phase].steps for phase in counts if phase.gradients)
 
 
 class LogMetrics(LogCallback):
@@ -133,7 +127,8 @@ class LogMetrics(LogCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(*backends, name=name)
-        self.every = at_least_one(type(self).__name__, every)
+        check_number(type(self).__name__, "every", every, least=1, whole=True)
+        self.every = every
         check_phase_type("LogMetrics", phase)
         self.phase = phase
 
@@ -145,7 +140,7 @@ class LogMetrics(LogCallback):
         if (phase.gradients and self._steps % self.every) or not isinstance(phase, self.phase):
             return
         counts = learner.cbstate.history[phase]
-        step = training_steps(learner) if phase.gradients else counts.steps
+        step = learner.trained_steps if phase.gradients else counts.steps
         if phase.gradients or step % self.every == 0:
             group = ("step", counts.label or phase.data_key)
             for name, value in learner.cbstate.metrics[phase].latest().items():
@@ -257,7 +252,7 @@ class LogTraces(LogCallback):
         counts = learner.cbstate.history[phase]
         label = counts.label or phase.data_key
         group = ("step", "traces") if label == AbstractTrainingPhase.data_key else ("step", "traces", label)
-        step = training_steps(learner) if phase.gradients else counts.steps
+        step = learner.trained_steps if phase.gradients else counts.steps
         newest = self._newest.setdefault(name_of(phase), {})
         for name, _, value in _new_entries(traces, newest):
             if isinstance(value, Tensor) and value.numel() == 1:
@@ -282,13 +277,3 @@ def _new_entries(table: Any, newest: dict[str, Any]) -> Iterator[tuple[str, int,
         if series and newest.get(name) != series[-1][0]:
             newest[name], value = series[-1]
             yield name, newest[name], value
-
-
-def at_least_one(cls: str, every: int) -> int:
-    """Return a number of steps that was checked.
-
-    Raises:
-        ValueError: It is less than 1.
-    """
-    check_number(cls, "every", every, least=1, whole=True)
-    return every

@@ -10,10 +10,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from fluxloop.callback import on, require_call
-from fluxloop.callbacks.log import LogCallback, at_least_one, training_steps
+from fluxloop.callbacks.log import LogCallback
 from fluxloop.compute.models import named_parts
 from fluxloop.errors import CallbackTypeError, describe
 from fluxloop.events import EpochBegin, EpochEnd, StepBegin, StepEnd
+from fluxloop.guard.given import check_number
 from fluxloop.logging.backend import Backend
 from fluxloop.logging.loggables import Histogram, Image, loggable
 from fluxloop.nested import tensors
@@ -61,7 +62,8 @@ class LogHistograms(LogCallback):
         self.of = (of,) if isinstance(of, str) else tuple(of)
         if not set(self.of) <= {"weights", "gradients", "activations"}:
             raise ValueError(f"LogHistograms(of={of!r}) was given; expected some of weights, gradients, activations")
-        self.every = at_least_one(type(self).__name__, every)
+        check_number(type(self).__name__, "every", every, least=1, whole=True)
+        self.every = every
         if pattern is not None and not isinstance(pattern, str):
             raise TypeError(f"LogHistograms(pattern={pattern!r}) was given; expected a regular expression, a text")
         self.pattern = re.compile(pattern or "")
@@ -92,7 +94,7 @@ class LogHistograms(LogCallback):
         self._steps += 1
         if self._steps % self.every:
             return
-        step = training_steps(learner)
+        step = learner.trained_steps
         for name, parameter in self._named(learner, nn.Module.named_parameters):
             if "weights" in self.of and parameter.requires_grad:
                 self.log(Histogram(parameter), name, step, ("step", "weights"))
@@ -146,7 +148,8 @@ class LogVisualization(LogCallback):
             raise CallbackTypeError(f"LogVisualization({describe(function)}, ...) was given; expected a function first")
         require_call(function, 1, "(step)", f"the function {getattr(function, '__name__', function)!s}")
         self.function = function
-        self.every = at_least_one(type(self).__name__, every)
+        check_number(type(self).__name__, "every", every, least=1, whole=True)
+        self.every = every
         called = getattr(function, "__name__", "<lambda>")
         self.label = name or ("visualization" if called == "<lambda>" else called)
 
@@ -159,7 +162,7 @@ class LogVisualization(LogCallback):
         with preserved():
             picture = self.function(learner.step)
         if picture is not None:
-            self.log(loggable(picture), self.label, training_steps(learner), ("step", "visualization"))
+            self.log(loggable(picture), self.label, learner.trained_steps, ("step", "visualization"))
 
     def __repr__(self) -> str:
         return f"LogVisualization({self.label}, {', '.join(map(repr, self.backends))})"

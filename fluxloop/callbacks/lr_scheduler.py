@@ -85,13 +85,21 @@ class LRScheduler(Callback):
     monitor: str | None = field(default=None, kw_only=True)
     schedulers: dict[str | None, Any] = field(factory=dict, init=False, repr=False)
     _made: dict[str | None, dict[str, Any]] = field(factory=dict, init=False, repr=False)
+    """By optimizer, the state that a scheduler had when it was made: what it was made with."""
     _functions: dict[str | None, dict[str, Any]] = field(factory=dict, init=False, repr=False)
+    """By optimizer, what the functions in a scheduler were made with."""
     _watched: Monitor | None = field(default=None, init=False, repr=False)
+    """The metric that a plateau's scheduler watches; None for other schedulers."""
     _target: LearningRate = field(init=False, repr=False)
+    """The hyperparameter that is set, for conflicts."""
     _updated: Counter[str | None] = field(factory=Counter, init=False, repr=False)
+    """Updates in the running step, by optimizer."""
     _ended: int = field(default=0, init=False, repr=False)
+    """Training steps of the learner, also those before this callback was added."""
     _counted: Counter[str | None] = field(factory=Counter, init=False, repr=False)
+    """How often each scheduler was stepped."""
     _seen: int = field(default=0, init=False, repr=False)
+    """The epoch of the newest value of the metric that was used."""
 
     draws = False
     _fixed = ("factory", "unit", "optimizer", "monitor")

@@ -55,8 +55,11 @@ class Mixing(Callback):
     alpha: float = 1.0
     num_classes: int | None = field(default=None, kw_only=True)
     _count: int = field(default=0, init=False, repr=False)
+    """Batches mixed, which numbers the streams of random numbers."""
     _waiting: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+    """Partners and shares of the rows, until the number of classes is known."""
     _after: Any = field(default=None, init=False, repr=False)
+    """The targets that metrics get after the step; None for those that stay as they are."""
 
     reads = ("step.preds", "loss_fn", "seed")
     writes = ("step.xs", "step.ys")

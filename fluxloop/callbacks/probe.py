@@ -21,7 +21,7 @@ from fluxloop.data.passes import untouched
 from fluxloop.data.sources import complete
 from fluxloop.errors import DataError, describe
 from fluxloop.events import EpochBegin, EpochEnd, StepEnd
-from fluxloop.guard.given import check_name, check_number, number
+from fluxloop.guard.given import check_name, number
 from fluxloop.metrics.neighbors import knn_predict
 from fluxloop.order.access import weights_path
 from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase
@@ -48,15 +48,11 @@ class MetricSource(RecordsMetrics):
     Runs after: Recorder, Metrics
     """
 
-    every: int = field(default=1, kw_only=True)
+    every: int = field(default=1, kw_only=True, validator=number(least=1, whole=True))
 
     reads = ("cbstate.history",)
     draws = True
     recorded_as: ClassVar[type[Phase] | None] = ProbePhase
-
-    @every.validator
-    def _check_every(self, attribute: object, value: int) -> None:
-        check_number(type(self).__name__, "every", value, least=1, whole=True)
 
     def measure(self, learner: Any) -> Mapping[str, Any]:
         """Return metrics by name; numbers, or tensors on any device."""
@@ -308,7 +304,9 @@ class LinearProbe(HeldOut):
     entries: tuple[str, str] = field(default=("features", "ys"), kw_only=True)
     _probe: nn.Linear | None = field(default=None, init=False, repr=False)
     _stepper: torch.optim.Optimizer | None = field(default=None, init=False, repr=False)
+    """The classifier's optimizer."""
     _loaded: dict[str, Any] = field(factory=dict, init=False, repr=False)
+    """A state that was loaded before the first features."""
 
     prefix = "linear"
     draws = False  # what its beginning and its measuring draw is put back

@@ -61,12 +61,18 @@ class Profile(UnsafeCallback):
     parts: dict[str, dict[str, list[float]]] = field(factory=dict, init=False, repr=False)
     handlers: dict[tuple[str, str, str], tuple[int, float]] = field(factory=dict, init=False, repr=False)
     _began: dict[str, float] = field(factory=dict, init=False, repr=False)
+    """When the fit, the cycle and the phases that run have begun, by name."""
     _spent: dict[str, dict[str, float]] = field(factory=dict, init=False, repr=False)
+    """Seconds of the running epoch of each phase, by part."""
     _marks: dict[str, tuple[str, float, float]] = field(factory=dict, init=False, repr=False)
+    """For each running epoch: the part that runs, since when, and the seconds in callbacks by then."""
     _in_callbacks: float = field(default=0.0, init=False, repr=False)
+    """Seconds in handlers, one inside another counted once."""
     _depth: int = field(default=0, init=False, repr=False)
+    """How many handlers run at the moment, one inside another."""
     _running: bool = field(default=False, init=False, repr=False)
     _steps_seen: int = field(default=0, init=False, repr=False)
+    """Training steps ended in the fit."""
     _profiler: Any = field(default=None, init=False, repr=False)
 
     reads = ("*",)  # and so it runs after the others

@@ -16,7 +16,7 @@ from fluxloop.compute.models import to_device_of
 from fluxloop.compute.modes import watching
 from fluxloop.errors import CallbackConflictError, ModelError, describe
 from fluxloop.events import CycleEnd, EpochEnd, StepBegin
-from fluxloop.guard.given import as_path, check_number
+from fluxloop.guard.given import as_path, number
 from fluxloop.images import image_grid, pillow, save_image
 from fluxloop.nested import map_tensors
 from fluxloop.order.access import weights_path
@@ -60,10 +60,10 @@ class SampleImages(Callback):
 
     model: str = "model"
     inputs: Any = field(default=None, kw_only=True, repr=False)
-    count: int = field(default=64, kw_only=True)
+    count: int = field(default=64, kw_only=True, validator=number(least=1, whole=True))
     folder: str | Path | None = field(default="samples", kw_only=True)
-    every: int = field(default=1, kw_only=True)
-    columns: int = field(default=8, kw_only=True)
+    every: int = field(default=1, kw_only=True, validator=number(least=1, whole=True))
+    columns: int = field(default=8, kw_only=True, validator=number(least=1, whole=True))
     value_range: tuple[float, float] | None = field(default=None, kw_only=True)
     shape: tuple[int, int, int] | None = field(default=None, kw_only=True)
     make: Callable[..., Tensor] | None = field(default=None, kw_only=True, repr=False)
@@ -79,8 +79,6 @@ class SampleImages(Callback):
     def __attrs_post_init__(self) -> None:
         if self.folder is not None:
             as_path("SampleImages", "folder", self.folder)
-        for name, number in (("every", self.every), ("count", self.count), ("columns", self.columns)):
-            check_number("SampleImages", name, number, least=1, whole=True)
 
     @property
     def reads(self) -> tuple[str, ...]:  # type: ignore[override]  # the model's

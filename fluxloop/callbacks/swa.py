@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import torch
 from attrs import define, field
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fluxloop.callback import Callback, on
-from fluxloop.compute.models import copied_weights, to_device_of
+from fluxloop.compute.models import copied_weights, move_towards, to_device_of
 from fluxloop.compute.modes import switch_modes
 from fluxloop.data.passes import untouched
 from fluxloop.data.sources import complete
@@ -87,10 +87,15 @@ class StochasticWeightAveraging(Callback):
     view: str = field(default="swa", kw_only=True)
     num_averaged: int = field(default=0, init=False, repr=False)
     _done: int = field(default=0, init=False, repr=False)
+    """Epochs or steps ended."""
     _stale: bool = field(default=False, init=False, repr=False)
+    """Whether the average has moved since batch norm's statistics were computed for it."""
     _held: list[str] = field(factory=list, init=False, repr=False)
+    """Names of the batch norms that were in eval mode while the model was trained."""
     _average: nn.Module | None = field(default=None, init=False, repr=False)
+    """The module that holds the average; None before there is a learner."""
     _loaded: dict[str, Any] | None = field(default=None, init=False, repr=False)
+    """A state that was loaded before there is a learner."""
 
     in_compiled_step = "after"
     draws = False  # what running over the data draws is put back
@@ -140,7 +145,7 @@ class StochasticWeightAveraging(Callback):
         if anew:
             self.num_averaged, self._stale = 0, False
         if not self.num_averaged:
-            self._move(learner.weights[self.model], average, 1.0)
+            move_towards(average, learner.weights[self.model], 1.0, 1.0, type(self).__name__)
 
     @on(EpochBegin, AbstractTrainingPhase)
     def look_for_data(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
@@ -173,24 +178,8 @@ class StochasticWeightAveraging(Callback):
             average = learner.weights[self.average]
             self.num_averaged += 1
             self._held = self._held_norms(learner)
-            self._move(learner.weights[self.model], average, 1 / self.num_averaged)
+            move_towards(average, learner.weights[self.model], 1 / self.num_averaged, 1.0, type(self).__name__)
             self._stale = True
-
-    @torch.no_grad()
-    def _move(self, live: nn.Module, average: nn.Module, weight: float) -> None:
-        """Move the average towards the live weights; buffers become the live ones."""
-        moved: list[Tensor] = []
-        towards: list[Tensor] = []
-        for old, new in zip(average.parameters(), live.parameters(), strict=True):
-            if weight == 1 or not (old.is_floating_point() or old.is_complex()):
-                old.copy_(new)
-            else:
-                moved.append(old)
-                towards.append(new.to(old.dtype))
-        if moved:
-            torch._foreach_lerp_(moved, towards, weight)  # as torch.optim.swa_utils does
-        for buffer, new_buffer in zip(average.buffers(), live.buffers(), strict=True):
-            buffer.copy_(new_buffer)
 
     @on(EpochBegin, AbstractValidationPhase)
     def prepare(self, event: EpochBegin, phase: AbstractValidationPhase, learner: Any) -> None:

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +53,7 @@ from fluxloop.callbacks.log import (
 )
 from fluxloop.callbacks.log_pictures import LogHistograms, LogImages, LogVisualization
 from fluxloop.errors import CallbackTypeError, LogExistsError
+from fluxloop.history import History
 from fluxloop.logging import (
     CSV,
     JSONL,
@@ -783,10 +783,9 @@ def test_a_branch_begins_a_run_of_its_own_on_a_server(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("name", [each for each in ALL if each != "LogHyperParams"])
 def test_steps_that_are_not_logged_do_not_look_at_the_learner(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    for module in ("log", "log_pictures"):
-        found = import_module(f"fluxloop.callbacks.{module}")
-        count = found.training_steps
-        monkeypatch.setattr(found, "training_steps", lambda learner, count=count: asked.append(1) or count(learner))
+    count = History.trained_steps
+    assert isinstance(count, property)
+    monkeypatch.setattr(History, "trained_steps", property(lambda history: asked.append(1) or count.__get__(history)))
     logger = ALL[name](memory := Memory(), every=3)
     toy(Recorder(), Metrics(), logger).fit(3, phases=[TrainingPhase()])
     assert sorted({record.step for record in memory.records if record.group[0] == "step"}) == [3, 6, 9, 12]
