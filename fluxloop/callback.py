@@ -58,7 +58,8 @@ def require_call(function: Any, arguments: int, expected: str, what: str) -> Non
         raise HandlerError(f"{what} has the arguments {misfit[0]}; expected {expected} ({misfit[1]})")
 
 
-MARK = "__fluxloop_on__"
+REGISTRATIONS = "__fluxloop_on__"
+"""The attribute in which `@on` notes what a method handles."""
 
 
 @frozen
@@ -118,8 +119,8 @@ def on(event: type[Event], phase: type[Phase] = Phase, callback: type[Callback] 
 
     def register(function: F) -> F:
         if callback is None:
-            marks = getattr(function, MARK, ())
-            setattr(function, MARK, (*marks, (event, phase)))
+            marks = getattr(function, REGISTRATIONS, ())
+            setattr(function, REGISTRATIONS, (*marks, (event, phase)))
         else:
             name = getattr(function, "__name__", repr(function))
             require_call(function, 4, "(callback, event, phase, learner)", f"{name}, a handler of {callback.__name__},")
@@ -141,7 +142,7 @@ def registrations(cls: type) -> dict[Signature, _Registration]:
     found: dict[Signature, _Registration] = {}
     for base in reversed(cls.__mro__):
         for name, member in vars(base).items():
-            marks = getattr(member, MARK, ())
+            marks = getattr(member, REGISTRATIONS, ())
             if marks:  # a method registered anew no longer stands for what it stood for
                 found = {key: reg for key, reg in found.items() if reg.function or reg.name != name}
             for event, phase in marks:
@@ -270,13 +271,13 @@ class Callback:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name, member in vars(cls).items():
-            registered = any(hasattr(vars(base).get(name), MARK) for base in cls.__mro__)
+            registered = any(hasattr(vars(base).get(name), REGISTRATIONS) for base in cls.__mro__)
             if name.startswith("on_") and callable(member) and not registered:
                 raise HandlerError(
                     f"{cls.__name__}.{name} looks like a handler but nothing calls it; expected "
                     f"@on(Event, Phase) above it, e.g. @on(StepEnd) (or a name without 'on_')"
                 )
-            if isinstance(member, FunctionType) and hasattr(member, MARK):
+            if isinstance(member, FunctionType) and hasattr(member, REGISTRATIONS):
                 require_call(member, 4, EXPECTED, f"the handler {cls.__name__}.{name}")
         require_pair(cls, HandlerError)
         if cls.__module__.startswith("fluxloop."):

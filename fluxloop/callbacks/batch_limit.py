@@ -8,9 +8,9 @@ from typing import Any
 from attrs import define, field
 
 from fluxloop.callback import Callback, on
-from fluxloop.errors import CancelEpochException, PhaseError, describe
+from fluxloop.errors import CancelEpochException
 from fluxloop.events import EpochBegin, EpochEnd, StepEnd
-from fluxloop.phase import Phase
+from fluxloop.phase import Phase, check_phase_type
 from fluxloop.state import PhaseDict
 
 
@@ -37,6 +37,7 @@ class BatchLimit(Callback):
         phase: The phase type whose epochs are shortened.
 
     Raises:
+        TypeError: `limit` is no whole number.
         ValueError: `limit` is less than 1.
         PhaseError: `phase` is no phase type.
 
@@ -57,10 +58,7 @@ class BatchLimit(Callback):
 
     @phase.validator
     def _check_phase(self, attribute: object, value: object) -> None:
-        if not (isinstance(value, type) and issubclass(value, Phase)):
-            raise PhaseError(
-                f"BatchLimit(phase={describe(value)}) was given; expected a phase type, e.g. phase=TrainingPhase"
-            )
+        check_phase_type("BatchLimit", value)
 
     @on(EpochBegin)
     def start(self, event: EpochBegin, phase: Phase, learner: Any) -> None:

@@ -54,20 +54,20 @@ class Checkpointer(UnsafeCallback):
     state have become NaN or infinite since the fit began: the newest checkpoint can always be resumed from.
 
     Args:
-        folder: Of this run alone.
-        every: How often.
+        folder: The folder of this run alone.
+        every: How many units lie between two checkpoints.
         unit: ``"epoch"`` (of the fit: one cycle), ``"step"`` (of training) or ``"second"``.
         keep_last: How many of the newest stay; None for all.
-        keep_best: How many of those with the best metric at the end of an epoch stay besides.
-        monitor: That metric.
+        keep_best: How many of those with the best metric at the end of an epoch stay as well.
+        monitor: The name of that metric.
         mode: ``"min"`` where less of it is better, else ``"max"``; left out, what the metric says of itself. NaN is
             never best.
         background: Whether files are written by a thread, from a copy of the state in host memory.
 
     Raises:
-        CheckpointError: The folder is somebody else's or cannot be written to, a callback writes
+        CheckpointError: The folder belongs to another run or cannot be written to, a callback writes
             what no checkpoint keeps, or a file cannot be written.
-        ValueError: An argument out of range.
+        ValueError: An argument is out of range.
 
     Attributes:
         last: The newest file, None before the first.

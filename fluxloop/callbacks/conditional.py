@@ -165,6 +165,9 @@ def throttle(
         freq: Occurrences, 1 or more.
         seconds: Seconds, 0 or more.
 
+    Returns:
+        The callback that takes the place of the given one.
+
     Raises:
         HandlerError: `event` is no event type.
         ValueError: Not exactly one of `freq` and `seconds`, or one out of range.

@@ -30,7 +30,8 @@ class CustomCallback(Callback):
         name: Tells two of them apart.
 
     Raises:
-        CallbackTypeError: `f` cannot be called.
+        CallbackTypeError: `f` cannot be called, or `run_after` holds something other than types.
+        CallbackError: `reads` or `writes` is no tuple of paths.
         HandlerError: `event` is no event type, `phase` no phase type, or `f` takes other arguments.
 
     Example:

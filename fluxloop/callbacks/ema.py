@@ -55,7 +55,7 @@ class EMA(Callback):
     Raises:
         ModelError: There are no such weights, they have seen no batch (lazy modules) or cannot be
             copied, or the model `into` has other parameters or is trained.
-        ValueError: The decay does not lie between 0 and 1.
+        ValueError: The decay does not lie between 0 and 1, or `buffers` is another word.
 
     Attributes:
         num_averaged: How many averages have been taken.

@@ -27,7 +27,7 @@ class LogCallback(Callback):
     A subclass handles what it likes and calls ``self.log(...)``. Backends may be shared by several.
 
     Args:
-        backends: Where to.
+        backends: What to log to: one or more, or lists of them.
         name: Tells two of them apart.
 
     Raises:
@@ -102,7 +102,7 @@ class LogMetrics(LogCallback):
     Numbers reach the host without waiting for the device.
 
     Args:
-        backends: Where to.
+        backends: What to log to: one or more, or lists of them.
         every: Log the values of every so many steps.
         phase: The phases whose steps are logged; `Phase` logs those of validation too, over steps of their own.
         name: Tells two of them apart.
@@ -167,7 +167,7 @@ class LogHyperParams(LogCallback):
     ``("step", "hyperparameters")``, over training steps.
 
     Args:
-        backends: Where to.
+        backends: What to log to: one or more, or lists of them.
         params: By name; nested mappings become dotted names. Or an object whose fields they are: a dataclass, a
             model of pydantic, what argparse gives.
         name: Tells two of them apart.
@@ -230,8 +230,15 @@ class LogTraces(LogCallback):
     Those of training steps are in the group ``("step", "traces")``, over training steps; those of other
     phases, and of a second training phase, in ``("step", "traces", "validation")``, named as the phase's
     metrics are, a phase that only watches over steps of its own. Tensors of more than one element, which
-    `Traces` keeps as they are, need a function that makes a loggable of them, such as ``Histogram``.
-    Arguments and errors are those of `LogCallback`.
+    `Traces` records as they are, need a function that makes a loggable of them, such as ``Histogram``.
+
+    Args:
+        backends: What to log to: one or more, or lists of them.
+        name: Tells two of them apart.
+
+    Raises:
+        CallbackTypeError: There is no backend, or something that is none.
+        LogExistsError: When a fit begins that is not resumed, and another run's log is there.
 
     Reads: cbstate.history, cbstate.traces
     Runs after: Recorder

@@ -33,7 +33,7 @@ class LogHistograms(LogCallback):
     the step; its hook is there in the steps that are logged alone.
 
     Args:
-        backends: Where to.
+        backends: What to log to: one or more, or lists of them.
         of: What to log.
         every: In every so many training steps.
         pattern: A regular expression that a name has to match somewhere; left out, all do.
@@ -119,7 +119,7 @@ class LogVisualization(LogCallback):
     Args:
         function: ``f(step)`` of the step's entries gives an image (C, H, W), images (N, C, H, W), a figure of
             matplotlib, or any `Loggable`; None logs nothing.
-        backends: Where to.
+        backends: What to log to: one or more, or lists of them.
         every: In every so many training steps.
         name: What it is called; left out, the function's name.
 
@@ -171,7 +171,13 @@ class LogVisualization(LogCallback):
 class LogImages(LogCallback):
     """Log the grids that `SampleImages` makes, over training epochs, in the group ``("epoch", "images")``.
 
-    Arguments and errors are those of `LogCallback`.
+    Args:
+        backends: What to log to: one or more, or lists of them.
+        name: Tells two of them apart.
+
+    Raises:
+        CallbackTypeError: There is no backend, or something that is none.
+        LogExistsError: When a fit begins that is not resumed, and another run's log is there.
 
     Reads: cbstate.history, cbstate.images
     Runs after: Recorder

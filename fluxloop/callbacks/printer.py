@@ -26,6 +26,9 @@ class MetricsPrinter(Callback):
         digits: Significant digits.
         time: Whether to print how long the fit has run, and about how long it still will.
 
+    Raises:
+        ValueError: `digits` is no whole number of 0 or more.
+
     Reads: cbstate.history, cbstate.metrics
     Runs after: Recorder, Metrics, ProgressBar
     """

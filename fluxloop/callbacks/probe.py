@@ -225,7 +225,7 @@ class KNNProbe(HeldOut):
             training data, whose batches are ``(xs, ys)`` then.
         queries: Labelled rows to classify; left out, the learner's validation data.
         k: Number of neighbours.
-        temperature: Of their votes.
+        temperature: Divides the similarities in their votes; None gives every neighbour the same vote.
         features: ``(module, xs) -> (N, F)``; left out, the module's output, flattened.
         metric: Name of the metric; left out, ``"knn_<model>"``.
         every: Measure after every so many training epochs.
@@ -233,6 +233,7 @@ class KNNProbe(HeldOut):
     Raises:
         ModelError: There are no such weights.
         DataError: There is no labelled data.
+        ValueError: `k`, `temperature` or `every` is out of range.
 
     Reads: model, data, cbstate.history (of the models, only the one it measures)
     Writes: cbstate.metrics
@@ -291,6 +292,7 @@ class LinearProbe(HeldOut):
         ModelError: There are no such weights.
         MissingEntryError: The phase stores no features, or its batches have no labels.
         DataError: There is no labelled data.
+        ValueError: `num_classes` is less than 2, or `every` less than 1.
 
     Reads: model, data, step.features, step.ys, seed, cbstate.history (of the models, only the one it measures)
     Writes: cbstate.metrics

@@ -89,6 +89,9 @@ class ProgressBar(Callback):
         interval: Seconds between refreshes.
         file: Where a terminal's bar is written; None: standard error.
 
+    Raises:
+        ValueError: `enabled` is not True, False or None, or `interval` is less than 0.
+
     Reads: num_batches, cbstate
     """
 

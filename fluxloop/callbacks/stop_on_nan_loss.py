@@ -37,6 +37,9 @@ class StopOnNaNLoss(Callback):
     Args:
         wait: Whether to wait for the device rather than stop a step or two later.
 
+    Raises:
+        ValueError: `wait` is not True or False.
+
     Reads: step.loss, step.losses, step.grads, step.grad_norm, step.grad_norms
     """
 

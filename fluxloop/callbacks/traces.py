@@ -31,6 +31,8 @@ class Traces(Callback):
     Raises:
         HandlerError: A function takes other arguments.
         ValueError: There is no function.
+        PhaseError: `phase` is no phase type.
+        CallbackError: `reads` is no tuple of paths.
 
     Reads: * (or as given)
     Writes: cbstate.traces

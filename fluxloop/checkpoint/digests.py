@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from fluxloop.errors import CheckpointError, describe
 
-SCALARS = frozenset(
+WRITABLE = frozenset(
     (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.layout)
 )
 """The types, no subclasses, that every file may hold beside tensors and containers."""
@@ -38,16 +38,16 @@ def named_tensors(value: Any, path: str = "") -> Iterator[Named]:
         yield path, value
     elif kind in (dict, OrderedDict):
         for key, item in value.items():
-            if type(key) not in SCALARS and not (type(key) is tuple and set(map(type, key)) <= SCALARS):
+            if type(key) not in WRITABLE and not (type(key) is tuple and set(map(type, key)) <= WRITABLE):
                 raise _foreign(f"the key {key!r} of {path}", key)
-            if type(item) not in SCALARS:
+            if type(item) not in WRITABLE:
                 yield from named_tensors(item, ".".join(filter(None, (path, str(key)))))
     elif kind in (list, tuple, set):
-        if not set(map(type, value)) <= SCALARS:  # told at once for a long series
+        if not set(map(type, value)) <= WRITABLE:  # told at once for a long series
             for index, item in enumerate(value):
-                if type(item) not in SCALARS:
+                if type(item) not in WRITABLE:
                     yield from named_tensors(item, f"{path}[{index}]")
-    elif kind not in SCALARS:
+    elif kind not in WRITABLE:
         raise _foreign(path, value)
 
 

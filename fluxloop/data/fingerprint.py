@@ -20,7 +20,7 @@ from fluxloop.persist.plain import attributes
 
 ROWS = 8
 """Of how many rows the numbers are looked at, spread evenly."""
-NUMBERS = 4096
+NUMBERS_PER_ROW = 4096
 """How many numbers of a row are looked at, at most."""
 
 Fingerprint = dict[str, Any]
@@ -128,10 +128,10 @@ def _numbers(row: Any) -> bytes:
     """Give some of a row's numbers as bytes."""
     if isinstance(row, Tensor):
         flat = row.detach().resolve_conj().resolve_neg().reshape(-1)
-        flat = flat[:: max(1, flat.numel() // NUMBERS)].cpu().contiguous()
+        flat = flat[:: max(1, flat.numel() // NUMBERS_PER_ROW)].cpu().contiguous()
         return string_at(flat.data_ptr(), flat.nbytes) if flat.numel() else b""
     flat = row.reshape(-1)
-    return bytes(flat[:: max(1, flat.size // NUMBERS)].tobytes())
+    return bytes(flat[:: max(1, flat.size // NUMBERS_PER_ROW)].tobytes())
 
 
 def differences(former: Fingerprint, now: Fingerprint) -> list[str]:

@@ -25,6 +25,9 @@ def mae(preds: Tensor, ys: Tensor) -> Tensor:
         preds: Predictions of any shape.
         ys: Targets of the same shape.
 
+    Returns:
+        A scalar.
+
     Raises:
         MetricError: The shapes differ.
     """
@@ -37,6 +40,9 @@ def mse(preds: Tensor, ys: Tensor) -> Tensor:
     Args:
         preds: Predictions of any shape.
         ys: Targets of the same shape.
+
+    Returns:
+        A scalar.
 
     Raises:
         MetricError: The shapes differ.

@@ -48,6 +48,8 @@ class GANPhase(AbstractTrainingPhase):
             (generator, G), or the other one of two, or the first of a tuple.
         critic: Name of the critic and its optimizer (critic, discriminator, D).
 
+    Models: ``generator(noise) -> fake``, of the shape of the real rows, and ``critic(rows) -> scores``, raw
+    numbers, higher for real rows; each has an optimizer of its name.
     Batches: ``real``, ``(real,)``, or ``(real, ys)``; labels are left out unless `conditional`. The
     events in order, and what the step stores by then:
 
@@ -226,6 +228,8 @@ class GANValidationPhase(TwinPhase):
 
     Raises:
         PhaseError: `training` is no `GANPhase`.
+
+    The arguments `name` and `every` are those of `TwinPhase`.
     """
 
     of = GANPhase

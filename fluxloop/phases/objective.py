@@ -85,6 +85,8 @@ class ObjectiveValidationPhase(TwinPhase):
     Raises:
         PhaseError: `training` is no `ObjectivePhase`.
 
+    The arguments `name` and `every` are those of `TwinPhase`.
+
     Example::
 
         simclr = SimCLRPhase(views)

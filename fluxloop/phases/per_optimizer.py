@@ -74,6 +74,8 @@ class PerOptimizerValidationPhase(TwinPhase):
 
     Raises:
         PhaseError: `training` is no `PerOptimizerPhase`.
+
+    The arguments `name` and `every` are those of `TwinPhase`.
     """
 
     of = PerOptimizerPhase
