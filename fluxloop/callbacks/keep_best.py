@@ -122,7 +122,7 @@ class KeepBestModel(UnsafeCallback):
         if monitor.better(value, self.best, self.min_delta):
             self.best, self.epoch = value, self._seen
             modes = learner.updates.modes
-            undo = switch_optimizers(modes, False)  # the weights that are evaluated
+            undo = switch_optimizers(modes, False)  # schedule-free optimizers hold the weights that were evaluated
             former = self._weights
             self._weights = {path: _copied(module, former.get(path, {})) for path, module in self._modules(learner)}
             self._optimizers = [snapshot(to_plain(mode.optimizer.state_dict(), "an optimizer")) for mode in modes]

@@ -347,11 +347,11 @@ def _not_the_same_rate(a: Scheduler, b: LRScheduler) -> NoConflict:
     Raises:
         CallbackConflictError: Both set the learning rate, or the momentum, of one optimizer.
     """
-    taken: list[OptimizerOption] = [b._target]
+    set_by_torch: list[OptimizerOption] = [b._target]
     if not {"OneCycleLR", "CyclicLR"}.isdisjoint(mentioned(b.factory)):
-        taken.append(Momentum(b.optimizer))
+        set_by_torch.append(Momentum(b.optimizer))
     for parameter in a.schedules:
-        for other in taken:
+        for other in set_by_torch:
             if parameter.overlaps(other):
                 raise CallbackConflictError(
                     f"{parameter!r} of a Scheduler is set by {b!r} as well; keep one of them, or name the "

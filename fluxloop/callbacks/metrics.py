@@ -208,6 +208,7 @@ class Metrics(Callback):
         """Update the metrics with a step."""
         trackers = learner.cbstate.metrics[phase].trackers
         step = learner.step
+        # Rows are counted once per step, for all who ask; a weight of the user's has to be checked each time.
         weight = learner.batch_size if type(phase).weight is Phase.weight else checked_weight(phase, step)
         for metric, tracker in trackers:
             try:

@@ -152,7 +152,7 @@ class Mixing(Callback):
         learner.step.ys = torch.lerp(ys[order], ys, _beside(share, ys))
 
     @on(StepEnd, AbstractTrainingPhase)
-    def restore(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+    def end_step(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Set classes as targets again, for metrics."""
         if self._waiting is not None:
             raise LossError(

@@ -195,7 +195,11 @@ class Profile(UnsafeCallback):
                 self.parts.setdefault(name, {}).setdefault(part, []).append(seconds)
 
     def _switch(self, phase: Phase, ends: str, begins: str) -> None:
-        """Add what went by since the last switch, without callbacks; nothing where a step was cancelled."""
+        """Add what went by since the last switch, without callbacks; nothing where a step was cancelled.
+
+        A part ends where its mark is the one expected: after a step that was cancelled it is another's, and the
+        time that went by belongs to neither.
+        """
         name = name_of(phase)
         spent = self._spent.get(name)
         if spent is not None:
@@ -290,11 +294,11 @@ class _Timed:
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
     """Lay out rows in columns: words to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = [not any(row[at][:1].isdigit() for row in rows[1:]) for at in range(len(widths))]
+    is_text = [not any(row[at][:1].isdigit() for row in rows[1:]) for at in range(len(widths))]
     return [
         "  ".join(
-            cell.ljust(width) if words else cell.rjust(width)
-            for cell, width, words in zip(row, widths, left, strict=True)
+            cell.ljust(width) if text else cell.rjust(width)
+            for cell, width, text in zip(row, widths, is_text, strict=True)
         ).rstrip()
         for row in rows
     ]

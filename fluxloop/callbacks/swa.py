@@ -209,6 +209,7 @@ class StochasticWeightAveraging(Callback):
             DataError: The average cannot be run on a batch of the training data.
         """
         source = self._data(learner)
+        # numbers of its own: a loader that shuffles must not move those of the training
         with drawing(stream_seed(learner.seed, f"callback/{self.average}", self._done)):
             try:
                 update_norms(average, source, self.forward, batches, held)

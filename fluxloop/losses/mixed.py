@@ -29,7 +29,7 @@ class MixedTargets:
 
 
 class MixedLoss(nn.Module):
-    """Have a loss function take `MixedTargets`; with other targets it is the function itself.
+    """Let a loss function take `MixedTargets`; other targets go to the function as they are.
 
     Of row i it is ``weight[i] * loss(preds[i], first[i]) + (1 - weight[i]) * loss(preds[i],
     second[i])``, reduced over rows as the function reduces: the mean of the rows, their sum, or

@@ -47,14 +47,15 @@ class Mean:
         if not self._pending:
             return self._total
         values = torch.stack(self._pending)
+        # in 64 bits, so that the sum of a long epoch loses no digits; Apple's GPUs have none
         exact = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
         if any(over != 1 for over in self._over):
             exact = exact / torch.tensor(self._over, dtype=exact.dtype, device=exact.device)
-        first = self._weights[0]
+        first = self._weights[0]  # nearly all batches weigh the same, and need no tensor of weights
         if not isinstance(first, Tensor) and first > 0 and self._weights.count(first) == len(self._weights):
             total = exact.sum() * first
         else:
-            weights = self._stacked(exact)
+            weights = self._stacked(exact)  # a value that weighs nothing may be NaN, which times 0 stays NaN
             total = torch.where(weights == 0, 0.0, exact * weights).sum()
         return total if self._total is None else self._total + total
 

@@ -180,7 +180,7 @@ class MeanTracker(Tracker):
         if self.metric.is_left_out(step):
             return
         inputs = without_graph(inputs_of(self.metric, step))
-        if self._hits is not None:
+        if self._hits is not None:  # a count now, one division for many steps later
             hits = self._hits(*inputs)
             self._last, self._over = hits.count_nonzero(), hits.numel()
             self._mean.add(self._last, weight, self._over)
@@ -245,7 +245,7 @@ class ObjectTracker(Tracker):
             return
         inputs = without_graph(inputs_of(self.metric, step))
         if not self._updated and hasattr(self._object, "to") and isinstance(inputs[0], Tensor):
-            self._object = self._object.to(inputs[0].device)
+            self._object = self._object.to(inputs[0].device)  # torchmetrics' metrics begin on the CPU
         with torch.no_grad():
             self._object.update(*inputs)
         self._updated = True
