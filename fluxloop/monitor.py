@@ -127,6 +127,18 @@ class Monitor:
             return epoch, float(value)
         return None
 
+    def newest_epoch(self, metrics: Mapping[Any, Any]) -> int:
+        """Return the epoch of `newest`, or 0 where the metric has not been recorded.
+
+        Args:
+            metrics: ``cbstate.metrics``.
+
+        Raises:
+            MetricError: Its values are no numbers.
+        """
+        newest = self.newest(metrics)
+        return 0 if newest is None else newest[0]
+
     def new(self, metrics: Mapping[Any, Any], seen: int) -> tuple[int, float] | None:
         """Give `newest`, or None where it is the one that was seen already.
 

@@ -21,6 +21,14 @@ def test_a_value_is_new_until_its_epoch_was_seen() -> None:
     assert not monitor.better(nan, None)
 
 
+def test_the_newest_epoch_is_0_before_the_first_value() -> None:
+    learner = toy_learner(Recorder(), Metrics())
+    monitor = Monitor("training/loss")
+    assert monitor.newest_epoch(learner.cbstate.metrics) == 0
+    learner.fit(2)
+    assert monitor.newest_epoch(learner.cbstate.metrics) == 2
+
+
 def two_phases() -> Any:
     learner = toy_learner(Recorder(), Metrics(), num_batches=2)
     learner.fit(2, phases=[TrainingPhase(), ValidationPhase(), ValidationPhase(name="again", every=2)])

@@ -130,9 +130,8 @@ class EarlyStopping(Callback):
         learner.defer(self._leave_fit)
         if not event.resumed:
             metrics = learner.cbstate.metrics
-            newest = self._watched.newest(metrics)
-            training = self._training.newest(metrics) if self._template.wants_training_losses() else None
-            self._begin(newest[0] if newest else 0, training[0] if training else 0)
+            training = self._training.newest_epoch(metrics) if self._template.wants_training_losses() else 0
+            self._begin(self._watched.newest_epoch(metrics), training)
 
     def _leave_fit(self) -> None:
         self._fitting = False

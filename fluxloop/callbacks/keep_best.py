@@ -104,8 +104,7 @@ class KeepBestModel(UnsafeCallback):
         """
         if not event.resumed:
             self.init(learner)
-            newest = self._watched.newest(learner.cbstate.metrics)
-            self._seen = 0 if newest is None else newest[0]  # a former fit's
+            self._seen = self._watched.newest_epoch(learner.cbstate.metrics)  # a former fit's
         wrong = list(self._misfits(learner))
         if wrong:
             raise ModelError("the best weights so far do not fit the models:\n  " + "\n  ".join(wrong))

@@ -156,8 +156,7 @@ class LRScheduler(Callback):
         if self._watched is not None:
             modes = [scheduler.mode for scheduler in schedulers.values() if hasattr(scheduler, "mode")]
             self._watched.mode = modes[0] if modes and modes[0] in ("min", "max") else "min"
-            newest = self._watched.newest(learner.cbstate.metrics)
-            self._seen = 0 if newest is None else newest[0]
+            self._seen = self._watched.newest_epoch(learner.cbstate.metrics)
 
     def _make(self, optimizer: Optimizer) -> Any:
         """Make the scheduler of an optimizer.
