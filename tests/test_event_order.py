@@ -48,6 +48,7 @@ from fluxloop import (
 )
 from fluxloop.events import STANDARD_EVENTS
 from fluxloop.testing import EventRecorder, toy_learner
+from toys import BrokenError
 
 Trace = list[tuple[str, str]]
 
@@ -106,10 +107,6 @@ ValidationPhase EpochEnd
 FittingPhase    CycleEnd
 FittingPhase    FitEnd
 """
-
-
-class BrokenError(Exception):
-    pass
 
 
 class RaiseAt(Callback):

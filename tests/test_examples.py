@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from by_hand import train
 from fluxloop import (
     AbstractTrainingPhase,
     AbstractValidationPhase,
@@ -272,14 +273,8 @@ def test_full_batch_regression_prints_the_loss_at_each_tenth_step(capsys: pytest
     learner.fit(200)
 
     optimizer = Adam(own.parameters(), lr=0.08)
-    printed = []
-    for step in range(200):
-        loss = mse_loss(own(xs), ys, reduction="sum")
-        if step % 10 == 0:
-            printed.append(f"{loss.item():.6f}")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    losses = train(own, partial(mse_loss, reduction="sum"), optimizer, [(xs, ys)], epochs=200)
+    printed = [f"{loss:.6f}" for loss in losses[::10]]
     assert capsys.readouterr().out.splitlines() == printed
     assert float(printed[-1]) < float(printed[0])
     assert_equal_weights(net, own)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -45,40 +44,7 @@ from fluxloop import (
     runstep,
 )
 from fluxloop.testing import EventRecorder, assert_same_bits, toy_learner
-
-
-class BrokenError(Exception):
-    pass
-
-
-class Do(UnsafeCallback):
-    """Call a function of the learner at each event of a type."""
-
-    draws = None
-
-    def __init__(self, action: Any, event: type[Event], phase: type[Phase] = Phase) -> None:
-        super().__init__()
-        self.action, self.event, self.phase = action, event, phase
-
-    @on(Event)
-    def act(self, event: Event, phase: Phase, learner: Learner) -> None:
-        if isinstance(event, self.event) and isinstance(phase, self.phase):
-            self.action(learner)
-
-
-def raising(error: BaseException) -> Any:
-    def action(*args: Any, **kwargs: Any) -> None:
-        raise error
-
-    return action
-
-
-def error_of(action: Callable[..., object], *args: Any, **options: Any) -> BaseException | None:
-    try:
-        action(*args, **options)
-    except Exception as error:
-        return error
-    return None
+from toys import BrokenError, Do, error_of, raising
 
 
 def batch_of(learner: Learner) -> Any:

@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from math import nan
 from pathlib import Path
@@ -45,7 +45,6 @@ from fluxloop import (
     UnsafeCallback,
     ValidationPhase,
     on,
-    runstep,
 )
 from fluxloop.callbacks.checkpointer import Checkpointer
 from fluxloop.callbacks.early_stopping import EarlyStopping
@@ -63,6 +62,7 @@ from fluxloop.testing import (
     infer_access,
     toy_learner,
 )
+from toys import Scored, Versioned
 
 adam = partial(torch.optim.Adam, lr=0.01)
 
@@ -97,17 +97,6 @@ def parts(state: Any, path: str = "") -> dict[str, Any]:
     if isinstance(state, (list, tuple)):
         return {k: v for key, item in enumerate(state) for k, v in parts(item, f"{path}.{key}").items()}
     return {path: state.tolist() if isinstance(state, Tensor) else state}
-
-
-class Scored(ValidationPhase):
-    """Records the next value of a list in each epoch, as the loss."""
-
-    def __init__(self, values: Sequence[float]) -> None:
-        self.values = values
-
-    def step(self, learner: Learner[Any], batch: Any) -> None:
-        with runstep(learner, self, xs=batch[0]) as (_, state):
-            state.loss = torch.tensor(self.values[learner.history[type(self)].epochs], dtype=torch.float64)
 
 
 class Crash(UnsafeCallback):
@@ -892,17 +881,6 @@ def test_a_snapshot_shares_no_memory_with_what_it_is_of() -> None:
     learner.fit(1)
     assert parts(copied) == before
     assert parts(state) != before
-
-
-class Versioned(nn.Linear):
-    """A module that has changed its layout once: what has no version is brought up to date."""
-
-    _version = 2
-
-    def _load_from_state_dict(self, state: Any, prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
-        if metadata.get("version", 1) < 2:
-            state[f"{prefix}weight"] = state[f"{prefix}weight"] * 100
-        super()._load_from_state_dict(state, prefix, metadata, *rest)
 
 
 @pytest.mark.parametrize("background", [False, True])

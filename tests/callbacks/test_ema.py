@@ -5,7 +5,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, softplus
 
+import by_hand
 import fluxloop.compile.plans
 from fluxloop import (
     EMA,
@@ -123,17 +124,14 @@ def train_by_hand(
 ) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Train in plain PyTorch; give the model and its average of the parameters after each step."""
     model, average = net(), net()
-    stepper = optimizer(model.parameters())
-    data = list(batches())
-    for step in range(steps):
-        xs, ys = data[step % BATCHES]
-        torch.manual_seed(stream_seed(SEED, "training/step", step))
-        stepper.zero_grad()
-        cross_entropy(model(xs), ys).backward()
-        stepper.step()
+    epochs = -(-steps // BATCHES)
+    training = by_hand.steps(
+        model, cross_entropy, optimizer(model.parameters()), list(batches()), epochs=epochs, seed=SEED
+    )
+    for step in islice(training, steps):
         with torch.no_grad():
             for a, b in zip(average.parameters(), model.parameters(), strict=True):
-                a.copy_(torch.lerp(a, b, 1 - value_at(decay, step)))
+                a.copy_(torch.lerp(a, b, 1 - value_at(decay, step.number)))
         yield model, average
 
 

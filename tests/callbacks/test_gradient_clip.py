@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
+from by_hand import train
 from fluxloop import (
     EMA,
     AbstractTrainingPhase,
@@ -71,14 +72,12 @@ def learner_of(*callbacks: Callback, model: Any = None, **options: Any) -> Learn
 def train_by_hand(clip: Callable[[Any], Tensor | None], epochs: int) -> tuple[nn.Module, list[float]]:
     """Train in plain PyTorch; give the model and what clipping returned at each step."""
     model, norms = net(), []
-    optimizer = adam(model.parameters())
-    for _ in range(epochs):
-        for xs, ys in batches():
-            optimizer.zero_grad()
-            cross_entropy(model(xs), ys).backward()
-            norm = clip(list(model.parameters()))
-            norms.append(float("nan") if norm is None else norm.item())
-            optimizer.step()
+
+    def noted(parameters: list[nn.Parameter]) -> None:
+        norm = clip(parameters)
+        norms.append(float("nan") if norm is None else norm.item())
+
+    train(model, cross_entropy, adam(model.parameters()), batches(), epochs=epochs, clip=noted)
     return model, norms
 
 

@@ -42,19 +42,9 @@ from fluxloop.callbacks.early_stopping import EarlyStopping
 from fluxloop.callbacks.keep_best import KeepBestModel
 from fluxloop.checkpoint.folder import Folder, read, write
 from fluxloop.testing import assert_resumes_exactly, assert_same_bits, bits, toy_learner
+from toys import Scored, Versioned
 
 VALUES = [3.0, 1.0, 2.0, 4.0]
-
-
-class Scored(ValidationPhase):
-    """Records the next value of a list in each epoch, as the loss."""
-
-    def __init__(self, values: Sequence[float]) -> None:
-        self.values = values
-
-    def step(self, learner: Learner[Any], batch: Any) -> None:
-        with runstep(learner, self, xs=batch[0]) as (_, state):
-            state.loss = torch.tensor(self.values[learner.history[type(self)].epochs], dtype=torch.float64)
 
 
 def toy(*callbacks: Callback, **options: Any) -> Learner[Any]:
@@ -516,15 +506,6 @@ def test_all_models_are_put_back_and_averages_are_not() -> None:
         each.fit(4, phases=[TrainingPhase(), Scored(VALUES)])
     assert same(learner.weights["model@ema"].state_dict(), plain.weights["model@ema"].state_dict())
     assert same(weights(learner), weights(trained(2)))
-
-
-class Versioned(nn.Linear):
-    _version = 2
-
-    def _load_from_state_dict(self, state: Any, prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
-        if metadata.get("version", 1) < 2:
-            state[f"{prefix}weight"] = state[f"{prefix}weight"] * 100
-        super()._load_from_state_dict(state, prefix, metadata, *rest)
 
 
 def test_a_modules_version_is_kept_with_its_weights() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+import by_hand
 from fluxloop import (
     EMA,
     AbstractTrainingPhase,
@@ -353,11 +354,7 @@ def linear_by_hand(
     """Train a linear classifier on the steps' features in plain PyTorch."""
     start_generators(stream_seed(SEED, f"LinearProbe/{metric}"))
     probe = nn.Linear(4, 3)
-    stepper = optimizer(probe.parameters())
-    for features, labels in steps:
-        stepper.zero_grad()
-        cross_entropy(probe(features), labels).backward()
-        stepper.step()
+    by_hand.train(probe, cross_entropy, optimizer(probe.parameters()), steps)
     return probe
 
 

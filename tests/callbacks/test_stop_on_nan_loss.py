@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from by_hand import train
 from fluxloop import (
     AbstractTrainingPhase,
     BackwardBegin,
@@ -68,11 +69,7 @@ def learner_of(*callbacks: Any, bad: float = NAN, optimizer: Any = ADAM, **optio
 def by_hand(steps: int, optimizer: Any = ADAM) -> tuple[nn.Module, Any]:
     model = network()
     made = optimizer(model.parameters())
-    for xs, ys in batches(0.0)[:steps]:
-        loss = nn.functional.mse_loss(model(xs), ys)
-        made.zero_grad()
-        loss.backward()
-        made.step()
+    train(model, nn.functional.mse_loss, made, batches(0.0)[:steps])
     return model, made
 
 

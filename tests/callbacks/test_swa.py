@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn, update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
+from by_hand import steps
 from fluxloop import (
     EMA,
     CallbackConflictError,
@@ -32,7 +33,6 @@ from fluxloop import (
     TrainingPhase,
     ValidationPhase,
     runstep,
-    stream_seed,
 )
 from fluxloop.callbacks.swa import StochasticWeightAveraging, norms, update_norms
 from fluxloop.testing import assert_observer, assert_resumes_exactly, assert_same_bits, bits
@@ -78,16 +78,10 @@ def by_hand(epochs: int, when: Callable[[int, int], bool], dropout: float = 0.0)
     model = net(dropout)
     averaged = AveragedModel(model, multi_avg_fn=get_swa_multi_avg_fn())
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-    step = 0
-    for epoch in range(1, epochs + 1):
-        for at, (xs, ys) in enumerate(batches(), 1):
-            torch.manual_seed(stream_seed(SEED, "training/step", step))
-            optimizer.zero_grad()
-            cross_entropy(model(xs), ys).backward()
-            optimizer.step()
-            step += 1
-            if when(epoch if at == 5 else 0, step):
-                averaged.update_parameters(model)
+    for epoch, number, _ in steps(model, cross_entropy, optimizer, batches(), epochs=epochs, seed=SEED):
+        last = (number + 1) % 5 == 0
+        if when(epoch + 1 if last else 0, number + 1):
+            averaged.update_parameters(model)
     return model, averaged
 
 

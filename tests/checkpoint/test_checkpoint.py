@@ -50,6 +50,7 @@ from fluxloop.callbacks.lr_scheduler import LRScheduler
 from fluxloop.callbacks.swa import StochasticWeightAveraging
 from fluxloop.errors import CheckpointError
 from fluxloop.testing import assert_resumes_exactly, assert_same_bits, bits, toy_learner
+from toys import Versioned
 
 
 class Net(nn.Module):
@@ -645,17 +646,6 @@ def test_names_of_nobody_are_refused(tmp_path: Path) -> None:
     net().save(tmp_path / "state.pt")
     with pytest.raises(Exception, match="nobody"):
         net().load_weights(tmp_path / "state.pt", "nobody")
-
-
-class Versioned(nn.Linear):
-    """A module that has changed its layout once: what has no version is brought up to date."""
-
-    _version = 2
-
-    def _load_from_state_dict(self, state: Any, prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
-        if metadata.get("version", 1) < 2:
-            state[f"{prefix}weight"] = state[f"{prefix}weight"] * 100
-        super()._load_from_state_dict(state, prefix, metadata, *rest)
 
 
 @pytest.mark.parametrize("name", ["model", "0"])

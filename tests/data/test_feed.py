@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from fluxloop import (
     BatchLimit,
@@ -24,25 +24,7 @@ from fluxloop.data.feed import Feed
 from fluxloop.data.passes import untouched
 from fluxloop.randomness import Streams
 from fluxloop.testing import EventRecorder, assert_same_bits, toy_learner
-
-
-class Numbers(Dataset[int]):
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __getitem__(self, index: int) -> int:
-        return index
-
-
-class Stream(IterableDataset[int]):
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rows))
+from toys import Numbers, Stream
 
 
 class CountsEpochs:

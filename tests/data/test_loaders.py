@@ -11,33 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from fluxloop import DataError, TensorBatches, as_dataloader, split, stream_seed
 from fluxloop.data.loaders import name_data
 from fluxloop.nested import tensors
+from toys import Numbers, Stream
 
 Views = namedtuple("Views", ["left", "right"])
 quick = settings(deadline=None, max_examples=60)
-
-
-class Numbers(Dataset[int]):
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __getitem__(self, index: int) -> int:
-        return index
-
-
-class Stream(IterableDataset[int]):
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rows))
 
 
 class SizedStream(Stream):

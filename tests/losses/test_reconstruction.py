@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from fluxloop.losses import kl_standard_normal, masked_mse, normalize_patches, squared_error
+from toys import assert_same_with_gradients
 
 shapes = st.lists(st.integers(1, 4), min_size=2, max_size=4)
 seeds = st.integers(0, 999)
@@ -20,16 +21,6 @@ FEW = settings(max_examples=25, deadline=None)
 
 def rows(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def assert_same_with_gradients(found: Callable[..., Tensor], expected: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """Compare two functions of tensors: what they give, and the gradient with respect to each input."""
-    inputs = tuple(tensor.clone().requires_grad_() for tensor in inputs)
-    a, b = found(*inputs), expected(*inputs)
-    assert a.shape == ()
-    torch.testing.assert_close(a, b)
-    for one, other in zip(*(torch.autograd.grad(value, inputs) for value in (a, b)), strict=True):
-        torch.testing.assert_close(one, other)
 
 
 # Divergence of a code

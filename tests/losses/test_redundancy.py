@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import batch_norm
 
 from fluxloop.losses import barlow_twins_loss, vicreg_loss
+from toys import assert_same_with_gradients
 
 seeds = st.integers(0, 999)
 FEW = settings(max_examples=25, deadline=None)
@@ -18,16 +19,6 @@ FEW = settings(max_examples=25, deadline=None)
 
 def rows(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def assert_same_with_gradients(found: Callable[..., Tensor], expected: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """Compare two functions of tensors: what they give, and the gradient with respect to each input."""
-    inputs = tuple(tensor.clone().requires_grad_() for tensor in inputs)
-    a, b = found(*inputs), expected(*inputs)
-    assert a.shape == ()
-    torch.testing.assert_close(a, b)
-    for one, other in zip(*(torch.autograd.grad(value, inputs) for value in (a, b)), strict=True):
-        torch.testing.assert_close(one, other)
 
 
 def mean(values: list[Tensor]) -> Tensor:

@@ -4,14 +4,13 @@ import copy
 import json
 import pickle
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from fluxloop import (
-    AbstractTrainingPhase,
     Callback,
     Counts,
     Learner,
@@ -19,29 +18,13 @@ from fluxloop import (
     Metrics,
     Recorder,
     StateAccessError,
-    StepEnd,
     TrainingPhase,
     ValidationPhase,
-    on,
     runstep,
 )
 from fluxloop.state import State
 from fluxloop.testing import toy_learner
-
-Use = Callable[[Any], object]
-
-
-class Touch(Callback):
-    """Does `use(learner)` at the end of each training step."""
-
-    def __init__(self, use: Use, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> None:
-        self.use = use
-        self.reads = reads
-        self.writes = writes
-
-    @on(StepEnd, AbstractTrainingPhase)
-    def run(self, event: Any, phase: Any, learner: Any) -> None:
-        self.use(learner)
+from toys import Touch, Use, run
 
 
 class Publisher(Callback):
@@ -54,13 +37,6 @@ class Publisher(Callback):
         learner.cbstate.series = [3, 1, {"d": 2}]
         learner.cbstate.box = State({"inner": State({"x": 1}), "values": 7})
         learner.cbstate.special = {}
-
-
-def run(use: Use, reads: Sequence[str] = (), writes: Sequence[str] = (), *others: Callback) -> Learner:
-    """Run one step with a callback that does `use(learner)` at its end; give the learner."""
-    learner = toy_learner(Touch(use, reads, writes), *others, num_batches=1)
-    learner.fit(1, phases=[TrainingPhase()])
-    return learner
 
 
 def reader_of(use: Use) -> None:

@@ -31,23 +31,7 @@ from fluxloop.order.access import Access
 from fluxloop.order.view import make_view
 from fluxloop.state import State
 from fluxloop.testing import EventRecorder, toy_learner
-
-Use = Callable[[Any], object]
-
-
-class Touch(Callback):
-    """Does `use(learner)` at the end of each training step."""
-
-    draws = True  # a new module draws its weights
-
-    def __init__(self, use: Use, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> None:
-        self.use = use
-        self.reads = reads
-        self.writes = writes
-
-    @on(StepEnd, AbstractTrainingPhase)
-    def run(self, event: Any, phase: Any, learner: Any) -> None:
-        self.use(learner)
+from toys import Touch, get, refused, run
 
 
 class Publisher(Callback):
@@ -57,27 +41,6 @@ class Publisher(Callback):
 
     def init(self, learner: Any) -> None:
         learner.cbstate.table = {"a": 1, "b": {"c": [1, 2]}}
-
-
-def run(use: Use, reads: Sequence[str] = (), writes: Sequence[str] = (), *others: Callback) -> Learner:
-    """Run one step with a callback that does `use(learner)` at its end; give the learner."""
-    learner = toy_learner(Touch(use, reads, writes), *others, num_batches=1)
-    learner.fit(1, phases=[TrainingPhase()])
-    return learner
-
-
-def get(use: Use, reads: Sequence[str] = (), writes: Sequence[str] = (), *others: Callback) -> Any:
-    """Give what `use(learner)` gives at the end of a step."""
-    found: list[object] = []
-    run(lambda learner: found.append(use(learner)), reads, writes, *others)
-    return found[0]
-
-
-def refused(use: Use, reads: Sequence[str] = (), writes: Sequence[str] = (), *others: Callback) -> StateAccessError:
-    """Give the error with which `use(learner)` is refused."""
-    with pytest.raises(StateAccessError) as caught:
-        run(use, reads, writes, *others)
-    return caught.value
 
 
 # Reading

@@ -51,23 +51,7 @@ from fluxloop import (
 )
 from fluxloop.nested import map_tensors
 from fluxloop.testing import EventRecorder, assert_same_bits, toy_learner
-
-
-class BrokenError(Exception):
-    pass
-
-
-class Do(UnsafeCallback):
-    """Call a function of the learner at an event."""
-
-    def __init__(self, action: Any, event: type[Event], phase: type[Phase] = Phase) -> None:
-        super().__init__()
-        self.action, self.event, self.phase = action, event, phase
-
-    @on(Event)
-    def act(self, event: Event, phase: Phase, learner: Learner) -> None:
-        if isinstance(event, self.event) and isinstance(phase, self.phase):
-            self.action(learner)
+from toys import BrokenError, Do, noisy_learner
 
 
 class RaiseOnce(Callback):
@@ -83,16 +67,6 @@ class RaiseOnce(Callback):
         if isinstance(event, self.event) and self.error is not None:
             error, self.error = self.error, None
             raise error
-
-
-def noisy_learner(*callbacks: Callback, rows: int = 22, default_callbacks: bool = False, **options: Any) -> Learner:
-    """A learner in which everything is random that can be: order, dropout, batch statistics."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 1))
-    xs = torch.randn(rows, 3)
-    data = TensorBatches(xs, xs.sum(1, keepdim=True), batch_size=4, shuffle=True)
-    options = {"data": (data, data), "optimizer": partial(torch.optim.Adam, lr=0.01), "seed": 3, **options}
-    return Learner(model, nn.functional.mse_loss, callbacks=callbacks, default_callbacks=default_callbacks, **options)
 
 
 # How long

@@ -4,7 +4,6 @@ import gc
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +30,6 @@ from fluxloop import (
     CycleEnd,
     DataError,
     EpochEnd,
-    Event,
     FitEnd,
     Learner,
     Metric,
@@ -44,47 +42,19 @@ from fluxloop import (
     StepEnd,
     TensorBatches,
     TrainingPhase,
-    UnsafeCallback,
     UpdateEnd,
     ValidationPhase,
     mae,
     mse,
-    on,
     rmse,
     runepoch,
     runstep,
 )
 from fluxloop.data.sources import twin_of
 from fluxloop.testing import EventRecorder, assert_same_bits, bits, toy_learner
+from toys import BrokenError, Do, noisy_learner
 
 XS, YS = torch.linspace(1, 10, 70).reshape(70, 1), torch.linspace(3, 30, 70).reshape(70, 1)
-
-
-class BrokenError(Exception):
-    pass
-
-
-class Do(UnsafeCallback):
-    """Call a function of the learner at an event."""
-
-    def __init__(self, action: Any, event: type[Event], phase: type[Phase] = Phase) -> None:
-        super().__init__()
-        self.action, self.event, self.phase = action, event, phase
-
-    @on(Event)
-    def act(self, event: Event, phase: Phase, learner: Learner) -> None:
-        if isinstance(event, self.event) and isinstance(phase, self.phase):
-            self.action(learner)
-
-
-def noisy_learner(*callbacks: Callback, rows: int = 22, default_callbacks: bool = False, **options: Any) -> Learner:
-    """A learner in which everything is random that can be: order, dropout, batch statistics."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 1))
-    xs = torch.randn(rows, 3)
-    data = TensorBatches(xs, xs.sum(1, keepdim=True), batch_size=4, shuffle=True)
-    options = {"data": (data, data), "optimizer": partial(torch.optim.Adam, lr=0.01), "seed": 3, **options}
-    return Learner(model, nn.functional.mse_loss, callbacks=callbacks, default_callbacks=default_callbacks, **options)
 
 
 class Half(nn.Module):
