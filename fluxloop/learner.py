@@ -18,10 +18,11 @@ from fluxloop.checkpoint.folder import read, write
 from fluxloop.checkpoint.ledger import Ledger
 from fluxloop.checkpoint.misfits import check_fits
 from fluxloop.compute.accelerator import Accelerator
+from fluxloop.compute.blocks import UpdateBlock
 from fluxloop.compute.finite import Finite
 from fluxloop.compute.models import like, named_models, not_copied
 from fluxloop.compute.optimizers import build_optimizers, parameter_names
-from fluxloop.compute.updates import UpdateBlock, Updates
+from fluxloop.compute.updates import Updates
 from fluxloop.data.loaders import name_data
 from fluxloop.errors import (
     AssignmentError,

@@ -200,7 +200,7 @@ def _updates_state(learner: RunLearner) -> State:
         "slots": {
             slot.name or "": {
                 "consumed": slot.consumed,
-                "waiting": slot.window is not None,
+                "waiting": slot.first_step is not None,
                 "in_block": slot.in_block,
                 "train_mode": slot.mode is not None and slot.mode.is_train,
                 "phase": slot.phase,
@@ -432,7 +432,7 @@ def _load_updates(learner: RunLearner, kept: State) -> None:
     for slot in learner.updates.slots:
         stands = kept["slots"][slot.name or ""]
         slot.consumed, slot.in_block = stands["consumed"], stands["in_block"]
-        slot.window = StepState() if stands["waiting"] else None
+        slot.first_step = StepState() if stands["waiting"] else None
         slot.phase, slot.num_batches = stands.get("phase"), stands.get("num_batches", 0)  # older files lack them
         slot.step = slot.before = None
 

@@ -37,7 +37,7 @@ from fluxloop.compile.tracing import (
     require_torch,
 )
 from fluxloop.compute.finite import bad_gradients
-from fluxloop.compute.optimizers import count_changes
+from fluxloop.compute.fused import count_changes
 from fluxloop.errors import CompileError, warn_user
 from fluxloop.events import Event, StepBegin, StepEnd, UpdateEnd
 from fluxloop.nested import map_tensors, tensors
@@ -183,7 +183,7 @@ class Plan:
         key = (*map(Same, self._inside), *shape(state, learner.accelerator.device))
         if phase.gradients:
             for number, slot in enumerate(learner.updates.slots):
-                if slot.window is not None:
+                if slot.first_step is not None:
                     key = (*key, (number, slot.in_block, *map(describe_gradient, slot.parameters)))
         for graph in self._graphs.get(key, ()):
             if graph.misfit(phase) is None:

@@ -9,6 +9,7 @@ it leaves for a later step.
 
 from __future__ import annotations
 
+import copy
 import os
 import traceback
 from collections import defaultdict
@@ -29,8 +30,10 @@ from torch.optim import Optimizer
 
 from fluxloop.callback import Callback
 from fluxloop.compile.forbidden import AsTried, noting_containers, noting_draws
+from fluxloop.compute.blocks import UpdateBlock
 from fluxloop.compute.finite import norm_before_clipping, stored_losses
-from fluxloop.compute.updates import Slot, UpdateBlock, Updates
+from fluxloop.compute.slots import Slot
+from fluxloop.compute.updates import Updates
 from fluxloop.data.sources import generators_of
 from fluxloop.errors import PACKAGE, CancelSignal, CompileError, LossError, OptimizerError, PhaseError, annotate
 from fluxloop.errors import describe as describe_briefly
@@ -65,7 +68,7 @@ class StandIn:
         optimizers: Twins of the optimizers, over stand-ins, by name.
     """
 
-    PASSED_ON = ("model", "models", "loss_fn", "seed", "optimizer_names", "scope", "weights", "data")
+    PASSED_ON = ("model", "models", "loss_fn", "seed", "optimizer_names", "weights", "data")
 
     def __init__(
         self,
@@ -78,6 +81,8 @@ class StandIn:
         self._learner = learner
         self._phase = phase
         self.step = state
+        self.scope = copy.copy(learner.scope)
+        self.scope.handle = self.fire
         self.optimizer = optimizers[None] if tuple(optimizers) == (None,) else optimizers
         self.accelerator = AcceleratorStandIn(learner.accelerator.device)
         names: Any = {leaves[parameter]: name for parameter, name in learner.updates.names.items()}
@@ -85,7 +90,7 @@ class StandIn:
         for slot in self.updates.slots:  # none in a phase without gradients
             theirs = learner.updates.find(slot.name)
             slot.consumed, slot.in_block = False, theirs.in_block
-            slot.window, slot.phase = None if theirs.window is None else StepState(), phase.name
+            slot.first_step, slot.phase = None if theirs.first_step is None else StepState(), phase.name
         self.backward = self.updates.backward
         self.skip_update = self.accelerator.skip_update
         self.fired: list[Event] = []
@@ -539,9 +544,9 @@ class Traced:
         for slot, now in zip(self._slots, learner.updates.slots, strict=True):
             if now.consumed:
                 self.consumed.append(slot)
-            waits, begun = now.window is not None, now.window is learner.step
+            waits, begun = now.first_step is not None, now.first_step is learner.step
             leaves = [leaf for leaf in now.parameters if leaf.grad is not None]
-            if slot.window is None and not waits:
+            if slot.first_step is None and not waits:
                 if leaves and slot.name not in stepped:
                     raise self._refusal(
                         "it computes gradients by hand, and leaves them for a later step; call "

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fluxloop.compute.fused import step_optimizer
 from fluxloop.compute.gradients import add_gradients
-from fluxloop.compute.optimizers import step_optimizer
 from fluxloop.errors import BatchError, describe
 from fluxloop.nested import map_tensors, move_object
 

@@ -16,11 +16,11 @@ from attrs import define, field
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fluxloop.compute.optimizers import can_skip
+from fluxloop.compute.fused import can_skip
 from fluxloop.errors import CancelFittingException, sentence, warn_user
 
 if TYPE_CHECKING:
-    from fluxloop.compute.updates import Slot
+    from fluxloop.compute.slots import Slot
     from fluxloop.interfaces import RunLearner
     from fluxloop.state import StepState
 

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
+from fluxloop.compute.fused import choose_fused
 from fluxloop.errors import OptimizerError, describe, did_you_mean
 
 Factory = Callable[[Iterable[nn.Parameter]], Optimizer]
 Models = Mapping[str | None, nn.Module]
 Optimizers = dict[str | None, Optimizer]
-
-FusedCall = tuple[dict[str, Any], list[Tensor], list[list[Tensor]], list[Tensor]]
-"""A group of Adam's; its parameters; their gradients and averages, as the kernel takes them; their step counts."""
 
 
 def parameter_names(models: Models, loss_fn: object = None) -> dict[nn.Parameter, str]:
@@ -198,58 +194,6 @@ def _apart(value: Any, taken: set[Tensor], copy: bool = False) -> Any:
     return value
 
 
-ADAMS = (torch.optim.Adam, torch.optim.AdamW)
-
-FUSED: dict[str, tuple[torch.dtype, ...]] = {
-    "cpu": (torch.float32, torch.float64),
-    "cuda": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
-}
-"""Where Adam's fused implementation is chosen: by device, for parameters of these types."""
-
-
-def choose_fused(optimizer: Optimizer) -> None:
-    """Have a new `Adam` or `AdamW` use its fused implementation, where it has one and nobody said otherwise.
-
-    One kernel steps all parameters: the same mathematics, rounded in another order, in less than
-    half the time. On the CPU no other optimizer that takes dense gradients alone has one worth it.
-    Not chosen where `fused`, `foreach`, `capturable` or `differentiable` was given, an option is a
-    tensor, or a parameter is of a kind, type, device or layout that the kernel cannot take.
-
-    ``optimizer.defaults["fused"]`` stays as it is: True there is the user's own word.
-    """
-    if type(optimizer) not in ADAMS:
-        return
-    groups, parameters = optimizer.param_groups, owned_parameters(optimizer)
-    if (
-        not any(map(_is_chosen, groups))
-        and len({parameter.device for parameter in parameters}) == 1
-        and all(map(_fits_kernel, parameters))
-    ):
-        for group in groups:
-            group["fused"] = True
-
-
-def _is_chosen(group: dict[str, Any]) -> bool:
-    """Tell whether the user has decided how a group of Adam's parameters is stepped."""
-    options = [*group["betas"], *(option for name, option in group.items() if name != "params")]
-    return (
-        group["fused"] is not None
-        or group["foreach"] is not None
-        or group["capturable"]
-        or group["differentiable"]
-        or any(isinstance(option, Tensor) for option in options)
-    )
-
-
-def _fits_kernel(parameter: Tensor) -> bool:
-    """Tell whether a fused kernel takes a parameter: plain, of a type it knows, without gaps in memory."""
-    return (
-        type(parameter) in (nn.Parameter, Tensor)
-        and parameter.dtype in FUSED.get(parameter.device.type, ())
-        and torch.empty_like(parameter).stride() == parameter.stride()
-    )
-
-
 def owned_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     """List the parameters in an optimizer's groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -297,110 +241,7 @@ def _list(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-try:  # private names: without them the optimizer's step is called as everybody calls it
-    from torch.optim.optimizer import (
-        _global_optimizer_post_hooks as _after_any,
-    )
-    from torch.optim.optimizer import (
-        _global_optimizer_pre_hooks as _before_any,
-    )
-
-    _profiling: Callable[[], bool] | None = torch._C._autograd._profiler_enabled
-    _torch_wrapper = Optimizer.profile_hook_step(lambda self: None).__code__
-    _adam_step: Any = torch.optim.Adam.step
-    if hasattr(_adam_step, "hooked"):  # wrapped when the first optimizer was made
-        _adam_step = _adam_step.__wrapped__
-    _fused_adam: Any = torch._fused_adam_
-    _fused_adamw: Any = torch._fused_adamw_
-    _add: Any = torch._foreach_add_
-except (ImportError, AttributeError):  # pragma: no cover - a torch that has renamed them
-    _profiling = None
-
-
-def read_fused(optimizer: Optimizer) -> list[FusedCall] | None:
-    """Read what a fused kernel steps, one call per group; None where torch's own step has to do it.
-
-    Everything is read anew at each step, so whatever is added, loaded, frozen or replaced is seen.
-    A kernel walks through memory: gradients or states in another order than the parameter's would
-    be mixed up in silence. A group that was not asked to be fused is stepped plainly from then on.
-    """
-    calls: list[FusedCall] | None = []
-    for group in optimizer.param_groups:
-        if not group["fused"]:
-            calls = None
-            continue
-        params = [parameter for parameter in group["params"] if parameter.grad is not None]
-        grads = [parameter.grad for parameter in params]
-        if not all(grad.layout is torch.strided for grad in grads):
-            return None  # it says that it takes no such gradients
-        states = [optimizer.state[parameter] for parameter in params]
-        begun = all(states)
-        names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ())) if begun else ()
-        columns = [grads, *([state[name] for state in states] for name in names)]
-        direct = all(p.is_cpu for p in params) and not any(map(torch.is_tensor, (group["lr"], *group["betas"])))
-        rows = () if begun else zip(params, grads, states, strict=True)  # some of them have taken no step yet
-        apart = [([p], [[g], *([v] for v in state.values() if v.shape == p.shape)]) for p, g, state in rows]
-        if not all(_lie_alike(*each) for each in apart or [(params, columns)]):
-            calls = None
-            if optimizer.defaults["fused"] is not True:
-                group["fused"] = None
-        elif not begun or not direct:
-            calls = None
-        elif calls is not None and params:
-            steps = [state["step"] for state in states]
-            calls.append((group, params, [*columns, *([[]] if len(columns) < 4 else [])], steps))
-    return calls
-
-
-def _lie_alike(params: list[Tensor], columns: list[list[Tensor]]) -> bool:
-    """Tell whether the tensors that belong to each parameter have their elements in its order in memory."""
-    strides = [*map(Tensor.stride, params)]
-    return all([*map(Tensor.stride, column)] == strides for column in columns) or all(
-        tensor.is_contiguous() for column in (params, *columns) for tensor in column
-    )
-
-
-def step_fused(calls: list[FusedCall]) -> None:
-    """Step as Adam's fused implementation does, without building the lists of its arguments again."""
-    with torch.no_grad():
-        for group, params, columns, steps in calls:
-            names = ("lr", "weight_decay", "eps", "amsgrad", "maximize")
-            options: dict[str, Any] = {name: group[name] for name in names}
-            options["beta1"], options["beta2"] = group["betas"]
-            _add(steps, 1)
-            kernel = _fused_adamw if group.get("decoupled_weight_decay") else _fused_adam
-            kernel(params, *columns, steps, **options)
-            count_changes(params)
-
-
-def count_changes(params: Sequence[Tensor]) -> None:
-    """Have autograd know that parameters were changed in place, which fused kernels do not tell it.
-
-    Without that a graph made before the step, and differentiated after it, would give wrong gradients in silence.
-    """
-    for parameter in params:
-        increment_version(parameter)
-
-
-def can_skip(optimizer: Optimizer) -> bool:
-    """Tell whether an optimizer's step can be left out on the device, without the host knowing: Adam's fused one."""
-    return type(optimizer) in ADAMS and all(group["fused"] for group in optimizer.param_groups)
-
-
-@contextmanager
-def skipping(optimizer: Optimizer, bad: Tensor | None) -> Iterator[None]:
-    """Have a step be left out on the device if `bad` is 1 there, in the way that torch's ``GradScaler`` does it."""
-    if bad is None or not can_skip(optimizer) or "found_inf" in vars(optimizer):
-        yield
-        return
-    optimizer.grad_scale, optimizer.found_inf = None, bad  # type: ignore[attr-defined]  # where a fused step looks
-    try:
-        yield
-    finally:
-        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]  # as above
-
-
-def keep_state(optimizer: Optimizer) -> Callable[[], None]:
+def save_state(optimizer: Optimizer) -> Callable[[], None]:
     """Copy an optimizer's parameters, state and options; return what puts them back."""
     memo: dict[int, Any] = {id(parameter): parameter for parameter in owned_parameters(optimizer)}
     weights = [(parameter, parameter.detach().clone()) for parameter in owned_parameters(optimizer)]
@@ -422,42 +263,3 @@ def keep_state(optimizer: Optimizer) -> Callable[[], None]:
             group.update(kept_options)
 
     return put_back
-
-
-def step_optimizer(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> None:
-    """Step an optimizer, without torch's wrapper for hooks and profiling while there is neither.
-
-    The wrapper costs about 15 µs per step; what it wraps does the same arithmetic. With a hook
-    registered, a profiler running, or ``step`` wrapped or replaced by anybody else (on the class,
-    or on the instance as ``torch.optim.lr_scheduler`` does), ``optimizer.step()`` is called.
-    """
-    wrapper: Any = type(optimizer).step
-    if closure is not None:
-        optimizer.step(closure)
-        _count_fused(optimizer)
-        return
-    calls = read_fused(optimizer) if type(optimizer) in ADAMS and "found_inf" not in vars(optimizer) else None
-    if (
-        _profiling is not None
-        and getattr(wrapper, "__code__", None) is _torch_wrapper
-        and "step" not in optimizer.__dict__
-        and not _before_any
-        and not _after_any
-        and not optimizer._optimizer_step_pre_hooks
-        and not optimizer._optimizer_step_post_hooks
-        and not _profiling()
-    ):
-        if calls is not None and wrapper.__wrapped__ is _adam_step:
-            step_fused(calls)
-            return
-        wrapper.__wrapped__(optimizer)
-    else:
-        optimizer.step()
-    _count_fused(optimizer)
-
-
-def _count_fused(optimizer: Optimizer) -> None:
-    if type(optimizer) in ADAMS:
-        for group in optimizer.param_groups:
-            if group["fused"]:
-                count_changes([parameter for parameter in group["params"] if parameter.grad is not None])

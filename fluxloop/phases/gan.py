@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -181,22 +182,9 @@ class GANPhase(AbstractTrainingPhase):
         Raises:
             PhaseError: The learner's models do not tell which is which.
         """
-        models = dict(zip(map(str, learner.models), learner.model, strict=True)) if None not in learner.models else {}
-        found = {role: given or _known(models, ROLES[role]) for role, given in self.roles.items()}
-        if list(models) == ["0", "1"] and not any(found.values()):
-            found = {"generator": "0", "critic": "1"}
-        if len(models) == 2:  # the other one
-            for role, other in (("generator", "critic"), ("critic", "generator")):
-                if found[role] is None and found[other] in models:
-                    found[role] = next(name for name in models if name != found[other])
-        if any(name not in models for name in found.values()) or found["generator"] == found["critic"]:
-            raise PhaseError(
-                f"GANPhase trains a generator and a critic, and the models are {list(models) or 'a single one'}; name "
-                "them so, "
-                "Learner({'generator': ..., 'critic': ...}), or say which is which: "
-                "GANPhase(generator='...', critic='...')"
-            )
-        generator, critic = str(found["generator"]), str(found["critic"])
+        names = tuple(learner.models)
+        generator, critic = _find_roles(names, self.roles["generator"], self.roles["critic"])
+        models = dict(zip(map(str, names), learner.model, strict=True))
         return (generator, models[generator]), (critic, models[critic])
 
     def check(self, learner: Any) -> None:
@@ -253,6 +241,37 @@ class GANValidationPhase(TwinPhase):
         self.training.models(learner)
 
 
-def _known(models: Any, names: Sequence[str]) -> str | None:
+@cache  # asked in each step
+def _find_roles(names: tuple[str | None, ...], generator: str | None, critic: str | None) -> tuple[str, str]:
+    """Find the names of the generator and the critic.
+
+    Args:
+        names: Of the models; None of a single one.
+        generator: The name that was given, if any.
+        critic: The same of the critic.
+
+    Raises:
+        PhaseError: The names do not tell which is which.
+    """
+    models = [] if None in names else [*map(str, names)]
+    given = {"generator": generator, "critic": critic}
+    found = {role: name or _known(models, ROLES[role]) for role, name in given.items()}
+    if models == ["0", "1"] and not any(found.values()):
+        found = {"generator": "0", "critic": "1"}
+    if len(models) == 2:  # the other one
+        for role, other in (("generator", "critic"), ("critic", "generator")):
+            if found[role] is None and found[other] in models:
+                found[role] = next(name for name in models if name != found[other])
+    if any(name not in models for name in found.values()) or found["generator"] == found["critic"]:
+        raise PhaseError(
+            f"GANPhase trains a generator and a critic, and the models are {models or 'a single one'}; name "
+            "them so, "
+            "Learner({'generator': ..., 'critic': ...}), or say which is which: "
+            "GANPhase(generator='...', critic='...')"
+        )
+    return str(found["generator"]), str(found["critic"])
+
+
+def _known(models: Sequence[str], names: Sequence[str]) -> str | None:
     """Return the first of the names that is a model's, or None."""
     return next((name for name in names if name in models), None)

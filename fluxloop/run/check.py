@@ -57,7 +57,7 @@ class NotLookedAtError(PhaseError, DataError):
 def _kept_gradients(updates: Updates) -> Callable[[], None]:
     """Keep the gradients and where they stand, and begin without any; return what puts them back."""
     gradients = [(parameter, parameter.grad) for parameter in updates.names]
-    noted = ("consumed", "window", "in_block", "num_batches", "phase", "step", "before")
+    noted = ("consumed", "first_step", "in_block", "num_batches", "phase", "step", "before")
     windows = [(slot, {name: getattr(slot, name) for name in noted}) for slot in updates.slots]
     for slot in updates.slots:
         slot.end_gradients()

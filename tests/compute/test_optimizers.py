@@ -23,8 +23,9 @@ from fluxloop import (
     set_hyperparameter,
 )
 from fluxloop import linear as linear_schedule
-from fluxloop.compute import optimizers
-from fluxloop.compute.optimizers import build_optimizers, owned_parameters, parameter_names, step_optimizer
+from fluxloop.compute import fused as fused_module
+from fluxloop.compute.fused import step_optimizer
+from fluxloop.compute.optimizers import build_optimizers, owned_parameters, parameter_names
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -629,7 +630,7 @@ def test_a_fused_step_is_the_same_without_torchs_private_names(
     monkeypatch: pytest.MonkeyPatch, private_names: bool
 ) -> None:
     if not private_names:
-        monkeypatch.setattr(optimizers, "_profiling", None)
+        monkeypatch.setattr(fused_module, "_profiling", None)
     model, reference = Two(), Two()
     reference.load_state_dict(model.state_dict())
     [ours] = build_optimizers({None: model}, torch.optim.AdamW).values()
