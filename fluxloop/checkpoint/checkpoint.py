@@ -22,9 +22,9 @@ from fluxloop.checkpoint.folder import size_of_file
 from fluxloop.checkpoint.misfits import FORMAT, weights_differ
 from fluxloop.checkpoint.optimizer_state import load_optimizer, optimizer_state
 from fluxloop.compute.optimizers import parameter_names, parameters_by_name
+from fluxloop.data.changes import changes_of, source_state
 from fluxloop.data.fingerprint import fingerprint
 from fluxloop.data.passes import data_state, put_data_back
-from fluxloop.data.sources import changes_of, source_state
 from fluxloop.errors import CheckpointError, annotate, sentence, warn_user
 from fluxloop.guard.assign import put
 from fluxloop.order.access import dotted

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from fluxloop.checkpoint.layout import COUNT, kinds_differ, misplaced
 from fluxloop.checkpoint.optimizer_state import optimizer_differs, plain_defaults
 from fluxloop.compute.optimizers import parameters_by_name
-from fluxloop.data.sources import own_generators
+from fluxloop.data.generators import own_generators
 from fluxloop.errors import CheckpointError, describe, did_you_mean
 from fluxloop.history import Counts
 from fluxloop.persist.modules import is_uninitialized, unsaved_buffers

@@ -34,7 +34,7 @@ from fluxloop.compute.blocks import UpdateBlock
 from fluxloop.compute.finite import norm_before_clipping, stored_losses
 from fluxloop.compute.slots import Slot
 from fluxloop.compute.updates import Updates
-from fluxloop.data.sources import generators_of
+from fluxloop.data.generators import generators_of
 from fluxloop.errors import PACKAGE, CancelSignal, CompileError, LossError, OptimizerError, PhaseError, annotate
 from fluxloop.errors import describe as describe_briefly
 from fluxloop.events import Event

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import ceil
 from typing import Any
 
+from fluxloop.data.indices import Numbers
+from fluxloop.data.kinds import Combined
 from fluxloop.data.loaders import as_dataloader, holds_rows
 from fluxloop.data.passes import Pass, data_state, put_data_back, tell_epoch
-from fluxloop.data.sources import Combined, Numbers
 from fluxloop.errors import DataError, describe, did_you_mean
 from fluxloop.randomness import Stream, draw_seed, preserved, stream_seed
 

@@ -7,8 +7,8 @@ from itertools import islice
 from typing import Any
 
 from fluxloop.data.fingerprint import differences, fingerprint
+from fluxloop.data.indices import Numbers
 from fluxloop.data.passes import Pass, check_place, obstacle
-from fluxloop.data.sources import Numbers
 from fluxloop.errors import CancelFittingException, CheckpointError, DataError, describe, warn_user
 from fluxloop.persist.plain import from_plain
 from fluxloop.randomness import Stream, Streams, put_generators, start_torch

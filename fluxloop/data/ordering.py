@@ -8,8 +8,8 @@ from typing import Any
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from fluxloop.data.combined import CombinedLoader
+from fluxloop.data.kinds import is_loader
 from fluxloop.data.loaders import TensorBatches
-from fluxloop.data.sources import is_loader
 from fluxloop.errors import DataError, describe
 
 

@@ -6,25 +6,21 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, cast
 
-from fluxloop.data.notes import Notes
-from fluxloop.data.sources import (
-    Combined,
-    Numbers,
-    can_skip,
+from fluxloop.data.changes import (
     changes_of,
     generators_state,
-    is_loader,
-    iterate,
-    keeps_place,
     private_state,
     put_changes_back,
     put_generators_back,
     put_private_back,
     put_source_back,
-    put_twin_back,
     source_state,
-    twin_of,
 )
+from fluxloop.data.copies import copy_of, use_copy_again
+from fluxloop.data.indices import Numbers
+from fluxloop.data.kinds import Combined, can_skip, is_loader, keeps_place
+from fluxloop.data.notes import Notes
+from fluxloop.data.sources import iterate
 from fluxloop.errors import CheckpointError, describe
 from fluxloop.interfaces import Stateful
 from fluxloop.persist.plain import from_plain, to_plain
@@ -112,10 +108,10 @@ def untouched(source: Any, workers_too: bool = True) -> Iterator[None]:
             undone.enter_context(untouched(part, workers_too))
         if workers_too:
             undone.callback(_tell_again, source, _epochs(source))
-        state, twin = generators_state(source), twin_of(source)
+        state, copied = generators_state(source), copy_of(source)
         undone.callback(put_generators_back, source, state)
-        undone.callback(put_twin_back, source, twin)
-        loaders: tuple[Any, ...] = (source, twin) if workers_too else ()
+        undone.callback(use_copy_again, source, copied)
+        loaders: tuple[Any, ...] = (source, copied) if workers_too else ()
         if keeps_place(source):
             undone.callback(_under_way.put, source, _under_way.get(source))
             if not hasattr(source, "_iterator"):

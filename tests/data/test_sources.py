@@ -31,17 +31,12 @@ from torch.utils.data import (
 )
 
 from fluxloop import TensorBatches
-from fluxloop.data.sources import (
-    Numbers,
-    can_skip,
-    is_loader,
-    iterate,
-    keeps_place,
-    own_generators,
-    put_source_back,
-    source_state,
-    twin_of,
-)
+from fluxloop.data.changes import put_source_back, source_state
+from fluxloop.data.copies import copy_of
+from fluxloop.data.generators import own_generators
+from fluxloop.data.indices import Numbers
+from fluxloop.data.kinds import can_skip, is_loader, keeps_place
+from fluxloop.data.sources import iterate
 from fluxloop.persist.plain import from_plain, to_plain
 from fluxloop.randomness import stream_seed
 
@@ -249,10 +244,10 @@ def test_the_users_loader_is_not_changed() -> None:
 def test_a_loader_that_is_forgotten_is_freed_with_its_twin() -> None:
     loader = DataLoader(Rows(), batch_size=3)
     list(iterate(loader, numbers()))
-    twin = twin_of(loader)
-    assert twin is not None
-    gone = weakref.ref(loader), weakref.ref(twin)
-    del loader, twin
+    copied = copy_of(loader)
+    assert copied is not None
+    gone = weakref.ref(loader), weakref.ref(copied)
+    del loader, copied
     gc.collect()
     assert [each() for each in gone] == [None, None]
 
@@ -260,15 +255,15 @@ def test_a_loader_that_is_forgotten_is_freed_with_its_twin() -> None:
 def test_a_dataset_behind_a_loader_keeps_its_attributes_and_can_be_pickled() -> None:
     loader = DataLoader(Rows(), batch_size=3)
     list(iterate(loader, numbers()))
-    twin = twin_of(loader)
-    assert twin is not None
-    assert len(twin.dataset) == 10  # type: ignore[arg-type]
-    assert twin.dataset.count == 10  # type: ignore[attr-defined]
-    twin.dataset.count = 4  # type: ignore[attr-defined]
+    copied = copy_of(loader)
+    assert copied is not None
+    assert len(copied.dataset) == 10  # type: ignore[arg-type]
+    assert copied.dataset.count == 10  # type: ignore[attr-defined]
+    copied.dataset.count = 4  # type: ignore[attr-defined]
     assert loader.dataset.count == 4  # type: ignore[attr-defined]
-    assert len(pickle.loads(pickle.dumps(twin.dataset))) == 4
+    assert len(pickle.loads(pickle.dumps(copied.dataset))) == 4
     with pytest.raises(AttributeError, match="nothing"):
-        twin.dataset.nothing  # type: ignore[attr-defined]  # noqa: B018
+        copied.dataset.nothing  # type: ignore[attr-defined]  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -309,7 +304,7 @@ def test_datasets_that_only_hand_out_tensors_are_not_started_anew_for_each_sampl
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     started: list[int] = []
-    monkeypatch.setattr("fluxloop.data.sources.start_generators", started.append)
+    monkeypatch.setattr("fluxloop.data.rows.start_generators", started.append)
     tensors = TensorDataset(torch.arange(6))
     for data in (tensors, Subset(tensors, [0, 1]), ConcatDataset([tensors, tensors])):
         assert len(list(iterate(DataLoader(data, batch_size=2), numbers()))) == len(data) // 2  # type: ignore[arg-type]
@@ -351,7 +346,7 @@ IN_ORDER: dict[str, Callable[[int], dict[str, Any]]] = {
 
 
 def assert_like_plain(make: Callable[[], DataLoader[Any]]) -> None:
-    """A loader run through its twin gives what it gives by itself: types, bits and strides."""
+    """A loader run through its copied gives what it gives by itself: types, bits and strides."""
     torch.manual_seed(numbers().order)
     expected = list(make())
     scramble(3)
@@ -483,9 +478,9 @@ def test_without_knowing_what_default_collate_was_taught_it_is_called(monkeypatc
     monkeypatch.delattr(sys.modules[default_collate.__module__], "default_collate_fn_map")
     loader = DataLoader(tensor_rows(), batch_size=4)
     list(islice(iterate(loader, numbers()), 0))
-    twin = twin_of(loader)
-    assert twin is not None
-    assert twin.collate_fn is default_collate
+    copied = copy_of(loader)
+    assert copied is not None
+    assert copied.collate_fn is default_collate
 
 
 def test_a_sampler_of_the_users_deep_inside_draws_apart() -> None:

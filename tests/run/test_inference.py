@@ -50,7 +50,7 @@ from fluxloop import (
     runepoch,
     runstep,
 )
-from fluxloop.data.sources import twin_of
+from fluxloop.data.copies import copy_of
 from fluxloop.testing import EventRecorder, assert_same_bits, bits, toy_learner
 from toys import BrokenError, Do, noisy_learner
 
@@ -497,9 +497,9 @@ def test_predictions_with_workers_that_stay_leave_these_to_the_training() -> Non
     loader = DataLoader(TensorDataset(XS, YS), batch_size=16, shuffle=True, **options)
     learner = toy_learner(data=(loader,))
     learner.fit(1)
-    workers = twin_of(loader)._iterator._workers  # type: ignore[union-attr]
+    workers = copy_of(loader)._iterator._workers  # type: ignore[union-attr]
     assert torch.equal(learner.predict(loader), learner.model(XS).detach())
-    assert twin_of(loader)._iterator._workers is workers  # type: ignore[union-attr]
+    assert copy_of(loader)._iterator._workers is workers  # type: ignore[union-attr]
     del loader, learner, workers
     gc.collect()
 

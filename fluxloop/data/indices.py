@@ -1,0 +1,147 @@
+"""Indices of a loader, batch by batch, each with the number that its sample's random numbers start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader
+
+from fluxloop.data.generators import own_generators
+from fluxloop.randomness import others_going_on, start_torch
+
+
+@frozen
+class Numbers:
+    """What the random numbers of one epoch's data start from.
+
+    Args:
+        order: The number for the order and the first batch.
+        fetch: Gives the number for batch ``j``, from 1.
+        sample: Gives the number for the n-th sample of the epoch, from 0.
+    """
+
+    order: int
+    fetch: Callable[[int], int]
+    sample: Callable[[int], int]
+
+
+class LoaderIndices:
+    """A loader's indices, batch by batch; each with the number its sample draws from, where samples draw.
+
+    Args:
+        loader: The loader: it may batch, or give indices one by one.
+        draws: Whether samples may draw.
+    """
+
+    def __init__(self, loader: DataLoader[Any], draws: bool) -> None:
+        self.generator = loader.generator
+        self.own = own_generators(loader)  # and not the loader, which would live as long as its copy
+        self.batched = loader.batch_sampler is not None
+        self.sampler: Any = loader.batch_sampler if self.batched else loader.sampler
+        self.draws = draws
+        self.others_too = not _is_torchs(self.sampler)
+        self.current: IndexPass | None = None
+
+    def prepare(self, numbers: Numbers, skip: int) -> None:
+        """Say from which numbers, and from which batch on, the next iteration goes."""
+        self.numbers = numbers
+        self.skip = skip
+        self.generators = self.states()
+
+    def __iter__(self) -> IndexPass:
+        self.current = IndexPass(self)
+        return self.current
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def ended_after(self, batches: int) -> bool:
+        """Tell whether the indices ended after so many batches, those that were used before too."""
+        return self.current is None or (self.current.ended and self.current.drawn <= batches)
+
+    def states(self) -> list[tuple[torch.Generator, Tensor]]:
+        """Give the generators an order may be drawn from, and where they stand."""
+        return [(generator, generator.get_state()) for generator in (torch.default_generator, *self.own)]
+
+
+def _is_torchs(sampler: Any) -> bool:
+    """Tell whether a sampler is torch's own, down to the innermost: it draws from torch's generators alone."""
+    while type(sampler) is BatchSampler:
+        sampler = sampler.sampler
+    return type(sampler).__module__ == BatchSampler.__module__
+
+
+def _set_generators(states: list[tuple[torch.Generator, Tensor]]) -> None:
+    for generator, state in states:
+        generator.set_state(state)
+
+
+class IndexPass:
+    """One pass through a loader's indices.
+
+    A loader draws a number for its workers when it makes them, after the sampler's iteration has
+    begun and before the sampler is asked; workers that stay are made once. Here each pass draws as
+    the first one does, so that the order is the same whether the workers are new.
+    """
+
+    def __init__(self, indices: LoaderIndices) -> None:
+        self._indices = indices
+        _set_generators(indices.generators)
+        start_torch(indices.numbers.order)
+        self._others: AbstractContextManager[None] = (
+            others_going_on(indices.numbers.order) if indices.others_too else nullcontext()
+        )
+        with self._others:
+            self._source = iter(indices.sampler)
+        torch.empty((), dtype=torch.int64).random_(generator=indices.generator)
+        self._begins = indices.states()
+        self._sample = 0
+        self._to_skip = indices.skip
+        self.drawn = 0
+        """How many batches' indices were drawn, those that were used before too."""
+        self.ended = False
+        """Whether the sampler has none left."""
+
+    def begin(self) -> None:
+        """Draw the indices that were used before, once; fewer where there are no more."""
+        to_skip, self._to_skip = self._to_skip, 0
+        for _ in range(to_skip):
+            try:
+                self._draw()
+            except StopIteration:
+                return
+
+    def _draw(self) -> tuple[Any, int]:
+        """Give the next indices, and the place in the epoch of the first of them."""
+        if self.drawn:
+            start_torch(self._indices.numbers.fetch(self.drawn))
+        else:
+            _set_generators(self._begins)
+        with self._others:
+            try:
+                indices = next(self._source)
+            except StopIteration:
+                self.ended = True
+                raise
+        first = self._sample
+        self.drawn += 1
+        self._sample += len(indices) if self._indices.batched else 1
+        return indices, first
+
+    def __iter__(self) -> IndexPass:
+        return self
+
+    def __next__(self) -> Any:
+        self.begin()
+        indices, first = self._draw()
+        numbers = self._indices.numbers
+        if not self._indices.draws:
+            return indices
+        if not self._indices.batched:
+            return numbers.sample(first), indices
+        return [(numbers.sample(first + place), index) for place, index in enumerate(indices)]

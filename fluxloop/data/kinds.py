@@ -1,0 +1,60 @@
+"""Kinds of sources: what can be gone on with from any batch, what keeps its place itself, what is made of others."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from fluxloop.data.generators import private_generators
+from fluxloop.data.indices import Numbers
+from fluxloop.data.loaders import TensorBatches
+from fluxloop.persist.plain import is_stateful
+
+
+class Combined(ABC):
+    """Base of sources that are made of others.
+
+    Attributes:
+        parts: The others.
+    """
+
+    parts: list[Any]
+
+    @abstractmethod
+    def named_parts(self) -> list[tuple[str, Any]]:
+        """List the parts with their names."""
+
+    @abstractmethod
+    def begin(self, numbers: Numbers, epoch: int | None, running: Any) -> Iterator[Any]:
+        """Begin a pass, or go on with one from what its ``place(name)`` returned."""
+
+
+def parts_of(source: Any) -> list[Any]:
+    """List the parts of a source that is made of others; none of any other."""
+    return source.parts if isinstance(source, Combined) else []
+
+
+def is_loader(source: Any) -> bool:
+    """Tell whether a source is a ``DataLoader`` over map-style data that iterates as torch's do."""
+    if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
+        return False
+    module = str(getattr(type(source).__iter__, "__module__", "")).split(".")[0]
+    return module in ("torch", "torchdata") and not (module == "torchdata" and is_stateful(source.dataset))
+
+
+def can_skip(source: Any) -> bool:
+    """Tell whether a source can be iterated from any batch on."""
+    return isinstance(source, (TensorBatches, list, tuple)) or (is_loader(source) and not draws_in_workers(source))
+
+
+def draws_in_workers(source: DataLoader[Any]) -> bool:
+    """Tell whether a dataset draws, in workers, from generators of its own: the workers alone know where they stand."""
+    return bool(source.num_workers and private_generators(source, samplers_too=False))
+
+
+def keeps_place(source: Any) -> bool:
+    """Tell whether a source keeps its place itself, and says it in ``state_dict()``."""
+    return not can_skip(source) and is_stateful(source)
