@@ -9,7 +9,6 @@ it leaves for a later step.
 
 from __future__ import annotations
 
-import copy
 import os
 import traceback
 from collections import defaultdict
@@ -18,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,8 +81,7 @@ class StandIn:
         self._learner = learner
         self._phase = phase
         self.step = state
-        self.scope = copy.copy(learner.scope)
-        self.scope.handle = self.fire
+        self.scope = SimpleNamespace(phase=phase, handle=self.fire)
         self.optimizer = optimizers[None] if tuple(optimizers) == (None,) else optimizers
         self.accelerator = AcceleratorStandIn(learner.accelerator.device)
         names: Any = {leaves[parameter]: name for parameter, name in learner.updates.names.items()}
