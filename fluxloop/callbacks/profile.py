@@ -13,7 +13,7 @@ from attrs import define, field
 
 from fluxloop.callback import Handler, UnsafeCallback, on
 from fluxloop.events import CycleBegin, CycleEnd, EpochBegin, EpochEnd, Event, FitBegin, FitEnd, StepBegin, StepEnd
-from fluxloop.order.runner import fired_with
+from fluxloop.order.explain import fired_with
 from fluxloop.phase import AbstractTrainingPhase, FittingPhase, Phase
 from fluxloop.state import name_of
 

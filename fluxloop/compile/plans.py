@@ -41,7 +41,8 @@ from fluxloop.compute.fused import count_changes
 from fluxloop.errors import CompileError, warn_user
 from fluxloop.events import Event, StepBegin, StepEnd, UpdateEnd
 from fluxloop.nested import map_tensors, tensors
-from fluxloop.order.runner import Bound, deliver, fired_with
+from fluxloop.order.explain import fired_with
+from fluxloop.order.runner import Bound, deliver
 from fluxloop.persist.plain import attributes
 from fluxloop.persist.seen import Same, seen
 from fluxloop.phase import Phase

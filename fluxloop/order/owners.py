@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fluxloop.order.view import View
+from fluxloop.order.view import LearnerView
 from fluxloop.persist.owners import Owners
 from fluxloop.persist.plain import phase_id
 
@@ -39,4 +39,4 @@ def owners_of(learner: RunLearner) -> Owners:
     named += [("", each) for each in learner.callbacks.given()]
     named += [(f"phase {phase_id(phase)}", phase) for phase in learner.phases.values()]
     named += [("", kept.thing) for kept in learner._ledger.phases]
-    return Owners(named, places, (View,))
+    return Owners(named, places, (LearnerView,))

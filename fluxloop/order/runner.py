@@ -8,8 +8,6 @@ from inspect import signature
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from attrs import frozen
-
 from fluxloop.callback import EXPECTED, Callback, Handler, require_call, watchers
 from fluxloop.errors import (
     CancelEpochException,
@@ -19,11 +17,12 @@ from fluxloop.errors import (
     annotate,
     warn_user,
 )
-from fluxloop.events import FIT_EVENTS, GRADIENT_EVENTS, Event, FitEnd, event_types
+from fluxloop.events import FIT_EVENTS, Event, FitEnd
 from fluxloop.guard.assign import adopt
 from fluxloop.loop import Handle, locate
 from fluxloop.order.access import covers, dotted, parse, view_of
-from fluxloop.order.graph import CallbackGraph, Node, touches
+from fluxloop.order.explain import Explanation, draw_dot, draw_mermaid, explain_order, explain_path, fired_with
+from fluxloop.order.graph import CallbackGraph, Node
 from fluxloop.order.outlook import note_directions
 from fluxloop.order.owners import owners_of
 from fluxloop.order.view import make_view
@@ -306,66 +305,24 @@ class Callbacks:
             chosen = [FittingPhase, *(phase if isinstance(phase, type) else type(phase) for phase in phases)]
         for phase in chosen:
             check_phase_type("explain", phase)
-        lines = self._explain_path(path) if path is not None else self._explain_order(chosen)
+        lines: Iterable[str]
+        if path is not None:
+            lines = explain_path(self._graph, path, self._learner.updates.explain)
+        else:
+            lines = explain_order(self._graph, chosen, self._handlers, self.obstacles)
         return Explanation("\n".join(lines), self.to_mermaid())
 
-    def _explain_order(self, phases: list[type[Phase]]) -> Iterator[str]:
-        told: set[str] = set()
-        for phase in phases:
-            yield phase.__name__
-            for event in fired_with(phase):
-                handlers = [id for _, _, id in self.table(phase)[event]]
-                if handlers:
-                    told.update(handlers)
-                    yield f"  {event.__name__}: {' → '.join(handlers)}"
-            if phase.data_key:
-                obstacles = self.obstacles(phase)
-                fusable = "fusable as far as callbacks go; the body is tried when it is compiled"
-                yield f"  steps are {'not fusable:' if obstacles else fusable}"
-                yield from (f"    {obstacle}" for obstacle in obstacles)
-        edges = [edge for edge in self._graph.edges if edge.before in told and edge.after in told]
-        if edges:
-            yield "because"
-            yield from (f"  {edge}" for edge in edges)
-        if told:
-            yield "Callbacks that nothing orders run in the order of their names, not of the list."
-
-    def _explain_path(self, path: str) -> Iterator[str]:
-        wanted = parse(path, "explain")
-        found = list(self._learner.updates.explain(wanted))
-        for node in self._graph.nodes:
-            when = ", ".join(sorted({f"{e.__name__} ({p.__name__})" for e, p in node.callback.handles()})) or "init"
-            found += [f"{node.id} {mode} '{dotted(declared)}' at {when}" for mode, declared in touches(node, wanted)]
-            if not node.is_safe:
-                found.append(f"{node.id} may touch anything (unsafe) at {when}")
-        yield f"'{path}' is touched by:"
-        yield from (f"  {line}" for line in found or ["nobody"])
+    def _handlers(self, phase: type[Phase], event: type[Event]) -> list[str]:
+        """Return the ids of those who handle an event of a phase, in order."""
+        return [id for _, _, id in self.table(phase)[event]]
 
     def to_mermaid(self) -> str:
         """Draw the graph in Mermaid's language (GitHub, notebooks and most documentation show it)."""
-        lines = ["flowchart TD"]
-        number = {node.id: f"n{index}" for index, node in enumerate(self._graph.nodes)}
-        lines += [f'    {number[node.id]}["{_label(node.id)}"]' for node in self._graph.nodes]
-        for before, after, reason in self._joined_edges():
-            text = _label(reason).replace("\n", "<br/>")
-            lines.append(f'    {number[before]} -->|"{text}"| {number[after]}')
-        return "\n".join(lines)
+        return draw_mermaid(self._graph)
 
     def to_dot(self) -> str:
         """Draw the graph in Graphviz' language."""
-        lines = ["digraph callbacks {"]
-        lines += [f'    "{_label(node.id)}";' for node in self._graph.nodes]
-        for before, after, reason in self._joined_edges():
-            text = _label(reason).replace("\n", "\\n")
-            lines.append(f'    "{_label(before)}" -> "{_label(after)}" [label="{text}"];')
-        return "\n".join([*lines, "}"])
-
-    def _joined_edges(self) -> list[tuple[str, str, str]]:
-        """Give one arrow per pair, with all its reasons."""
-        pairs = dict.fromkeys((edge.before, edge.after) for edge in self._graph.edges)
-        return [
-            (b, a, "\n".join(e.reason for e in self._graph.edges if (e.before, e.after) == (b, a))) for b, a in pairs
-        ]
+        return draw_dot(self._graph)
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         return self.explain()._repr_mimebundle_()
@@ -457,36 +414,3 @@ def _locate_handler(error: BaseException, id: str, event: Event, phase: Phase, l
         return
     annotate(error, f"fluxloop: raised by {id} at {name} of {phase!r}")
     locate(error, learner, phase)
-
-
-def _label(text: str) -> str:
-    """Give a text as a diagram may quote it."""
-    return text.replace('"', "'")
-
-
-def fired_with(phase: type[Phase]) -> list[type[Event]]:
-    """List the events that may be fired with a phase type, in firing order."""
-    if issubclass(phase, FittingPhase):
-        return list(FIT_EVENTS)
-    never = FIT_EVENTS if phase.gradients else (*FIT_EVENTS, *GRADIENT_EVENTS)
-    return [event for event in event_types() if event not in never]
-
-
-@frozen(repr=False)
-class Explanation:
-    """What `Callbacks.explain` found: prints as text, shows with a diagram in a notebook."""
-
-    text: str
-    mermaid: str
-
-    def __str__(self) -> str:
-        return self.text
-
-    __repr__ = __str__
-
-    def __contains__(self, words: str) -> bool:
-        return words in self.text
-
-    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
-        markdown = f"```text\n{self.text}\n```\n\n```mermaid\n{self.mermaid}\n```"
-        return {"text/plain": self.text, "text/markdown": markdown}

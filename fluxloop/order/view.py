@@ -8,6 +8,8 @@ from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from attrs import field, frozen
+
 from fluxloop.order.access import SERVICES, Access, Path, covers, dotted
 from fluxloop.order.readonly import guarded
 from fluxloop.order.weights import DeclaredWeights
@@ -16,31 +18,105 @@ if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner
 
 
-class View:
+@frozen(eq=False)
+class Place:
+    """What a view shows: one place in the learner, as a callback declared it.
+
+    Args:
+        access: What the callback declared.
+        path: Where it lies; () is the learner itself.
+        fetch: Returns what lies there, of a learner.
+        readable: For each name that was asked for with ``in``: whether it may be read. Handlers ask so in every step.
+    """
+
+    access: Access
+    path: Path
+    fetch: Callable[[Any], Any]
+    readable: dict[object, bool] = field(factory=dict)
+
+
+class LearnerView:
     """What a handler gets as ``learner``: the declared paths, and nothing else.
 
-    Everybody may call the services: ``defer(undo)`` (undo something when the running step, epoch
-    or fit ends), ``host(tensor, then)`` (have a number on the host without waiting for the device),
-    ``request_stop(reason)`` (end the fit before its next batch), ``where()`` (phase, epoch and step in
-    words), ``check(phases=...)`` (a step of each on the side), ``finite`` (stop a fit whose numbers are
-    not finite) and, in a step that is being compiled, ``skip_update(when)``. Everybody may read where
-    the running fit is: ``cycle`` of ``num_epochs``, ``fit_phases`` and ``trained_steps``. ``weights[name]``
-    gives the weights at a declared path, ``"model.G@ema"`` as ``weights["G@ema"]``.
+    Every callback may call the services: ``defer(undo)`` (undo something when the running step, epoch
+    or fit ends), ``host(tensor, then)`` (call ``then`` with the number once it has been copied to the
+    host, without waiting for the device), ``request_stop(reason)`` (end the fit before its next batch),
+    ``where()`` (phase, epoch and step in words), ``check(phases=...)`` (run a step of each on the side),
+    ``finite`` (stop a fit whose numbers are not finite) and, in a step that is being compiled,
+    ``skip_update(when)``. Every callback may read where the running fit is: ``cycle`` of ``num_epochs``,
+    ``fit_phases`` and ``trained_steps``. ``weights[name]`` returns the weights at a declared path,
+    ``"model.G@ema"`` as ``weights["G@ema"]``.
     """
+
+    # A class is generated for each view, with a property for each declared path: reading one costs no more than
+    # that. What follows is for the names that are left.
 
     __slots__ = ("_learner",)
     _learner: RunLearner
+    __place__: ClassVar[Place]
+    _nested: ClassVar[dict[str, type[LearnerView]]] = {}
+    """The views of what lies below, by name: made once, read as quickly as an attribute."""
 
     def __init__(self, learner: RunLearner) -> None:
         object.__setattr__(self, "_learner", learner)
         for name, nested in self._nested.items():
             object.__setattr__(self, name, nested(learner))
 
-    _nested: ClassVar[dict[str, type[View]]] = {}
-    """The views of what lies below, by name: made once, read as quickly as an attribute."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> View:
+    def __deepcopy__(self, memo: dict[int, Any]) -> LearnerView:
         return type(self)(copy.deepcopy(self._learner, memo))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        place = self.__place__
+        access, path = place.access, (*place.path, name)
+        if not access.allows(path, "read"):
+            if path in (("step",), ("cbstate",)):
+                return Undeclared(access, path)
+            raise access.refuse(path, "read")
+        value = live_models(self._learner) if path == ("model",) else look_up(place.fetch(self._learner), name)
+        return value if access.allows(path, "write") else guarded(value, path, access)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        place = self.__place__
+        place.access.require((*place.path, name), "write")
+        setattr(place.fetch(self._learner), name, value)
+
+    def __delattr__(self, name: str) -> None:
+        place = self.__place__
+        place.access.require((*place.path, name), "write")
+        delattr(place.fetch(self._learner), name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return getattr(self, str(key))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        place = self.__place__
+        place.access.require((*place.path, str(key)), "write")
+        place.fetch(self._learner)[key] = value
+
+    def __delitem__(self, key: Any) -> None:
+        place = self.__place__
+        place.access.require((*place.path, str(key)), "write")
+        del place.fetch(self._learner)[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        place = self.__place__
+        place.access.require(place.path, "read")
+        return iter(place.fetch(self._learner))
+
+    def __contains__(self, name: object) -> bool:
+        place = self.__place__
+        if name not in place.readable:
+            place.readable[name] = place.access.allows((*place.path, str(name)), "read")
+        if not place.readable[name]:
+            raise place.access.refuse((*place.path, str(name)), "read")
+        value = place.fetch(self._learner)
+        return hasattr(value, str(name)) if place.path == () else name in value
+
+    def __repr__(self) -> str:
+        place = self.__place__
+        return f"<{place.access.callback}'s view of {dotted(place.path) if place.path else 'the learner'}>"
 
 
 class Undeclared:
@@ -80,7 +156,7 @@ class Undeclared:
 
 
 def make_view(access: Access, learner: RunLearner) -> Any:
-    """Make the view of `learner` for one callback: a class generated once from its declaration."""
+    """Make the view of `learner` for one callback, of a class that is generated from its declaration."""
     return _generate(access, (), lambda learner: learner)(learner)
 
 
@@ -97,7 +173,7 @@ def look_up(value: Any, name: str) -> Any:
 
 
 def live_models(learner: Any) -> Any:
-    """Give what the path ``model`` is: the live models, also while a phase runs a view of them."""
+    """Return what the path ``model`` stands for: the live models, also while a phase runs averaged ones."""
     return learner.weights.given
 
 
@@ -105,9 +181,9 @@ FACTS = ("cycle", "fit_phases", "num_epochs", "trained_steps")
 """What everybody may read of the running fit: no callback writes it, so no declaration would order anything."""
 
 
-def _generate(access: Access, path: Path, fetch: Callable[[Any], Any]) -> type[View]:
+def _generate(access: Access, path: Path, fetch: Callable[[Any], Any]) -> type[LearnerView]:
     """Generate the class of the view at `path`; `fetch` gets the viewed object from the learner."""
-    nested: dict[str, type[View]] = {}
+    nested: dict[str, type[LearnerView]] = {}
     body: dict[str, Any] = {}
     for name, child in access.children(path).items():
         made = _property(access, child, fetch)
@@ -115,85 +191,27 @@ def _generate(access: Access, path: Path, fetch: Callable[[Any], Any]) -> type[V
             body[name] = made
         elif name.isidentifier() and not name.startswith("_"):
             nested[name] = made
-        else:  # no name of an attribute that a class can have: "0" of a Sequential
+        else:  # a class can have no attribute of that name: "0" of a Sequential
             body[name] = property(partial(_below, made))
     if path == ():
         body |= {name: _service(name) for name in (*SERVICES, *FACTS)}
         body["weights"] = property(lambda self: DeclaredWeights(self._learner.weights, access))
-
-    def missing(self: View, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        whole = (*path, name)
-        if not access.allows(whole, "read"):
-            if whole in (("step",), ("cbstate",)):
-                return Undeclared(access, whole)
-            raise access.refuse(whole, "read")
-        value = live_models(self._learner) if whole == ("model",) else look_up(fetch(self._learner), name)
-        return value if access.allows(whole, "write") else guarded(value, whole, access)
-
-    def assign(self: View, name: str, value: Any) -> None:
-        access.require((*path, name), "write")
-        setattr(fetch(self._learner), name, value)
-
-    def remove(self: View, name: str) -> None:
-        access.require((*path, name), "write")
-        delattr(fetch(self._learner), name)
-
-    def item(self: View, key: Any) -> Any:
-        return getattr(self, str(key))
-
-    def assign_item(self: View, key: Any, value: Any) -> None:
-        access.require((*path, str(key)), "write")
-        fetch(self._learner)[key] = value
-
-    def remove_item(self: View, key: Any) -> None:
-        access.require((*path, str(key)), "write")
-        del fetch(self._learner)[key]
-
-    def names(self: View) -> Iterator[Any]:
-        access.require(path, "read")
-        return iter(fetch(self._learner))
-
-    readable: dict[object, bool] = {}
-
-    def contains(self: View, name: object) -> bool:
-        if name not in readable:
-            readable[name] = access.allows((*path, str(name)), "read")
-        if not readable[name]:
-            raise access.refuse((*path, str(name)), "read")
-        value = fetch(self._learner)
-        return hasattr(value, str(name)) if path == () else name in value
-
-    def represent(self: View) -> str:
-        return f"<{access.callback}'s view of {dotted(path) if path else 'the learner'}>"
-
-    body |= {
-        "__slots__": tuple(nested),
-        "_nested": nested,
-        "__getattr__": missing,
-        "__setattr__": assign,
-        "__delattr__": remove,
-        "__getitem__": item,
-        "__setitem__": assign_item,
-        "__delitem__": remove_item,
-        "__iter__": names,
-        "__contains__": contains,
-        "__repr__": represent,
-    }
-    return type("View", (View,), body)
+    body |= {"__slots__": tuple(nested), "_nested": nested, "__place__": Place(access, path, fetch)}
+    return type("LearnerView", (LearnerView,), body)
 
 
 def _service(name: str) -> property:
+    """Return a property that gives a method or a fact of the learner's."""
     return property(attrgetter(f"_learner.{name}"))  # no frame of Python: handlers ask in every step
 
 
-def _below(view: type[View], of: View) -> View:
+def _below(view: type[LearnerView], of: LearnerView) -> LearnerView:
+    """Return the view of something below another."""
     return view(of._learner)
 
 
-def _property(access: Access, path: Path, fetch: Callable[[Any], Any]) -> property | type[View]:
-    """Generate the property of a view that gives what lies at `path`, or the view of what is below it."""
+def _property(access: Access, path: Path, fetch: Callable[[Any], Any]) -> property | type[LearnerView]:
+    """Generate the property that returns what lies at `path`, or the class of the view of what lies below it."""
     name = path[-1]
     quick = attrgetter(".".join(("weights", "given", *path[1:]) if path[0] == "model" else path))
 

@@ -1,0 +1,128 @@
+"""Explain the order of callbacks: as text, and as a diagram."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from attrs import frozen
+
+from fluxloop.events import FIT_EVENTS, GRADIENT_EVENTS, Event, event_types
+from fluxloop.order.access import dotted, parse
+from fluxloop.order.graph import CallbackGraph, touches
+from fluxloop.phase import FittingPhase, Phase
+
+
+@frozen(repr=False)
+class Explanation:
+    """What `Callbacks.explain` found: prints as text, shows with a diagram in a notebook."""
+
+    text: str
+    mermaid: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    __repr__ = __str__
+
+    def __contains__(self, words: str) -> bool:
+        return words in self.text
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        markdown = f"```text\n{self.text}\n```\n\n```mermaid\n{self.mermaid}\n```"
+        return {"text/plain": self.text, "text/markdown": markdown}
+
+
+def fired_with(phase: type[Phase]) -> list[type[Event]]:
+    """List the events that may be fired with a phase type, in firing order."""
+    if issubclass(phase, FittingPhase):
+        return list(FIT_EVENTS)
+    never = FIT_EVENTS if phase.gradients else (*FIT_EVENTS, *GRADIENT_EVENTS)
+    return [event for event in event_types() if event not in never]
+
+
+def explain_order(
+    graph: CallbackGraph,
+    phases: Iterable[type[Phase]],
+    handlers: Callable[[type[Phase], type[Event]], list[str]],
+    obstacles: Callable[[type[Phase]], list[str]],
+) -> Iterator[str]:
+    """Write who handles each event of each phase, in order, and why in that order.
+
+    Args:
+        graph: The callbacks, in their order.
+        phases: The phase types to explain.
+        handlers: Returns the ids of those who handle an event of a phase, in order.
+        obstacles: Returns what keeps the steps of a phase from being one graph.
+    """
+    named: set[str] = set()
+    for phase in phases:
+        yield phase.__name__
+        for event in fired_with(phase):
+            ids = handlers(phase, event)
+            if ids:
+                named.update(ids)
+                yield f"  {event.__name__}: {' → '.join(ids)}"
+        if phase.data_key:
+            found = obstacles(phase)
+            fusable = "fusable as far as callbacks go; the body is tried when it is compiled"
+            yield f"  steps are {'not fusable:' if found else fusable}"
+            yield from (f"    {obstacle}" for obstacle in found)
+    edges = [edge for edge in graph.edges if edge.before in named and edge.after in named]
+    if edges:
+        yield "because"
+        yield from (f"  {edge}" for edge in edges)
+    if named:
+        yield "Callbacks that nothing orders run in the order of their names, not of the list."
+
+
+def explain_path(graph: CallbackGraph, path: str, optimizers: Callable[[tuple[str, ...]], Iterable[str]]) -> list[str]:
+    """Write who touches a path, how and when.
+
+    Args:
+        graph: The callbacks.
+        path: A dotted path, such as ``"model.G"``.
+        optimizers: Returns what the optimizers do to a parsed path.
+
+    Raises:
+        CallbackError: The path has an unknown root.
+    """
+    wanted = parse(path, "explain")
+    found = list(optimizers(wanted))
+    for node in graph.nodes:
+        when = ", ".join(sorted({f"{e.__name__} ({p.__name__})" for e, p in node.callback.handles()})) or "init"
+        found += [f"{node.id} {mode} '{dotted(declared)}' at {when}" for mode, declared in touches(node, wanted)]
+        if not node.is_safe:
+            found.append(f"{node.id} may touch anything (unsafe) at {when}")
+    return [f"'{path}' is touched by:", *(f"  {line}" for line in found or ["nobody"])]
+
+
+def draw_mermaid(graph: CallbackGraph) -> str:
+    """Draw a graph in Mermaid's language."""
+    lines = ["flowchart TD"]
+    number = {node.id: f"n{index}" for index, node in enumerate(graph.nodes)}
+    lines += [f'    {number[node.id]}["{_quotable(node.id)}"]' for node in graph.nodes]
+    for before, after, reasons in _arrows(graph):
+        text = _quotable(reasons).replace("\n", "<br/>")
+        lines.append(f'    {number[before]} -->|"{text}"| {number[after]}')
+    return "\n".join(lines)
+
+
+def draw_dot(graph: CallbackGraph) -> str:
+    """Draw a graph in Graphviz' language."""
+    lines = ["digraph callbacks {"]
+    lines += [f'    "{_quotable(node.id)}";' for node in graph.nodes]
+    for before, after, reasons in _arrows(graph):
+        text = _quotable(reasons).replace("\n", "\\n")
+        lines.append(f'    "{_quotable(before)}" -> "{_quotable(after)}" [label="{text}"];')
+    return "\n".join([*lines, "}"])
+
+
+def _arrows(graph: CallbackGraph) -> list[tuple[str, str, str]]:
+    """Return one arrow per pair of callbacks, with all its reasons, a line each."""
+    pairs = dict.fromkeys((edge.before, edge.after) for edge in graph.edges)
+    return [(b, a, "\n".join(e.reason for e in graph.edges if (e.before, e.after) == (b, a))) for b, a in pairs]
+
+
+def _quotable(text: str) -> str:
+    """Return a text as a diagram may quote it."""
+    return text.replace('"', "'")
