@@ -47,9 +47,10 @@ from fluxloop.persist.watched import Watched
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.randomness import check_seed, draw_seed
-from fluxloop.run.fit import fit, run_epoch
+from fluxloop.run.epoch import run_epoch
+from fluxloop.run.fit import fit
 from fluxloop.run.inference import evaluate, predict
-from fluxloop.run.resume import place_of
+from fluxloop.run.scope import place_of
 from fluxloop.run.session import Running, Session
 from fluxloop.state import State
 

@@ -31,7 +31,7 @@ from fluxloop.persist.plain import MARK
 from fluxloop.phase import Phase
 from fluxloop.phases.supervised import TrainingPhase
 from fluxloop.randomness import preserved, start_generators
-from fluxloop.run.resume import place_of
+from fluxloop.run.scope import place_of
 from fluxloop.state import Container, State
 
 

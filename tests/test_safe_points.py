@@ -37,7 +37,7 @@ from fluxloop import (
 from fluxloop.callbacks.checkpointer import Checkpointer
 from fluxloop.checkpoint.folder import Folder
 from fluxloop.errors import CheckpointError
-from fluxloop.run.resume import FitScope, place_of
+from fluxloop.run.scope import FitScope, place_of
 from fluxloop.testing import EventRecorder, assert_resumes_exactly, assert_same_bits, toy_learner
 
 

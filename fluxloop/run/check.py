@@ -22,8 +22,9 @@ from fluxloop.errors import PACKAGE, DataError, MissingEntryError, PhaseError
 from fluxloop.loop import set_modes
 from fluxloop.phase import Phase
 from fluxloop.randomness import preserved
-from fluxloop.run.fit import check_phase, default_phases, feed
+from fluxloop.run.epoch import feed
 from fluxloop.run.inference import aside
+from fluxloop.run.phases import check_phase, default_phases
 
 if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner

@@ -18,7 +18,8 @@ from fluxloop.loop import runs_a_view
 from fluxloop.nested import concatenate, map_tensors
 from fluxloop.phase import Phase
 from fluxloop.phases.supervised import PredictionPhase, ValidationPhase
-from fluxloop.run.fit import check_phase, run_epoch
+from fluxloop.run.epoch import run_epoch
+from fluxloop.run.phases import check_phase
 from fluxloop.run.session import Session
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from fluxloop.hyperparameters import put
 from fluxloop.phase import AbstractTrainingPhase, Phase
 from fluxloop.phases.supervised import TrainingPhase
 from fluxloop.randomness import preserved
-from fluxloop.run.fit import check_runs, feed
+from fluxloop.run.epoch import feed
+from fluxloop.run.phases import check_runs
 from fluxloop.run.session import Session
 from fluxloop.schedules import exponential
 from fluxloop.signals import INTERRUPTED
