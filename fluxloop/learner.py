@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from types import BuiltinFunctionType
@@ -13,14 +12,14 @@ from torch import Tensor, nn
 
 from fluxloop.callback import Callback
 from fluxloop.callbacks.defaults import with_defaults
-from fluxloop.checkpoint.checkpoint import Manifest, complete_copy, gather, load_weights, manifest, take
+from fluxloop.checkpoint.checkpoint import Manifest, gather, load_weights, manifest, take
 from fluxloop.checkpoint.folder import read, write
 from fluxloop.checkpoint.ledger import Ledger
 from fluxloop.checkpoint.misfits import check_fits
 from fluxloop.compute.accelerator import Accelerator
 from fluxloop.compute.blocks import UpdateBlock
 from fluxloop.compute.finite import Finite
-from fluxloop.compute.models import like, named_models, not_copied
+from fluxloop.compute.models import like, named_models
 from fluxloop.compute.optimizers import build_optimizers, parameter_names
 from fluxloop.compute.updates import Updates
 from fluxloop.data.loaders import name_data
@@ -51,7 +50,7 @@ from fluxloop.run.epoch import run_epoch
 from fluxloop.run.fit import fit
 from fluxloop.run.inference import evaluate, predict
 from fluxloop.run.scope import place_of
-from fluxloop.run.session import Running, Session
+from fluxloop.run.session import Running, Session, copy_at_rest
 from fluxloop.state import State
 
 C = TypeVar("C", bound=Callback)
@@ -157,7 +156,6 @@ class Learner(Generic[M]):
         self.optimizer: Any = like(model, optimizers)
         self._seed_given = seed is not None
         self.seed = draw_seed() if seed is None else check_seed(seed)
-        self.num_batches: int | None = None
         self._ledger = Ledger()
         self._running = Running()
         session = Session.begin(self)
@@ -165,6 +163,7 @@ class Learner(Generic[M]):
         self.streams, self._host_queue = session.streams, session._host_queue
         self.step, self.scope = session.step, session.scope
         self.phases, self.fit_phases, self.num_epochs = session.phases, session.fit_phases, session.num_epochs
+        self.num_batches = session.num_batches
         self.updates = Updates(self, parameter_names(self.models, loss_fn), optimizers)
         self.finite = Finite(self)
         self._compiled: CompiledSteps | None = None
@@ -575,22 +574,13 @@ class Learner(Generic[M]):
         """Copy everything; the copy trains to the same bits.
 
         What PyTorch leaves out where it copies is copied too: gradients that wait for an update, hooks of
-        parameters and of optimizers. A phase goes on in the copy from where it is here.
+        parameters and of optimizers. A phase goes on in the copy from where it is here. In the copy nothing is
+        running, also where a fit of the original is.
 
         Raises:
             ModelError: A module keeps a tensor that torch does not copy, as the old ``spectral_norm`` does.
         """
-        copied: Learner[M] = object.__new__(type(self))
-        memo[id(self)] = copied
-        try:
-            for name, value in vars(self).items():
-                vars(copied)[name] = copy.deepcopy(value, memo)
-        except RuntimeError as error:
-            if "deepcopy protocol" in str(error):
-                raise not_copied("copy.deepcopy(learner)", error) from error
-            raise
-        complete_copy(self, copied, memo)
-        return copied
+        return copy_at_rest(self, memo)
 
     def __reduce_ex__(self, protocol: object) -> Any:
         """Raise: a learner has functions, open files and views that belong to its process.

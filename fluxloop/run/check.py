@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from attrs import fields
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fluxloop.callback import UnsafeCallback
 from fluxloop.compute.models import keep_tensors
 from fluxloop.compute.saved import save_optimizer
+from fluxloop.compute.slots import Slot
 from fluxloop.compute.updates import Updates
 from fluxloop.data.passes import untouched
 from fluxloop.errors import PACKAGE, DataError, MissingEntryError, PhaseError
@@ -23,8 +25,8 @@ from fluxloop.loop import set_modes
 from fluxloop.phase import Phase
 from fluxloop.randomness import preserved
 from fluxloop.run.epoch import feed
-from fluxloop.run.inference import aside
 from fluxloop.run.phases import check_phase, default_phases
+from fluxloop.run.session import beside
 
 if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner
@@ -52,27 +54,28 @@ def _first(learner: RunLearner, phase: Phase) -> Any:
 
 
 class NotLookedAtError(PhaseError, DataError):
-    """Nothing could be run on the side without a trace: of data that can be iterated once, or in a phase."""
+    """No step could be run without a trace: the data can be iterated once only, or a phase cannot be copied."""
 
 
-def _kept_gradients(updates: Updates) -> Callable[[], None]:
-    """Keep the gradients and where they stand, and begin without any; return what puts them back."""
+def _save_updates(updates: Updates) -> Callable[[], None]:
+    """Save the gradients, and what is counted of them, and begin without any; return a function that restores them."""
     gradients = [(parameter, parameter.grad) for parameter in updates.names]
-    noted = ("consumed", "first_step", "in_block", "num_batches", "phase", "step", "before")
-    windows = [(slot, {name: getattr(slot, name) for name in noted}) for slot in updates.slots]
+    saved = dict(vars(updates))
+    slots = [(slot, {each.name: getattr(slot, each.name) for each in fields(Slot)}) for slot in updates.slots]
     for slot in updates.slots:
         slot.end_gradients()
     for parameter in updates.names:
         parameter.grad = None
 
-    def put_back() -> None:
+    def restore() -> None:
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        for slot, kept in windows:
-            for name, value in kept.items():
+        vars(updates).update(saved)
+        for slot, values in slots:
+            for name, value in values.items():
                 setattr(slot, name, value)
 
-    return put_back
+    return restore
 
 
 def check(learner: RunLearner, batch: Any, phases: Iterable[Phase] | None) -> list[str]:
@@ -90,9 +93,9 @@ class Problem(str):
     """What is wrong with a phase, in a sentence.
 
     Attributes:
-        severity: ``"error"`` where a fit would fail too, ``"warning"`` where it would not (a gradient that
-            is computed and not used) or need not (an entry that a callback declares to store), ``"skipped"``
-            where nothing could be looked at.
+        severity: ``"error"`` where a fit would fail too; ``"warning"`` where it would not (a gradient is
+            computed and not used) or need not (a callback declares to store the missing entry);
+            ``"skipped"`` where no step could be run.
     """
 
     __slots__ = ("severity",)
@@ -129,7 +132,7 @@ def look_at(learner: RunLearner, phase: Phase, batch: Any) -> list[Problem]:
 
 
 def _may_be_stored(learner: RunLearner, error: Exception) -> bool:
-    """Return whether an entry that is missing is one that a callback declares to store: here none of them runs."""
+    """Return whether a callback declares to store the entry that is missing: none of them runs in a check."""
     if not isinstance(error, MissingEntryError) or error.name is None or not error.name.isidentifier():
         return False
     own = [each.unwrapped for each in learner.callbacks if not type(each.unwrapped).__module__.startswith("fluxloop.")]
@@ -140,31 +143,30 @@ def _may_be_stored(learner: RunLearner, error: Exception) -> bool:
 
 @contextmanager
 def _aside(learner: RunLearner, phase: Phase, findings: list[str]) -> Iterator[Phase]:
-    """Give a copy of a phase to run one step of; put everything back after it."""
+    """Yield a copy of a phase, to run one step of it; put everything back after it."""
     modules, updates = learner.modules(), learner.updates
     with ExitStack() as undone:
         undone.enter_context(preserved())
-        undone.enter_context(aside(learner, "check", []))
-        undone.callback(_kept_gradients(updates))
+        undone.enter_context(beside(learner, "check", []))
+        undone.callback(_save_updates(updates))
         for slot in updates.slots:
             undone.callback(save_optimizer(slot.optimizer))
         weights = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
         undone.callback(keep_tensors(modules, weights))
-        undone.callback(_kept_attributes(modules))
+        undone.callback(_save_attributes(modules))
         undone.callback(set_modes(learner, phase))
-        undone.callback(setattr, updates, "findings", None)
         updates.findings = findings
-        for name, kept in (("loss_fn", learner.loss_fn), ("_compiled", learner._compiled)):
-            undone.callback(setattr, learner, name, kept)
+        for name in ("loss_fn", "_compiled"):
+            undone.callback(setattr, learner, name, getattr(learner, name))
         memo = {id(thing): thing for thing in (learner, *_held(learner))}
-        learner._compiled = None  # a step as it is written finds the same, and compiles nothing
+        learner._compiled = None  # the step as it is written has the same problems, and need not be compiled
         if not isinstance(learner.loss_fn, nn.Module):
             learner.loss_fn = _copied(learner.loss_fn, memo, "the loss function")
         yield _copied(phase, memo, repr(phase))
 
 
 def _held(learner: RunLearner) -> Iterator[Any]:
-    """Yield what a phase may hold of the learner's: the copy of the phase holds the same."""
+    """Yield the learner's objects that a phase may hold: the copy of the phase holds the same ones."""
     for module in learner.modules():
         yield from module.modules()
         yield from module.parameters()
@@ -174,7 +176,7 @@ def _held(learner: RunLearner) -> Iterator[Any]:
 
 
 def _copied(thing: Any, memo: dict[int, Any], name: str) -> Any:
-    """Copy something whose step leaves traces in it.
+    """Return a copy of something in which a step leaves traces.
 
     Raises:
         PhaseError: It cannot be copied, so nothing can be run without a trace.
@@ -188,10 +190,10 @@ def _copied(thing: Any, memo: dict[int, Any], name: str) -> Any:
         ) from error
 
 
-def _kept_attributes(modules: list[nn.Module]) -> Callable[[], None]:
-    """Keep the plain attributes of modules, such as a count of calls; return what puts them back."""
+def _save_attributes(modules: list[nn.Module]) -> Callable[[], None]:
+    """Save the plain attributes of modules, such as a count of calls; return a function that restores them."""
     torchs = vars(nn.Module()).keys()
-    kept = [
+    saved = [
         (vars(part), name, value, copy.copy(value))
         for module in modules
         for part in module.modules()
@@ -199,8 +201,8 @@ def _kept_attributes(modules: list[nn.Module]) -> Callable[[], None]:
         if name not in torchs and type(value) in PLAIN
     ]
 
-    def put_back() -> None:
-        for attributes, name, value, copied in kept:
+    def restore() -> None:
+        for attributes, name, value, copied in saved:
             if isinstance(value, list):  # in place: others may hold it
                 value[:] = copied
             elif isinstance(value, (dict, set)):
@@ -208,7 +210,7 @@ def _kept_attributes(modules: list[nn.Module]) -> Callable[[], None]:
                 value.update(copied)
             attributes[name] = value
 
-    return put_back
+    return restore
 
 
 PLAIN = (bool, int, float, str, type(None), list, dict, set, tuple)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from fluxloop.callback import Callback, on
@@ -14,39 +13,15 @@ from fluxloop.data.loaders import as_dataloader
 from fluxloop.data.ordering import in_order
 from fluxloop.errors import DataError, MetricError, PhaseError, describe, sentence
 from fluxloop.events import StepEnd
-from fluxloop.loop import runs_a_view
 from fluxloop.nested import concatenate, map_tensors
 from fluxloop.phase import Phase
 from fluxloop.phases.supervised import PredictionPhase, ValidationPhase
 from fluxloop.run.epoch import run_epoch
 from fluxloop.run.phases import check_phase
-from fluxloop.run.session import Session
+from fluxloop.run.session import beside
 
 if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner
-
-
-@contextmanager
-def aside(learner: RunLearner, owner: str, callbacks: list[Callback]) -> Iterator[None]:
-    """Run something with callbacks, history and random numbers of its own; put the learner's back after.
-
-    So that evaluation and prediction leave no trace: what the training sees is as before.
-    """
-    outer, model = Session.of(learner), learner.model
-    updates, block = learner.updates, learner.updates.block
-    inner = Session.begin(learner, owner)
-    inner.phases = dict(outer.phases)
-    try:
-        if runs_a_view(outer.scope):
-            vars(learner)["model"] = learner.weights.given  # past the checks of what users assign
-        updates.block = None
-        inner.put_into(learner)
-        learner.callbacks.set(callbacks)
-        yield
-    finally:
-        outer.put_into(learner)
-        vars(learner)["model"] = model
-        updates.block = block
 
 
 def _bar(learner: RunLearner) -> list[Callback]:
@@ -63,7 +38,7 @@ def evaluate(learner: RunLearner, data: Any, metrics: Iterable[Any] | None, phas
         raise MetricError(f"metrics={describe(metrics)} was given; expected a list: metrics=[accuracy]")
     own = learner.callbacks.get(Metrics)
     chosen = own.metrics if metrics is None and isinstance(own, Metrics) else list(metrics or ())
-    with aside(learner, "evaluate", [Recorder(), Metrics(*chosen), *_bar(learner)]):
+    with beside(learner, "evaluate", [Recorder(), Metrics(*chosen), *_bar(learner)]):
         run_epoch(learner, phase, None if data is None else as_dataloader(data))
         series = learner.history.metrics[phase]
     return {name: values[-1] for name, values in series.items()}
@@ -103,7 +78,7 @@ def predict(learner: RunLearner, data: Any, phase: Phase | None, stack: bool) ->
     check_watches(phase)
     collect = _Collect()
     source = in_order(as_dataloader(data)) if stack else as_dataloader(data)
-    with aside(learner, "predict", [collect, Recorder(), *_bar(learner)]):
+    with beside(learner, "predict", [collect, Recorder(), *_bar(learner)]):
         run_epoch(learner, phase, source)
     if not collect.parts:
         raise PhaseError(

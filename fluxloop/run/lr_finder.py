@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from attrs import frozen
 from torch import Tensor
@@ -21,10 +20,10 @@ from fluxloop.phases.supervised import TrainingPhase
 from fluxloop.randomness import preserved
 from fluxloop.run.epoch import feed
 from fluxloop.run.phases import check_runs
-from fluxloop.run.session import Session
+from fluxloop.run.session import copy_for
 from fluxloop.schedules import exponential
 from fluxloop.signals import INTERRUPTED
-from fluxloop.state import State, StepState
+from fluxloop.state import StepState
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -204,7 +203,7 @@ def find_lr(
     if optimizer is not None:
         chosen = [learner.updates.slots.index(learner.updates.find(optimizer))]  # type: ignore[assignment]  # as a list
     with preserved(), untouched(source):
-        trial, phase, given = _copied(learner, phase, list(callbacks))
+        trial, (phase, given) = copy_for("find_lr", learner, phase, list(callbacks))
         sweep = _Sweep(trial, list(chosen), exponential(steps - 1, start, end), steps, smoothing)
         trial.callbacks.set([*given, sweep])
         stopped = trial.fit(steps, phases=[phase]).stop_reason
@@ -214,20 +213,6 @@ def find_lr(
         raise LossError(f"find_lr saw no finite loss: {stopped or 'every step was cancelled'}")
     reason = None if len(sweep.losses) == steps else stopped
     return LRSweep(tuple(sweep.rates), tuple(sweep.losses), tuple(sweep.smoothed), reason)
-
-
-def _copied(learner: RunLearner, phase: Phase, callbacks: list[Callback]) -> tuple[RunLearner, Phase, list[Callback]]:
-    """Copy a learner without its callbacks, what they share, and its data; with it what is to run in the copy."""
-    memo: dict[int, Any] = {id(learner.data): State(dict(vars(learner.data)))}
-    memo |= {id(thing): State() for thing in Session.of(learner).objects()}  # none of them is copied
-    memo |= {id(learner.weights.views): {}, id(learner.weights.followers): {}}
-    trial, phase, callbacks = copy.deepcopy((learner, phase, callbacks), memo)
-    inner = Session.begin(trial, "find_lr")
-    inner.history.cycles = learner.history.cycles
-    inner.put_into(trial)
-    for slot in trial.updates.slots:
-        slot.end_gradients()  # those that wait are the learner's to use
-    return trial, phase, callbacks
 
 
 class _Sweep(UnsafeCallback):
