@@ -187,12 +187,14 @@ GRADIENT_EVENTS: tuple[type[Event], ...] = (BackwardBegin, BackwardEnd, UpdateBe
 
 
 def event_types() -> list[type[Event]]:
-    """List the event types that exist: the standard ones in firing order, then users' own by name."""
-    found: list[type[Event]] = []
-    todo = list(Event.__subclasses__())
-    while todo:
-        cls = todo.pop()
-        todo.extend(cls.__subclasses__())
-        if cls not in STANDARD_EVENTS and cls not in found:
-            found.append(cls)
-    return [*STANDARD_EVENTS, *sorted(found, key=lambda cls: (cls.__name__, cls.__module__))]
+    """List the event types that exist: the standard ones in firing order, then users' own by name.
+
+    Of several with one name in one module the newest counts: attrs makes a class with slots anew, and the first one
+    lives until garbage is collected; a cell of a notebook that is run again makes another one, too.
+    """
+    found: list[type[Event]] = [Event]
+    for cls in found:  # which grows meanwhile
+        found.extend(cls.__subclasses__())
+    newest = {(cls.__module__, cls.__qualname__): cls for cls in found}
+    own = [cls for cls in newest.values() if cls not in (Event, *STANDARD_EVENTS)]
+    return [*STANDARD_EVENTS, *sorted(own, key=lambda cls: (cls.__name__, cls.__module__))]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,3 +203,22 @@ def test_the_ends_of_scopes_are_those_whose_cancels_wait():
         "CycleEnd",
         "FitEnd",
     ]
+
+
+def test_a_class_that_attrs_has_made_anew_is_listed_once_also_while_no_garbage_is_collected():
+    gc.disable()
+    try:
+
+        def cell() -> type[Event]:
+            @frozen
+            class Again(Event):
+                """An event of a cell of a notebook."""
+
+            return Again
+
+        cell()
+        newest = cell()
+        assert [cls for cls in event_types() if cls.__name__ == "Again"] == [newest]
+        assert len(event_types()) == len({(cls.__module__, cls.__qualname__) for cls in event_types()})
+    finally:
+        gc.enable()
