@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from fluxloop.callback import Callback
 from fluxloop.callbacks.defaults import with_defaults
-from fluxloop.checkpoint.checkpoint import Manifest, gather, load_weights, manifest, take
 from fluxloop.checkpoint.folder import read, write
+from fluxloop.checkpoint.gathering import gather
 from fluxloop.checkpoint.ledger import Ledger
+from fluxloop.checkpoint.manifest import Manifest, manifest
 from fluxloop.checkpoint.misfits import check_fits
+from fluxloop.checkpoint.restoring import restore
+from fluxloop.checkpoint.weights_file import load_weights
 from fluxloop.compute.accelerator import Accelerator
 from fluxloop.compute.blocks import UpdateBlock
 from fluxloop.compute.finite import Finite
@@ -508,7 +511,7 @@ class Learner(Generic[M]):
             CheckpointError: It does not fit this learner; nothing is changed.
         """
         check_fits(self, state)
-        take(self, state, begun=True)
+        restore(self, state, begun=True)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write `state_dict` to a file, which is either complete or not there.

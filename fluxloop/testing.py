@@ -16,8 +16,8 @@ from attrs import define, field
 from torch import Tensor, nn
 
 from fluxloop.callback import Callback, Handler, UnsafeCallback, on
-from fluxloop.checkpoint.checkpoint import gather
 from fluxloop.checkpoint.folder import write
+from fluxloop.checkpoint.gathering import gather
 from fluxloop.data.loaders import TensorBatches
 from fluxloop.data.passes import untouched
 from fluxloop.errors import CheckpointError, DataError, describe

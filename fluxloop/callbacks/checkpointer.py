@@ -15,8 +15,9 @@ from typing import Any, Literal
 from attrs import define, field
 
 from fluxloop.callback import UnsafeCallback, on
-from fluxloop.checkpoint.checkpoint import check_writers, gather, lasting
 from fluxloop.checkpoint.folder import LATEST, Folder, Progress, name_of
+from fluxloop.checkpoint.gathering import gather, lasting
+from fluxloop.checkpoint.manifest import check_writers
 from fluxloop.compute.finite import first_names, not_finite, state_tensors
 from fluxloop.errors import CallbackConflictError, CheckpointError, sentence, warn_user
 from fluxloop.events import FitBegin, FitEnd, StepEnd

@@ -12,8 +12,8 @@ from torch.nn.parameter import is_lazy
 from fluxloop.callback import Callback, NoConflict, UnsafeCallback, on, resolve_conflict
 from fluxloop.callbacks.metrics import Metrics, RecordsMetrics
 from fluxloop.callbacks.recorder import Recorder
-from fluxloop.checkpoint.checkpoint import weights_of, with_metadata
 from fluxloop.checkpoint.misfits import weights_differ
+from fluxloop.checkpoint.weights_file import weights_of, with_metadata
 from fluxloop.compute.modes import switch_optimizers
 from fluxloop.errors import CallbackConflictError, ModelError, warn_user
 from fluxloop.events import CycleEnd, EpochEnd, FitBegin

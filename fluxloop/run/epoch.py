@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from fluxloop.checkpoint.checkpoint import meet_phases
+from fluxloop.checkpoint.restoring import meet_phases
 from fluxloop.data.feed import Feed
 from fluxloop.data.loaders import load
 from fluxloop.data.loading import is_workers_death, worker_died

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from fluxloop.checkpoint.checkpoint import meet_phases, take
 from fluxloop.checkpoint.folder import find_state
+from fluxloop.checkpoint.restoring import meet_phases, restore
 from fluxloop.data.loaders import name_data
 from fluxloop.errors import (
     CancelFittingException,
@@ -131,7 +131,7 @@ def _restore(
     known = learner._ledger.phases
     meet_phases(learner, phases)
     try:
-        return take(learner, state, begun=False)
+        return restore(learner, state, begun=False)
     except BaseException:
         learner._ledger.phases = known
         raise

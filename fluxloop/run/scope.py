@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fluxloop.checkpoint.checkpoint import try_to_apply
+from fluxloop.checkpoint.restoring import apply_or_undo
 from fluxloop.data.feed import Feed
 from fluxloop.errors import CheckpointError
 from fluxloop.loop import Scope, StepScope, runepoch
@@ -139,7 +139,7 @@ class FitScope(Scope):
         if is_under_way(place):
             under_way = "cycle" if place["feed"] is None else "epoch"
         if inside in (under_way, "end"):
-            try_to_apply(self._learner, self._state, self._revert, begun=True, running=True)
+            apply_or_undo(self._learner, self._state, self._revert, begun=True, running=True)
             if inside == "epoch":
                 self._order_again(self.phases[self.index])
             self._state, self._revert = None, nothing

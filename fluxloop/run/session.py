@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from attrs import define, field, fields
 
-from fluxloop.checkpoint.checkpoint import complete_copy
+from fluxloop.checkpoint.restoring import complete_copy
 from fluxloop.compute.host import HostQueue
 from fluxloop.compute.models import not_copied
 from fluxloop.errors import CancelFittingException

@@ -32,7 +32,7 @@ from fluxloop import (
     on,
     runstep,
 )
-from fluxloop.checkpoint.checkpoint import gather
+from fluxloop.checkpoint.gathering import gather
 from fluxloop.randomness import generator_states
 
 State = dict[str, Any]

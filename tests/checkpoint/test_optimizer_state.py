@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxloop import Callback, Checkpointer, CheckpointError, Learner, Phase, StepEnd, TensorBatches, on, runstep
-from fluxloop.checkpoint.checkpoint import gather
+from fluxloop.checkpoint.gathering import gather
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.testing import toy_learner
 
