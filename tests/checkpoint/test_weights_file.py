@@ -16,6 +16,7 @@ from fluxloop import (
 )
 from fluxloop.errors import CheckpointError
 from fluxloop.testing import bits
+from toys import Versioned
 
 # Weights alone
 
@@ -112,17 +113,6 @@ def test_names_of_nobody_are_refused(tmp_path: Path) -> None:
     net().save(tmp_path / "state.pt")
     with pytest.raises(Exception, match="nobody"):
         net().load_weights(tmp_path / "state.pt", "nobody")
-
-
-class Versioned(nn.Linear):
-    """A module that has changed its layout once: what has no version is brought up to date."""
-
-    _version = 2
-
-    def _load_from_state_dict(self, state: Any, prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
-        if metadata.get("version", 1) < 2:
-            state[f"{prefix}weight"] = state[f"{prefix}weight"] * 100
-        super()._load_from_state_dict(state, prefix, metadata, *rest)
 
 
 @pytest.mark.parametrize("name", ["model", "0"])
