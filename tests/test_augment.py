@@ -110,6 +110,7 @@ def test_a_loader_over_a_view_dataset_gives_batches_of_views(workers: int) -> No
     assert labels.tolist() == [4, 5, 6, 7]
 
 
+@pytest.mark.slow
 def test_a_phase_trains_on_a_view_dataset_alike_with_and_without_workers() -> None:
     learners = []
     for workers in (0, 2):

@@ -434,6 +434,7 @@ def modules_in(model: Any) -> list[nn.Module]:
     return [thing for thing in (model if isinstance(model, list) else [model]) if isinstance(thing, nn.Module)]
 
 
+@pytest.mark.slow(quick=30)
 @table(*CONSTRUCTION)
 def test_a_learner_is_not_built_from_bad_input(case: Case) -> None:
     options = {"model": network(), **case.given}
@@ -653,6 +654,7 @@ FITTING = (
 )
 
 
+@pytest.mark.slow(quick=14)
 @table(*FITTING)
 def test_a_fit_with_bad_input_changes_nothing_and_can_be_repeated(case: Case) -> None:
     options = dict(case.given)
@@ -1362,6 +1364,7 @@ def test_what_looks_malformed_and_has_a_meaning_is_taken(reason: str) -> None:
     TAKEN[reason]()
 
 
+@pytest.mark.slow(quick=45)
 @pytest.mark.parametrize(("make", "arguments"), MALFORMED)
 def test_a_malformed_argument_is_named_when_it_is_given(
     make: Callable[..., object],

@@ -69,6 +69,7 @@ class FakeTime:
 # timing.py
 
 
+@pytest.mark.slow
 def test_times_are_medians_per_unit_and_ratios_are_medians_of_rounds(scripts: Any) -> None:
     fake = FakeTime()
     slow = iter([9.0, 9.0, 1.0, 50.0, 2.0])  # two rounds to warm up; then one of three is disturbed
@@ -85,6 +86,7 @@ def test_times_are_medians_per_unit_and_ratios_are_medians_of_rounds(scripts: An
     assert got.difference("b", "a") == 0.0
 
 
+@pytest.mark.slow
 def test_sides_alternate_and_are_made_anew(scripts: Any) -> None:
     fake, made, checked = FakeTime(), [], []
 
@@ -101,6 +103,7 @@ def test_sides_alternate_and_are_made_anew(scripts: Any) -> None:
     assert len(got.laps["a"]) == len(got.laps["b"]) == 4
 
 
+@pytest.mark.slow
 def test_a_side_may_measure_itself(scripts: Any) -> None:
     lap = scripts["timing"].Lap(wall=3.0, cpu=1.0)
     got = scripts["timing"].interleave(lambda: {"own": lambda: lap}, units=3, rounds=1)
@@ -119,6 +122,7 @@ def test_a_table_is_markdown(scripts: Any, capsys: pytest.CaptureFixture[str]) -
     ]
 
 
+@pytest.mark.slow
 def test_what_each_side_adds_to_the_first_is_told_per_thing(scripts: Any, capsys: pytest.CaptureFixture[str]) -> None:
     fake, timing = FakeTime(), scripts["timing"]
     sides = {name: partial(fake.work, name, wall, 1.0) for name, wall in (("0", 4.0), ("2", 5.0), ("10", 9.0))}
@@ -151,6 +155,7 @@ def trained(scripts: Any) -> Callable[..., Any]:
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SGD", "AdamW, fused=False"])
 def test_fluxloop_trains_the_same_bits_as_the_hand_written_loop(scripts: Any, name: str) -> None:
     workloads = scripts["workloads"]
@@ -276,6 +281,7 @@ def test_the_memory_of_a_process_is_its_peak_since(scripts: Any) -> None:
     assert 60 < scripts["memory"].process_peak(lambda: torch.ones(2**24)) < 90
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["plain", "fluxloop"])
 def test_a_fresh_process_would_train_what_it_is_told(scripts: Any, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = scripts["memory"]
@@ -287,6 +293,7 @@ def test_a_fresh_process_would_train_what_it_is_told(scripts: Any, side: str, mo
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_frameworks_are_compared_and_those_that_do_something_else_left_out(
     scripts: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -393,6 +393,7 @@ def state_of(learner: Learner, phases: list[Phase]) -> dict[str, Any]:
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(COUNT))
 @pytest.mark.filterwarnings("ignore:gradients of")  # which wait when an epoch of one phase ends
 def test_a_state_is_the_same_again_in_the_same_learner_a_new_one_and_a_copy(number: int, tmp_path: Path) -> None:
@@ -414,6 +415,7 @@ def test_a_state_is_the_same_again_in_the_same_learner_a_new_one_and_a_copy(numb
         same(expected, state_of(again, its_phases), where)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(COUNT))
 @pytest.mark.filterwarnings("ignore:gradients of")  # which wait when an epoch of one phase ends
 def test_a_run_that_is_killed_anywhere_and_tried_again_ends_as_if_nothing_had_happened(

@@ -48,6 +48,7 @@ def weights_after(source: str, folder: Path) -> dict[str, dict[str, torch.Tensor
     return {name: module.state_dict() for name, module in result["weights"].items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["fluxloop", "fluxloop_phase"])
 @pytest.mark.parametrize("task", run.TASKS)
 def test_a_version_for_fluxloop_trains_the_same_bits_as_plain_pytorch(task: str, framework: str) -> None:
@@ -72,6 +73,7 @@ def test_every_version_of_the_gan_draws_a_grid_per_epoch() -> None:
         assert sum(name.endswith(".png") for name in trained("gan", framework).files) == EPOCHS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left_out", ["GradientClip", "LRScheduler"])
 def test_a_version_without_clipping_or_schedule_trains_something_else(left_out: str) -> None:
     source = re.sub(rf"    {left_out}\(.*\),\n", "", run.path_of("gan", "fluxloop").read_text())
@@ -88,6 +90,7 @@ def test_a_version_for_fluxloop_writes_a_checkpoint_per_epoch(task: str, framewo
     assert [int(re.findall(r"epoch-(\d+)", name)[0]) for name in names] == [1, 2]
 
 
+@pytest.mark.slow
 def test_the_gan_that_is_stopped_and_run_again_ends_with_the_same_bits(tmp_path: Path) -> None:
     source = run.path_of("gan", "fluxloop").read_text()
     for name in ("whole", "parts"):
@@ -100,12 +103,14 @@ def test_the_gan_that_is_stopped_and_run_again_ends_with_the_same_bits(tmp_path:
             assert torch.equal(parts[name][key], value), (name, key)
 
 
+@pytest.mark.slow
 def test_versions_that_trained_something_else_are_told_apart() -> None:
     longer = run.run_version("simclr", "fluxloop", epochs=EPOCHS + 1)
     with pytest.raises(SystemExit, match=r"simclr: updates \{'model': 33\}, plain PyTorch \{'model': 22\}"):
         run.check_same(longer, trained("simclr", "torch"), "simclr")
 
 
+@pytest.mark.slow
 def test_the_probes_of_byol_leave_the_networks_as_they_are() -> None:
     source = run.path_of("byol", "fluxloop").read_text()
     bare = re.sub(r"    (LinearProbe|KNNProbe)\(.*\),\n", "", source)
@@ -115,6 +120,7 @@ def test_the_probes_of_byol_leave_the_networks_as_they_are() -> None:
     assert run.farthest(alone, watched, set(watched.weights)) == 0
 
 
+@pytest.mark.slow
 def test_a_forgotten_detach_is_reported() -> None:
     source = run.path_of("gan", "fluxloop").read_text().replace(".detach()", "")
     with pytest.raises(RuntimeError, match=r"loss of optimizer 'disc' also reaches .* step\.fake"):
@@ -193,6 +199,7 @@ def test_a_phase_of_ones_own_stays_within_its_lines(task: str) -> None:
     assert run.counts()[task, "fluxloop"] <= TARGETS[task]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "parts"),
     [

@@ -529,6 +529,7 @@ def test_operations_and_their_gradients_agree_with_eager_steps(family: str, name
     assert different(family, names) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "names"),
     [("vectors", ["RMSNorm", "Linear"]), ("images", ["interpolate nearest 1.7", "padding_mode replicate"])],

@@ -196,6 +196,7 @@ def processes(whole: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_with_half_of_each_batch_train_as_one_with_all_of_it(
     case: str, whole: dict[str, dict[str, Tensor]], processes: list[dict[str, Any]]

@@ -591,6 +591,7 @@ def assert_works(name: str, setting: Setting, learner: Learner, callback: Callba
         )
 
 
+@pytest.mark.slow(quick=4)
 @every_setting
 @every_callback
 @pytest.mark.parametrize("default_callbacks", [False, True], ids=["alone", "with defaults"])
@@ -658,6 +659,7 @@ def norm(entry: Any) -> Tensor:
     return rows.flatten(1).norm(dim=1).mean()
 
 
+@pytest.mark.slow(quick=5)
 @every_setting
 @pytest.mark.parametrize("name", GIVEN)
 def test_given_what_it_lacks_it_works_and_changes_no_weight(
@@ -695,6 +697,7 @@ def everybody(setting: Setting, leave_out: tuple[str, ...] = NO_OBSERVERS) -> li
     return [callback for callback in made if callback is not None]
 
 
+@pytest.mark.slow
 @every_setting
 def test_all_at_once_they_change_no_weight_in_whatever_order_they_are_listed(
     place: str, plain: Plain, capsys: pytest.CaptureFixture[str]
@@ -733,6 +736,7 @@ OF_A_PROCESS = ("LogHistograms", "LogHyperParams", "LogImages", "LogMetrics", "L
 """What is not the same again: how much is in a list in memory, and the time."""
 
 
+@pytest.mark.slow
 @every_setting
 @pytest.mark.parametrize("limit", [False, True], ids=["whole epochs", "ended early"])
 def test_all_at_once_a_run_that_is_killed_and_resumed_ends_the_same_to_the_bit(
@@ -849,6 +853,7 @@ def test_the_average_can_be_probed_sampled_and_explained(place: str, plain: Plai
     assert f"KNNProbe reads '{path}'" in told
 
 
+@pytest.mark.slow(quick=3)
 @pytest.mark.filterwarnings("ignore:the fit stops")
 @every_setting
 @pytest.mark.parametrize("callbacks", [False, True], ids=["defaults", "all"])
@@ -904,6 +909,7 @@ def test_a_check_without_validation_data_only_warns(place: str) -> None:
     assert learner.streams.positions()["training/step"] == ROWS // BATCH
 
 
+@pytest.mark.slow(quick=12)
 @every_setting
 @every_callback
 def test_it_goes_through_a_bare_step_or_says_what_it_lacks(name: str, place: str) -> None:

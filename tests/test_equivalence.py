@@ -120,6 +120,7 @@ def assert_changed(trained: nn.Module, initial: nn.Module) -> None:
     assert all(not torch.equal(a, b) for a, b in zip(trained.parameters(), initial.parameters(), strict=True))
 
 
+@pytest.mark.slow(quick=3)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_weights_equal_those_of_a_hand_written_loop(optimizer: str, model: str) -> None:
@@ -131,6 +132,7 @@ def test_weights_equal_those_of_a_hand_written_loop(optimizer: str, model: str) 
     assert_changed(learner.model, made(MODELS[model]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [tensor_batches, data_loader, data_loader_with_workers, in_order])
 def test_weights_equal_those_of_a_hand_written_loop_over_any_loader(data: Callable[[], Iterable[Any]]) -> None:
     by_hand = made(with_dropout)
@@ -140,6 +142,7 @@ def test_weights_equal_those_of_a_hand_written_loop_over_any_loader(data: Callab
     assert_equal(learner.model, by_hand)
 
 
+@pytest.mark.slow
 def test_the_order_of_shuffled_data_does_not_depend_on_the_number_of_workers() -> None:
     learners = [learner_of(made(plain), data(), OPTIMIZERS["sgd"]) for data in (data_loader, data_loader_with_workers)]
     for learner in learners:
@@ -390,6 +393,7 @@ def gan_learner(*callbacks: Any) -> Learner:
     )
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("num_critic", [1, 5])
 def test_a_gan_with_update_blocks_equals_the_hand_written_loop(num_critic: int) -> None:
     by_hand = made(gan)

@@ -514,6 +514,7 @@ OUTCOMES = [
 ]
 
 
+@pytest.mark.slow(quick=20)
 @pytest.mark.parametrize("kind", OUTCOMES)
 @pytest.mark.parametrize("event", STANDARD_EVENTS, ids=lambda event: event.__name__)
 def test_what_a_handler_raises_at_an_event_has_this_outcome(event, kind):
@@ -534,6 +535,7 @@ def test_what_a_handler_raises_in_validation_has_this_outcome(event, kind):
     check_outcome(learner, recorder, error, normal, index)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(index=st.integers(0, len(read(ONE_EPOCH)) - 1), kind=st.sampled_from(OUTCOMES))
 def test_after_any_outcome_the_next_fit_is_a_normal_one(index, kind):
@@ -835,6 +837,7 @@ def trace_of(result: dict[str, Any]) -> Trace:
     return [(event, phase) for event, phase in result["trace"]]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_fit_after_the_running_step(interrupted):
     result = interrupted["once"]
     assert result["error"] is None
@@ -863,6 +866,7 @@ def test_ctrl_c_pressed_twice_ends_the_fit_at_once(interrupted):
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_fit_whose_steps_fire_no_events(interrupted):
     result = interrupted["bare"]
     assert result["error"] is None

@@ -319,12 +319,14 @@ def test_its_handlers_are_documented(cls: type[Callback]) -> None:
             assert method.__doc__, f"{cls.__name__}.{name}"
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("cls", [cls for cls in MAKE if cls not in NO_OBSERVERS], ids=lambda cls: cls.__name__)
 def test_adding_it_changes_no_weight(cls: type[Callback], capsys: pytest.CaptureFixture[str]) -> None:
     assert_observer(MAKE[cls](), lambda: noisy_learner(*others(cls)))
     assert_observer(MAKE[cls](), lambda: learner_with(*others(cls)))
 
 
+@pytest.mark.slow(quick=2)
 @every
 def test_it_runs_in_the_same_turn_in_any_place_of_the_list(cls: type[Callback]) -> None:
     around: list[Make] = [make for kind, make in MAKE.items() if kind is not cls]
@@ -338,6 +340,7 @@ def test_it_runs_in_the_same_turn_in_any_place_of_the_list(cls: type[Callback]) 
     assert len(digests) == len(orders) == 1  # that it trains alike then is seen below, with all together
 
 
+@pytest.mark.slow(quick=9)
 @every
 def test_it_works_with_the_defaults_in_their_place_or_beside_them(
     cls: type[Callback], capsys: pytest.CaptureFixture[str]
@@ -378,6 +381,7 @@ def seen(learner: Learner) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("cls", [cls for cls in MAKE if cls is not Checkpointer], ids=lambda cls: cls.__name__)
 def test_it_does_in_a_second_learner_what_it_does_in_a_first(
     cls: type[Callback], capsys: pytest.CaptureFixture[str]
@@ -427,6 +431,7 @@ def test_a_sanity_check_looks_at_a_second_learner_too() -> None:
         spoilt.fit(1)
 
 
+@pytest.mark.slow(quick=4)
 @every
 def test_it_goes_through_an_epoch_of_no_fit_and_an_evaluation(
     cls: type[Callback], capsys: pytest.CaptureFixture[str]
@@ -440,6 +445,7 @@ def test_it_goes_through_an_epoch_of_no_fit_and_an_evaluation(
     assert all(torch.equal(before[name], tensor) for name, tensor in bits(learner).items())
 
 
+@pytest.mark.slow(quick=8)
 @every
 def test_what_it_declares_is_enough_and_what_it_touches_is_declared(
     cls: type[Callback], capsys: pytest.CaptureFixture[str]
@@ -458,6 +464,7 @@ def test_what_it_declares_is_enough_and_what_it_touches_is_declared(
     assert all(covered(path, tuple(callback.writes)) for path in writes)
 
 
+@pytest.mark.slow(quick=3)
 @every
 def test_it_is_initialised_twice_without_harm(cls: type[Callback], capsys: pytest.CaptureFixture[str]) -> None:
     callback, companions = MAKE[cls](), others(cls)
@@ -477,6 +484,7 @@ def through_a_file(state: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.slow(quick=17)
 @every
 def test_its_state_goes_through_a_file_into_another(cls: type[Callback], capsys: pytest.CaptureFixture[str]) -> None:
     callback = MAKE[cls]().unwrapped
@@ -493,6 +501,7 @@ def test_its_state_goes_through_a_file_into_another(cls: type[Callback], capsys:
     assert alike(fresh.state_dict(), callback.state_dict())
 
 
+@pytest.mark.slow(quick=4)
 @every
 def test_what_it_keeps_goes_through_a_file_into_another_learner(
     cls: type[Callback], capsys: pytest.CaptureFixture[str]
@@ -578,6 +587,7 @@ def value_of(thing: Any) -> Any:
     return thing.value if isinstance(thing, Scalar) else type(thing).__name__
 
 
+@pytest.mark.slow
 @every
 def test_a_run_with_it_that_is_killed_and_resumed_ends_the_same_to_the_bit(
     cls: type[Callback], capsys: pytest.CaptureFixture[str]
@@ -599,6 +609,7 @@ def everybody(table: dict[type[Callback], Make] = MAKE) -> list[Callback]:
     return [make() for make in table.values()]
 
 
+@pytest.mark.slow
 def test_all_together_train_alike_in_any_order(capsys: pytest.CaptureFixture[str]) -> None:
     first = noisy_learner(*everybody())
     first.fit(2)

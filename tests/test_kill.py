@@ -50,6 +50,7 @@ def order(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Order]:
     server.stdout.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", [False, True], ids=["in the step", "in the background"])
 def test_a_script_killed_at_random_moments_and_started_again_ends_as_one_that_was_not(
     order: Order, unkilled: str, background: bool
@@ -68,6 +69,7 @@ def test_a_script_told_to_terminate_stops_after_its_step_and_says_so_by_its_stat
     assert set(told["digests"]) == {unkilled}
 
 
+@pytest.mark.slow
 def test_a_script_interrupted_returns_from_its_fit_with_a_checkpoint_of_the_last_step(
     order: Order, unkilled: str
 ) -> None:

@@ -136,6 +136,7 @@ def test_the_root_holds_the_words_that_a_user_meets() -> None:
     assert len(list(ROOT.glob("*.py"))) <= 22
 
 
+@pytest.mark.slow(quick=26)
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_a_module_imports_only_modules_of_its_layer_and_of_lower_ones(name: str) -> None:
     source = modules()[name].read_text(encoding="utf-8")

@@ -102,6 +102,7 @@ def look_up(path: str) -> Any:
 KEYWORDS = {"monitor", "mode"}
 
 
+@pytest.mark.slow(quick=74)
 @pytest.mark.parametrize("span", SPANS)
 def test_what_the_tables_name_is_there(span: str) -> None:
     for path in paths_in(span):
@@ -109,6 +110,7 @@ def test_what_the_tables_name_is_there(span: str) -> None:
             look_up(re.split(r"[(\[]", path)[0])
 
 
+@pytest.mark.slow(quick=30)
 @pytest.mark.parametrize("span", [span for span in SPANS if set("([") & set(span)])
 def test_what_the_tables_write_can_be_made(span: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

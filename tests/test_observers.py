@@ -175,6 +175,7 @@ class SaysItDraws(Draws):
 # The run itself
 
 
+@pytest.mark.slow
 @WORKERS
 def test_the_same_run_twice_gives_the_same_bits(reference: Reference, workers: int) -> None:
     assert_same_bits(train(make_learner(workers=workers)), reference(workers))

@@ -966,6 +966,7 @@ def test_a_window_that_is_open_resumes_to_the_bit_in_compiled_steps() -> None:
     assert_resumes_exactly(lambda: learner(optimizer=ADAM), epochs=3, phases=lambda: [Every(4)])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_what_waits_at_the_end_of_an_epoch_can_be_used_outside_of_a_step() -> None:
     class Flushed(Every):
@@ -992,6 +993,7 @@ class Halves(Every):
             learner.update()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize("every", [1, 3])
 def test_gradients_of_parts_of_a_batch_are_added_up_in_one_graph(every: int) -> None:
@@ -1020,6 +1022,7 @@ class TurnByTurn(AbstractTrainingPhase):
         self.first, self.second = self.batches % 2 == 1, self.batches % 3 == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_each_optimizer_has_a_window_of_its_own_in_compiled_steps() -> None:
     model = lambda: {"a": nn.Linear(16, 4), "b": nn.Linear(16, 2)}  # noqa: E731
@@ -1110,6 +1113,7 @@ def test_a_loss_of_nobody_knows_whom_is_the_same_error_with_and_without_a_graph(
             made.fit(1, phases=[Both()])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_a_cancelled_step_takes_only_its_own_gradients_with_it() -> None:
     class CancelsAt(Every):
@@ -1137,6 +1141,7 @@ class ByHand(Every):
                 learner.optimizer.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_gradients_computed_by_hand_are_used_in_their_step_or_refused() -> None:
     both(2, lambda: [ByHand(1)], tolerance=1e-5)
@@ -1148,6 +1153,7 @@ class AsEver(TrainingPhase):
     compiled = False
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_gradients_that_somebody_computes_after_an_update_are_released() -> None:
     found = []
@@ -1162,6 +1168,7 @@ def test_gradients_that_somebody_computes_after_an_update_are_released() -> None
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_options_of_a_float64_model_are_not_rounded() -> None:
     data = ((rows()[0].double(), rows()[1]),)
@@ -1178,6 +1185,7 @@ class Dropping(Every):
             learner.backward(self.loss(learner, state))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_gradients_that_waited_and_were_dropped_are_gone() -> None:
     eager, made = both(2, lambda: [Dropping(2)])
@@ -1259,6 +1267,7 @@ class Averages(TrainingPhase):
         self.average = self.average.lerp(state.preds.detach().mean(0), 0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_a_replayed_graph_is_told_what_it_changes_besides_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[list[int]] = []
@@ -1310,6 +1319,7 @@ class SpoiledNet(nn.Module):
         return found
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the fit stops")
 @pytest.mark.parametrize("bad", [7.0, float("nan")])
 @pytest.mark.parametrize("window", [1, 2])
@@ -1345,6 +1355,7 @@ class TwoBlocks(TrainingPhase):
             block.loss = SpoiledGradient.apply(learner.model.G(state.xs), (state.xs == 7.0).any()).square().mean()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the fit stops")
 @pytest.mark.parametrize("bad", [7.0, float("nan")])
 @pytest.mark.usefixtures("plain")
@@ -1379,6 +1390,7 @@ class Cancels(Every):
         super().finish(learner, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cancelled", [(4,), (5,), (4, 5)])
 @pytest.mark.usefixtures("plain")
 def test_gradients_of_a_compiled_step_that_is_cancelled_never_count(cancelled: tuple[int, ...]) -> None:
@@ -1387,6 +1399,7 @@ def test_gradients_of_a_compiled_step_that_is_cancelled_never_count(cancelled: t
     both(1, lambda: [Cancels(3, cancelled)], data=(batches,))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_gradients_that_wait_are_dropped_where_another_compiled_phase_begins() -> None:
     class Other(TrainingPhase):

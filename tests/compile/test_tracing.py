@@ -102,6 +102,7 @@ def append(model: Any, out: Tensor) -> Tensor:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own use of it
 @pytest.mark.parametrize(
     ("function", "words"),
@@ -211,6 +212,7 @@ class Writing(TrainingPhase):
         return int(self.held["steps"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("write", "option"),
     [
@@ -302,6 +304,7 @@ def test_skip_update_belongs_to_a_step_that_is_compiled() -> None:
         made.skip_update(torch.tensor(True))
 
 
+@pytest.mark.slow
 def test_a_trace_names_its_inputs_and_changes_nothing() -> None:
     made = learner(Model(lambda model, out: out))
     made.fit(1)
@@ -356,6 +359,7 @@ class Annealed:
         return functional.cross_entropy(preds, ys) * self.weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -412,6 +416,7 @@ class Finishing(TrainingPhase):
         self.change(self, learner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -436,6 +441,7 @@ def test_what_finish_changes_is_noticed_and_a_tensor_that_the_body_replaces_is_k
         torch.testing.assert_close(eager, compiled, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_attribute_that_a_schedule_sets_is_noticed_although_nobody_says_what_it_writes() -> None:
     found = []
     for compile in (False, "step"):
@@ -498,6 +504,7 @@ class CountingGroups(torch.optim.SGD):
         return super().step(closure)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "phase", "words"),
     [
@@ -543,6 +550,7 @@ def test_a_step_of_an_optimizer_that_somebody_replaced_is_refused() -> None:
         made.fit(1)
 
 
+@pytest.mark.slow
 def test_a_copied_learner_compiles_steps_of_its_own() -> None:
     made = learner(Scale())
     made.fit(1)
@@ -554,6 +562,7 @@ def test_a_copied_learner_compiles_steps_of_its_own() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_the_compilers_decompositions_are_used_for_gradients() -> None:
     model = nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Upsample(scale_factor=1.7), nn.Flatten())
     layer = nn.Linear(6, 6)
@@ -563,6 +572,7 @@ def test_the_compilers_decompositions_are_used_for_gradients() -> None:
     assert not any("upsample" in str(node.target) for node in traced.graph.graph.nodes)
 
 
+@pytest.mark.slow
 def test_a_recurrent_layer_is_traced_without_the_layer_of_onednn_and_onednn_stays_on() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -587,6 +597,7 @@ def test_a_recurrent_layer_is_traced_without_the_layer_of_onednn_and_onednn_stay
     assert not any("mkldnn" in str(node.target) for node in traced.graph.graph.nodes)
 
 
+@pytest.mark.slow
 def test_weights_are_changed_one_by_one_after_what_is_computed_from_them() -> None:
     made = learner(Model(lambda model, out: out), optimizer=partial(torch.optim.Adam, lr=0.1))
     made.fit(1)

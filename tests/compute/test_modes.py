@@ -252,6 +252,7 @@ def test_a_probe_measures_the_weights_of_eval_mode_and_training_goes_on_as_witho
     assert_observer(KNNProbe("model", bank=labelled(), queries=labelled()), lambda *more: learner_of(*more, kind=kind))
 
 
+@pytest.mark.slow
 @each_kind
 def test_a_run_with_such_an_optimizer_is_resumed_anywhere_to_the_bit(kind: Any) -> None:
     def make() -> Learner[Any]:

@@ -557,6 +557,7 @@ def forgotten(optimizer: Any, model: nn.Module) -> None:
     optimizer.state.clear()
 
 
+@pytest.mark.slow(quick=10)
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True, "maximize": True}, {"weight_decay": 0.2, "lr": 1}], ids=repr)
 @pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW])
 @pytest.mark.parametrize(

@@ -397,6 +397,7 @@ def leaving(where: Any, error: Callable[[], Exception], block: str = "D") -> tup
     return gan(Recorder(), RaiseAt(where, error, block), optimizer=ADAM), Pair()
 
 
+@pytest.mark.slow(quick=8)
 @pytest.mark.parametrize("where", BEFORE_THE_UPDATE)
 @pytest.mark.parametrize("error", [KeyError, CancelStepException, CancelEpochException, CancelFittingException])
 def test_a_block_left_by_an_exception_changes_no_parameter(where: Any, error: type[Exception]) -> None:
@@ -651,6 +652,7 @@ MISUSES: list[tuple[Callable[[Learner, Any], object], type[Exception], list[str]
 ]
 
 
+@pytest.mark.slow(quick=8)
 @pytest.mark.parametrize(("wrong", "error", "words"), MISUSES, ids=[wrong.__name__ for wrong, *_ in MISUSES])
 def test_misuse_says_what_is_wrong_and_changes_nothing(
     wrong: Callable[[Learner, Any], object], error: type[Exception], words: list[str]

@@ -59,6 +59,7 @@ def epoch_values(rows: int, batch_size: int, *metrics: Any) -> tuple[dict[str, f
     return learner.evaluate(batches), 1.5 * xs.double() - ys.double()
 
 
+@pytest.mark.slow
 @quick
 @given(st.integers(1, 40), st.integers(1, 15))
 def test_over_an_epoch_the_errors_are_those_of_all_rows_at_once(rows: int, batch_size: int) -> None:

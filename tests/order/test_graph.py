@@ -592,6 +592,7 @@ def test_a_class_and_its_subclass_are_two_callbacks() -> None:
 # The canonical order
 
 
+@pytest.mark.slow
 def test_callbacks_without_edges_run_in_the_order_of_class_names_then_names() -> None:
     callbacks = [C(), A(name="z"), B(), A(name="b"), A(), D()]
     for given_order in itertools.permutations(callbacks):
@@ -654,6 +655,7 @@ def outcome(callbacks: Sequence[Callback]) -> tuple[Any, ...]:
     return built.order, built.digest, built.graph.edges
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=50)
 @given(declared=members(), data=st.data())
 def test_any_permutation_gives_the_same_order_digest_and_edges_or_the_same_error(
@@ -693,6 +695,7 @@ def closure(names: Sequence[str], given_edges: set[tuple[str, str]]) -> set[tupl
     return found
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(declared=members())
 def test_conflicts_cycles_and_edges_are_those_of_an_oracle(declared: list[Any]) -> None:
@@ -730,6 +733,7 @@ def assert_is_cycle(message: str, wanted: set[tuple[str, str]]) -> None:
     assert len({before for before, _ in told}) == len(told)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), size=st.integers(1, 5))
 def test_the_order_respects_every_edge_and_is_the_smallest_that_does(data: st.DataObject, size: int) -> None:

@@ -111,6 +111,7 @@ def published(learner: Learner) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow(quick=15)
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_no_container_that_is_only_read_can_be_changed_through_the_view(mutation: str) -> None:
     touch = Touch(MUTATIONS[mutation], ("step", "cbstate", "history", "data"))

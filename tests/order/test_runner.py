@@ -252,6 +252,7 @@ def test_a_callback_passed_by_the_user_replaces_the_default_of_its_type() -> Non
 # init
 
 
+@pytest.mark.slow
 def test_init_runs_once_for_each_new_callback_whatever_brings_it() -> None:
     """FluxTraining leaves callbacks that are set or replaced without init."""
     first, second, third = Inits(), Inits(), Inits()
@@ -386,6 +387,7 @@ def failing() -> dict[str, tuple[type[Exception], Callable[[Learner], object]]]:
     }
 
 
+@pytest.mark.slow(quick=5)
 @pytest.mark.parametrize("case", failing())
 def test_a_failing_change_leaves_everything_as_before(case: str) -> None:
     kind, change = failing()[case]
@@ -558,6 +560,7 @@ def outcome(names: Iterable[str]) -> tuple[Learner, list[tuple[str, str]], tuple
     return learner, events.trace, (*told, learner.history["training/loss"], learner.cbstate.largest)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(names=st.permutations(list(realistic())))
 def test_the_list_s_order_changes_neither_digest_nor_trace_nor_bits(names: list[str]) -> None:
@@ -568,6 +571,7 @@ def test_the_list_s_order_changes_neither_digest_nor_trace_nor_bits(names: list[
     assert_same_bits(learner, expected)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(names=st.permutations(list(realistic())), position=st.integers(0, 11))
 def test_adding_callbacks_one_by_one_gives_the_same_as_a_list(names: list[str], position: int) -> None:

@@ -92,6 +92,7 @@ numbers = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.tex
 keys = st.one_of(st.text(), st.integers(), st.tuples(st.integers(), st.text()))
 
 
+@pytest.mark.slow
 @given(
     st.recursive(
         numbers,

@@ -117,6 +117,7 @@ CASES: dict[str, tuple[DistillationPhase, Any, tuple[Any, ...]]] = {
 }
 
 
+@pytest.mark.slow(quick=3)
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_weights_equal_those_of_a_hand_written_loop(case: str) -> None:
     phase, loss_fn, said = CASES[case]

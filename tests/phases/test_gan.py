@@ -216,6 +216,7 @@ PENALTIES: dict[str, dict[str, float]] = {
 }
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("conditional", [False, True], ids=["unconditional", "conditional"])
 @pytest.mark.parametrize(("critic_steps", "steps"), [(1, 5), (3, 7)])
 @pytest.mark.parametrize("penalty", PENALTIES)
@@ -446,6 +447,7 @@ def test_the_generators_forward_builds_a_graph_in_its_turn_alone() -> None:
 # Which model is which
 
 
+@pytest.mark.slow(quick=4)
 @pytest.mark.parametrize(
     ("generator", "critic"),
     [
@@ -873,6 +875,7 @@ def test_a_new_phase_goes_on_from_the_state_of_another(after: int) -> None:
     assert second.state_dict() == {"critic_updates": 7}
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("critic_steps", [1, 2])
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_a_check_finds_no_leak_and_leaves_the_count_alone(penalty: str, critic_steps: int) -> None:

@@ -165,6 +165,7 @@ FORMS: dict[str, Callable[[], Iterable[Any]]] = {
 }
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("method", METHODS)
 def test_batches_may_hold_the_views_in_any_form_with_and_without_labels(method: str, form: str) -> None:
@@ -182,6 +183,7 @@ def test_batches_may_hold_the_views_in_any_form_with_and_without_labels(method: 
         assert "ys" not in learner.step
 
 
+@pytest.mark.slow(quick=3)
 @pytest.mark.parametrize("form", ["inputs", "tuples of one", "inputs and labels", "lists of inputs and labels"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_phase_makes_the_views_of_inputs_with_and_without_labels(method: str, form: str) -> None:
@@ -201,6 +203,7 @@ def test_the_phase_makes_the_views_of_inputs_with_and_without_labels(method: str
     assert not torch.equal(*learner.step.views)
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("with_labels", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_loader_over_a_view_dataset_gives_the_batches(method: str, with_labels: bool) -> None:
@@ -235,6 +238,7 @@ def test_the_loss_of_an_epoch_is_weighted_by_the_rows() -> None:
 # Wrong batches
 
 
+@pytest.mark.slow(quick=10)
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "DINO"])
 @pytest.mark.parametrize(
     ("batch", "words"),
@@ -265,6 +269,7 @@ def test_a_batch_without_two_views_says_what_to_do(method: str, batch: Any, word
     assert all(torch.equal(tensor, before[key]) for key, tensor in bits(learner).items())
 
 
+@pytest.mark.slow(quick=9)
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "DINO"])
 @pytest.mark.parametrize(
     ("views", "words"),
@@ -329,6 +334,7 @@ def weights(learner: Learner) -> list[Tensor]:
     return [tensor for model in learner.modules() for tensor in model.state_dict().values()]
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("models", MODELS)
 @pytest.mark.parametrize("phase", [SimCLRPhase, BarlowTwinsPhase, VICRegPhase])
 def test_models_may_be_given_in_any_form_with_the_same_bits(phase: Any, models: str) -> None:
@@ -387,6 +393,7 @@ def one_module(names: tuple[str, ...]) -> nn.Module:
     return whole
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("method", METHODS)
 def test_all_models_may_be_attributes_of_one_module_with_the_same_bits(method: str) -> None:
     learner = make_learner(method, batches(), models=one_module(METHODS[method][1]))
@@ -396,6 +403,7 @@ def test_all_models_may_be_attributes_of_one_module_with_the_same_bits(method: s
     assert all(map(torch.equal, weights(learner), weights(named)))
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("method", TEACHERS)
 def test_a_student_may_be_one_plain_network(method: str) -> None:
     def plain() -> dict[str, nn.Module]:
@@ -424,6 +432,7 @@ REQUIRED = {
 }
 
 
+@pytest.mark.slow(quick=7)
 @pytest.mark.parametrize(("method", "missing"), [(method, name) for method in REQUIRED for name in REQUIRED[method]])
 def test_a_missing_model_is_named_before_anything_runs(method: str, missing: str) -> None:
     left = [name for name in METHODS[method][1] if name != missing]
@@ -583,6 +592,7 @@ class Seen(UnsafeCallback):
         self.entries[type(event).__name__] = list(learner.step)
 
 
+@pytest.mark.slow(quick=4)
 @pytest.mark.parametrize("made_here", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_entries_are_there_when_the_docstrings_say(method: str, made_here: bool) -> None:
@@ -617,6 +627,7 @@ def test_the_features_are_those_of_the_first_view(method: str) -> None:
     assert torch.equal(learner.step.features, encoder(pairs()[0][0]))
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("made_here", [False, True])
 def test_inputs_that_a_callback_replaces_are_the_ones_that_are_seen(method: str, made_here: bool) -> None:
@@ -637,6 +648,7 @@ def test_inputs_that_a_callback_replaces_are_the_ones_that_are_seen(method: str,
     assert_same_bits(changed, expected)
 
 
+@pytest.mark.slow(quick=4)
 @pytest.mark.parametrize("method", METHODS)
 def test_an_embedding_that_a_callback_replaces_is_the_one_the_loss_gets(method: str) -> None:
     name = STORED[method][1]
@@ -669,6 +681,7 @@ def both(make: Callable[[], Any] = pairs) -> dict[str, Any]:
     return {"training": make(), "validation": labelled(pairs())}
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_twin_changes_no_weights_no_state_and_no_random_numbers(method: str) -> None:
     def train(*phases: Any) -> tuple[Learner, list[Tensor]]:
@@ -695,6 +708,7 @@ def assert_same_state(one: Any, other: Any) -> None:
         assert same, f"{name} differs"
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_twin_is_an_observer_of_supervised_training_too(method: str) -> None:
     class Labelled(nn.Module):
@@ -717,6 +731,7 @@ def test_the_twin_is_an_observer_of_supervised_training_too(method: str) -> None
     assert_observer(ObjectiveValidationPhase(make_phase(method)), make)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("method", METHODS)
 def test_an_evaluation_between_two_epochs_changes_nothing(method: str) -> None:
     def train(evaluate: bool) -> tuple[Learner, Any, list[Tensor]]:
@@ -739,6 +754,7 @@ def test_an_evaluation_between_two_epochs_changes_nothing(method: str) -> None:
     assert all(map(torch.equal, losses, same))
 
 
+@pytest.mark.slow(quick=4)
 @pytest.mark.parametrize("method", METHODS)
 def test_an_evaluation_gives_the_loss_of_the_models_in_eval_mode(method: str) -> None:
     learner = make_learner(method, both())
@@ -768,6 +784,7 @@ def test_the_events_of_a_validation_step_are_three(method: str) -> None:
 # Check, state
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_check_finds_nothing_and_leaves_everything_as_it_was(method: str) -> None:
     def train(check: bool) -> tuple[Learner, Any, list[Tensor]]:

@@ -128,6 +128,7 @@ def two_views() -> list[Any]:
     return made
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("with_projector", [False, True], ids=["encoder alone", "with a projector"])
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
 @pytest.mark.parametrize("made_in", ["phase", "batch"])
@@ -256,6 +257,7 @@ FORMS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.slow(quick=3)
 @pytest.mark.parametrize("form", FORMS)
 def test_triplets_equal_a_hand_written_loop_whatever_form_the_batches_have(form: str) -> None:
     log = Steps()

@@ -134,6 +134,7 @@ def train(models: Any, make: Any, data: list[Any], phase: MoCoPhase) -> tuple[Le
     return learner, losses
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("queue_size", [7, 12, 3, 64], ids=lambda size: f"queue of {size}")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_five_steps_equal_those_of_a_hand_written_loop(optimizer: str, queue_size: int) -> None:

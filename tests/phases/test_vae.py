@@ -126,6 +126,7 @@ class Numbers(UnsafeCallback):
         self.values.append((step.loss.detach(), step.reconstruction.detach(), step.divergence.detach()))
 
 
+@pytest.mark.slow(quick=3)
 @pytest.mark.parametrize("kind", [Together, Apart, Listed], ids=["one tensor", "pair", "list"])
 @pytest.mark.parametrize("beta", [1.0, 4.0])
 def test_losses_and_weights_equal_those_of_a_hand_written_loop(beta: float, kind: type[Together]) -> None:

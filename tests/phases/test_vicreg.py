@@ -53,6 +53,7 @@ def train_by_hand(models: dict[str, nn.Module], make: Any, weights: tuple[float,
     return losses
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize(
     ("phase", "weights"),
     [

@@ -242,6 +242,7 @@ def test_a_check_changes_nothing_that_can_be_seen(trained: bool, detach: bool) -
     assert learner.get_callback(EventRecorder).trace == trace
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("data", ["tensors", "seeded tensors", "loader", "loader with a generator", "list"])
 def test_a_check_between_epochs_changes_no_bit_of_the_training(data: str) -> None:
     def make() -> Any:
@@ -396,6 +397,7 @@ class ChecksBatch(UnsafeCallback):
             assert_unchanged(before, everything(learner))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("event", "calls"), [(EpochEnd, 2), (StepEnd, 10), (StepBegin, 10), (UpdateBegin, 20)])
 def test_a_check_of_a_batch_by_a_callback_changes_nothing_and_does_not_call_it(event: type[Event], calls: int) -> None:
     callback = ChecksBatch(event)

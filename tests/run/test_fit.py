@@ -106,6 +106,7 @@ def test_a_fit_of_no_epochs_fires_the_events_of_the_fit_alone():
     assert learner.history.cycles == 0
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("parts", [(1, 2), (2, 1), (1, 1, 1), (0, 3)])
 def test_repeated_fits_are_one_longer_fit_to_the_bit(parts):
     whole, several = noisy_learner(Recorder(), Metrics(mae)), noisy_learner(Recorder(), Metrics(mae))
@@ -170,6 +171,7 @@ def unshuffled() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow(quick=9)
 @pytest.mark.parametrize("place", ["learner", "fit"])
 @pytest.mark.parametrize("form", unshuffled())
 def test_every_form_of_data_trains_as_a_hand_written_loop(form, place):
@@ -379,6 +381,7 @@ ENDS = {
 }
 
 
+@pytest.mark.slow(quick=3)
 @pytest.mark.parametrize("event", [FitBegin, EpochBegin, StepBegin, LossBegin, BackwardEnd, UpdateBegin, UpdateEnd])
 @pytest.mark.parametrize("end", [name for name in ENDS if name != "cancelled epoch"])
 def test_the_fit_after_one_that_stopped_is_that_of_a_fresh_learner_in_the_same_state(end, event):
@@ -484,6 +487,7 @@ class KeepsHidden(TrainingPhase):
             learner.update()
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("phases", [None, [TrainingPhase()], [KeepsHidden()]], ids=["default", "training", "own"])
 @pytest.mark.parametrize("stop", [False, True], ids=["to its end", "stopped"])
 def test_no_entry_of_the_last_step_keeps_its_graph_after_a_fit(phases, stop):

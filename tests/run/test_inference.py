@@ -211,6 +211,7 @@ def test_evaluating_and_predicting_again_gives_the_same_and_changes_no_later_tra
     assert_same_bits(learner, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("event", "phase"),
     [
@@ -492,6 +493,7 @@ def test_predictions_come_in_the_order_of_the_data_set_and_are_complete(make: An
     assert learner.streams.positions() == before
 
 
+@pytest.mark.slow
 def test_predictions_with_workers_that_stay_leave_these_to_the_training() -> None:
     options: dict[str, Any] = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"}
     loader = DataLoader(TensorDataset(XS, YS), batch_size=16, shuffle=True, **options)

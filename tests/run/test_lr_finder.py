@@ -101,6 +101,7 @@ def test_the_losses_are_those_of_a_loop_by_hand() -> None:
     assert list(sweep.smoothed) == smoothed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, partial(torch.optim.SGD, lr=0.1, momentum=0.9)])
 def test_nothing_of_the_learner_is_changed_to_the_bit(optimizer: Any) -> None:
     recorder = EventRecorder()
@@ -133,6 +134,7 @@ def test_nothing_of_the_learner_is_changed_to_the_bit(optimizer: Any) -> None:
     assert_same_bits(learner, other)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("seeded", [True, False])
 def test_the_order_of_the_data_is_that_without_a_sweep(seeded: bool) -> None:
     learners = []
@@ -148,6 +150,7 @@ def test_the_order_of_the_data_is_that_without_a_sweep(seeded: bool) -> None:
     assert_same_bits(*learners)
 
 
+@pytest.mark.slow
 def test_workers_that_wait_for_the_next_epoch_draw_what_they_would_have_drawn() -> None:
     learners = []
     for sweep in (True, False):

@@ -240,6 +240,7 @@ SOURCES: dict[str, Callable[[], Any]] = {
 TORCHDATA = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata calls it in torch 2.9
 
 
+@pytest.mark.slow
 @TORCHDATA
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
 def test_an_epoch_goes_on_behind_the_batches_already_used(source: Callable[[], Any]) -> None:
@@ -263,6 +264,7 @@ def loader_with(workers: int, persistent: bool) -> Learner:
     return classifier((loader,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("persistent", [False, True], ids=["new workers", "persistent workers"])
 def test_a_run_goes_on_with_workers_and_with_another_number_of_them(tmp_path: Path, persistent: bool) -> None:
     plain = loader_with(0, False)
@@ -278,6 +280,7 @@ def test_a_run_goes_on_with_workers_and_with_another_number_of_them(tmp_path: Pa
         gc.collect()  # ends the workers
 
 
+@pytest.mark.slow
 @TORCHDATA
 def test_torchdatas_stateful_loader_of_a_stream_goes_on() -> None:
     assert_resumes_exactly(
@@ -285,6 +288,7 @@ def test_torchdatas_stateful_loader_of_a_stream_goes_on() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_generator_that_training_and_validation_share_goes_on() -> None:
     def make() -> Learner:
         generator = torch.Generator().manual_seed(4)
@@ -304,6 +308,7 @@ def test_what_was_used_is_not_loaded_again(tmp_path: Path) -> None:
     assert data.loaded == 9 + 3  # the count is kept, and three more were loaded
 
 
+@pytest.mark.slow
 def test_what_the_step_draws_from_each_library_goes_on() -> None:
     class Draws(TrainingPhase):
         def step(self, learner: Any, batch: Any) -> Any:
@@ -320,6 +325,7 @@ def test_what_the_step_draws_from_each_library_goes_on() -> None:
 # Moments
 
 
+@pytest.mark.slow
 def test_every_moment_of_training_and_validation_is_one_to_go_on_from() -> None:
     def make() -> Learner:
         train = TensorBatches(*rows(), batch_size=4, shuffle=True)
@@ -329,6 +335,7 @@ def test_every_moment_of_training_and_validation_is_one_to_go_on_from() -> None:
     assert_resumes_exactly(make, epochs=3)
 
 
+@pytest.mark.slow
 def test_a_cycle_with_two_training_phases_goes_on() -> None:
     class Second(TrainingPhase):
         data_key = "unlabelled"
@@ -340,6 +347,7 @@ def test_a_cycle_with_two_training_phases_goes_on() -> None:
     assert_resumes_exactly(make, phases=lambda: [Second(), TrainingPhase(), ValidationPhase()])
 
 
+@pytest.mark.slow
 def test_two_instances_of_one_phase_each_go_on_with_their_own() -> None:
     class Counts(TrainingPhase):
         def __init__(self, start: int) -> None:
@@ -366,6 +374,7 @@ class Wobbles(ValidationPhase):
         return super().step(learner, (batch[0] + self.size * torch.randn_like(batch[0]), batch[1]))
 
 
+@pytest.mark.slow
 def test_phases_of_one_class_with_names_each_go_on_with_their_own() -> None:
     def make() -> Learner:
         train, valid = (TensorBatches(*rows(), batch_size=6, shuffle=True) for _ in range(2))
@@ -376,6 +385,7 @@ def test_phases_of_one_class_with_names_each_go_on_with_their_own() -> None:
     )
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("moment", range(3, 12))
 def test_a_run_with_sparse_phases_ends_in_the_numbers_of_one_that_was_not_killed(tmp_path: Path, moment: int) -> None:
     def make() -> Learner:
@@ -395,6 +405,7 @@ def test_a_run_with_sparse_phases_ends_in_the_numbers_of_one_that_was_not_killed
     assert [phase.n for phase in again if isinstance(phase, Wobbles)] == [6, 4]
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("moment", [3, 5, 6])
 def test_a_checkpoint_from_before_phases_had_names_is_gone_on_with(tmp_path: Path, moment: int) -> None:
     def make() -> Learner:
@@ -414,6 +425,7 @@ def test_a_checkpoint_from_before_phases_had_names_is_gone_on_with(tmp_path: Pat
     assert_same_bits(resumed, whole)
 
 
+@pytest.mark.slow
 def test_a_phase_without_data_does_not_matter() -> None:
     class Nothing(Phase):
         def epoch(self, learner: Any, data: Any) -> None:
@@ -426,6 +438,7 @@ def test_a_phase_without_data_does_not_matter() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_dry_run_goes_on(tmp_path: Path) -> None:
     def make() -> Learner:
         return classifier((TensorBatches(*rows(), batch_size=2, shuffle=True),))
@@ -458,6 +471,7 @@ def test_another_number_of_steps_per_epoch_is_named(moment: int, tmp_path: Path)
     learner.fit(1)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path: Path) -> None:
     def make() -> Learner:
         train, valid = DataLoader(Noisy(), batch_size=3, shuffle=True), TensorBatches(*rows(6), batch_size=3)
@@ -518,6 +532,7 @@ class Cooling(nn.Module):
         return self.layer(xs) / self.temperature
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [Unsaved, Cooling])
 def test_what_a_model_keeps_besides_its_state_dict_goes_on(model: type[nn.Module]) -> None:
     def make() -> Learner:
@@ -543,6 +558,7 @@ def test_a_lazy_model_takes_its_shapes_from_the_checkpoint(tmp_path: Path) -> No
     assert_same_bits(plain, resumed)
 
 
+@pytest.mark.slow
 def test_parameters_frozen_while_training_stay_frozen() -> None:
     class Freeze(Callback):
         writes = ("model",)
@@ -555,6 +571,7 @@ def test_parameters_frozen_while_training_stay_frozen() -> None:
     assert_resumes_exactly(lambda: classifier((TensorBatches(*rows(), batch_size=6),), Freeze()), epochs=3)
 
 
+@pytest.mark.slow
 def test_a_loss_function_with_parameters_goes_on() -> None:
     class Weighted(nn.Module):
         def __init__(self) -> None:
@@ -601,6 +618,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_an_optimizer_goes_on(optimizer: Callable[..., Any]) -> None:
     make = partial(classifier, (TensorBatches(*rows(), batch_size=3),), optimizer=optimizer)
@@ -635,6 +653,7 @@ class EveryThird(AbstractTrainingPhase):
             return state
 
 
+@pytest.mark.slow
 def test_gradients_that_wait_for_their_update_go_on() -> None:
     def make() -> Learner:
         return classifier((TensorBatches(*rows(), batch_size=3, shuffle=True),), Recorder())
@@ -649,6 +668,7 @@ def linear(inputs: int, outputs: int) -> nn.Module:
     return nn.Sequential(nn.Linear(inputs, 6), nn.ReLU(), nn.Linear(6, outputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("critic_steps", [1, 3])
 def test_a_gan_goes_on(critic_steps: int) -> None:
     def make() -> Learner:
@@ -667,6 +687,7 @@ def views(count: int = 12) -> TensorBatches:
     return TensorBatches(xs, xs.flip(0), batch_size=3, shuffle=True)
 
 
+@pytest.mark.slow
 def test_momentum_contrast_goes_on_with_its_queue() -> None:
     def make() -> Learner:
         torch.manual_seed(1)
@@ -722,6 +743,7 @@ class Pair(TrainingPhase):
         self.queue = state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", [Attributes, Pair])
 def test_what_a_phase_keeps_goes_on(phase: type[Phase]) -> None:
     make = partial(classifier, (TensorBatches(*rows(), batch_size=3, shuffle=True),))
@@ -764,6 +786,7 @@ class Stream(IterableDataset[Any]):
         return iter(list(zip(*rows(), strict=True)))
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
     ("source", "phase", "message"),
     [
@@ -1038,6 +1061,7 @@ CALLBACKS: dict[str, Callable[[], list[Callback]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("callbacks", CALLBACKS.values(), ids=CALLBACKS)
 def test_what_a_callback_keeps_goes_on(callbacks: Callable[[], list[Callback]]) -> None:
     def make() -> Learner:
@@ -1193,6 +1217,7 @@ def run_with_checkpoints(folder: Path, *more: Callback) -> Learner:
     return classifier((train, valid), Recorder(), Checkpointer(folder, every=1, unit="step", keep_last=3), *more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [0, 1, 100, -1], ids=lambda left: f"{left} bytes")
 def test_a_file_cut_short_is_skipped_with_a_word_and_the_one_before_it_taken(tmp_path: Path, left: int) -> None:
     plain = run_with_checkpoints(tmp_path / "plain")
@@ -1240,6 +1265,7 @@ MOMENTS: dict[str, tuple[type[Any], type[Phase], int, int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl+C", "SIGTERM"])
 @pytest.mark.parametrize(("event", "phase", "at", "steps"), MOMENTS.values(), ids=MOMENTS)
 def test_a_signal_at_any_event_leaves_a_checkpoint_of_the_steps_done_to_go_on_from(
@@ -1267,6 +1293,7 @@ def test_a_signal_at_any_event_leaves_a_checkpoint_of_the_steps_done_to_go_on_fr
     assert resumed.history.rows() == plain.history.rows()
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl+C", "SIGTERM"])
 def test_a_signal_while_the_last_checkpoint_is_written_changes_no_more(
     tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
@@ -1345,6 +1372,7 @@ MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow(quick=5)
 @pytest.mark.parametrize(("learner", "fit", "message"), MISFITS.values(), ids=MISFITS)
 def test_what_does_not_fit_is_told_and_changes_nothing(
     tmp_path: Path, learner: dict[str, Any], fit: dict[str, Any], message: str
@@ -1465,6 +1493,7 @@ class Shuffles(Sampler[int]):
         return 10
 
 
+@pytest.mark.slow
 def test_what_models_losses_and_samplers_keep_in_attributes_goes_on() -> None:
     def make() -> Learner:
         torch.manual_seed(0)
@@ -1565,6 +1594,7 @@ def growing(run: Path, kill: int = 10**9) -> Learner:
     return second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [in_stages, growing])
 def test_a_script_with_two_stages_goes_on_from_a_kill_in_either(script: Callable[..., Learner], tmp_path: Path) -> None:
     torch.manual_seed(3)
