@@ -86,12 +86,14 @@ def run_example(script: str, out: Path, epochs: int) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", TWO_EPOCHS)
 def test_the_digits_are_learned_in_two_epochs(script: str, tmp_path: Path) -> None:
     assert run_example(script, tmp_path, epochs=2)["accuracy"] > 0.9
     assert matplotlib.image.imread(tmp_path / "history.png").std() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ONE_EPOCH)
 def test_an_example_runs_and_writes_its_results_and_pictures(script: str, tmp_path: Path) -> None:
     assert len(run_example(script, tmp_path, epochs=1)) > 2

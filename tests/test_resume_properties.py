@@ -171,6 +171,7 @@ def states(learner: Learner) -> dict[str, Any]:
     return {name: repr(state) for name, state in kept.items() if not name.startswith(("Kill", "Checkpointer"))}
 
 
+@pytest.mark.slow
 @given(
     model=pick(MODELS),
     optimizer=pick(OPTIMIZERS),

@@ -136,6 +136,7 @@ def run(folder: Path, how: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_process_whose_next_batch_never_comes_and_loses_no_step(tmp_path: Path) -> None:
     process = run(tmp_path / "killed", "hangs")
     assert process.stdout is not None

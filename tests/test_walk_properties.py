@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import Phase as Stage
@@ -293,6 +294,7 @@ class Kill(Callback):
             raise KilledError
 
 
+@pytest.mark.slow
 @given(
     spec=trees,
     other=trees,
