@@ -90,6 +90,7 @@ from fluxloop.testing import (
     bits,
     infer_access,
 )
+from toys import through_a_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:weights are not finite before the first step")
 
@@ -475,13 +476,6 @@ def test_it_is_initialised_twice_without_harm(cls: type[Callback], capsys: pytes
     twice.set_callbacks([])
     twice.set_callbacks(given)
     assert alike(seen(twice), seen(once))
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.slow(quick=17)

@@ -39,12 +39,9 @@ from fluxloop.callbacks.scheduler import Scheduler
 from fluxloop.hyperparameters import LearningRate
 from fluxloop.schedules import cosine, one_cycle, step, warmup
 from fluxloop.testing import EventRecorder, assert_same_bits
+from toys import Killed
 
 EPOCHS = 2
-
-
-class Killed(BaseException):
-    pass
 
 
 class Augmented(Dataset[Any]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -26,17 +27,33 @@ from fluxloop import (
     on,
     runstep,
 )
+from fluxloop.augment import add_noise, random_affine
 from fluxloop.testing import toy_learner
 
 Use = Callable[[Any], object]
 """A function of what a handler gets as `learner`."""
 
 
-# What a callback does at an event
+# What ends a run, and what comes back from a file
 
 
 class BrokenError(Exception):
     """An error that nothing but a test raises."""
+
+
+class Killed(BaseException):
+    """Stand for the end of the process in the middle of a run."""
+
+
+def through_a_file(state: Any) -> Any:
+    """Return a state as a checkpoint returns it."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+# What a callback does at an event
 
 
 class Do(UnsafeCallback):
@@ -168,6 +185,16 @@ class Stream(IterableDataset[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.rows))
+
+
+def image_batches(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Return five batches of four images of one channel and 8 x 8 pixels."""
+    return list(torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype).split(4))
+
+
+def augment(images: Tensor) -> Tensor:
+    """Return another view of the images: turned, moved, scaled and with noise."""
+    return add_noise(random_affine(images, degrees=20, translate=0.1, scale=(0.8, 1.3)), 0.05)
 
 
 # Losses

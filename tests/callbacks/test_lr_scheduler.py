@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 from collections.abc import Callable
 from functools import partial
@@ -60,6 +59,7 @@ from fluxloop.callbacks.scheduler import Scheduler
 from fluxloop.errors import CheckpointError
 from fluxloop.hyperparameters import LearningRate, Momentum, WeightDecay
 from fluxloop.testing import assert_order, assert_resumes_exactly, assert_same_bits, toy_learner
+from toys import through_a_file
 
 BATCHES, EPOCHS = 3, 5
 STEPS = BATCHES * EPOCHS
@@ -136,13 +136,6 @@ def watch() -> tuple[CustomCallback, list[Any]]:
         used.append((group["lr"], group.get("momentum")))
 
     return CustomCallback(look, LossBegin, TrainingPhase, reads=("optimizer",)), used
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def scheduler_of(learner: Learner) -> LRScheduler:

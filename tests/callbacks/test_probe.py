@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import random
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -54,6 +53,7 @@ from fluxloop import (
 )
 from fluxloop.callbacks.probe import extract
 from fluxloop.testing import assert_observer, assert_order, assert_same_bits, bits
+from toys import through_a_file
 
 SEED = 6
 ROWS, BATCH = 24, 8
@@ -674,18 +674,10 @@ def test_without_a_recorder_it_says_who_counts_epochs(probe: Any) -> None:
 # State
 
 
-def reloaded(state: Any) -> Any:
-    """Give a state as a file gives it back."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 def test_a_linear_probe_goes_on_from_its_state_to_the_same_bits() -> None:
     whole = train(learner_of(LinearProbe("encoder", 3)), 4)
     learner = train(learner_of(LinearProbe("encoder", 3)), 2)
-    state = reloaded(learner.get_callback(LinearProbe).state_dict())
+    state = through_a_file(learner.get_callback(LinearProbe).state_dict())
     fresh = LinearProbe("encoder", 3)
     learner.replace_callback(fresh)
     fresh.load_state_dict(state)
@@ -700,7 +692,7 @@ def test_a_linear_probe_goes_on_from_its_state_to_the_same_bits() -> None:
 def test_restoring_a_linear_probe_draws_no_random_numbers() -> None:
     learner = train(learner_of(LinearProbe("encoder", 3)), 1)
     probe = learner.get_callback(LinearProbe)
-    state = reloaded(probe.state_dict())
+    state = through_a_file(probe.state_dict())
     before = generators()
     probe.load_state_dict(state)
     assert generators() == before

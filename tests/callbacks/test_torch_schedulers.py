@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +29,7 @@ from fluxloop.callbacks.lr_scheduler import LRScheduler
 from fluxloop.callbacks.torch_schedulers import advance, mentioned, says_mode
 from fluxloop.errors import CheckpointError
 from fluxloop.testing import toy_learner
+from toys import through_a_file
 
 sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
 
@@ -42,13 +42,6 @@ def scheduler_of(learner: Learner) -> LRScheduler:
     found = learner.get_callback(LRScheduler)
     assert found is not None
     return found
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def chained(optimizer: Optimizer) -> Any:

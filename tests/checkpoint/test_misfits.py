@@ -34,6 +34,7 @@ from fluxloop import (
 )
 from fluxloop.checkpoint.gathering import gather
 from fluxloop.randomness import generator_states
+from toys import Killed
 
 State = dict[str, Any]
 XS = torch.rand(24, 3, generator=torch.Generator().manual_seed(0))
@@ -144,10 +145,6 @@ def digest(learner: Learner[Any]) -> str:
     flags = {name: parameter.requires_grad for name, parameter in learner.model.named_parameters()}
     everything = [state, learner.history.rows(), learner.history.stop_reason, grads, flags, generator_states()]
     return blake2b(b"|".join(parts(everything))).hexdigest()
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.fixture(scope="module")

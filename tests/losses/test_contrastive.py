@@ -10,15 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fluxloop.losses import info_nce, nt_xent, supervised_contrastive
+from toys import doubles
 
 sizes = st.integers(1, 5)
 temperatures = st.sampled_from([0.05, 0.5, 1.0, 3.0])
 seeds = st.integers(0, 999)
 FEW = settings(max_examples=25, deadline=None)
-
-
-def rows(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def unit(tensor: Tensor) -> Tensor:
@@ -60,17 +57,17 @@ def test_nt_xent_equals_the_sum_over_all_pairs(n: int, d: int, temperature: floa
     assert_same_with_gradients(
         lambda a, b: nt_xent(a, b, temperature),
         lambda a, b: nt_xent_by_pairs(a, b, temperature),
-        rows(seed, n, d + 1),
-        rows(seed + 1, n, d + 1),
+        doubles(seed, n, d + 1),
+        doubles(seed + 1, n, d + 1),
     )
 
 
 @FEW
 @given(n=sizes, seed=seeds)
 def test_nt_xent_is_the_same_for_swapped_views_scaled_rows_and_another_order(n: int, seed: int) -> None:
-    z1, z2 = rows(seed, n, 4), rows(seed + 1, n, 4)
+    z1, z2 = doubles(seed, n, 4), doubles(seed + 1, n, 4)
     order = torch.randperm(n)
-    scales = rows(seed + 2, n, 1).abs() + 0.1
+    scales = doubles(seed + 2, n, 1).abs() + 0.1
     for other in (nt_xent(z2, z1), nt_xent(z1[order], z2[order]), nt_xent(scales * z1, z2)):
         torch.testing.assert_close(other, nt_xent(z1, z2))
 
@@ -93,7 +90,7 @@ def test_nt_xent_of_equal_views_of_orthogonal_rows_is_known(temperature: float) 
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e-2, 1e6])
 def test_nt_xent_is_finite_at_extreme_temperatures_and_alike_in_both_precisions(temperature: float) -> None:
-    z1, z2 = (rows(seed, 6, 4).requires_grad_() for seed in (0, 1))
+    z1, z2 = (doubles(seed, 6, 4).requires_grad_() for seed in (0, 1))
     single1, single2 = (z.detach().float().requires_grad_() for z in (z1, z2))
     loss, single = nt_xent(z1, z2, temperature), nt_xent(single1, single2, temperature)
     single.backward()
@@ -103,7 +100,7 @@ def test_nt_xent_is_finite_at_extreme_temperatures_and_alike_in_both_precisions(
 
 
 def test_nt_xent_at_a_high_temperature_is_that_of_guessing() -> None:
-    assert nt_xent(rows(0, 5, 3), rows(1, 5, 3), 1e8).item() == pytest.approx(math.log(9), abs=1e-6)
+    assert nt_xent(doubles(0, 5, 3), doubles(1, 5, 3), 1e8).item() == pytest.approx(math.log(9), abs=1e-6)
 
 
 # InfoNCE
@@ -127,14 +124,14 @@ def test_info_nce_equals_the_sum_over_queries_and_negatives(
     assert_same_with_gradients(
         lambda *given: info_nce(*given, temperature),
         lambda *given: info_nce_by_rows(*given, temperature),
-        unit(rows(seed, n, d)),
-        unit(rows(seed + 1, n, d)),
-        unit(rows(seed + 2, k, d)),
+        unit(doubles(seed, n, d)),
+        unit(doubles(seed + 1, n, d)),
+        unit(doubles(seed + 2, k, d)),
     )
 
 
 def test_info_nce_without_negatives_is_zero() -> None:
-    q = unit(rows(0, 3, 4))
+    q = unit(doubles(0, 3, 4))
     assert info_nce(q, q, torch.empty(0, 4, dtype=torch.float64)).item() == 0
 
 
@@ -145,7 +142,7 @@ def test_info_nce_of_keys_like_the_negatives_is_that_of_guessing() -> None:
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e6])
 def test_info_nce_is_finite_at_extreme_temperatures_and_alike_in_both_precisions(temperature: float) -> None:
-    q, k, negatives = (unit(rows(seed, 5, 4)) for seed in (0, 1, 2))
+    q, k, negatives = (unit(doubles(seed, 5, 4)) for seed in (0, 1, 2))
     single = q.float().requires_grad_()
     loss = info_nce(single, k.float(), negatives.float(), temperature)
     loss.backward()
@@ -177,7 +174,7 @@ def test_supervised_contrastive_equals_the_sum_over_all_pairs_of_a_class(
     assert_same_with_gradients(
         lambda z: supervised_contrastive(z, torch.tensor(labels), temperature),
         lambda z: supervised_contrastive_by_pairs(z, labels, temperature),
-        rows(seed, len(labels), 3),
+        doubles(seed, len(labels), 3),
     )
 
 
@@ -186,13 +183,13 @@ def test_supervised_contrastive_equals_the_sum_over_all_pairs_of_a_class(
 def test_supervised_contrastive_over_two_views_of_one_class_each_is_nt_xent(
     n: int, temperature: float, seed: int
 ) -> None:
-    z1, z2 = rows(seed, n, 4), rows(seed + 1, n, 4)
+    z1, z2 = doubles(seed, n, 4), doubles(seed + 1, n, 4)
     found = supervised_contrastive(torch.cat([z1, z2]), torch.arange(n).repeat(2), temperature)
     torch.testing.assert_close(found, nt_xent(z1, z2, temperature))
 
 
 def test_a_row_alone_in_its_class_is_left_out_of_the_mean_but_pushes_the_others() -> None:
-    z = rows(0, 4, 3).requires_grad_()
+    z = doubles(0, 4, 3).requires_grad_()
     loss = supervised_contrastive(z, torch.tensor([0, 0, 0, 1]), 1.0)
     torch.testing.assert_close(loss, supervised_contrastive_by_pairs(z, [0, 0, 0, 1], 1.0))
     assert loss > supervised_contrastive(z[:3], torch.tensor([0, 0, 0]), 1.0)
@@ -221,7 +218,7 @@ def test_supervised_contrastive_of_rows_that_are_all_the_same_is_that_of_guessin
 def test_supervised_contrastive_is_finite_at_extreme_temperatures_and_alike_in_both_precisions(
     temperature: float,
 ) -> None:
-    z, labels = rows(0, 6, 3), torch.tensor([0, 1, 0, 1, 0, 2])
+    z, labels = doubles(0, 6, 3), torch.tensor([0, 1, 0, 1, 0, 2])
     single = z.float().requires_grad_()
     loss = supervised_contrastive(single, labels, temperature)
     loss.backward()
@@ -231,12 +228,12 @@ def test_supervised_contrastive_is_finite_at_extreme_temperatures_and_alike_in_b
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64])
 def test_labels_may_be_any_whole_numbers(dtype: torch.dtype) -> None:
-    z, labels = rows(0, 6, 3), torch.tensor([7, 1, 7, 1, 7, 2])
+    z, labels = doubles(0, 6, 3), torch.tensor([7, 1, 7, 1, 7, 2])
     torch.testing.assert_close(supervised_contrastive(z, labels.to(dtype)), supervised_contrastive(z, labels))
 
 
 def test_the_contrastive_losses_change_no_input_and_draw_nothing() -> None:
-    z1, z2, z3, labels = rows(0, 4, 3), rows(1, 4, 3), rows(2, 4, 3), torch.tensor([0, 0, 1, 1])
+    z1, z2, z3, labels = doubles(0, 4, 3), doubles(1, 4, 3), doubles(2, 4, 3), torch.tensor([0, 0, 1, 1])
     before = torch.get_rng_state(), z1.clone(), z2.clone(), z3.clone()
     nt_xent(z1, z2), info_nce(z1, z2, z3), supervised_contrastive(z1, labels)
     assert all(map(torch.equal, (torch.get_rng_state(), z1, z2, z3), before))

@@ -12,14 +12,11 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from fluxloop.losses import dino_loss, distillation_loss, negative_cosine
+from toys import doubles
 
 sizes = st.integers(1, 5)
 seeds = st.integers(0, 999)
 FEW = settings(max_examples=25, deadline=None)
-
-
-def rows(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def assert_same_with_gradient(
@@ -44,35 +41,35 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 @FEW
 @given(n=sizes, d=sizes, seed=seeds)
 def test_negative_cosine_equals_minus_the_mean_cosine_of_each_pair(n: int, d: int, seed: int) -> None:
-    targets = rows(seed + 1, n, d)
+    targets = doubles(seed + 1, n, d)
     assert_same_with_gradient(
         lambda p: negative_cosine(p, targets),
         lambda p: -sum(cosine(a, b) for a, b in zip(p, targets, strict=True)) / n,
-        rows(seed, n, d),
+        doubles(seed, n, d),
     )
 
 
 def test_negative_cosine_agrees_with_scikit_learn() -> None:
-    p, z = rows(0, 9, 4), rows(1, 9, 4)
+    p, z = doubles(0, 9, 4), doubles(1, 9, 4)
     expected = (paired_cosine_distances(p.numpy(), z.numpy()) - 1).mean()
     assert negative_cosine(p, z).item() == pytest.approx(expected)
 
 
 def test_twice_the_negative_cosine_plus_two_is_byols_squared_distance() -> None:
-    p, z = rows(0, 9, 4), rows(1, 9, 4)
+    p, z = doubles(0, 9, 4), doubles(1, 9, 4)
     unit_p, unit_z = (t / t.norm(dim=1, keepdim=True) for t in (p, z))
     torch.testing.assert_close(2 + 2 * negative_cosine(p, z), (unit_p - unit_z).pow(2).sum(1).mean())
 
 
 def test_no_gradient_goes_to_the_targets_of_a_cosine() -> None:
-    p, z = rows(0, 3, 4).requires_grad_(), rows(1, 3, 4).requires_grad_()
+    p, z = doubles(0, 3, 4).requires_grad_(), doubles(1, 3, 4).requires_grad_()
     negative_cosine(p, z).backward()
     assert p.grad is not None
     assert z.grad is None
 
 
 def test_the_negative_cosine_runs_from_minus_one_to_one() -> None:
-    z = rows(0, 3, 4)
+    z = doubles(0, 3, 4)
     assert negative_cosine(2 * z, z).item() == pytest.approx(-1)
     assert negative_cosine(-z, 5 * z).item() == pytest.approx(1)
 
@@ -117,31 +114,31 @@ def test_dino_equals_the_sum_over_pairs_of_crops_rows_and_classes(
     crops: int, views: int, n: int, k: int, seed: int, sharp: bool
 ) -> None:
     views = min(views, crops)
-    teacher, center = rows(seed + 1, views, n, k), rows(seed + 2, k)
+    teacher, center = doubles(seed + 1, views, n, k), doubles(seed + 2, k)
     temperatures = (0.1, 0.04) if sharp else (1.0, 0.5)
     assert_same_with_gradient(
         lambda student: dino_loss(list(student), list(teacher), center, *temperatures),
         lambda student: dino_by_pairs(student, teacher, center.tolist(), *temperatures),
-        rows(seed, crops, n, k),
+        doubles(seed, crops, n, k),
     )
 
 
 def test_dino_pairs_each_global_crop_with_every_other_crop_alone() -> None:
-    student, teacher = rows(0, 3, 2, 4), rows(1, 2, 2, 4)
+    student, teacher = doubles(0, 3, 2, 4), doubles(1, 2, 2, 4)
     pairs = [(0, 1), (0, 2), (1, 0), (1, 2)]
     alone = [dino_by_pairs(student[[j, j]], teacher[[i]], [0.0] * 4, 0.1, 0.04) for i, j in pairs]
     torch.testing.assert_close(dino_loss(list(student), list(teacher)), torch.stack(alone).mean())
 
 
 def test_the_center_may_be_a_row_or_one_by_k_and_is_zero_by_default() -> None:
-    student, teacher, center = list(rows(0, 2, 3, 4)), list(rows(1, 2, 3, 4)), rows(2, 4)
+    student, teacher, center = list(doubles(0, 2, 3, 4)), list(doubles(1, 2, 3, 4)), doubles(2, 4)
     assert torch.equal(dino_loss(student, teacher, center), dino_loss(student, teacher, center[None]))
     assert torch.equal(dino_loss(student, teacher), dino_loss(student, teacher, torch.zeros(4)))
     assert not torch.equal(dino_loss(student, teacher), dino_loss(student, teacher, center))
 
 
 def test_no_gradient_goes_to_dinos_teacher() -> None:
-    student, teacher = rows(0, 2, 3, 4).requires_grad_(), rows(1, 2, 3, 4).requires_grad_()
+    student, teacher = doubles(0, 2, 3, 4).requires_grad_(), doubles(1, 2, 3, 4).requires_grad_()
     dino_loss(list(student), list(teacher)).backward()
     assert student.grad is not None
     assert teacher.grad is None
@@ -160,7 +157,7 @@ def test_a_uniform_student_has_the_entropy_of_guessing() -> None:
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e3])
 def test_dino_is_finite_at_extreme_temperatures_and_alike_in_both_precisions(temperature: float) -> None:
-    student, teacher = rows(0, 2, 3, 4), rows(1, 2, 3, 4)
+    student, teacher = doubles(0, 2, 3, 4), doubles(1, 2, 3, 4)
     single = student.float().requires_grad_()
     loss = dino_loss(list(single), list(teacher.float()), 0.0, temperature, temperature)
     loss.backward()
@@ -186,22 +183,22 @@ def distillation_by_rows(student: Tensor, teacher: Tensor, temperature: float) -
 @FEW
 @given(n=sizes, c=sizes, temperature=st.sampled_from([0.5, 1.0, 4.0, 20.0]), seed=seeds)
 def test_distillation_equals_the_sum_over_rows_and_classes(n: int, c: int, temperature: float, seed: int) -> None:
-    teacher = rows(seed + 1, n, c)
+    teacher = doubles(seed + 1, n, c)
     assert_same_with_gradient(
         lambda student: distillation_loss(student, teacher, temperature),
         lambda student: distillation_by_rows(student, teacher, temperature),
-        rows(seed, n, c),
+        doubles(seed, n, c),
     )
 
 
 def test_distillation_at_temperature_one_is_torchs_divergence_from_teacher_to_student() -> None:
-    student, teacher = 3 * rows(0, 6, 4), 3 * rows(1, 6, 4)
+    student, teacher = 3 * doubles(0, 6, 4), 3 * doubles(1, 6, 4)
     expected = kl_divergence(Categorical(logits=teacher), Categorical(logits=student)).mean()
     torch.testing.assert_close(distillation_loss(student, teacher, 1.0), expected)
 
 
 def test_the_gradient_of_distillation_keeps_its_size_at_high_temperatures() -> None:
-    student, teacher = rows(0, 6, 4).requires_grad_(), rows(1, 6, 4)
+    student, teacher = doubles(0, 6, 4).requires_grad_(), doubles(1, 6, 4)
     (found,) = torch.autograd.grad(distillation_loss(student, teacher, 1e6), student)
     difference = student.detach() - teacher
     expected = (difference - difference.mean(1, keepdim=True)) / (6 * 4)  # Hinton et al., equation 4
@@ -209,7 +206,7 @@ def test_the_gradient_of_distillation_keeps_its_size_at_high_temperatures() -> N
 
 
 def test_a_student_like_its_teacher_has_nothing_to_learn() -> None:
-    student = rows(0, 6, 4).requires_grad_()
+    student = doubles(0, 6, 4).requires_grad_()
     loss = distillation_loss(student, student)
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-12)
@@ -217,7 +214,7 @@ def test_a_student_like_its_teacher_has_nothing_to_learn() -> None:
 
 
 def test_no_gradient_goes_to_the_teacher_of_a_distillation() -> None:
-    student, teacher = rows(0, 3, 4).requires_grad_(), rows(1, 3, 4).requires_grad_()
+    student, teacher = doubles(0, 3, 4).requires_grad_(), doubles(1, 3, 4).requires_grad_()
     distillation_loss(student, teacher).backward()
     assert student.grad is not None
     assert teacher.grad is None

@@ -12,15 +12,11 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from fluxloop.losses import kl_standard_normal, masked_mse, normalize_patches, squared_error
-from toys import assert_same_with_gradients
+from toys import assert_same_with_gradients, doubles
 
 shapes = st.lists(st.integers(1, 4), min_size=2, max_size=4)
 seeds = st.integers(0, 999)
 FEW = settings(max_examples=25, deadline=None)
-
-
-def rows(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # Divergence of a code
@@ -33,7 +29,7 @@ def test_the_divergence_is_that_of_torchs_normal_distributions(shape: list[int],
         divergence = kl_divergence(Normal(mean, (logvar / 2).exp()), Normal(0.0, 1.0))
         return divergence.sum(tuple(range(1, len(shape)))).mean()
 
-    assert_same_with_gradients(kl_standard_normal, expected, rows(seed, *shape), rows(seed + 1, *shape))
+    assert_same_with_gradients(kl_standard_normal, expected, doubles(seed, *shape), doubles(seed + 1, *shape))
 
 
 def test_the_divergence_of_the_standard_normal_is_zero_with_a_gradient_of_zero() -> None:
@@ -63,11 +59,11 @@ def test_the_squared_error_is_summed_over_a_row_and_averaged_over_rows(shape: li
         terms = [(a - b) ** 2 for a, b in zip(preds.reshape(-1), xs.reshape(-1), strict=True)]
         return sum(terms) / 2 / shape[0]
 
-    assert_same_with_gradients(squared_error, expected, rows(seed, *shape), rows(seed + 1, *shape))
+    assert_same_with_gradients(squared_error, expected, doubles(seed, *shape), doubles(seed + 1, *shape))
 
 
 def test_the_squared_error_is_minus_a_normal_log_likelihood_up_to_a_constant() -> None:
-    preds, xs = rows(0, 5, 3), rows(1, 5, 3)
+    preds, xs = doubles(0, 5, 3), doubles(1, 5, 3)
     likelihood = Normal(preds, 1.0).log_prob(xs).sum(1).mean()
     torch.testing.assert_close(squared_error(preds, xs) + 3 * math.log(2 * math.pi) / 2, -likelihood)
 
@@ -78,7 +74,7 @@ def test_the_squared_error_is_minus_a_normal_log_likelihood_up_to_a_constant() -
 @FEW
 @given(n=st.integers(1, 3), length=st.integers(1, 3), p=st.integers(2, 5), seed=seeds)
 def test_each_patch_gets_zero_mean_and_unit_variance(n: int, length: int, p: int, seed: int) -> None:
-    patches = 5 * rows(seed, n, length, p) + 3
+    patches = 5 * doubles(seed, n, length, p) + 3
     found = normalize_patches(patches)
     assert found.shape == (n, length, p)
     for patch, normal in zip(patches.view(-1, p).tolist(), found.view(-1, p).tolist(), strict=True):
@@ -93,7 +89,7 @@ def test_a_patch_of_one_colour_becomes_zeros() -> None:
 @FEW
 @given(n=st.integers(1, 3), length=st.integers(1, 4), p=st.integers(1, 3), seed=seeds)
 def test_the_masked_error_is_the_mean_over_hidden_patches(n: int, length: int, p: int, seed: int) -> None:
-    mask = rows(seed + 2, n, length) > 0
+    mask = doubles(seed + 2, n, length) > 0
     mask[0, 0] = True
 
     def expected(preds: Tensor, targets: Tensor) -> Tensor:
@@ -104,14 +100,14 @@ def test_the_masked_error_is_the_mean_over_hidden_patches(n: int, length: int, p
     assert_same_with_gradients(
         lambda preds, targets: masked_mse(preds, targets, mask),
         expected,
-        rows(seed, n, length, p),
-        rows(seed + 1, n, length, p),
+        doubles(seed, n, length, p),
+        doubles(seed + 1, n, length, p),
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float64, torch.int64])
 def test_the_mask_may_be_of_any_kind_and_keeps_the_precision(dtype: torch.dtype) -> None:
-    preds, targets, mask = rows(0, 2, 3, 4), rows(1, 2, 3, 4), torch.tensor([[1, 0, 1], [0, 0, 1]])
+    preds, targets, mask = doubles(0, 2, 3, 4), doubles(1, 2, 3, 4), torch.tensor([[1, 0, 1], [0, 0, 1]])
     found = masked_mse(preds, targets, mask.to(dtype))
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, (preds - targets)[mask == 1].pow(2).mean())
@@ -127,14 +123,14 @@ def test_patches_that_are_seen_get_no_gradient() -> None:
 
 @pytest.mark.parametrize("loss", [kl_standard_normal, squared_error])
 def test_single_and_double_precision_agree(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-    a, b = rows(0, 16, 8), rows(1, 16, 8)
+    a, b = doubles(0, 16, 8), doubles(1, 16, 8)
     single = loss(a.float(), b.float())
     assert single.dtype == torch.float32
     assert single.item() == pytest.approx(loss(a, b).item(), rel=1e-5)
 
 
 def test_reconstruction_losses_draw_nothing() -> None:
-    a, b = rows(0, 2, 3, 4), rows(1, 2, 3, 4)
+    a, b = doubles(0, 2, 3, 4), doubles(1, 2, 3, 4)
     before = torch.get_rng_state(), a.clone(), b.clone()
     kl_standard_normal(a, b), squared_error(a, b), normalize_patches(a), masked_mse(a, b, torch.ones(2, 3))
     assert all(map(torch.equal, (torch.get_rng_state(), a, b), before))

@@ -11,14 +11,10 @@ from torch import Tensor
 from torch.nn.functional import batch_norm
 
 from fluxloop.losses import barlow_twins_loss, vicreg_loss
-from toys import assert_same_with_gradients
+from toys import assert_same_with_gradients, doubles
 
 seeds = st.integers(0, 999)
 FEW = settings(max_examples=25, deadline=None)
-
-
-def rows(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def mean(values: list[Tensor]) -> Tensor:
@@ -51,13 +47,13 @@ def test_barlow_twins_equals_the_sum_over_the_entries_of_the_correlation(
     assert_same_with_gradients(
         lambda a, b: barlow_twins_loss(a, b, weight),
         lambda a, b: barlow_by_entries(a, b, weight),
-        rows(seed, n, d),
-        rows(seed + 1, n, d),
+        doubles(seed, n, d),
+        doubles(seed + 1, n, d),
     )
 
 
 def test_barlow_twins_standardises_as_batch_norm_without_weights_does() -> None:
-    z1, z2 = rows(0, 7, 5), 3 * rows(1, 7, 5) + 2
+    z1, z2 = doubles(0, 7, 5), 3 * doubles(1, 7, 5) + 2
     a, b = (batch_norm(z, None, None, training=True) for z in (z1, z2))
     c = a.T @ b / 7
     expected = (c.diagonal() - 1).pow(2).sum() + 0.01 * (c.pow(2).sum() - c.diagonal().pow(2).sum())
@@ -72,7 +68,7 @@ def test_barlow_twins_of_equal_uncorrelated_dimensions_is_nearly_zero() -> None:
 
 
 def test_barlow_twins_weighs_the_correlations_beside_the_diagonal_as_the_paper_by_default() -> None:
-    z1, z2 = rows(0, 6, 3), rows(1, 6, 3)
+    z1, z2 = doubles(0, 6, 3), doubles(1, 6, 3)
     assert barlow_twins_loss(z1, z2).item() == barlow_twins_loss(z1, z2, 0.005).item()
 
 
@@ -118,13 +114,13 @@ def test_vicreg_equals_the_sums_over_rows_and_dimensions(
     assert_same_with_gradients(
         lambda a, b: vicreg_loss(a, b, *weights),
         lambda a, b: vicreg_by_entries(a, b, *weights),
-        rows(seed, n, d),
-        rows(seed + 1, n, d),
+        doubles(seed, n, d),
+        doubles(seed + 1, n, d),
     )
 
 
 def test_vicregs_covariances_are_those_of_torch() -> None:
-    z1, z2 = rows(0, 9, 4), rows(1, 9, 4)
+    z1, z2 = doubles(0, 9, 4), doubles(1, 9, 4)
     expected = torch.zeros((), dtype=torch.float64)
     for z in (z1, z2):
         c = torch.cov(z.T)
@@ -133,7 +129,7 @@ def test_vicregs_covariances_are_those_of_torch() -> None:
 
 
 def test_vicregs_weights_are_those_of_the_paper_by_default() -> None:
-    z1, z2 = rows(0, 6, 3), rows(1, 6, 3)
+    z1, z2 = doubles(0, 6, 3), doubles(1, 6, 3)
     assert vicreg_loss(z1, z2).item() == vicreg_loss(z1, z2, 25, 25, 1).item()
 
 
@@ -152,7 +148,7 @@ def test_vicreg_of_rows_that_are_all_the_same_pushes_by_its_variance_alone_with_
 
 @pytest.mark.parametrize("loss", [barlow_twins_loss, vicreg_loss])
 def test_single_and_double_precision_agree(loss: Callable[..., Tensor]) -> None:
-    z1, z2 = rows(0, 16, 8), rows(1, 16, 8)
+    z1, z2 = doubles(0, 16, 8), doubles(1, 16, 8)
     single = loss(z1.float(), z2.float())
     assert single.dtype == torch.float32
     assert single.item() == pytest.approx(loss(z1, z2).item(), rel=1e-5)
@@ -160,7 +156,7 @@ def test_single_and_double_precision_agree(loss: Callable[..., Tensor]) -> None:
 
 @pytest.mark.parametrize("loss", [barlow_twins_loss, vicreg_loss])
 def test_the_views_may_be_swapped_and_are_not_changed(loss: Callable[..., Tensor]) -> None:
-    z1, z2 = rows(0, 6, 4), rows(1, 6, 4)
+    z1, z2 = doubles(0, 6, 4), doubles(1, 6, 4)
     before = torch.get_rng_state(), z1.clone(), z2.clone()
     torch.testing.assert_close(loss(z1, z2), loss(z2, z1))
     assert all(map(torch.equal, (torch.get_rng_state(), z1, z2), before))

@@ -21,13 +21,7 @@ from fluxloop import CheckpointError, TrainingPhase, ValidationPhase
 from fluxloop.persist.plain import class_name, from_plain, plain_attributes, size, snapshot, to_plain
 from fluxloop.persist.series import Series
 from fluxloop.state import PhaseDict
-
-
-def through_a_file(kept: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(kept, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+from toys import through_a_file
 
 
 def again(value: Any, live: Any = None, **how: Any) -> Any:

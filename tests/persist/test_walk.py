@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import re
 import threading
 from collections.abc import Callable
@@ -15,13 +14,7 @@ from torch import nn
 from fluxloop import CheckpointError
 from fluxloop.persist.owners import Owners, Restoring, nobody
 from fluxloop.persist.watched import Watched
-
-
-def through_a_file(kept: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(kept, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+from toys import through_a_file
 
 
 def same(a: Any, b: Any) -> bool:

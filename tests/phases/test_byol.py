@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fluxloop import EMA, Accelerator, BYOLPhase, CustomCallback, Learner, StepEnd, TwoViews, cosine, stream_seed
-from fluxloop.augment import add_noise, random_affine
 from fluxloop.losses import negative_cosine
+from toys import augment, image_batches
 
 SEED = 9
 OPTIMIZERS = {
@@ -38,14 +38,6 @@ def models(dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
     student = Network().to(dtype)
     predictor = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 8)).to(dtype)
     return {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False), "predictor": predictor}
-
-
-def augment(images: Tensor) -> Tensor:
-    return add_noise(random_affine(images, degrees=20, translate=0.1, scale=(0.8, 1.3)), 0.05)
-
-
-def batches(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return list(torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype).split(4))
 
 
 def papers_loss(p1: Tensor, p2: Tensor, t1: Tensor, t2: Tensor) -> Tensor:
@@ -99,8 +91,8 @@ def train(models: Any, make: Any, data: list[Any], decay: Any = 0.9) -> tuple[Le
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_five_steps_equal_those_of_a_hand_written_loop(optimizer: str) -> None:
     expected, make = models(), OPTIMIZERS[optimizer]
-    by_hand = train_by_hand(expected, make, batches())
-    learner, losses = train(models(), make, batches())
+    by_hand = train_by_hand(expected, make, image_batches())
+    learner, losses = train(models(), make, image_batches())
     assert len(losses) == 5
     assert all(map(torch.equal, losses, by_hand))
     for name, model in expected.items():
@@ -112,8 +104,8 @@ def test_five_steps_equal_those_of_a_hand_written_loop(optimizer: str) -> None:
 def test_five_steps_equal_those_with_the_papers_loss_written_out_and_a_scheduled_momentum() -> None:
     expected, double = models(torch.float64), models(torch.float64)
     momentum = cosine(5, 0.9, 1.0)
-    by_hand = train_by_hand(expected, OPTIMIZERS["sgd"], batches(torch.float64), papers_loss, momentum)
-    learner, losses = train(double, OPTIMIZERS["sgd"], batches(torch.float64), momentum)
+    by_hand = train_by_hand(expected, OPTIMIZERS["sgd"], image_batches(torch.float64), papers_loss, momentum)
+    learner, losses = train(double, OPTIMIZERS["sgd"], image_batches(torch.float64), momentum)
     torch.testing.assert_close(losses, by_hand, rtol=1e-9, atol=1e-12)
     for name, model in expected.items():
         found = getattr(learner.model, name)
@@ -121,7 +113,7 @@ def test_five_steps_equal_those_with_the_papers_loss_written_out_and_a_scheduled
 
 
 def test_the_teacher_keeps_batch_statistics_of_its_own() -> None:
-    learner, _ = train(models(), OPTIMIZERS["sgd"], batches(), decay=1.0)
+    learner, _ = train(models(), OPTIMIZERS["sgd"], image_batches(), decay=1.0)
     initial, teacher = models()["teacher"], learner.model.teacher
     assert all(map(torch.equal, teacher.parameters(), initial.parameters()))
     norm, live = teacher.encoder[1], learner.model.student.encoder[1]
@@ -130,7 +122,7 @@ def test_the_teacher_keeps_batch_statistics_of_its_own() -> None:
 
 
 def test_no_gradient_goes_to_the_teacher() -> None:
-    learner, _ = train(models(), OPTIMIZERS["sgd"], batches())
+    learner, _ = train(models(), OPTIMIZERS["sgd"], image_batches())
     step = learner.step
     assert not step.t1.requires_grad
     assert not step.t2.requires_grad
@@ -141,7 +133,7 @@ def test_no_gradient_goes_to_the_teacher() -> None:
 
 
 def test_it_stores_predictions_and_targets() -> None:
-    learner, _ = train(models(), OPTIMIZERS["sgd"], batches())
+    learner, _ = train(models(), OPTIMIZERS["sgd"], image_batches())
     step = learner.step
     shapes = {name: tuple(step[name].shape) for name in ("features", "p1", "p2", "t1", "t2", "loss")}
     assert shapes == {"features": (4, 16), "p1": (4, 8), "p2": (4, 8), "t1": (4, 8), "t2": (4, 8), "loss": ()}
@@ -152,8 +144,8 @@ def test_the_student_and_its_teacher_may_be_parts_of_one_module() -> None:
     whole = nn.Module()
     for name, model in models().items():
         whole.add_module(name, model)
-    learner, losses = train(whole, OPTIMIZERS["adam"], batches())
-    expected, named = train(models(), OPTIMIZERS["adam"], batches())
+    learner, losses = train(whole, OPTIMIZERS["adam"], image_batches())
+    expected, named = train(models(), OPTIMIZERS["adam"], image_batches())
     assert all(map(torch.equal, losses, named))
     for name in ("student", "teacher", "predictor"):
         found, wanted = getattr(learner.model, name).state_dict(), getattr(expected.model, name).state_dict()

@@ -27,6 +27,7 @@ from fluxloop import (
 )
 from fluxloop.augment import random_affine
 from fluxloop.losses import dino_loss
+from toys import image_batches
 
 SEED = 10
 OPTIMIZERS = {
@@ -62,10 +63,6 @@ def locally(images: Tensor) -> Tensor:
 
 
 crops = MultiCrop(globally, locally, num_local=3)
-
-
-def batches(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return list(torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype).split(4))
 
 
 def papers_loss(
@@ -133,9 +130,9 @@ def train(models: Any, make: Any, data: list[Any], phase: DINOPhase) -> tuple[Le
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_five_steps_equal_those_of_a_hand_written_loop(optimizer: str) -> None:
     expected, make = models(), OPTIMIZERS[optimizer]
-    by_hand, center = train_by_hand(expected, make, batches())
+    by_hand, center = train_by_hand(expected, make, image_batches())
     phase = DINOPhase(crops)
-    learner, losses = train(models(), make, batches(), phase)
+    learner, losses = train(models(), make, image_batches(), phase)
     assert len(losses) == 5
     assert all(map(torch.equal, losses, by_hand))
     assert torch.equal(phase.center, center)
@@ -148,10 +145,10 @@ def test_five_steps_equal_those_of_a_hand_written_loop(optimizer: str) -> None:
 def test_five_steps_equal_those_with_the_papers_loss_written_out_and_a_temperature_schedule() -> None:
     expected, schedule = models(torch.float64), linear(4, 0.2, 0.5)
     by_hand, center = train_by_hand(
-        expected, OPTIMIZERS["sgd"], batches(torch.float64), papers_loss, schedule, 0.8, student_temperature=0.3
+        expected, OPTIMIZERS["sgd"], image_batches(torch.float64), papers_loss, schedule, 0.8, student_temperature=0.3
     )
     phase = DINOPhase(crops, student_temperature=0.3, teacher_temperature=schedule, center_momentum=0.8)
-    learner, losses = train(models(torch.float64), OPTIMIZERS["sgd"], batches(torch.float64), phase)
+    learner, losses = train(models(torch.float64), OPTIMIZERS["sgd"], image_batches(torch.float64), phase)
     torch.testing.assert_close(losses, by_hand, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(phase.center, center, rtol=1e-9, atol=1e-12)
     for name, model in expected.items():
@@ -166,17 +163,17 @@ def test_the_schedule_of_the_temperature_is_asked_once_a_step_over_all_epochs_an
         asked.append(step)
         return 0.04
 
-    learner = learner_of(models(), OPTIMIZERS["sgd"], batches()[:3], [])
+    learner = learner_of(models(), OPTIMIZERS["sgd"], image_batches()[:3], [])
     phase = DINOPhase(crops, teacher_temperature=schedule)
     learner.fit(1, phases=[phase])
-    learner.evaluate(batches()[:2], phase=ObjectiveValidationPhase(phase))
+    learner.evaluate(image_batches()[:2], phase=ObjectiveValidationPhase(phase))
     learner.fit(1, phases=[phase])
     assert asked == [0, 1, 2, 3, 3, 3, 4, 5]
 
 
 def test_it_stores_the_scores_of_all_crops_and_the_teachers_of_the_global_ones() -> None:
     phase = DINOPhase(crops)
-    learner, _ = train(models(), OPTIMIZERS["sgd"], batches(), phase)
+    learner, _ = train(models(), OPTIMIZERS["sgd"], image_batches(), phase)
     step = learner.step
     assert [tuple(view.shape) for view in step.views] == [(4, 1, 8, 8)] * 2 + [(4, 1, 5, 5)] * 3
     assert [tuple(scores.shape) for scores in step.student] == [(4, 6)] * 5
@@ -198,7 +195,7 @@ def test_there_is_no_center_before_the_first_step() -> None:
 @pytest.mark.parametrize("labelled", [False, True])
 def test_batches_may_hold_the_crops(labelled: bool) -> None:
     torch.manual_seed(0)
-    made = [crops(xs) for xs in batches()]
+    made = [crops(xs) for xs in image_batches()]
     data = [(views, torch.arange(4)) for views in made] if labelled else made
     learner, losses = train(models(), OPTIMIZERS["adam"], data, DINOPhase())
     assert len(losses) == 5
@@ -210,7 +207,7 @@ def test_batches_may_hold_the_crops(labelled: bool) -> None:
 
 def test_one_global_crop_may_stand_beside_smaller_local_ones() -> None:
     torch.manual_seed(0)
-    data = [(globally(xs), locally(xs), locally(xs)) for xs in batches()]
+    data = [(globally(xs), locally(xs), locally(xs)) for xs in image_batches()]
     learner, losses = train(models(), OPTIMIZERS["sgd"], data, DINOPhase(num_global=1))
     assert len(losses) == 5
     assert len(learner.step.teacher) == 1
@@ -235,17 +232,17 @@ def test_no_global_crop_is_refused(count: int) -> None:
 
 def test_fewer_crops_than_global_ones_are_refused() -> None:
     with pytest.raises(BatchError, match="DINOPhase was given a tuple of length 2 as views"):
-        train(models(), OPTIMIZERS["sgd"], batches(), DINOPhase(lambda xs: (xs, xs), num_global=3))
+        train(models(), OPTIMIZERS["sgd"], image_batches(), DINOPhase(lambda xs: (xs, xs), num_global=3))
 
 
 def test_a_single_crop_is_refused() -> None:
     words = r"DINOPhase was given a tuple of length 1 as views; expected two or more of each row"
     with pytest.raises(BatchError, match=words):
-        train(models(), OPTIMIZERS["sgd"], batches(), DINOPhase(lambda xs: (xs,)))
+        train(models(), OPTIMIZERS["sgd"], image_batches(), DINOPhase(lambda xs: (xs,)))
 
 
 def test_a_batch_with_more_than_labels_behind_the_crops_is_refused() -> None:
-    data = [[[xs, xs], torch.arange(4), torch.arange(4)] for xs in batches()]
+    data = [[[xs, xs], torch.arange(4), torch.arange(4)] for xs in image_batches()]
     with pytest.raises(BatchError, match="DINOPhase was given"):
         train(models(), OPTIMIZERS["sgd"], data, DINOPhase())
 
@@ -255,7 +252,7 @@ def test_a_cancelled_step_moves_neither_the_center_nor_the_schedule() -> None:
         raise CancelStepException
 
     phase = DINOPhase(crops)
-    learner = learner_of(models(), OPTIMIZERS["sgd"], batches(), [], CustomCallback(cancel, LossBegin))
+    learner = learner_of(models(), OPTIMIZERS["sgd"], image_batches(), [], CustomCallback(cancel, LossBegin))
     learner.fit(1, phases=[phase])
     assert phase.state_dict() == {"center": None, "steps": 0}
 
@@ -263,13 +260,13 @@ def test_a_cancelled_step_moves_neither_the_center_nor_the_schedule() -> None:
 def test_a_kept_state_goes_on_to_the_same_bits() -> None:
     schedule = linear(5, 0.04, 0.4)
     whole, without_break = DINOPhase(crops, teacher_temperature=schedule), []
-    learner_of(models(), OPTIMIZERS["adam"], batches(), without_break).fit(1, phases=[whole])
+    learner_of(models(), OPTIMIZERS["adam"], image_batches(), without_break).fit(1, phases=[whole])
     losses: list[Tensor] = []
-    learner = learner_of(models(), OPTIMIZERS["adam"], batches(), losses)
+    learner = learner_of(models(), OPTIMIZERS["adam"], image_batches(), losses)
     first, second = (DINOPhase(crops, teacher_temperature=schedule) for _ in range(2))
-    learner.epoch(first, batches()[:2])
+    learner.epoch(first, image_batches()[:2])
     second.load_state_dict(first.state_dict())
-    learner.epoch(second, batches()[2:])
+    learner.epoch(second, image_batches()[2:])
     assert all(map(torch.equal, losses, without_break))
     assert torch.equal(second.center, whole.center)
     assert second.state_dict()["steps"] == 5

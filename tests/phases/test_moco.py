@@ -24,8 +24,8 @@ from fluxloop import (
     TwoViews,
     stream_seed,
 )
-from fluxloop.augment import add_noise, random_affine
 from fluxloop.losses import info_nce
+from toys import augment
 
 SEED = 11
 OPTIMIZERS = {
@@ -50,10 +50,6 @@ def models(dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
     torch.manual_seed(1)
     student = Network().to(dtype)
     return {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)}
-
-
-def augment(images: Tensor) -> Tensor:
-    return add_noise(random_affine(images, degrees=20, translate=0.1, scale=(0.8, 1.3)), 0.05)
 
 
 def batches(dtype: torch.dtype = torch.float32) -> list[Tensor]:

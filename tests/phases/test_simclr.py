@@ -21,8 +21,9 @@ from fluxloop import (
     ViewDataset,
     stream_seed,
 )
-from fluxloop.augment import add_noise, random_affine
+from fluxloop.augment import add_noise
 from fluxloop.losses import nt_xent
+from toys import augment
 
 SEED = 5
 OPTIMIZERS = {
@@ -38,10 +39,6 @@ def models() -> dict[str, nn.Module]:
     )
     projector = nn.Sequential(nn.Linear(16, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.1), nn.Linear(12, 8))
     return {"encoder": encoder, "projector": projector}
-
-
-def augment(images: Tensor) -> Tensor:
-    return add_noise(random_affine(images, degrees=20, translate=0.1, scale=(0.8, 1.3)), 0.05)
 
 
 def images() -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fluxloop import Accelerator, CustomCallback, Learner, PhaseError, SimSiamPhase, StepEnd, TwoViews, stream_seed
-from fluxloop.augment import add_noise, random_affine
 from fluxloop.losses import negative_cosine
+from toys import augment, image_batches
 
 SEED = 8
 OPTIMIZERS = {
@@ -28,14 +28,6 @@ def models() -> dict[str, nn.Module]:
     projector = nn.Sequential(nn.Linear(16, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 8))
     predictor = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 8))
     return {"encoder": encoder, "projector": projector, "predictor": predictor}
-
-
-def augment(images: Tensor) -> Tensor:
-    return add_noise(random_affine(images, degrees=20, translate=0.1, scale=(0.8, 1.3)), 0.05)
-
-
-def batches(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return list(torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype).split(4))
 
 
 def papers_distance(p: Tensor, z: Tensor) -> Tensor:
@@ -77,8 +69,8 @@ def train(models: Any, make: Any, data: list[Any]) -> tuple[Learner, list[Tensor
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_five_steps_equal_those_of_a_hand_written_loop(optimizer: str) -> None:
     expected, make = models(), OPTIMIZERS[optimizer]
-    by_hand = train_by_hand(expected, make, batches(), negative_cosine)
-    learner, losses = train(models(), make, batches())
+    by_hand = train_by_hand(expected, make, image_batches(), negative_cosine)
+    learner, losses = train(models(), make, image_batches())
     assert len(losses) == 5
     assert all(map(torch.equal, losses, by_hand))
     for name, model in expected.items():
@@ -89,9 +81,9 @@ def test_five_steps_equal_those_of_a_hand_written_loop(optimizer: str) -> None:
 
 def test_five_steps_equal_those_with_the_papers_loss_written_out() -> None:
     expected = {name: model.double() for name, model in models().items()}
-    by_hand = train_by_hand(expected, OPTIMIZERS["sgd"], batches(torch.float64), papers_distance)
+    by_hand = train_by_hand(expected, OPTIMIZERS["sgd"], image_batches(torch.float64), papers_distance)
     double = {name: model.double() for name, model in models().items()}
-    learner, losses = train(double, OPTIMIZERS["sgd"], batches(torch.float64))
+    learner, losses = train(double, OPTIMIZERS["sgd"], image_batches(torch.float64))
     torch.testing.assert_close(losses, by_hand, rtol=1e-9, atol=1e-12)
     for name, model in expected.items():
         found = getattr(learner.model, name)
@@ -99,7 +91,7 @@ def test_five_steps_equal_those_with_the_papers_loss_written_out() -> None:
 
 
 def test_it_stores_predictions_besides_the_embeddings() -> None:
-    learner, _ = train(models(), OPTIMIZERS["sgd"], batches())
+    learner, _ = train(models(), OPTIMIZERS["sgd"], image_batches())
     step = learner.step
     shapes = {name: tuple(step[name].shape) for name in ("features", "z1", "z2", "p1", "p2", "loss")}
     assert shapes == {"features": (4, 16), "z1": (4, 8), "z2": (4, 8), "p1": (4, 8), "p2": (4, 8), "loss": ()}
@@ -108,8 +100,8 @@ def test_it_stores_predictions_besides_the_embeddings() -> None:
 def test_the_predictor_alone_may_stand_behind_an_encoder() -> None:
     given = models()
     whole = nn.Sequential(given["encoder"], given["projector"])
-    learner, losses = train({"encoder": whole, "predictor": given["predictor"]}, OPTIMIZERS["adam"], batches())
-    expected, with_projector = train(models(), OPTIMIZERS["adam"], batches())
+    learner, losses = train({"encoder": whole, "predictor": given["predictor"]}, OPTIMIZERS["adam"], image_batches())
+    expected, with_projector = train(models(), OPTIMIZERS["adam"], image_batches())
     assert all(map(torch.equal, losses, with_projector))
     assert all(map(torch.equal, learner.model.predictor.parameters(), expected.model.predictor.parameters()))
     assert torch.equal(learner.step.features, learner.step.z1)
@@ -123,4 +115,4 @@ def test_a_learner_without_predictor_is_told_so() -> None:
         r"predictor: Learner\(\{'encoder': ..., 'predictor': ...\}\), or one module with these attributes"
     )
     with pytest.raises(PhaseError, match=words):
-        train(given, OPTIMIZERS["sgd"], batches())
+        train(given, OPTIMIZERS["sgd"], image_batches())

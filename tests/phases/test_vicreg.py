@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fluxloop import Accelerator, BatchError, CustomCallback, Learner, StepEnd, TwoViews, VICRegPhase, stream_seed
-from fluxloop.augment import add_noise, random_affine
 from fluxloop.losses import vicreg_loss
+from toys import augment, image_batches
 
 SEED = 7
 OPTIMIZERS = {
@@ -28,19 +28,11 @@ def models() -> dict[str, nn.Module]:
     return {"encoder": encoder, "projector": projector}
 
 
-def augment(images: Tensor) -> Tensor:
-    return add_noise(random_affine(images, degrees=20, translate=0.1, scale=(0.8, 1.3)), 0.05)
-
-
-def batches() -> list[Tensor]:
-    return list(torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)).split(4))
-
-
 def train_by_hand(models: dict[str, nn.Module], make: Any, weights: tuple[float, float, float]) -> list[Tensor]:
     encoder, projector = models.values()
     optimizer = make(chain(encoder.parameters(), projector.parameters()))
     losses = []
-    for step, xs in enumerate(batches()):
+    for step, xs in enumerate(image_batches()):
         torch.manual_seed(stream_seed(SEED, "training/step", step))
         view1, view2 = augment(xs), augment(xs)
         z1 = projector(encoder(view1))
@@ -71,7 +63,7 @@ def test_five_steps_equal_those_of_a_hand_written_loop(
     losses: list[Tensor] = []
     keep = CustomCallback(lambda learner: losses.append(learner.step.loss.detach()), StepEnd)
     options = {"default_callbacks": False, "seed": SEED, "accelerator": Accelerator("cpu")}
-    learner = Learner(models(), data=(batches(),), optimizer=make, callbacks=[keep], **options)
+    learner = Learner(models(), data=(image_batches(),), optimizer=make, callbacks=[keep], **options)
     learner.fit(1, phases=[phase])
     assert len(losses) == 5
     assert all(map(torch.equal, losses, by_hand))

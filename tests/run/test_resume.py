@@ -57,10 +57,7 @@ from fluxloop.testing import (
     bits,
     toy_learner,
 )
-
-
-class Killed(BaseException):
-    pass
+from toys import Killed
 
 
 def rows(count: int = 12, width: int = 3) -> tuple[Tensor, Tensor]:
