@@ -142,5 +142,11 @@ class RunLearner(StepLearner, Protocol):
     def meet_parameters(self) -> None:
         """Take note of parameters that joined the models, were replaced or unfrozen."""
 
+    def place(self) -> dict[str, Any] | None:
+        """Return where the running fit stands, as plain data."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain data."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore everything from a state."""

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
-from types import BuiltinFunctionType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fluxloop.callback import Callback
 from fluxloop.callbacks.defaults import with_defaults
-from fluxloop.checkpoint.folder import read, write
-from fluxloop.checkpoint.gathering import gather
 from fluxloop.checkpoint.ledger import Ledger
-from fluxloop.checkpoint.manifest import Manifest, manifest
-from fluxloop.checkpoint.misfits import check_fits
-from fluxloop.checkpoint.restoring import restore
-from fluxloop.checkpoint.weights_file import load_weights
 from fluxloop.compute.accelerator import Accelerator
 from fluxloop.compute.blocks import UpdateBlock
 from fluxloop.compute.finite import Finite
@@ -27,33 +20,27 @@ from fluxloop.compute.optimizers import build_optimizers, parameter_names
 from fluxloop.compute.updates import Updates
 from fluxloop.data.loaders import name_data
 from fluxloop.errors import (
-    AssignmentError,
-    CallbackTypeError,
     CancelFittingException,
-    CheckpointError,
     CompileError,
-    LossError,
     PhaseError,
     describe,
 )
 from fluxloop.events import Event
-from fluxloop.guard.assign import FIXED, check_known, put
-from fluxloop.guard.given import as_path, check_called, check_number
+from fluxloop.guard.assign import put
+from fluxloop.guard.given import check_called, check_number
 from fluxloop.loop import place_in_words
 from fluxloop.nested import batch_size
-from fluxloop.order.owners import owners_of
+from fluxloop.order.managing import HasCallbacks, listed
 from fluxloop.order.weights import Weights
-from fluxloop.persist.owners import of_learners
-from fluxloop.persist.walk import Walk
-from fluxloop.persist.watched import Watched
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.randomness import check_seed, draw_seed
 from fluxloop.run.epoch import run_epoch
 from fluxloop.run.fit import fit
 from fluxloop.run.inference import evaluate, predict
-from fluxloop.run.scope import place_of
-from fluxloop.run.session import Running, Session, copy_at_rest
+from fluxloop.run.keeping import KeepsState
+from fluxloop.run.parts import accept, check_loss_fn, meet_parameters, watch_loss, watch_module
+from fluxloop.run.session import Running, Session
 from fluxloop.state import State
 
 C = TypeVar("C", bound=Callback)
@@ -70,7 +57,7 @@ else:
     M = TypeVar("M")
 
 
-class Learner(Generic[M]):
+class Learner(KeepsState, HasCallbacks, Generic[M]):
     """Holds everything a training is made of: model, optimizer, loss, data, step and callbacks.
 
     Args:
@@ -137,7 +124,7 @@ class Learner(Generic[M]):
         accelerator: Accelerator | None = None,
         seed: int | None = None,
     ) -> None:
-        _check_loss_fn(loss_fn)
+        check_loss_fn(loss_fn)
         self.models = named_models(model)
         self.data: State = name_data(data)
         if not isinstance(default_callbacks, bool):
@@ -164,9 +151,8 @@ class Learner(Generic[M]):
         session = Session.begin(self)
         self.callbacks, self.cbstate, self.history = session.callbacks, session.cbstate, session.history
         self.streams, self._host_queue = session.streams, session._host_queue
-        self.step, self.scope = session.step, session.scope
-        self.phases, self.fit_phases, self.num_epochs = session.phases, session.fit_phases, session.num_epochs
-        self.num_batches = session.num_batches
+        self.step, self.phases, self.scope = session.step, session.phases, session.scope
+        self.num_batches, self.num_epochs, self.fit_phases = session.num_batches, session.num_epochs, session.fit_phases
         self.updates = Updates(self, parameter_names(self.models, loss_fn), optimizers)
         self.finite = Finite(self)
         self._compiled: CompiledSteps | None = None
@@ -176,8 +162,8 @@ class Learner(Generic[M]):
             self._compiled = CompiledSteps(self)
         given = listed(callbacks)
         for module in self.modules():
-            self._watch(module)
-        self._ledger.loss = self._kept_loss(loss_fn)
+            watch_module(self, module)
+        self._ledger.loss = watch_loss(self, loss_fn)
         self.callbacks.set(with_defaults(given) if default_callbacks else given)
         self._made = True
 
@@ -193,73 +179,16 @@ class Learner(Generic[M]):
                 AssignmentError: There is no such attribute, or it cannot be replaced; says what to type.
             """
             if self._made and name[:1] != "_":
-                if name == "data":
-                    value = self._new_data(value)
-                elif name == "loss_fn":
-                    self._prepare_loss(value)
-                elif type(self) is Learner or name in FIXED:
-                    check_known(self, name, value)
+                value = accept(self, name, value, any_name=type(self) is not Learner)
             put(self, name, value)
 
-    def _new_data(self, data: Any) -> State:
-        """Name and load data that replaces the learner's.
-
-        Raises:
-            AssignmentError: An epoch or a fit is running.
-            DataError: It cannot be loaded.
-        """
-        if self._running.fitting or self._running.phase is not None:
-            raise AssignmentError(
-                "learner.data was assigned during a fit or an epoch, which ends with the data it began with; give it "
-                "to the next one: learner.fit(epochs, data), or end this one first: learner.request_stop('new data')"
-            )
-        return data if isinstance(data, State) else name_data(data)
-
-    def _prepare_loss(self, loss_fn: Any) -> None:
-        """Get a loss function ready to replace the learner's.
-
-        Raises:
-            LossError: It is none.
-            OptimizerError: It has trainable parameters that are in no optimizer.
-        """
-        _check_loss_fn(loss_fn)
-        self._meet(loss_fn)
-        if isinstance(loss_fn, nn.Module) and loss_fn is not self.loss_fn:
-            self.accelerator.place_model(loss_fn)
-            self._watch(loss_fn)
-        self._ledger.loss = self._kept_loss(loss_fn)
-
     def meet_parameters(self) -> None:
-        """Take note of parameters that joined the models, were replaced or unfrozen; a training epoch begins with it.
+        """Note parameters that joined the models, were replaced or unfrozen; a training epoch begins with it.
 
         Raises:
             OptimizerError: Trainable ones are in no optimizer; says what to type.
         """
-        self._meet(self.loss_fn)
-
-    def _meet(self, loss_fn: Any) -> None:
-        if self.updates.rename(parameter_names(self.models, loss_fn)):
-            params: Any = like(self.weights.given, {k: tuple(m.parameters()) for k, m in self.models.items()})
-            put(self, "params", params)
-            for module in self.models.values():
-                self.accelerator.place_model(module)
-                self._watch(module)
-
-    def _watch(self, module: nn.Module) -> None:
-        """Look at the parts of a module that are new, so that changes of their attributes are seen."""
-        of_learners.update(module.modules())
-        known = self._ledger.modules.get(module)
-        if known is None:
-            self._ledger.modules[module] = Walk(
-                dict(module.named_modules()), type(module).__name__, owners_of(self), parts=True
-            )
-        else:
-            known.join(dict(module.named_modules()), owners_of(self))
-
-    def _kept_loss(self, loss_fn: object) -> Watched | None:
-        """Look at a loss function of which a checkpoint may keep something; None for others."""
-        plain = loss_fn is None or isinstance(loss_fn, (nn.Module, BuiltinFunctionType))
-        return None if plain else Watched(loss_fn, "loss_fn", owners_of(self))
+        meet_parameters(self, self.loss_fn)
 
     # Training
 
@@ -330,11 +259,11 @@ class Learner(Generic[M]):
         return evaluate(self, data, metrics, phase)
 
     def predict(self, data: Any, *, phase: Phase | None = None, stack: bool = True) -> Any:
-        """Give the model's predictions for all rows, in the data set's order, on the CPU.
+        """Return the model's predictions for all rows, in the data set's order, on the CPU.
 
         A loader that shuffles, or that leaves out a last batch which is not full, is run through in
-        order and to the end. What has no order but its own (a list of batches, an iterable data
-        set) is taken as it comes.
+        order and to the end. Data that has no order but its own (a list of batches, an iterable
+        data set) is run through as it comes.
 
         Args:
             data: Anything `as_dataloader` takes. Of a batch that is a tuple or list the first item is used; one that is
@@ -385,8 +314,9 @@ class Learner(Generic[M]):
     def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
         """Compute the gradients of a scalar loss.
 
-        Inside an update block those of its optimizer's parameters, else of all it reaches. What a
-        former update consumed is released first; what was not is added to.
+        Inside an update block these are the gradients of its optimizer's parameters, elsewhere of all
+        parameters that the loss reaches. Gradients that an update has used are released first; to
+        others the new ones are added.
 
         Raises:
             LossError: No scalar, no gradient, or it is unclear whose loss it is.
@@ -396,11 +326,11 @@ class Learner(Generic[M]):
     def update(self, name: str | int | None = None, *, closure: Callable[[], Any] | None = None) -> None:
         """Step the optimizer `name`, the open block's, or all in order; fires `UpdateBegin` and `UpdateEnd`.
 
-        With a closure, for optimizers that compute gradients several times in a step (`LBFGS`,
-        sharpness-aware minimization), `UpdateBegin` is fired for each of them: for those that wait
-        when this is called, if any do, and for those of each call of the closure. So each is clipped
-        and looked at. It is one update, with one `UpdateEnd`. If anything is raised on the way, the
-        parameters and the optimizer's state are put back.
+        A closure is for optimizers that compute gradients several times in a step (`LBFGS`,
+        sharpness-aware minimization). `UpdateBegin` is then fired for all gradients: for those that
+        wait when this is called, if any do, and for those of each call of the closure, so that each is
+        clipped and looked at. It is one update, with one `UpdateEnd`. If anything is raised on the
+        way, the parameters and the optimizer's state are put back.
 
         Args:
             name: Of the optimizer.
@@ -443,11 +373,11 @@ class Learner(Generic[M]):
         self._host_queue.request(tensor, then)
 
     def where(self) -> str:
-        """Say where the training stands: ``"TrainingPhase(), epoch 2, step 16 of the run"``, both counted from 1."""
+        """Return where the training stands: ``"TrainingPhase(), epoch 2, step 16 of the run"``, both counted from 1."""
         return "no phase" if self.scope is None else place_in_words(self, self.scope.phase)
 
     def skip_update(self, when: Tensor) -> None:
-        """Have parameters and optimizers' states stay as they are in this step where the scalar `when` is true.
+        """Leave parameters and optimizers' states as they are in this step where the scalar `when` is true.
 
         For handlers that are part of a compiled step (``in_compiled_step = "inside"``), which cannot
         ask for a number; the choice is made on the device. Others raise `CancelStepException`.
@@ -484,118 +414,6 @@ class Learner(Generic[M]):
         check_called("learner.at_safe_point", "action", action, "a function without arguments")
         self._running.safe_points.append(action)
 
-    # Keeping
-
-    def place(self) -> dict[str, Any] | None:
-        """Give where the running fit stands in its phases and its data, as plain data; None where none can be resumed.
-
-        Raises:
-            CheckpointError: In the middle of a step, or of an epoch that cannot be resumed there.
-        """
-        return place_of(self)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Give the whole state as plain data and tensors, from which a run goes on to the bit.
-
-        As with ``Module.state_dict()`` the tensors are those in use; ``copy.deepcopy`` makes a copy.
-
-        Raises:
-            CheckpointError: Something cannot be kept, or a step is under way.
-        """
-        return gather(self, self.place())
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put everything where `state_dict` found it; an epoch that was under way is not continued.
-
-        Raises:
-            CheckpointError: It does not fit this learner; nothing is changed.
-        """
-        check_fits(self, state)
-        restore(self, state, begun=True)
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write `state_dict` to a file, which is either complete or not there.
-
-        Raises:
-            CheckpointError: It cannot be written, or something cannot be kept.
-        """
-        file = as_path("learner.save", "path", path, CheckpointError)
-        if file.is_dir():
-            raise CheckpointError(f"learner.save({str(file)!r}) was given a folder; expected a file: 'weights.pt'")
-        write(file, self.state_dict())
-
-    def load(self, path: str | PathLike[str]) -> None:
-        """Go on from what `save` or a `Checkpointer` wrote: weights, optimizers, counts, callbacks, random streams.
-
-        To continue an interrupted run use ``fit(epochs, resume=folder)``; for weights alone `load_weights`.
-
-        Raises:
-            CheckpointError: The file is damaged, or does not fit this learner; nothing is changed.
-        """
-        self.load_state_dict(read(as_path("learner.load", "path", path, CheckpointError)))
-
-    def load_weights(self, path: str | PathLike[str], name: str = "model", *, strict: bool = True) -> list[str]:
-        """Take weights from a file, for a warm start: counts, schedules and optimizers stay as they are.
-
-        Averages of those weights (`EMA`, `StochasticWeightAveraging`) begin with the loaded ones, and an
-        optimizer with ``train()`` and ``eval()``, which keeps weights of its own, begins anew.
-
-        Args:
-            path: What `save` or a `Checkpointer` wrote, or ``torch.save(module.state_dict(), path)``.
-            name: Whose, as in ``learner.weights[name]``; ``"model"`` stands for all models.
-            strict: Whether all names and shapes have to agree; else those that do are taken.
-
-        Returns:
-            The names of tensors that were not taken, those that are missing too.
-
-        Raises:
-            CheckpointError: The file is damaged or does not fit; nothing is changed.
-        """
-        left = load_weights(
-            self, read(as_path("learner.load_weights", "path", path, CheckpointError), weights_only=True), name, strict
-        )
-        self.weights.begin_anew(name)
-        loaded = {parameter for module in self._named(name) for parameter in module.parameters()}
-        for mode in self.updates.modes:
-            if not loaded.isdisjoint(mode.parameters):
-                mode.begin_anew()
-        return left
-
-    def _named(self, name: str) -> list[nn.Module]:
-        """List the modules of a name, all models for ``"model"``."""
-        return list(self.models.values()) if name == "model" else [self.weights[name]]
-
-    def checkpoint_manifest(self) -> Manifest:
-        """List what a checkpoint keeps: path, owner, kind and size in bytes of each part; prints as a table.
-
-        Raises:
-            CheckpointError: Something cannot be kept.
-        """
-        return manifest(self)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Learner[M]:
-        """Copy everything; the copy trains to the same bits.
-
-        What PyTorch leaves out where it copies is copied too: gradients that wait for an update, hooks of
-        parameters and of optimizers. A phase goes on in the copy from where it is here. In the copy nothing is
-        running, also where a fit of the original is.
-
-        Raises:
-            ModelError: A module keeps a tensor that torch does not copy, as the old ``spectral_norm`` does.
-        """
-        return copy_at_rest(self, memo)
-
-    def __reduce_ex__(self, protocol: object) -> Any:
-        """Raise: a learner has functions, open files and views that belong to its process.
-
-        Raises:
-            CheckpointError: Always; says what to do instead.
-        """
-        raise CheckpointError(
-            "a learner cannot be pickled; write its state, learner.save('state.pt'), and in the other process make the "
-            "learner anew and learner.load('state.pt'). A copy in this process: copy.deepcopy(learner)"
-        )
-
     @property
     def cycle(self) -> int | None:
         """Number of the cycle that the running fit is in, from 1, those of former fits too; None outside of a fit."""
@@ -612,7 +430,7 @@ class Learner(Generic[M]):
         return batch_size(vars(self.step))
 
     def check(self, batch: Any = None, *, phases: Iterable[Phase] | None = None) -> list[str]:
-        """Run one step of each phase on the side, before a fit, and list what is wrong.
+        """Run one step of each phase beside the training, and list what is wrong.
 
         Finds what a phase raises on its first batch, and a block's loss that also reaches another
         optimizer's parameters through a forgotten ``detach``, and where. Each phase is run by
@@ -637,54 +455,6 @@ class Learner(Generic[M]):
             raise PhaseError(f"phases={describe(phases)} was given; expected a list of instances: [TrainingPhase()]")
         return check(self, batch, phases)
 
-    # Callbacks
-
-    def add_callback(self, callback: Callback) -> None:
-        """Add a callback; takes effect at the next event.
-
-        Raises:
-            CallbackError: The callbacks would have no order; nothing is changed.
-        """
-        self.callbacks.set([*self.callbacks.given(), callback])
-
-    def get_callback(self, cls: type[C]) -> C | None:
-        """Give the callback of a class (unwrapped), or None."""
-        return cast("C | None", self.callbacks.get(_class(cls)))
-
-    def replace_callback(self, callback: Callback) -> Callback | None:
-        """Put a callback in the place of the one of its type, or add it; give the replaced one, or None.
-
-        Raises:
-            CallbackError: The callbacks would have no order; nothing is changed.
-        """
-        if not isinstance(callback, Callback):
-            self.callbacks.set([*self.callbacks.given(), callback])  # raises, and says what was expected
-        kind = type(callback.unwrapped)
-        old = self.callbacks.get(kind) or next(
-            (c for c in self.callbacks if isinstance(callback.unwrapped, type(c))), None
-        )
-        self.callbacks.set([*(c for c in self.callbacks.given() if c.unwrapped is not old), callback])
-        return old
-
-    def remove_callback(self, cls: type[C]) -> C | None:
-        """Remove the callback of a class; give it, or None.
-
-        Raises:
-            CallbackError: Another callback needs what it provides; nothing is changed.
-        """
-        old = self.callbacks.get(_class(cls))
-        if old is not None:
-            self.callbacks.set([c for c in self.callbacks.given() if c.unwrapped is not old])
-        return cast("C | None", old)
-
-    def set_callbacks(self, callbacks: Iterable[Callback]) -> None:
-        """Put these callbacks in the place of all, default ones included.
-
-        Raises:
-            CallbackError: They have no order; nothing is changed.
-        """
-        self.callbacks.set(listed(callbacks))
-
     # What there is
 
     def modules(self) -> list[nn.Module]:
@@ -697,9 +467,9 @@ class Learner(Generic[M]):
         return tuple(slot.name for slot in self.updates.slots)
 
     def summary(self, batch: Any = None, depth: int | None = None) -> Summary:
-        """Tell the modules with output shapes and parameters, and the optimizers; prints as a table.
+        """List the modules with output shapes and parameters, and the optimizers; prints as a table.
 
-        A single model is run on one batch on the side: in eval mode, without gradients; nothing is moved.
+        A single model is run on one batch beside the training: in eval mode, without gradients; nothing is moved.
 
         Args:
             batch: Left out, the first of the training data.
@@ -728,30 +498,3 @@ class Learner(Generic[M]):
             f"  callbacks: {' → '.join(self.callbacks.order) or 'none'}",
         ]
         return "\n".join(lines)
-
-
-def _check_loss_fn(loss_fn: object) -> None:
-    """Raise `LossError` for something that cannot be called as a loss function is."""
-    if loss_fn is not None and (not callable(loss_fn) or isinstance(loss_fn, type)):
-        hint = f": {loss_fn.__name__}()" if isinstance(loss_fn, type) else ""
-        raise LossError(
-            f"loss_fn={describe(loss_fn)} was given; expected a function (preds, ys) -> scalar, or a module{hint}"
-        )
-
-
-def listed(callbacks: Any) -> list[Any]:
-    """Raise `CallbackTypeError` for a single callback where several belong."""
-    if isinstance(callbacks, (Callback, type)):
-        raise CallbackTypeError(f"callbacks={describe(callbacks)} was given; expected several: callbacks=[...]")
-    try:
-        return list(callbacks)
-    except TypeError as error:
-        raise CallbackTypeError(
-            f"callbacks={describe(callbacks)} was given; expected several: callbacks=[...]"
-        ) from error
-
-
-def _class(cls: object) -> Any:
-    if not (isinstance(cls, type) and issubclass(cls, Callback)):
-        raise CallbackTypeError(f"{describe(cls)} was given; expected the class of a callback, e.g. Recorder")
-    return cls
