@@ -1,4 +1,15 @@
-"""The built-in callbacks; each handles events as a user's callback would."""
+"""The built-in callbacks; each handles events as a user's callback would.
+
+- Counting and measuring: ``recorder``, ``metrics``, ``traces``, ``probe``, ``feature_stats``, ``activation_stats``,
+  ``profile``.
+- Showing and logging: ``progress``, ``printer``, ``csv_logger``, ``log``, ``log_pictures``, ``sample_images``,
+  ``stall_report``.
+- What a step uses: ``mixup`` (inputs), ``gradient_clip``, ``scheduler`` and ``lr_scheduler`` (with
+  ``torch_schedulers``), ``unfreeze``, ``batch_limit``.
+- Weights beside the live ones: ``ema``, ``swa``, ``keep_best``.
+- The run: ``checkpointer``, ``early_stopping``, ``stop_on_nan_loss``, ``sanity_check``, ``garbage_collect``.
+- Callbacks from other things: ``defaults``, ``custom``, ``conditional``; and ``set_epoch``, which is no longer needed.
+"""
 
 from typing import TYPE_CHECKING
 

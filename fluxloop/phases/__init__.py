@@ -1,4 +1,13 @@
-"""The phases that come with fluxloop; each uses nothing that a user's phase could not use."""
+"""The phases that come with fluxloop; each uses nothing that a user's phase could not use.
+
+- What ``fit`` and ``predict`` run by default: ``supervised``.
+- Bases: ``objective`` (one loss), ``per_optimizer`` (one loss for each optimizer), ``joint_embedding`` (views of each
+  row; a student and its teacher), ``twin`` (a validation phase that does what a training phase does).
+- Views of each row: ``simclr``, ``barlow_twins``, ``vicreg``, ``simsiam``, ``byol``, ``moco``, ``dino``.
+- Labels: ``metric_learning``, ``distillation``.
+- Reconstruction: ``autoencoder``, ``vae``, ``mae``.
+- Adversaries: ``gan``.
+"""
 
 from typing import TYPE_CHECKING
 
