@@ -28,7 +28,7 @@ Named = tuple[str, Tensor]
 
 
 def named_tensors(value: Any, path: str = "") -> Iterator[Named]:
-    """Give the tensors in plain data with their paths, in order.
+    """Yield the tensors in plain data with their paths, in order.
 
     Raises:
         CheckpointError: There is something else, which could be written and never read again.
@@ -43,7 +43,7 @@ def named_tensors(value: Any, path: str = "") -> Iterator[Named]:
             if type(item) not in WRITABLE:
                 yield from named_tensors(item, ".".join(filter(None, (path, str(key)))))
     elif kind in (list, tuple, set):
-        if not set(map(type, value)) <= WRITABLE:  # told at once for a long series
+        if not set(map(type, value)) <= WRITABLE:  # known at once of a long series
             for index, item in enumerate(value):
                 if type(item) not in WRITABLE:
                     yield from named_tensors(item, f"{path}[{index}]")
@@ -59,7 +59,7 @@ def _foreign(path: str, value: Any) -> CheckpointError:
 
 
 def checksum(name: str, tensor: Tensor) -> int:
-    """Give a 32-bit checksum of a tensor's name, type, shape and bytes."""
+    """Return a 32-bit checksum of a tensor's name, type, shape and bytes."""
     number = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
         return number
@@ -70,12 +70,12 @@ def checksum(name: str, tensor: Tensor) -> int:
 
 
 def checksums(tensors: list[Named]) -> Tensor:
-    """Give the checksums of tensors, in their order."""
+    """Return the checksums of tensors, in their order."""
     return torch.tensor([checksum(*each) for each in tensors], dtype=torch.int64)
 
 
 def check_sums(state: Any, sums: Any) -> Iterator[str]:
-    """Tell which tensors of plain data do not have the checksums that they were written with."""
+    """Yield a line for each tensor that does not have the checksum that it was written with."""
     tensors = list(named_tensors(state))
     if not isinstance(sums, Tensor) or tuple(sums.shape) != (len(tensors),):
         yield f"it has {len(tensors)} tensors and {describe(sums)} for their checksums"
@@ -86,7 +86,7 @@ def check_sums(state: Any, sums: Any) -> Iterator[str]:
 
 
 def first_difference(written: Any, read: Any, path: str = "the state") -> str | None:
-    """Tell where plain data that was read is not what was written; tensors are told by their checksums."""
+    """Say where plain data that was read is not what was written; `check_sums` compares the tensors."""
     if isinstance(written, Tensor) and isinstance(read, Tensor):
         return None
     if type(written) is not type(read):

@@ -33,11 +33,11 @@ except ImportError:  # pragma: no cover - Windows
     fcntl = None  # type: ignore[assignment]  # there are no such locks
 
 CHECKSUMS = "checksums"
-"""Where a file has those of its tensors."""
+"""The entry of a file that holds the checksums of its tensors."""
 MARKED = {"what": "checkpoints of a training with fluxloop", "layout": 1}
 MARKER, LATEST = "fluxloop.json", "latest"
 NAME = re.compile(r"epoch-(\d+)-step-(\d+)-phase-(\d+)\.pt")
-LEFT = re.compile(rf"\.({NAME.pattern}|{re.escape(MARKER)}|{LATEST})\.\d+\.tmp")
+HALF_WRITTEN = re.compile(rf"\.({NAME.pattern}|{re.escape(MARKER)}|{LATEST})\.\d+\.tmp")
 Progress = tuple[int, int, int]
 """Complete epochs, steps, and complete phases of the next epoch."""
 
@@ -60,7 +60,7 @@ class _Counting(io.RawIOBase):
     size = 0
 
     def writable(self) -> bool:
-        """Tell that it may be written to."""
+        """Return True: it may be written to."""
         return True
 
     def write(self, data: Any) -> int:
@@ -70,14 +70,14 @@ class _Counting(io.RawIOBase):
 
 
 def size_of_file(state: dict[str, Any]) -> int:
-    """Give the size in bytes of the file that `write` makes of a state."""
+    """Return the size in bytes of the file that `write` makes of a state."""
     counting: Any = _Counting()
     torch.save({**state, CHECKSUMS: checksums(list(named_tensors(state)))}, counting)
     return int(counting.size)
 
 
 class _Noting:
-    """A file that notes why it could not be written to: torch gives another error."""
+    """A file that notes why it could not be written to: torch raises another error."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -263,8 +263,8 @@ class Folder:
         """
         release = self._lock()
         if release is None:
-            ours = _held.get(self.path.resolve()) == os.getpid()
-            who = f"this process ({os.getpid()}), in another fit" if ours else _holder(self.path / MARKER)
+            is_own = _held.get(self.path.resolve()) == os.getpid()
+            who = f"this process ({os.getpid()}), in another fit" if is_own else _holder(self.path / MARKER)
             raise CheckpointError(
                 f"the folder {self.path} is being written to by {who}; wait until that has ended, or give this run a "
                 "folder of its own"
@@ -280,9 +280,9 @@ class Folder:
             handle = None if fcntl is None else _acquire(self.path / MARKER)
             if handle == BUSY:
                 return None
-            for left in self.path.glob(".*.tmp"):
-                if LEFT.fullmatch(left.name):
-                    left.unlink(missing_ok=True)
+            for entry in self.path.glob(".*.tmp"):
+                if HALF_WRITTEN.fullmatch(entry.name):
+                    entry.unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"the folder {self.path} cannot be written to: {error}") from error
         _held[place] = os.getpid()
@@ -308,7 +308,7 @@ class Folder:
         return epochs, steps, phase
 
     def newest(self) -> dict[str, Any] | None:
-        """Read the newest complete checkpoint, None where there is none; incomplete ones are told."""
+        """Read the newest complete checkpoint, and warn of newer ones that are not; None where there is none."""
         for _, path in reversed(self.files()):
             try:
                 return read(path)
@@ -401,7 +401,7 @@ def _holder(marker: Path) -> str:
 
 
 def name_of(progress: Progress) -> str:
-    """Give the file name of a checkpoint.
+    """Return the file name of a checkpoint.
 
     >>> name_of((3, 120, 1))
     'epoch-0003-step-00000120-phase-1.pt'
@@ -411,7 +411,7 @@ def name_of(progress: Progress) -> str:
 
 
 def find_state(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Read what a run goes on from: a file, or the newest complete one of a folder; None where a run begins.
+    """Read what a run is resumed from: a file, or the newest complete one of a folder; None where a run begins.
 
     Raises:
         CheckpointError: The folder is no run's, has checkpoints of which none is complete, or the file is damaged.

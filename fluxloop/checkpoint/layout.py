@@ -1,6 +1,6 @@
-"""What stands where in a checkpoint, so that a file that was changed or mixed up is told before it is put in place.
+"""What stands where in a checkpoint, so that a file that was changed or mixed up is refused before it is restored.
 
-A rule tells what is wrong with a value. Parts that a later version adds are not looked at.
+A rule says what is wrong with a value. Parts that a later version adds are not looked at.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _entries(needed: dict[str, Rule], more: dict[str, Rule] | None = None) -> Ru
 
 
 def _generators(value: Any, where: str) -> Iterator[str]:
-    """Tell what of the global generators' states cannot be put back; tried on generators of its own."""
+    """Yield a line where states of the global generators cannot be restored; tried on other generators."""
     try:
         states = from_plain(value)
         torch.Generator().set_state(states["torch"])
@@ -160,7 +160,7 @@ STATE = _entries(
 
 
 def misplaced(state: Any) -> Iterator[str]:
-    """Tell what of a learner's state is missing, or of another kind than it has to be."""
+    """Yield a line for each part of a learner's state that is missing, or of another kind than it has to be."""
     yield from STATE(state, "")
     place = state.get("place")
     if isinstance(place, dict) and not list(PLACE(place, "")):
@@ -172,11 +172,11 @@ def misplaced(state: Any) -> Iterator[str]:
 
 
 def kinds_differ(live: Any, kept: Any, where: str) -> Iterator[str]:
-    """Tell where plain data is of another kind than what is there now: counts are counts, texts are texts.
+    """Yield a line where plain data is of another kind than what is there now: counts are counts, texts are texts.
 
     Args:
         live: What is there now; where it is None, anything may come.
-        kept: What a checkpoint has, put back.
+        kept: What a checkpoint has, made from plain data.
         where: What it is called in messages.
     """
     if isinstance(live, bool):

@@ -1,4 +1,4 @@
-"""What checkpoints keep of a learner beside its tensors and counts, and what was said about that."""
+"""What checkpoints keep of a learner beside its tensors and counts, and which warnings it has given of that."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def check_fits(learner: RunLearner, state: Any) -> None:
     """Raise for a state that does not fit a learner, before anything is changed.
 
     Raises:
-        CheckpointError: Tells everything that does not fit.
+        CheckpointError: Lists everything that does not fit.
     """
     if not isinstance(state, dict) or "fluxloop" not in state:
         raise CheckpointError(
@@ -123,11 +123,11 @@ def _module_differs(module: nn.Module, kept: State, label: str) -> Iterator[str]
 
 
 def weights_differ(module: nn.Module, state: dict[str, Any], label: str, exactly: bool = False) -> Iterator[str]:
-    """Tell where a module's tensors and a state's differ in name or shape.
+    """Yield a line for each tensor in which a module and a state differ by name or shape.
 
     Args:
         module: The module.
-        state: What its ``state_dict()`` gave, as `weights_of` keeps it.
+        state: What its ``state_dict()`` returned, as `weights_of` keeps it.
         label: What the module is called in messages.
         exactly: Whether types are compared as well; else torch casts.
     """
@@ -173,7 +173,7 @@ def _callbacks_differ(learner: RunLearner, state: State) -> Iterator[str]:
 
 
 def _kept_differs(live: Watched, kept: State, label: str) -> Iterator[str]:
-    """Tell where a callback's or a phase's state is none that it could have given."""
+    """Yield a line for each part of a callback's or a phase's state that it cannot have written."""
     thing = live.thing
     if kept and is_stateful(thing) != ("pair" in kept):
         has, had = ("has", "had not") if is_stateful(thing) else ("has not", "had")
@@ -188,7 +188,7 @@ def _kept_differs(live: Watched, kept: State, label: str) -> Iterator[str]:
                 yield f"{label} has {describe(before)} as its state in the checkpoint; expected a dict"
         else:
             now, before = vars(thing) if hasattr(thing, "__dict__") else {}, plain_entries(kept)
-    except Exception:  # what stands for something else is told when it is put in its place
+    except Exception:  # it says so itself when it is restored
         return
     if isinstance(now, dict) and isinstance(before, dict):
         for name in now.keys() & before.keys():
@@ -196,7 +196,7 @@ def _kept_differs(live: Watched, kept: State, label: str) -> Iterator[str]:
 
 
 def _shared_differ(learner: RunLearner, kept: State) -> Iterator[str]:
-    """Tell what callbacks share that cannot be put back; tried on copies."""
+    """Yield a line for each value that callbacks share and that cannot be restored; tried on copies."""
     shared = vars(learner.cbstate)
     for name in kept.keys() & shared.keys():
         try:
@@ -219,7 +219,7 @@ def _shared_differ(learner: RunLearner, kept: State) -> Iterator[str]:
 
 
 def _record_differs(record: Any, where: str) -> Iterator[str]:
-    """Tell where counts and epoch values of a phase are none."""
+    """Yield a line for each of a phase's counts and epoch values that is none."""
     if isinstance(record, Counts):
         for part in ("epochs", "steps", "steps_epoch"):
             yield from COUNT(getattr(record, part), f"{where}.{part}")
@@ -256,7 +256,7 @@ def _data_differ(learner: RunLearner, state: State) -> Iterator[str]:
 
 
 def check_same_run(learner: RunLearner, state: State) -> None:
-    """Raise where going on would not be going on with the same run.
+    """Raise where resuming would not go on with the same run.
 
     Raises:
         CheckpointError: The seed or an optimizer's options were given otherwise.

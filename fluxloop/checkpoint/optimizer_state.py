@@ -1,4 +1,4 @@
-"""The state of an optimizer as plain data, by the names of its parameters, and how it is put back.
+"""The state of an optimizer as plain data, by the names of its parameters, and loading it.
 
 torch numbers an optimizer's parameters by their places. A checkpoint names them too, so that each
 state goes to the parameter it belongs to, in whatever order the script makes layers and groups.
@@ -188,11 +188,11 @@ def _arranged(optimizer: Optimizer, kept: State, by_name: ByName, label: str) ->
 
 
 def optimizer_differs(optimizer: Optimizer, kept: State, by_name: ByName, label: str) -> Iterator[str]:
-    """Tell where a kept state does not fit an optimizer; nothing is changed.
+    """Yield a line for each part of a kept state that does not fit an optimizer; nothing is changed.
 
     Args:
         optimizer: The optimizer.
-        kept: What `optimizer_state` gave; a file of an older version has no names.
+        kept: What `optimizer_state` returned; a file of an older version has no names.
         by_name: Parameters by every name that they have.
         label: What the optimizer is called in messages.
     """
@@ -217,7 +217,7 @@ def optimizer_differs(optimizer: Optimizer, kept: State, by_name: ByName, label:
 
 
 def _malformed(optimizer: Optimizer, state: State, label: str) -> Iterator[str]:
-    """Tell where a ``state_dict`` is not made as that of an optimizer."""
+    """Yield a line where a ``state_dict`` is not made as that of an optimizer."""
     present = optimizer.state_dict()
     if state.keys() != present.keys():
         yield f"{label}: the state in the checkpoint has the parts {list(state)}, expected {list(present)}"
@@ -239,7 +239,7 @@ def _malformed(optimizer: Optimizer, state: State, label: str) -> Iterator[str]:
             yield f"{label}: the checkpoint has a state for parameter {foreign[0]!r} of {len(places)}"
 
 
-LIKE_PARAMETER = {
+AS_PARAMETER = {
     *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta"),
     *("sum", "prev", "step_size", "ax"),
 }
@@ -267,7 +267,7 @@ ROWS: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
 
 
 def _entries_differ(optimizer: Optimizer, parameter: nn.Parameter, kept: State, where: str) -> Iterator[str]:
-    """Tell where one parameter's state is none that one of torch's optimizers makes.
+    """Yield a line for each entry of a parameter's state that none of torch's optimizers makes.
 
     What other optimizers keep, and in which shapes, is theirs to say when they load it.
     """
@@ -279,7 +279,7 @@ def _entries_differ(optimizer: Optimizer, parameter: nn.Parameter, kept: State, 
             yield f"{where % repr(name)} is not in the checkpoint"
     present = optimizer.state.get(parameter, {})
     for name, value in kept.items():
-        if name in LIKE_PARAMETER or name in ROWS:
+        if name in AS_PARAMETER or name in ROWS:
             expected = ROWS[name](shape) if name in ROWS else shape
             types = {parameter.dtype, getattr(present.get(name), "dtype", parameter.dtype)}
             if value is None and name == "momentum_buffer":  # as SGD begins
@@ -288,7 +288,7 @@ def _entries_differ(optimizer: Optimizer, parameter: nn.Parameter, kept: State, 
                 yield f"{where % repr(name)} is {describe(value)} in the checkpoint, expected a tensor"
             elif tuple(value.shape) != expected:
                 yield f"{where % repr(name)} has shape {tuple(value.shape)} in the checkpoint, expected {expected}"
-            elif name in LIKE_PARAMETER and value.dtype not in types:
+            elif name in AS_PARAMETER and value.dtype not in types:
                 yield f"{where % repr(name)} is of {value.dtype} in the checkpoint, expected {parameter.dtype}"
         elif name == "step" and not _is_count(value):
             yield f"{where % repr(name)} is {_shown(value)} in the checkpoint, expected a whole number, 0 or more"
@@ -313,7 +313,7 @@ def _shown(value: Any) -> str:
 
 
 def _options_differ(optimizer: Optimizer, groups: list[State], label: str) -> Iterator[str]:
-    """Tell which options an optimizer would lack, or have of another kind, once it has loaded its groups."""
+    """Yield a line for each option that an optimizer would lack, or have of another kind, after loading the groups."""
     if type(optimizer).load_state_dict is Optimizer.load_state_dict:  # it changes nothing but these, so try it
         trial: Any = object.__new__(type(optimizer))
         vars(trial).update(vars(optimizer), _optimizer_load_state_dict_post_hooks=OrderedDict())
@@ -329,19 +329,19 @@ def _options_differ(optimizer: Optimizer, groups: list[State], label: str) -> It
                 continue
             if name not in kept:
                 yield f"{label}: the option {name!r} of group {index} is not in the checkpoint"
-            elif not _is_like(kept[name], plain_option(value)):
+            elif not _is_of_kind(kept[name], plain_option(value)):
                 yield f"{label}: the option {name!r} of group {index} is {describe(kept[name])}, expected one like " + (
                     f"{describe(value)}"
                 )
 
 
-def _is_like(kept: Any, live: Any) -> bool:
+def _is_of_kind(kept: Any, live: Any) -> bool:
     """Tell whether an option is of the kind that another one is of."""
     if isinstance(live, Tensor):
         return isinstance(kept, Tensor) and kept.shape == live.shape
     if isinstance(live, (list, tuple)):
         same = isinstance(kept, (list, tuple)) and len(kept) == len(live)
-        return same and all(map(_is_like, kept, live))
+        return same and all(map(_is_of_kind, kept, live))
     if isinstance(live, bool) or live is None:
         return not isinstance(kept, Tensor) if live is None else kept is None or isinstance(kept, bool)
     if isinstance(live, (int, float)):
@@ -349,7 +349,7 @@ def _is_like(kept: Any, live: Any) -> bool:
     return isinstance(kept, str) if isinstance(live, str) else True
 
 
-# Putting back
+# Loading
 
 
 def load_optimizer(

@@ -57,7 +57,7 @@ def _found(value: Any, where: str, depth: int, seen: set[int]) -> Iterator[tuple
 
 
 def _inside(value: Any) -> Iterator[tuple[str, Any]]:
-    """Give what a function or a container holds, by how it is reached; under "" its own name."""
+    """Yield what a function or a container holds, by how it is reached; under "" its own name."""
     if isinstance(value, partial):
         names = _parameters(value.func)
         for index, item in enumerate(value.args):
@@ -88,7 +88,7 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _parameters(function: Any) -> list[str]:
-    """Give the names of a function's parameters that can be given by place."""
+    """Return the names of a function's parameters that can be given by place."""
     while isinstance(function, partial):
         function = function.func
     code = getattr(getattr(function, "__func__", function), "__code__", None)
@@ -96,7 +96,7 @@ def _parameters(function: Any) -> list[str]:
 
 
 def changed(before: Found, now: Found) -> list[str]:
-    """Tell what was made with other arguments: those that both have, and other functions in the same place."""
+    """List the arguments that both have and that differ, and functions that others have replaced."""
     return [
         f"{where}={before[where]!r}, now {where}={now[where]!r}"
         for where in before

@@ -1,9 +1,9 @@
-"""What of an object is kept in a checkpoint, as plain data, and how it is put back.
+"""Values as plain data, and made from it again.
 
 Plain data is what ``torch.load(weights_only=True)`` reads: numbers, texts, tensors, and lists,
 tuples, dicts and sets of them. Other containers are written as a marked dict. An object with an
 identity (a random generator, something with ``state_dict`` and ``load_state_dict``, an instance
-of a class with fields) is written as its state, and put back into the live one. Nothing in a
+of a class with fields) is written as its state, and restored into the live one. Nothing in a
 checkpoint names a class to import or a function to call.
 """
 
@@ -28,6 +28,7 @@ from fluxloop.persist.series import Series
 from fluxloop.state import Container, NamedPhase, PhaseDict, name_of
 
 MARK = "__kept__"
+"""The key under which a dict of plain data says what it stands for."""
 SCALARS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
 
@@ -82,32 +83,50 @@ def _to_plain(value: Any, where: str) -> Any:
     if kind in NUMBERS:
         return value
     if isinstance(value, Tensor):
-        value = value.detach()
-        if value.untyped_storage().nbytes() > value.nbytes:  # a view, of a data set perhaps
-            value = value.clone()
-        return value if value.is_cpu else {MARK: "on the device", "tensor": value}
-    if kind is Series:
-        return _series_to_plain(value, where)
+        return _tensor_to_plain(value)
     if kind in (list, tuple) and is_simple(value):
         return kind(value)
     if kind.__module__.partition(".")[0] == "numpy":
         return _numpy_to_plain(value, where)
     if isinstance(value, SCALARS):
         return _plain_scalar(value, where)
+    plain = _container_to_plain(value, where)
+    return _object_to_plain(value, where) if plain is None else plain
+
+
+def _tensor_to_plain(value: Tensor) -> Any:
+    value = value.detach()
+    if value.untyped_storage().nbytes() > value.nbytes:  # a view, of a data set perhaps: a file holds all of its memory
+        value = value.clone()
+    return value if value.is_cpu else {MARK: "on the device", "tensor": value}
+
+
+def _container_to_plain(value: Any, where: str) -> Any:
+    """Turn a container into plain data; return None for anything else."""
+    kind = type(value)
+    if kind is Series:
+        return _series_to_plain(value, where)
     if isinstance(value, PhaseDict):
-        return {
-            MARK: "phases",
-            "items": {phase_id(k): _to_plain(v, f"{where}[{k.__name__}]") for k, v in value.items()},
-        }
+        items = {phase_id(phase): _to_plain(item, f"{where}[{phase.__name__}]") for phase, item in value.items()}
+        return {MARK: "phases", "items": items}
     if kind in (list, tuple):
         return kind(_item_to_plain(item, f"{where}[{index}]") for index, item in enumerate(value))
     if isinstance(value, dict):
         return of_entries(((key, _item_to_plain(item, f"{where}[{key!r}]")) for key, item in value.items()), where)
     if isinstance(value, (set, frozenset)):
-        items = sorted(value, key=repr)  # the same set is the same file
-        return {MARK: type(value).__name__, "items": [_item_to_plain(item, where) for item in items]}
+        ordered = sorted(value, key=repr)  # the same set is the same file
+        return {MARK: kind.__name__, "items": [_item_to_plain(item, where) for item in ordered]}
     if isinstance(value, deque):
         return {MARK: "deque", "items": [_item_to_plain(item, where) for item in value], "maxlen": value.maxlen}
+    return None
+
+
+def _object_to_plain(value: Any, where: str) -> dict[str, Any]:
+    """Turn a generator, or an object with the pair or with fields, into its state.
+
+    Raises:
+        CheckpointError: It is none of them.
+    """
     if isinstance(value, torch.Generator):
         return {MARK: "object", "state": value.get_state()}
     if isinstance(value, random.Random):
@@ -124,7 +143,7 @@ def _to_plain(value: Any, where: str) -> Any:
 
 
 def _series_to_plain(series: Series, where: str) -> Any:
-    """Keep a series as arrays, or as a list where it holds other things."""
+    """Turn a series into arrays, or into a list where it holds other things."""
     arrays = series.arrays()
     if arrays is None:
         return _to_plain(list(series), where)
@@ -149,7 +168,7 @@ def is_simple(items: list[Any] | tuple[Any, ...]) -> bool:
 
 
 def _item_to_plain(value: Any, where: str) -> Any:
-    """Keep an item of a container: there is no live one to put an object's state into."""
+    """Turn an item of a container into plain data: there is no live one to restore an object's state into."""
     numpys = type(value).__module__.partition(".")[0] == "numpy"
     if isinstance(value, (PhaseDict, torch.Generator, random.Random)) or (
         not isinstance(value, (Tensor, *SCALARS, dict, list, tuple, set, frozenset, deque))
@@ -163,7 +182,7 @@ def _item_to_plain(value: Any, where: str) -> Any:
 
 
 def _plain_scalar(value: Any, where: str) -> Any:
-    """Give a number or text of a class of its own as the number or text it is.
+    """Turn a number or text of a class of its own into the number or text it is.
 
     Raises:
         CheckpointError: It is a member of an enumeration that is neither.
@@ -220,7 +239,7 @@ def _numpy_to_plain(value: Any, where: str) -> Any:
 
 
 def _numpy_state(value: Any) -> Any:
-    """Give the state of a random generator of NumPy's, None for anything else."""
+    """Return the state of a random generator of NumPy's, None for anything else."""
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.random.Generator):
         return value.bit_generator.state
@@ -236,7 +255,7 @@ def is_stateful(value: Any) -> bool:
 
 
 def _fields(value: Any) -> dict[str, Any] | None:
-    """Give the fields of an instance of a class that names them; None for anything else."""
+    """Return the fields of an instance of a class that names them; None for anything else."""
     if isinstance(value, type) or callable(value):
         return None
     if attrs.has(type(value)) or dataclasses.is_dataclass(value):
@@ -246,6 +265,9 @@ def _fields(value: Any) -> dict[str, Any] | None:
 
 
 # Reading
+
+Again = Callable[..., Any]
+"""Makes of an item of plain data what it was; also takes what is there now, and what to add to the name."""
 
 
 def is_held(kept: Any) -> bool:
@@ -261,10 +283,10 @@ def from_plain(
     device: torch.device | None = None,
     where: str = "it",
 ) -> Any:
-    """Make of plain data what it was; an object's state is put into the live one, which is returned.
+    """Make of plain data what it was; an object's state is restored into the live one, which is returned.
 
     Args:
-        kept: What `to_plain` gave.
+        kept: What `to_plain` returned.
         live: What is there now.
         phases: The phase types that there are.
         device: Where tensors belong that were on a device.
@@ -278,75 +300,107 @@ def from_plain(
         return from_plain(item, now, phases=phases, device=device, where=where + name)
 
     if isinstance(kept, Tensor):
-        if isinstance(live, Tensor) and live.is_leaf and live.requires_grad and live.shape == kept.shape:
-            with torch.no_grad():  # an optimizer may hold it
-                return live.copy_(kept)
-        return kept.clone()
+        return _tensor_from_plain(kept, live)
     if type(kept) is tuple:
         return kept if is_simple(kept) else tuple(again(item) for item in kept)
     if isinstance(kept, list):
-        items = list(kept) if is_simple(kept) else [again(item) for item in kept]
-        if type(live) in (list, Series):  # others may hold it too
-            live[:] = items
-            return live
-        return items
+        return _fill(live, list(kept) if is_simple(kept) else [again(item) for item in kept])
     if not isinstance(kept, dict):
         return kept
-    kind = kept.get(MARK)
-    if kind in (None, "dict", "pairs"):
-        entries = {again(key): again(item) for key, item in items_of(kept)}
-        if isinstance(live, dict):  # perhaps of a type of its own
-            live.clear()
-            live.update(entries)
-            return live
-        return entries
-    if kind in ("bytes", "no bytes"):
-        return bytes(kept["bytes"].tolist()) if "bytes" in kept else b""
-    if kind == "complex":
-        return complex(*kept["parts"])
-    if kind == "key":
-        return again(kept["parts"])
-    if kind == "on the device":
+    mark = kept.get(MARK, "dict")
+    if mark == "on the device":
         return kept["tensor"].to(device, copy=True)
-    if kind == "series":
-        values = again(kept["values"])
-        rows = values.unbind() if kept["tensors"] else values.tolist()
-        series = Series(zip(kept["steps"].tolist(), rows, strict=True))
-        if isinstance(live, list):
-            live[:] = series
-            return live
-        return series
-    if kind in ("set", "frozenset"):
-        return (set if kind == "set" else frozenset)(again(item) for item in kept["items"])
-    if kind == "deque":
-        return deque((again(item) for item in kept["items"]), kept["maxlen"])
-    if kind in ("array", "numpy scalar"):
-        return _numpy_from_plain(kept)
-    if kind == "phases":
-        if not isinstance(live, PhaseDict):
-            raise misplaced(where, "a PhaseDict", live)
-        found = {id: phase_of(id, phases) for id in kept["items"]}
-        missing = sorted(id for id, phase in found.items() if phase is None)
-        if missing:
-            warn_user(f"{where} was kept for the phases {missing}, which nobody has defined now")
-        for phase in [phase for phase in live if phase_id(phase) not in kept["items"]]:
-            del live[phase]
-        for id, phase in found.items():
-            if phase is not None:
-                live[phase] = again(kept["items"][id], live[phase], f"[{phase.name}]")
-        return live
-    return _into(kept, live, again, where)
+    if mark == "phases":
+        return _phases_from_plain(kept, live, again, where, phases)
+    if mark in ("dict", "pairs"):
+        return _dict_from_plain(kept, live, again)
+    if mark == "series":
+        return _fill(live, _series_from_plain(kept, again))
+    return _VALUES[mark](kept, again) if mark in _VALUES else _into(kept, live, again, where)
+
+
+def _tensor_from_plain(kept: Tensor, live: Any) -> Tensor:
+    if isinstance(live, Tensor) and live.is_leaf and live.requires_grad and live.shape == kept.shape:
+        with torch.no_grad():  # an optimizer may hold it
+            return live.copy_(kept)
+    return kept.clone()
+
+
+def _fill(live: Any, items: list[Any]) -> Any:
+    """Return a list with these items: the live one where there is one, as others may hold it too."""
+    if type(live) not in (list, Series) and not (isinstance(items, Series) and isinstance(live, list)):
+        return items
+    live[:] = items
+    return live
+
+
+def _dict_from_plain(kept: dict[str, Any], live: Any, again: Again) -> Any:
+    entries = {again(key): again(item) for key, item in items_of(kept)}
+    if not isinstance(live, dict):
+        return entries
+    live.clear()  # it may be of a type of its own, and others may hold it too
+    live.update(entries)
+    return live
+
+
+def _series_from_plain(kept: dict[str, Any], again: Again) -> Series:
+    values = again(kept["values"])
+    rows = values.unbind() if kept["tensors"] else values.tolist()
+    return Series(zip(kept["steps"].tolist(), rows, strict=True))
+
+
+def _phases_from_plain(kept: dict[str, Any], live: Any, again: Again, where: str, phases: Iterable[type]) -> Any:
+    """Restore values by phase, into the live ones: a value may be an object."""
+    if not isinstance(live, PhaseDict):
+        raise misplaced(where, "a PhaseDict", live)
+    found = {id: phase_of(id, phases) for id in kept["items"]}
+    missing = sorted(id for id, phase in found.items() if phase is None)
+    if missing:
+        warn_user(f"{where} was kept for the phases {missing}, which nobody has defined now")
+    for phase in [phase for phase in live if phase_id(phase) not in kept["items"]]:
+        del live[phase]
+    for id, named in found.items():
+        if named is not None:
+            live[named] = again(kept["items"][id], live[named], f"[{named.name}]")
+    return live
+
+
+def _bytes_from_plain(kept: dict[str, Any], again: Again) -> bytes:
+    return bytes(kept["bytes"].tolist()) if "bytes" in kept else b""
+
+
+def _numpy_from_plain(kept: dict[str, Any], again: Again) -> Any:
+    import numpy
+
+    if kept[MARK] == "numpy scalar":
+        return numpy.dtype(kept["dtype"]).type(kept["value"])
+    raw = kept["bytes"].to(torch.uint8).numpy().tobytes()
+    return numpy.frombuffer(raw, dtype=kept["dtype"]).reshape(kept["shape"]).copy()
+
+
+_VALUES: dict[str, Callable[[dict[str, Any], Again], Any]] = {
+    "bytes": _bytes_from_plain,
+    "no bytes": _bytes_from_plain,  # as an earlier version wrote them
+    "complex": lambda kept, again: complex(*kept["parts"]),
+    "key": lambda kept, again: again(kept["parts"]),
+    "set": lambda kept, again: set(map(again, kept["items"])),
+    "frozenset": lambda kept, again: frozenset(map(again, kept["items"])),
+    "deque": lambda kept, again: deque(map(again, kept["items"]), kept["maxlen"]),
+    "array": _numpy_from_plain,
+    "numpy scalar": _numpy_from_plain,
+}
+"""How values are made that need nothing live, by mark."""
 
 
 def items_of(kept: dict[str, Any]) -> Iterable[tuple[Any, Any]]:
-    """Give the keys and items of what `to_plain` made of a dict."""
+    """Return the keys and items of what `to_plain` made of a dict."""
     if kept.get(MARK) == "pairs":
         return list(kept["items"])
     return (kept["items"] if MARK in kept else kept).items()
 
 
-def _into(kept: dict[str, Any], live: Any, again: Callable[..., Any], where: str) -> Any:
-    """Put an object's state into the live one."""
+def _into(kept: dict[str, Any], live: Any, again: Again, where: str) -> Any:
+    """Restore an object's state into the live one."""
     if kept[MARK] == "fields":
         fields = _fields(live)
         if fields is None:
@@ -366,15 +420,6 @@ def _into(kept: dict[str, Any], live: Any, again: Callable[..., Any], where: str
     return live
 
 
-def _numpy_from_plain(kept: dict[str, Any]) -> Any:
-    import numpy
-
-    if kept[MARK] == "numpy scalar":
-        return numpy.dtype(kept["dtype"]).type(kept["value"])
-    raw = kept["bytes"].to(torch.uint8).numpy().tobytes()
-    return numpy.frombuffer(raw, dtype=kept["dtype"]).reshape(kept["shape"]).copy()
-
-
 def is_numpy_generator(value: Any) -> bool:
     """Tell whether a value is a random generator of NumPy's."""
     return _numpy_state(value) is not None
@@ -388,7 +433,7 @@ def _set_numpy_state(live: Any, state: Any) -> None:
 
 
 def misplaced(where: str, expected: str, live: Any) -> CheckpointError:
-    """Give the error for a state whose object is not there."""
+    """Return the error for a state whose object is not there."""
     return CheckpointError(
         f"the checkpoint has a state for {where}, which is {describe(live)} now; expected {expected}, made as in the "
         "run that wrote it"
@@ -399,11 +444,11 @@ def misplaced(where: str, expected: str, live: Any) -> CheckpointError:
 
 
 WATCHED = "__watched__"
-"""The attribute in which a phase holds what is known of it."""
+"""The attribute in which a phase holds its `Watched`."""
 
 
 def attributes(thing: Any) -> dict[str, Any]:
-    """Give the attributes of an object, those in slots too."""
+    """Return the attributes of an object, those in slots too."""
     slots = [name for cls in type(thing).__mro__ for name in _slots(cls)]
     found = {name: getattr(thing, name) for name in slots if hasattr(thing, name)}
     own = {name: value for name, value in getattr(thing, "__dict__", {}).items() if name != WATCHED}
@@ -421,7 +466,7 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def plain_attributes(thing: Any) -> dict[str, Any]:
-    """Give the attributes of an object that are plain data; of a module, its own and its buffers."""
+    """Return the attributes of an object that are plain data; of a module, its own and its buffers."""
     found = {name: value for name, value in attributes(thing).items() if name not in _OF_EVERY_MODULE}
     if isinstance(thing, nn.Module):
         found.update(thing._buffers)
@@ -437,7 +482,7 @@ def plain_attributes(thing: Any) -> dict[str, Any]:
 
 
 def size(kept: Any) -> int:
-    """Give the size of plain data in bytes, as it is in memory, roughly."""
+    """Return roughly how many bytes plain data takes in memory."""
     if isinstance(kept, Tensor):
         return kept.numel() * kept.element_size()
     if isinstance(kept, Mapping):

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from fluxloop.persist.plain import attributes
 
-SCALARS = (type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.Size)
-SMALL = 4096
+CONSTANTS = (type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.Size)
+MOST_BYTES = 4096
 """Up to how many bytes an array of NumPy's is compared by its numbers."""
 
 
@@ -43,7 +43,7 @@ def seen(value: Any, depth: int = 4) -> Any:
         value: Anything.
         depth: How far to go into objects that hold objects.
     """
-    if isinstance(value, SCALARS):
+    if isinstance(value, CONSTANTS):
         return type(value), value
     if isinstance(value, float):
         return float, repr(value)  # NaN is NaN
@@ -61,5 +61,5 @@ def seen(value: Any, depth: int = 4) -> Any:
         return MethodType, Same(value.__func__), seen(value.__self__, depth - 1)
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.ndarray):
-        return Same(value), value.tobytes() if value.nbytes <= SMALL else None
+        return Same(value), value.tobytes() if value.nbytes <= MOST_BYTES else None
     return Same(value), {name: seen(item, depth - 1) for name, item in attributes(value).items()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 128
-"""After how many entries they are packed: one kernel for many tensors."""
+"""After how many new entries they are packed: one kernel stacks many tensors."""
 
 
 class Series(list[tuple[int, Any]]):
@@ -57,7 +57,7 @@ class Series(list[tuple[int, Any]]):
             self._last = new[-1]
 
     def arrays(self) -> tuple[Tensor, Tensor] | None:
-        """Give the steps and the values as one tensor each; None where the values are not of one kind."""
+        """Return the steps and the values as one tensor each; None where the values are not of one kind."""
         if not self or {type(self[0][1]), type(self[-1][1])} - {int, float, Tensor}:
             return None
         try:
@@ -72,7 +72,7 @@ class Series(list[tuple[int, Any]]):
 
 
 def _packed(values: tuple[Any, ...]) -> Tensor:
-    """Give numbers of one kind, or scalar tensors, as one tensor.
+    """Return numbers of one kind, or scalar tensors, as one tensor.
 
     Raises:
         TypeError: They are something else.
