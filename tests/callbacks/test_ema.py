@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, softplus
 
 import by_hand
-import fluxloop.compile.plans
+import fluxloop.compile.graphs
 from fluxloop import (
     EMA,
     Accelerator,
@@ -792,7 +792,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     def lower(graph: Any, inputs: Any, device: Any) -> Any:
         return torch.no_grad()(graph)
 
-    monkeypatch.setattr(fluxloop.compile.plans, "lower", lower)
+    monkeypatch.setattr(fluxloop.compile.graphs, "lower", lower)
 
 
 def views(xs: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import fluxloop.compile.plans
+import fluxloop.compile.graphs
 from fluxloop import (
     EMA,
     AbstractTrainingPhase,
@@ -113,7 +113,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         with config.patch(fallback_random=True):
             yield
     else:
-        monkeypatch.setattr(fluxloop.compile.plans, "lower", lambda graph, inputs, device: torch.no_grad()(graph))
+        monkeypatch.setattr(fluxloop.compile.graphs, "lower", lambda graph, inputs, device: torch.no_grad()(graph))
         yield
 
 
@@ -225,7 +225,7 @@ def test_what_fails_at_the_first_call_of_a_graph_is_an_error_that_says_what_to_d
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     broken = breaking(RuntimeError("no such kernel\nat some place"), calls=1)
-    monkeypatch.setattr(fluxloop.compile.plans, "lower", broken)
+    monkeypatch.setattr(fluxloop.compile.graphs, "lower", broken)
     made = learner(optimizer=SGD, model=lambda: nn.Sequential(nn.Linear(16, 4), nn.BatchNorm1d(4)), data=(rows(),))
     state: list[Any] = []
     note = lambda learner: state.append((weights(learner), copy.deepcopy(learner.optimizer.state_dict())))  # noqa: E731
@@ -245,7 +245,7 @@ def test_what_fails_at_the_first_call_of_a_graph_is_an_error_that_says_what_to_d
 def test_memory_that_runs_out_at_the_first_call_is_the_error_that_everybody_knows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fluxloop.compile.plans, "lower", breaking(torch.cuda.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(fluxloop.compile.graphs, "lower", breaking(torch.cuda.OutOfMemoryError("CUDA out of memory")))
     made = learner(data=(rows(),))
     with pytest.raises(torch.cuda.OutOfMemoryError):
         made.fit(1)
@@ -1249,7 +1249,7 @@ def test_a_replayed_graph_gets_what_moves_and_gives_what_is_the_callers_own(monk
         queue += 2 * xs
         return [weight.sum().clone()]
 
-    replayed = fluxloop.compile.plans.Replayed(compiled, num_fixed=1, changed=[1])
+    replayed = fluxloop.compile.replay.Replayed(compiled, num_fixed=1, changed=[1])
     given = [replayed(weight, torch.full((3,), float(number)), queue)[0] for number in range(1, 7)]
     assert [each.item() for each in given] == [3.0, 9.0, 18.0, 30.0, 45.0, 63.0]
     assert torch.equal(weight, torch.full((3,), 21.0))
@@ -1276,8 +1276,8 @@ def test_a_replayed_graph_is_told_what_it_changes_besides_the_model(monkeypatch:
         told.append(changed)
         return call
 
-    monkeypatch.setattr(fluxloop.compile.plans, "can_replay", lambda inputs: True)
-    monkeypatch.setattr(fluxloop.compile.plans, "Replayed", replayed)
+    monkeypatch.setattr(fluxloop.compile.graphs, "can_replay", lambda inputs: True)
+    monkeypatch.setattr(fluxloop.compile.graphs, "Replayed", replayed)
     for phase in (TrainingPhase(), Averages()):
         learner(data=(rows(),)).fit(1, phases=[phase])
     full, smaller, averages, averages_smaller = told
@@ -1287,8 +1287,8 @@ def test_a_replayed_graph_is_told_what_it_changes_besides_the_model(monkeypatch:
 
 def test_a_step_is_replayed_only_where_all_of_it_is_on_the_device() -> None:
     on, off = SimpleNamespace(is_cuda=True), SimpleNamespace(is_cuda=False)
-    assert fluxloop.compile.plans.can_replay([on, on])
-    assert not fluxloop.compile.plans.can_replay([on, off])
+    assert fluxloop.compile.replay.can_replay([on, on])
+    assert not fluxloop.compile.replay.can_replay([on, off])
 
 
 # Gradients that are not finite, cancelled, of another phase; closures; version counters

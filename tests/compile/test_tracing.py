@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-import fluxloop.compile.plans
+import fluxloop.compile.graphs
 from fluxloop import (
     Accelerator,
     Attribute,
@@ -30,12 +30,13 @@ from fluxloop import (
     on,
     set_hyperparameter,
 )
-from fluxloop.compile.tracing import Traced, lift_constants
+from fluxloop.compile.fx import lift_constants
+from fluxloop.compile.tracing import trace
 
 
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fluxloop.compile.plans, "lower", lambda graph, inputs, device: torch.no_grad()(graph))
+    monkeypatch.setattr(fluxloop.compile.graphs, "lower", lambda graph, inputs, device: torch.no_grad()(graph))
 
 
 def learner(model: nn.Module, loss_fn: Any = functional.cross_entropy, **options: Any) -> Learner[Any]:
@@ -312,9 +313,9 @@ def test_a_trace_names_its_inputs_and_changes_nothing() -> None:
     phase = TrainingPhase()
     with torch.enable_grad():
         made.scope = None
-        traced = Traced(made, phase, made.modules(), [], made.step)
-    assert [id(tensor) for tensor in traced.fixed] == [id(parameter) for parameter in made.model.parameters()]
-    assert [(name, option.item()) for _, name, option in traced.options] == [("lr", pytest.approx(0.1))]
+        traced = trace(made, phase, made.modules(), [], made.step)
+    assert [id(tensor) for tensor in traced.inputs.fixed] == [id(parameter) for parameter in made.model.parameters()]
+    assert [(name, option.item()) for _, name, option in traced.inputs.options] == [("lr", pytest.approx(0.1))]
     assert set(traced.stored) == {"preds", "loss"}
     assert [type(event).__name__ for event in traced.fired] == [
         *("LossBegin", "BackwardBegin", "BackwardEnd", "UpdateBegin", "UpdateEnd")
@@ -568,7 +569,7 @@ def test_the_compilers_decompositions_are_used_for_gradients() -> None:
     layer = nn.Linear(6, 6)
     made = learner(nn.Sequential(layer, model), loss_fn=lambda preds, ys: preds.square().mean())
     made.fit(1)
-    traced = Traced(made, TrainingPhase(), made.modules(), [], made.step)
+    traced = trace(made, TrainingPhase(), made.modules(), [], made.step)
     assert not any("upsample" in str(node.target) for node in traced.graph.graph.nodes)
 
 
@@ -593,7 +594,7 @@ def test_a_recurrent_layer_is_traced_without_the_layer_of_onednn_and_onednn_stay
     for eager, compiled in zip(*found, strict=True):
         torch.testing.assert_close(eager, compiled, rtol=1e-5, atol=1e-6)
     assert torch.backends.mkldnn.enabled == enabled
-    traced = Traced(made, TrainingPhase(), made.modules(), [], made.step)
+    traced = trace(made, TrainingPhase(), made.modules(), [], made.step)
     assert not any("mkldnn" in str(node.target) for node in traced.graph.graph.nodes)
 
 
@@ -601,7 +602,7 @@ def test_a_recurrent_layer_is_traced_without_the_layer_of_onednn_and_onednn_stay
 def test_weights_are_changed_one_by_one_after_what_is_computed_from_them() -> None:
     made = learner(Model(lambda model, out: out), optimizer=partial(torch.optim.Adam, lr=0.1))
     made.fit(1)
-    traced = Traced(made, TrainingPhase(), made.modules(), [], made.step)
+    traced = trace(made, TrainingPhase(), made.modules(), [], made.step)
     targets = [str(node.target) for node in traced.graph.graph.nodes]
     assert not any(target.startswith("aten._foreach") and "_." in target for target in targets)
     assert len([target for target in targets if target.startswith("aten.addcdiv_")]) == 2

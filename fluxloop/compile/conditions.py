@@ -1,0 +1,192 @@
+"""What a graph rests on: what Python saw of models, phase and optimizers while the step was traced.
+
+A graph is called only where all of that is as it was; else the step is traced anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
+
+from fluxloop.errors import CompileError, describe
+from fluxloop.events import StepBegin, StepEnd
+from fluxloop.nested import init_fields
+from fluxloop.persist.plain import attributes
+from fluxloop.persist.seen import Same, seen
+from fluxloop.phase import Phase
+from fluxloop.state import StepState
+
+if TYPE_CHECKING:
+    from fluxloop.interfaces import RunLearner
+
+MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"} | {"_flat_weights", "_flat_weight_refs"}
+"""Attributes of modules that are no numbers of the user's: what torch keeps there, a recurrent layer's lists too."""
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Attributes of modules that hold hooks; those of all modules have the same names after ``_global``."""
+
+
+# The form of a step: what makes it another graph
+
+
+def form_of(value: Any, whose: str = "it") -> Any:
+    """Return the form of a value: the shapes of the tensors in it, and what everything else in it says.
+
+    Raises:
+        CompileError: There is something else in it than tensors, numbers, texts and containers of them.
+    """
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+    if isinstance(value, float):
+        return float, repr(value)  # NaN is NaN
+    if value is None or isinstance(value, (bool, int, str, bytes, torch.dtype, torch.device)):
+        return type(value), value
+    fields = init_fields(value)
+    if isinstance(value, Mapping):
+        return type(value), tuple([(key, form_of(item, whose)) for key, item in value.items()])
+    if isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence):
+        return type(value), tuple([form_of(item, whose) for item in value])
+    if fields is not None:
+        return type(value), tuple([(name, form_of(getattr(value, name), whose)) for name in fields])
+    raise CompileError(
+        f"{whose} holds {describe(value)}, which a compiled step cannot take; expected tensors, numbers and "
+        "texts, in tuples, lists, dicts or dataclasses"
+    )
+
+
+def form_of_entries(state: StepState, device: torch.device) -> Any:
+    """Return the form of a step's entries and of what autocast does; steps of equal forms share a graph.
+
+    Raises:
+        CompileError: An entry holds what no graph can take.
+    """
+    entries = vars(state)
+    found: list[Any] = []
+    for name, value in entries.items():
+        if type(value) is Tensor:  # as `form_of` does, without a call: this runs at every step
+            found.append((name, value.shape, value.stride(), value.dtype, value.device, value.requires_grad))
+        else:
+            found.append((name, form_of(value, f"the entry {name!r}")))
+    if len({*map(id, entries.values())}) < len(entries):  # entries that are one tensor are so in the graph too
+        values = list(entries.values())
+        found.append(tuple([i for i, value in enumerate(values) if any(other is value for other in values[:i])]))
+    if torch.is_autocast_enabled(device.type):
+        found.append(torch.get_autocast_dtype(device.type))
+    return tuple(found)
+
+
+def form_of_gradient(parameter: nn.Parameter) -> Any:
+    """Return the form of a parameter's gradient: whether there is one, and how it lies in memory."""
+    gradient = parameter.grad
+    if gradient is None or gradient.layout is not torch.strided:
+        return gradient is None
+    return gradient.shape, gradient.stride(), gradient.dtype
+
+
+def entries_of_other_form(before: tuple[Any, ...], now: tuple[Any, ...]) -> list[str]:
+    """Return the names of the entries whose forms differ."""
+    old = {part[0]: part for part in before if isinstance(part, tuple) and part and isinstance(part[0], str)}
+    new = {part[0]: part for part in now if isinstance(part, tuple) and part and isinstance(part[0], str)}
+    return [name for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+# Objects that a step may use
+
+
+def holders_of(phase: Phase) -> list[Phase]:
+    """List a phase and the phases that it holds, as the validation twin of one does."""
+    return [phase, *(value for value in vars(phase).values() if isinstance(value, Phase))]
+
+
+def modules_of(learner: RunLearner, phase: Phase) -> list[nn.Module]:
+    """List the models, the loss function where it is a module, a phase's own, and the copies of weights it runs."""
+    copies = learner.weights.copies(phase.model_view).values() if phase.model_view else ()
+    own = [value for holder in holders_of(phase) for value in attributes(holder).values()]
+    return [*learner.modules(), *copies, *(value for value in own if isinstance(value, nn.Module))]
+
+
+def has_hooks(thing: Any) -> bool:
+    """Return whether a parameter or an optimizer has hooks."""
+    names = (
+        "_backward_hooks",
+        "_post_accumulate_grad_hooks",
+        "_optimizer_step_pre_hooks",
+        "_optimizer_step_post_hooks",
+    )
+    return any(getattr(thing, name, None) for name in names)
+
+
+# What is compared
+
+
+def rests_on(learner: RunLearner, phase: Phase) -> dict[str, Any]:
+    """Describe what Python sees of models, loss function and optimizers while a step is traced, by name."""
+    found: dict[str, Any] = {}
+    for number, module in enumerate(modules_of(learner, phase)):
+        for path, part in module.named_modules():
+            name = f"{number}.{path}".rstrip(".")
+            found[f"the module {name}"] = Same(part), type(part)
+            for attribute, value in vars(part).items():
+                if attribute not in MODULE_INTERNALS:
+                    found[f"{name}.{attribute}"] = tensor_or_seen(value)
+            for attribute, tensor in (*part._parameters.items(), *part._buffers.items()):
+                found[f"{name}.{attribute}"] = tensor_or_seen(tensor)
+            found[f"the hooks of {name}"] = [len(getattr(part, hooks)) for hooks in HOOKS]
+    found["hooks of all modules"] = [len(getattr(nn.modules.module, f"_global{hooks}", ())) for hooks in HOOKS]
+    found["loss_fn"] = Same(learner.loss_fn), seen(learner.loss_fn)
+    for slot in learner.updates.slots if phase.gradients else ():
+        found[f"the groups of {slot.label}"] = [
+            (Same(group), [Same(parameter) for parameter in group["params"]]) for group in slot.optimizer.param_groups
+        ]
+        found[f"the step and hooks of {slot.label}"] = (
+            has_hooks(slot.optimizer),
+            Same(vars(slot.optimizer).get("step")),
+            *map(has_hooks, slot.parameters),
+        )
+    return found
+
+
+def states_of(learner: RunLearner) -> dict[str, Any]:
+    """Describe the tensors that optimizers keep for parameters, those that have some."""
+    found: dict[str, Any] = {}
+    for slot in learner.updates.slots:
+        for index, parameter in enumerate(slot.parameters):
+            entries = slot.optimizer.state.get(parameter, {})
+            state = [(name, tensor_or_seen(value)) for name, value in entries.items() if isinstance(value, Tensor)]
+            if state:
+                found[f"{slot.label}, state {index}"] = state
+    return found
+
+
+def tensor_or_seen(value: Any) -> Any:
+    """Describe a tensor by which it is and its form, anything else by what Python sees of it."""
+    if not isinstance(value, Tensor) or is_lazy(value):
+        return seen(value)
+    return Same(value), form_of(value)
+
+
+def changes_between_steps(learner: RunLearner, phase: type[Phase]) -> bool:
+    """Return whether somebody may change between two steps what a graph rests on: modes, attributes, hooks.
+
+    That is a user's own `finish`, and callbacks that write to models or loss function, or read them when a step
+    begins.
+    """
+    if not phase.finish.__module__.startswith("fluxloop."):
+        return True
+    roots = {"model", "params", "loss_fn", "weights"}
+    for node in learner.callbacks.graph.nodes:
+        if node.callback.in_compiled_step == "watched":
+            return True
+        if node.callback.in_compiled_step is not None:
+            continue
+        begins, ends = (node.callback.handler(event, phase) is not None for event in (StepBegin, StepEnd))
+        writes = not node.is_safe or any(path[0] in roots for path in node.access.writes)
+        reads = any(not path or path[0] in roots for path in node.access.reads)  # and may register hooks
+        if (begins and (reads or writes)) or (ends and writes):
+            return True
+    return False

@@ -1,0 +1,273 @@
+"""One compiled step: the graph of a phase's body, called instead of the body."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fluxloop.callback import Callback
+from fluxloop.compile.conditions import form_of, holders_of
+from fluxloop.compile.refusals import first_line
+from fluxloop.compile.replay import Replayed, can_replay
+from fluxloop.compile.stand_ins import Look
+from fluxloop.compile.tracing import Traced
+from fluxloop.compute.finite import bad_gradients
+from fluxloop.compute.fused import count_changes
+from fluxloop.errors import CompileError
+from fluxloop.events import Event, UpdateEnd
+from fluxloop.nested import map_tensors, tensors
+from fluxloop.order.runner import Bound, deliver
+from fluxloop.persist.seen import seen
+from fluxloop.phase import Phase
+from fluxloop.randomness import generator_states, put_generators
+from fluxloop.state import StepState
+
+if TYPE_CHECKING:
+    from fluxloop.interfaces import RunLearner
+
+Compiled = Callable[..., Any]
+
+WAYS_OUT = (
+    "Have steps of this phase run as they are, compiled = False in its class, or have torch compile the model alone, "
+    'Accelerator(compile="model")'
+)
+
+SCALARS = frozenset((type(None), bool, int, float, str))
+"""Types whose values are as they were where they are the same object."""
+
+
+def lower(graph: GraphModule, inputs: list[Any], device: torch.device) -> Compiled:
+    """Compile a graph of tensor operations into a function of the same inputs.
+
+    On the CPU with inductor's wrapper in C++, which calls its kernels without Python in between.
+    """
+    import torch._inductor
+
+    is_complex = any(tensor.is_complex() for tensor in inputs)  # the wrapper in C++ knows no such operations
+    options = {"cpp_wrapper": True} if device.type == "cpu" and not is_complex else {}
+    with torch.no_grad(), warnings.catch_warnings():
+        for torchs_own in (DeprecationWarning, FutureWarning):  # about how torch uses torch
+            warnings.simplefilter("ignore", torchs_own)
+        compiled: Compiled = torch._inductor.compile(graph, inputs, options)
+    inner: Compiled = getattr(compiled, "_torchdynamo_orig_callable", compiled)  # without a wrapper for torch.compile
+    return inner
+
+
+class Last:
+    """The number that a tensor was last filled with."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Graph:
+    """One compiled step: for one form of its entries, and one state of what it rests on.
+
+    Args:
+        learner: Whose step it is.
+        phase: The phase it was made of.
+        callbacks: Those with handlers that are part of it.
+        traced: What was made of the phase's body.
+
+    Raises:
+        CompileError: It cannot be compiled.
+    """
+
+    def __init__(self, learner: RunLearner, phase: Phase, callbacks: list[Callback], traced: Traced) -> None:
+        inputs = traced.inputs
+        self._learner = learner
+        self._whose = repr(phase)
+        self._inside = callbacks
+        self._fixed = inputs.fixed
+        self._constants = traced.constants
+        self._options = [(group, name, option, Last(group[name])) for group, name, option in inputs.options]
+        self._held = inputs.held
+        self._forms = [form_of(getattr(inputs.holders[number], name)) for number, name in inputs.held]
+        self._reads = [(n, name, value, seen(value)) for (n, name), value in traced.reads.items()]
+        self._slots = learner.updates.slots if phase.gradients else ()
+        self._groups = [(s, n, group) for s in self._slots for n, group in enumerate(s.optimizer.param_groups)]
+        changing = {(id(group), name) for group, name, _ in inputs.options}
+        self._names = [[n for n in g if n != "params" and (id(g), n) not in changing] for *_, g in self._groups]
+        self._values = [
+            self._options_of(group, names) for (*_, group), names in zip(self._groups, self._names, strict=True)
+        ]
+        self._stored = list(traced.stored.items())
+        self._removed = traced.removed
+        self._waiting, self._waiting_after = inputs.waiting, traced.waiting_after
+        self._consumed = traced.consumed
+        self._looks = traced.looks
+        self._events = traced.fired
+        ends = [event.name for event in traced.fired if isinstance(event, UpdateEnd)]
+        self._num_updates = len(ends)
+        self._updated = [p for slot in self._slots if slot.name in ends for p in slot.parameters if p.requires_grad]
+        self._callbacks = -1
+        self._after: list[tuple[tuple[Bound, ...], Event]] = []
+        try:
+            self._compiled = lower(traced.graph, traced.example, learner.accelerator.device)
+        except Exception as error:
+            raise CompileError(
+                f"the step of {phase!r} was traced, but could not be compiled: {first_line(error)}. Compiling needs a "
+                "C++ compiler (g++ or clang++) on the CPU, Triton on CUDA; where there is one, an operation of the "
+                f"step stands in the way. {WAYS_OUT}"
+            ) from error
+        if can_replay(traced.example):
+            self._compiled = Replayed(self._compiled, len(inputs.fixed), traced.changed)
+        self._call: Compiled = self._call_first
+
+    def calls_the_same(self, phase: Phase) -> bool:
+        """Return whether the functions and objects that a step calls, such as what makes views, are as they were."""
+        holders = [*holders_of(phase), *self._inside]
+        return all(
+            seen(getattr(holders[number], name, None)) == as_seen
+            for number, name, before, as_seen in self._reads
+            if callable(before)
+        )
+
+    def misfit(self, phase: Phase) -> str | None:
+        """Return what of a phase, or of the optimizers' options, is not as it was when the step was traced."""
+        if self._reads or self._held:
+            holders = [*holders_of(phase), *self._inside]
+            for number, name, before, as_seen in self._reads:
+                now = getattr(holders[number], name, None)
+                if now is before and (type(now) in SCALARS or callable(now)):  # what is called: see calls_the_same
+                    continue
+                if seen(now) != as_seen:
+                    return f"{type(holders[number]).__name__}.{name} = {now!r}, which was {before!r}"
+            for (number, name), expected in zip(self._held, self._forms, strict=True):
+                tensor = getattr(holders[number], name, None)
+                if not isinstance(tensor, Tensor) or form_of(tensor) != expected:
+                    return f"the shape of {type(holders[number]).__name__}.{name}"
+        for (slot, number, group), names, values in zip(self._groups, self._names, self._values, strict=True):
+            if slot.optimizer.param_groups[number] is not group:
+                return f"the groups of {slot.label}"
+            if self._options_of(group, names) != values:
+                changed = [name for name, value in zip(names, values[1:], strict=True) if group.get(name) != value]
+                return f"{slot.label}: {', '.join(f'{name} = {group.get(name)!r}' for name in changed)}"
+        return None
+
+    @staticmethod
+    def _options_of(group: dict[str, Any], names: list[str]) -> list[Any]:
+        """Return how many options a group has, and those that are part of the graph."""
+        return [len(group), *map(group.get, names)]
+
+    def run(self, phase: Phase, state: StepState) -> None:
+        """Run the step: change what it changes, and store its entries."""
+        learner, entries = self._learner, vars(state)
+        changing: list[Any] = []
+        for group, name, option, last in self._options:
+            value = group[name]
+            if isinstance(value, Tensor):
+                option.copy_(value.reshape(()))
+            elif value != last.value:
+                last.value = value
+                option.fill_(value)
+            changing.append(option)
+        if self._held:
+            holders = [*holders_of(phase), *self._inside]
+            changing += [getattr(holders[number], name) for number, name in self._held]
+        for value in entries.values():
+            if type(value) is Tensor:
+                changing.append(value)
+            else:
+                changing.extend(tensors(value))
+        changing += [parameter.grad for parameter in self._waiting]
+        given = iter(self._call(*self._fixed, *changing, *self._constants))
+        for slot in self._slots:
+            if "step" in vars(slot.optimizer):  # wrapped by a scheduler of torch's, which notes that there was one
+                slot.optimizer._opt_called = True  # where torch looks
+        bad = next(given) if self._looks else None
+        found = [next(given) for _ in self._looks]
+        for name, value in self._stored:
+            entries[name] = next(given) if isinstance(value, Tensor) else map_tensors(lambda _: next(given), value)
+        for name in self._removed:
+            del entries[name]
+        if bad is not None and bad.is_cpu and bad.item():
+            self._end_early(phase, found)
+            self._stop(found, learner.where(), True)
+        elif bad is not None and not bad.is_cpu:
+            learner.host(bad, partial(self._stop, found, learner.where()))
+        for waiting in self._waiting_after:
+            waiting.store(state, phase.name, given)
+        for slot in self._consumed:
+            slot.consumed = True
+        if self._updated:
+            learner.updates.count += self._num_updates
+            count_changes(self._updated)  # so that autograd knows that what was computed before is out of date
+        if self._callbacks != learner.callbacks.version:
+            self._callbacks, self._after = learner.callbacks.version, listeners(learner, phase, self._events)
+        for bound, event in self._after:
+            deliver(bound, event, phase, learner)
+
+    def _call_first(self, *inputs: Tensor) -> list[Tensor]:
+        """Run the graph for the first time; where it cannot run, set everything as it was.
+
+        Its inputs are copied to the host for this one call: a graph does not tell all that it changes.
+
+        Raises:
+            CompileError: An operation in it cannot be run as it was compiled.
+        """
+        before = [tensor.detach().to("cpu", copy=True) for tensor in inputs]
+        generators = generator_states()
+        try:
+            outputs = list(self._compiled(*inputs))
+        except Exception as error:
+            with torch.no_grad():
+                for tensor, old in zip(inputs, before, strict=True):
+                    if not torch.equal(tensor, old.to(tensor.device)):  # what overlaps itself cannot be copied to
+                        tensor.copy_(old)
+            put_generators(generators)
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise  # the graph can run, and callers know what this is
+            raise CompileError(
+                f"the step of {self._whose} was compiled, but cannot be run: {first_line(error)}. Nothing was changed. "
+                f"{WAYS_OUT}"
+            ) from error
+        self._call = self._compiled
+        return outputs
+
+    def _stop(self, found: list[Tensor], where: str, bad: float) -> None:
+        """End the fit if a step has found something not to be finite.
+
+        Raises:
+            CancelFittingException: Says what became what, and where.
+        """
+        if not bad:
+            return
+        look, numbers = self._first_bad(found)
+        if not look.names:
+            what = f"{look.what} became {numbers[0]}"
+        else:
+            slot = self._learner.updates.find(look.what)
+            named = [name for name, number in zip(look.names, numbers, strict=False) if not isfinite(number)]
+            what = bad_gradients(slot, named)
+        self._learner.finite.stop(what, where)
+
+    def _first_bad(self, found: list[Tensor]) -> tuple[Look, list[float]]:
+        looks = zip(self._looks, found, strict=True)
+        return next((look, numbers.tolist()) for look, numbers in looks if not numbers.isfinite().all())
+
+    def _end_early(self, phase: Phase, found: list[Tensor]) -> None:
+        """Note what a step did before it found something not to be finite: the updates before that have been made."""
+        events = self._events[: self._first_bad(found)[0].num_events]
+        for slot in self._slots:
+            if slot.end in events:
+                slot.end_gradients()
+        for bound, event in listeners(self._learner, phase, events):
+            deliver(bound, event, phase, self._learner)
+
+
+def listeners(learner: RunLearner, phase: Phase, events: list[Event]) -> list[tuple[tuple[Bound, ...], Event]]:
+    """Return the handlers that are called once a step's graph has run, with their events, in order."""
+    noting = {node.id for node in learner.callbacks.graph.nodes if node.callback.in_compiled_step == "after"}
+    table = learner.callbacks.table(type(phase))
+    found = [(tuple(bound for bound in table[type(event)] if bound[2] in noting), event) for event in events]
+    return [(bound, event) for bound, event in found if bound]
