@@ -24,8 +24,8 @@ def test_every_file_with_tests_is_collected_and_no_collected_file_is_empty() -> 
 
 
 def test_no_two_files_have_one_name() -> None:
-    """pytest imports them by their names alone."""
-    assert [name for name, times in Counter(path.name for path in FILES).items() if times > 1] == []
+    """pytest imports them by their names alone; what each folder's tests get stands in a conftest.py."""
+    assert [name for name, times in Counter(path.name for path in FILES).items() if times > 1] in ([], ["conftest.py"])
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.name.startswith("test_")], ids=lambda path: path.stem)

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from compiled_training import Scale, both, learner, learner_of, rows, weights
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fluxloop import Accelerator, Attribute, Callback, Scheduler, StepBegin, TrainingPhase, linear, on, runepoch
+
+pytestmark = pytest.mark.usefixtures("imported")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("plain")
+def test_modes_attributes_and_frozen_parameters_are_compared_at_each_epoch() -> None:
+    model = lambda: nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 4), nn.LeakyReLU(0.1))  # noqa: E731
+    changes: list[Callable[[nn.Sequential], object]] = [
+        lambda model: setattr(model[3], "negative_slope", 0.5),
+        lambda model: model[0].requires_grad_(False),
+        lambda model: setattr(model[1], "momentum", 0.5),
+        lambda model: model[2].weight.data.mul_(0.5),
+        lambda model: setattr(model[2].bias, "data", model[2].bias.data + 1),
+    ]
+    for change in changes:
+        made = [learner(compile, model=model) for compile in (False, "step")]
+        for each in made:
+            each.fit(2)
+            change(each.model)
+            each.fit(2)
+        for a, b in zip(*map(weights, made), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("plain")
+@pytest.mark.filterwarnings("ignore:the step of TrainingPhase has been compiled")
+def test_a_callback_that_changes_the_model_between_steps_is_seen() -> None:
+    class Slope(Callback):
+        writes = ("model",)
+
+        @on(StepBegin, TrainingPhase)
+        def change(self, event: Any, phase: Any, learner: Any) -> None:
+            learner.model[1].negative_slope += 0.1
+
+    model = lambda: nn.Sequential(nn.Linear(16, 8), nn.LeakyReLU(0.1), nn.Linear(8, 4))  # noqa: E731
+    both(3, model=model, callbacks=lambda: [Slope()])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("plain")
+def test_in_a_loop_of_ones_own_the_model_is_compared_at_every_step() -> None:
+    found = []
+    for compile in (False, "step"):
+        model = lambda: nn.Sequential(nn.Linear(16, 8), nn.LeakyReLU(0.1), nn.Linear(8, 4))  # noqa: E731
+        made, phase, (xs, ys) = learner(compile, model=model), TrainingPhase(), rows()
+        with runepoch(made, phase):
+            for _ in range(5):
+                made.model[1].negative_slope += 0.1
+                phase.step(made, (xs, ys))
+        found.append(weights(made))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+class Annealed:
+    """A loss function with a number."""
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def __call__(self, preds: Tensor, ys: Tensor) -> Tensor:
+        return functional.cross_entropy(preds, ys) * self.weight
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda made: setattr(made.model, "act", nn.Sigmoid()),
+        lambda made: setattr(made.model.config, "scale", 3.0),
+        lambda made: setattr(made, "loss_fn", partial(functional.cross_entropy, label_smoothing=0.5)),
+        lambda made: setattr(made.loss_fn, "weight", 0.1),
+        lambda made: made.model.double() and setattr(made, "loss_fn", lambda p, ys: functional.cross_entropy(p, ys)),
+        lambda made: made.optimizer.param_groups[0].update(lr=torch.tensor(0.01)),
+        lambda made: made.optimizer.load_state_dict(made.optimizer.state_dict()),
+        lambda made: made.optimizer.param_groups[0].update(momentum=0.5),
+        lambda made: torch.optim.lr_scheduler.StepLR(made.optimizer, 1),
+        lambda made: setattr(made.model.layer.weight, "data", made.model.layer.weight.data.t().contiguous().t()),
+    ],
+    ids=["part", "config", "loss", "loss's number", "dtype", "rate", "state", "option", "scheduler", "strides"],
+)
+def test_what_changes_between_fits_is_noticed(change: Any) -> None:
+    xs, ys = torch.randn(24, 6), torch.randint(3, (24,))
+
+    class Converted(TrainingPhase):
+        def entries(self, batch: Any) -> dict[str, Any]:
+            return {"xs": batch[0].to(next(iter(weights)).dtype), "ys": batch[1]}
+
+    found = []
+    for compile in (False, "step"):
+        torch.manual_seed(0)
+        made = learner_of(Scale(), accelerator=Accelerator("cpu", compile=compile), data=([(xs[:8], ys[:8])] * 3,))
+        made.loss_fn = Annealed(1.0)
+        weights = list(made.model.parameters())
+        made.fit(2, phases=[Converted()])
+        change(made)
+        made.fit(2, phases=[Converted()])
+        found.append([parameter.detach().clone() for parameter in made.model.parameters()])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=1e-5, atol=1e-6)
+
+
+class Finishing(TrainingPhase):
+    """Changes something in finish, after every step."""
+
+    def __init__(self, change: Callable[[Any, Any], object]) -> None:
+        self.change = change
+        self.options, self.center = {"weight": 1.0}, torch.zeros(3)
+
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        preds = learner.model(state.xs)
+        self.center = 0.5 * self.center + preds.detach().mean(0)
+        state.preds = preds - self.center
+        state.loss = learner.loss_fn(state.preds, state.ys) * self.options["weight"]
+        learner.backward(state.loss)
+        learner.update()
+
+    def finish(self, learner: Any, state: Any) -> None:
+        self.change(self, learner)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda phase, learner: None,
+        lambda phase, learner: phase.options.update(weight=phase.options["weight"] * 0.5),
+        lambda phase, learner: setattr(learner.model.config, "scale", learner.model.config.scale * 0.9),
+        lambda phase, learner: learner.model.layer.bias.requires_grad_(not learner.model.layer.bias.requires_grad),
+        lambda phase, learner: setattr(phase, "center", phase.center + 1),
+    ],
+    ids=["nothing", "its own", "a model's", "frozen", "a tensor"],
+)
+@pytest.mark.filterwarnings("ignore:the step of Finishing has been compiled")
+def test_what_finish_changes_is_noticed_and_a_tensor_that_the_body_replaces_is_kept(change: Any) -> None:
+    found = []
+    for compile in (False, "step"):
+        torch.manual_seed(0)
+        made = learner_of(Scale(), accelerator=Accelerator("cpu", compile=compile))
+        phase = Finishing(change)
+        made.fit(3, phases=[phase])
+        found.append((*made.model.parameters(), phase.center))
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("uncompiled")
+def test_an_attribute_that_a_schedule_sets_is_noticed_although_nobody_says_what_it_writes() -> None:
+    found = []
+    for compile in (False, "step"):
+        torch.manual_seed(0)
+        model = Scale()
+        rate = Scheduler({Attribute(model.config, "scale"): linear(6, 1.0, 0.1)})
+        made = learner_of(model, accelerator=Accelerator("cpu", compile=compile), callbacks=[rate])
+        made.fit(2)
+        found.append(list(model.parameters()))
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from compiled_training import Every, Model, Scale, learner, learner_of
+from torch import Tensor, nn
+
+from fluxloop import CompileError
+
+pytestmark = pytest.mark.usefixtures("imported")
+
+
+@pytest.mark.usefixtures("plain")
+def test_sparse_gradients_that_wait_are_refused() -> None:
+    class Embeds(Every):
+        def loss(self, learner: Any, state: Any) -> Tensor:
+            found: Tensor = learner.model(state.ys).square().mean()
+            return found
+
+    made = learner(model=lambda: nn.Embedding(4, 2, sparse=True), optimizer=partial(torch.optim.SGD, lr=0.1))
+    with pytest.raises(CompileError, match="sparse gradients wait for an update"):
+        made.fit(1, phases=[Embeds()])
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda model: model.layer.register_forward_hook(lambda *_: None),
+        lambda model: model.register_forward_pre_hook(lambda *_: None),
+        lambda model: model.layer.register_full_backward_pre_hook(lambda module, gradients: gradients),
+        lambda model: model.layer.weight.register_hook(lambda gradient: gradient * 2),
+        lambda model: model.layer.weight.register_post_accumulate_grad_hook(lambda parameter: None),
+    ],
+    ids=["forward", "before forward", "backward", "gradient", "accumulated"],
+)
+def test_hooks_are_refused(register: Callable[[Any], Any]) -> None:
+    model = Model(lambda model, out: out)
+    register(model)
+    with pytest.raises(CompileError, match="there are hooks on"):
+        learner_of(model).fit(1)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_hooks_of_an_optimizer_are_refused() -> None:
+    made = learner_of(Model(lambda model, out: out))
+    made.optimizer.register_step_post_hook(lambda *_: None)
+    with pytest.raises(CompileError, match="there are hooks on the optimizer"):
+        made.fit(1)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_tensors_that_share_memory_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
+    model[1].weight.data = model[0].weight.data
+    with pytest.raises(CompileError, match="share memory"):
+        learner_of(model).fit(1)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_step_of_an_optimizer_that_somebody_replaced_is_refused() -> None:
+    made = learner_of(Scale())
+    made.optimizer.step = lambda: None  # type: ignore[method-assign]  # what is tested
+    with pytest.raises(CompileError, match="was replaced"):
+        made.fit(1)
