@@ -30,6 +30,14 @@ MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"} | {"_flat_weights
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Attributes of modules that hold hooks; those of all modules have the same names after ``_global``."""
 
+STEP_HOOKS = (
+    "_backward_hooks",
+    "_post_accumulate_grad_hooks",
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+)
+"""Attributes of parameters and optimizers that hold hooks."""
+
 
 # The form of a step: what makes it another graph
 
@@ -112,13 +120,7 @@ def modules_of(learner: RunLearner, phase: Phase) -> list[nn.Module]:
 
 def has_hooks(thing: Any) -> bool:
     """Return whether a parameter or an optimizer has hooks."""
-    names = (
-        "_backward_hooks",
-        "_post_accumulate_grad_hooks",
-        "_optimizer_step_pre_hooks",
-        "_optimizer_step_post_hooks",
-    )
-    return any(getattr(thing, name, None) for name in names)
+    return any(getattr(thing, name, None) for name in STEP_HOOKS)
 
 
 # What is compared

@@ -93,6 +93,8 @@ class Graph:
         self._held = inputs.held
         self._forms = [form_of(getattr(inputs.holders[number], name)) for number, name in inputs.held]
         self._reads = [(n, name, value, seen(value)) for (n, name), value in traced.reads.items()]
+        self.calls = any(callable(value) for value in traced.reads.values())
+        """Whether it rests on functions or objects that a phase or a callback holds: see `calls_the_same`."""
         self._slots = learner.updates.slots if phase.gradients else ()
         self._groups = [(s, n, group) for s in self._slots for n, group in enumerate(s.optimizer.param_groups)]
         changing = {(id(group), name) for group, name, _ in inputs.options}

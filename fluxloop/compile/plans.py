@@ -29,7 +29,9 @@ from fluxloop.compile.conditions import (
     states_of,
 )
 from fluxloop.compile.fx import require_torch
+from fluxloop.compile.glance import Glance, NotPlainError
 from fluxloop.compile.graphs import Graph
+from fluxloop.compile.optimizer_stand_in import differing
 from fluxloop.compile.tracing import trace
 from fluxloop.errors import CompileError, warn_user
 from fluxloop.order.explain import fired_with
@@ -124,6 +126,7 @@ class Plan:
         self._inside: list[Callback] = []
         self._rests_on: dict[str, Any] = {}
         self._states: dict[str, Any] = {}
+        self._glance: Glance | None = None
         self._count = 0
         self._last_key: Any = None
         self._why = ""
@@ -141,10 +144,15 @@ class Plan:
             self._is_watched = changes_between_steps(learner, type(phase))
             self._inside = inside(learner, type(phase))
         epoch = None if learner.scope is None else learner.scope.parent
-        # nobody's code runs between the steps then
-        ours = learner._running.phase is phase and type(phase).epoch is Phase.epoch
-        if self._is_watched or not ours or epoch is not self._epoch:
-            self._compare(phase)
+        # in an epoch of fluxloop's own nobody's code runs between the steps, so that its first step stands for all
+        runs_alone = learner._running.phase is phase and type(phase).epoch is Phase.epoch
+        if self._is_watched or not runs_alone or epoch is not self._epoch:
+            if self._glance is None or not self._glance.shows_no_change(phase):
+                self._compare(phase, again=epoch is self._epoch)
+            for graphs in self._graphs.values():
+                for graph in tuple(graphs):
+                    if graph.calls and not graph.calls_the_same(phase):
+                        graphs.remove(graph)
             self._epoch = epoch
         key = (*map(Same, self._inside), *form_of_entries(state, learner.accelerator.device))
         if phase.gradients:
@@ -159,19 +167,28 @@ class Plan:
             self._epoch = None  # what this step makes is looked at before the next
         return made
 
-    def _compare(self, phase: Phase) -> None:
-        """Drop the graphs where something that they rest on has changed."""
+    def _compare(self, phase: Phase, again: bool) -> None:
+        """Drop the graphs where something that they rest on has changed.
+
+        Args:
+            phase: The running phase.
+            again: Whether it is compared at each step; a `Glance` tells from then on when it has to be.
+        """
         before, now = self._rests_on, rests_on(self._learner, phase)
         states = states_of(self._learner) if phase.gradients else {}
-        changed = [] if now == before else [n for n in {**before, **now} if before.get(n) != now.get(n)]
+        changed = [] if now == before else differing(before, now)
         # a state that was not there yet changes nothing: no graph steps its parameter, or the optimizer keeps none
         changed += [name for name, state in self._states.items() if states.get(name) != state]
         if changed:
             self._why = ", ".join(changed[:3]) if before else ""
             self._graphs.clear()
         self._rests_on, self._states = now, states
-        for alike in self._graphs.values():
-            alike[:] = [graph for graph in alike if graph.calls_the_same(phase)]
+        self._glance = None
+        if again and not changed:
+            try:
+                self._glance = Glance(self._learner, phase)
+            except NotPlainError:
+                pass  # it is described at each step
 
     def _make(self, key: Any, phase: Phase, state: StepState) -> Graph | None:
         learner = self._learner
@@ -180,8 +197,8 @@ class Plan:
             lazy = any(is_lazy(parameter) for module in modules for parameter in module.parameters())
             if lazy or learner.streams[phase.step_stream].index == 1:
                 return None  # the first step makes what the others find: optimizers' states, a phase's queue
-        alike = self._graphs.setdefault(key, [])
-        self._why = next((why for graph in alike if (why := graph.misfit(phase))), self._why)
+        graphs = self._graphs.setdefault(key, [])
+        self._why = next((why for graph in graphs if (why := graph.misfit(phase))), self._why)
         if not self._why and self._last_key is not None:
             self._why = ", ".join(f"the entry {name!r}" for name in entries_of_other_form(self._last_key, key))
         with preserved():
@@ -190,8 +207,8 @@ class Plan:
                 return None
             graph = Graph(learner, phase, self._inside, traced)
         self._last_key = key
-        alike.append(graph)
-        del alike[:-MANY]  # numbers that change at every step do not fill the memory
+        graphs.append(graph)
+        del graphs[:-MANY]  # numbers that change at every step do not fill the memory
         self._count += 1
         if self._count == MANY:
             warn_user(
