@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner
 
 MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"} | {"_flat_weights", "_flat_weight_refs"}
-"""Attributes of modules that are no numbers of the user's: what torch keeps there, a recurrent layer's lists too."""
+"""Attributes of modules that are no numbers of the user's, but torch's; a recurrent layer's lists too."""
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Attributes of modules that hold hooks; those of all modules have the same names after ``_global``."""
@@ -154,9 +154,10 @@ def rests_on(learner: RunLearner, phase: Phase) -> dict[str, Any]:
 
 
 def states_of(learner: RunLearner) -> dict[str, Any]:
-    """Describe the tensors that optimizers keep for parameters, those that have some."""
+    """Describe the tensors in the optimizers' states by parameter; those without any are left out."""
     found: dict[str, Any] = {}
     for slot in learner.updates.slots:
+        # by which tensor it is too: a loaded state has others, and the graph would go on with the old ones
         for index, parameter in enumerate(slot.parameters):
             entries = slot.optimizer.state.get(parameter, {})
             state = [(name, tensor_or_seen(value)) for name, value in entries.items() if isinstance(value, Tensor)]

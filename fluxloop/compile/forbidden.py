@@ -137,7 +137,7 @@ def noting_entropy(noted: list[str]) -> Iterator[None]:
         module._urandom = own
 
 
-# What is kept outside of the learner
+# Containers outside of the learner
 
 
 def containers_of(functions: Iterable[Any]) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def names_in(code: CodeType) -> set[str]:
 
 @contextmanager
 def noting_containers(functions: Iterable[Any]) -> Iterator[list[str]]:
-    """Note which containers outside of the learner functions change meanwhile, and put them back.
+    """Note which containers outside of the learner functions change meanwhile, and set them as they were.
 
     The list is complete once the context is left.
 

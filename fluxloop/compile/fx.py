@@ -45,7 +45,7 @@ def as_compilers_trace(gradients: bool) -> Iterator[None]:
     torch.compiler._is_compiling_flag = True
     (onednn, *_) = torch.backends.mkldnn.set_flags(False) if gradients else (None,)  # type: ignore[no-untyped-call]  # torch's
     try:
-        with torch._dispatch.python.enable_python_dispatcher():
+        with torch._dispatch.python.enable_python_dispatcher():  # decompositions that are written in Python
             yield
     finally:
         torch.compiler._is_compiling_flag = before

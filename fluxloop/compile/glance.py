@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from operator import attrgetter, is_, itemgetter
 from types import MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -28,12 +28,15 @@ from fluxloop.phase import Phase
 if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner
 
-GLOBAL_HOOKS = tuple(name for hooks in HOOKS if (name := f"_global{hooks}") in vars(nn.modules.module))
 IS_ITSELF = (*SCALARS, float, Tensor, nn.Module, Optimizer, type, ModuleType)
 """Types of values that `seen` describes by what they say, or by who they are: the same object says the same."""
+MODULES = (nn.Module, Phase)
+"""Types of what a phase holds and a step may run."""
+HOOKS_OF_ALL = itemgetter(*(name for hooks in HOOKS if (name := f"_global{hooks}") in vars(nn.modules.module)))
 FORM = attrgetter("shape", "dtype", "device", "requires_grad")
 PARTS_OF_A_PARTIAL = attrgetter("func", "args", "keywords")
-HOOKS_OF_A_PARAMETER = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
+PARAMETERS, GROUPS, STATE = attrgetter("parameters"), attrgetter("param_groups"), attrgetter("state")
+PARAMS = itemgetter("params")
 
 
 class Glance:
@@ -57,35 +60,38 @@ class Glance:
         self._partials: list[Any] = []
         self._tensors: list[Tensor] = []
         self._described: list[tuple[Any, int, Any]] = []
-        self._holders: list[dict[str, Any]] = []
-        for holder in holders_of(phase):
-            self._holders.append(plain_attributes(holder))
+        self._holders = [plain_attributes(holder) for holder in holders_of(phase)]
         self._parts = list({part: None for module in modules_of(learner, phase) for part in module.modules()})
         for part in self._parts:
             self._add_module(part)
         self._add(learner.loss_fn, 4)
-        self._optimizers: list[tuple[Any, ...]] = []
+        self._optimizers: list[Any] = []
         self._groups: list[dict[str, Any]] = []
-        self._parameters: list[nn.Parameter] = []
-        for slot in learner.updates.slots if phase.gradients else ():
+        for slot in self._slots if phase.gradients else ():
             self._add_optimizer(slot.optimizer)
-            self._parameters += slot.parameters
-        # once all objects are found, what stands in them
+        # all objects are found: what stands in them now
         self._kinds = [*map(type, self._parts)]
         self._hooks = [hooks for part in self._parts for hooks in map(vars(part).get, HOOKS) if hooks is not None]
-        self._held = [value for own in self._holders for value in own.values() if isinstance(value, (nn.Module, Phase))]
-        self._slot_parameters = [slot.parameters for slot in learner.updates.slots]
+        self._held = [value for own in self._holders for value in own.values() if isinstance(value, MODULES)]
         self._lengths = [*map(len, self._dicts)]
         self._names = [*chain.from_iterable(self._dicts)]
         self._values = [*chain.from_iterable(map(dict.values, self._dicts))]
         self._list_lengths = [*map(len, self._lists)]
         self._items = [*chain.from_iterable(self._lists)]
-        self._params = [*map(itemgetter("params"), self._groups)]
         self._parts_of_partials = [*chain.from_iterable(map(PARTS_OF_A_PARTIAL, self._partials))]
         self._forms = [*map(FORM, self._tensors)]
         self._strides = [*map(Tensor.stride, self._tensors)]
-        if any(map(len, self._hooks)) or any(map(bool, map(HOOKS_OF_A_PARAMETER[0], self._parameters))):
-            raise NotPlainError  # hooks are refused when the step is traced; until then all is described
+        self._slot_lengths = [*map(len, map(PARAMETERS, self._slots))]
+        self._slot_parameters = [*chain.from_iterable(map(PARAMETERS, self._slots))]
+        self._group_lists, self._states = [*map(GROUPS, self._optimizers)], [*map(STATE, self._optimizers)]
+        self._optimizers_own = [vars(optimizer) for optimizer in self._optimizers]
+        self._steps = [own.get("step") for own in self._optimizers_own]
+        self._params = [*map(PARAMS, self._groups)]
+        stepped = [*self._optimizers, *(self._slot_parameters if phase.gradients else ())]
+        self._stepped = [thing for thing in stepped for _ in STEP_HOOKS]
+        self._hook_names = [name for _ in stepped for name in STEP_HOOKS]
+        if not self.shows_no_change(phase):  # there are hooks, which a trace refuses
+            raise NotPlainError
 
     def _add_module(self, part: nn.Module) -> None:
         """Remember what a module holds; parts that joined it since are seen in ``_modules``."""
@@ -94,22 +100,18 @@ class Glance:
         for name, value in own.items():
             if name not in MODULE_INTERNALS:
                 self._add(value, 4)
-        for tensor in (*part._parameters.values(), *part._buffers.values()):
-            self._add(tensor, 4)
-        self._tensors += [
-            value
-            for value in (*own.values(), *part._parameters.values(), *part._buffers.values())
-            if isinstance(value, Tensor)
-        ]
-        if any(map(is_lazy, part._parameters.values())) or any(map(is_lazy, part._buffers.values())):
+        places = (*own.values(), *part._parameters.values(), *part._buffers.values())
+        tensors = [value for value in places if isinstance(value, Tensor)]
+        if any(map(is_lazy, tensors)):  # they have no shape yet
             raise NotPlainError
+        self._tensors += tensors
 
     def _add_optimizer(self, optimizer: Any) -> None:
         """Remember the groups and the state of an optimizer."""
         if not isinstance(optimizer.state, dict):
             raise NotPlainError
         groups, state = optimizer.param_groups, optimizer.state
-        self._optimizers.append((optimizer, groups, state, vars(optimizer).get("step")))
+        self._optimizers.append(optimizer)
         self._groups += groups
         self._lists += [groups, *(group["params"] for group in groups)]
         self._dicts.append(state)
@@ -155,59 +157,46 @@ class Glance:
     def shows_no_change(self, phase: Phase) -> bool:
         """Return whether everything is where it was.
 
-        One function without helpers, and loops in C: it runs at every step of a loop of the user's own.
+        One expression whose loops run in C: it is evaluated at every step of a loop of the user's own, where a call
+        for each module, tensor and option took longer than a small model's step. Lengths are compared first, since
+        `map` ends with the shorter one.
         """
-        learner = self._learner
-        if (
-            phase is not self._phase
-            or phase.gradients is not self._gradients
-            or phase.model_view
-            or learner.models is not self._models
-            or learner.loss_fn is not self._loss_fn
-            or learner.updates.slots is not self._slots
-        ):
-            return False
-        values = [*chain.from_iterable(map(dict.values, self._dicts))]
-        items = [*chain.from_iterable(self._lists)]
-        if [*map(len, self._dicts)] != self._lengths or [*map(len, self._lists)] != self._list_lengths:
-            return False
-        if not (
-            all(map(is_, values, self._values))
-            and all(map(is_, items, self._items))
+        learner, slots = self._learner, self._slots
+        return (
+            phase is self._phase
+            and phase.gradients is self._gradients
+            and not phase.model_view
+            and learner.models is self._models
+            and learner.loss_fn is self._loss_fn
+            and learner.updates.slots is slots
+            # what stands in dicts, lists and partials, and under which names
+            and [*map(len, self._dicts)] == self._lengths
+            and [*map(len, self._lists)] == self._list_lengths
+            and all(map(is_, chain.from_iterable(map(dict.values, self._dicts)), self._values))
             and all(map(is_, chain.from_iterable(self._dicts), self._names))
-            and all(map(is_, map(type, self._parts), self._kinds))
-            and all(map(is_, map(itemgetter("params"), self._groups), self._params))
+            and all(map(is_, chain.from_iterable(self._lists), self._items))
             and all(map(is_, chain.from_iterable(map(PARTS_OF_A_PARTIAL, self._partials)), self._parts_of_partials))
-        ):
-            return False
-        if [*map(FORM, self._tensors)] != self._forms or [*map(Tensor.stride, self._tensors)] != self._strides:
-            return False
-        if any(map(len, self._hooks)) or any(map(len, itemgetter(*GLOBAL_HOOKS)(vars(nn.modules.module)))):
-            return False
-        for hooks in HOOKS_OF_A_PARAMETER:
-            if any(map(hooks, self._parameters)):
-                return False
-        for slot, parameters in zip(self._slots, self._slot_parameters, strict=True):
-            if len(slot.parameters) != len(parameters) or not all(map(is_, slot.parameters, parameters)):
-                return False
-        for optimizer, groups, state, step in self._optimizers:
-            if optimizer.param_groups is not groups or optimizer.state is not state:
-                return False
-            if vars(optimizer).get("step") is not step:
-                return False
-            for name in STEP_HOOKS:
-                if getattr(optimizer, name, None):
-                    return False
-        number = 0
-        for own in self._holders:
-            for value in own.values():
-                if isinstance(value, (nn.Module, Phase)):
-                    if number == len(self._held) or self._held[number] is not value:
-                        return False
-                    number += 1
-        if number != len(self._held):
-            return False
-        return not self._described or all(seen(value, depth) == before for value, depth, before in self._described)
+            and len(held := [v for own in self._holders for v in own.values() if isinstance(v, MODULES)])
+            == len(self._held)
+            and all(map(is_, held, self._held))
+            # modules and their hooks
+            and all(map(is_, map(type, self._parts), self._kinds))
+            and not any(map(len, self._hooks))
+            and not any(map(len, HOOKS_OF_ALL(vars(nn.modules.module))))
+            # tensors
+            and [*map(FORM, self._tensors)] == self._forms
+            and [*map(Tensor.stride, self._tensors)] == self._strides
+            # optimizers
+            and [*map(len, map(PARAMETERS, slots))] == self._slot_lengths
+            and all(map(is_, chain.from_iterable(map(PARAMETERS, slots)), self._slot_parameters))
+            and all(map(is_, map(GROUPS, self._optimizers), self._group_lists))
+            and all(map(is_, map(STATE, self._optimizers), self._states))
+            and all(map(is_, map(dict.get, self._optimizers_own, repeat("step")), self._steps))
+            and all(map(is_, map(PARAMS, self._groups), self._params))
+            and not any(map(getattr, self._stepped, self._hook_names, repeat(None)))
+            # what only a description shows
+            and (not self._described or all(seen(value, depth) == old for value, depth, old in self._described))
+        )
 
 
 class NotPlainError(Exception):

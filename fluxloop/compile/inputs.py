@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner
 
 NUMBERS = (type(None), bool, int, float, str)
-"""What an optimizer may keep of a parameter besides tensors."""
+"""Types that an optimizer's state may have besides tensors."""
 
 
 @define(eq=False)
@@ -57,7 +57,7 @@ class Inputs:
     waiting: list[nn.Parameter]
 
     def tensors(self) -> list[Any]:
-        """Return the inputs in the order in which a graph takes them: what is fixed first, then what changes."""
+        """Return the inputs in the order of the graph: fixed ones first, then what changes from step to step."""
         return [
             *self.fixed,
             *(option for *_, option in self.options),
@@ -77,6 +77,7 @@ def inputs_of(
     """
     parts = [part for module in modules for part in module.modules()]
     slots = learner.updates.slots if phase.gradients else ()
+    # a module may hold tensors as plain attributes too: a mask, or statistics that it counts by itself
     places = [
         (where, name, tensor)
         for part in parts
@@ -92,7 +93,7 @@ def inputs_of(
         parts=parts,
         slots=slots,
         places=places,
-        fixed=unique(
+        fixed=unique(  # a tensor in two places, such as a shared weight, is one input
             [
                 *(tensor for *_, tensor in places),
                 *(parameter for slot in slots for parameter in slot.parameters),

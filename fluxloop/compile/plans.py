@@ -52,7 +52,7 @@ def require(learner: RunLearner, phases: Iterable[type[Phase]]) -> None:
     """Raise for phases whose steps cannot be one graph.
 
     Raises:
-        CompileError: Names who stands in the way: a callback, its event and path; the phase's own step; or an
+        CompileError: Names what stands in the way: a callback, its event and path; the phase's own step; or an
             accelerator that computes gradients or updates in ways of its own.
     """
     kind = type(learner.accelerator)
@@ -110,12 +110,21 @@ class CompiledSteps:
             graph.run(phase, state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledSteps:
-        """Give a copied learner none: graphs are bound to the tensors of the original."""
+        """Return an empty one for a copied learner: graphs are bound to the tensors of the original."""
         return CompiledSteps(copy.deepcopy(self._learner, memo))
 
 
 class Plan:
-    """The graphs of one phase class, and what they rest on."""
+    """The graphs of one phase class, and what they rest on.
+
+    A graph is chosen in two stages. What changes seldom (modules, the loss function, optimizers) is compared
+    once in an epoch of fluxloop's own, and at each step elsewhere; all graphs go where it has changed. The form
+    of the entries, the phase's attributes and the optimizers' options differ from step to step, and choose one
+    of the graphs that are there.
+
+    Args:
+        learner: Whose steps they are.
+    """
 
     def __init__(self, learner: RunLearner) -> None:
         self._learner = learner
@@ -132,7 +141,7 @@ class Plan:
         self._why = ""
 
     def graph(self, phase: Phase, state: StepState) -> Graph | None:
-        """Give the graph for a step, compiled now if there is none; None where this step has to run as it is.
+        """Return the graph for a step, compiled now if there is none; None where this step has to run as it is.
 
         Raises:
             CompileError: The step cannot be compiled.
@@ -196,7 +205,9 @@ class Plan:
         if phase.gradients:
             lazy = any(is_lazy(parameter) for module in modules for parameter in module.parameters())
             if lazy or learner.streams[phase.step_stream].index == 1:
-                return None  # the first step makes what the others find: optimizers' states, a phase's queue
+                # the first step makes what the others find: optimizers' states, a phase's queue. It runs as it is:
+                # a tensor that is made inside a graph is not there for the next step
+                return None
         graphs = self._graphs.setdefault(key, [])
         self._why = next((why for graph in graphs if (why := graph.misfit(phase))), self._why)
         if not self._why and self._last_key is not None:

@@ -57,6 +57,7 @@ class StandIn:
         self.accelerator = AcceleratorStandIn(learner.accelerator.device)
         names: Any = {leaves[parameter]: name for parameter, name in learner.updates.names.items()}
         self.updates = Updates(self, names, optimizers)
+        # a window that is open in the learner is open here, of some other step; whose step it was does not matter
         for slot in self.updates.slots:  # none in a phase without gradients
             of_learner = learner.updates.find(slot.name)
             slot.consumed, slot.in_block = False, of_learner.in_block
@@ -120,6 +121,7 @@ class AcceleratorStandIn:
 
     def backward(self, loss: Tensor, own: Any, *, alone: bool = False, retain_graph: bool = False) -> None:
         """Add the gradients of a loss, as `Accelerator.backward` does, in new tensors: old ones may be inputs."""
+        # the engine would add to `leaf.grad` in place, and an old gradient may be an input of the graph
         before = {leaf: leaf.grad for leaf in own if leaf.grad is not None}
         for leaf in before:
             leaf.grad = None
@@ -217,6 +219,7 @@ class FiniteStandIn:
             self._look(torch.where(fine, 0.0, float("nan")), name, [updates.names[leaf] for leaf in leaves])
 
     def _look(self, numbers: Tensor, what: str | None, names: list[str]) -> None:
+        # fired so far, without the event at which it looks
         self.looks.append(Look(numbers, what, names, len(self._learner.fired) - 1))
         self._learner.skip_update(~numbers.isfinite().all())
 

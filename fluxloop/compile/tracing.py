@@ -81,7 +81,7 @@ class Traced:
             the entries in `stored`, and the gradients in `waiting_after`, in this order.
         constants: Tensors from elsewhere, such as those that a function closes over.
         example: All inputs of the graph as they were when it was traced.
-        looks: The looks at losses and gradients that the graph takes: its first outputs are what they found.
+        looks: At losses and gradients; the graph's first outputs are what they found.
         reads: What was read of the holders besides tensors, by (number of the holder, attribute).
         changed: Which of the inputs after the fixed ones it changes in place, by number.
         stored: The entries that the body stored, each with stand-ins for its tensors.
@@ -267,6 +267,7 @@ class Run:
         changing = flat[len(inputs.fixed) :]
         versions = [tensor._version for tensor in changing]
         placed = self._place(flat)
+        # assigning .data leaves the tensor and its version as they are; its memory is another one
         memory = {leaf: leaf.untyped_storage()._cdata for leaf in placed.leaves.values()}
         stepped: dict[str | None, dict[str, None]] = {}
         for name, optimizer in placed.optimizers.items():
@@ -320,6 +321,7 @@ class Run:
             for parameter in part._parameters.values():
                 if parameter is not None and parameter not in leaves:
                     leaf = leaves[parameter] = by_id[id(parameter)].detach()
+                    # whoever changes the detached one in place changes the input, whose memory it shares
                     leaf.requires_grad_(parameter.requires_grad and inputs.phase.gradients)
         of_places = [leaves[t] if isinstance(t, nn.Parameter) else by_id[id(t)] for *_, t in inputs.places]
         for (place, name, _), stand_in in zip(inputs.places, of_places, strict=True):
@@ -350,6 +352,7 @@ class Run:
                 self.consumed.append(slot)
             waits, begun = now.first_step is not None, now.first_step is learner.step
             leaves = [leaf for leaf in now.parameters if leaf.grad is not None]
+            # learner.backward opens a window; gradients without one come from a loss.backward() of the user's
             if slot.first_step is None and not waits:
                 if leaves and slot.name not in stepped:
                     raise refusal(
@@ -368,7 +371,7 @@ class Run:
         Raises:
             CompileError: No graph can store one, or change it in place.
         """
-        vars(state).pop("grads", None)
+        vars(state).pop("grads", None)  # a view of the gradients, which are gone when the graph has run
         given = {id(tensor) for value in entries.values() for tensor in tensors(value)}
         for name, value in vars(state).items():
             if value is not entries.get(name) or any(id(tensor) not in given for tensor in tensors(value)):
@@ -399,6 +402,7 @@ class Run:
         inputs = self.inputs
         buffers = {id(part._buffers) for part in inputs.parts}
         for (place, name, _), stand_in in zip(inputs.places, placed.of_places, strict=True):
+            # a buffer that forward computes anew (`self.count = self.count + 1`) is common; parameters have to stay
             now = place.get(name)
             if now is not stand_in and not (id(place) in buffers and replaces(now, stand_in)):
                 raise refusal(
@@ -424,6 +428,7 @@ class Run:
                 if isinstance(value, Tensor) and isinstance(old, Tensor):
                     if value is not placed.by_id[id(old)]:
                         placed.by_id[id(old)].copy_(value)
+                # a state that a graph made would be lost: its outputs are entries and gradients alone
                 elif isinstance(value, Tensor) or (name not in before and value is not None):
                     self.makes_state = True
                 elif value != old:

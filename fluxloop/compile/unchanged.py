@@ -137,6 +137,7 @@ def noting_reads(holders: list[Any]) -> Iterator[dict[tuple[int, str], Any]]:
             number = numbers.get(id(holder))
             if number is None or name.startswith("__") or isinstance(value, (Tensor, Phase)):
                 return value
+            # an instance may hold a function, or override what its class says: then it may change, and is noted
             declared = callable(value) or hasattr(Phase, name)  # methods, and what every phase class says
             if name in own[number] or not declared:
                 reads.setdefault((number, name), value)
