@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 import fluxloop
-import fluxloop.compile.plans
+import fluxloop.compile.graphs
 from fluxloop import Accelerator, CompileError, Learner, Phase, TrainingPhase, ValidationPhase
 from fluxloop.testing import assert_same_bits, toy_learner
 
@@ -153,7 +153,7 @@ def defined_on(page: Path) -> dict[str, Any]:
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run graphs as they were traced, without a compiler: the same operations, in no time."""
-    monkeypatch.setattr(fluxloop.compile.plans, "lower", lambda graph, inputs, device: torch.no_grad()(graph))
+    monkeypatch.setattr(fluxloop.compile.graphs, "lower", lambda graph, inputs, device: torch.no_grad()(graph))
 
 
 def supervised(compile: Any) -> Learner[Any]:
