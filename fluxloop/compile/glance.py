@@ -22,13 +22,13 @@ from torch.optim import Optimizer
 
 from fluxloop.compile.conditions import HOOKS, MODULE_INTERNALS, STEP_HOOKS, holders_of, modules_of
 from fluxloop.persist.plain import WATCHED, attributes
-from fluxloop.persist.seen import SCALARS, seen
+from fluxloop.persist.seen import CONSTANTS, seen
 from fluxloop.phase import Phase
 
 if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner
 
-IS_ITSELF = (*SCALARS, float, Tensor, nn.Module, Optimizer, type, ModuleType)
+IS_ITSELF = (*CONSTANTS, float, Tensor, nn.Module, Optimizer, type, ModuleType)
 """Types of values that `seen` describes by what they say, or by who they are: the same object says the same."""
 MODULES = (nn.Module, Phase)
 """Types of what a phase holds and a step may run."""
