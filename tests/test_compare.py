@@ -57,17 +57,20 @@ def test_a_version_for_fluxloop_trains_the_same_bits_as_plain_pytorch(task: str,
     assert set(ours.updates.values()) == {EPOCHS * 11}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["byol", "simclr"])
 def test_both_measure_the_same_features(task: str) -> None:
     assert trained(task, "fluxloop").scores["knn"] == pytest.approx(trained(task, "torch").scores["knn"])
     assert trained(task, "fluxloop").scores.keys() == trained(task, "torch").scores.keys()
 
 
+@pytest.mark.slow
 def test_the_averaged_generator_is_another_than_the_live_one() -> None:
     weights = trained("gan", "fluxloop").weights
     assert not torch.equal(weights["average"]["1.weight"], weights["gen"]["1.weight"])
 
 
+@pytest.mark.slow
 def test_every_version_of_the_gan_draws_a_grid_per_epoch() -> None:
     for framework in ("torch", "fluxloop", "fluxloop_phase"):
         assert sum(name.endswith(".png") for name in trained("gan", framework).files) == EPOCHS
@@ -83,6 +86,7 @@ def test_a_version_without_clipping_or_schedule_trains_something_else(left_out: 
     assert run.farthest(without, whole, {"gen", "disc"}) > 1e-4
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("framework", ["fluxloop", "fluxloop_phase"])
 @pytest.mark.parametrize("task", run.TASKS)
 def test_a_version_for_fluxloop_writes_a_checkpoint_per_epoch(task: str, framework: str) -> None:

@@ -853,7 +853,7 @@ def test_the_average_can_be_probed_sampled_and_explained(place: str, plain: Plai
     assert f"KNNProbe reads '{path}'" in told
 
 
-@pytest.mark.slow(quick=3)
+@pytest.mark.slow(quick=1)
 @pytest.mark.filterwarnings("ignore:the fit stops")
 @every_setting
 @pytest.mark.parametrize("callbacks", [False, True], ids=["defaults", "all"])

@@ -42,6 +42,7 @@ def run_block(page: Path, match: re.Match[str], namespace: dict[str, Any]) -> No
     exec(compile("\n" * line + match[2], str(page), "exec"), namespace)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs_and_prints_what_it_says(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -183,6 +184,7 @@ def test_the_phase_that_the_tutorial_builds_says_what_the_built_in_one_says(buil
     assert mine == {name: theirs[name] for name in mine}
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("compile", [False, "step"])
 def test_the_phase_that_the_tutorial_builds_trains_the_same_bits_as_the_built_in_one(
     traced: None, compile: Any
@@ -204,6 +206,7 @@ def adversarial(noise: int, compile: Any) -> Learner[Any]:
     return Learner(models, data=(torch.randn(256, 2),), optimizer=adam, accelerator=accelerator, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "name", "arguments", "make", "graphs"),
     [

@@ -852,6 +852,7 @@ def test_ctrl_c_ends_the_fit_after_the_running_step(interrupted):
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_pressed_twice_ends_the_fit_at_once(interrupted):
     result = interrupted["twice"]
     assert result["error"] is None
@@ -881,6 +882,7 @@ def test_ctrl_c_ends_a_fit_whose_steps_fire_no_events(interrupted):
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_fit_in_validation(interrupted):
     result = interrupted["validation"]
     assert result["error"] is None
@@ -894,6 +896,7 @@ def test_ctrl_c_ends_a_fit_in_validation(interrupted):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["inline", "decorated", "mixed"])
 def test_ctrl_c_ends_a_fit_after_the_step_however_the_step_is_written(interrupted, name):
     result = interrupted[name]
@@ -910,6 +913,7 @@ def test_ctrl_c_ends_a_fit_after_the_step_however_the_step_is_written(interrupte
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["once", "twice", "bare", "validation"])
 def test_after_ctrl_c_the_signal_is_pythons_again_and_the_next_fit_is_a_normal_one(interrupted, name):
     result = interrupted[name]

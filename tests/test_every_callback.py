@@ -622,6 +622,7 @@ def without_clock(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "callbacks": callbacks}
 
 
+@pytest.mark.slow
 def test_all_together_a_run_that_is_killed_and_resumed_ends_the_same_to_the_bit(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -643,6 +644,7 @@ def test_all_together_nothing_is_told_to_be_lost(capsys: pytest.CaptureFixture[s
     assert [entry.path for entry in learner.checkpoint_manifest() if entry.kind == "not kept"] == []
 
 
+@pytest.mark.slow
 def test_all_together_leave_the_model_in_train_mode_in_every_training_step(capsys: pytest.CaptureFixture[str]) -> None:
     modes: list[bool] = []
 

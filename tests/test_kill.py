@@ -61,6 +61,7 @@ def test_a_script_killed_at_random_moments_and_started_again_ends_as_one_that_wa
     assert set(told["digests"]) == {unkilled}
 
 
+@pytest.mark.slow
 def test_a_script_told_to_terminate_stops_after_its_step_and_says_so_by_its_status(order: Order, unkilled: str) -> None:
     told = order(signal.SIGTERM, KILLS)
     assert told["wrong"] == []

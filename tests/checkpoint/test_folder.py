@@ -399,6 +399,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
+@pytest.mark.slow
 def test_a_folder_that_a_living_process_writes_to_is_refused_with_that_process(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:

@@ -186,6 +186,7 @@ def is_train(optimizer: Any) -> bool:
 # Optimizers
 
 
+@pytest.mark.slow(quick=1)
 @each_kind
 @pytest.mark.parametrize("validated", [True, False])
 def test_an_optimizer_with_modes_trains_as_in_a_hand_written_loop_to_the_bit(kind: Any, validated: bool) -> None:

@@ -39,6 +39,7 @@ def series(folder: Path, name: str, axis: str) -> list[tuple[int, float]]:
     return [(row[axis], row[name]) for row in rows(folder) if name in row]
 
 
+@pytest.mark.slow
 def test_what_is_logged_is_read_back_from_its_file(tmp_path: Path) -> None:
     backend = offline(tmp_path, name="first")
     log_to(backend, HyperParameters({"lr": 0.1, "model": {"width": 8}}), "chosen", 0)

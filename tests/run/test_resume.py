@@ -765,6 +765,7 @@ class GoesOn(TrainingPhase):
                 self.step(learner, (batch[0] * 2, batch[1]))
 
 
+@pytest.mark.slow
 def test_a_phase_that_says_its_own_epoch_goes_on_is_gone_on_with_in_the_middle() -> None:
     make = partial(classifier, (TensorBatches(*rows(), batch_size=3, shuffle=True),))
     assert_resumes_exactly(make, phases=lambda: [GoesOn()], at=[1, 2, 4, 5, 8])
