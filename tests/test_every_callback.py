@@ -630,6 +630,7 @@ def test_all_together_a_run_that_is_killed_and_resumed_ends_the_same_to_the_bit(
     assert_resumes_and_writes_the_same(lambda: noisy_learner(*shuffled(everybody(BUSY), next(seeds))), at=AT)
 
 
+@pytest.mark.slow(quick=22)
 @every
 def test_a_checkpoint_keeps_whatever_it_writes(cls: type[Callback]) -> None:
     learner = learner_with(MAKE[cls](), *others(cls), *([] if cls is Checkpointer else [Checkpointer("all")]))

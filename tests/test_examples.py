@@ -257,6 +257,7 @@ def test_an_epoch_of_ones_own_can_update_with_what_is_left() -> None:
 # Regression on all rows at once
 
 
+@pytest.mark.slow
 def test_full_batch_regression_prints_the_loss_at_each_tenth_step(capsys: pytest.CaptureFixture[str]) -> None:
     xs = torch.randn(100, 3)
     ys = (xs * torch.tensor([0.2, -1.3, -0.5])).sum(1, keepdim=True) + torch.randn(100, 1)

@@ -73,6 +73,7 @@ def test_each_name_is_what_its_module_has(package: str) -> None:
             assert vars(module)[name] is thing  # and found without asking from then on
 
 
+@pytest.mark.slow
 def test_modules_need_no_import_of_their_own() -> None:
     code = """
 import json, fluxloop
@@ -129,6 +130,7 @@ print(json.dumps([sorted(first), sorted(loaded() - first)]), file=sys.__stdout__
 """
 
 
+@pytest.mark.slow
 def test_a_learner_loads_what_a_plain_fit_needs_and_nothing_later() -> None:
     code = f"import contextlib, os\nwith contextlib.redirect_stdout(open(os.devnull, 'w')):\n{indented(LEARNER)}"
     first, later = in_a_new_process(code)
@@ -166,6 +168,7 @@ def indented(code: str) -> str:
 # What looks at the classes that there are
 
 
+@pytest.mark.slow
 def test_what_is_not_loaded_yet_is_known_by_name() -> None:
     code = """
 import json
@@ -195,6 +198,7 @@ print(json.dumps([
     assert misspelt.endswith("did you mean 'BYOLPhase'?")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_loaded_where_its_phases_have_not_been_named(tmp_path: Path) -> None:
     parts = {"encoder": nn.Linear(3, 2), "decoder": nn.Linear(2, 3)}
     learner = Learner(parts, data=(torch.ones(4, 3),), seed=1)
@@ -217,6 +221,7 @@ print(json.dumps([rows, parts["encoder"].weight.tolist()]))
     assert weight == parts["encoder"].weight.tolist()
 
 
+@pytest.mark.slow
 def test_a_pickled_callback_arrives_in_a_process_that_has_not_imported_fluxloop() -> None:
     code = """
 import json, pickle, sys

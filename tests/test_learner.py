@@ -384,6 +384,7 @@ def test_an_init_that_fails_leaves_the_callbacks_as_they_were() -> None:
 # Copies, and what is left behind
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("defaults", [False, True])
 def test_a_learner_and_its_model_are_garbage_once_nobody_holds_them(defaults: bool) -> None:
     learner = toy_learner(default_callbacks=defaults, callbacks=quiet() if defaults else ())

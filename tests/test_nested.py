@@ -74,6 +74,7 @@ tensors_alone = st.recursive(rows(5), containers, max_leaves=8)
 quick = settings(deadline=None, max_examples=50)
 
 
+@pytest.mark.slow
 @quick
 @given(anything)
 def test_changing_every_tensor_and_changing_it_back_gives_the_same_nest(nest: Any) -> None:

@@ -229,6 +229,7 @@ print(digest.hexdigest(), learner.callbacks.digest, history["validation/mae"])
 """
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_in_two_processes_whatever_their_hash_seed() -> None:
     started = [
         subprocess.Popen(
@@ -250,11 +251,13 @@ def test_the_same_seed_gives_the_same_bits_in_two_processes_whatever_their_hash_
 # Watching changes nothing
 
 
+@pytest.mark.slow
 @WORKERS
 def test_a_validation_pass_changes_nothing(reference: Reference, workers: int) -> None:
     assert_same_bits(train(make_learner(workers=workers), ValidationPhase()), reference(workers))
 
 
+@pytest.mark.slow(quick=1)
 @WORKERS
 def test_several_validation_passes_and_a_prediction_pass_change_nothing(reference: Reference, workers: int) -> None:
     class Predict(PredictionPhase):
@@ -282,6 +285,7 @@ def defaults() -> dict[str, list[Callback]]:
     return each
 
 
+@pytest.mark.slow(quick=1)
 @WORKERS
 @pytest.mark.parametrize("name", defaults())
 def test_a_default_callback_changes_nothing(reference: Reference, name: str, workers: int) -> None:
@@ -289,6 +293,7 @@ def test_a_default_callback_changes_nothing(reference: Reference, name: str, wor
     assert_same_bits(train(learner), reference(workers))
 
 
+@pytest.mark.slow(quick=1)
 @WORKERS
 def test_all_default_callbacks_and_validation_change_nothing(reference: Reference, workers: int) -> None:
     learner = make_learner(*defaults()["all"], workers=workers)
@@ -315,6 +320,7 @@ def test_another_callback_changes_nothing(reference: Reference, name: str) -> No
     assert_same_bits(train(make_learner(Recorder(), others()[name])), reference(0))
 
 
+@pytest.mark.slow(quick=1)
 @WORKERS
 @pytest.mark.parametrize("observer", [Draws, SaysItDraws], ids=["undeclared", "draws = True"])
 def test_a_callback_that_draws_at_every_event_changes_nothing(
@@ -325,6 +331,7 @@ def test_a_callback_that_draws_at_every_event_changes_nothing(
     assert len(callback.numbers) > EPOCHS * 5 * 7
 
 
+@pytest.mark.slow(quick=5)
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("observer", [Draws, SaysItDraws], ids=["undeclared", "draws = True"])
 def test_a_callback_that_draws_at_one_event_changes_nothing(
@@ -347,6 +354,7 @@ class DrawsOneNormalNumber(Callback):
             np.random.randn()
 
 
+@pytest.mark.slow(quick=5)
 @pytest.mark.parametrize("event", EVENTS)
 def test_a_single_normal_number_drawn_by_a_callback_changes_nothing(reference: Reference, event: type[Event]) -> None:
     assert_same_bits(train(make_learner(DrawsOneNormalNumber(event))), reference(0))
@@ -362,6 +370,7 @@ def test_two_callbacks_that_draw_change_nothing_together(reference: Reference) -
     assert_same_bits(train(learner, ValidationPhase()), reference(0))
 
 
+@pytest.mark.slow
 @WORKERS
 def test_evaluate_and_predict_between_epochs_change_nothing(reference: Reference, workers: int) -> None:
     learner = make_learner(workers=workers)
@@ -382,6 +391,7 @@ def persistent_loader() -> DataLoader[Any]:
     return DataLoader(Augmented(), batch_size=5, shuffle=True, num_workers=1, persistent_workers=True)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("loader", [generator_loader, persistent_loader])
 @pytest.mark.parametrize("action", ["evaluate", "predict", "check", "sanity check"])
 def test_looking_at_the_training_data_between_epochs_changes_nothing(
@@ -400,6 +410,7 @@ def test_looking_at_the_training_data_between_epochs_changes_nothing(
     assert_same_bits(plain, watched)
 
 
+@pytest.mark.slow
 @WORKERS
 def test_a_check_of_the_gradients_changes_nothing(reference: Reference, workers: int) -> None:
     learner = make_learner(workers=workers)
@@ -424,6 +435,7 @@ class ValidatesAt(UnsafeCallback):
             self.epochs += 1
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("event", EVENTS)
 def test_a_validation_epoch_started_by_a_handler_changes_nothing(reference: Reference, event: type[Event]) -> None:
     callback = ValidatesAt(event)
@@ -432,6 +444,7 @@ def test_a_validation_epoch_started_by_a_handler_changes_nothing(reference: Refe
     assert callback.epochs == EPOCHS * (5 if event in STEP_EVENTS else 1)
 
 
+@pytest.mark.slow
 def test_a_validation_epoch_started_by_a_handler_changes_nothing_with_workers(reference: Reference) -> None:
     assert_same_bits(train(make_learner(ValidatesAt(UpdateBegin), workers=2)), reference(2))
 
@@ -447,6 +460,7 @@ class EvaluatesAt(UnsafeCallback):
             learner.predict(learner.data.validation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("event", [BackwardBegin, StepEnd])
 def test_evaluation_and_prediction_started_by_a_handler_change_nothing(
     reference: Reference, event: type[Event]
@@ -466,6 +480,7 @@ class OwnLoop(Noisy):
                     learner.predict(learner.data.validation)
 
 
+@pytest.mark.slow
 @WORKERS
 def test_a_loop_of_ones_own_that_validates_inside_its_epoch_changes_nothing(reference: Reference, workers: int) -> None:
     learner = make_learner(Draws(), Recorder(), workers=workers)
@@ -583,6 +598,7 @@ ACTIONS: dict[str, Callable[[Learner], object]] = {
 }
 
 
+@pytest.mark.slow(quick=6)
 @pytest.mark.parametrize("in_store", [False, True], ids=["nothing in store", "a normal number in store"])
 @pytest.mark.parametrize("action", ACTIONS)
 def test_the_generators_of_the_script_are_as_they_were_after(action: str, in_store: bool) -> None:
@@ -720,6 +736,7 @@ def seeded_batches() -> TensorBatches:
 LOADERS = [generator_loader, persistent_loader, generator_sampler, shuffled_batches, seeded_batches]
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("before", [True, False], ids=["before the training", "after the training"])
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_phase_that_only_watches_the_training_data_changes_nothing(loader: Callable[[], Any], before: bool) -> None:

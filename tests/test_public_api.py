@@ -257,6 +257,7 @@ def test_the_public_names_are_these_and_sorted() -> None:
     assert len(set(PUBLIC)) == len(PUBLIC)
 
 
+@pytest.mark.slow(quick=80)
 @pytest.mark.parametrize("name", PUBLIC)
 def test_every_public_name_is_there_and_documented(name: str) -> None:
     thing = getattr(fluxloop, name)

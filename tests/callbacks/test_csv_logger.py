@@ -83,6 +83,7 @@ class StopAfter(Callback):
             raise CancelFittingException("enough")
 
 
+@pytest.mark.slow
 def test_early_stopping_leaves_the_same_rows_whatever_the_order_of_the_list(tmp_path: Path) -> None:
     found = set()
     for index, order in enumerate(itertools.permutations(range(4))):
