@@ -19,6 +19,7 @@ from fluxloop.history import Counts
 from fluxloop.persist.modules import is_uninitialized, unsaved_buffers
 from fluxloop.persist.plain import class_name, from_plain, is_stateful, phase_id
 from fluxloop.persist.watched import Watched, plain_entries
+from fluxloop.persist.writing import PAIR
 from fluxloop.phase import phase_types
 from fluxloop.state import PhaseDict
 
@@ -175,15 +176,15 @@ def _callbacks_differ(learner: RunLearner, state: State) -> Iterator[str]:
 def _kept_differs(live: Watched, kept: State, label: str) -> Iterator[str]:
     """Yield a line for each part of a callback's or a phase's state that it cannot have written."""
     thing = live.thing
-    if kept and is_stateful(thing) != ("pair" in kept):
+    if kept and is_stateful(thing) != (PAIR in kept):
         has, had = ("has", "had not") if is_stateful(thing) else ("has not", "had")
         yield f"{label} {has} state_dict() and load_state_dict(state), and {had} when the checkpoint was written"
         return
     if type(thing).__module__.partition(".")[0] != "fluxloop":
         return  # what others keep is theirs to say
     try:
-        if "pair" in kept:
-            now, before = thing.state_dict(), from_plain(kept["pair"])
+        if PAIR in kept:
+            now, before = thing.state_dict(), from_plain(kept[PAIR])
             if not isinstance(before, dict):
                 yield f"{label} has {describe(before)} as its state in the checkpoint; expected a dict"
         else:

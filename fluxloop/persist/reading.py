@@ -17,7 +17,7 @@ from fluxloop.persist.plain import MARK, NUMBERS, from_plain, is_simple, items_o
 from fluxloop.persist.reached import Reached
 from fluxloop.persist.sameness import Opaque, opaque_in, same_bits
 from fluxloop.persist.things import SLOTTED, Thing, kind_of, remove_slot, set_slot, slots_of
-from fluxloop.persist.writing import Writer
+from fluxloop.persist.writing import PAIR, Writer
 
 State = dict[str, Any]
 THERE = "what was there in the run that wrote it"
@@ -67,11 +67,12 @@ class Reader:
     def _entry(self, met: Thing, state: State) -> State:
         """Return what a root's state says about a thing."""
         if met.key == "":
-            own = {"pair": state["pair"]} if "pair" in state else {}
-            slots = {f".{name}": kept for name, kept in state.items() if name not in (MARK, "pair")}
-            return {**own, "slots": {n: k for n, k in slots.items() if not self._is_entry(met.root, n[1:], k)}}
+            own = {PAIR: state[PAIR]} if PAIR in state else {}
+            slots = {f".{name}": kept for name, kept in state.items() if name not in (MARK, PAIR)}
+            slots = {n: k for n, k in slots.items() if not self._is_entry(met.root, n[1:], k)}
+            return {**own, "slots": {**slots, **state.get(MARK, {}).get("", {}).get("slots", {})}}
         entry = state.get(MARK, {}).get(met.key)
-        if entry is None and self._is_entry(met.root, met.key, state.get(met.key)):
+        if entry is None and met.key != PAIR and self._is_entry(met.root, met.key, state.get(met.key)):
             entry = state[met.key]
         if entry is not None and entry.get(MARK) == "fields":  # as it was written before there was a walk
             entry = {"slots": {f".{name}": kept for name, kept in entry["items"].items()}}
@@ -138,7 +139,7 @@ class Reader:
         """Have an object with the pair, or a module, load the state it returned."""
         where = self._reached.where(met.root, met.key)
         if met.kind == "module":
-            state = entry.get("pair", entry)
+            state = entry.get(PAIR, entry)
             if state.get(MARK) not in ("module", "object"):
                 state = met.first.get("")
             elif state[MARK] == "object":  # as it was written before there was a walk
@@ -146,7 +147,7 @@ class Reader:
             if state is not None:
                 self._load_module(met.thing, state, where)
             return
-        given = entry["pair"] if "pair" in entry else entry.get("state", _AS_IT_IS)
+        given = entry[PAIR] if PAIR in entry else entry.get("state", _AS_IT_IS)
         if given is _AS_IT_IS:
             first = met.first.get("")
             if first is None or same_bits(self._writer.contents(met)["state"], first["state"]):

@@ -18,6 +18,8 @@ from fluxloop.persist.sameness import Opaque, digest, identical, opaque_in, same
 from fluxloop.persist.things import SETTABLE, SLOTTED, VALUES, Thing, items_in, kind_of, slots_of
 
 State = dict[str, Any]
+PAIR = "pair"
+"""The entry of a root's state that holds what its pair returned; an attribute of this name is kept elsewhere."""
 APART = {MARK: "apart"}
 """Stands for a generator of a data set, which is kept apart from what else the data set holds."""
 
@@ -72,7 +74,7 @@ class Writer:
     def _drop_replaced(self, root: str, state: State) -> None:
         """Drop the contents of attributes' first values that nobody holds any longer: the attributes hold others."""
         inner = state.get(MARK, {})
-        for key in [key for key in inner if is_attribute(key) and (root, key) not in self._referred]:
+        for key in [key for key in inner if key and is_attribute(key) and (root, key) not in self._referred]:
             del inner[key]
         if MARK in state and not inner:
             del state[MARK]
@@ -85,9 +87,11 @@ class Writer:
             if own is not None and not is_attribute(met.key) and same_bits(own, met.first.get("")):
                 own = None  # an attribute's is kept in any case: it may have begun with other random numbers
             if met.key == "":
+                if f".{PAIR}" in slots:
+                    state[MARK] = {"": {MARK: "slots", "slots": {f".{PAIR}": slots.pop(f".{PAIR}")}}}
                 state.update({label[1:]: kept for label, kept in slots.items()})
                 if own is not None:
-                    state["pair"] = own["state"] if met.kind == "pair" else own
+                    state[PAIR] = own["state"] if met.kind == "pair" else own
                 return
             entry = {**(own or {MARK: "slots"}), **({"slots": slots} if slots else {})}
             if own is None and not slots:
@@ -97,12 +101,14 @@ class Writer:
             if kept is None:
                 return
             entry = kept[0] if met.kind == "generator" else {MARK: "changed", "to": kept[0]}
-        direct = is_attribute(met.key) and met.key not in state
         root = self._reached.by_id[id(self._reached.roots[met.root])]
-        if direct and slots_of(root).get(f".{met.key}") is met.thing:
+        is_held = is_attribute(met.key) and slots_of(root).get(f".{met.key}") is met.thing
+        if is_held and met.key not in state and met.key != PAIR:
             state[met.key] = entry
         else:
             state.setdefault(MARK, {})[met.key] = entry
+            if is_held:
+                self._referred.add((met.root, met.key))
 
     def _changed_slots(self, met: Thing, lost: dict[str, None]) -> State:
         """Return the slots that hold something else than at first; those that cannot be kept are noted as lost."""

@@ -468,3 +468,35 @@ def test_what_a_function_closes_over_is_named_where_it_changed() -> None:
     assert kept.state(nobody) == ({}, [])
     holds.hook()
     assert kept.state(nobody) == ({}, ["Holds.hook.__closure__.lines"])
+
+
+@pytest.mark.parametrize("base", [object, Own], ids=["of an object", "of one with state_dict"])
+@pytest.mark.parametrize("how", ["another number", "another list", "a list in place", "a helper"])
+def test_an_attribute_may_be_called_pair(base: type, how: str) -> None:
+    class Holds(base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair: Any = {"another number": 1, "a helper": Pool()}.get(how, [1])
+            self.other = self.pair
+
+    def change(holds: Holds) -> None:
+        if how == "another number":
+            holds.pair = 2
+        elif how == "another list":
+            holds.pair = [2]
+        elif how == "a list in place":
+            holds.pair.append(2)
+        else:
+            holds.pair.items.append(2.0)
+
+    def says(holds: Holds) -> Any:
+        return [getattr(each, "items", each) for each in (holds.pair, holds.other)]
+
+    first, second = Holds(), Holds()
+    begin = says(Holds())
+    kept, live = Watched(first, "Holds"), Watched(second, "Holds")
+    change(first)
+    live.restore(through_a_file(states(kept)), Restoring())
+    assert says(second) == says(first) != begin
+    live.restore(through_a_file(states(Watched(Holds(), "Holds"))), Restoring())
+    assert says(second) == begin
