@@ -1,477 +1,53 @@
 """fluxloop: a training-loop framework for PyTorch, for people whose training step is the research."""
 
-from typing import TYPE_CHECKING
-
-from fluxloop.lazy import lazily
-
-if TYPE_CHECKING:
-    from fluxloop import augment, errors, events, losses, schedules, testing
-    from fluxloop.augment import MultiCrop, TwoViews, ViewDataset
-    from fluxloop.callback import Callback, NoConflict, RunFirst, Unresolvable, UnsafeCallback, on, resolve_conflict
-    from fluxloop.callbacks import (
-        EMA,
-        ActivationStats,
-        BatchLimit,
-        Check,
-        Checkpointer,
-        ConditionalCallback,
-        CSVLogger,
-        CustomCallback,
-        CutMix,
-        EarlyStopping,
-        FeatureStats,
-        GarbageCollect,
-        GradientClip,
-        KeepBestModel,
-        KNNProbe,
-        LinearProbe,
-        LogHistograms,
-        LogHyperParams,
-        LogImages,
-        LogMetrics,
-        LogTraces,
-        LogVisualization,
-        LRScheduler,
-        Metrics,
-        MetricSource,
-        MetricsPrinter,
-        MixUp,
-        Profile,
-        ProgressBar,
-        Recorder,
-        SampleImages,
-        SanityCheck,
-        Scheduler,
-        SetEpoch,
-        StallReport,
-        StochasticWeightAveraging,
-        StopOnNaNLoss,
-        Timer,
-        Traces,
-        Unfreeze,
-        throttle,
-    )
-    from fluxloop.compute.accelerator import Accelerator
-    from fluxloop.compute.modes import watching
-    from fluxloop.data.combined import CombinedLoader
-    from fluxloop.data.loaders import (
-        TensorBatches,
-        as_dataloader,
-        overfit,
-        split,
-    )
-    from fluxloop.errors import (
-        AmbiguousHandlerError,
-        AssignmentError,
-        BatchError,
-        CallbackConflictError,
-        CallbackCycleError,
-        CallbackError,
-        CallbackTypeError,
-        CancelEpochException,
-        CancelFittingException,
-        CancelSignal,
-        CancelStepException,
-        CheckpointError,
-        CompileError,
-        DataError,
-        DuplicateCallbackError,
-        FluxloopError,
-        HandlerError,
-        LogExistsError,
-        LossError,
-        MetricError,
-        MissingEntryError,
-        MissingProducerError,
-        ModelError,
-        OptimizerError,
-        PhaseError,
-        ReentrantFitError,
-        SanityCheckError,
-        StateAccessError,
-    )
-    from fluxloop.events import (
-        BackwardBegin,
-        BackwardEnd,
-        CycleBegin,
-        CycleEnd,
-        EpochBegin,
-        EpochEnd,
-        Event,
-        FitBegin,
-        FitEnd,
-        LossBegin,
-        StepBegin,
-        StepEnd,
-        UpdateBegin,
-        UpdateEnd,
-    )
-    from fluxloop.history import Counts, History
-    from fluxloop.hyperparameters import (
-        Attribute,
-        Betas,
-        HyperParameter,
-        LearningRate,
-        Momentum,
-        OptimizerOption,
-        WeightDecay,
-        get_hyperparameter,
-        set_hyperparameter,
-    )
-    from fluxloop.learner import Learner
-    from fluxloop.logging import (
-        CSV,
-        JSONL,
-        Audio,
-        Backend,
-        Figure,
-        File,
-        Histogram,
-        HyperParameters,
-        Image,
-        Loggable,
-        Memory,
-        MLflow,
-        Scalar,
-        TensorBoard,
-        Text,
-        WandB,
-        log_to,
-    )
-    from fluxloop.loop import runepoch, runstep
-    from fluxloop.losses import MixedLoss, MixedTargets
-    from fluxloop.metrics import Loss, Metric, SmoothLoss, accuracy, binary_accuracy, mae, mse, rmse, top_k
-    from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, FittingPhase, Phase, ProbePhase
-    from fluxloop.phases import (
-        AutoencoderPhase,
-        AveragedValidationPhase,
-        BarlowTwinsPhase,
-        BYOLPhase,
-        DINOPhase,
-        DistillationPhase,
-        GANPhase,
-        GANValidationPhase,
-        JointEmbeddingPhase,
-        MAEPhase,
-        MoCoPhase,
-        ObjectivePhase,
-        ObjectiveValidationPhase,
-        PerOptimizerPhase,
-        PerOptimizerValidationPhase,
-        PredictionPhase,
-        SimCLRPhase,
-        SimSiamPhase,
-        SupConPhase,
-        TeacherPhase,
-        TrainingPhase,
-        TripletPhase,
-        TwinPhase,
-        VAEPhase,
-        ValidationPhase,
-        VICRegPhase,
-    )
-    from fluxloop.randomness import seed_everything, start_generators, stream_seed
-    from fluxloop.run.lr_finder import LRSweep, find_lr
-    from fluxloop.schedules import (
-        constant,
-        cosine,
-        exponential,
-        inverse_sqrt,
-        linear,
-        one_cycle,
-        polynomial,
-        repeat,
-        sequence,
-        shift,
-        sine,
-        triangle,
-        warmup,
-    )
-    from fluxloop.stopping import (
-        GL,
-        PQ,
-        InvalidValue,
-        Never,
-        NoImprovement,
-        NumberLimit,
-        NumberSinceBest,
-        Patience,
-        Threshold,
-        TimeLimit,
-        Warmup,
-    )
+from fluxloop import callbacks, logging, phases
+from fluxloop.lazy import all_but, lazily
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CSV",
-    "EMA",
-    "GL",
-    "JSONL",
-    "PQ",
-    "AbstractTrainingPhase",
-    "AbstractValidationPhase",
-    "Accelerator",
-    "ActivationStats",
-    "AmbiguousHandlerError",
-    "AssignmentError",
-    "Attribute",
-    "Audio",
-    "AutoencoderPhase",
-    "AveragedValidationPhase",
-    "BYOLPhase",
-    "Backend",
-    "BackwardBegin",
-    "BackwardEnd",
-    "BarlowTwinsPhase",
-    "BatchError",
-    "BatchLimit",
-    "Betas",
-    "CSVLogger",
-    "Callback",
-    "CallbackConflictError",
-    "CallbackCycleError",
-    "CallbackError",
-    "CallbackTypeError",
-    "CancelEpochException",
-    "CancelFittingException",
-    "CancelSignal",
-    "CancelStepException",
-    "Check",
-    "CheckpointError",
-    "Checkpointer",
-    "CombinedLoader",
-    "CompileError",
-    "ConditionalCallback",
-    "Counts",
-    "CustomCallback",
-    "CutMix",
-    "CycleBegin",
-    "CycleEnd",
-    "DINOPhase",
-    "DataError",
-    "DistillationPhase",
-    "DuplicateCallbackError",
-    "EarlyStopping",
-    "EpochBegin",
-    "EpochEnd",
-    "Event",
-    "FeatureStats",
-    "Figure",
-    "File",
-    "FitBegin",
-    "FitEnd",
-    "FittingPhase",
-    "FluxloopError",
-    "GANPhase",
-    "GANValidationPhase",
-    "GarbageCollect",
-    "GradientClip",
-    "HandlerError",
-    "Histogram",
-    "History",
-    "HyperParameter",
-    "HyperParameters",
-    "Image",
-    "InvalidValue",
-    "JointEmbeddingPhase",
-    "KNNProbe",
-    "KeepBestModel",
-    "LRScheduler",
-    "LRSweep",
-    "Learner",
-    "LearningRate",
-    "LinearProbe",
-    "LogExistsError",
-    "LogHistograms",
-    "LogHyperParams",
-    "LogImages",
-    "LogMetrics",
-    "LogTraces",
-    "LogVisualization",
-    "Loggable",
-    "Loss",
-    "LossBegin",
-    "LossError",
-    "MAEPhase",
-    "MLflow",
-    "Memory",
-    "Metric",
-    "MetricError",
-    "MetricSource",
-    "Metrics",
-    "MetricsPrinter",
-    "MissingEntryError",
-    "MissingProducerError",
-    "MixUp",
-    "MixedLoss",
-    "MixedTargets",
-    "MoCoPhase",
-    "ModelError",
-    "Momentum",
-    "MultiCrop",
-    "Never",
-    "NoConflict",
-    "NoImprovement",
-    "NumberLimit",
-    "NumberSinceBest",
-    "ObjectivePhase",
-    "ObjectiveValidationPhase",
-    "OptimizerError",
-    "OptimizerOption",
-    "Patience",
-    "PerOptimizerPhase",
-    "PerOptimizerValidationPhase",
-    "Phase",
-    "PhaseError",
-    "PredictionPhase",
-    "ProbePhase",
-    "Profile",
-    "ProgressBar",
-    "Recorder",
-    "ReentrantFitError",
-    "RunFirst",
-    "SampleImages",
-    "SanityCheck",
-    "SanityCheckError",
-    "Scalar",
-    "Scheduler",
-    "SetEpoch",
-    "SimCLRPhase",
-    "SimSiamPhase",
-    "SmoothLoss",
-    "StallReport",
-    "StateAccessError",
-    "StepBegin",
-    "StepEnd",
-    "StochasticWeightAveraging",
-    "StopOnNaNLoss",
-    "SupConPhase",
-    "TeacherPhase",
-    "TensorBatches",
-    "TensorBoard",
-    "Text",
-    "Threshold",
-    "TimeLimit",
-    "Timer",
-    "Traces",
-    "TrainingPhase",
-    "TripletPhase",
-    "TwinPhase",
-    "TwoViews",
-    "Unfreeze",
-    "Unresolvable",
-    "UnsafeCallback",
-    "UpdateBegin",
-    "UpdateEnd",
-    "VAEPhase",
-    "VICRegPhase",
-    "ValidationPhase",
-    "ViewDataset",
-    "WandB",
-    "Warmup",
-    "WeightDecay",
-    "accuracy",
-    "as_dataloader",
-    "augment",
-    "binary_accuracy",
-    "constant",
-    "cosine",
-    "errors",
-    "events",
-    "exponential",
-    "find_lr",
-    "get_hyperparameter",
-    "inverse_sqrt",
-    "linear",
-    "log_to",
-    "losses",
-    "mae",
-    "mse",
-    "on",
-    "one_cycle",
-    "overfit",
-    "polynomial",
-    "repeat",
-    "resolve_conflict",
-    "rmse",
-    "runepoch",
-    "runstep",
-    "schedules",
-    "seed_everything",
-    "sequence",
-    "set_hyperparameter",
-    "shift",
-    "sine",
-    "split",
-    "start_generators",
-    "stream_seed",
-    "testing",
-    "throttle",
-    "top_k",
-    "triangle",
-    "warmup",
-    "watching",
-]
-
-if not TYPE_CHECKING:  # so that type checkers see misspelt names
-    __getattr__, __dir__ = lazily(
-        __name__,
-        {
-            "compute.accelerator": "Accelerator",
-            "augment": "MultiCrop TwoViews ViewDataset",
-            "callback": "Callback NoConflict RunFirst Unresolvable UnsafeCallback on resolve_conflict",
-            "callbacks": (
-                "EMA ActivationStats BatchLimit Check Checkpointer ConditionalCallback CSVLogger CustomCallback "
-                "CutMix EarlyStopping FeatureStats GarbageCollect GradientClip KeepBestModel KNNProbe LinearProbe "
-                "LogHistograms LogHyperParams LogImages LogMetrics LogTraces LogVisualization LRScheduler Metrics "
-                "MetricSource MetricsPrinter MixUp Profile ProgressBar Recorder SampleImages SanityCheck Scheduler "
-                "SetEpoch StallReport StochasticWeightAveraging StopOnNaNLoss Timer Traces Unfreeze throttle"
-            ),
-            "data.combined": "CombinedLoader",
-            "data.loaders": "TensorBatches as_dataloader overfit split",
-            "errors": (
-                "AmbiguousHandlerError AssignmentError BatchError CallbackConflictError CallbackCycleError "
-                "CallbackError CallbackTypeError CancelEpochException CancelFittingException CancelSignal "
-                "CancelStepException "
-                "CheckpointError CompileError DataError DuplicateCallbackError FluxloopError HandlerError "
-                "LogExistsError LossError MetricError MissingEntryError MissingProducerError ModelError OptimizerError "
-                "PhaseError ReentrantFitError SanityCheckError StateAccessError"
-            ),
-            "events": (
-                "BackwardBegin BackwardEnd CycleBegin CycleEnd EpochBegin EpochEnd Event FitBegin FitEnd LossBegin "
-                "StepBegin StepEnd UpdateBegin UpdateEnd"
-            ),
-            "history": "Counts History",
-            "hyperparameters": (
-                "Attribute Betas HyperParameter LearningRate Momentum OptimizerOption WeightDecay get_hyperparameter "
-                "set_hyperparameter"
-            ),
-            "learner": "Learner",
-            "logging": (
-                "CSV JSONL Audio Backend Figure File Histogram HyperParameters Image Loggable Memory MLflow Scalar "
-                "TensorBoard Text WandB log_to"
-            ),
-            "loop": "runepoch runstep",
-            "losses": "MixedLoss MixedTargets",
-            "run.lr_finder": "LRSweep find_lr",
-            "metrics": "Loss Metric SmoothLoss accuracy binary_accuracy mae mse rmse top_k",
-            "compute.modes": "watching",
-            "phase": "AbstractTrainingPhase AbstractValidationPhase FittingPhase Phase ProbePhase",
-            "phases": (
-                "AutoencoderPhase AveragedValidationPhase BarlowTwinsPhase BYOLPhase DINOPhase DistillationPhase "
-                "GANPhase GANValidationPhase JointEmbeddingPhase MAEPhase MoCoPhase ObjectivePhase "
-                "ObjectiveValidationPhase PerOptimizerPhase PerOptimizerValidationPhase PredictionPhase SimCLRPhase "
-                "SimSiamPhase SupConPhase TeacherPhase TrainingPhase TripletPhase TwinPhase VAEPhase ValidationPhase "
-                "VICRegPhase"
-            ),
-            "randomness": "seed_everything start_generators stream_seed",
-            "schedules": (
-                "constant cosine exponential inverse_sqrt linear one_cycle polynomial repeat sequence shift sine "
-                "triangle warmup"
-            ),
-            "stopping": (
-                "GL PQ InvalidValue Never NoImprovement NumberLimit NumberSinceBest Patience Threshold TimeLimit Warmup"
-            ),
-        },
-    )
+__getattr__, __dir__, __all__ = lazily(
+    __name__,
+    {
+        "": "augment errors events losses schedules testing",
+        "compute.accelerator": "Accelerator",
+        "augment": "MultiCrop TwoViews ViewDataset",
+        "callback": "Callback NoConflict RunFirst Unresolvable UnsafeCallback on resolve_conflict",
+        "callbacks": all_but(callbacks, "default_callbacks"),
+        "data.combined": "CombinedLoader",
+        "data.loaders": "TensorBatches as_dataloader overfit split",
+        "errors": (
+            "AmbiguousHandlerError AssignmentError BatchError CallbackConflictError CallbackCycleError "
+            "CallbackError CallbackTypeError CancelEpochException CancelFittingException CancelSignal "
+            "CancelStepException "
+            "CheckpointError CompileError DataError DuplicateCallbackError FluxloopError HandlerError "
+            "LogExistsError LossError MetricError MissingEntryError MissingProducerError ModelError OptimizerError "
+            "PhaseError ReentrantFitError SanityCheckError StateAccessError"
+        ),
+        "events": (
+            "BackwardBegin BackwardEnd CycleBegin CycleEnd EpochBegin EpochEnd Event FitBegin FitEnd LossBegin "
+            "StepBegin StepEnd UpdateBegin UpdateEnd"
+        ),
+        "history": "Counts History",
+        "hyperparameters": (
+            "Attribute Betas HyperParameter LearningRate Momentum OptimizerOption WeightDecay get_hyperparameter "
+            "set_hyperparameter"
+        ),
+        "learner": "Learner",
+        "logging": all_but(logging, "Record"),
+        "loop": "runepoch runstep",
+        "losses": "MixedLoss MixedTargets",
+        "run.lr_finder": "LRSweep find_lr",
+        "metrics": "Loss Metric SmoothLoss accuracy binary_accuracy mae mse rmse top_k",
+        "compute.modes": "watching",
+        "phase": "AbstractTrainingPhase AbstractValidationPhase FittingPhase Phase ProbePhase",
+        "phases": all_but(phases),
+        "randomness": "seed_everything start_generators stream_seed",
+        "schedules": (
+            "constant cosine exponential inverse_sqrt linear one_cycle polynomial repeat sequence shift sine "
+            "triangle warmup"
+        ),
+        "stopping": (
+            "GL PQ InvalidValue Never NoImprovement NumberLimit NumberSinceBest Patience Threshold TimeLimit Warmup"
+        ),
+    },
+)

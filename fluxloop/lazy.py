@@ -6,23 +6,28 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_homes: dict[str, tuple[str, ...]] = {}
-"""The modules with public names of each package that loads them lazily."""
+Homes = Mapping[str, str]
+"""By module of a package, its public names, separated by spaces; "" has those that are modules themselves."""
+
+homes_of: dict[str, Homes] = {}
+"""By name, the packages that load their names lazily. Type checkers read the stubs that are written from this."""
 
 
-def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Give a package's ``__getattr__`` and ``__dir__``: its names and modules are loaded when asked for.
+def lazily(package: str, homes: Homes) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Return a package's ``__getattr__``, ``__dir__`` and ``__all__``: names and modules are loaded when asked for.
 
     Args:
         package: Its name.
-        homes: By module of the package, the public names that it has, separated by spaces.
+        homes: The only place where its public names are written.
     """
-    home = {name: module for module, names in homes.items() for name in names.split()}
-    _homes[package] = tuple(homes)
+    home = {name: module for module, names in homes.items() for name in names.split() if module}
+    homes_of[package] = homes
+    public = sorted(" ".join(homes.values()).split(), key=lambda name: (not name.isupper(), name))
 
     def get(name: str) -> Any:
         if name in home:
@@ -32,25 +37,30 @@ def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any]
         else:
             from fluxloop.errors import did_you_mean
 
-            raise AttributeError(f"{package} has no {name!r}{did_you_mean(name, sys.modules[package].__all__)}")
+            raise AttributeError(f"{package} has no {name!r}{did_you_mean(name, public)}")
         setattr(sys.modules[package], name, thing)  # from now on it is found without asking
         return thing
 
     def names() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *sys.modules[package].__all__})
+        return sorted({*vars(sys.modules[package]), *public})
 
-    return get, names
+    return get, names, public
+
+
+def all_but(package: ModuleType, *names: str) -> str:
+    """Return the public names of a package within, less some, for a package that has them too."""
+    return " ".join(name for name in package.__all__ if name not in names)
 
 
 def all_subclasses(base: type[T], package: str) -> list[type[T]]:
-    """List a class and all classes made of it: users' own, and those that come with fluxloop, loaded or not yet.
+    """List a class and all its subclasses: users' own, and those that come with fluxloop, loaded or not yet.
 
     Args:
         base: The class.
-        package: The one that loads fluxloop's subclasses lazily, by name.
+        package: The name of the package that loads fluxloop's subclasses lazily.
     """
     import_module(package)
-    for module in _homes[package]:
+    for module in filter(None, homes_of[package]):
         import_module(f"{package}.{module}")
     found = [base]
     for cls in found:  # which grows meanwhile

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from typing_extensions import assert_type
 
+import fluxloop
 from fluxloop import AbstractTrainingPhase, Learner, runstep
 
 
@@ -42,3 +43,14 @@ def a_mapping_says_nothing_about_its_models(models: dict[str, nn.Module]) -> Non
 
 def a_learner_without_a_model_type_is_one_of_any(learner: Learner) -> None:
     assert_type(learner.model, Any)
+
+
+def every_public_name_has_its_type_although_it_is_loaded_when_asked_for() -> None:
+    assert_type(fluxloop.EMA("G", 0.9), fluxloop.callbacks.ema.EMA)
+    assert_type(fluxloop.phases.BYOLPhase, type[fluxloop.BYOLPhase])
+    assert_type(fluxloop.errors.DataError(), fluxloop.DataError)
+
+
+def a_misspelt_name_is_an_error() -> None:
+    fluxloop.Lerner  # type: ignore[attr-defined]  # noqa: B018  # mypy would report an ignore that it does not need
+    fluxloop.callbacks.EMAs  # type: ignore[attr-defined]  # noqa: B018  # as above
