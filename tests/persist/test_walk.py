@@ -500,3 +500,18 @@ def test_an_attribute_may_be_called_pair(base: type, how: str) -> None:
     assert says(second) == says(first) != begin
     live.restore(through_a_file(states(Watched(Holds(), "Holds"))), Restoring())
     assert says(second) == begin
+
+
+@pytest.mark.parametrize("make", [set, dict.fromkeys], ids=["a set", "a dict"])
+def test_a_container_of_objects_that_changed_is_named_and_holds_again_what_it_held(make: Any) -> None:
+    class Holds:
+        def __init__(self) -> None:
+            self.things = make([Opaque(), Opaque()])
+
+    holds = Holds()
+    kept, first = Watched(holds, "Holds"), holds.things.copy()
+    assert kept.state(nobody) == ({}, [])
+    holds.things.add(Opaque()) if make is set else holds.things.popitem()
+    assert kept.state(nobody) == ({}, ["Holds.things"])
+    kept.restore({}, Restoring())
+    assert holds.things == first
