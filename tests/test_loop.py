@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from attrs import define
 from torch import Tensor, nn
 
+import fluxloop
 from fluxloop import (
     AbstractTrainingPhase,
     AbstractValidationPhase,
@@ -27,6 +30,7 @@ from fluxloop import (
     Event,
     FitBegin,
     FitEnd,
+    GANPhase,
     Learner,
     LossBegin,
     MissingEntryError,
@@ -1001,3 +1005,38 @@ def test_a_model_that_was_given_in_eval_mode_is_trained_in_train_mode_and_then_a
     assert all(seen)
     assert modes(learner) == before
     assert not any(before)
+
+
+# What a step costs: functions of fluxloop that it enters
+
+
+def entered(learner: Learner, phase: Phase, batch: Any) -> int:
+    """Count the functions of fluxloop, comprehensions too, that one step in the middle of an epoch enters."""
+    root, count = str(Path(fluxloop.__file__).parent), 0
+
+    def note(frame: Any, event: str, argument: object) -> None:
+        nonlocal count
+        count += event == "call" and frame.f_code.co_filename.startswith(root)
+
+    with runepoch(learner, phase):
+        for _ in range(2):
+            phase.step(learner, batch)
+        sys.setprofile(note)
+        try:
+            phase.step(learner, batch)
+        finally:
+            sys.setprofile(None)
+    return count
+
+
+def test_a_bare_step_enters_few_functions() -> None:
+    layer = nn.Linear(4, 2)
+    bare: dict[str, Any] = {"default_callbacks": False, "seed": 0}
+    learner = Learner(layer, nn.CrossEntropyLoss(), optimizer=partial(torch.optim.SGD, lr=0.1), **bare)
+    assert 0 < entered(learner, TrainingPhase(), (torch.ones(3, 4), torch.tensor([0, 1, 1]))) <= 36
+
+
+def test_a_bare_step_of_a_gan_enters_few_functions() -> None:
+    models = {"G": nn.Linear(64, 4), "D": nn.Linear(4, 1)}
+    learner = Learner(models, optimizer=torch.optim.Adam, default_callbacks=False, seed=0)
+    assert 0 < entered(learner, GANPhase(), (torch.ones(3, 4),)) <= 70
