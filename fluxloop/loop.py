@@ -83,19 +83,19 @@ class Scope:
         self._undo.append(undo)
 
     def began(self) -> None:
-        """Hear that an epoch directly inside has begun."""
+        """Called after an epoch directly inside this scope has begun."""
 
     def ended(self) -> None:
-        """Hear that an epoch directly inside is about to fire its `EpochEnd`."""
+        """Called before an epoch directly inside this scope fires its `EpochEnd`."""
 
     @property
     def resumed(self) -> bool:
-        """Whether what begins in it goes on from a checkpoint."""
+        """Whether an epoch that begins in it is resumed from a checkpoint."""
         return False
 
     @property
     def batches_used(self) -> int:
-        """How many batches of the epoch that begins in it were used before the checkpoint it goes on from."""
+        """How many batches of that epoch were used before the checkpoint."""
         return 0
 
     def open(self) -> None:
@@ -109,11 +109,13 @@ class Scope:
         A failing undo does not keep the others from running: it becomes a note on `error`, or is
         raised at the end where there is none.
         """
-        self._learner.scope = self.parent
+        self._learner.scope = self.parent  # first, so that what is undone sees the learner as it is outside
         first = None if isinstance(error, CancelSignal) else error
         todo = self._undo or []
         if error is not None and self._early:
             todo += self._early
+        # In reverse: a change that was made on top of another one can only be undone while that one is in place. Two
+        # swaps of the same weights, undone in the order in which they were made, would leave the first swap's in place.
         while todo:
             try:
                 todo.pop()()
@@ -130,7 +132,7 @@ class Scope:
 
 
 def runstep(learner: RunLearner, phase: Phase, /, **entries: Any) -> StepScope:
-    """Run one step: fire `StepBegin`, give ``(handle, state)``, fire `StepEnd`.
+    """Run one step: fire `StepBegin`, yield ``(handle, state)``, fire `StepEnd`.
 
     The tensors in `entries` are moved to the accelerator's device, gradients are on or off as
     the phase says, gradients consumed by the last update are released, and torch's random
@@ -141,8 +143,8 @@ def runstep(learner: RunLearner, phase: Phase, /, **entries: Any) -> StepScope:
     handler of `StepBegin`, it leaves the ``with`` statement (whose body it cannot skip) and is
     taken by the `Phase.step` around it.
 
-    What it gives is entered at once, and once: ``with runstep(...) as (handle, state):``; an epoch
-    uses it again for its next step.
+    Enter what it returns at once, and once: ``with runstep(...) as (handle, state):``; an epoch
+    uses the object again for its next step.
 
     Args:
         learner: Whose step it is.
@@ -150,8 +152,10 @@ def runstep(learner: RunLearner, phase: Phase, /, **entries: Any) -> StepScope:
         entries: Stored in ``state`` under their names.
     """
     epoch = learner.scope
-    if type(epoch) is runepoch and epoch.spare is not None and epoch.spare.phase is phase:
-        step, epoch.spare = epoch.spare, None
+    # A scope that has ended is used again: 0.9 µs, against 1.2 µs for a new one, in each step. It is taken out of the
+    # epoch while its step runs, so that a step inside that step gets another one.
+    if type(epoch) is runepoch and epoch.idle_step is not None and epoch.idle_step.phase is phase:
+        step, epoch.idle_step = epoch.idle_step, None
     else:
         step = StepScope(learner, phase)
     step.state = StepState(entries)
@@ -159,7 +163,7 @@ def runstep(learner: RunLearner, phase: Phase, /, **entries: Any) -> StepScope:
 
 
 class StepScope(Scope):
-    """One step: what `runstep` gives. An epoch keeps one that has ended in good order for its next step.
+    """One step: what `runstep` returns. An epoch uses one that has ended without error or cancel for its next step.
 
     Attributes:
         state: The entries of the step.
@@ -226,10 +230,11 @@ class StepScope(Scope):
                 self._leave(failure)
                 raise
             if self._undo is None and self._apart is None and self._grad_enabled is self.phase.gradients:
-                outer = self.parent  # nothing to undo
+                # The common way out, without `close`: nothing is to be undone.
+                outer = self.parent
                 put(learner, "scope", outer)
-                if type(outer) is runepoch:  # of this phase: another one's step would be set apart
-                    outer.spare = self
+                if type(outer) is runepoch:  # its phase is this one: the step of another would be set apart
+                    outer.idle_step = self
             else:
                 self._leave(None)
             return False
@@ -243,13 +248,13 @@ class StepScope(Scope):
             self._learner.updates.abandon_step(self.state)
             if not isinstance(error, CancelSignal):
                 locate(error, self._learner, self.phase)
-        with preserved() if self._undo or self._early else nullcontext():
+        with preserved() if self._undo or self._early else nullcontext():  # what is undone may draw
             self.close(error)
         if self._apart is not None:
             self._apart.close()
 
     def _set_apart(self) -> None:
-        """Keep a step inside another phase's epoch, or inside a step, from changing what goes on around it."""
+        """Undo, when this step ends, what it does to an epoch of another phase, or to a step, that it runs inside."""
         learner = self._learner
         self._apart = ExitStack()
         self._apart.enter_context(preserved())
@@ -273,11 +278,11 @@ class runepoch(Scope):  # noqa: N801 - used like a function
         phase: The running phase.
     """
 
-    __slots__ = ("spare",)
+    __slots__ = ("idle_step",)
 
     def __init__(self, learner: RunLearner, phase: Phase) -> None:
         super().__init__(learner, phase)
-        self.spare: StepScope | None = None
+        self.idle_step: StepScope | None = None
         """The scope of a step that has ended, for the next one."""
 
     def __enter__(self) -> Handle:
@@ -304,6 +309,8 @@ class runepoch(Scope):  # noqa: N801 - used like a function
         return cancelled
 
     def _set_up(self) -> None:
+        # Undone in reverse. The generators are preserved before what may draw is changed, and so put back after that is
+        # undone. Modes of optimizers are set before the weights view is shown: they move the live weights.
         learner = self._learner
         if self.phase.gradients:
             learner.meet_parameters()
@@ -328,7 +335,7 @@ class runepoch(Scope):  # noqa: N801 - used like a function
                 try:
                     learner._host_queue.flush()
                 except CancelEpochException:
-                    pass  # it ends here anyway
+                    pass  # the epoch ends here anyway
                 if self.parent is not None:
                     self.parent.ended()
                 self.handle(EPOCH_END)
@@ -352,12 +359,12 @@ def same_phase(a: Phase, b: Phase) -> bool:
     """Tell whether two phases are the same: one instance, or two of one class that have nothing of their own."""
     if a is b:
         return True
-    alike = type(a) is type(b) and not vars(a) and not vars(b)
-    return alike and (not hasattr(type(a), "__attrs_attrs__") or a == b)  # slots are not among vars()
+    both_plain = type(a) is type(b) and not vars(a) and not vars(b)
+    return both_plain and (not hasattr(type(a), "__attrs_attrs__") or a == b)  # slots are not among vars()
 
 
 def check_view(learner: RunLearner, phase: Phase) -> None:
-    """Raise for a phase that runs a view of the weights which there is not, or trains it.
+    """Raise for a phase that trains a weights view, or runs one that does not exist.
 
     Raises:
         PhaseError: No model has that view, or the phase has gradients.
@@ -371,21 +378,21 @@ def check_view(learner: RunLearner, phase: Phase) -> None:
 
 
 def show_weights(scope: Scope, learner: RunLearner, phase: Phase) -> None:
-    """Have ``learner.model`` be the view of the weights that a phase runs, until the scope ends.
+    """Let ``learner.model`` be the weights view that a phase runs, until the scope ends.
 
-    The live ones, unless the phase says otherwise; they are not touched.
+    These are the live weights, unless the phase says otherwise; neither are changed.
 
     Raises:
         PhaseError: No model has that view, or the phase has gradients.
     """
-    kept = learner.model
+    before = learner.model
     if phase.model_view:
         check_view(learner, phase)
-        scope.defer(lambda: put(learner, "model", kept))
+        scope.defer(lambda: put(learner, "model", before))
         scope.defer(switch_modes(list(learner.weights.copies(phase.model_view).values()), phase.train_mode))
         put(learner, "model", learner.weights.view(phase.model_view))
     elif runs_a_view(scope.parent):
-        scope.defer(lambda: put(learner, "model", kept))
+        scope.defer(lambda: put(learner, "model", before))
         put(learner, "model", learner.weights.given)
 
 
@@ -417,7 +424,7 @@ def trains(scope: Scope | None) -> bool:
 
 
 def runs_a_view(scope: Scope | None) -> bool:
-    """Tell whether a scope, or one around it, belongs to a phase that runs a view of the weights."""
+    """Tell whether a scope, or one around it, belongs to a phase that runs a weights view."""
     while scope is not None:
         if scope.phase.model_view:
             return True

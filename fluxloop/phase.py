@@ -37,11 +37,16 @@ if TYPE_CHECKING:
 
 
 class Step:
-    """The `step` of a phase class: it takes a cancel that a handler of its StepBegin raised.
+    """The `step` of a phase class: it ends where a handler of its StepBegin raised a cancel.
 
     Such a cancel leaves the ``with runstep(...)`` of the step, which cannot skip its own body;
     here the step ends, whoever called it.
     """
+
+    # Each class's own step is wrapped when the class is made, and not caught by the epoch that calls it: users call
+    # `phase.step` in loops of their own too, and a subclass's step may call super().step(), where the cancel has to end
+    # the inner step alone. An object and not a closure, as `function` can be looked at by name: check_methods reads its
+    # arguments, and what compares steps of classes sees whether one is inherited.
 
     def __init__(self, function: Callable[[Any, Any, Any], Any]) -> None:
         update_wrapper(self, function)
@@ -56,7 +61,7 @@ class Step:
         return self if phase is None else MethodType(self, phase)
 
     def __call__(self, phase: Phase, learner: Any, batch: Any) -> Any:
-        """Run the step; give what it returns, or the step's state where it was cancelled."""
+        """Run the step; return what it returns, or the step's state where it was cancelled."""
         try:
             return self.function(phase, learner, batch)
         except CancelStepException:
@@ -68,7 +73,7 @@ class Phase:
 
     Subclasses write the parts of a step, `entries`, `body` and `finish`, as the built-in ones do, so
     that it can be compiled whole. They override `step` where a batch is not one step of that form, and
-    seldom `epoch`. One that keeps something between steps has ``state_dict()`` and
+    seldom `epoch`. One that holds something between steps has ``state_dict()`` and
     ``load_state_dict(state)``, both or neither; in a second learner it begins as in the first. A class
     may say otherwise on these:
     """
@@ -80,12 +85,12 @@ class Phase:
     gradients: ClassVar[bool] = False
     """Whether gradients are recorded."""
     model_view: ClassVar[str] = ""
-    """Which view of the models ``learner.model`` gives in it: ``"ema"`` for averaged ones; "" for the live ones."""
+    """Which weights view ``learner.model`` is in it: ``"ema"`` for averaged ones; "" for the live ones."""
     resumable: ClassVar[bool] = False
-    """Whether an `epoch` of its own can be resumed in the middle: it is called again with the batches that are left, so
-    what it keeps between steps has to be in attributes."""
+    """Whether an `epoch` of its own can be resumed in the middle: it is called again with the remaining batches, so
+    what it holds between steps has to be in attributes."""
     transient: ClassVar[Sequence[str]] = ()
-    """Names of attributes that no checkpoint needs to keep; others that change are kept, where they are plain data."""
+    """Names of attributes that no checkpoint needs; others that change are kept in it, where they are plain data."""
 
     stores_loss: ClassVar[bool] = False
     """Whether each of its steps stores ``loss``, so that a metric's misspelt name is found before the first step."""
@@ -93,11 +98,11 @@ class Phase:
     """Whether ``Accelerator(compile="step")`` is to compile its steps; False: they run as they are."""
 
     name: str = "Phase"
-    """What its numbers are called by in the history, monitors and logs; left out, the class's name. It is given when
+    """What its numbers are called in the history, monitors and logs; by default the class's name. Give it when
     the phase is made, ``ValidationPhase(name="noisy")``, or is an attribute of the class or of the phase."""
 
     def __init__(self, *, name: str | None = None) -> None:
-        super().__init__()  # of a class that stands beside it
+        super().__init__()  # a subclass may have another base beside this one
         if name is not None:
             if not isinstance(name, str):
                 raise PhaseError(f"{type(self).__name__}(name={name!r}) was given; expected a text: name='noisy'")
@@ -158,7 +163,7 @@ class Phase:
         return state
 
     def entries(self, batch: Any) -> dict[str, Any]:
-        """Give the entries that a step starts with: ``xs``, and ``ys`` where the batch is a pair."""
+        """Return the entries that a step starts with: ``xs``, and ``ys`` where the batch is a pair."""
         return inputs_and_labels(batch)
 
     def body(self, learner: Any, handle: Handle, state: StepState) -> None:
@@ -241,7 +246,7 @@ def check_methods(cls: type[Phase]) -> None:
 
 
 def check_every(phase: AbstractValidationPhase) -> None:
-    """Raise for a validation phase that says no number of cycles.
+    """Raise for a validation phase whose `every` is no number of cycles.
 
     Raises:
         PhaseError: `every` is no whole number from 1.
@@ -272,7 +277,7 @@ def weight_of(phase: Phase, state: StepState) -> Any:
 
 
 def inputs_and_labels(batch: Any) -> dict[str, Any]:
-    """Give ``xs``, and ``ys`` of a batch that is a pair; a tuple or list of one item is that item.
+    """Return ``xs``, and ``ys`` of a batch that is a pair; a tuple or list of one item is that item.
 
     Raises:
         BatchError: It has more items.
@@ -319,7 +324,7 @@ class AbstractValidationPhase(Phase):
     """Base of the phases that only watch: data ``"validation"``, eval mode, gradients off.
 
     Args:
-        name: What its numbers are called by; left out, the class's name.
+        name: What its numbers are called; by default the class's name.
         every: In a fit it runs in every so many cycles, counted over all fits, and in the last one of the fit.
 
     Raises:

@@ -19,12 +19,13 @@ class Accelerator:
     """Places models and batches on a device; computes gradients and steps optimizers there.
 
     ``runstep`` places a step's entries, ``learner.backward`` computes gradients and
-    ``learner.update`` steps an optimizer through it: the three doors for what is to come.
+    ``learner.update`` steps an optimizer through it. These are the only places where a step meets
+    the device; precision and processes will be added here.
 
     Args:
         device: ``"auto"`` (CUDA, else MPS, else the CPU), or anything ``torch.device`` takes.
         compile: ``"step"``: forward, loss, backward and update of a step are one compiled graph for
-            each shape of batch (`docs/speed.md`); who needs a moment inside the step is an error.
+            each shape of batch (`docs/speed.md`); a callback that has to run inside the step is an error.
             ``"model"``: each model's forward is compiled by ``torch.compile``. False: neither.
 
     Raises:
@@ -44,7 +45,7 @@ class Accelerator:
         model.to(self.device)
 
     def compile_model(self, model: nn.Module) -> None:
-        """Have a model's forward be compiled by torch, where that was asked for; it stays what it is."""
+        """Have torch compile a model's forward, if `compile` is ``"model"``; the model stays the same object."""
         if self.compile == "model" and hasattr(model, "_compiled_call_impl"):  # a private name of torch's
             # model.compile() would do nothing for torch's own classes, such as Sequential: their code is left alone
             call: Callable[..., Any] = model._call_impl
@@ -82,6 +83,9 @@ class Accelerator:
             return tensor
         if self.device.type != "cuda" or not tensor.is_cpu:
             return tensor.to(self.device, non_blocking=True)
+        # Copied by a stream of its own, or the copy would wait for the steps that the device still computes. What the
+        # stream of the steps does next waits for the copy; and the memory, which belongs to the stream that made it,
+        # is not used again before the step is done with it.
         copies, computes = _copy_stream(self.device), torch.cuda.current_stream(self.device)
         pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
         with torch.cuda.stream(copies):
@@ -120,12 +124,12 @@ class Accelerator:
 
 @cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """Give the stream that copies batches to a CUDA device."""
+    """Return the stream that copies batches to a CUDA device."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types there
 
 
 def _choose(device: str | torch.device) -> torch.device:
-    """Resolve ``"auto"``, and give a CUDA device its index, so that it equals that of its tensors."""
+    """Resolve ``"auto"``; add its index to a CUDA device, so that it equals the device of its tensors."""
     if device == "auto":
         if torch.cuda.is_available():
             device = "cuda"

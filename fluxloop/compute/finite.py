@@ -1,4 +1,4 @@
-"""What becomes of a step whose loss, or whose gradients, are not finite: no update, and the fit stops.
+"""A step whose loss, or whose gradients, are not finite makes no update, and the fit stops.
 
 `StopOnNaNLoss` asks for it, at the events of a step. Where it does not, nothing here costs anything.
 """
@@ -32,11 +32,11 @@ BEYOND = "The device had gone on by then: StopOnNaNLoss(wait=True) stops in the 
 
 
 class Finite:
-    """Looks at losses and gradients of a learner's steps, and stops the fit at one that is not finite.
+    """Look at losses and gradients of a learner's steps, and stop the fit at one that is not finite.
 
     On the CPU a number is looked at at once. On a device it is looked at when it has come to the
     host, a step or two later; from the bad step on, optimizers that can leave an update out on the
-    device (fused ones) do so, and the models' buffers are kept as they were before it.
+    device (fused ones) do so, and the models' buffers are saved as they were before it.
 
     Args:
         learner: Whose steps they are.
@@ -44,7 +44,7 @@ class Finite:
 
     def __init__(self, learner: RunLearner) -> None:
         self._learner = learner
-        self._buffers: list[KeptBuffers] = []
+        self._buffers: list[SavedBuffers] = []
         self._epoch: object = None
         self._step: StepState | None = None
         self.looked = False
@@ -53,29 +53,29 @@ class Finite:
         """Of a device: 1 once a gradient was not finite, else 0; None where everything was looked at at once."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Finite:
-        """Give a copied learner one of its own: what was kept is the original's."""
+        """Return a new one for a copied learner: the saved buffers are those of the original."""
         return Finite(copy.deepcopy(self._learner, memo))
 
     def begin_step(self) -> None:
-        """Keep the buffers of the models, so that a step that is not finite leaves them as they were."""
+        """Save the buffers of the models, so that a step that is not finite leaves them as they were."""
         self.looked = False
         scope = self._learner.scope
         if scope is None or scope.parent is not self._epoch:
             self._begin_epoch(scope)
         if self._buffers:
             self._step = self._learner.step
-            keep(self._buffers, self.bad)
+            save(self._buffers, self.bad)
 
     def _begin_epoch(self, scope: Any) -> None:
         self._epoch = None if scope is None else scope.parent
         modules = list(self._learner.modules())
         if scope is not None:  # a teacher, or a head, of the phase's own
             modules += [value for value in vars(scope.phase).values() if isinstance(value, nn.Module)]
-        before = {id(kept.place): kept for kept in self._buffers}
+        before = {id(saved.place): saved for saved in self._buffers}
         every = (part for module in modules for part in module.modules())
         held = (part for part in every if any(tensor is not None for tensor in part._buffers.values()))
         parts = {id(part._buffers): part for part in held}  # many losses have a weight that is None
-        self._buffers = [before.get(key) or KeptBuffers(part._buffers) for key, part in parts.items()]
+        self._buffers = [before.get(key) or SavedBuffers(part._buffers) for key, part in parts.items()]
 
     def require_losses(self, wait: bool) -> None:
         """Stop the fit unless the losses that the running step has stored are finite.
@@ -90,7 +90,7 @@ class Finite:
         for what, loss in stored_losses(self._learner.step):
             if not isinstance(loss, Tensor):
                 self._look(what, float(loss))
-            elif loss.numel() == 1:  # of a tensor with more elements nothing is asked
+            elif loss.numel() == 1:  # a tensor with more elements is no loss: nothing is known of it
                 if loss.is_cpu or wait:
                     self._look(what, loss.item())
                 else:
@@ -107,7 +107,7 @@ class Finite:
     def require_gradients(self, name: str | None, wait: bool) -> None:
         """Stop the fit unless the gradients that an optimizer is about to use are finite.
 
-        Also looked at is their norm before they were clipped, where somebody has computed it.
+        Their norm before they were clipped is looked at too, where somebody has computed it.
 
         Args:
             name: Of the optimizer.
@@ -137,7 +137,9 @@ class Finite:
                 total += norm.item()
             else:
                 norm_later.append(norm)
-        if not isfinite(total):  # finite ones may have an infinite sum
+        # One sum for all costs one pass and one number for each gradient; it is not finite if any of them is not. Only
+        # then, as finite numbers may have an infinite sum, is each of them looked at.
+        if not isfinite(total):
             reason = self._describe(slot, norm)
             if reason:
                 self.stop(reason)
@@ -174,13 +176,13 @@ class Finite:
             self.stop(bad_gradients(slot, bad), place, HOW_TO if can_skip(slot.optimizer) else BEYOND)
 
     def stop(self, what: str, place: str = "", advice: str = HOW_TO) -> NoReturn:
-        """Put the models' buffers back, warn, and end the fit.
+        """Set the models' buffers again, warn, and end the fit.
 
         Raises:
             CancelFittingException: Says what became what, and where.
         """
-        if self.bad is not None or self._step is self._learner.step:  # not kept in an earlier step alone
-            put_back(self._buffers)
+        if self.bad is not None or self._step is self._learner.step:  # not saved in an earlier step alone
+            set_again(self._buffers)
         self.bad = None
         reason = f"{what} in {place or self._learner.where()}"
         warn_user(f"the fit stops: {sentence(reason)} {advice}")
@@ -221,7 +223,7 @@ def first_names(names: Sequence[str]) -> str:
 
 
 def elements(tensor: Tensor) -> Tensor:
-    """Give the elements of a tensor that its memory holds: those of a sparse one that are stored."""
+    """Return the elements of a tensor that its memory holds: those of a sparse one that are stored."""
     tensor = tensor.detach()
     if tensor.layout is torch.sparse_coo:
         return tensor._values()
@@ -229,7 +231,7 @@ def elements(tensor: Tensor) -> Tensor:
 
 
 @define(eq=False)
-class KeptBuffers:
+class SavedBuffers:
     """A module's buffers as they were when a step began.
 
     Args:
@@ -245,7 +247,7 @@ class KeptBuffers:
     copies: list[Tensor] = field(factory=list)
 
     def has_changed(self) -> bool:
-        """Tell whether they may no longer be what was kept; torch does not count changes of running statistics."""
+        """Tell whether they may differ from what was saved; torch does not count changes of running statistics."""
         now = {name: tensor for name, tensor in self.place.items() if tensor is not None and not is_lazy(tensor)}
         if now.keys() != self.tensors.keys() or any(now[name] is not old for name, old in self.tensors.items()):
             self.tensors, self.copies = now, [tensor.detach().clone() for tensor in now.values()]
@@ -258,18 +260,18 @@ class KeptBuffers:
 
 
 def version(tensor: Tensor) -> int:
-    """Give how often a tensor has been changed in place; torch does not count that for one made in inference mode."""
+    """Return how often a tensor has been changed in place; torch does not count that for one of inference mode."""
     return -1 if tensor.is_inference() else tensor._version
 
 
-def keep(buffers: Iterable[KeptBuffers], bad: Tensor | None) -> None:
-    """Keep what buffers are, those that have changed; unless `bad`, on a device, says that a step was not finite."""
+def save(buffers: Iterable[SavedBuffers], bad: Tensor | None) -> None:
+    """Save the buffers that have changed, unless `bad`, on a device, says that a step was not finite."""
     tensors: list[Tensor] = []
     copies: list[Tensor] = []
-    for kept in buffers:
-        if kept.has_changed():
-            tensors += kept.tensors.values()
-            copies += kept.copies
+    for saved in buffers:
+        if saved.has_changed():
+            tensors += saved.tensors.values()
+            copies += saved.copies
     with torch.no_grad():
         if tensors and bad is None:
             torch._foreach_copy_(copies, tensors)
@@ -278,17 +280,17 @@ def keep(buffers: Iterable[KeptBuffers], bad: Tensor | None) -> None:
                 torch.where(bad.bool(), copied, tensor, out=copied)
 
 
-def put_back(buffers: Iterable[KeptBuffers]) -> None:
-    """Put buffers back to what was kept."""
+def set_again(buffers: Iterable[SavedBuffers]) -> None:
+    """Set buffers to what was saved."""
     with torch.no_grad():
-        for kept in buffers:
-            for (name, tensor), copied in zip(kept.tensors.items(), kept.copies, strict=True):
+        for saved in buffers:
+            for (name, tensor), copied in zip(saved.tensors.items(), saved.copies, strict=True):
                 tensor.copy_(copied)
-                kept.place[name] = tensor
+                saved.place[name] = tensor
 
 
 def not_finite(tensors: Iterable[tuple[str, Any]]) -> Iterator[str]:
-    """Give the names of the tensors in which a number is NaN or infinite."""
+    """Yield the names of the tensors in which a number is NaN or infinite."""
     for name, tensor in tensors:
         if not isinstance(tensor, Tensor) or is_lazy(tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
             continue
@@ -298,7 +300,7 @@ def not_finite(tensors: Iterable[tuple[str, Any]]) -> Iterator[str]:
 
 
 def state_tensors(learner: RunLearner) -> Iterator[tuple[str, Any]]:
-    """Give weights, buffers, the optimizers' states, and gradients that wait for an update, each with a name."""
+    """Yield weights, buffers, the optimizers' states, and gradients that wait for an update, each with a name."""
     for name, model in [*learner.models.items(), ("loss_fn", learner.loss_fn)]:
         if isinstance(model, nn.Module):
             prefix = "" if name is None else f"{name}."

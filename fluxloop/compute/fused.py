@@ -28,7 +28,7 @@ FUSED: dict[str, tuple[torch.dtype, ...]] = {
 
 
 def choose_fused(optimizer: Optimizer) -> None:
-    """Have a new `Adam` or `AdamW` use its fused implementation, where it has one and nobody said otherwise.
+    """Make a new `Adam` or `AdamW` use its fused implementation, where it has one and nobody said otherwise.
 
     One kernel steps all parameters: the same mathematics, rounded in another order, in less than
     half the time. On the CPU no other optimizer that takes dense gradients alone has one worth it.
@@ -189,7 +189,7 @@ def step_fused(calls: list[FusedCall]) -> None:
 
 
 def count_changes(params: Sequence[Tensor]) -> None:
-    """Have autograd know that parameters were changed in place, which fused kernels do not tell it.
+    """Count a change in place of parameters, as autograd does, which fused kernels leave out.
 
     Without that a graph made before the step, and differentiated after it, would give wrong gradients in silence.
     """
@@ -204,7 +204,7 @@ def can_skip(optimizer: Optimizer) -> bool:
 
 @contextmanager
 def skipping(optimizer: Optimizer, bad: Tensor | None) -> Iterator[None]:
-    """Have a step be left out on the device if `bad` is 1 there, in the way that torch's ``GradScaler`` does it."""
+    """Leave a step out on the device if `bad` is 1 there, in the way that torch's ``GradScaler`` does it."""
     if bad is None or not can_skip(optimizer) or "found_inf" in vars(optimizer):
         yield
         return

@@ -129,8 +129,8 @@ def to_device_of(module: nn.Module, value: Any) -> Any:
     return map_tensors(lambda tensor: tensor.to(device), value, lambda other: move_object(other, device))
 
 
-def keep_tensors(modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> Callable[[], None]:
-    """Keep the values of tensors, and which buffers modules hold; return what puts them back, bit for bit."""
+def save_tensors(modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> Callable[[], None]:
+    """Save the values of tensors, and which buffers modules hold; return what sets them again, bit for bit."""
     values = [(tensor, tensor.detach().clone()) for tensor in tensors]
     places = [(part, dict(part._buffers)) for module in modules for part in module.modules()]
 
@@ -223,5 +223,5 @@ def not_copied(whose: str, error: RuntimeError) -> ModelError:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Give the device of a module's first parameter or buffer, the CPU where it has none."""
+    """Return the device of a module's first parameter or buffer, the CPU where it has none."""
     return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), torch.device("cpu"))

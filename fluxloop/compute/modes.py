@@ -67,7 +67,7 @@ class OptimizerMode:
 
     @staticmethod
     def of(optimizer: Optimizer) -> OptimizerMode | None:
-        """Give the mode of an optimizer, None where it has none."""
+        """Return the mode of an optimizer, None where it has none."""
         has_modes = all(callable(getattr(type(optimizer), name, None)) for name in ("train", "eval"))
         return OptimizerMode(optimizer) if has_modes else None
 
@@ -98,13 +98,13 @@ class OptimizerMode:
         if self.is_train is train:
             return _nothing
         parameters = self.parameters
-        kept = [] if train else [parameter.detach().clone() for parameter in parameters]
+        saved = [] if train else [parameter.detach().clone() for parameter in parameters]
         self.set(train)
 
         def put_back() -> None:
             self.set(not train)
             with torch.no_grad():
-                for parameter, value in zip(parameters, kept, strict=False):
+                for parameter, value in zip(parameters, saved, strict=False):
                     parameter.copy_(value)  # the way there and back is rounded
 
         return put_back
@@ -118,9 +118,9 @@ class OptimizerMode:
         state = self.optimizer.state_dict()
         for packed, group, options in zip(state["param_groups"], groups, first, strict=True):
             scheduled = {name: group[name] for name in ("lr", "initial_lr") if name in group}
-            kept = {**copy.deepcopy(options), **scheduled, "params": packed["params"]}
+            fresh = {**copy.deepcopy(options), **scheduled, "params": packed["params"]}
             packed.clear()
-            packed.update(kept)
+            packed.update(fresh)
         self.optimizer.load_state_dict({**state, "state": {}})
         if train:
             self.set(True)
@@ -142,7 +142,7 @@ def switch_optimizers(modes: Iterable[OptimizerMode], train: bool) -> Callable[[
 
 
 def _in_eval(models: Iterable[nn.Module]) -> list[Callable[[], None]]:
-    """Put optimizers that train some models into eval mode for a while; give what puts them back."""
+    """Put optimizers that train some models into eval mode for a while; return what puts them back."""
     if not _training:
         return []
     own = {parameter for model in models for parameter in model.parameters()}

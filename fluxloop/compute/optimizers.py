@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -183,7 +182,7 @@ def separate_options(optimizers: Iterable[Optimizer]) -> None:
 
 
 def _apart(value: Any, taken: set[Tensor], copy: bool = False) -> Any:
-    """Give an option with copies of its tensors where they are taken, or of all; one to differentiate by stays."""
+    """Return an option with copies of its tensors, of those in `taken` or of all; one to differentiate by stays."""
     if isinstance(value, (tuple, list)) and any(isinstance(item, Tensor) for item in value):
         return type(value)(_apart(item, taken, copy) for item in value)
     if not isinstance(value, Tensor) or value.requires_grad:
@@ -239,27 +238,3 @@ def check_owned(names: Mapping[nn.Parameter, str], owned: set[nn.Parameter]) -> 
 
 def _list(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def save_state(optimizer: Optimizer) -> Callable[[], None]:
-    """Copy an optimizer's parameters, state and options; return what puts them back."""
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in owned_parameters(optimizer)}
-    weights = [(parameter, parameter.detach().clone()) for parameter in owned_parameters(optimizer)]
-    if isinstance(optimizer, torch.optim.LBFGS):  # the tensors of its long lists are never changed in place
-        lists = (value for entries in optimizer.state.values() for value in entries.values() if type(value) is list)
-        memo |= {id(tensor): tensor for tensors in lists for tensor in tensors}
-    states = [(key, copy.deepcopy(entries, memo)) for key, entries in optimizer.state.items()]
-    options = [{k: copy.deepcopy(v, memo) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-
-    def put_back() -> None:
-        with torch.no_grad():
-            for parameter, kept in weights:
-                parameter.copy_(kept)
-        optimizer.state.clear()
-        optimizer.state.update(states)
-        for group, kept_options in zip(optimizer.param_groups, options, strict=True):
-            for name in group.keys() - kept_options.keys() - {"params"}:
-                del group[name]
-            group.update(kept_options)
-
-    return put_back

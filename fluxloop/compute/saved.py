@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,31 @@ def save_optimizer(optimizer: Optimizer) -> Callable[[], None]:
                         value.copy_(copied)
                 optimizer.state[parameter][name] = value if isinstance(value, Tensor) else copied
         restore_options()
+
+    return restore
+
+
+def save_with_weights(optimizer: Optimizer) -> Callable[[], None]:
+    """Save an optimizer's parameters, state and options; return a function that sets them again, bit for bit."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in parameters}
+    weights = [(parameter, parameter.detach().clone()) for parameter in parameters]
+    if isinstance(optimizer, torch.optim.LBFGS):  # the tensors of its long lists are never changed in place
+        lists = (value for entries in optimizer.state.values() for value in entries.values() if type(value) is list)
+        memo |= {id(tensor): tensor for tensors in lists for tensor in tensors}
+    states = [(key, copy.deepcopy(entries, memo)) for key, entries in optimizer.state.items()]
+    options = [{k: copy.deepcopy(v, memo) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for parameter, saved in weights:
+                parameter.copy_(saved)
+        optimizer.state.clear()
+        optimizer.state.update(states)
+        for group, saved_options in zip(optimizer.param_groups, options, strict=True):
+            for name in group.keys() - saved_options.keys() - {"params"}:
+                del group[name]
+            group.update(saved_options)
 
     return restore
 

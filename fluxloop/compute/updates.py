@@ -1,4 +1,4 @@
-"""Who owns which gradient: the update block, and the explicit backward and update under it."""
+"""Who owns which gradient: backward and update, called by a step or by an update block for it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from fluxloop.compute.blocks import requires_grad
 from fluxloop.compute.fused import skipping
 from fluxloop.compute.modes import OptimizerMode
-from fluxloop.compute.optimizers import Optimizers, check_owned, owned_parameters, save_state, separate_options
+from fluxloop.compute.optimizers import Optimizers, check_owned, owned_parameters, separate_options
 from fluxloop.compute.reach import loss_error, reached_by
+from fluxloop.compute.saved import save_with_weights
 from fluxloop.compute.slots import Slot, set_apart
 from fluxloop.errors import LossError, OptimizerError, PhaseError, describe, did_you_mean, warn_user
 from fluxloop.events import Event, UpdateBegin, UpdateEnd
@@ -59,7 +60,7 @@ class Updates:
         self.count = 0
         """How many updates have been made."""
         self.told_by_hand: set[str] = set()
-        """Names of the phases of which it was said that they step optimizers by hand."""
+        """Names of the phases that a warning has said to step optimizers by hand."""
         self._told_no_gradient = False
         self.findings: list[str] | None = None
         """Where `check` collects what it finds while it runs a step."""
@@ -71,7 +72,7 @@ class Updates:
                 mode.set(False)
 
     def find(self, name: str | int | None) -> Slot:
-        """Give the optimizer of a name; None stands for the only one.
+        """Find the optimizer of a name; None stands for the only one.
 
         Raises:
             OptimizerError: There is no such optimizer, or no name was given and there are several.
@@ -101,7 +102,7 @@ class Updates:
             slot.others = tuple(p for other in self.slots if other is not slot for p in other.parameters)
 
     def rename(self, names: dict[nn.Parameter, str]) -> bool:
-        """Take the names of all parameters anew, as some may have joined; tell whether any has changed.
+        """Use new names of all parameters, as some may have joined; return whether any has changed.
 
         Raises:
             OptimizerError: A trainable one is in no optimizer; nothing is changed.
@@ -381,7 +382,7 @@ class Updates:
             self._announce(slot)
             return loss
 
-        put_back = save_state(slot.optimizer)
+        put_back = save_with_weights(slot.optimizer)
         try:
             self._learner.accelerator.update(slot.optimizer, evaluate)
         except BaseException:
@@ -389,7 +390,7 @@ class Updates:
             raise
 
     def standing(self) -> tuple[int, int]:
-        """Give how many updates have been made, and a number that a step of an optimizer, made by whomever, raises."""
+        """Return how many updates were made, and a number that rises with each step of an optimizer, by hand too."""
         states = [
             value for slot in self.slots for entries in slot.optimizer.state.values() for value in entries.values()
         ]
@@ -451,7 +452,7 @@ class Updates:
         step.grads = self.gradients
 
     def explain(self, path: tuple[str, ...]) -> Iterator[str]:
-        """Tell which optimizers write a path below ``model``, ``params`` or ``optimizer``."""
+        """Say which optimizers write a path below ``model``, ``params`` or ``optimizer``."""
         for slot in self.slots:
             name = slot.name or ""
             below = ".".join(path[1:])
@@ -470,7 +471,7 @@ def _say_that_a_closure_is_needed(optimizer: Optimizer, error: TypeError) -> Non
     """Raise in place of an error that an optimizer's step was called without a closure; do nothing for others.
 
     Raises:
-        OptimizerError: Says how to give one.
+        OptimizerError: It was; says how to give one.
     """
     if "closure" in str(error):
         raise OptimizerError(

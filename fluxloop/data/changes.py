@@ -1,4 +1,4 @@
-"""What of a source moves while it is run through: its generators, and what its parts keep for themselves."""
+"""What of a source moves while it is run through: its generators, and what its parts hold for themselves."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def watch(source: Any) -> Walk | None:
 
 
 def _parts(source: Any) -> dict[str, Any]:
-    """Give what of a loader may change, by name: its data set, functions and samplers."""
+    """Return what of a loader may change, by name: its data set, functions and samplers."""
     if keeps_place(source):
         return {f"sampler_{number}": sampler for number, sampler in enumerate(samplers(source))}
     names = ("dataset", "collate_fn", "sampler", "batch_sampler") if isinstance(source, DataLoader) else ()
@@ -47,7 +47,7 @@ def _parts(source: Any) -> dict[str, Any]:
 
 
 def changes_of(source: Any) -> tuple[dict[str, Any], list[str]]:
-    """Give what has changed of a source's parts as plain data, and the paths of what is lost."""
+    """Return what has changed of a source's parts as plain data, and the paths of what is lost."""
     walk = watch(source)
     return ({}, []) if walk is None else walk.state(models_apart)
 
@@ -60,13 +60,13 @@ def put_changes_back(source: Any, kept: dict[str, Any]) -> None:
 
 
 def source_state(source: Any) -> dict[str, Any]:
-    """Give what of a source moves: generators, and what its data set, functions and samplers keep."""
+    """Return what of a source moves: generators, and what its data set, functions and samplers hold."""
     state = {**generators_state(source), "walk": changes_of(source)[0]}
     return {**state, "parts": [source_state(part) for part in source.parts]} if isinstance(source, Combined) else state
 
 
 def generators_state(source: Any) -> dict[str, Any]:
-    """Give where all generators of a source stand."""
+    """Return where all generators of a source stand."""
     return {
         **({"parts": [generators_state(part) for part in source.parts]} if isinstance(source, Combined) else {}),
         "own_generators": [generator.get_state() for generator in own_generators(source)],
@@ -75,7 +75,7 @@ def generators_state(source: Any) -> dict[str, Any]:
 
 
 def private_state(source: Any) -> list[Any]:
-    """Give where the generators stand that a loader's dataset and samplers keep for themselves."""
+    """Return where the generators stand that a loader's dataset and samplers hold for themselves."""
     return [to_plain(generator, "a generator of the data") for generator in private_generators(source)]
 
 
@@ -89,16 +89,18 @@ def put_generators_back(source: Any, state: dict[str, Any]) -> None:
     """Put all generators of a source where `generators_state` found them."""
     for part, of_part in zip(parts_of(source), state.get("parts", ()), strict=False):
         put_generators_back(part, of_part)
-    for generator, kept in zip(own_generators(source), state["own_generators"], strict=False):
-        generator.set_state(kept)
-    put_private_back(source, state["private"])
+    _set_generators(source, state)
 
 
 def put_source_back(source: Any, state: dict[str, Any]) -> None:
     """Put a loader where `source_state` found it."""
     for part, of_part in zip(parts_of(source), state.get("parts", ()), strict=False):
         put_source_back(part, of_part)
-    put_changes_back(source, state.get("walk", {}))
-    for generator, kept in zip(own_generators(source), state["own_generators"], strict=False):
-        generator.set_state(kept)
+    put_changes_back(source, state.get("walk", {}))  # first: it may put other generators into the parts
+    _set_generators(source, state)
+
+
+def _set_generators(source: Any, state: dict[str, Any]) -> None:
+    for generator, stood in zip(own_generators(source), state["own_generators"], strict=False):
+        generator.set_state(stood)
     put_private_back(source, state["private"])

@@ -162,7 +162,7 @@ class _Part:
         self.run: Pass | None = None
 
     def take(self) -> Any:
-        """Give its next batch; where its last pass has ended, the first one of a new pass.
+        """Return its next batch; where its last pass has ended, the first one of a new pass.
 
         Raises:
             StopIteration: Its pass has ended.
@@ -178,7 +178,7 @@ class _Part:
             raise
 
     def again(self) -> Any:
-        """Give its next batch, of a new pass where the last one has ended.
+        """Return its next batch, of a new pass where the last one has ended.
 
         Raises:
             DataError: The new one gave none.
@@ -204,7 +204,7 @@ class _Part:
         return self.run
 
     def place(self, name: str | None) -> dict[str, Any]:
-        """Give where it is, as plain data."""
+        """Return where it is, as plain data."""
         run = None if self.run is None else self.run.place(self.run.count, f"{name}/{self.name}")
         between = None if self.run is not None or not self.begun else data_state(self.source, True, str(name))
         return {"begun": self.begun, "ended": self.ended, "run": run, "between": between}
@@ -219,7 +219,7 @@ class _Part:
 
 
 class _Together:
-    """A pass through several loaders."""
+    """A pass through several loaders, by the combined loader's mode."""
 
     def __init__(self, loader: CombinedLoader, parts: list[_Part], running: Any) -> None:
         self._loader = loader
@@ -230,7 +230,7 @@ class _Together:
             part.go_on(place)
 
     def place(self, name: str | None) -> list[dict[str, Any]]:
-        """Give where each of the loaders is, as plain data."""
+        """Return where each of the loaders is, as plain data."""
         return [part.place(name) for part in self._parts]
 
     def __iter__(self) -> _Together:
@@ -259,7 +259,7 @@ class _Together:
         return self._loader.together(items)
 
     def _of_all_that_last(self) -> list[Any]:
-        """Give the next batch of each loader that has not ended, None for the others.
+        """Return the next batch of each loader that has not ended, None for the others.
 
         Raises:
             StopIteration: All have.

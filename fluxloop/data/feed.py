@@ -16,7 +16,7 @@ from fluxloop.signals import TERMINATED, StopWaiting
 
 
 def _nothing() -> None:
-    """Stand for what there is not to undo."""
+    """Undo nothing."""
 
 
 class Feed:
@@ -31,7 +31,7 @@ class Feed:
         streams: The learner's streams.
         name: What the data is called in messages; None where the phase needs none.
         before_batch: Called before each batch is fetched.
-        told: Names of data of which it was said that it has not as many batches as its length says.
+        told: Names of data that a warning has said to have more or fewer batches than its length.
 
     Attributes:
         count: Batches given in this epoch, those before a checkpoint it goes on from too.
@@ -90,7 +90,7 @@ class Feed:
         return obstacle(self.source, self.name)
 
     def place(self) -> dict[str, Any] | None:
-        """Give where the running epoch is, as plain data; None where it has not begun or cannot be resumed.
+        """Return where the running epoch is, as plain data; None where it has not begun or cannot be resumed.
 
         Raises:
             CheckpointError: The source cannot say where it is.
@@ -222,7 +222,7 @@ class Feed:
         """Wait for each batch, until the process is to end and none comes.
 
         Where workers fetch, nothing of this process has changed meanwhile: the state between the
-        last step and this batch is one to go on from, and may be kept.
+        last step and this batch is one to resume from, which a checkpoint may hold.
 
         Raises:
             CancelFittingException: The process is to end.

@@ -19,7 +19,7 @@ from fluxloop.nested import tensors
 from fluxloop.persist.plain import attributes
 
 ROWS = 8
-"""Of how many rows the numbers are looked at, spread evenly."""
+"""How many rows are looked at, spread evenly."""
 NUMBERS_PER_ROW = 4096
 """How many numbers of a row are looked at, at most."""
 
@@ -83,7 +83,7 @@ def _name_order(sampler: Any) -> str:
 
 
 def _columns(dataset: Any, rows: int) -> Iterator[Any]:
-    """Give the tensors and arrays of which a data set makes its rows, as far as they lie in its attributes."""
+    """Yield the tensors and arrays of which a data set makes its rows, as far as they lie in its attributes."""
     if isinstance(dataset, Subset):
         yield torch.as_tensor([int(dataset.indices[place]) for place in _places(len(dataset))])
         with suppress(TypeError):
@@ -112,7 +112,7 @@ def _places(rows: int) -> list[int]:
 
 
 def _digest(columns: list[Any]) -> str | None:
-    """Give a digest of some rows' numbers; None where there is nothing to look at."""
+    """Return a digest of some rows' numbers; None where there is nothing to look at."""
     columns = [column for column in columns if _is_column(column)]
     if not columns:
         return None
@@ -125,7 +125,7 @@ def _digest(columns: list[Any]) -> str | None:
 
 
 def _numbers(row: Any) -> bytes:
-    """Give some of a row's numbers as bytes."""
+    """Return some of a row's numbers as bytes."""
     if isinstance(row, Tensor):
         flat = row.detach().resolve_conj().resolve_neg().reshape(-1)
         flat = flat[:: max(1, flat.numel() // NUMBERS_PER_ROW)].cpu().contiguous()
@@ -137,7 +137,7 @@ def _numbers(row: Any) -> bytes:
 def differences(former: Fingerprint, now: Fingerprint) -> list[str]:
     """Say where two descriptions differ, with both values.
 
-    What only one of them tells is left out: it may be of an earlier version.
+    What stands in only one of them is left out: it may be of an earlier version.
     """
     return [
         f"{what}: {former[what]!r} then, {now[what]!r} now"

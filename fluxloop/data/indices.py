@@ -21,8 +21,8 @@ class Numbers:
 
     Args:
         order: The number for the order and the first batch.
-        fetch: Gives the number for batch ``j``, from 1.
-        sample: Gives the number for the n-th sample of the epoch, from 0.
+        fetch: Returns the number for batch ``j``, from 1.
+        sample: Returns the number for the n-th sample of the epoch, from 0.
     """
 
     order: int
@@ -44,7 +44,7 @@ class LoaderIndices:
         self.batched = loader.batch_sampler is not None
         self.sampler: Any = loader.batch_sampler if self.batched else loader.sampler
         self.draws = draws
-        self.others_too = not _is_torchs(self.sampler)
+        self.others_too = not _is_torchs(self.sampler)  # others may draw from NumPy's and Python's generators
         self.current: IndexPass | None = None
 
     def prepare(self, numbers: Numbers, skip: int) -> None:
@@ -65,7 +65,7 @@ class LoaderIndices:
         return self.current is None or (self.current.ended and self.current.drawn <= batches)
 
     def states(self) -> list[tuple[torch.Generator, Tensor]]:
-        """Give the generators an order may be drawn from, and where they stand."""
+        """Return the generators an order may be drawn from, and where they stand."""
         return [(generator, generator.get_state()) for generator in (torch.default_generator, *self.own)]
 
 
@@ -86,7 +86,7 @@ class IndexPass:
 
     A loader draws a number for its workers when it makes them, after the sampler's iteration has
     begun and before the sampler is asked; workers that stay are made once. Here each pass draws as
-    the first one does, so that the order is the same whether the workers are new.
+    the first one does, so that new and persistent workers give the same order.
     """
 
     def __init__(self, indices: LoaderIndices) -> None:
@@ -98,6 +98,7 @@ class IndexPass:
         )
         with self._others:
             self._source = iter(indices.sampler)
+        # what torch draws here for its workers' seeds, where it makes new ones (_BaseDataLoaderIter.__init__)
         torch.empty((), dtype=torch.int64).random_(generator=indices.generator)
         self._begins = indices.states()
         self._sample = 0
@@ -117,10 +118,10 @@ class IndexPass:
                 return
 
     def _draw(self) -> tuple[Any, int]:
-        """Give the next indices, and the place in the epoch of the first of them."""
+        """Return the next indices, and the place in the epoch of the first of them."""
         if self.drawn:
             start_torch(self._indices.numbers.fetch(self.drawn))
-        else:
+        else:  # the first indices go on with the numbers the pass began with, whoever has drawn since
             _set_generators(self._begins)
         with self._others:
             try:

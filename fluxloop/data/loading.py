@@ -1,4 +1,4 @@
-"""Errors while batches are loaded: an end that is none, and workers that die.
+"""Errors while batches are loaded: iterations that end before their data does, and workers that die.
 
 A ``StopIteration`` in a data set, in its ``collate_fn`` or in a worker ends the iteration around it, as the end of
 the data does: the epoch would be shorter, and nobody would know. A worker that dies shows as whatever its process
@@ -60,7 +60,7 @@ def begin(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def watched(batches: Iterator[Any], ended_after: Callable[[int], bool], label: str, given: int = 0) -> Iterator[Any]:
-    """Give a loader's batches; an end that is none, and a worker that dies, are errors that name the batch.
+    """Yield a loader's batches; raise where they end before the data does, or a worker dies, and name the batch.
 
     Args:
         batches: The loader's iteration.
@@ -110,7 +110,7 @@ def is_workers_death(error: RuntimeError) -> bool:
 
 
 def worker_died(error: RuntimeError) -> DataError:
-    """Give an error in place of torch's own that a worker has died."""
+    """Make the error in place of torch's own that a worker has died."""
     return DataError(f"a {str(error).strip().rstrip('.')}{ALIVE}")
 
 

@@ -16,7 +16,7 @@ class Notes(Generic[V]):
         self._notes: dict[int, V | None] = {}
 
     def get(self, thing: object) -> V | None:
-        """Give what is noted of an object, None for nothing."""
+        """Return what is noted of an object, None for nothing."""
         return self._notes.get(id(thing))
 
     def put(self, thing: object, note: V | None) -> None:

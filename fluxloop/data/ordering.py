@@ -14,7 +14,7 @@ from fluxloop.errors import DataError, describe
 
 
 def in_order(source: Any) -> Any:
-    """Give a source of all rows in the data set's order; the one given where it is one.
+    """Return a source of all rows in the data set's order; `source` itself where it is one.
 
     Loaders that shuffle, or leave out a last batch that is not full, are replaced by ones that do not.
     What has an order of its own (a list of batches, an iterable data set, a generator) keeps it.

@@ -158,7 +158,7 @@ class Pass:
         source: Of batches.
         numbers: What its random numbers start from.
         epoch: Which epoch what wants to know is told; None to tell nobody.
-        place: Where another pass was left, as `place` gave it; None to begin anew.
+        place: Where another pass was left, as `place` returned it; None to begin anew.
 
     Attributes:
         batches: The batches that are left.
@@ -193,7 +193,7 @@ class Pass:
         """Whether fetching a batch may draw numbers."""
 
     def _go_on(self, place: dict[str, Any] | None) -> None:
-        """Have a source that keeps its place go on from there, or from where its last pass was left before its end.
+        """Make a source that keeps its place go on from there, or from where its last pass was left before its end.
 
         So does one that a checkpoint between two epochs is put into, and the two are the same run.
         """
@@ -208,7 +208,7 @@ class Pass:
         _under_way.put(source, True)
 
     def _rest_or_all(self, rest: Iterator[Any]) -> Iterator[Any]:
-        """Give the rest of a pass, or a new one where the last one was left at its very end."""
+        """Yield the rest of a pass, or a new one where the last one was left at its very end."""
         for batch in rest:
             yield batch
             break
@@ -237,7 +237,7 @@ class Pass:
         return batch
 
     def place(self, count: int, name: str | None) -> dict[str, Any]:
-        """Give where it is, as plain data.
+        """Return where it is, as plain data.
 
         Args:
             count: How many batches were given.
@@ -274,14 +274,14 @@ def check_place(source: Any, place: dict[str, Any], name: str | None) -> None:
         put_source_back(source, before)
 
 
-# What is kept between passes
+# Between two passes
 
 
 def own_state(source: Any, name: str | None) -> Any:
-    """Give what a source that keeps its place says of it.
+    """Return what a source that keeps its place says of it.
 
     Raises:
-        CheckpointError: It has ``state_dict`` by name only, or gives what cannot be kept.
+        CheckpointError: It has ``state_dict`` by name only, or returns what no checkpoint can hold.
     """
     try:
         state = cast(Stateful, source).state_dict()
@@ -294,7 +294,7 @@ def own_state(source: Any, name: str | None) -> Any:
 
 
 def data_state(source: Any, begun: bool, name: str) -> dict[str, Any]:
-    """Give what of a source moves, between two passes.
+    """Return what of a source moves, between two passes.
 
     Args:
         source: Of batches.
@@ -315,7 +315,7 @@ def put_data_back(source: Any, state: dict[str, Any]) -> bool:
     put_source_back(source, state)
     if isinstance(source, Combined):
         parts = zip(source.parts, state.get("parts", ()), strict=False)
-        return any([put_data_back(part, kept) for part, kept in parts])
+        return any([put_data_back(part, of_part) for part, of_part in parts])
     if state.get("own") is None or not keeps_place(source):
         return False
     cast(Stateful, source).load_state_dict(from_plain(state["own"]))

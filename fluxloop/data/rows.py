@@ -71,7 +71,7 @@ class EndlessRows(WrappedRows):
 
 
 class WholeBatches(WrappedRows):
-    """One of torch's datasets that only hand out tensors; gives batches as `default_collate` makes them."""
+    """One of torch's datasets that only hand out tensors; returns batches as `default_collate` makes them."""
 
     def __getitems__(self, indices: Any) -> Any:
         batch = _fetch(self._dataset, indices)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fluxloop.callback import UnsafeCallback
-from fluxloop.compute.models import keep_tensors
+from fluxloop.compute.models import save_tensors
 from fluxloop.compute.saved import save_optimizer
 from fluxloop.compute.slots import Slot
 from fluxloop.compute.updates import Updates
@@ -152,7 +152,7 @@ def _aside(learner: RunLearner, phase: Phase, findings: list[str]) -> Iterator[P
         for slot in updates.slots:
             undone.callback(save_optimizer(slot.optimizer))
         weights = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
-        undone.callback(keep_tensors(modules, weights))
+        undone.callback(save_tensors(modules, weights))
         undone.callback(_save_attributes(modules))
         undone.callback(set_modes(learner, phase))
         updates.findings = findings

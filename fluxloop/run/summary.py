@@ -10,7 +10,7 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fluxloop.compute.models import keep_tensors
+from fluxloop.compute.models import save_tensors
 from fluxloop.compute.modes import watching
 from fluxloop.data.passes import untouched
 from fluxloop.data.sources import complete
@@ -202,7 +202,7 @@ def _run(learner: RunLearner, batch: Any, shapes: dict[nn.Module, str]) -> str:
     with ExitStack() as undone:
         undone.enter_context(preserved())
         buffers = (buffer for buffer in model.buffers() if not is_lazy(buffer))  # some change in eval mode too
-        undone.callback(keep_tensors([model], buffers))
+        undone.callback(save_tensors([model], buffers))
         if batch is None:
             source = vars(learner.data).get("training")
             if source is None or hasattr(source, "__next__"):
