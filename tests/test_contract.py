@@ -769,6 +769,7 @@ def moved(before: nn.Module, after: nn.Module) -> bool:
     return any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("place", SEVERAL)
 def test_what_is_said_of_one_optimizer_leaves_the_others_as_they_train(place: str) -> None:
     setting = SETTINGS[place]
@@ -831,6 +832,7 @@ def test_a_model_that_waits_frozen_as_a_whole_has_the_other_trained_alone(place:
     assert moved(generator, learner.weights["G"])
 
 
+@pytest.mark.slow(quick=3)
 @every_setting
 def test_the_average_can_be_probed_sampled_and_explained(place: str, plain: Plain) -> None:
     setting = SETTINGS[place]

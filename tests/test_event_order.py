@@ -525,6 +525,7 @@ def test_what_a_handler_raises_at_an_event_has_this_outcome(event, kind):
     check_outcome(learner, recorder, error, normal, index)
 
 
+@pytest.mark.slow(quick=11)
 @pytest.mark.parametrize("kind", OUTCOMES)
 @pytest.mark.parametrize("event", [EpochBegin, StepBegin, LossBegin, StepEnd, EpochEnd], ids=lambda e: e.__name__)
 def test_what_a_handler_raises_in_validation_has_this_outcome(event, kind):

@@ -300,6 +300,7 @@ def test_it_says_whether_it_draws_random_numbers(cls: type[Callback]) -> None:
         assert MAKE[cls]().draws in (True, False)
 
 
+@pytest.mark.slow(quick=26)
 @every
 def test_its_repr_names_it_and_holds_no_address(cls: type[Callback]) -> None:
     callback = MAKE[cls]()
@@ -307,11 +308,13 @@ def test_its_repr_names_it_and_holds_no_address(cls: type[Callback]) -> None:
     assert " at 0x" not in callback.identity
 
 
+@pytest.mark.slow(quick=26)
 @every
 def test_two_made_alike_show_alike(cls: type[Callback]) -> None:
     assert ALIKE[cls]().identity == ALIKE[cls]().identity
 
 
+@pytest.mark.slow(quick=28)
 @every
 def test_its_handlers_are_documented(cls: type[Callback]) -> None:
     callback = MAKE[cls]().unwrapped

@@ -343,6 +343,7 @@ def test_a_callback_is_initialised_once_per_learner_however_it_came() -> None:
         assert learner.cbstate.level == 0
 
 
+@pytest.mark.slow(quick=4)
 @pytest.mark.parametrize(
     ("change", "error"),
     [
@@ -397,6 +398,7 @@ def test_a_learner_and_its_model_are_garbage_once_nobody_holds_them(defaults: bo
     assert [reference() for reference in held] == [None] * 4
 
 
+@pytest.mark.slow
 def test_a_learner_is_garbage_after_a_failed_fit() -> None:
     def fail(learner: Any) -> None:
         raise RuntimeError("no")

@@ -612,6 +612,7 @@ def test_a_validation_epoch_inside_a_training_step_fires_its_events_there():
     assert training == ["EpochBegin", "StepBegin", "UpdateBegin", "UpdateEnd", "StepEnd", "EpochEnd"]
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("event", [StepBegin, LossBegin, BackwardBegin, StepEnd])
 def test_a_handler_may_run_a_validation_epoch_and_the_step_goes_on_as_it_was(event):
     steps: list[bool] = []

@@ -315,6 +315,7 @@ def others() -> dict[str, Callback]:
     }
 
 
+@pytest.mark.slow(quick=3)
 @pytest.mark.parametrize("name", others())
 def test_another_callback_changes_nothing(reference: Reference, name: str) -> None:
     assert_same_bits(train(make_learner(Recorder(), others()[name])), reference(0))
@@ -360,6 +361,7 @@ def test_a_single_normal_number_drawn_by_a_callback_changes_nothing(reference: R
     assert_same_bits(train(make_learner(DrawsOneNormalNumber(event))), reference(0))
 
 
+@pytest.mark.slow(quick=3)
 @pytest.mark.parametrize("event", EVENTS)
 def test_a_callback_that_only_listens_changes_nothing(reference: Reference, event: type[Event]) -> None:
     assert_same_bits(train(make_learner(CustomCallback(lambda learner: None, event, reads=()))), reference(0))
@@ -653,6 +655,7 @@ def samples(*others: Callback, phases: list[Phase], seed: int = 5) -> list[list[
     return callback.numbers
 
 
+@pytest.mark.slow
 def test_a_callback_that_says_it_draws_gets_the_same_numbers_whatever_else_is_there() -> None:
     alone = samples(phases=[Noisy()])
     assert len({tuple(numbers) for numbers in alone}) == 10
@@ -752,6 +755,7 @@ def test_a_phase_that_only_watches_the_training_data_changes_nothing(loader: Cal
     assert watched.history[TrainEval].steps == 5 * EPOCHS
 
 
+@pytest.mark.slow
 @WORKERS
 def test_a_phase_that_only_watches_a_plain_loader_of_the_training_changes_nothing(
     reference: Reference, workers: int
@@ -759,6 +763,7 @@ def test_a_phase_that_only_watches_a_plain_loader_of_the_training_changes_nothin
     assert_same_bits(train(make_learner(workers=workers), TrainEval()), reference(workers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("validated", ["after each epoch", "at the end of each step"])
 @pytest.mark.parametrize("shared", ["generator", "loader with persistent workers"])
 def test_validation_on_what_the_training_shares_changes_nothing(shared: str, validated: str) -> None:
@@ -777,6 +782,7 @@ def test_validation_on_what_the_training_shares_changes_nothing(shared: str, val
     assert_same_bits(plain, watched)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("action", ["evaluate", "predict", "check", "sanity check"])
 def test_looking_at_the_data_of_a_sampler_with_a_generator_changes_nothing(action: str) -> None:
     plain, watched = make_learner(), make_learner(*([SanityCheck()] if action == "sanity check" else []))
@@ -809,6 +815,7 @@ class RunningScale(nn.Module):
         return loss / self.scale
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "by a new tensor"])
 @pytest.mark.parametrize("action", ["validation", "evaluate", "check", "sanity check"])
 def test_looking_changes_nothing_of_a_loss_with_a_state_of_its_own(action: str, in_place: bool) -> None:
@@ -861,6 +868,7 @@ class Nests(Noisy):
             learner.update()
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("how", ["runstep", "step"])
 def test_a_validation_step_inside_a_training_step_changes_nothing(how: str) -> None:
     plain, watched = make_learner(), make_learner(Recorder(), Draws())
@@ -888,6 +896,7 @@ class DrawsWhenUndoing(Callback):
         self.undone += 1
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("event", STEP_EVENTS)
 def test_what_a_deferred_function_draws_changes_nothing(reference: Reference, event: type[Event]) -> None:
     callback = DrawsWhenUndoing(event)

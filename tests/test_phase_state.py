@@ -55,6 +55,7 @@ def test_a_phase_goes_on_in_each_of_two_learners_from_where_it_was_there() -> No
     assert_same_bits(second, reference)
 
 
+@pytest.mark.slow
 def test_a_phase_begins_anew_where_its_first_learner_is_gone() -> None:
     phase = GANPhase(noise=3, critic_steps=3)
     gan_learner().fit(1, phases=[phase])

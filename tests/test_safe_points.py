@@ -178,6 +178,7 @@ def test_a_cancel_at_a_safe_point_ends_the_fit_there() -> None:
     assert learner.history[TrainingPhase].steps == 2
 
 
+@pytest.mark.slow
 def test_a_cancelled_step_or_epoch_leaves_a_run_that_can_be_gone_on_with() -> None:
     class Cancels(UnsafeCallback):
         @on(StepBegin, AbstractTrainingPhase)
@@ -251,6 +252,7 @@ def test_counts_are_whole_numbers_also_after_a_resume(tmp_path: Path) -> None:
     assert {type(row["epoch"]) for row in learner.history.rows()} == {int}
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("step", [1, 2, 3, 4])
 def test_ctrl_c_between_any_two_batches_can_be_gone_on_from(step: int, tmp_path: Path) -> None:
     class Press(UnsafeCallback):
@@ -347,6 +349,7 @@ def test_a_phase_with_an_epoch_of_its_own_waits_for_its_end_and_says_so_once(tmp
     assert {progress[1] for progress, _ in Folder(tmp_path / "b").files()} >= {1, 2, 3}
 
 
+@pytest.mark.slow
 def test_a_callback_that_ends_the_epoch_early_leaves_a_run_that_can_be_gone_on_with() -> None:
     class Short(UnsafeCallback):
         @on(StepEnd, AbstractTrainingPhase)

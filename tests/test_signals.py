@@ -188,6 +188,7 @@ if how != "untouched":
 """
 
 
+@pytest.mark.slow
 def test_streams_that_are_gone_do_not_end_a_training(tmp_path: Path) -> None:
     results = {}
     for how in ("untouched", "none", "closed", "descriptors", "pipe"):

@@ -248,6 +248,7 @@ def test_every_must_be_1_or_more() -> None:
         ActivationStats(every=0)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_to_the_same_statistics() -> None:
     assert_resumes_exactly(lambda: learner_of(ActivationStats(every=3)), epochs=2, at=[1, 4, 7, 12])
 

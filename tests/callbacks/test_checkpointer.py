@@ -167,6 +167,7 @@ def test_it_prints_its_arguments(tmp_path: Path) -> None:
 # Which files there are
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (3, [3, 5]), (9, [5])])
 def test_the_last_epoch_is_always_there(every: int, expected: list[int], tmp_path: Path) -> None:
     toy(Checkpointer(tmp_path, every=every, keep_last=None)).fit(5)

@@ -105,6 +105,7 @@ def test_epochs_run_where_nothing_improves(stopping: EarlyStopping, epochs: int)
     assert epochs_run(FLAT, stopping) == epochs
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("values", [[1, 2] * 10, [1.0] * 20, [1, 3, 2] * 7], ids=["oscillation", "plateau", "waves"])
 def test_a_number_stops_at_a_plateau_or_an_oscillation_where_consecutive_rises_never_come(values: Any) -> None:
     assert epochs_run(values, EarlyStopping(3)) == 4

@@ -632,6 +632,7 @@ def test_critic_steps_and_a_check_between_epochs_leave_one_average_per_update_of
     assert averaged == updates == {"critic": 15, "generator": 5}
 
 
+@pytest.mark.slow(quick=4)
 @pytest.mark.parametrize("event", [UpdateEnd, StepEnd], ids=lambda event: event.__name__)
 @pytest.mark.parametrize("error", [CancelStepException(), CancelEpochException(), ValueError("broken")], ids=repr)
 def test_a_step_that_is_left_after_its_update_is_averaged_there_and_then(
@@ -1128,6 +1129,7 @@ MISTAKES: dict[str, tuple[Callable[[], EMA], Callable[[], Any], type[Exception],
 }
 
 
+@pytest.mark.slow(quick=10)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_says_what_to_type_and_changes_nothing(mistake: str) -> None:
     make, model, error, words = MISTAKES[mistake]

@@ -277,6 +277,7 @@ def test_a_loss_with_parameters_comes_back_with_the_models_its_buffers_too() -> 
     assert learner.loss_fn.unsaved == plain.loss_fn.unsaved == 4
 
 
+@pytest.mark.slow
 def test_the_best_loss_with_parameters_survives_a_resume() -> None:
     assert_resumes_exactly(lambda: with_loss(KeepBestModel()), epochs=3, at=[4, 7])
 

@@ -310,6 +310,7 @@ ALL: dict[str, Callable[..., LogCallback]] = {
 }
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("name", ALL)
 def test_logging_changes_no_weight(name: str) -> None:
     assert_observer(ALL[name](Memory()), classifier)

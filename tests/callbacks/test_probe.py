@@ -217,6 +217,7 @@ def test_a_loader_given_as_bank_keeps_its_own_generator_and_its_place() -> None:
     assert_same_bits(plain, watched)
 
 
+@pytest.mark.slow(quick=3)
 @pytest.mark.parametrize("kind", ["loader", "batches", "list of batches", "rows", "dataset"])
 def test_data_of_its_own_is_anything_that_gives_labelled_batches(kind: str) -> None:
     xs, ys = rows(2)
@@ -231,6 +232,7 @@ def test_data_of_its_own_is_anything_that_gives_labelled_batches(kind: str) -> N
     assert learner.history["validation/knn_encoder"] == [neighbours(learner, (xs, ys), (xs, ys), 3)]
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize(
     "make",
     [
@@ -305,6 +307,7 @@ def neighbours(learner: Learner, bank: Any, queries: Any, k: int, model: str = "
     return pytest.approx(float((predicted == queries[1].numpy()).mean()))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("k", [1, 4, 100])
 def test_the_neighbours_equal_those_of_scikit_learn(k: int) -> None:
     learner = learner_of(KNNProbe("encoder", k=k))
@@ -572,6 +575,7 @@ NO_LABELS: dict[str, tuple[Callable[[], Any], Callable[[], SimCLRPhase], str]] =
 }
 
 
+@pytest.mark.slow(quick=4)
 @pytest.mark.parametrize("kind", NO_LABELS)
 def test_training_data_without_labels_says_what_is_expected(kind: str) -> None:
     data, phase, words = NO_LABELS[kind]
@@ -674,6 +678,7 @@ def test_without_a_recorder_it_says_who_counts_epochs(probe: Any) -> None:
 # State
 
 
+@pytest.mark.slow
 def test_a_linear_probe_goes_on_from_its_state_to_the_same_bits() -> None:
     whole = train(learner_of(LinearProbe("encoder", 3)), 4)
     learner = train(learner_of(LinearProbe("encoder", 3)), 2)

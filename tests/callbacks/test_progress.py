@@ -279,6 +279,7 @@ def test_without_ipython_there_is_no_notebook(monkeypatch: pytest.MonkeyPatch) -
 # Every bar that opens is closed
 
 
+@pytest.mark.slow(quick=7)
 @pytest.mark.parametrize("signal", [CancelStepException, CancelEpochException, CancelFittingException, RuntimeError])
 @pytest.mark.parametrize("event", [StepBegin, LossBegin, StepEnd])
 @pytest.mark.usefixtures("clock")

@@ -171,6 +171,7 @@ def test_an_error_of_the_users_method_leaves_the_fit() -> None:
     assert "in TrainingPhase(), epoch 1" in caught.value.__notes__[0]
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("at", [[1, 2], [4, 5, 8]], ids=["in the first epoch", "later"])
 def test_a_run_that_was_killed_is_told_the_same_epochs(at: list[int]) -> None:
     def make() -> Learner:

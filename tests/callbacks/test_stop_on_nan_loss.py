@@ -73,6 +73,7 @@ def by_hand(steps: int, optimizer: Any = ADAM) -> tuple[nn.Module, Any]:
     return model, made
 
 
+@pytest.mark.slow(quick=8)
 @pytest.mark.parametrize(("bad", "number"), [(NAN, "nan"), (INF, "inf"), (-INF, "inf")])
 @pytest.mark.parametrize("wait", [False, True])
 @pytest.mark.parametrize("optimizer", [ADAM, partial(torch.optim.SGD, lr=0.1, momentum=0.9)])

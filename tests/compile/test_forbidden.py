@@ -74,11 +74,13 @@ def test_random_numbers_are_noted_with_where_they_come_from(draw: Callable[[], A
     assert place in found
 
 
+@pytest.mark.slow
 def test_numbers_of_a_generator_that_is_made_with_a_seed_are_the_same_at_each_step_anyway() -> None:
     assert noted(lambda: numpy.random.default_rng(0).normal()) == []
     assert noted(lambda: random.Random(0).random()) == []
 
 
+@pytest.mark.slow
 def test_a_normal_number_that_was_in_store_is_noted() -> None:
     generator = numpy.random.RandomState(0)
     generator.normal()  # puts a second one in store
@@ -137,6 +139,7 @@ def test_transforms_that_were_tried_compute_as_they_do_elsewhere(compute: Callab
     assert torch.equal(found, expected)
 
 
+@pytest.mark.slow(quick=5)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own use of it
 @pytest.mark.parametrize(
     ("compute", "words"),

@@ -264,6 +264,7 @@ def test_a_run_with_such_an_optimizer_is_resumed_anywhere_to_the_bit(kind: Any) 
     assert_resumes_exactly(make, epochs=EPOCHS, at=[1, 5, 9])
 
 
+@pytest.mark.slow(quick=1)
 @each_kind
 def test_a_file_of_the_middle_of_an_epoch_goes_on_where_it_was_written_also_after_an_evaluation(
     kind: Any, tmp_path: Path

@@ -771,6 +771,7 @@ class WithCalls(TrainingPhase):
             learner.update()
 
 
+@pytest.mark.slow(quick=3)
 @pytest.mark.parametrize("phase", [InABlock, WithCalls])
 @pytest.mark.parametrize("plan", [(True, False, True), (False, True, True), (False, True, False)])
 def test_a_layer_frozen_or_unfrozen_while_training_trains_as_in_a_hand_written_loop(

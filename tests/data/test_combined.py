@@ -342,6 +342,7 @@ def test_a_copy_trains_on_as_the_original() -> None:
     assert_same_bits(learner, other)
 
 
+@pytest.mark.slow
 def test_a_state_is_loaded_into_a_learner_that_has_trained(tmp_path: Path) -> None:
     learner = make()
     trained(learner, 1)
@@ -354,6 +355,7 @@ def test_a_state_is_loaded_into_a_learner_that_has_trained(tmp_path: Path) -> No
     assert trained(new, 1) == then
 
 
+@pytest.mark.slow
 def test_an_epoch_can_be_limited() -> None:
     whole = trained(make(), 2)
     assert trained(make(), 2, steps_per_epoch=4) == [*whole[:4], *trained(make(), 2, steps_per_epoch=4)[4:]]
@@ -425,6 +427,7 @@ def by_hand(loaders: list[list[int]], mode: str) -> list[Any]:
     return [[batches[n % len(batches)] for batches in loaders] for n in range(longest)]
 
 
+@pytest.mark.slow
 @given(
     loaders=st.lists(st.lists(st.integers(), min_size=1, max_size=7), min_size=1, max_size=4),
     mode=st.sampled_from(sorted(MODES)),

@@ -90,6 +90,7 @@ def test_unshuffled_batches_equal_those_of_a_dataloader(rows: int, batch_size: i
         assert torch.equal(y, reference_y)
 
 
+@pytest.mark.slow
 @quick
 @given(seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 1000))
 def test_with_a_seed_the_order_depends_on_seed_and_epoch_alone(seed: int, epoch: int) -> None:

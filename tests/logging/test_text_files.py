@@ -122,6 +122,7 @@ def log_steps(backend: CSV | JSONL, steps: range) -> None:
         log_to(backend, Scalar(step / 3), "loss", step, ("step", "training"))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(st.data(), st.sampled_from([CSV, JSONL]), st.integers(1, 250))
 def test_killed_at_any_byte_after_the_state_the_resumed_file_is_that_of_a_run_never_stopped(

@@ -90,6 +90,7 @@ def test_resumed_the_same_run_goes_on_and_no_step_is_there_twice(tmp_path: Path)
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 3
 
 
+@pytest.mark.slow
 def test_a_file_that_breaks_off_gives_the_rows_before(tmp_path: Path) -> None:
     backend = offline(tmp_path)
     for step in range(30):  # more than one block of the file
@@ -113,6 +114,7 @@ def test_a_run_that_cannot_begin_is_warned_about(tmp_path: Path) -> None:
     log_to(backend, Scalar(2), "loss", 2)
 
 
+@pytest.mark.slow
 def test_sound_needs_what_wandb_needs_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     monkeypatch.setattr(wandb, "Audio", lambda data, sample_rate: made.append((data.shape, sample_rate)) or 1.0)

@@ -51,6 +51,7 @@ def nt_xent_by_pairs(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     return total / (2 * n)
 
 
+@pytest.mark.slow
 @FEW
 @given(n=sizes, d=sizes, temperature=temperatures, seed=seeds)
 def test_nt_xent_equals_the_sum_over_all_pairs(n: int, d: int, temperature: float, seed: int) -> None:
@@ -166,6 +167,7 @@ def supervised_contrastive_by_pairs(z: Tensor, labels: list[int], temperature: f
     return torch.stack(terms).mean() if terms else 0 * z.sum()
 
 
+@pytest.mark.slow
 @FEW
 @given(labels=st.lists(st.integers(-1, 2), min_size=1, max_size=7), temperature=temperatures, seed=seeds)
 def test_supervised_contrastive_equals_the_sum_over_all_pairs_of_a_class(

@@ -108,6 +108,7 @@ def dino_by_pairs(
     return torch.stack(terms).mean()
 
 
+@pytest.mark.slow
 @FEW
 @given(crops=st.integers(2, 4), views=st.integers(1, 3), n=sizes, k=sizes, seed=seeds, sharp=st.booleans())
 def test_dino_equals_the_sum_over_pairs_of_crops_rows_and_classes(

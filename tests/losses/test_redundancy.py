@@ -39,6 +39,7 @@ def barlow_by_entries(z1: Tensor, z2: Tensor, weight: float) -> Tensor:
     return total
 
 
+@pytest.mark.slow
 @FEW
 @given(n=st.integers(1, 5), d=st.integers(1, 4), weight=st.sampled_from([0.0, 5e-3, 1.0]), seed=seeds)
 def test_barlow_twins_equals_the_sum_over_the_entries_of_the_correlation(

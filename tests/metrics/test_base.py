@@ -585,6 +585,7 @@ def test_the_counters_of_host_copies_count(copies: list[str]) -> None:
     assert set(copies) >= {"item", "__float__", "__int__", "__bool__", "tolist", "cpu", "numpy"}
 
 
+@pytest.mark.slow
 def test_metrics_copy_nothing_to_the_host_per_step(copies: list[str]) -> None:
     def callbacks() -> list[Callback]:
         return [Recorder(), Metrics(mae, SmoothLoss(), Metric(lambda preds, ys: preds.mean(), name="level"))]

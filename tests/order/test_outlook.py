@@ -80,6 +80,7 @@ class Generates(AbstractValidationPhase):
 # What a fit will not record
 
 
+@pytest.mark.slow(quick=9)
 @pytest.mark.parametrize("watcher", WATCHERS)
 @pytest.mark.parametrize(
     ("monitor", "said"),
@@ -241,6 +242,7 @@ def test_patience_counts_the_values_of_a_sparse_validation() -> None:
 # Which way is better
 
 
+@pytest.mark.slow(quick=5)
 @pytest.mark.parametrize(
     ("metric", "name", "mode"),
     [

@@ -45,6 +45,7 @@ def train_by_hand(models: dict[str, nn.Module], make: Any, weight: float) -> lis
     return losses
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize(
     ("phase", "weight"),
     [(BarlowTwinsPhase(TwoViews(augment)), 5e-3), (BarlowTwinsPhase(TwoViews(augment), weight=0.1), 0.1)],

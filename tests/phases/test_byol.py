@@ -88,6 +88,7 @@ def train(models: Any, make: Any, data: list[Any], decay: Any = 0.9) -> tuple[Le
     return learner, losses
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_five_steps_equal_those_of_a_hand_written_loop(optimizer: str) -> None:
     expected, make = models(), OPTIMIZERS[optimizer]

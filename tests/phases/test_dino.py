@@ -127,6 +127,7 @@ def train(models: Any, make: Any, data: list[Any], phase: DINOPhase) -> tuple[Le
     return learner, losses
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_five_steps_equal_those_of_a_hand_written_loop(optimizer: str) -> None:
     expected, make = models(), OPTIMIZERS[optimizer]
@@ -192,6 +193,7 @@ def test_there_is_no_center_before_the_first_step() -> None:
     assert DINOPhase().state_dict() == {"center": None, "steps": 0}
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("labelled", [False, True])
 def test_batches_may_hold_the_crops(labelled: bool) -> None:
     torch.manual_seed(0)

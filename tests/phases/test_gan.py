@@ -239,6 +239,7 @@ NOISES: dict[str, tuple[Any, Callable[[int], Tensor]]] = {
 }
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("noise", NOISES)
 def test_noise_is_a_size_a_shape_or_a_function(noise: str) -> None:
     given, drawn = NOISES[noise]
@@ -307,6 +308,7 @@ def test_a_loss_of_ones_own_is_an_adversarial_loss() -> None:
     assert_equal(learner.model.critic, dis)
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize(
     "form",
     [lambda real, ys: real, lambda real, ys: (real,), lambda real, ys: [real], lambda real, ys: (real, ys)],
@@ -781,6 +783,7 @@ def test_the_twin_takes_the_labels_of_a_conditional_gan() -> None:
     assert not torch.equal(step.real_scores, dis(real))
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("critic_steps", [1, 3])
 def test_the_twin_only_watches(critic_steps: int) -> None:
     plain, watched = learner_of(steps=4), learner_of(steps=4)

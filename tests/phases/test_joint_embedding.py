@@ -540,6 +540,7 @@ class MovingAll(Moving):
     writes = ("model",)
 
 
+@pytest.mark.slow(quick=3)
 @pytest.mark.parametrize("callback", [Moving, MovingAll])
 @pytest.mark.parametrize("method", TEACHERS)
 def test_a_callback_of_ones_own_may_move_the_teacher(method: str, callback: Any) -> None:
@@ -549,6 +550,7 @@ def test_a_callback_of_ones_own_may_move_the_teacher(method: str, callback: Any)
     assert all(torch.equal(tensor, teacher[name]) for name, tensor in student.items())
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("method", TEACHERS)
 def test_the_parts_of_a_teacher_may_be_moved_each_by_an_average_of_its_own(method: str) -> None:
     halves = [EMA(f"student.{part}", 0.9, into=f"teacher.{part}", name=part) for part in ("encoder", "projector")]
@@ -561,6 +563,7 @@ def test_the_parts_of_a_teacher_may_be_moved_each_by_an_average_of_its_own(metho
 # Events and entries
 
 
+@pytest.mark.slow(quick=4)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_events_of_a_step_are_those_of_an_objective(method: str) -> None:
     recorder = EventRecorder()
@@ -607,6 +610,7 @@ def test_the_entries_are_there_when_the_docstrings_say(method: str, made_here: b
     assert at["BackwardEnd"] == at["StepEnd"] == at["BackwardBegin"] | {"grads"}
 
 
+@pytest.mark.slow(quick=4)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_entries_have_the_shapes_that_the_docstrings_say(method: str) -> None:
     learner = make_learner(method, pairs())
@@ -666,6 +670,7 @@ def test_an_embedding_that_a_callback_replaces_is_the_one_the_loss_gets(method: 
     assert not torch.equal(losses[0], unchanged[0])
 
 
+@pytest.mark.slow(quick=4)
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_go_to_every_model_but_the_teacher(method: str) -> None:
     learner = make_learner(method, pairs())
@@ -854,6 +859,7 @@ def test_a_kept_state_does_not_change_as_the_training_goes_on(method: str) -> No
     assert all(torch.equal(torch.as_tensor(kept[name]), torch.as_tensor(before[name])) for name in before)
 
 
+@pytest.mark.slow(quick=4)
 @pytest.mark.parametrize("method", METHODS)
 def test_modes_and_frozen_parameters_are_as_they_were_after_a_fit(method: str) -> None:
     learner = make_learner(method, pairs())

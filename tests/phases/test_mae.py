@@ -184,6 +184,7 @@ class Steps(UnsafeCallback):
             self.losses.append(learner.step.loss.detach())
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("normalize", [False, True], ids=["pixels", "normalized pixels"])
 @pytest.mark.parametrize("ratio", [0.75, 0.5])
 def test_losses_and_weights_equal_those_of_a_hand_written_loop(ratio: float, normalize: bool) -> None:
@@ -283,6 +284,7 @@ def hidden(patches: int, ratio: float) -> list[int]:
     return learner.step.mask.sum(1).tolist()
 
 
+@pytest.mark.slow
 @given(patches=st.integers(2, 40), ratio=st.floats(0.05, 0.95))
 @settings(deadline=None, max_examples=30)
 def test_the_hidden_share_is_the_mask_ratio_to_less_than_one_patch(patches: int, ratio: float) -> None:

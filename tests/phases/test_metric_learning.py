@@ -343,6 +343,7 @@ def test_the_twin_of_triplets_gives_the_loss_of_held_out_rows_without_updates() 
     assert all(torch.equal(tensor, before[name]) for name, tensor in bits(learner).items())
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("kind", ["supcon", "triplets"])
 def test_the_twins_only_watch_and_are_evaluated(kind: str) -> None:
     phase, data = (SupConPhase(), two_views()) if kind == "supcon" else (TripletPhase(), parts())

@@ -147,6 +147,7 @@ def test_five_steps_equal_those_of_a_hand_written_loop(optimizer: str, queue_siz
         assert not any(map(torch.equal, model.parameters(), models()[name].parameters()))
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("queue_size", [7, 3, 64], ids=lambda size: f"queue of {size}")
 def test_five_steps_equal_those_with_the_papers_loss_and_queue_written_out(queue_size: int) -> None:
     expected = models(torch.float64)
@@ -280,6 +281,7 @@ def test_a_phase_that_was_given_anothers_state_has_a_queue_of_its_own() -> None:
     assert torch.equal(second.queue, kept)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
 def test_a_validation_before_the_first_step_changes_nothing_that_follows(around: Any) -> None:
     phase, watched = (MoCoPhase(TwoViews(augment), queue_size=7) for _ in range(2))

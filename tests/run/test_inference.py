@@ -200,6 +200,7 @@ def test_evaluating_and_predicting_that_fail_leave_no_trace_either(look):
     assert surroundings(learner) == before
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("look", LOOKS)
 def test_evaluating_and_predicting_again_gives_the_same_and_changes_no_later_training(look):
     learner, plain = noisy_learner(Recorder()), noisy_learner(Recorder())
@@ -483,6 +484,7 @@ class Rows(IterableDataset[Any]):
         return iter(zip(XS, YS, strict=True))
 
 
+@pytest.mark.slow(quick=6)
 @pytest.mark.parametrize("make", ORDERED.values(), ids=ORDERED)
 def test_predictions_come_in_the_order_of_the_data_set_and_are_complete(make: Any) -> None:
     learner = toy_learner()

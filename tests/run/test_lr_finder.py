@@ -174,6 +174,7 @@ def test_the_data_is_begun_again_as_often_as_needed() -> None:
     assert len(seen) == 7
 
 
+@pytest.mark.slow
 def test_the_sweep_is_the_same_when_it_is_run_again() -> None:
     learner = noisy_learner()
     assert find_lr(learner) == find_lr(learner)

@@ -450,6 +450,7 @@ def test_a_dry_run_goes_on(tmp_path: Path) -> None:
         assert_same_bits(plain, resumed)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("moment", [2, 4, 9])
 def test_another_number_of_steps_per_epoch_is_named(moment: int, tmp_path: Path) -> None:
     def make() -> Learner:
