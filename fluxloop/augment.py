@@ -19,7 +19,7 @@ Transform = Callable[[Any], Any]
 
 
 def draws_once(transform: Any) -> bool:
-    """Tell whether a transform draws once for all that it is called with: torchvision's do, and chains of them."""
+    """Return whether a transform draws once for all that it is called with: torchvision's do, and chains of them."""
     if isinstance(transform, nn.Sequential):
         return any(map(draws_once, transform))
     return f"{type(transform).__module__}.".startswith("torchvision.")
@@ -59,7 +59,7 @@ class TwoViews:
     per_row: bool | None = field(default=None, kw_only=True)
 
     def __call__(self, xs: Any) -> tuple[Any, Any]:
-        """Give the two views."""
+        """Return the two views."""
         second = self.transform if self.second is None else self.second
         return _view(self.transform, xs, self.per_row), _view(second, xs, self.per_row)
 
@@ -88,7 +88,7 @@ class MultiCrop:
     per_row: bool | None = field(default=None, kw_only=True)
 
     def __call__(self, xs: Any) -> tuple[Any, ...]:
-        """Give all crops."""
+        """Return all crops."""
         crops = [self.global_crop] * self.num_global + [self.local_crop] * self.num_local
         return tuple(_view(crop, xs, self.per_row) for crop in crops)
 

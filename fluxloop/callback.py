@@ -159,7 +159,7 @@ def registrations(cls: type) -> dict[Signature, _Registration]:
 
 
 def _meet(a: type, b: type) -> type | None:
-    """Give the more specific of two types, None where neither is a subclass of the other."""
+    """Return the more specific of two types, None where neither is a subclass of the other."""
     return a if issubclass(a, b) else b if issubclass(b, a) else None
 
 
@@ -169,7 +169,7 @@ def _show(signature: Signature) -> str:
 
 
 def most_specific(whose: str, found: Mapping[Any, Any], given: tuple[type, ...], show: Callable[[Any], str]) -> Any:
-    """Give what is registered under the most specific of the signatures that fit `given`, or None.
+    """Return what is registered under the most specific of the signatures that fit `given`, or None.
 
     Raises:
         AmbiguousHandlerError: Several fit equally well.
@@ -203,7 +203,7 @@ class Handlers:
                 self.find(*related)  # type: ignore[arg-type]  # both are there: the line above
 
     def find(self, event: type[Event], phase: type[Phase]) -> _Registration | None:
-        """Give the most specific handler for an event type and a phase type, or None.
+        """Return the most specific handler for an event type and a phase type, or None.
 
         Raises:
             AmbiguousHandlerError: Several fit equally well.
@@ -222,7 +222,7 @@ _handlers: WeakKeyDictionary[type, Handlers] = WeakKeyDictionary()
 
 
 def handlers_of(cls: type) -> Handlers:
-    """Give the handlers of a callback class, collected once."""
+    """Return the handlers of a callback class, collected once."""
     if cls not in _handlers:
         _handlers[cls] = Handlers(cls)
     return _handlers[cls]
@@ -241,13 +241,23 @@ class Callback:
     - ``draws``: whether its handlers draw from the global random generators. True: they get a
       stream of their own. None: what they draw inside an epoch is put back, which costs about
       14 µs per handler between two steps, 80 in the middle of one. False: they promise not to draw.
-    - ``in_compiled_step``: how it gets along with a step that ``Accelerator(compile="step")`` makes
-      one graph of. None: its handlers in the middle of a step need their moment, so that step cannot
-      be compiled. ``"after"``: they only take note of the event, and are called when the graph has
-      run. ``"inside"``: they are operations on the step's tensors and gradients alone, and part of
-      the graph. ``"never"``: it looks into the step by other means, such as hooks of modules.
-      ``"watched"``: between steps it may change attributes of models that it does not declare, so
-      they are compared at every step. (One with ``"after"`` changes numbers of models in place alone.)
+    - ``in_compiled_step``: when its handlers inside a step run, where
+      ``Accelerator(compile="step")`` makes one graph of the step:
+
+      ============  ===========================================  ======================================
+      value         for handlers that                            run
+      ============  ===========================================  ======================================
+      None          must run at the moment of the event          never: the step cannot be compiled
+      ``"after"``   only take note of the event, and change      after the graph
+                    numbers of models in place alone
+      ``"inside"``  are operations on the step's tensors and     as a part of the graph
+                    gradients alone
+      ``"never"``   look into the step by other means, such as   never: the step cannot be compiled
+                    hooks of modules
+      ``"watched"`` between steps may change attributes of       between steps; models are compared
+                    models that they do not declare              at every step
+      ============  ===========================================  ======================================
+
     - ``state_dict()`` and ``load_state_dict(state)``, both or neither: what a checkpoint keeps.
       With neither, a checkpoint keeps the attributes that have changed since `init` and are plain
       data: numbers, texts, tensors, generators, and containers of them.
@@ -347,7 +357,7 @@ class Callback:
         return handlers_of(type(self)).signatures
 
     def handler(self, event: type[Event], phase: type[Phase]) -> Handler | None:
-        """Give what to call as ``(event, phase, view)`` for an event and phase type, or None."""
+        """Return the function to call as ``(event, phase, view)`` for an event and a phase type, or None."""
         found = handlers_of(type(self)).find(event, phase)
         if found is None:
             return None
@@ -387,7 +397,7 @@ Resolution = RunFirst | NoConflict | Unresolvable
 
 resolve_conflict = Dispatcher(
     "resolve_conflict",
-    doc="""Say how two callbacks that touch the same path get along.
+    doc="""Return how two callbacks that touch the same path get along.
 
 Register a function for two callback types; it is looked up in both directions and returns
 `RunFirst(callback)`, `NoConflict()` or `Unresolvable()`::

@@ -228,7 +228,7 @@ def arguments_misfit(function: Any, count: int) -> tuple[str, str] | None:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Give ``"; did you mean 'x'?"`` for a near miss of one of `known`, else nothing.
+    """Return ``"; did you mean 'x'?"`` for a near miss of one of `known`, else nothing.
 
     >>> did_you_mean("StepBegn", ["StepBegin", "StepEnd"])
     "; did you mean 'StepBegin'?"
@@ -257,7 +257,7 @@ def counted(count: int, what: str) -> str:
 
 
 def describe(value: object) -> str:
-    """Say what a value is in an error message: class, and shape where there is one.
+    """Return what an error message calls a value: its class, and its shape where it has one.
 
     >>> describe([1, 2])
     'a list of length 2'

@@ -125,7 +125,7 @@ class History(Container):
         return [value for _, value in find_series(vars(self._shared).get("metrics", {}), monitor)]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Give every recorded epoch value as a row: phase, metric, epoch (from 1), value."""
+        """Return every recorded epoch value as a row: phase, metric, epoch (from 1), value."""
         return [
             {"phase": name_of(phase), "metric": name, "epoch": epoch, "value": value}
             for phase, metrics in vars(self._shared).get("metrics", {}).items()
@@ -134,7 +134,7 @@ class History(Container):
         ]
 
     def to_frame(self) -> Any:
-        """Give `rows` as a pandas DataFrame.
+        """Return `rows` as a pandas DataFrame.
 
         Raises:
             ImportError: pandas is not installed.

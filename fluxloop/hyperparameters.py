@@ -58,7 +58,7 @@ class HyperParameter:
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
 
     def overlaps(self, other: HyperParameter) -> bool:
-        """Tell whether setting this one may change the other."""
+        """Return whether setting this one may change the other."""
         return self == other
 
 
@@ -78,7 +78,7 @@ class OptimizerOption(HyperParameter):
     group: int | None = field(default=None)
 
     options: ClassVar[Sequence[str]] = ()
-    """What it is called in parameter groups; the first that an optimizer has is meant."""
+    """Names to try in a parameter group, in order; the first that is there is used."""
     scales: ClassVar[bool] = False
     """Whether a schedule for several parameter groups scales what each was given, as torch's schedulers do; otherwise
     groups that differ are an error, and one has to be named."""
@@ -111,7 +111,7 @@ class OptimizerOption(HyperParameter):
         return "/".join(str(part) for part in parts if part is not None)
 
     def overlaps(self, other: HyperParameter) -> bool:
-        """Tell whether both may set an option of one parameter group."""
+        """Return whether both may set an option of one parameter group."""
         return (
             isinstance(other, OptimizerOption)
             and not set(self.options).isdisjoint(other.options)
@@ -267,7 +267,7 @@ class Attribute(HyperParameter):
         return self._label or f"{type(self.thing).__name__}.{self.name}"
 
     def overlaps(self, other: HyperParameter) -> bool:
-        """Tell whether both are the same attribute of the same object."""
+        """Return whether both are the same attribute of the same object."""
         return isinstance(other, Attribute) and self.thing is other.thing and self.name == other.name
 
     def __repr__(self) -> str:
@@ -275,7 +275,7 @@ class Attribute(HyperParameter):
 
 
 def as_hyperparameter(given: Any) -> HyperParameter:
-    """Give a hyperparameter; of a class, the one that it makes without arguments.
+    """Return a hyperparameter; of a class, the one that it makes without arguments.
 
     Raises:
         TypeError: Something else was given.
@@ -313,7 +313,7 @@ class _OnHyperParameter(Dispatcher):  # type: ignore[misc]  # multipledispatch h
 
 get_hyperparameter = _OnHyperParameter(
     "get_hyperparameter",
-    doc="""Give the present value of a hyperparameter: ``get_hyperparameter(learner, LearningRate)``.
+    doc="""Return the present value of a hyperparameter: ``get_hyperparameter(learner, LearningRate)``.
 
 Of an optimizer's option in several parameter groups with different values it is a tuple of them.
 """,
@@ -410,7 +410,7 @@ def fill(tensor: Tensor, value: Any) -> None:
 
 
 def _number(value: Any) -> Any:
-    """Give a tensor with one element as a number, another value as it is."""
+    """Return a tensor with one element as a number, another value as it is."""
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else value
     if isinstance(value, (tuple, list)):

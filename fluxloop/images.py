@@ -60,7 +60,7 @@ def save_image(grid: Tensor, path: Path, *, zoom: int = 0) -> None:
 
 
 def pillow() -> Any:
-    """Give Pillow's ``Image`` module.
+    """Return Pillow's ``Image`` module.
 
     Raises:
         ImportError: It is not installed.

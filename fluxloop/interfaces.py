@@ -77,7 +77,7 @@ class StepLearner(Protocol):
         """Open the block in which one optimizer's parameters may change."""
 
     def skip_update(self, when: Tensor) -> None:
-        """Have a compiled step change no parameter where a scalar is true."""
+        """Leave all parameters as they are in a compiled step where a scalar is true."""
 
 
 class RunLearner(StepLearner, Protocol):
@@ -131,7 +131,7 @@ class RunLearner(StepLearner, Protocol):
         """Call a function with a number once it is on the host."""
 
     def where(self) -> str:
-        """Say where the training stands."""
+        """Return in words where the training stands."""
 
     def modules(self) -> list[nn.Module]:
         """List the models, and the loss function where it is a module."""

@@ -16,7 +16,7 @@ Mode = Literal["min", "max"]
 
 
 def _name(metric: Any) -> str:
-    """Give a metric's full name as it is recorded.
+    """Return a metric's full name as it is recorded.
 
     Raises:
         MetricError: It does not say of which data.
@@ -113,7 +113,7 @@ class Monitor:
         return self.direction or "min"
 
     def newest(self, metrics: Mapping[Any, Any]) -> tuple[int, float] | None:
-        """Give the newest (epoch from 1, value), or None where the metric has not been recorded.
+        """Return the newest (epoch from 1, value), or None where the metric has not been recorded.
 
         Args:
             metrics: ``cbstate.metrics``.
@@ -140,7 +140,7 @@ class Monitor:
         return 0 if newest is None else newest[0]
 
     def new(self, metrics: Mapping[Any, Any], seen: int) -> tuple[int, float] | None:
-        """Give `newest`, or None where it is the one that was seen already.
+        """Return `newest`, or None where it is the one that was seen already.
 
         Args:
             metrics: ``cbstate.metrics``.
@@ -170,7 +170,7 @@ class Monitor:
         return find_series(metrics, self.metric, self.among, missing_ok=True)
 
     def better(self, value: float, than: float | None, min_delta: float = 0.0) -> bool:
-        """Tell whether a value improves on another by more than `min_delta`; NaN never does.
+        """Return whether a value improves on another by more than `min_delta`; NaN never does.
 
         Args:
             value: The new one.

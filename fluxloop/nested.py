@@ -115,7 +115,7 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any, others: Callable
 
 
 def move_object(value: Any, device: torch.device) -> Any:
-    """Have an object with a ``to(device)`` of its own move itself; anything else is returned as it is.
+    """Move an object with a ``to(device)`` of its own; return anything else as it is.
 
     Batches of graphs and of one's own have one; modules, which are placed once, are left alone.
     """
@@ -126,7 +126,7 @@ def move_object(value: Any, device: torch.device) -> Any:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """Give the tensors inside `value`, depth first."""
+    """Return the tensors inside `value`, depth first."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):

@@ -54,7 +54,7 @@ def _base(seed: int, owner: str) -> int:
 
 
 def stream_seed(seed: int, owner: str, index: int = 0) -> int:
-    """Give the 32-bit number that an owner's stream starts from.
+    """Return the 32-bit number that an owner's stream starts from.
 
     A hand-written loop that calls ``torch.manual_seed(stream_seed(seed, "training/step", i))``
     before its step ``i`` draws the numbers that fluxloop's step ``i`` draws. Distinct indices
@@ -89,7 +89,7 @@ def _start_others(number: int) -> None:
 
 
 def forget_normal() -> None:
-    """Have NumPy's global generator drop the normal number it has in store, if any."""
+    """Drop the normal number that NumPy's global generator has in store, if any."""
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         generator = numpy.random
@@ -108,7 +108,7 @@ def draw_seed() -> int:
 
 
 def check_seed(seed: Any) -> int:
-    """Give a seed as an int.
+    """Return a seed as an int.
 
     Raises:
         ValueError: It is no whole number from 0 to 2**32 - 1 (NumPy takes no other).
@@ -143,7 +143,7 @@ def _cuda_states() -> list[torch.Tensor] | None:
 
 
 def generator_states() -> dict[str, Any]:
-    """Give the states of the global generators of torch (every device), NumPy (where it is loaded) and Python."""
+    """Return the states of the global generators of torch (every device), NumPy (where it is loaded) and Python."""
     numpy = sys.modules.get("numpy")
     return {
         "torch": torch.default_generator.get_state(),
@@ -217,13 +217,13 @@ class Stream:
         """How often the stream has been used: for an epoch or a step, how many have begun."""
 
     def next(self) -> int:
-        """Give the number that the stream's next use starts from."""
+        """Return the number that the stream's next use starts from."""
         index = self.index
         self.index = index + 1
         return _mix((self.base + index) & MASK)
 
     def at(self, index: int) -> int:
-        """Give the number that the use of an index starts from."""
+        """Return the number that the use of an index starts from."""
         return _mix((self.base + index) & MASK)
 
 
@@ -247,15 +247,15 @@ class Streams:
         return stream
 
     def apart(self, owner: str) -> Stream:
-        """Give a stream that nobody counts: its user says which number it wants."""
+        """Return a stream without a count: its user says which number it wants."""
         return Stream(self.seed, self.prefix + owner)
 
     def positions(self) -> dict[str, int]:
-        """Give how often each stream has been used, by owner."""
+        """Return how often each stream has been used, by owner."""
         return {owner: stream.index for owner, stream in sorted(self._streams.items())}
 
     def go_on(self, seed: int, positions: dict[str, int]) -> None:
-        """Have every stream go on from where another learner's of that seed was."""
+        """Set every stream to where another learner's of that seed was."""
         self.seed = seed
         for owner in {*self._streams, *positions}:
             stream = self[owner]
@@ -292,19 +292,19 @@ def noticing(call: Callable[..., None], tell: Callable[[], object], numpy_too: b
         tell: Called once.
         numpy_too: Whether NumPy's global generator is compared.
     """
-    left = NOTICED
+    calls_left = NOTICED
 
     def noticed(*args: Any) -> None:
-        nonlocal left
-        if not left:
+        nonlocal calls_left
+        if not calls_left:
             call(*args)
             return
-        left -= 1
+        calls_left -= 1
         torchs, others = _positions(numpy_too)
         call(*args)
         torchs_now, others_now = _positions(numpy_too)
         if others_now != others or not all(map(torch.equal, torchs, torchs_now)):
-            left = 0
+            calls_left = 0
             tell()
 
     return noticed
@@ -315,7 +315,7 @@ NOTICED = 16
 
 
 def _positions(numpy_too: bool) -> tuple[list[torch.Tensor], Any]:
-    """Give where the global generators stand: torch's, and the others'."""
+    """Return where the global generators stand: torch's, and the others'."""
     numpy = sys.modules.get("numpy") if numpy_too else None
     in_numpy = None if numpy is None else pickle.dumps(numpy.random.get_state(legacy=False))
     return [torch.default_generator.get_state(), *(_cuda_states() or ())], (in_numpy, random.getstate())
@@ -327,8 +327,8 @@ class others_apart(AbstractContextManager[None]):  # noqa: N801 - used like a fu
     NumPy draws from a bit generator of its own meanwhile: swapping costs less than copying a state.
 
     Args:
-        start: Gives what that one starts from, each time; left out, who draws starts it.
-        python_too: Whether Python's is among them.
+        start: Returns the number from which that one starts, each time; None: the code inside seeds it itself.
+        python_too: Whether Python's generator is among them.
     """
 
     def __init__(self, start: Callable[[], int] | None = None, python_too: bool = True) -> None:
@@ -361,7 +361,7 @@ class others_apart(AbstractContextManager[None]):  # noqa: N801 - used like a fu
 
 
 class others_going_on(AbstractContextManager[None]):  # noqa: N801 - used like a function
-    """Have NumPy and Python draw from generators apart, which go on where they were left the last time.
+    """Let NumPy and Python draw from generators apart, which go on from where they were the last time.
 
     Args:
         number: What they start from.

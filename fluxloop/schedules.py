@@ -24,7 +24,7 @@ _FINITE = number()
 
 
 def value_at(schedule: float | Schedule, t: int) -> float:
-    """Give a schedule's value at step `t`; a number is the same at every step."""
+    """Return a schedule's value at step `t`; a number is the same at every step."""
     return schedule(t) if callable(schedule) else schedule
 
 
@@ -59,7 +59,7 @@ def _check_total(schedule: Any, attribute: Any, total: Any) -> None:
 
 
 def _usage(cls: type) -> str:
-    """Give a schedule's arguments in their order: torch has the number of steps last."""
+    """Return a schedule's arguments in their order: torch has the number of steps last."""
     return f"{cls.__name__}({', '.join(a.name for a in fields(cls) if a.default is NOTHING)})"
 
 
@@ -80,7 +80,7 @@ def written(schedule: Any) -> str:
 
 
 def _between(start: float, end: float, share: float) -> float:
-    """Give the point at a share of the way; the ends are met exactly."""
+    """Return the point at a share of the way; the ends are met exactly."""
     return end if share >= 1 else start + (end - start) * share
 
 
@@ -99,7 +99,7 @@ class constant:  # noqa: N801 - used like a function
     value: float = field(validator=_FINITE)
 
     def __call__(self, t: int) -> float:
-        """Give the value."""
+        """Return the value."""
         return self.value
 
 
@@ -112,11 +112,11 @@ class _Span:
     end: float = field(validator=_FINITE)
 
     def __call__(self, t: int) -> float:
-        """Give the value at step `t`."""
+        """Return the value at step `t`."""
         return self.end if t >= self.total else self._at(max(t, 0) / self.total)
 
     def _at(self, share: float) -> float:
-        """Give the value at a share of the way, from 0 to below 1."""
+        """Return the value at a share of the way, from 0 to below 1."""
         raise NotImplementedError
 
 
@@ -240,7 +240,7 @@ class step:  # noqa: N801 - used like a function
     gamma: float = field(default=0.1, validator=_FINITE)
 
     def __call__(self, t: int) -> float:
-        """Give the value at step `t`."""
+        """Return the value at step `t`."""
         return float(self.start * self.gamma ** (max(t, 0) // self.every))
 
 
@@ -265,7 +265,7 @@ class triangle:  # noqa: N801 - used like a function
     peak: float = field(validator=_FINITE)
 
     def __call__(self, t: int) -> float:
-        """Give the value at step `t`."""
+        """Return the value at step `t`."""
         share = min(max(t, 0) / self.total, 1.0)
         return _between(self.peak, self.start, abs(2 * share - 1))
 
@@ -291,7 +291,7 @@ class sine:  # noqa: N801 - used like a function
     peak: float = field(validator=_FINITE)
 
     def __call__(self, t: int) -> float:
-        """Give the value at step `t`."""
+        """Return the value at step `t`."""
         if t >= self.total:
             return self.start
         return self.start + (self.peak - self.start) * math.sin(math.pi * max(t, 0) / self.total)
@@ -319,7 +319,7 @@ class inverse_sqrt:  # noqa: N801 - used like a function
     peak: float = field(validator=_FINITE)
 
     def __call__(self, t: int) -> float:
-        """Give the value at step `t`."""
+        """Return the value at step `t`."""
         count = max(t, 0) + 1
         return self.peak * min(count / self.warmup, math.sqrt(self.warmup / count))
 
@@ -345,7 +345,7 @@ class warmup:  # noqa: N801 - used like a function
     start: float = field(default=0.0, validator=_FINITE)
 
     def __call__(self, t: int) -> float:
-        """Give the value at step `t`."""
+        """Return the value at step `t`."""
         if t >= self.steps:
             return value_at(self.then, t - self.steps)
         return _between(self.start, value_at(self.then, 0), max(t, 0) / self.steps)
@@ -389,7 +389,7 @@ class one_cycle:  # noqa: N801 - used like a function
             )
 
     def __call__(self, t: int) -> float:
-        """Give the value at step `t`."""
+        """Return the value at step `t`."""
         up = math.ceil(self.total * self.pct_start)
         end = self.max_value / self.div_final
         if t >= self.total:
@@ -436,7 +436,7 @@ class sequence:  # noqa: N801 - used like a function
         self.__attrs_init__(tuple(read))
 
     def __call__(self, t: int) -> float:
-        """Give the value at step `t`."""
+        """Return the value at step `t`."""
         for schedule, length in self.parts[:-1]:
             if t < length:
                 return value_at(schedule, t)
@@ -475,7 +475,7 @@ class shift:  # noqa: N801 - used like a function
             raise ValueError(f"shift(steps={steps!r}) was given; expected a whole number")
 
     def __call__(self, t: int) -> float:
-        """Give the value at step `t`."""
+        """Return the value at step `t`."""
         return value_at(self.schedule, max(t - self.steps, 0))
 
 
@@ -508,7 +508,7 @@ class repeat:  # noqa: N801 - used like a function
             raise ValueError(f"repeat(times={times!r}) was given; expected a whole number, 1 or more, or None")
 
     def __call__(self, t: int) -> float:
-        """Give the value at step `t`."""
+        """Return the value at step `t`."""
         if self.times is not None and t >= self.every * self.times:
             return value_at(self.schedule, self.every)
         return value_at(self.schedule, max(t, 0) % self.every)

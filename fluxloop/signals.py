@@ -104,7 +104,7 @@ class Terminates:
 
 
 def is_waiting(learner: RunLearner) -> bool:
-    """Tell whether a fit waits for a batch: no step is under way."""
+    """Return whether a fit waits for a batch: no step is under way."""
     scope = learner.scope
     while scope is not None:
         feed = getattr(scope, "feed", None)

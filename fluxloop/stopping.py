@@ -1,6 +1,6 @@
 """Criteria that say when to stop: those of EarlyStopping.jl, combined with ``|`` and ``&``.
 
-A criterion is told one value after another, such as the validation loss of each epoch. What is
+A criterion is given one value after another, such as the validation loss of each epoch. What is
 better is less, or with ``mode="max"`` more; in that mode every formula is that of the negated
 values. NaN is never better than anything. `InvalidValue` stops at it; `NoImprovement` counts it as
 no improvement, `Patience` as an increase; to the others it says nothing.
@@ -81,7 +81,7 @@ class Criterion:
     """Whether it matters which way is better."""
 
     def start(self: C, mode: Mode = "min") -> C:
-        """Give a copy that has been told nothing yet; this one stays as it is.
+        """Return a copy that has seen no value yet; this one stays as it is.
 
         Args:
             mode: ``"min"`` where less is better, ``"max"`` where more is.
@@ -105,7 +105,7 @@ class Criterion:
         raise NotImplementedError
 
     def wants_training_losses(self) -> bool:
-        """Tell whether it needs training losses."""
+        """Return whether it needs training losses."""
         return self.needs_training_losses or any(inner.wants_training_losses() for inner in self._inner().values())
 
     def wants_mode(self) -> bool:
@@ -114,16 +114,16 @@ class Criterion:
         return any(each.wants_mode() for each in inner) if inner else self.needs_mode
 
     def _inner(self) -> dict[str, Criterion]:
-        """Give the criteria it is made of, by field."""
+        """Return the criteria of which it is made, by field."""
         held = {each.name: getattr(self, each.name) for each in fields(type(self))}
         return {name: value for name, value in held.items() if isinstance(value, Criterion)}
 
     def _loss(self, value: float) -> float:
-        """Give a value such that less is better."""
+        """Return a value such that less is better."""
         return value if self.mode == "min" else -value
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what it keeps between values, as plain data."""
+        """Return what it has between values, as plain data."""
         kept = [each.name for each in fields(type(self)) if not each.init and each.name not in ("mode", "_since")]
         inner = {name: criterion.state_dict() for name, criterion in self._inner().items()}
         return {"kind": type(self).__name__, **{name: copy.deepcopy(getattr(self, name)) for name in kept}, **inner}
@@ -156,7 +156,7 @@ class Criterion:
 
 @define
 class _Pair(Criterion):
-    """Two criteria; each is told every value and keeps a state of its own."""
+    """Two criteria; each sees every value and has a state of its own."""
 
     first: Criterion = field(validator=_criterion)
     second: Criterion = field(validator=_criterion)
@@ -164,7 +164,7 @@ class _Pair(Criterion):
     _sign: ClassVar[str] = ""
 
     def _reasons(self, value: float, training_losses: tuple[float, ...]) -> list[str]:
-        """Give the reasons of those of the two that would stop now."""
+        """Return the reasons of those of the two that would stop now."""
         reasons = [each.update(value, training_losses) for each in (self.first, self.second)]
         return [reason for reason in reasons if reason is not None]
 
@@ -421,11 +421,11 @@ class Threshold(Criterion):
 
 @define
 class Warmup(Criterion):
-    """Keep the first values from a criterion; it is told those after them.
+    """Hide the first values from a criterion; it sees those after them.
 
     Args:
         criterion: Any.
-        n: How many values it is not told, 1 or more.
+        n: How many values it does not see, 1 or more.
     """
 
     criterion: Criterion = field(validator=_criterion)

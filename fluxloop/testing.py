@@ -151,7 +151,7 @@ def _id_of(learner: Learner, cls: type[Callback]) -> str:
 
 
 def bits(learner: Learner) -> dict[str, Tensor]:
-    """Give a copy of every parameter, buffer and optimizer tensor by name, to compare with another's."""
+    """Return a copy of every parameter, buffer and optimizer tensor by name, to compare with another's."""
     found: dict[str, Tensor] = {}
     for model_name, model in learner.models.items():
         for name, tensor in model.state_dict().items():
@@ -288,7 +288,7 @@ class _Moments:
         self.seen = 0
 
     def watched(self, learner: Learner) -> Learner:
-        """Have the learner's next fit tell its moments."""
+        """Register with the learner's next fit."""
         learner.at_safe_point(lambda: self._look(learner))
         return learner
 
@@ -370,7 +370,7 @@ def infer_access(callback: Callback, learner: Learner, *, phases: Iterable[Phase
 
 
 def _first_batches(learner: Learner) -> dict[str, list[Any]]:
-    """Give data with one batch each.
+    """Return data with one batch each.
 
     Raises:
         DataError: Some can be iterated once only.

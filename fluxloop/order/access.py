@@ -88,7 +88,7 @@ def keeper(name: str, view: str) -> str:
 
 
 def view_of(path: Path) -> str:
-    """Give the name of the view that a path of weights is about; "" for live ones, and for other paths.
+    """Return the name of the view of weights in a path; "" for live weights, and for other paths.
 
     >>> view_of(("model@ema", "G")), view_of(("model", "G"))
     ('ema', '')
@@ -107,12 +107,12 @@ def dotted(path: Path) -> str:
 
 
 def covers(prefix: Path, path: Path) -> bool:
-    """Tell whether `path` lies at or below `prefix`."""
+    """Return whether `path` lies at or below `prefix`."""
     return path[: len(prefix)] == prefix
 
 
 def places(path: Path) -> list[Path]:
-    """Give where else the learner keeps what a path shows: the history is what callbacks publish, and so on."""
+    """Return the paths under which the learner has what a path shows: the history is also in ``cbstate``, and so on."""
     if path[:1] == ("history",):
         return [path, ("cbstate", "history"), ("cbstate", "metrics")]
     if path[:1] == ("params",):
@@ -121,7 +121,7 @@ def places(path: Path) -> list[Path]:
 
 
 def overlap(a: Path, b: Path) -> bool:
-    """Tell whether two paths show the same thing, or one a part of the other."""
+    """Return whether two paths show the same thing, or one of them a part of the other."""
     return any(covers(p, q) or covers(q, p) for p in places(a) for q in places(b))
 
 
@@ -163,7 +163,7 @@ class Access:
         return EVERYTHING in self.reads
 
     def allows(self, path: Path, mode: str) -> bool:
-        """Tell whether `path` may be read or written."""
+        """Return whether `path` may be read or written."""
         allowed = self.writes if mode == "write" else (*self.writes, *self.reads)
         return any(covers(prefix, path) for prefix in allowed)
 

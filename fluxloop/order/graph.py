@@ -40,7 +40,7 @@ class Node:
     Args:
         callback: The callback, wrapped or not.
         id: What it is called in messages and checkpoints: its name, or its class's.
-        key: Its place among callbacks that nothing else orders.
+        key: Sorted by; it decides only between callbacks without an edge.
         access: What it declares.
     """
 
@@ -82,6 +82,30 @@ def make_nodes(callbacks: Iterable[object]) -> list[Node]:
         CallbackError: A path with an unknown root.
         AmbiguousHandlerError: Two handlers of one callback fit equally well.
     """
+    labels = _labelled(_checked(callbacks))
+    ids: set[str] = set()
+    nodes: list[Node] = []
+    for (cls, name, identity), callback in sorted(labels.items(), key=lambda item: item[0]):
+        stem = id = name or cls
+        number = 1
+        while id in ids:
+            number += 1
+            id = f"{stem}-{number}"
+        ids.add(id)
+        access = Access.declared(id, callback.reads, callback.writes)
+        key = (access.reads_everything, cls, name, identity)
+        callback.handles()
+        nodes.append(Node(callback, id, key, access))
+    return sorted(nodes, key=lambda node: node.key)
+
+
+def _checked(callbacks: Iterable[object]) -> list[Callback]:
+    """List callbacks, each checked by itself.
+
+    Raises:
+        CallbackTypeError: A class instead of an instance, something that is no callback, or a wrong ``run_after``.
+        DuplicateCallbackError: One instance twice.
+    """
     checked: list[Callback] = []
     for position, callback in enumerate(callbacks):
         if isinstance(callback, type) and issubclass(callback, Callback):
@@ -107,38 +131,34 @@ def make_nodes(callbacks: Iterable[object]) -> list[Node]:
                     "tuple of callback types: run_after = (Recorder,)"
                 )
         checked.append(callback)
+    return checked
 
+
+def _labelled(callbacks: list[Callback]) -> dict[tuple[str, str, str], Callback]:
+    """Return callbacks by class, name and, where two have the same of both, identity.
+
+    Raises:
+        DuplicateCallbackError: Nothing tells two of them apart.
+    """
     labels: dict[tuple[str, str, str], Callback] = {}
-    for callback in checked:
+    for callback in callbacks:
         inner = callback.unwrapped
         named = _name_of(callback)
         label = (*named, "")
-        if any(c is not callback and _name_of(c) == named for c in checked):
-            label = (*named, vars(inner).setdefault("__identity__", callback.identity))  # state may change, ids not
+        if any(c is not callback and _name_of(c) == named for c in callbacks):
+            # noted when first asked for: the identity is made of the state, which changes, and ids must not
+            label = (*named, vars(inner).setdefault("__identity__", callback.identity))
         if label in labels:
             raise DuplicateCallbackError(
                 f"two {label[0]} callbacks cannot be told apart: {inner!r}; give each a name of its own: "
                 f"{label[0]}(..., name='first')"
             )
         labels[label] = callback
-
-    ids: set[str] = set()
-    nodes: list[Node] = []
-    for (cls, name, identity), callback in sorted(labels.items(), key=lambda item: item[0]):
-        stem = id = name or cls
-        number = 1
-        while id in ids:
-            number += 1
-            id = f"{stem}-{number}"
-        ids.add(id)
-        access = Access.declared(id, callback.reads, callback.writes)
-        key = (access.reads_everything, cls, name, identity)
-        callback.handles()
-        nodes.append(Node(callback, id, key, access))
-    return sorted(nodes, key=lambda node: node.key)
+    return labels
 
 
 def _name_of(callback: Callback) -> tuple[str, str]:
+    """Return the class and the name of a callback, of the wrapped one where it wraps."""
     inner = callback.unwrapped
     return type(inner).__name__, getattr(inner, "name", None) or ""
 
@@ -170,7 +190,7 @@ class CallbackGraph:
                 raise _conflict(first, second, path, other)
 
     def reaches(self, before: str, after: str) -> bool:
-        """Tell whether a chain of edges says that `before` runs before `after`."""
+        """Return whether a chain of edges says that `before` runs before `after`."""
         return _leads(self.edges, before, after)
 
     @property
@@ -181,7 +201,7 @@ class CallbackGraph:
 
 
 def _declared_edges(nodes: list[Node]) -> Iterator[Edge]:
-    """Give the edges that ``run_after`` asks for."""
+    """Return the edges that ``run_after`` asks for."""
     for node in nodes:
         for cls in node.callback.run_after:
             for other in nodes:
@@ -209,7 +229,7 @@ def _without_needless(edges: list[Edge], nodes: dict[str, Node]) -> list[Edge]:
 
 
 def _leads(edges: Iterable[Edge], before: str, after: str) -> bool:
-    """Tell whether a chain of edges leads from one callback to another."""
+    """Return whether a chain of edges leads from one callback to another."""
     todo, seen = [before], set()
     while todo:
         current = todo.pop()
@@ -344,15 +364,17 @@ def check_producers(nodes: list[Node]) -> None:
                 )
             if path[:1] == ("cbstate",) and len(path) > 1 and not any(overlap(path, w) for w in written):
                 known = set(_providers(path))
-                ours = sorted(name for name, builtin in known if builtin) or sorted(name for name, _ in known)
-                providers = " or ".join(ours) or "a callback that writes it"
+                built_in = sorted(name for name, is_built_in in known if is_built_in) or sorted(
+                    name for name, _ in known
+                )
+                providers = " or ".join(built_in) or "a callback that writes it"
                 raise MissingProducerError(
                     f"{node.id} reads '{dotted(path)}', which no callback writes; add {providers} to the callbacks"
                 )
 
 
 def _providers(path: Path) -> Iterator[tuple[str, bool]]:
-    """Give the names of the callback classes that declare to write `path`, and whether they are fluxloop's."""
+    """Return the names of the callback classes that declare to write `path`, and whether they are fluxloop's."""
     for cls in all_subclasses(Callback, "fluxloop.callbacks"):
         writes = vars(cls).get("writes")
         if isinstance(writes, tuple) and any(
@@ -362,7 +384,7 @@ def _providers(path: Path) -> Iterator[tuple[str, bool]]:
 
 
 def touches(node: Node, path: Path) -> list[tuple[str, Path]]:
-    """Give how a callback touches `path`: (``"reads"`` or ``"writes"``, its declared path)."""
+    """Return how a callback touches `path`: (``"reads"`` or ``"writes"``, its declared path)."""
     return [
         (mode, declared)
         for mode, paths in (("reads", node.access.reads), ("writes", node.access.writes))

@@ -24,7 +24,7 @@ def monitors_of(callbacks: Iterable[Callback]) -> list[tuple[Callback, Monitor]]
 
 
 def note_directions(callbacks: Iterable[Callback]) -> None:
-    """Have monitors know which way is better, where a callback that records the metric says so."""
+    """Set in monitors which way is better, where a callback that records the metric says so."""
     callbacks = list(callbacks)
     watched = monitors_of(callbacks)
     if watched:
@@ -102,7 +102,7 @@ class Outlook:
         return cls(phases, series, is_open)
 
     def settle(self, learner: RunLearner, callback: Callback, monitor: Monitor) -> None:
-        """Have a monitor know which phases may record its metric, and whether one will for sure.
+        """Set in a monitor which phases may record its metric, and whether one certainly will.
 
         Raises:
             MetricError: None will, or several that the name does not tell apart.

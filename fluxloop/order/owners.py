@@ -1,4 +1,4 @@
-"""Who keeps what of a learner, so that nothing is kept twice and nobody's is taken for somebody else's."""
+"""Who owns what of a learner, so that a checkpoint keeps nothing twice, and nothing for the wrong owner."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def owners_of(learner: RunLearner) -> Owners:
-    """Give what tells who keeps a value: a model or its tensors, an optimizer, a callback, a phase, data."""
+    """Return the owners of what a learner holds: models and their tensors, optimizers, callbacks, phases, data."""
     named: list[tuple[str, Any]] = [("learner", learner), ("learner.accelerator", learner.accelerator)]
     modules = dict(learner.models)
     roots = [*((f"model.{name}" if name else "model", m) for name, m in modules.items())]

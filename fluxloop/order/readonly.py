@@ -18,7 +18,7 @@ from fluxloop.state import Container, PhaseDict, State, StepState
 
 
 def guarded(value: Any, path: Path, access: Access) -> Any:
-    """Give `value` as a reader may have it: containers read-only, anything else as it is.
+    """Return `value` as a reader may have it: containers read-only, anything else as it is.
 
     Args:
         value: What lies at `path`.
@@ -125,15 +125,15 @@ class ReadOnlyMapping(ReadOnly):
         return self[key] if key in self._value else default
 
     def items(self) -> list[tuple[Any, Any]]:
-        """Give the items, read-only."""
+        """Return the items, read-only."""
         return [(key, self[key]) for key in self._value]
 
     def values(self) -> list[Any]:
-        """Give the values, read-only."""
+        """Return the values, read-only."""
         return [self[key] for key in self._value]
 
     def keys(self) -> list[Any]:
-        """Give the keys."""
+        """Return the keys."""
         return list(self._value)
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
@@ -176,11 +176,11 @@ class ReadOnlyDict(_Copied, dict[Any, Any]):
         return self[key] if key in self else default  # noqa: SIM401 - this is get
 
     def values(self) -> Any:
-        """Give the values, read-only."""
+        """Return the values, read-only."""
         return [self[key] for key in self]
 
     def items(self) -> Any:
-        """Give the items, read-only."""
+        """Return the items, read-only."""
         return [(key, self[key]) for key in self]
 
     def __reduce_ex__(self, protocol: object) -> Any:

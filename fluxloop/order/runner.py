@@ -146,7 +146,7 @@ class Callbacks:
             table.clear()
 
     def get(self, cls: type[Callback]) -> Callback | None:
-        """Give the first callback of a class, unwrapped, or None."""
+        """Return the first callback of a class, unwrapped, or None."""
         return next((callback for callback in self if isinstance(callback, cls)), None)
 
     def __iter__(self) -> Iterator[Callback]:
@@ -156,11 +156,11 @@ class Callbacks:
         return len(self._graph.nodes)
 
     def given(self) -> list[Callback]:
-        """Give the callbacks as they were given, wrappers included, in the order in which they run."""
+        """Return the callbacks as they were given, wrappers included, in the order in which they run."""
         return [node.callback for node in self._graph.nodes]
 
     def new_objects(self) -> list[Set[str]]:
-        """Give the paths of objects that callbacks have made since they were set up, callback by callback."""
+        """Return the paths of objects that callbacks have made since they were set up, callback by callback."""
         owners = owners_of(self._learner)
         return [own.walk.new_objects(owners) for own, _ in self._kept.values()]
 
@@ -174,20 +174,20 @@ class Callbacks:
             own.walk.note_made(now - former)
 
     def kept(self, node: Node) -> tuple[Watched, list[Watched]]:
-        """Give what a checkpoint keeps of a callback, and of the conditions around it."""
+        """Return what a checkpoint keeps of a callback, and of the conditions around it."""
         return self._kept[node.id]
 
     # Delivering
 
     def table(self, phase: type[Phase]) -> Table:
-        """Give the handlers for a phase type, by event type."""
+        """Return the handlers for a phase type, by event type."""
         table = self._tables.get(phase)
         if table is None:
             table = self._tables[phase] = Table(self, phase)
         return table
 
     def handle(self, learner: RunLearner, phase: Phase) -> Handle:
-        """Give the function that fires events for `phase`: one look-up, then the calls."""
+        """Return the function that fires events for `phase`: one look-up, then the calls."""
         table = self.table(type(phase))
 
         def handle(event: Event) -> None:
@@ -235,7 +235,7 @@ class Callbacks:
         )
 
     def obstacles(self, phase: type[Phase]) -> list[str]:
-        """Say who keeps a phase's steps from being one graph: callbacks with event and paths, or its own step."""
+        """List what keeps a phase's steps from being one graph: callbacks, with their paths, or a step of its own."""
         found = []
         if not hasattr(phase.step, "function") or phase.step.function is not Phase.step:
             found.append(
@@ -244,16 +244,16 @@ class Callbacks:
             )
         for node in self._graph.nodes:
             handled = [e for e in fired_with(phase) if e.inside_epoch and node.callback.handler(e, phase) is not None]
-            how = node.callback.in_compiled_step
+            where = node.callback.in_compiled_step
             inside = [event.__name__ for event in handled if event.inside_step]
             paths = [f"reads '{dotted(p)}'" for p in node.access.reads]
             paths += [f"writes '{dotted(p)}'" for p in node.access.writes]
-            if how in (None, "watched") and inside:
+            if where in (None, "watched") and inside:
                 touching = f" ({', '.join(paths)})" if paths else ""
                 found.append(f"{node.id} handles {', '.join(inside)} of {phase.__name__}, inside the step{touching}")
-            elif how == "never" and handled:
+            elif where == "never" and handled:
                 found.append(f"{node.id} looks into the step while it runs ({', '.join(paths)})")
-            elif how != "inside" and handled and any(path[:2] == ("step", "grads") for path in node.access.reads):
+            elif where != "inside" and handled and any(path[:2] == ("step", "grads") for path in node.access.reads):
                 found.append(
                     f"{node.id} reads 'step.grads' at {handled[-1].__name__}, which a compiled step does not keep"
                 )
@@ -286,7 +286,7 @@ class Callbacks:
         return self._graph
 
     def explain(self, path: str | None = None, *, phases: Iterable[Phase | type[Phase]] | None = None) -> Explanation:
-        """Tell who runs when and why, or who touches a path.
+        """Explain who runs when and why, or who touches a path.
 
         Args:
             path: A dotted path such as ``"model.G"`` or ``"step.loss"``. Left out, the answer is
@@ -332,7 +332,7 @@ class Callbacks:
 
 
 def changes_training(node: Node) -> bool:
-    """Tell whether a callback writes more than what callbacks share."""
+    """Return whether a callback writes more than what callbacks share."""
     return any(path[:1] != ("cbstate",) for path in node.access.writes)
 
 

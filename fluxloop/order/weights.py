@@ -38,7 +38,7 @@ class Weights(Container):
         """What brings a view up to date before it is read, by the same."""
 
     def __getitem__(self, name: str) -> nn.Module:
-        """Give the module of a name.
+        """Return the module of a name.
 
         Raises:
             ModelError: There is none.
@@ -77,7 +77,7 @@ class Weights(Container):
         self.followers.pop(key, None)
 
     def follow(self, name: str, follower: Follower) -> None:
-        """Have a view be brought up to date before anybody reads it, and told when the live weights were loaded.
+        """Register what brings a view up to date before anybody reads it, and when live weights have been loaded.
 
         Args:
             name: Of the view.
@@ -86,7 +86,7 @@ class Weights(Container):
         self.followers[self._read(name)] = follower
 
     def begin_anew(self, name: str) -> None:
-        """Tell whoever keeps a view of weights, or of a part of them, that others have been loaded.
+        """Call the followers of all views of weights, or of a part of them, after others have been loaded.
 
         Args:
             name: Of the live weights; ``"model"`` for those of all models.
@@ -138,7 +138,7 @@ class Weights(Container):
         return [f"{'.'.join(parts) or 'model'}@{view}" for view, parts in self.views]
 
     def copies(self, view: str) -> dict[str | None, nn.Module]:
-        """Give the models that have a view, by name, and that view of each.
+        """Return the models that have a view, by name: that view of each.
 
         Raises:
             PhaseError: None of them has it.
@@ -173,7 +173,7 @@ class Weights(Container):
         return True
 
     def __iter__(self) -> Iterator[str]:
-        """Give the names of models and views."""
+        """Return the names of models and views."""
         yield from ("model" if name is None else str(name) for name in self._models)
         yield from self._view_names()
 
@@ -199,7 +199,7 @@ class DeclaredWeights:
         self._weights[name] = module
 
     def follow(self, name: str, follower: Follower) -> None:
-        """Have a view be brought up to date before anybody reads it; see `Weights.follow`."""
+        """Register what brings a view up to date before anybody reads it; see `Weights.follow`."""
         self._access.require(parse(weights_path(name), self._access.callback), "write")
         self._weights.follow(name, follower)
 
@@ -211,7 +211,7 @@ class DeclaredWeights:
 
 
 def submodule(module: nn.Module, path: str, name: str) -> nn.Module:
-    """Give a part of a module by its dotted path; the module itself for an empty one.
+    """Return a part of a module by its dotted path; the module itself for an empty one.
 
     Raises:
         ModelError: There is no such part.

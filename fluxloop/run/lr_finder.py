@@ -120,7 +120,7 @@ class LRSweep:
 
 
 def _longest_fall(values: tuple[float, ...]) -> list[int]:
-    """Give the places of the longest falling subsequence; of several, the one that ends first."""
+    """Return the places of the longest falling subsequence; of several, of the one that ends first."""
     length, before = [1] * len(values), [-1] * len(values)
     for i, value in enumerate(values):
         for j in range(i):

@@ -42,7 +42,7 @@ class FitScope(Scope):
     """A running fit.
 
     Args:
-        learner: Whose fit it is.
+        learner: The learner that is fitting.
         phases: What a cycle runs.
         steps_per_epoch: How many batches an epoch has at most.
         state: Of the checkpoint that it goes on from.
@@ -98,12 +98,12 @@ class FitScope(Scope):
                 self._begin_epoch_again(phases[self.index])
 
     def _begin_epoch_again(self, phase: Phase) -> None:
-        """Have the epoch under way begin with the random numbers with which it began."""
+        """Set the streams back, so that the epoch under way begins with the random numbers with which it began."""
         self._learner.streams[phase.epoch_stream].index -= 1
         self._order_again(phase)
 
     def _order_again(self, phase: Phase) -> None:
-        """Have the data come in the order of the epoch under way: beginning it again counts it again."""
+        """Set the data's stream back, for the order of the epoch under way: beginning it again counts it again."""
         self._learner.streams[f"{phase.owner}/data"].index -= 1
 
     @property

@@ -90,11 +90,11 @@ class Session:
         return cls(**{name: vars(learner)[name] for name in NAMES})
 
     def put_into(self, learner: RunLearner) -> None:
-        """Have a learner go on with this one."""
+        """Set a learner's attributes to those of this session."""
         vars(learner).update({name: getattr(self, name) for name in NAMES})  # past the checks of what users assign
 
     def stop(self) -> None:
-        """Have nothing be running in it."""
+        """Set everything as it is while nothing runs."""
         self.scope = self.num_batches = self.num_epochs = None
         self.fit_phases = ()
 

@@ -116,7 +116,7 @@ class Summary:
 
 
 def summary(learner: RunLearner, batch: Any = None, depth: int | None = None) -> Summary:
-    """Tell what a learner is made of; see `Learner.summary`."""
+    """List what a learner is made of; see `Learner.summary`."""
     shapes: dict[nn.Module, str] = {}
     note = _run(learner, batch, shapes)
     rows = [
