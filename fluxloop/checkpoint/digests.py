@@ -66,6 +66,7 @@ def checksum(name: str, tensor: Tensor) -> int:
     data = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     if not data.nbytes:
         return number
+    # from the memory itself: to make bytes of it would copy each tensor
     return zlib.crc32((ctypes.c_char * data.nbytes).from_address(data.data_ptr()), number)
 
 

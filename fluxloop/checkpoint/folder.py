@@ -104,7 +104,7 @@ def _replace(path: Path, put: Any, needed: int = 0) -> None:
             put(noting)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, path)  # only now, with its bytes on the disk: a crash leaves the old file or the new one
         _sync(path.parent)
     except BaseException as error:
         free = _free(path.parent)  # before the part that was written is removed
@@ -386,7 +386,7 @@ def _acquire(marker: Path) -> int | None:
         os.close(handle)
         return BUSY if error.errno in (errno.EACCES, errno.EAGAIN) else None
     text = json.dumps({**MARKED, "process": os.getpid(), "host": socket.gethostname()})
-    os.ftruncate(handle, 0)
+    os.ftruncate(handle, 0)  # in place: the lock is on this file, and a new one would have none
     os.pwrite(handle, f"{text}\n".encode(), 0)
     return handle
 

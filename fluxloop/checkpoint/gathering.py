@@ -67,7 +67,7 @@ def gather(learner: RunLearner, place: State | None) -> State:
     Raises:
         CheckpointError: Something cannot be kept.
     """
-    learner._host_queue.flush()
+    learner._host_queue.flush()  # numbers under way to callbacks have to arrive in their states
     gathering = _Gathering(owners_of(learner))
     parameters = parameter_names(learner.models, learner.loss_fn)
     loss_fn = None
@@ -89,6 +89,7 @@ def gather(learner: RunLearner, place: State | None) -> State:
         "history": {"cycles": learner.history.cycles, "stop_reason": lasting(learner.history.stop_reason)},
         "cbstate": _shared_state(learner),
         "callbacks": _callbacks_state(learner, gathering),
+        # Most callbacks keep nothing; this tells them from one that is added later, and begins anew
         "present": {node.id: class_name(type(node.callback.unwrapped)) for node in learner.callbacks.graph.nodes},
         "phases": phases_state(learner, gathering.state_of),
         "data": _data_state(learner, place, gathering),
@@ -211,7 +212,7 @@ def phases_state(learner: RunLearner, state_of: Callable[[Watched], State]) -> S
     states: State = {}
     for kept in learner._ledger.phases:
         states.setdefault(phase_id(kept.thing), []).append(state_of(kept))
-    for name, waiting in learner._ledger.waiting.items():
+    for name, waiting in learner._ledger.waiting.items():  # loaded, and their phases have not run since
         states.setdefault(name, []).extend(waiting)
     return {name: given for name, given in states.items() if any(given)}
 
@@ -224,6 +225,6 @@ def _data_state(learner: RunLearner, place: State | None, gathering: _Gathering)
         states[key] = data_state(source, key in learner._ledger.begun_data and source is not running, key)
         states[key]["fingerprint"] = fingerprint(source)
         gathering.lost += changes_of(source)[1]
-        if source is running and place is not None:
+        if source is running and place is not None:  # a resumed run begins the epoch again, and skips what was used
             states[key] |= {part: place["feed"][part] for part in source_state(source)}
     return states

@@ -127,6 +127,7 @@ PLACE = _entries(
     {"steps_per_epoch": _maybe(COUNT)},
 )
 OPTIMIZER = _entries({"class": TEXT, "defaults": DICT, "state": DICT}, {"names": _each(_each(TEXT))})
+# The second dict of each: parts that files of older versions lack
 SLOT = _entries(
     {"consumed": FLAG, "waiting": FLAG, "in_block": FLAG},
     {"train_mode": FLAG, "phase": _maybe(TEXT), "num_batches": COUNT},

@@ -48,7 +48,7 @@ def check_fits(learner: RunLearner, state: Any) -> None:
             f"the checkpoint has the layout {state['fluxloop']!r} and this fluxloop reads {FORMAT}; use the version "
             "that wrote it"
         )
-    wrong = list(misplaced(state))
+    wrong = list(misplaced(state))  # first the layout: what compares takes for granted that every part is there
     if wrong:
         raise CheckpointError(
             "the checkpoint is not as fluxloop writes it:\n  "
@@ -66,6 +66,7 @@ def _misfits(learner: RunLearner, state: State) -> Iterator[str]:
     by_name = parameters_by_name(learner.models, learner.loss_fn)
     yield from _names_differ("optimizer", slots, state["optimizers"])
     if set(slots) == set(state["optimizers"]):
+        # Two parts of a file name the optimizers; one that was edited may have them in one part alone
         yield from _names_differ("optimizer", slots, state["updates"]["slots"])
     for name, kept in state["optimizers"].items():
         if name in slots:

@@ -125,6 +125,7 @@ def _order(optimizer: Optimizer, kept: State, by_name: ByName, label: str) -> _O
             f"hold {_listed(gone) or 'one parameter twice'} of it{did_you_mean(gone[0], new) if gone else ''}"
         )
     group_of = [index for index, group in enumerate(former) for _ in group]
+    # Groups without parameters have no names to find them by: they are matched in their order
     empty = iter([index for index, group in enumerate(former) if not group])
     order = []
     for group in live:
@@ -171,7 +172,7 @@ def _arranged(optimizer: Optimizer, kept: State, by_name: ByName, label: str) ->
             f"{label} has its parameters in another order, and a {type(optimizer).__name__} keeps a state that does "
             "not tell them apart by name; expected the order in which the checkpoint has them"
         )
-    own = {key: value for key, value in state["state"].items() if not isinstance(key, int)}
+    own = {key: value for key, value in state["state"].items() if not isinstance(key, int)}  # of no parameter
     by_place = {new: state["state"][old] for new, old in enumerate(order.places) if old in state["state"]}
     groups, begin = [], 0
     for live, old in zip(optimizer.param_groups, order.groups, strict=True):

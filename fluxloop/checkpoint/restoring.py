@@ -155,6 +155,7 @@ def apply(learner: RunLearner, state: State, *, begun: bool, running: bool = Fal
     learner.history.cycles = state["history"]["cycles"]
     learner.history.stop_reason = state["history"]["stop_reason"]
     _restore_shared(learner, state["cbstate"], restoring)
+    # A list for each name: a run may have had several phases of one class, which are met in the same order again
     learner._ledger.waiting = {name: list(states) for name, states in state["phases"].items()}
     learner._ledger.loaded = True
     for phase in learner._ledger.phases:
@@ -212,6 +213,7 @@ def _restore_updates(learner: RunLearner, kept: State) -> None:
     for slot in learner.updates.slots:
         stands = kept["slots"][slot.name or ""]
         slot.consumed, slot.in_block = stands["consumed"], stands["in_block"]
+        # The step that began to accumulate is over, and its entries are in no checkpoint: an empty one stands for it
         slot.first_step = StepState() if stands["waiting"] else None
         slot.phase, slot.num_batches = stands.get("phase"), stands.get("num_batches", 0)  # older files lack them
         slot.step = slot.before = None

@@ -39,6 +39,7 @@ def restore_weights(module: nn.Module, kept: State) -> None:
     """Have a module load what `weights_of` returned."""
     lazy = {name for name, value in kept["state"].items() if is_uninitialized(value)}
     tensors = {name: from_plain(value) for name, value in kept["state"].items() if name not in lazy}
+    # Lazy tensors are missing on purpose, which strict would refuse; what else is missing is looked at below
     result = module.load_state_dict(with_metadata(tensors, from_plain(kept["metadata"])), strict=not lazy)
     if lazy:
         uninitialize(module, lazy)

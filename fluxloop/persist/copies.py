@@ -14,9 +14,9 @@ def copy_gradient(tensor: Any, copied: Any, memo: dict[int, Any], waiting: bool 
     if tensor is copied or is_lazy(tensor) or not tensor.is_leaf:
         return
     if waiting and tensor.grad is not None and copied.grad is None:
-        copied.grad = tensor.grad.detach().clone()
+        copied.grad = tensor.grad.detach().clone()  # deepcopy of a parameter leaves it out
     for hook in (getattr(tensor, "_backward_hooks", None) or {}).values():
-        copied.register_hook(copy.deepcopy(hook, memo))
+        copied.register_hook(copy.deepcopy(hook, memo))  # bound to copies where it is bound to what is copied
     for hook in (getattr(tensor, "_post_accumulate_grad_hooks", None) or {}).values():
         copied.register_post_accumulate_grad_hook(copy.deepcopy(hook, memo))
 

@@ -41,6 +41,7 @@ def uninitialize(module: nn.Module, names: set[str]) -> None:
                 f"{name!r} had seen no batch when its state was kept (a lazy module), and has a shape now; make the "
                 "learner anew"
             )
+        # torch materializes a lazy tensor by changing its class; this is the way back
         tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         tensor.__class__ = UninitializedParameter if own in owner._parameters else UninitializedBuffer
 
@@ -64,7 +65,7 @@ def freeze(module: nn.Module, frozen: set[str]) -> None:
 def module_to_plain(module: nn.Module, where: str) -> State:
     """Write a module that is no part of a model: its state, and what that leaves out."""
     state = {name: value for name, value in module.state_dict().items() if not is_lazy(value)}
-    buffers = {
+    buffers = {  # those that state_dict leaves out
         f"{path}.{name}".lstrip("."): to_plain(part._buffers[name], where)
         for path, part in module.named_modules()
         for name in sorted(part._non_persistent_buffers_set)
@@ -76,6 +77,7 @@ def module_to_plain(module: nn.Module, where: str) -> State:
         "state": to_plain(state, f"{where}.state_dict()"),
         "buffers": buffers,
         "frozen": [name for name, parameter in parameters if not parameter.requires_grad],
+        # A module beside the models may be stepped by hand: its gradients may wait for that
         "grads": {name: to_plain(p.grad, where) for name, p in parameters if p.grad is not None},
     }
 
@@ -95,7 +97,7 @@ def load_module(module: nn.Module, kept: State, again: Callable[[Any], Any]) -> 
         now = part._buffers.get(own)
         value = again(written)
         part._buffers[own] = value if now is None else value.to(now.device)
-    if "frozen" not in kept:
+    if "frozen" not in kept:  # an older file
         return
     freeze(module, set(kept["frozen"]))
     for name, parameter in module.named_parameters():

@@ -459,6 +459,7 @@ def _slots(cls: type) -> Iterator[str]:
     names = cls.__dict__.get("__slots__", ())
     for name in (names,) if isinstance(names, str) else names:
         if name not in ("__weakref__", "__dict__"):
+            # a private name is mangled with that of its class
             yield f"_{cls.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
 
 

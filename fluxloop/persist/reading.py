@@ -51,6 +51,7 @@ class Reader:
         Raises:
             CheckpointError: It cannot be restored.
         """
+        # All of it before anything is changed: a state that names what is not there is refused as a whole
         entries = {id(met.thing): self._entry(met, states.get(met.root) or {}) for met in self._reached.things}
         for root, state in states.items():
             self._check_reached(root, state)
@@ -295,7 +296,7 @@ def set_tensor(live: Tensor, value: Tensor) -> None:
         if live.shape == value.shape and live.dtype == value.dtype and not _overlaps(live):
             live.copy_(value)
         else:
-            live.data = value.to(live.device)
+            live.data = value.to(live.device)  # so that whoever holds the tensor still does
 
 
 def _overlaps(tensor: Tensor) -> bool:

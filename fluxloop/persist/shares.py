@@ -53,7 +53,7 @@ def _assigned(cls: type) -> set[str]:
     """Return the names of the attributes that a class's functions assign."""
     codes = [code for value in vars(cls).values() if isinstance(code := _code_of(value), CodeType)]
     found = {
-        instruction.argval
+        instruction.argval  # also what a scheduler of torch, say, assigns outside of __init__
         for code in codes
         for instruction in dis.get_instructions(code)
         if instruction.opname == "STORE_ATTR"

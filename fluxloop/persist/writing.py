@@ -100,6 +100,7 @@ class Writer:
             kept = self.changed(met)
             if kept is None:
                 return
+            # a generator's state is marked as an object's already
             entry = kept[0] if met.kind == "generator" else {MARK: "changed", "to": kept[0]}
         root = self._reached.by_id[id(self._reached.roots[met.root])]
         is_held = is_attribute(met.key) and slots_of(root).get(f".{met.key}") is met.thing
@@ -107,7 +108,7 @@ class Writer:
             state[met.key] = entry
         else:
             state.setdefault(MARK, {})[met.key] = entry
-            if is_held:
+            if is_held:  # so that it is not dropped as one that was replaced
                 self._referred.add((met.root, met.key))
 
     def _changed_slots(self, met: Thing, lost: dict[str, None]) -> State:
