@@ -13,14 +13,21 @@ import fluxloop.compile.graphs
 
 
 @pytest.fixture(scope="module")
-def imported() -> Iterator[None]:
+def imported() -> None:
     """Import what tracing needs, and keep it out of each later look through the process's objects."""
     import torch._inductor
     import torch.fx.experimental.proxy_tensor  # noqa: F401 - takes seconds
 
+    gc.collect()  # what is garbage now would stay for ever
     gc.freeze()
-    yield
+
+
+@pytest.fixture(scope="module")
+def all_known() -> Iterator[None]:
+    """Have the garbage collector know all objects again: generators of a module's own were there before it froze."""
     gc.unfreeze()
+    yield
+    gc.freeze()
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from fluxloop.compile.forbidden import AsTried, noting_containers, noting_draws
 from fluxloop.errors import CompileError
 
+pytestmark = pytest.mark.usefixtures("all_known")
+
 RNG = numpy.random.default_rng(0)
 OLDER = numpy.random.RandomState(0)
 PYTHONS = random.Random(0)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fluxloop import Accelerator, CancelStepException, CompileError, TrainingPhase
 from fluxloop.compile.tracing import trace
 
-pytestmark = pytest.mark.usefixtures("uncompiled")
+pytestmark = pytest.mark.usefixtures("uncompiled", "all_known")
 
 
 RNG = numpy.random.default_rng(0)
