@@ -41,6 +41,8 @@ class HostQueue:
     def send(self) -> None:
         """Start the copy of what was asked for, and deliver what has arrived."""
         if self._asked:
+            # One copy for all numbers of a step, as each costs a launch; float64 holds whole numbers up to 2**53 and
+            # every narrower float exactly. MPS has no float64.
             exact = torch.float32 if self._device.type == "mps" else torch.float64
             numbers = torch.stack([tensor.reshape(()).to(exact) for tensor, _ in self._asked])
             copy = numbers.to("cpu", non_blocking=True)
@@ -52,7 +54,7 @@ class HostQueue:
             self._asked = []
         while self._travelling:
             _, arrived, _ = self._travelling[0]
-            if arrived is None or not arrived.query():
+            if arrived is None or not arrived.query():  # None: nothing tells whether it has, so it waits for `flush`
                 break
             self._deliver()
 
@@ -72,7 +74,7 @@ class HostQueue:
         self._asked, self._travelling, self.busy = [], [], False
 
     def _deliver(self) -> None:
-        copy, _, thens = self._travelling.pop(0)
+        copy, _, thens = self._travelling.pop(0)  # before anyone is called: one that raises is not called again
         self.busy = bool(self._asked or self._travelling)
         first: BaseException | None = None
         for number, then in zip(copy.tolist(), thens, strict=True):

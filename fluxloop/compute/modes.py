@@ -98,6 +98,8 @@ class OptimizerMode:
         if self.is_train is train:
             return _nothing
         parameters = self.parameters
+        # Eval mode is computed from the weights of train mode, and train mode from those of eval mode: exactly only on
+        # paper. So the weights of train mode are saved where it is left for a while; those of eval mode are not needed.
         saved = [] if train else [parameter.detach().clone() for parameter in parameters]
         self.set(train)
 

@@ -83,6 +83,7 @@ def build_optimizers(models: Models, optimizer: Any, loss_fn: object = None) -> 
     return built
 
 
+# Copies, as schedules write into the groups themselves; by optimizer, so that nothing has to be written into it.
 _given: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
 
 
@@ -173,6 +174,7 @@ def separate_options(optimizers: Iterable[Optimizer]) -> None:
     torch keeps the one tensor that it was given in all groups, so that to change one would change all.
     The first group that holds a tensor keeps it.
     """
+    # Groups before defaults: the first group keeps the tensor that the user may hold, and set by hand.
     taken: set[Tensor] = set()
     optimizers = list(optimizers)
     for options in (*(group for each in optimizers for group in each.param_groups), *(o.defaults for o in optimizers)):

@@ -52,6 +52,7 @@ def leaks(
         loss: The block's.
         state: The entries of the step.
     """
+    # The graph itself is walked, as a backward pass would change gradients, and release the graph that the block needs.
     own, reached = set(slot.parameters), reached_by(loss)
     foreign = [p for p in names if p in reached and p not in own]
     if not foreign:

@@ -110,6 +110,7 @@ class Updates:
         self._read_parameters()
         owned = set(self.parameters)
         check_owned(names, owned)
+        # Parameters that an optimizer still holds stay named, so that messages and `step.grads` can tell of them.
         gone = {p: name for p, name in self.names.items() if p in owned and p not in names}
         if self.names == {**names, **gone}:
             return False
@@ -120,7 +121,7 @@ class Updates:
     def begin_step(self, state: StepState) -> None:
         """Release what the last update consumed."""
         for slot in self.slots:
-            if slot.num_groups != len(slot.optimizer.param_groups):
+            if slot.num_groups != len(slot.optimizer.param_groups):  # cheaper than to read the parameters in each step
                 self._read_parameters()
             if slot.consumed:  # what `slot.release()` does, without a call in each step
                 for parameter in slot.parameters:

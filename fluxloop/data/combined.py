@@ -116,6 +116,7 @@ class CombinedLoader(Combined):
         for (name, source), length in zip(self.named_parts(), lengths, strict=True):
             passes = 1
             if self.mode == "max_size_cycle":
+                # so that no two passes of this loader are told the same number, in whatever epochs
                 passes = ceil(max(known) / length) if length and len(known) == len(lengths) else PASSES
             parts.append(_Part(name, source, numbers.order, None if epoch is None else epoch * passes))
         return _Together(self, parts, running)

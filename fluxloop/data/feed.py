@@ -170,6 +170,8 @@ class Feed:
         epoch = order.index
         samples = self._streams.apart(f"{self._owner}/sample/{epoch}")
         self.count = 0 if place is None else place["batch"]
+        # The first batch goes on with the numbers of the order and takes none of its own, so batch j of the epoch has
+        # the number j - 1 after the one at which this epoch's began.
         fetched = fetch.index - max(self.count - 1, 0)
         fingerprint(self.source)  # before a step may change its rows
         numbers = Numbers(order.next(), lambda batch: fetch.at(fetched + batch - 1), samples.at)
@@ -187,7 +189,7 @@ class Feed:
                 yield batch
                 before_batch()
         finally:
-            run, self._pass = self._pass, None  # it holds the loader's workers
+            run, self._pass = self._pass, None  # it holds the loader's workers, which end when nothing refers to them
         if self.count == 0 and self.name is not None:
             raise self._empty()
         if self.count != self.limit:

@@ -35,6 +35,7 @@ def fingerprint(source: Any) -> Fingerprint:
 
     Rows are looked at where that draws nothing and loads nothing: in tensors and arrays.
     """
+    # Noted once: steps may change rows in place, and a run that does so is still a run on the same data.
     found = _known.get(source)
     if found is None:
         found = dict(_of(source))

@@ -52,6 +52,7 @@ def generators_of(things: list[Any]) -> list[Any]:
     found: list[Any] = []
     seen: set[int] = set()
     todo = list(things)
+    # Bounded, as a data set may hold millions of rows as objects: this is asked before each pass.
     while todo and len(seen) < MOST:
         thing = todo.pop()
         if id(thing) in seen or isinstance(thing, (Tensor, type, ModuleType, *SCALARS)):
@@ -75,5 +76,5 @@ def _inside(thing: Any) -> list[Any]:
     if isinstance(thing, MethodType):
         return [thing.__self__]
     if isinstance(thing, FunctionType):
-        return [cell.cell_contents for cell in thing.__closure__ or () if cell != CellType()]
+        return [cell.cell_contents for cell in thing.__closure__ or () if cell != CellType()]  # some are still empty
     return list(attributes(thing).values())

@@ -41,6 +41,8 @@ def is_loader(source: Any) -> bool:
     """Tell whether a source is a ``DataLoader`` over map-style data that iterates as torch's do."""
     if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
         return False
+    # By the module of its __iter__: a subclass with one of its own may give other batches than its samplers say. A
+    # loader of torchdata whose data set has a state keeps its place by that state.
     module = str(getattr(type(source).__iter__, "__module__", "")).split(".")[0]
     return module in ("torch", "torchdata") and not (module == "torchdata" and is_stateful(source.dataset))
 

@@ -21,6 +21,7 @@ class Notes(Generic[V]):
 
     def put(self, thing: object, note: V | None) -> None:
         """Note something of an object; None forgets what was noted."""
+        # By identity and not in a WeakKeyDictionary: data sets may compare equal, or have no hash.
         with suppress(TypeError):
             if id(thing) not in self._notes:
                 finalize(thing, self._notes.pop, id(thing), None).atexit = False

@@ -44,6 +44,8 @@ def _loader_in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
         sampler, size, drop_last = batches, 1, False
         if type(batches) is BatchSampler:
             sampler, size, drop_last = batches.sampler, batches.batch_size, batches.drop_last
+    # These two of torch's over the whole data set give each row once, so that another order loses nothing; what any
+    # other sampler chooses (weighted, of a subset, by a process) only itself knows.
     whole = type(sampler) in (SequentialSampler, RandomSampler) and len(sampler.data_source) == len(dataset)
     if whole and type(sampler) is SequentialSampler and not drop_last:
         return loader

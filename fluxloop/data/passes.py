@@ -108,13 +108,15 @@ def untouched(source: Any, workers_too: bool = True) -> Iterator[None]:
             undone.enter_context(untouched(part, workers_too))
         if workers_too:
             undone.callback(_tell_again, source, _epochs(source))
+        # Undone in reverse: the workers that wait come back first, then the copy that they belong to, then what the
+        # generators were.
         state, copied = generators_state(source), copy_of(source)
         undone.callback(put_generators_back, source, state)
         undone.callback(use_copy_again, source, copied)
         loaders: tuple[Any, ...] = (source, copied) if workers_too else ()
         if keeps_place(source):
             undone.callback(_under_way.put, source, _under_way.get(source))
-            if not hasattr(source, "_iterator"):
+            if not hasattr(source, "_iterator"):  # a loader's place is its iterator, put aside below
                 with suppress(AttributeError, NotImplementedError):  # it has nothing to say yet
                     undone.callback(source.load_state_dict, source.state_dict())
         for loader in loaders:
@@ -178,6 +180,9 @@ class Pass:
             self._go_on(place)
         if epoch is not None and not isinstance(source, Combined):  # which tells its parts
             tell_epoch(source, epoch)
+        # Everything that the pass begins with stands now, so this is what another one of the same order begins with.
+        # To begin draws from it (a sampler shuffles): where a place is gone on with, the data's own generators and what
+        # its parts hold are therefore put a second time, to where they stood at that place.
         self._begun = source_state(source)
         start_torch(numbers.order)
         if isinstance(source, Combined):

@@ -23,7 +23,7 @@ class WrappedRows:
     """A map-style dataset behind another way of fetching: its attributes are the dataset's."""
 
     def __init__(self, dataset: Any) -> None:
-        object.__setattr__(self, "_dataset", dataset)
+        object.__setattr__(self, "_dataset", dataset)  # past its own __setattr__, which sets attributes of the dataset
 
     def __getitem__(self, index: Any) -> Any:
         return self._dataset[index]
@@ -54,7 +54,7 @@ class SeededRows(WrappedRows):
     def __getitems__(self, marked: list[Any]) -> Any:
         if not callable(getattr(self._dataset, "__getitems__", None)):
             return [self[each] for each in marked]
-        start_generators(marked[0][0])
+        start_generators(marked[0][0])  # once: nobody can stand between the rows of a data set that fetches them itself
         return self._dataset.__getitems__([index for _, index in marked])
 
 
@@ -87,6 +87,7 @@ def _fetch(dataset: Any, indices: Any) -> list[Tensor] | None:
     """Fetch rows of torch's own datasets at once, tensor by tensor; None where one by one may be another thing."""
     if type(dataset) is Subset:
         return _fetch(dataset.dataset, [dataset.indices[index] for index in indices])
+    # What torch would refuse, or take for something else (True is a whole number, -1 the last row), is left to it.
     kinds = set(map(type, indices))
     if not kinds or not all(issubclass(kind, Integral) and not issubclass(kind, bool) for kind in kinds):
         return None
@@ -116,6 +117,7 @@ def _fetch_from_several(dataset: ConcatDataset[Any], indices: Any) -> list[Tenso
         parts.append(part)
     if len(parts) == 1:
         return parts[0]
+    # rows were fetched data set by data set: put them into the order in which they were asked for
     where = {place: row for row, place in enumerate(chain.from_iterable(places.values()))}
     return _select(map(torch.cat, zip(*parts, strict=True)), [where[place] for place in range(len(where))])
 
@@ -135,6 +137,7 @@ def never_draws(dataset: Any) -> bool:
 
 def collates_as_torch() -> bool:
     """Tell whether nobody has taught `default_collate` another way with tuples or tensors; False where unknown."""
+    # Users add to this map of torch's, by type, and there is no public way to see whether they have.
     module = default_collate.__module__
     ways = getattr(sys.modules[module], "default_collate_fn_map", {})
     own = getattr(ways.get(Tensor), "__module__", None) == module
