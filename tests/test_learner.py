@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import pickle
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -594,3 +596,21 @@ def test_a_model_that_torch_does_not_copy_is_told_with_what_to_use_instead(copie
     model(torch.ones(4, 2))
     with pytest.raises(ModelError, match=r"cannot copy these weights: .*torch.nn.utils.parametrizations can be copied"):
         copied(learner)
+
+
+# What it shows
+
+
+def test_the_public_attributes_are_those_that_the_docstring_lists() -> None:
+    told = inspect.getdoc(Learner) or ""
+    section = told[told.index("Attributes:") : told.index("Raises:")]
+    listed = set(re.findall(r"^    (\w+):", section, re.MULTILINE))
+    learner = toy_learner()
+    learner.fit(1)
+    assert {name for name in vars(learner) if not name.startswith("_")} == listed
+
+
+def test_every_public_method_and_property_says_what_it_does_those_of_its_bases_too() -> None:
+    names = [name for name in dir(Learner) if not name.startswith("_")]
+    assert {"fit", "add_callback", "save", "update", "cycle"} < set(names)
+    assert [name for name in names if not inspect.getdoc(getattr(Learner, name))] == []

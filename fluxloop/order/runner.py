@@ -92,6 +92,7 @@ class Callbacks:
         before = self._graph, self._views, self._kept
         shared, weights = dict(vars(self._learner.cbstate)), self._learner.weights
         views, followers = dict(weights.views), dict(weights.followers)
+        # in place before init is called, which may ask for callbacks; whatever an init can write is undone if one fails
         self._graph = graph
         self._views = {
             node.id: make_view(node.access, self._learner) if node.is_safe else self._learner for node in graph.nodes
@@ -107,6 +108,7 @@ class Callbacks:
                 self._learner._compiled.require(self._learner.phases_in_use())
             for node in graph.nodes:
                 node.callback.unwrapped._adopted = True
+            # what was watched before stays so: a second look would take the present state for the first one
             former = {id(kept.thing): kept for own, around in self._kept.values() for kept in (own, *around)}
             owners = owners_of(self._learner)
             self._kept = {node.id: watch(node, former, owners) for node in graph.nodes}
