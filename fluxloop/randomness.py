@@ -321,7 +321,7 @@ def _positions(numpy_too: bool) -> tuple[list[torch.Tensor], Any]:
     return [torch.default_generator.get_state(), *(_cuda_states() or ())], (in_numpy, random.getstate())
 
 
-class others_apart(AbstractContextManager[None]):  # noqa: N801 - used like a function
+class NumPyAndPythonPreserved(AbstractContextManager[None]):
     """Leave NumPy's and Python's global generators as they were, between two steps; may be entered again.
 
     NumPy draws from a bit generator of its own meanwhile: swapping costs less than copying a state.
@@ -360,7 +360,7 @@ class others_apart(AbstractContextManager[None]):  # noqa: N801 - used like a fu
             random.setstate(self._python)
 
 
-class others_going_on(AbstractContextManager[None]):  # noqa: N801 - used like a function
+class NumPyAndPythonContinued(AbstractContextManager[None]):
     """Let NumPy and Python draw from generators apart, which go on from where they were the last time.
 
     Args:
@@ -394,7 +394,7 @@ def between_steps(call: Callable[..., None], stream: Callable[[], Stream]) -> Ca
 
     NumPy draws from a bit generator of the function's own meanwhile, started from its stream.
     """
-    numpy_apart = others_apart(lambda: stream().next(), python_too=False)
+    numpy_apart = NumPyAndPythonPreserved(lambda: stream().next(), python_too=False)
 
     def apart(*args: Any) -> None:
         with preserved(numpy_too=False), numpy_apart:

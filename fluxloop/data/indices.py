@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
 from fluxloop.data.generators import own_generators
-from fluxloop.randomness import others_going_on, start_torch
+from fluxloop.randomness import NumPyAndPythonContinued, start_torch
 
 
 @frozen
@@ -94,7 +94,7 @@ class IndexPass:
         _set_generators(indices.generators)
         start_torch(indices.numbers.order)
         self._others: AbstractContextManager[None] = (
-            others_going_on(indices.numbers.order) if indices.others_too else nullcontext()
+            NumPyAndPythonContinued(indices.numbers.order) if indices.others_too else nullcontext()
         )
         with self._others:
             self._source = iter(indices.sampler)

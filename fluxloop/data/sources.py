@@ -25,7 +25,7 @@ from fluxloop.data.loaders import TensorBatches
 from fluxloop.data.loading import Endless, begin, watched
 from fluxloop.data.rows import EndlessRows
 from fluxloop.errors import describe
-from fluxloop.randomness import others_apart
+from fluxloop.randomness import NumPyAndPythonPreserved
 
 
 def iterate(source: Any, numbers: Numbers, skip: int = 0) -> Iterator[Any]:
@@ -82,7 +82,7 @@ def _begin_iterable(loader: DataLoader[Any]) -> Iterator[Any]:
 
 def _apart(batches: Iterator[Any]) -> Iterator[Any]:
     """Load samples in this process without moving the training's NumPy and Python generators."""
-    others = others_apart()
+    others = NumPyAndPythonPreserved()
     while True:
         with others:
             try:
