@@ -86,7 +86,7 @@ def test_a_version_without_clipping_or_schedule_trains_something_else(left_out: 
     assert run.farthest(without, whole, {"gen", "disc"}) > 1e-4
 
 
-@pytest.mark.slow(quick=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["fluxloop", "fluxloop_phase"])
 @pytest.mark.parametrize("task", run.TASKS)
 def test_a_version_for_fluxloop_writes_a_checkpoint_per_epoch(task: str, framework: str) -> None:
@@ -198,6 +198,7 @@ def test_every_block_of_the_page_is_the_counted_part_of_its_file() -> None:
     assert shown >= {f"{t}_{f}.py" for t in ("gan", "byol") for f in ("fluxloop", "torch", "lightning", "ignite")}
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("task", run.TASKS)
 def test_a_phase_of_ones_own_stays_within_its_lines(task: str) -> None:
     assert run.counts()[task, "fluxloop"] <= TARGETS[task]

@@ -184,7 +184,7 @@ def test_the_phase_that_the_tutorial_builds_says_what_the_built_in_one_says(buil
     assert mine == {name: theirs[name] for name in mine}
 
 
-@pytest.mark.slow(quick=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("compile", [False, "step"])
 def test_the_phase_that_the_tutorial_builds_trains_the_same_bits_as_the_built_in_one(
     traced: None, compile: Any

@@ -763,7 +763,7 @@ def test_a_phase_that_only_watches_a_plain_loader_of_the_training_changes_nothin
     assert_same_bits(train(make_learner(workers=workers), TrainEval()), reference(workers))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("validated", ["after each epoch", "at the end of each step"])
 @pytest.mark.parametrize("shared", ["generator", "loader with persistent workers"])
 def test_validation_on_what_the_training_shares_changes_nothing(shared: str, validated: str) -> None:
@@ -815,7 +815,7 @@ class RunningScale(nn.Module):
         return loss / self.scale
 
 
-@pytest.mark.slow(quick=1)
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "by a new tensor"])
 @pytest.mark.parametrize("action", ["validation", "evaluate", "check", "sanity check"])
 def test_looking_changes_nothing_of_a_loss_with_a_state_of_its_own(action: str, in_place: bool) -> None:

@@ -210,6 +210,7 @@ def in_a_new_process(code: str) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_importing_fluxloop_changes_no_global_state() -> None:
     assert in_a_new_process(STATES) == []
 

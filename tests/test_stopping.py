@@ -136,7 +136,7 @@ def test_pq_stops_where_the_training_makes_no_progress() -> None:
     assert stops_at(PQ(k=2), [1.0, 0.9, 0.8], training=[1.0, 0.5, 0.5]) == 3
 
 
-@pytest.mark.slow(quick=3)
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize(
     "criterion",
     [Patience(2), NoImprovement(2, 0.3), GL(3), PQ(0.1, 2), Warmup(Patience(1), 2), Threshold(4.0)],
@@ -306,7 +306,7 @@ EVERY = [
 ]
 
 
-@pytest.mark.slow(quick=2)
+@pytest.mark.slow(quick=3)
 @pytest.mark.parametrize("criterion", EVERY, ids=repr)
 @settings(deadline=None, max_examples=30)
 @given(losses=values, cut=st.integers(0, 15), mode=st.sampled_from(["min", "max"]))

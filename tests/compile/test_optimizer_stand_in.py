@@ -59,7 +59,7 @@ def test_muon_which_asks_for_its_rate_as_a_number_is_refused_in_words() -> None:
         made.fit(1)
 
 
-@pytest.mark.slow(quick=1)
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize(
     ("optimizer", "sparse", "words"),

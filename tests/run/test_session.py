@@ -135,6 +135,7 @@ BESIDE: dict[str, Callable[[Learner], object]] = {
 }
 
 
+@pytest.mark.slow(quick=4)
 @pytest.mark.parametrize("epochs", [0, 1])
 @pytest.mark.parametrize("name", [*BESIDE, "find_lr"])
 def test_a_run_beside_a_learner_leaves_everything_in_it_as_it_was(name: str, epochs: int) -> None:
@@ -164,6 +165,7 @@ MOMENTS = [
 ]
 
 
+@pytest.mark.slow(quick=5)
 @pytest.mark.parametrize(("event", "phase"), MOMENTS, ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("name", BESIDE)
 def test_a_run_beside_a_fit_leaves_everything_in_it_as_it_was(
