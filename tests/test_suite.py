@@ -12,13 +12,13 @@ TESTS = Path(__file__).parent
 FILES = sorted(TESTS.rglob("*.py"))
 
 
-def tests_in(path: Path) -> list[str]:
+def names_in(path: Path) -> list[str]:
     return re.findall(r"^def (test_\w+)", path.read_text("utf-8"), re.MULTILINE)
 
 
 def test_every_file_with_tests_is_collected_and_no_collected_file_is_empty() -> None:
     for path in FILES:
-        assert bool(tests_in(path)) == path.name.startswith("test_"), path.name
+        assert bool(names_in(path)) == path.name.startswith("test_"), path.name
 
 
 def test_no_two_files_have_one_name() -> None:
@@ -29,7 +29,7 @@ def test_no_two_files_have_one_name() -> None:
 @pytest.mark.parametrize("path", [path for path in FILES if path.name.startswith("test_")], ids=lambda path: path.stem)
 def test_tests_have_names_of_their_own_that_are_words(path: Path) -> None:
     """A second function of the same name hides the first, and a code such as ``ab_07`` says nothing to a reader."""
-    tests = tests_in(path)
+    tests = names_in(path)
     assert tests
     assert [name for name, times in Counter(tests).items() if times > 1] == []
     assert [name for name in tests if re.match(r"test_([a-z]{1,2}_)*[a-z]{1,2}_?\d{2}_", name)] == []
