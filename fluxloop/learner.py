@@ -15,7 +15,7 @@ from fluxloop.checkpoint.ledger import Ledger
 from fluxloop.compute.accelerator import Accelerator
 from fluxloop.compute.blocks import UpdateBlock
 from fluxloop.compute.finite import Finite
-from fluxloop.compute.models import like, named_models
+from fluxloop.compute.models import arrange_like, named_models
 from fluxloop.compute.optimizers import build_optimizers, parameter_names
 from fluxloop.compute.updates import Updates
 from fluxloop.data.loaders import name_data
@@ -139,11 +139,11 @@ class Learner(KeepsState, HasCallbacks, Generic[M]):
             self.accelerator.place_model(module)
         for module in self.models.values():
             self.accelerator.compile_model(module)
-        self.model: M = like(model, self.models)
+        self.model: M = arrange_like(model, self.models)
         self.weights = Weights(self.models, self.model)
-        self.params: Any = like(model, {k: tuple(m.parameters()) for k, m in self.models.items()})
+        self.params: Any = arrange_like(model, {k: tuple(m.parameters()) for k, m in self.models.items()})
         optimizers = build_optimizers(self.models, optimizer, loss_fn)
-        self.optimizer: Any = like(model, optimizers)
+        self.optimizer: Any = arrange_like(model, optimizers)
         self._seed_given = seed is not None
         self.seed = draw_seed() if seed is None else check_seed(seed)
         self._ledger = Ledger()

@@ -70,7 +70,7 @@ def is_name(name: object) -> bool:
     return isinstance(name, str) and name.isidentifier() and not iskeyword(name) and not name.startswith("_")
 
 
-def like(model: Any, values: dict[str | None, Any]) -> Any:
+def arrange_like(model: Any, values: dict[str | None, Any]) -> Any:
     """Arrange values by model as the models were given: alone, as a tuple, or as a named tuple.
 
     A tuple has None where a model has no value (a frozen one has no optimizer).
@@ -88,7 +88,7 @@ def like(model: Any, values: dict[str | None, Any]) -> Any:
 
 
 def by_name(held: Any) -> list[tuple[str | None, Any]]:
-    """List models or optimizers with their names, from how a learner holds them: what `like` has arranged.
+    """List models or optimizers with their names, from how a learner holds them: what `arrange_like` has arranged.
 
     Args:
         held: ``learner.model`` or ``learner.optimizer``.

@@ -96,14 +96,14 @@ def _gather_pinned(tensor: Tensor, rows: Tensor) -> Tensor:
     return torch.index_select(tensor, 0, rows, out=out)
 
 
-def _rebuild(like: Any, leaves: Iterator[Tensor]) -> Any:
-    """Put tensors where those of `like`, made by `_as_tensors`, are."""
-    if isinstance(like, Tensor):
+def _rebuild(source: Any, leaves: Iterator[Tensor]) -> Any:
+    """Put tensors into the structure of `source`, which `_as_tensors` made."""
+    if isinstance(source, Tensor):
         return next(leaves)
-    if isinstance(like, dict):
-        return {key: _rebuild(value, leaves) for key, value in like.items()}
-    items = [_rebuild(value, leaves) for value in like]
-    return type(like)(*items) if hasattr(like, "_fields") else tuple(items)
+    if isinstance(source, dict):
+        return {key: _rebuild(value, leaves) for key, value in source.items()}
+    items = [_rebuild(value, leaves) for value in source]
+    return type(source)(*items) if hasattr(source, "_fields") else tuple(items)
 
 
 class TensorBatches:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fluxloop.compute.models import like
+from fluxloop.compute.models import arrange_like
 from fluxloop.errors import CallbackError, ModelError, PhaseError, describe, did_you_mean
 from fluxloop.order.access import Access, Path, keeper, parse, weights_path
 from fluxloop.state import Container
@@ -163,7 +163,7 @@ class Weights(Container):
         found = self.copies(view)
         if hasattr(self.given, "_fields"):
             return self.given._replace(**{str(name): module for name, module in found.items()})
-        return like(self.given, {**self._models, **found})
+        return arrange_like(self.given, {**self._models, **found})
 
     def __contains__(self, name: object) -> bool:
         try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fluxloop.compute.models import like
+from fluxloop.compute.models import arrange_like
 from fluxloop.compute.optimizers import parameter_names
 from fluxloop.data.loaders import name_data
 from fluxloop.errors import AssignmentError, LossError, describe
@@ -93,7 +93,7 @@ def meet_parameters(learner: RunLearner, loss_fn: Any) -> None:
         OptimizerError: Trainable ones are in no optimizer; says what to type.
     """
     if learner.updates.rename(parameter_names(learner.models, loss_fn)):
-        params = like(learner.weights.given, {k: tuple(m.parameters()) for k, m in learner.models.items()})
+        params = arrange_like(learner.weights.given, {k: tuple(m.parameters()) for k, m in learner.models.items()})
         put(learner, "params", params)
         for module in learner.models.values():
             learner.accelerator.place_model(module)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fluxloop import Learner, ModelError
-from fluxloop.compute.models import by_name, like, named_parts
+from fluxloop.compute.models import arrange_like, by_name, named_parts
 from fluxloop.compute.optimizers import owned_parameters
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -175,7 +175,7 @@ def test_a_frozen_model_in_a_tuple_has_no_optimizer_to_list() -> None:
 
 def test_optimizers_whose_names_are_no_identifiers_are_listed_too() -> None:
     optimizer = torch.optim.SGD(linear().parameters(), lr=0.1)
-    assert by_name(like(linear(), {"body.weight": optimizer})) == [("body.weight", optimizer)]
+    assert by_name(arrange_like(linear(), {"body.weight": optimizer})) == [("body.weight", optimizer)]
 
 
 def test_parts_have_the_names_that_weights_have() -> None:
