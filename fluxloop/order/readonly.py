@@ -17,7 +17,7 @@ from fluxloop.persist.series import Series
 from fluxloop.state import Container, PhaseDict, State, StepState
 
 
-def guarded(value: Any, path: Path, access: Access) -> Any:
+def guarded(value: Any, path: Path, access: Access) -> Any:  # noqa: PLR0911  # one per kind of value
     """Return `value` as a reader may have it: containers read-only, anything else as it is.
 
     Args:

@@ -275,7 +275,7 @@ def is_held(kept: Any) -> bool:
     return isinstance(kept, dict) and kept.get(MARK) in ("object", "fields", "phases")
 
 
-def from_plain(
+def from_plain(  # noqa: PLR0911  # one per kind of value
     kept: Any,
     live: Any = None,
     *,

@@ -52,7 +52,7 @@ def identical(items: Any, raw: Any) -> bool:
     return len(items) == len(raw) and all(map(is_, items, raw))
 
 
-def same_bits(a: Any, b: Any) -> bool:
+def same_bits(a: Any, b: Any) -> bool:  # noqa: PLR0911  # one per kind of value
     """Tell whether plain data is the same: of the same types, to the bit, in the same order."""
     if a is b:
         return True

@@ -34,7 +34,7 @@ class Same:
         return id(self.thing)
 
 
-def seen(value: Any, depth: int = 4) -> Any:
+def seen(value: Any, depth: int = 4) -> Any:  # noqa: PLR0911  # one per kind of value
     """Describe a value: numbers, texts and containers by what they say, objects by who they are and their attributes.
 
     Tensors, modules, optimizers and functions are described by who they are alone.
