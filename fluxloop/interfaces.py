@@ -30,6 +30,34 @@ class Stateful(Protocol):
         """Go on from a state."""
 
 
+class RunPhase(Protocol):
+    """What a step and an epoch ask of the phase that they belong to."""
+
+    @property
+    def data_key(self) -> str:
+        """The key of its data."""
+
+    @property
+    def gradients(self) -> bool:
+        """Whether it trains."""
+
+    @property
+    def train_mode(self) -> bool:
+        """Whether models are in train mode."""
+
+    @property
+    def model_view(self) -> str:
+        """The weights view that it runs; "" for the live weights."""
+
+    @property
+    def step_stream(self) -> str:
+        """The name of the stream of its steps."""
+
+    @property
+    def epoch_stream(self) -> str:
+        """The name of the stream of its epochs."""
+
+
 class StepLearner(Protocol):
     """What a step may use of a learner; in a step that is traced, something else stands for the learner.
 

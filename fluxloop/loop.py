@@ -33,8 +33,7 @@ from fluxloop.state import StepState
 if TYPE_CHECKING:
     from typing import Literal
 
-    from fluxloop.interfaces import RunLearner
-    from fluxloop.phase import Phase
+    from fluxloop.interfaces import RunLearner, RunPhase
 
 Handle = Callable[[Event], None]
 
@@ -53,7 +52,7 @@ class Scope:
 
     __slots__ = ("_early", "_learner", "_undo", "handle", "parent", "phase", "stream")
 
-    def __init__(self, learner: RunLearner, phase: Phase) -> None:
+    def __init__(self, learner: RunLearner, phase: RunPhase) -> None:
         self._learner = learner
         self.phase = phase
         self.parent: Scope | None = None
@@ -131,7 +130,7 @@ class Scope:
         return f"{type(self).__name__}({self.phase!r})"
 
 
-def runstep(learner: RunLearner, phase: Phase, /, **entries: Any) -> StepScope:
+def runstep(learner: RunLearner, phase: RunPhase, /, **entries: Any) -> StepScope:
     """Run one step: fire `StepBegin`, yield ``(handle, state)``, fire `StepEnd`.
 
     The tensors in `entries` are moved to the accelerator's device, gradients are on or off as
@@ -171,7 +170,7 @@ class StepScope(Scope):
 
     __slots__ = ("_apart", "_grad_enabled", "state")
 
-    def __init__(self, learner: RunLearner, phase: Phase) -> None:
+    def __init__(self, learner: RunLearner, phase: RunPhase) -> None:
         self._learner = learner
         self.phase = phase
         self.state: StepState
@@ -280,7 +279,7 @@ class runepoch(Scope):  # noqa: N801 - used like a function
 
     __slots__ = ("idle_step",)
 
-    def __init__(self, learner: RunLearner, phase: Phase) -> None:
+    def __init__(self, learner: RunLearner, phase: RunPhase) -> None:
         super().__init__(learner, phase)
         self.idle_step: StepScope | None = None
         """The scope of a step that has ended, for the next one."""
@@ -355,7 +354,7 @@ class runepoch(Scope):  # noqa: N801 - used like a function
             self.close(error)
 
 
-def same_phase(a: Phase, b: Phase) -> bool:
+def same_phase(a: RunPhase, b: RunPhase) -> bool:
     """Tell whether two phases are the same: one instance, or two of one class that have nothing of their own."""
     if a is b:
         return True
@@ -363,7 +362,7 @@ def same_phase(a: Phase, b: Phase) -> bool:
     return both_plain and (not hasattr(type(a), "__attrs_attrs__") or a == b)  # slots are not among vars()
 
 
-def check_view(learner: RunLearner, phase: Phase) -> None:
+def check_view(learner: RunLearner, phase: RunPhase) -> None:
     """Raise for a phase that trains a weights view, or runs one that does not exist.
 
     Raises:
@@ -377,7 +376,7 @@ def check_view(learner: RunLearner, phase: Phase) -> None:
         learner.weights.view(phase.model_view)
 
 
-def show_weights(scope: Scope, learner: RunLearner, phase: Phase) -> None:
+def show_weights(scope: Scope, learner: RunLearner, phase: RunPhase) -> None:
     """Let ``learner.model`` be the weights view that a phase runs, until the scope ends.
 
     These are the live weights, unless the phase says otherwise; neither are changed.
@@ -396,7 +395,7 @@ def show_weights(scope: Scope, learner: RunLearner, phase: Phase) -> None:
         put(learner, "model", learner.weights.given)
 
 
-def set_modes(learner: RunLearner, phase: Phase) -> Callable[[], None]:
+def set_modes(learner: RunLearner, phase: RunPhase) -> Callable[[], None]:
     """Put models, loss function and optimizers into the modes of a phase; return what puts them back.
 
     A model that is frozen and in eval mode stays in it where others are trained. Optimizers with
@@ -432,7 +431,7 @@ def runs_a_view(scope: Scope | None) -> bool:
     return False
 
 
-def locate(error: BaseException, learner: RunLearner, phase: Phase) -> None:
+def locate(error: BaseException, learner: RunLearner, phase: RunPhase) -> None:
     """Note on an exception in which phase, epoch and step it was raised, once."""
     if any(note.startswith("fluxloop: in ") for note in getattr(error, "__notes__", ())):
         return
@@ -440,7 +439,7 @@ def locate(error: BaseException, learner: RunLearner, phase: Phase) -> None:
     annotate(error, f"fluxloop: in {place_in_words(learner, phase)}{counted}")
 
 
-def place_in_words(learner: RunLearner, phase: Phase) -> str:
+def place_in_words(learner: RunLearner, phase: RunPhase) -> str:
     """Say where a phase stands: ``"TrainingPhase(), epoch 2, step 16 of the run"``, both counted from 1."""
     if not phase.data_key:
         return f"{phase!r}, after {learner.history.cycles} complete cycles"

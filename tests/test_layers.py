@@ -163,6 +163,17 @@ def test_imports_at_run_time_are_acyclic() -> None:
     assert len(order) == len(modules())
 
 
+def test_imports_for_types_make_no_circle_either() -> None:
+    drawn = {}
+    for name, path in modules().items():
+        found = set(imported(path.read_text(encoding="utf-8"), types=path.name != "__init__.py"))
+        drawn[name] = {other for other in found if modules()[other].name != "__init__.py"}
+    try:
+        assert len(list(TopologicalSorter(drawn).static_order())) == len(modules())
+    except CycleError as error:
+        raise AssertionError(f"a circle of imports for types: {' → '.join(error.args[1])}") from None
+
+
 def test_callbacks_never_import_the_learner_or_the_fit() -> None:
     todo = [name for name in modules() if name.split(".")[0] == "callbacks"]
     assert len(todo) > 5
