@@ -225,3 +225,58 @@ def test_imports_are_found_wherever_they_stand(source: str, expected: list[str])
 def test_what_a_package_loads_lazily_counts_as_what_it_imports() -> None:
     assert {"callbacks", "learner", "phases", "testing"} <= imports("")
     assert {"phases.gan", "phases.supervised"} <= imports("phases")
+
+
+LONG_FILES = {"schedules": "thirteen small functions of one kind, each with an example"}
+LONG_FUNCTIONS = {
+    "learner.Learner.__init__": "twelve lines are its arguments; the others make its parts, each after those that it needs",
+    "run.fit.fit": "what may refuse a fit stands before anything is changed, and one finally puts all back",
+    "compile.inputs.inputs_of": "one list of a graph's inputs, in the order in which the graph takes them",
+    "compile.graphs.Graph.run": "a function more would be a frame more in each step",
+}
+"""What is longer than 500 lines, or than 45 lines of code, and why."""
+
+
+def code_lines(source: str, node: ast.AST, hidden: set[int]) -> int:
+    """Return how many lines of a function are neither empty, nor comments, nor docstrings."""
+    assert isinstance(node, ast.FunctionDef)
+    assert node.end_lineno is not None
+    lines = source.split("\n")
+    numbers = range(node.lineno, node.end_lineno + 1)
+    return sum(
+        1 for n in numbers if n not in hidden and lines[n - 1].strip() and not lines[n - 1].strip().startswith("#")
+    )
+
+
+def docstring_lines(tree: ast.AST) -> set[int]:
+    """Return the numbers of the lines of a module that belong to docstrings."""
+    found: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            first = node.body[0]
+            assert first.end_lineno is not None
+            found.update(range(first.lineno, first.end_lineno + 1))
+    return found
+
+
+def functions(node: ast.AST, name: str) -> Iterator[tuple[str, ast.AST]]:
+    """List the functions of a module with their names, methods after their class's."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef)):
+            own = f"{name}.{child.name}"
+            if isinstance(child, ast.FunctionDef):
+                yield own, child
+            yield from functions(child, own)
+
+
+def test_files_and_functions_are_short_but_for_those_with_a_reason() -> None:
+    long_files, long_functions = set(), set()
+    for name, path in modules().items():
+        source = path.read_text(encoding="utf-8")
+        if source.count("\n") > 500:
+            long_files.add(name)
+        tree = ast.parse(source)
+        hidden = docstring_lines(tree)
+        long_functions |= {own for own, node in functions(tree, name) if code_lines(source, node, hidden) > 45}
+    assert long_files == set(LONG_FILES)
+    assert long_functions == set(LONG_FUNCTIONS)
