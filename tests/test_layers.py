@@ -229,8 +229,8 @@ def test_what_a_package_loads_lazily_counts_as_what_it_imports() -> None:
 
 LONG_FILES = {"schedules": "thirteen small functions of one kind, each with an example"}
 LONG_FUNCTIONS = {
-    "learner.Learner.__init__": "twelve lines are its arguments; the others make its parts, each after those that it needs",
-    "run.fit.fit": "what may refuse a fit stands before anything is changed, and one finally puts all back",
+    "learner.Learner.__init__": "twelve lines are arguments; the others make its parts, each after what it needs",
+    "run.fit.fit": "what may refuse a fit stands before any change, and one finally puts all back",
     "compile.inputs.inputs_of": "one list of a graph's inputs, in the order in which the graph takes them",
     "compile.graphs.Graph.run": "a function more would be a frame more in each step",
 }
