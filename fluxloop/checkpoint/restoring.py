@@ -21,10 +21,11 @@ from fluxloop.data.passes import put_data_back
 from fluxloop.errors import CheckpointError, annotate, sentence, warn_user
 from fluxloop.guard.assign import put
 from fluxloop.order.owners import owners_of
+from fluxloop.persist.attributes import WATCHED, attributes
 from fluxloop.persist.copies import copy_attributes, copy_gradient
 from fluxloop.persist.modules import freeze, unsaved_buffers
 from fluxloop.persist.owners import Restoring, of_learners
-from fluxloop.persist.plain import WATCHED, attributes, from_plain, is_held, is_stateful, phase_id, snapshot
+from fluxloop.persist.plain import from_plain, is_held, is_stateful, phase_id, snapshot
 from fluxloop.persist.watched import Watched
 from fluxloop.phase import Phase, phase_types
 from fluxloop.state import StepState, name_of

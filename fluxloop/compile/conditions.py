@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fluxloop.errors import CompileError, describe
 from fluxloop.events import StepBegin, StepEnd
 from fluxloop.nested import init_fields
-from fluxloop.persist.plain import attributes
+from fluxloop.persist.attributes import attributes
 from fluxloop.persist.seen import Same, seen
 from fluxloop.phase import Phase
 from fluxloop.state import StepState

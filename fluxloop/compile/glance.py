@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from fluxloop.compile.conditions import HOOKS, MODULE_INTERNALS, STEP_HOOKS, holders_of, modules_of
-from fluxloop.persist.plain import WATCHED, attributes
+from fluxloop.persist.attributes import WATCHED, attributes
 from fluxloop.persist.seen import CONSTANTS, seen
 from fluxloop.phase import Phase
 

@@ -15,7 +15,7 @@ from fluxloop.compile.optimizer_stand_in import DECAY, as_tensor, is_input
 from fluxloop.compile.refusals import changes_python, refusal
 from fluxloop.compute.slots import Slot
 from fluxloop.nested import tensors
-from fluxloop.persist.plain import attributes
+from fluxloop.persist.attributes import attributes
 from fluxloop.phase import Phase
 from fluxloop.state import StepState
 

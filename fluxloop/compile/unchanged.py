@@ -12,7 +12,7 @@ from fluxloop.compile.conditions import MODULE_INTERNALS
 from fluxloop.compile.inputs import Inputs
 from fluxloop.compile.optimizer_stand_in import differing, seen_of
 from fluxloop.compile.refusals import changes_python, writes_options
-from fluxloop.persist.plain import attributes
+from fluxloop.persist.attributes import attributes
 from fluxloop.persist.seen import seen
 from fluxloop.phase import Phase
 

@@ -12,8 +12,9 @@ from fluxloop.data.generators import own_generators, private_generators, sampler
 from fluxloop.data.kinds import Combined, keeps_place, parts_of
 from fluxloop.data.loaders import TensorBatches
 from fluxloop.data.notes import Notes
+from fluxloop.persist.attributes import WATCHED
 from fluxloop.persist.owners import Restoring, models_apart
-from fluxloop.persist.plain import WATCHED, from_plain, to_plain
+from fluxloop.persist.plain import from_plain, to_plain
 from fluxloop.persist.walk import Walk
 
 _walks: Notes[Walk] = Notes()

@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Subset, Te
 from fluxloop.data.loaders import TensorBatches
 from fluxloop.data.notes import Notes
 from fluxloop.nested import tensors
-from fluxloop.persist.plain import attributes
+from fluxloop.persist.attributes import attributes
 
 ROWS = 8
 """How many rows are looked at, spread evenly."""

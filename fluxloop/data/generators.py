@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fluxloop.persist.plain import SCALARS, attributes, is_numpy_generator
+from fluxloop.persist.attributes import attributes
+from fluxloop.persist.plain import SCALARS, is_numpy_generator
 
 
 def own_generators(source: Any) -> list[torch.Generator]:

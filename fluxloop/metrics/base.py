@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fluxloop.errors import MetricError, annotate, describe
 from fluxloop.metrics.averages import Mean, MovingAverage
 from fluxloop.metrics.classification import HITS
-from fluxloop.persist.plain import plain_attributes
+from fluxloop.persist.attributes import plain_attributes
 from fluxloop.phase import Phase
 from fluxloop.state import LossName
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from fluxloop.persist.plain import attributes
+from fluxloop.persist.attributes import attributes
 
 Found = dict[str, Any]
 PLAIN = (bool, int, float, str, type(None))

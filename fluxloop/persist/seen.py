@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fluxloop.persist.plain import attributes
+from fluxloop.persist.attributes import attributes
 
 CONSTANTS = (type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.Size)
 MOST_BYTES = 4096

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fluxloop.persist.plain import NUMBERS, SCALARS, attributes, is_numpy_generator, is_stateful
+from fluxloop.persist.attributes import attributes
+from fluxloop.persist.plain import NUMBERS, SCALARS, is_numpy_generator, is_stateful
 from fluxloop.persist.shares import has_more_than_its_pair, left_to_the_pair, library
 from fluxloop.state import PhaseDict
 

@@ -10,7 +10,8 @@ from weakref import ReferenceType, WeakKeyDictionary, finalize, ref
 from fluxloop.errors import PhaseError, describe
 from fluxloop.interfaces import Stateful
 from fluxloop.loop import check_view
-from fluxloop.persist.plain import attributes, phase_id
+from fluxloop.persist.attributes import attributes
+from fluxloop.persist.plain import phase_id
 from fluxloop.phase import AbstractValidationPhase, Phase, check_every, check_methods, check_name
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.state import State, name_of

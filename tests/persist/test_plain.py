@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fluxloop import CheckpointError, TrainingPhase, ValidationPhase
-from fluxloop.persist.plain import class_name, from_plain, plain_attributes, size, snapshot, to_plain
+from fluxloop.persist.attributes import plain_attributes
+from fluxloop.persist.plain import class_name, from_plain, size, snapshot, to_plain
 from fluxloop.persist.series import Series
 from fluxloop.state import PhaseDict
 from toys import through_a_file
