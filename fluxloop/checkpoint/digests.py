@@ -63,6 +63,7 @@ def checksum(name: str, tensor: Tensor) -> int:
     number = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
         return number
+    # A conjugated or negated tensor only notes that it is: its memory holds the numbers of the other one
     data = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     if not data.nbytes:
         return number
@@ -87,7 +88,7 @@ def check_sums(state: Any, sums: Any) -> Iterator[str]:
 
 
 def first_difference(written: Any, read: Any, path: str = "the state") -> str | None:
-    """Say where plain data that was read is not what was written; `check_sums` compares the tensors."""
+    """Return where plain data that was read is not what was written, or None; `check_sums` compares the tensors."""
     if isinstance(written, Tensor) and isinstance(read, Tensor):
         return None
     if type(written) is not type(read):

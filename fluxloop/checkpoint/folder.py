@@ -48,7 +48,7 @@ def write(path: Path, state: dict[str, Any]) -> None:
     Raises:
         CheckpointError: It cannot be written, or could not be read again; what was there before is untouched.
     """
-    tensors = list(named_tensors(state))
+    tensors = list(named_tensors(state))  # raises for what could not be read again, before a file is there
     needed = sum(tensor.nbytes for _, tensor in tensors)
     data = {**state, CHECKSUMS: checksums(tensors)}
     _replace(path, lambda file: torch.save(data, file), needed)
@@ -122,7 +122,7 @@ FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", 
 
 
 def _unwritten(path: Path, error: Exception, needed: int, free: int | None) -> CheckpointError:
-    """Say why a file could not be written."""
+    """Return the error that says why a file could not be written."""
     number = getattr(error, "errno", None)
     text = f"the checkpoint {path} cannot be written: "
     if isinstance(error, FileNotFoundError) and not path.parent.is_dir():
@@ -171,7 +171,7 @@ def read(path: Path, weights_only: bool = False) -> dict[str, Any]:
         raise CheckpointError(f"{path} was given as a checkpoint; expected a file that learner.save wrote")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            damaged = archive.testzip()  # torch.load does not compare the archive's checksums
         if damaged is not None:
             raise CheckpointError(f"the checkpoint {path} is damaged: {damaged!r} in it does not have its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -252,7 +252,7 @@ class Folder:
             release()
 
     def lock(self) -> Callable[[], None]:
-        """Keep other processes, and other fits of this one, from writing here; return what lets them again.
+        """Keep other processes, and other fits of this one, from writing here; return a function that lets them again.
 
         The system gives a lock back when its process ends, in whatever way, so that of a dead one
         is taken over. What such a process left half written is removed. Where the system has no
@@ -263,6 +263,7 @@ class Folder:
         """
         release = self._lock()
         if release is None:
+            # The marker is read where another process has the lock: to open and close it here would give back one's own
             is_own = _held.get(self.path.resolve()) == os.getpid()
             who = f"this process ({os.getpid()}), in another fit" if is_own else _holder(self.path / MARKER)
             raise CheckpointError(
@@ -274,6 +275,8 @@ class Folder:
     def _lock(self) -> Callable[[], None] | None:
         """Lock the folder and remove what dead processes left; None where somebody holds the lock."""
         place = self.path.resolve()
+        # Asked before the file is opened: the system would grant a second lock to this process, and take back the first
+        # one when the second file is closed.
         if _held.get(place) == os.getpid():
             return None
         try:
@@ -317,7 +320,7 @@ class Folder:
         return None
 
     def is_complete(self, path: Path) -> bool:
-        """Tell whether a checkpoint can be read."""
+        """Return whether a checkpoint can be read."""
         try:
             read(path)
         except CheckpointError:

@@ -92,6 +92,7 @@ def _generators(value: Any, where: str) -> Iterator[str]:
 
 
 ANY: Rule = _a("anything", lambda value: True)
+# By type, here and below: True is an instance of int
 COUNT = _a("a whole number, 0 or more", lambda value: type(value) is int and value >= 0)
 TEXT = _a("a text", lambda value: isinstance(value, str))
 FLAG = _a("True or False", lambda value: isinstance(value, bool))
@@ -164,7 +165,7 @@ def misplaced(state: Any) -> Iterator[str]:
     """Yield a line for each part of a learner's state that is missing, or of another kind than it has to be."""
     yield from STATE(state, "")
     place = state.get("place")
-    if isinstance(place, dict) and not list(PLACE(place, "")):
+    if isinstance(place, dict) and not list(PLACE(place, "")):  # else its parts cannot be compared with each other
         phases, feed = place["phases"], place["feed"]
         if place["index"] > len(phases) or (feed is not None and place["index"] == len(phases)):
             yield f"place.index is {place['index']}; expected that of one of the {len(phases)} phases"
@@ -180,7 +181,7 @@ def kinds_differ(live: Any, kept: Any, where: str) -> Iterator[str]:
         kept: What a checkpoint has, made from plain data.
         where: What it is called in messages.
     """
-    if isinstance(live, bool):
+    if isinstance(live, bool):  # before int, which it is too
         fits, what = isinstance(kept, bool), "True or False"
     elif isinstance(live, int):
         fits, what = kept is None or (type(kept) is int and (kept >= 0 or live < 0)), "a whole number, 0 or more"

@@ -93,7 +93,7 @@ def _models_differ(learner: RunLearner, state: State) -> Iterator[str]:
             yield from _module_differs(module, state["models"][name], f"model {name!r}" if name else "the model")
     kept_loss = state["loss_fn"] if "state" in (state["loss_fn"] or {}) else None
     if isinstance(learner.loss_fn, nn.Module) != (kept_loss is not None):
-        yield "one of the two has a loss function that is a module, the other has not"
+        yield "the loss function is a module in only one of the two, the learner and the checkpoint"
     elif isinstance(learner.loss_fn, nn.Module):
         yield from _module_differs(learner.loss_fn, kept_loss or {}, "the loss function")
     for path, kept in state["views"].items():
@@ -210,6 +210,7 @@ def _shared_differ(learner: RunLearner, kept: State) -> Iterator[str]:
         except Exception as error:
             yield f"cbstate.{name} of the checkpoint cannot be put back: {error!r}"
             continue
+        # Restoring takes any kind of value: a count that became a text would fail only where something is added to it
         yield from kinds_differ(shared[name], trial, f"cbstate.{name}")
         if isinstance(shared[name], PhaseDict) and not isinstance(trial, PhaseDict):
             yield f"cbstate.{name} is {describe(trial)} in the checkpoint; expected values by phase"
@@ -269,7 +270,7 @@ def check_same_run(learner: RunLearner, state: State) -> None:
     for slot in learner.updates.slots:
         former = state["optimizers"][slot.name or ""]["defaults"]
         for option, value in plain_defaults(slot.optimizer).items():
-            if former.get(option, value) != value:
+            if former.get(option, value) != value:  # an option that only one of two versions of torch has is none
                 wrong.append(f"{slot.label} was made with {option}={former[option]!r}, and now with {option}={value!r}")
     if wrong:
         raise CheckpointError(

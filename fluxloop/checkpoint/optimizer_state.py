@@ -114,6 +114,7 @@ def _order(optimizer: Optimizer, kept: State, by_name: ByName, label: str) -> _O
     _check_sizes(label, live, former, ordered=False)
     owned = owned_parameters(optimizer)
     names = list(chain.from_iterable(_names(optimizer, _first(by_name))))
+    # A parameter that several modules share has several names: the file may have any of them
     known = {**dict(zip(names, owned, strict=True)), **by_name}
     mine, there = set(owned), [known.get(name) for name in chain.from_iterable(former)]
     place = {parameter: index for index, parameter in enumerate(there) if parameter in mine}
@@ -165,7 +166,7 @@ def _arranged(optimizer: Optimizer, kept: State, by_name: ByName, label: str) ->
         CheckpointError: It cannot be matched.
     """
     order, state = _order(optimizer, kept, by_name, label), kept["state"]
-    if order.is_same:
+    if order.is_same:  # the usual case, and the only one for states whose parts are not told apart by parameter
         return dict(state)
     if not all(part in state for part in PARTS) or isinstance(optimizer, torch.optim.LBFGS):
         raise CheckpointError(
@@ -298,7 +299,7 @@ def _entries_differ(optimizer: Optimizer, parameter: nn.Parameter, kept: State, 
 
 
 def _is_number(value: Any) -> bool:
-    """Tell whether a value is a number, or a tensor of one, and not NaN."""
+    """Return whether a value is a number, or a tensor of one, and not NaN."""
     if isinstance(value, Tensor):
         value = value.item() if value.numel() == 1 else None
     return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
@@ -337,7 +338,7 @@ def _options_differ(optimizer: Optimizer, groups: list[State], label: str) -> It
 
 
 def _is_of_kind(kept: Any, live: Any) -> bool:
-    """Tell whether an option is of the kind that another one is of."""
+    """Return whether an option is of the kind that another one is of."""
     if isinstance(live, Tensor):
         return isinstance(kept, Tensor) and kept.shape == live.shape
     if isinstance(live, (list, tuple)):
@@ -363,6 +364,7 @@ def load_optimizer(
     """
     state = from_plain(_arranged(optimizer, kept, by_name, label), device=device)
     optimizer.load_state_dict(state)
+    # torch has cast entries to the type of their parameter: float32 averages of bfloat16 weights are put back
     for index, parameter in enumerate(owned_parameters(optimizer)):
         for name, value in state.get("state", {}).get(index, {}).items():
             loaded = optimizer.state[parameter].get(name)

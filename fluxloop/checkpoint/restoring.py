@@ -79,7 +79,7 @@ def _warn_of_callbacks(learner: RunLearner, state: State) -> None:
 
 
 def _misses_something(callback: Callback, state: State, names_all: bool) -> bool:
-    """Tell whether a callback that is not in a checkpoint would have kept something there.
+    """Return whether a callback that is not in a checkpoint would have kept something there.
 
     It would if it has the pair, or attributes that it was not made with, or if it publishes a value that nobody
     published then.

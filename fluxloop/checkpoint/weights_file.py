@@ -48,7 +48,7 @@ def restore_weights(module: nn.Module, kept: State) -> None:
 
 
 def with_metadata(tensors: dict[str, Any], metadata: dict[str, Any]) -> OrderedDict[str, Any]:
-    """Return a module's state as its ``state_dict`` gave it, with the versions of its parts."""
+    """Return a module's state as its ``state_dict`` returned it, with the versions of its parts."""
     state = OrderedDict(tensors)
     state._metadata = metadata  # type: ignore[attr-defined]  # where torch keeps it
     return state
@@ -75,6 +75,7 @@ def load_weights(learner: RunLearner, state: State, name: str, strict: bool) -> 
         )
     _check_any_fits(modules, kept)
     others: list[str] = []
+    # torch refuses other shapes even where strict=False: so what does not fit is left out before
     for key, module in modules.items():
         own = module.state_dict()
         fitting = {n: t for n, t in kept[key].items() if n in own and _fits(own[n], t)}
@@ -100,7 +101,7 @@ def _weights_in(state: State, name: str) -> tuple[dict[str, State], dict[str, An
 
 
 def _fits(own: Any, tensor: Any) -> bool:
-    """Tell whether a tensor can take the place of another one: any can that of one that has no shape yet."""
+    """Return whether a tensor can take the place of another one: any can that of one that has no shape yet."""
     return isinstance(tensor, Tensor) and (is_lazy(own) or getattr(own, "shape", None) == tensor.shape)
 
 
@@ -126,7 +127,7 @@ def _check_any_fits(modules: dict[str, nn.Module], kept: dict[str, Any]) -> None
 
 
 def _advise_prefix(own: Iterable[str], theirs: Iterable[str]) -> str:
-    """Say what to type where names differ by a prefix alone, such as ``"module."``; else nothing."""
+    """Return what to type where names differ by a prefix alone, such as ``"module."``; else an empty text."""
     own, theirs = list(own), list(theirs)
     longer = {a[: -len(b)] for a in theirs for b in own if a.endswith(f".{b}")}
     for prefix in sorted(longer):

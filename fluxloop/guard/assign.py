@@ -53,7 +53,7 @@ def check_known(learner: object, name: str, value: object) -> None:
         AssignmentError: Says what to type instead.
     """
     if name in FIXED:
-        if value is not getattr(learner, name):
+        if value is not getattr(learner, name):  # as `learner.model = learner.model.train()` is, which changes nothing
             raise AssignmentError(f"learner.{name} was assigned, which has no effect: {FIXED[name]}")
     elif not hasattr(learner, name):
         known = [known for known in dir(learner) if not known.startswith("_")]
@@ -98,6 +98,7 @@ def set_option(callback: Any, name: str, value: Any) -> None:
     if not adopted:  # checked when a learner takes it
         put(callback, name, value)
         return
+    # What validates one option is run first, and then what looks at several: that needs the new value in its place
     value = setters.validate(callback, option, setters.convert(callback, option, value))
     old = getattr(callback, name)
     put(callback, name, value)

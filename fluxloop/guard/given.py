@@ -38,7 +38,7 @@ def check_number(
     Raises:
         ValueError: Says what was expected; or another, as `error` says.
     """
-    kind: Any = Integral if whole else Real
+    kind: Any = Integral if whole else Real  # NumPy's numbers are these too, and most are no int or float
     held: Any = value
     fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(held)
     fits = fits and (least is None or held >= least) and (above is None or held > above)
@@ -87,6 +87,8 @@ def as_path(whose: str, name: str, value: object, error: type[Exception] = Value
         raise error(f"{whose}({name}={describe(value)}) was given; expected a path: {name}='runs/first'")
     text = os.fsdecode(value)
     longest = 0 if "\0" in text else max((len(os.fsencode(part)) for part in Path(text).parts), default=0)
+    # No usual file system takes a longer name: without this check the error would come with the first file, perhaps
+    # in the middle of a run.
     if not text or "\0" in text or longest > 255:
         what = "is empty" if not text else "holds a NUL" if "\0" in text else f"has a name of {longest} bytes"
         shown = text if len(text) < 60 else f"{text[:40]}…"

@@ -51,7 +51,7 @@ def parse(path: str, callback: str) -> Path:
     if path == "*":
         return EVERYTHING
     parts = tuple(path.split(".")) if isinstance(path, str) else ()
-    if parts and "@" in parts[-1]:
+    if parts and "@" in parts[-1]:  # cut off first, so that the root of "model@ema" is known too
         parts = (*parts[:-1], parts[-1].partition("@")[0])
     if not all(parts) or not parts or parts[0] not in ROOTS:
         raise CallbackError(
@@ -117,6 +117,7 @@ def places(path: Path) -> list[Path]:
         return [path, ("cbstate", "history"), ("cbstate", "metrics")]
     if path[:1] == ("params",):
         return [("model", *path[1:])]
+    # The number of rows follows from the step's entries: who changes one of them goes before who reads it
     return [("step",)] if path == ("batch_size",) else [path]
 
 
@@ -190,6 +191,6 @@ class Access:
             raise self.refuse(path, mode)
 
     def children(self, path: Path) -> dict[str, Path]:
-        """Names directly below `path` at or below which something is declared."""
+        """Return the names directly below `path` at or below which something is declared, each with its path."""
         below = [p for p in (*self.reads, *self.writes) if len(p) > len(path) and covers(path, p)]
         return {p[len(path)]: p[: len(path) + 1] for p in below}

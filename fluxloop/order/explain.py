@@ -99,6 +99,7 @@ def explain_path(graph: CallbackGraph, path: str, optimizers: Callable[[tuple[st
 def draw_mermaid(graph: CallbackGraph) -> str:
     """Draw a graph in Mermaid's language."""
     lines = ["flowchart TD"]
+    # Numbers stand for the ids, which may be words of the language: a node that is called "end" breaks a flowchart
     number = {node.id: f"n{index}" for index, node in enumerate(graph.nodes)}
     lines += [f'    {number[node.id]}["{_quotable(node.id)}"]' for node in graph.nodes]
     for before, after, reasons in _arrows(graph):

@@ -85,6 +85,7 @@ def make_nodes(callbacks: Iterable[object]) -> list[Node]:
     labels = _labelled(_checked(callbacks))
     ids: set[str] = set()
     nodes: list[Node] = []
+    # Sorted before they are numbered: an id must not depend on the order of the list
     for (cls, name, identity), callback in sorted(labels.items(), key=lambda item: item[0]):
         stem = id = name or cls
         number = 1
@@ -93,8 +94,8 @@ def make_nodes(callbacks: Iterable[object]) -> list[Node]:
             id = f"{stem}-{number}"
         ids.add(id)
         access = Access.declared(id, callback.reads, callback.writes)
-        key = (access.reads_everything, cls, name, identity)
-        callback.handles()
+        key = (access.reads_everything, cls, name, identity)  # True sorts last: who reads everything follows the others
+        callback.handles()  # raises for ambiguous handlers now, and not at the first event that they fit
         nodes.append(Node(callback, id, key, access))
     return sorted(nodes, key=lambda node: node.key)
 
@@ -181,10 +182,11 @@ class CallbackGraph:
         nodes = make_nodes(callbacks)
         check_producers(nodes)
         edges = [*_declared_edges(nodes)]
-        undecided = list(_access_edges(nodes, edges))
+        undecided = list(_access_edges(nodes, edges))  # a generator, which adds to the edges while it is gone through
         edges = _without_needless(edges, {node.id: node for node in nodes})
         self.edges = sorted(set(edges), key=lambda edge: (edge.before, edge.after, edge.reason))
         self.nodes = _sort(nodes, self.edges)
+        # Only now: a chain of edges through other callbacks may order two writers that no edge of their own does
         for first, second, path, other in undecided:
             if not (self.reaches(first.id, second.id) or self.reaches(second.id, first.id)):
                 raise _conflict(first, second, path, other)
@@ -201,7 +203,7 @@ class CallbackGraph:
 
 
 def _declared_edges(nodes: list[Node]) -> Iterator[Edge]:
-    """Return the edges that ``run_after`` asks for."""
+    """Yield the edges that ``run_after`` asks for."""
     for node in nodes:
         for cls in node.callback.run_after:
             for other in nodes:
@@ -219,9 +221,11 @@ def _without_needless(edges: list[Edge], nodes: dict[str, Node]) -> list[Edge]:
     def is_weak(edge: Edge) -> bool:
         reader = nodes[edge.after]
         left_out = getattr(reader.callback.unwrapped, "reads_left_out", False)
+        # By its reason: an edge that run_after or resolve_conflict asks for stays
         return left_out and bool(reader.access.writes) and edge.reason.startswith(f"{edge.before} writes")
 
     kept = [edge for edge in edges if not is_weak(edge)]
+    # One at a time, as each that is kept may make a cycle of the next; sorted, so that the list's order decides nothing
     for edge in sorted(filter(is_weak, edges), key=lambda edge: (edge.before, edge.after, edge.reason)):
         if not _leads(kept, edge.after, edge.before):
             kept.append(edge)
@@ -242,7 +246,7 @@ def _leads(edges: Iterable[Edge], before: str, after: str) -> bool:
 
 
 def _access_edges(nodes: list[Node], edges: list[Edge]) -> Iterator[tuple[Node, Node, Path, Path]]:
-    """Add the edges that follow from reads and writes; give the pairs of writers left undecided."""
+    """Add the edges that follow from reads and writes; yield the pairs of writers that they leave undecided."""
     for a, b in combinations(nodes, 2):
         shared = [(p, q) for p in a.access.writes for q in b.access.writes if overlap(p, q)]
         reading = [
@@ -250,6 +254,7 @@ def _access_edges(nodes: list[Node], edges: list[Edge]) -> Iterator[tuple[Node, 
             for writer, reader in ((a, b), (b, a))
             for p in writer.access.writes
             for q in reader.access.reads
+            # who writes the same is no reader but a second writer: two such would be a cycle
             if overlap(p, q) and not any(overlap(p, w) for w in reader.access.writes)
         ]
         if not shared and not reading:
@@ -293,6 +298,7 @@ def _conflict(a: Node, b: Node, p: Path, q: Path) -> CallbackConflictError:
             "    def _(a, b):\n"
             "        return NoConflict()   # or RunFirst(min(a, b, key=lambda callback: callback.name))"
         )
+    # run_after is advised to the class that the user can change
     theirs, other = (first, second) if _is_built_in(b) and not _is_built_in(a) else (second, first)
     in_class = f"  Say so in your class:   run_after = ({other},)   # in {theirs}\n  or for the pair:\n"
     return CallbackConflictError(
@@ -315,6 +321,7 @@ def _sort(nodes: list[Node], edges: list[Edge]) -> list[Node]:
         _, done = heapq.heappop(ready)
         order.append(by_id[done])
         for edge in edges:
+            # Two callbacks may have several edges: only the first counts, or the second would push `after` once more
             if edge.before == done and edge.before in waiting[edge.after]:
                 waiting[edge.after].discard(done)
                 if not waiting[edge.after]:
@@ -325,9 +332,10 @@ def _sort(nodes: list[Node], edges: list[Edge]) -> list[Node]:
 
 
 def _cycle(stuck: set[str], edges: list[Edge]) -> CallbackCycleError:
-    """Find the shortest cycle among callbacks that cannot be ordered, and tell it edge by edge."""
+    """Return the error that tells the shortest cycle among callbacks that cannot be ordered, edge by edge."""
     inside = [edge for edge in edges if edge.before in stuck and edge.after in stuck]
     best: list[Edge] | None = None
+    # Breadth first, so that the first way back is the shortest. Who only follows a cycle is stuck too, with no way back
     for start in sorted(stuck):
         paths: list[list[Edge]] = [[edge] for edge in inside if edge.before == start]
         seen = {start}
@@ -374,9 +382,10 @@ def check_producers(nodes: list[Node]) -> None:
 
 
 def _providers(path: Path) -> Iterator[tuple[str, bool]]:
-    """Return the names of the callback classes that declare to write `path`, and whether they are fluxloop's."""
+    """Yield the names of the callback classes that declare to write `path`, and whether they are fluxloop's."""
     for cls in all_subclasses(Callback, "fluxloop.callbacks"):
         writes = vars(cls).get("writes")
+        # Who may write anything is no advice: "*" and all of cbstate name no entry
         if isinstance(writes, tuple) and any(
             overlap(tuple(w.split(".")), path) for w in writes if w != "*" and w != "cbstate"
         ):

@@ -42,6 +42,7 @@ class HasCallbacks:
         if not isinstance(callback, Callback):
             self.callbacks.set([*self.callbacks.given(), callback])  # raises, and says what was expected
         kind = type(callback.unwrapped)
+        # One of the class, or of a class that it extends: a Recorder of the user's own replaces the default one
         old = self.callbacks.get(kind) or next(
             (c for c in self.callbacks if isinstance(callback.unwrapped, type(c))), None
         )

@@ -95,6 +95,7 @@ class Outlook:
         series: list[tuple[Phase, Expected]] = []
         is_open = False
         for callback in learner.callbacks:
+            # No cycle runs a ProbePhase: callbacks record their own measurements under it
             for phase in (*phases, ProbePhase()):
                 recorded = callback.records(phase)
                 is_open |= recorded is None
@@ -109,6 +110,7 @@ class Outlook:
         """
         key, _, name = monitor.metric.partition("/")
         fitting = [(phase, expected) for phase, expected in self.series if expected.fits(name)]
+        # A phase's own name first: it means that phase alone, also where several run on the data of this key
         found = [each for each in fitting if name_of(each[0]) == key]
         found = found or [each for each in fitting if each[0].data_key == key]
         certain = list(dict.fromkeys(name_of(phase) for phase, expected in found if expected.certain))

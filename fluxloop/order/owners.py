@@ -29,6 +29,8 @@ def owners_of(learner: RunLearner) -> Owners:
         named += [(f"{root}.{path}".rstrip("."), part) for path, part in module.named_modules()]
         for path, tensor in (*module.named_parameters(), *module.named_buffers()):
             named.append((f"{root}.{path}", tensor))
+            # A view of a weight, or its `data`, is another object in the same memory. Sparse tensors have no storage,
+            # and lazy ones have none yet.
             if not is_lazy(tensor) and tensor.layout is torch.strided:
                 places.append(tensor.untyped_storage().data_ptr())
     named += [(f"optimizer {slot.name or ''}", slot.optimizer) for slot in learner.updates.slots]
@@ -36,6 +38,7 @@ def owners_of(learner: RunLearner) -> Owners:
     named += [("cbstate", learner.cbstate), ("history", learner.history), ("step", learner.step)]
     named += [(f"data.{key}", source) for key, source in vars(learner.data).items()] + [("data", learner.data)]
     named += [(f"callback {node.id}", node.callback.unwrapped) for node in learner.callbacks.graph.nodes]
+    # Wrappers have no name: the first name of a thing counts, so a callback that is not wrapped keeps its own
     named += [("", each) for each in learner.callbacks.given()]
     named += [(f"phase {phase_id(phase)}", phase) for phase in learner.phases.values()]
     named += [("", kept.thing) for kept in learner._ledger.phases]

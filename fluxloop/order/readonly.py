@@ -48,7 +48,7 @@ def guarded(value: Any, path: Path, access: Access) -> Any:  # noqa: PLR0911  # 
 
 
 class ReadOnly:
-    """A container seen by a reader: whatever it gives is read-only too. Copying it gives a snapshot."""
+    """A container seen by a reader: whatever is read from it is read-only too. A copy of it is a snapshot."""
 
     __slots__ = ("_access", "_path", "_value")
 
@@ -62,7 +62,7 @@ class ReadOnly:
         return guarded(dict(vars(self._value)), self._path, self._access)
 
     def _below(self, key: Any) -> Path:
-        """Where an entry lies: a state's entries have paths of their own, those of other containers the container's."""
+        """Return where an entry lies: entries of a state have paths of their own, those of others their container's."""
         return (*self._path, str(key)) if isinstance(self._value, State) else self._path
 
     def __getattr__(self, name: str) -> Any:

@@ -61,7 +61,7 @@ class Table(dict[type[Event], tuple[Bound, ...]]):
 class Callbacks:
     """The callbacks of a learner in their proved order: ``learner.callbacks``.
 
-    Iterating gives the callbacks in the order in which they run.
+    Iterating yields the callbacks in the order in which they run.
     """
 
     def __init__(self, learner: RunLearner) -> None:
@@ -84,6 +84,7 @@ class Callbacks:
             CompileError: Steps are to be compiled whole, and one of them stands in the way; the old ones stay.
         """
         callbacks = list(callbacks)
+        # First: options that were assigned to a callback are checked before anything is read from it
         for callback in callbacks:
             if isinstance(callback, Callback):
                 adopt(callback.unwrapped)
@@ -119,6 +120,7 @@ class Callbacks:
             weights.views, weights.followers = views, followers
             self.forget()
             raise
+        # Those that left take any option again: it is checked when a learner next takes them
         for callback in (node.callback.unwrapped for node in before[0].nodes):
             callback._adopted = any(callback is other for other in self)
         kept = {path for node in graph.nodes for path in node.access.writes}
@@ -170,7 +172,7 @@ class Callbacks:
         """Note the objects that callbacks made as something began: they make them again in a run that goes on.
 
         Args:
-            before: What `new_objects` gave before it began.
+            before: What `new_objects` returned before it began.
         """
         for (own, _), former, now in zip(self._kept.values(), before, self.new_objects(), strict=True):
             own.walk.note_made(now - former)
@@ -201,7 +203,7 @@ class Callbacks:
 
     def resolve(self, event: type[Event], phase: type[Phase]) -> tuple[Bound, ...]:
         """Find who handles an event of a phase, in order."""
-        watchers.add(self)
+        watchers.add(self)  # a handler that is registered later makes `forget` run
         bound: list[Bound] = []
         for node in self._graph.nodes:
             call = node.callback.handler(event, phase)
@@ -212,11 +214,13 @@ class Callbacks:
     def _protect(self, call: Handler, node: Node, event: type[Event]) -> Handler:
         """Keep what a handler draws away from the training's random numbers."""
         draws = node.callback.draws
-        if draws:
+        if draws:  # from a stream of its own, so that it moves nobody else's numbers
             return with_own_stream(call, lambda: self._learner.streams[f"callback/{node.id}"])
         inside = event.inside_step or event in FIT_EVENTS
         if node.callback.unwrapped.draws is None and changes_training(node) and (inside or event.inside_epoch):
             call = noticing(call, lambda: self._tell_drawing(node, event), numpy_too=inside)
+        # None: nobody said whether it draws. Within a step all generators are put back to the bit. Between two steps
+        # NumPy draws from one of the handler's own, which costs less than to copy a state.
         if draws is None and inside:
             return putting_back(call)
         if draws is None and event.inside_epoch:
@@ -375,7 +379,7 @@ def deliver(bound: tuple[Bound, ...], event: Event, phase: Phase, learner: RunLe
     """Call handlers in order.
 
     At an event that ends something, a cancel waits until all have run; at `FitEnd`, so does an
-    error. Elsewhere either leaves at once. An error gets a note that says where it was raised.
+    error. Elsewhere both leave at once. An error gets a note that says where it was raised.
     """
     held: BaseException | None = None
     for call, view, id in bound:
@@ -398,7 +402,7 @@ def deliver(bound: tuple[Bound, ...], event: Event, phase: Phase, learner: RunLe
 
 
 def _wider(held: BaseException | None, signal: CancelSignal) -> BaseException:
-    """Of two cancels raised at one event, keep the one that ends more; an error stays."""
+    """Return, of two cancels raised at one event, the one that ends more; an error stays."""
     if held is not None and not isinstance(held, CancelSignal):
         return held
     for widest in (CancelFittingException, CancelEpochException):
@@ -412,6 +416,7 @@ def _locate_handler(error: BaseException, id: str, event: Event, phase: Phase, l
     name = type(event).__name__
     if isinstance(error, StateAccessError) and error.event is None and error.callback == id:
         error.event = name
+    # An evaluation in a handler has handlers of its own: the note of the innermost one is there already
     if any(note.startswith("fluxloop: raised by") for note in getattr(error, "__notes__", ())):
         return
     annotate(error, f"fluxloop: raised by {id} at {name} of {phase!r}")

@@ -161,7 +161,7 @@ def make_view(access: Access, learner: RunLearner) -> Any:
 
 
 def look_up(value: Any, name: str) -> Any:
-    """Get an attribute, or the item of a dict or tuple that a path calls `name`."""
+    """Return an attribute, or the item of a dict or tuple that a path calls `name`."""
     try:
         return getattr(value, name)
     except AttributeError:
@@ -201,7 +201,7 @@ def _generate(access: Access, path: Path, fetch: Callable[[Any], Any]) -> type[L
 
 
 def _service(name: str) -> property:
-    """Return a property that gives a method or a fact of the learner's."""
+    """Return a property for a method or a fact of the learner's."""
     return property(attrgetter(f"_learner.{name}"))  # no frame of Python: handlers ask in every step
 
 
@@ -223,6 +223,7 @@ def _property(access: Access, path: Path, fetch: Callable[[Any], Any]) -> proper
 
     if access.allows(path, "write"):
         return property(lambda self: get(self._learner))
+    # Where something below may be written the reader gets a view, which lets that through; a read-only copy would not
     if access.allows(path, "read") and not any(len(w) > len(path) and covers(path, w) for w in access.writes):
         return property(lambda self: guarded(get(self._learner), path, access))
     return _generate(access, path, get)

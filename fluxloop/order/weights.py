@@ -48,7 +48,7 @@ class Weights(Container):
             return self._live(parts, name)
         owners = [owner for kept, owner in self.views if kept == view and parts[: len(owner)] == owner]
         if owners:
-            owner = max(owners, key=len)
+            owner = max(owners, key=len)  # the nearest: "G.encoder@ema" may be kept beside "G@ema"
             self._bring_up_to_date(view, owner)
             return submodule(self.views[view, owner], ".".join(parts[len(owner) :]), name)
         raise ModelError(
@@ -60,14 +60,14 @@ class Weights(Container):
         """Keep a module as a view of weights.
 
         Raises:
-            ModelError: The name is no view's, or there are no weights to be a view of.
+            ModelError: The name is not that of a view, or there are no weights of which it could be one.
         """
         view, parts = self._read(name)
         if not view.isidentifier():
             raise ModelError(f"weights {name!r} were assigned; expected the name of a view, such as 'G@ema'")
         if not isinstance(module, nn.Module):
             raise ModelError(f"weights {name!r} were assigned {describe(module)}; expected a torch.nn.Module")
-        self._live(parts, name)
+        self._live(parts, name)  # raises where there is nothing of which it could be a view
         self.views[view, parts] = module
 
     def __delitem__(self, name: str) -> None:
@@ -98,6 +98,7 @@ class Weights(Container):
             loaded = ()
         for key, follower in self.followers.items():
             owner = key[1]
+            # They are the same, or one is a part of the other
             if key in self.views and loaded[: len(owner)] == owner[: len(loaded)]:
                 follower(self.views[key], True)
 

@@ -74,6 +74,7 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f".{n}", item) for n, item in zip(names[len(names) - len(defaults) :], defaults, strict=True))
         yield from ((f".{name}", item) for name, item in (value.__kwdefaults__ or {}).items())
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            # A cell is empty until its name is assigned: to read it then would raise an error
             if cell != CellType() and not isinstance(cell.cell_contents, str):
                 yield f".{name}", cell.cell_contents
     elif isinstance(value, (list, tuple)) and len(value) <= LONGEST:

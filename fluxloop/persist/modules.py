@@ -20,7 +20,7 @@ UNINITIALIZED = {MARK: "uninitialized"}
 
 
 def is_uninitialized(kept: Any) -> bool:
-    """Tell whether kept data stands for a tensor of a lazy module that had seen no batch."""
+    """Return whether kept data stands for a tensor of a lazy module that had seen no batch."""
     return isinstance(kept, dict) and kept.get(MARK) == "uninitialized"
 
 

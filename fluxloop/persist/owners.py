@@ -15,7 +15,7 @@ from fluxloop.errors import CheckpointError
 
 
 class Owners:
-    """Tells what somebody else keeps: models and their parts, optimizers, callbacks, phases, data.
+    """Knows what somebody else keeps: models and their parts, optimizers, callbacks, phases, data.
 
     Args:
         names: What belongs to somebody, by its name; "" where it has none.
@@ -59,7 +59,7 @@ of_learners: WeakSet[nn.Module] = WeakSet()
 
 
 class ModelsApart(Owners):
-    """Tells that the models of learners are kept by them."""
+    """Knows that learners keep their models."""
 
     def __call__(self, value: Any) -> str | None:
         """Return the empty text for a part of a learner's model, None for anything else."""

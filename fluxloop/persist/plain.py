@@ -80,7 +80,7 @@ def _to_plain(value: Any, where: str) -> Any:
         CheckpointError: It, or something in it, is none of what can be kept.
     """
     kind = type(value)
-    if kind in NUMBERS:
+    if kind in NUMBERS:  # by type alone, which is quick: most values are these
         return value
     if isinstance(value, Tensor):
         return _tensor_to_plain(value)
@@ -157,7 +157,7 @@ NUMBERS_AND_TUPLES = NUMBERS | {tuple}
 
 
 def is_simple(items: list[Any] | tuple[Any, ...]) -> bool:
-    """Tell whether a list, perhaps a long series, holds numbers, texts, and tuples of them alone."""
+    """Return whether a list, perhaps a long series, holds numbers, texts, and tuples of them alone."""
     kinds = set(map(type, items))
     if kinds <= NUMBERS:
         return True
@@ -206,6 +206,7 @@ def _plain_scalar(value: Any, where: str) -> Any:
 def of_entries(pairs: Iterable[tuple[Any, Any]], where: str = "") -> dict[Any, Any]:
     """Turn a dict's keys and kept items into a dict of plain data."""
     entries = [(key if type(key) in NUMBERS else _plain_key(key, where), item) for key, item in pairs]
+    # A dict is no key of a dict; and one with the mark among its keys would be read as what the mark says
     if any(isinstance(key, dict) or key == MARK for key, _ in entries):
         return {MARK: "pairs", "items": entries}
     return dict(entries)
@@ -249,7 +250,7 @@ def _numpy_state(value: Any) -> Any:
 
 
 def is_stateful(value: Any) -> bool:
-    """Tell whether an object has ``state_dict`` and ``load_state_dict``."""
+    """Return whether an object has ``state_dict`` and ``load_state_dict``."""
     names = ("state_dict", "load_state_dict")
     return not isinstance(value, type) and all(callable(getattr(type(value), name, None)) for name in names)
 
@@ -271,7 +272,7 @@ Again = Callable[..., Any]
 
 
 def is_held(kept: Any) -> bool:
-    """Tell whether what was kept is the state of an object, which has to be there."""
+    """Return whether what was kept is the state of an object, which has to be there."""
     return isinstance(kept, dict) and kept.get(MARK) in ("object", "fields", "phases")
 
 
@@ -406,6 +407,7 @@ def _into(kept: dict[str, Any], live: Any, again: Again, where: str) -> Any:
         if fields is None:
             raise misplaced(where, "an object with fields", live)
         for name, item in kept["items"].items():
+            # also of a frozen class, which refuses an assignment
             object.__setattr__(live, name, again(item, fields.get(name), f".{name}"))
     elif isinstance(live, torch.Generator):
         live.set_state(kept["state"])
@@ -421,7 +423,7 @@ def _into(kept: dict[str, Any], live: Any, again: Again, where: str) -> Any:
 
 
 def is_numpy_generator(value: Any) -> bool:
-    """Tell whether a value is a random generator of NumPy's."""
+    """Return whether a value is a random generator of NumPy's."""
     return _numpy_state(value) is not None
 
 

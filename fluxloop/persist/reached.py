@@ -98,6 +98,7 @@ class Reached:
             if isinstance(value, Enum):
                 self.classes[class_name(type(value))] = type(value)
             return
+        # A root is gone into in any case: it is what the walk is about, though its owner has a name for it
         if id(value) in self.by_id or (key and owner(value) is not None):
             return
         if kind == "tuple":  # it is written out where it stands: a new one may be equal to it

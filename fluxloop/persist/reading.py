@@ -80,7 +80,7 @@ class Reader:
         return entry or {}
 
     def _is_entry(self, root: str, key: str, kept: Any) -> bool:
-        """Tell whether what is kept under an attribute's name are the contents of the thing that was there at first."""
+        """Return whether an attribute's name has, in a state, the contents of the thing that was there at first."""
         if not isinstance(kept, dict) or kept.get(MARK) not in _ENTRIES:
             return False
         return (root, key) in self._reached.by_path or kept[MARK] in ("changed", "slots")
@@ -300,7 +300,7 @@ def set_tensor(live: Tensor, value: Tensor) -> None:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Tell whether numbers of a tensor share memory, as in an expanded one, which refuses to be written into."""
+    """Return whether numbers of a tensor share memory, as in an expanded one, which refuses to be written into."""
     return any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 

@@ -46,14 +46,14 @@ def opaque_in(written: Any) -> Iterator[Opaque]:
 
 
 def identical(items: Any, raw: Any) -> bool:
-    """Tell whether two series hold the very same items; two sets, whether they are equal."""
+    """Return whether two series hold the very same items; two sets, whether they are equal."""
     if isinstance(items, set):
         return bool(items == raw)
     return len(items) == len(raw) and all(map(is_, items, raw))
 
 
 def same_bits(a: Any, b: Any) -> bool:  # noqa: PLR0911  # one per kind of value
-    """Tell whether plain data is the same: of the same types, to the bit, in the same order."""
+    """Return whether plain data is the same: of the same types, to the bit, in the same order."""
     if a is b:
         return True
     if type(a) is not type(b) and not (isinstance(a, Tensor) and isinstance(b, Tensor)):
@@ -80,7 +80,7 @@ def _on_host(tensor: Tensor) -> Tensor:
 
 
 def is_of_one_number(tensor: Tensor) -> bool:
-    """Tell whether all numbers of a tensor are the same one, so that one tells them all."""
+    """Return whether all numbers of a tensor are the same one, so that one tells them all."""
     if tensor.is_complex() or not tensor.numel() or tensor.layout is not torch.strided:
         return False
     low, high = torch.aminmax(tensor.detach())

@@ -28,7 +28,7 @@ class Series(list[tuple[int, Any]]):
 
     def _forget(self) -> None:
         self._steps = array("q")
-        self._values: list[Tensor] = []
+        self._values: list[Tensor] = []  # packed, chunk by chunk; joined when a checkpoint asks for them
         self._last: Any = None
 
     def append(self, entry: tuple[int, Any]) -> None:

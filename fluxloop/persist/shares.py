@@ -14,13 +14,13 @@ from typing import Any
 
 @cache
 def library(module: str) -> bool:
-    """Tell whether a module is a library's, whose classes share nothing that changes."""
+    """Return whether a module is a library's, whose classes share nothing that changes."""
     return module.partition(".")[0] in ("builtins", "fluxloop", "torch", "abc", "typing", "collections", "functools")
 
 
 @cache
 def has_more_than_its_pair(kind: Any) -> bool:
-    """Tell whether instances of a class may hold what its pair leaves out: it inherits the pair, or is fluxloop's."""
+    """Return whether instances of a class may hold what its pair leaves out: it inherits the pair, or is fluxloop's."""
     return "state_dict" not in vars(kind) or kind.__module__.partition(".")[0] == "fluxloop"
 
 
@@ -62,5 +62,6 @@ def _assigned(cls: type) -> set[str]:
 
 
 def _code_of(value: Any) -> Any:
+    # Of a property, of what stands around a function, or of a function itself
     inner = getattr(value, "fget", None) or getattr(value, "function", None) or value
     return getattr(inner, "__code__", None)

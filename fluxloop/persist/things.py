@@ -152,7 +152,7 @@ def slots_of(met: Thing) -> dict[str, Any]:
 
 
 def is_long(thing: Any) -> bool:
-    """Tell whether a container has so many items that a walk does not go into it."""
+    """Return whether a container has so many items that a walk does not go into it."""
     return len(thing) > LONG
 
 
@@ -211,6 +211,7 @@ def set_slot(met: Thing, label: str, value: Any) -> None:
     thing, name = met.thing, label.rpartition(".")[2]
     if met.kind == "partial":
         parts = {".func": thing.func, ".args": thing.args, ".keywords": thing.keywords, label: value}
+        # Its attributes are read-only; this is how unpickling sets them, in place: others may hold the same partial
         thing.__setstate__((parts[".func"], parts[".args"], parts[".keywords"], vars(thing)))
     elif label.startswith(".__class__."):
         owner = next(cls for cls in type(thing).__mro__ if name in vars(cls))

@@ -135,7 +135,7 @@ class Writer:
         return kept
 
     def _is_equal(self, value: Any, written: Any, first: Any) -> bool:
-        """Tell whether a new container or tensor holds what the first one held: then it stands for that one.
+        """Return whether a new container or tensor holds what the first one held: then it stands for that one.
 
         So ``self.items = list(self.items)`` is no change, and whatever else shares the first list still shares it.
         """
@@ -150,7 +150,7 @@ class Writer:
         return True
 
     def is_as_first(self, met: Thing) -> bool:
-        """Tell whether a container, tensor, array or generator holds what it held at first."""
+        """Return whether a container, tensor, array or generator holds what it held at first."""
         try:
             return self.changed(met) is None
         except LostError:
@@ -302,7 +302,7 @@ class Writer:
 
 
 def is_attribute(key: str) -> bool:
-    """Tell whether a key is that of an attribute of the root, or of the root itself."""
+    """Return whether a key is that of an attribute of the root, or of the root itself."""
     return "." not in key and "[" not in key
 
 

@@ -148,16 +148,17 @@ def _aside(learner: RunLearner, phase: Phase, findings: list[str]) -> Iterator[P
     with ExitStack() as undone:
         undone.enter_context(preserved())
         undone.enter_context(beside(learner, "check", []))
-        undone.callback(_save_updates(updates))
+        undone.callback(_save_updates(updates))  # gradients that wait are put aside: the step begins without any
         for slot in updates.slots:
             undone.callback(save_optimizer(slot.optimizer))
         weights = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
         undone.callback(save_tensors(modules, weights))
         undone.callback(_save_attributes(modules))
         undone.callback(set_modes(learner, phase))
-        updates.findings = findings
+        updates.findings = findings  # put back with everything else that `updates` has
         for name in ("loss_fn", "_compiled"):
             undone.callback(setattr, learner, name, getattr(learner, name))
+        # What the phase holds of the learner is not copied: its step runs the learner's models, which are put back
         memo = {id(thing): thing for thing in (learner, *_held(learner))}
         learner._compiled = None  # the step as it is written has the same problems, and need not be compiled
         if not isinstance(learner.loss_fn, nn.Module):

@@ -58,6 +58,7 @@ def run_epoch(learner: RunLearner, phase: Phase, data: Any = None, scope: FitSco
             scope.begin_epoch(batches)
             learner._ledger.begun_data.add(phase.data_key)
         learner.num_batches = batches.num_batches
+        # In an epoch that goes on a state is restored after it has begun: counts from before say nothing of its steps
         goes_on = scope is not None and scope.is_resuming
         stood = learner.updates.standing() if phase.gradients and not goes_on else None
         steps = None if goes_on else learner.streams[phase.step_stream].index

@@ -68,23 +68,26 @@ def fit(
             undo = _restore(learner, state, epochs, chosen, steps_per_epoch)
         else:
             meet_phases(learner, chosen)
+        # With resume= epochs count from the beginning of the run: the same command, given again, trains nothing more
         until = epochs if resume is not None else learner.history.cycles + epochs
         reason = None if state is None else learner.history.stop_reason
         if reason is not None:
             until = 0
             _warn_of_stopped(reason)
-        if state is None:
+        if state is None:  # else the gradients that wait are those of the run that goes on
             learner.updates.drop_waiting("a fit begins")
         _warn_of_bad_weights(learner)
         learner._running.fitting, learner.fit_phases, learner.num_epochs = True, tuple(chosen), until
         learner._running.resume_from = resume if state is None else None
+        # The scope of a resumed fit puts the global generators where they stood in the former process; after the fit
+        # they are the script's again.
         with preserved() if state is not None else nullcontext():
             scope = FitScope(learner, chosen, steps_per_epoch, state, undo)
             state, undo = None, nothing  # the scope has them, and frees them once it has come to where that was written
             with _alone_in_process():
                 return _run(learner, scope, until, reason)
     finally:
-        if learner._running.fitting:
+        if learner._running.fitting:  # a fit that was refused leaves them to the next one
             learner._running.safe_points.clear()
         learner._running.fitting, learner._running.stop_requested = False, None
         learner.fit_phases, learner.num_epochs, learner._running.resume_from = (), None, None
@@ -167,6 +170,7 @@ def _warn_of_bad_weights(learner: RunLearner) -> None:
     ]
     if not names:
         return
+    # One number for all of them: each item() waits for the device
     fine = [parameter.detach().isfinite().all() for _, parameter in names]
     if not torch.stack([each.to(fine[0].device) for each in fine]).all().item():
         bad = [name for (name, _), good in zip(names, fine, strict=True) if not good]
@@ -225,7 +229,7 @@ def _run(learner: RunLearner, scope: FitScope, until: int, reason: str | None) -
                 history.stop_reason = learner._running.stop_requested
             else:
                 error = failure
-        error = _end(scope, history, error)
+        error = _end(scope, history, error)  # still heeding signals: a SIGTERM leaves time for the last checkpoint
     if error is not None:
         try:
             raise error
@@ -233,7 +237,7 @@ def _run(learner: RunLearner, scope: FitScope, until: int, reason: str | None) -
             del error  # it holds this frame, and would live, with the loader's workers, until garbage is collected
     if terminates.came:
         raise SystemExit(EXIT_CODE)
-    if history.cycles > began and history.stop_reason is None:
+    if history.cycles > began and history.stop_reason is None:  # one that ended early may not have come to it
         warn_unseen(learner)
     return history
 
@@ -247,6 +251,7 @@ def _run_cycles(learner: RunLearner, scope: FitScope, until: int) -> None:
         scope.restore("cycle")
         while scope.index < len(scope.phases):
             phase = scope.phases[scope.index]
+            # An epoch under way goes on: it was due in the former process, whose fit may have had another last cycle
             if scope.is_in_epoch or is_due(phase, history.cycles + 1, until):
                 run_epoch(learner, phase, scope=scope)
                 scope.ended()
@@ -261,7 +266,7 @@ def _run_cycles(learner: RunLearner, scope: FitScope, until: int) -> None:
 
 def _end(scope: FitScope, history: History, error: BaseException | None) -> BaseException | None:
     """Fire `FitEnd` and undo what was deferred; return the error that leaves the fit, if any."""
-    scope.cut = scope.feed is not None
+    scope.cut = scope.feed is not None  # from here on no state names a place in the epoch that was cut
     try:
         scope.handle(FitEnd(history.stop_reason, error))
     except CancelFittingException as cancel:

@@ -77,6 +77,7 @@ def predict(learner: RunLearner, data: Any, phase: Phase | None, stack: bool) ->
     phase = PredictionPhase() if phase is None else phase
     check_watches(phase)
     collect = _Collect()
+    # Joined predictions are matched with the rows that were given: so those must not be shuffled
     source = in_order(as_dataloader(data)) if stack else as_dataloader(data)
     with beside(learner, "predict", [collect, Recorder(), *_bar(learner)]):
         run_epoch(learner, phase, source)

@@ -122,7 +122,7 @@ class LRSweep:
 def _longest_fall(values: tuple[float, ...]) -> list[int]:
     """Return the places of the longest falling subsequence; of several, of the one that ends first."""
     length, before = [1] * len(values), [-1] * len(values)
-    for i, value in enumerate(values):
+    for i, value in enumerate(values):  # quadratic, of a hundred steps or so
         for j in range(i):
             if values[j] > value and length[j] >= length[i]:
                 length[i], before[i] = length[j] + 1, j
@@ -145,7 +145,7 @@ def find_lr(
     callbacks: Iterable[Callback] = (),
     smoothing: float = 0.9,
 ) -> LRSweep:
-    """Train a copy of the learner for some steps while the learning rate rises; tell what the loss did.
+    """Train a copy of the learner for some steps while the learning rate rises; return what the loss did.
 
     The range test of Smith (2017). The rate rises by the same factor at every step; it is that of
     the parameter group with the largest one, and the others keep their ratio to it. The data is
@@ -207,7 +207,7 @@ def find_lr(
         sweep = _Sweep(trial, list(chosen), exponential(steps - 1, start, end), steps, smoothing)
         trial.callbacks.set([*given, sweep])
         stopped = trial.fit(steps, phases=[phase]).stop_reason
-    if stopped == INTERRUPTED:
+    if stopped == INTERRUPTED:  # the fit of the copy took Ctrl+C for itself; it was meant for whoever called
         raise KeyboardInterrupt
     if not sweep.losses:
         raise LossError(f"find_lr saw no finite loss: {stopped or 'every step was cancelled'}")
@@ -218,7 +218,7 @@ def find_lr(
 class _Sweep(UnsafeCallback):
     """Raises the learning rate at every step, and keeps the losses."""
 
-    reads = ("*",)
+    reads = ("*",)  # so it runs after every callback that writes something
     draws = False
 
     def __init__(
@@ -252,6 +252,7 @@ class _Sweep(UnsafeCallback):
         self.rates.append(rate)
         self.losses.append(loss)
         self.average = self.smoothing * self.average + (1 - self.smoothing) * loss
+        # The average begins at 0: this takes out how much that still counts
         smoothed = self.average / (1 - self.smoothing ** len(self.losses))
         self.smoothed.append(smoothed)
         lowest = min(self.smoothed)

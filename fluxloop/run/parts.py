@@ -66,7 +66,7 @@ def _accept_loss(learner: RunLearner, loss_fn: Any) -> None:
         OptimizerError: It has trainable parameters that are in no optimizer.
     """
     check_loss_fn(loss_fn)
-    meet_parameters(learner, loss_fn)
+    meet_parameters(learner, loss_fn)  # may refuse: so before the function is moved to a device and watched
     if isinstance(loss_fn, nn.Module) and loss_fn is not learner.loss_fn:
         learner.accelerator.place_model(loss_fn)
         watch_module(learner, loss_fn)
@@ -93,6 +93,7 @@ def meet_parameters(learner: RunLearner, loss_fn: Any) -> None:
         OptimizerError: Trainable ones are in no optimizer; says what to type.
     """
     if learner.updates.rename(parameter_names(learner.models, loss_fn)):
+        # Of the live models: while a phase runs averaged weights, learner.model is those
         params = arrange_like(learner.weights.given, {k: tuple(m.parameters()) for k, m in learner.models.items()})
         put(learner, "params", params)
         for module in learner.models.values():

@@ -60,6 +60,7 @@ def check_names(learner: RunLearner, phases: Iterable[Phase]) -> None:
                 "another name, so that 'validation/loss' is that of the data"
             )
         other = seen.setdefault(name, phase)
+        # In this cycle, or else among the phases of which the learner has counts
         former: Any = other if other is not phase else None if counts is None else counts.key(name)
         if former is None:
             continue
@@ -97,7 +98,7 @@ def load_own_state(learner: RunLearner, phase: Stateful) -> None:
     states = _states.get(id(phase))
     if states is None:
         states = _states[id(phase)] = _PerLearner(phase)
-        finalize(phase, _states.pop, id(phase), None)
+        finalize(phase, _states.pop, id(phase), None)  # the next object may get its id
     elif states.owner is not None and states.owner() is not learner:
         former = states.owner()
         if former is not None:
@@ -118,5 +119,5 @@ def check_runs(learner: RunLearner, phase: Phase) -> None:
     phase.check(learner)
     if learner._compiled is not None:
         learner._compiled.require([type(phase)])
-    if isinstance(phase, Stateful):
+    if isinstance(phase, Stateful):  # after the checks: this changes the phase
         load_own_state(learner, phase)

@@ -62,7 +62,7 @@ def _check_place(place: Place, phases: list[Phase], feeds: list[Feed], steps_per
     names = [phase_id(phase) for phase in phases]
     if is_under_way(place) and place["phases"] != names:
         raise CheckpointError(f"the fit ran the phases {place['phases']}, and now {names}; expected the same")
-    if place.get("steps_per_epoch", steps_per_epoch) != steps_per_epoch:
+    if place.get("steps_per_epoch", steps_per_epoch) != steps_per_epoch:  # older files do not have it
         raise CheckpointError(
             f"the run was begun with steps_per_epoch={place['steps_per_epoch']}, and is now to go on with "
             f"steps_per_epoch={steps_per_epoch}, which makes it another run; resume with the former one. To train on "

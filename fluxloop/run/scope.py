@@ -135,12 +135,13 @@ class FitScope(Scope):
         if self._state is None:
             return
         place = self._state["place"]
+        # The innermost that was under way: only when it has begun again is everything around it open
         under_way = "fit"
         if is_under_way(place):
             under_way = "cycle" if place["feed"] is None else "epoch"
         if inside in (under_way, "end"):
             apply_or_undo(self._learner, self._state, self._revert, begun=True, running=True)
-            if inside == "epoch":
+            if inside == "epoch":  # the state just restored has the order counted that the data draws next
                 self._order_again(self.phases[self.index])
             self._state, self._revert = None, nothing
 
@@ -156,6 +157,7 @@ class FitScope(Scope):
         """Take the data of an epoch that is about to run; where a fit is resumed in it, from there on."""
         self.feed = feed
         feed.limit = self.steps_per_epoch
+        # Closed in `began`: what handlers of EpochBegin make is noted, and nothing that comes later in the epoch
         self._noting.enter_context(self.noting(self.phases[self.index].owner))
         if self._state is not None:
             feed.go_on(self._state["place"]["feed"], self._revert)
@@ -185,7 +187,7 @@ class FitScope(Scope):
     def pass_last_safe_point(self) -> None:
         """Pass the last moment without a step under way, after `FitEnd`."""
         self.finished = True
-        self._learner._running.stop_requested = None
+        self._learner._running.stop_requested = None  # the fit has ended: what is asked for now stops nothing
         self.pass_safe_point()
 
     def place(self) -> dict[str, Any]:
@@ -231,6 +233,7 @@ def place_of(learner: RunLearner) -> dict[str, Any] | None:
     if scope is None or (isinstance(scope, runepoch) and scope.parent is None):
         return None
     fitting = scope if isinstance(scope, FitScope) else scope.parent
+    # At EpochEnd the phase is counted as complete already, and its scope is still open
     ends = isinstance(scope, runepoch) and isinstance(fitting, FitScope) and fitting.feed is None
     if isinstance(scope, StepScope) or not isinstance(fitting, FitScope) or ends:
         raise CheckpointError(

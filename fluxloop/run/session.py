@@ -159,7 +159,7 @@ def beside(learner: RunLearner, owner: str, callbacks: list[Callback]) -> Iterat
             vars(learner)["model"] = learner.weights.given  # past the checks of what users assign
         updates.block = None
         inner.put_into(learner)
-        learner.callbacks.set(callbacks)
+        learner.callbacks.set(callbacks)  # only now: what their `init` publishes belongs into the inner session
         yield
     finally:
         outer.put_into(learner)
@@ -175,6 +175,7 @@ def copy_at_rest(learner: L, memo: dict[int, Any]) -> L:
         ModelError: A module keeps a tensor that torch does not copy.
     """
     copied: L = object.__new__(type(learner))
+    # A running fit is not copied: in its place the copy gets what a learner at rest has
     memo |= {id(learner): copied, id(learner._running): Running(), id(learner.scope): None}
     try:
         for name, value in vars(learner).items():
@@ -202,7 +203,10 @@ def copy_for(owner: str, learner: L, *used: Any) -> tuple[L, Any]:
         The copy, with a session of its own, and the copies of `used`.
     """
     held = (getattr(Session.of(learner), name) for name in NAMES)
+    # deepcopy takes what the memo has in place of a copy. Numbers, None and empty tuples are objects that all of Python
+    # shares: a stand-in for one of them would be put in its place all over the copy.
     memo: dict[int, Any] = {id(thing): State() for thing in held if not isinstance(thing, (int, tuple, NoneType))}
+    # The sources themselves are used, not copies of them
     memo[id(learner.data)] = State(dict(vars(learner.data)))
     memo |= {id(learner.weights.views): {}, id(learner.weights.followers): {}}  # callbacks keep them
     copied, *others = copy.deepcopy((learner, *used), memo)

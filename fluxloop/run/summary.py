@@ -31,7 +31,7 @@ class Row:
     Args:
         path: As ``learner.weights`` knows it; a single model's parts without the model's name.
         kind: Its class.
-        outputs: Shapes of the tensors it gave for one batch, ``"(32, 10)"``; ``"?"`` where unknown.
+        outputs: Shapes of the tensors it returned for one batch, ``"(32, 10)"``; ``"?"`` where unknown.
         parameters: Numbers in its parameters and those of its parts; None while lazy ones have no shape.
         trainable: How many of them are trained.
         depth: 0 for a model, 1 for its parts, and so on.
@@ -189,7 +189,7 @@ def _setting(value: Any) -> str:
 
 
 def _run(learner: RunLearner, batch: Any, shapes: dict[nn.Module, str]) -> str:
-    """Run the model on a batch on the side, and note the shapes of what each module gives.
+    """Run the model on a batch on the side, and note the shapes of what each module returns.
 
     Returns:
         Why that cannot be, or "".
@@ -216,7 +216,7 @@ def _run(learner: RunLearner, batch: Any, shapes: dict[nn.Module, str]) -> str:
         learner.accelerator.place(entries)
         for module in model.modules():
             undone.callback(module.register_forward_hook(_note(shapes)).remove)
-        undone.enter_context(watching(model))
+        undone.enter_context(watching(model))  # in eval mode: batch norm would count the batch in
         try:
             call_with(model, entries["xs"])
         except Exception as error:
@@ -227,6 +227,7 @@ def _run(learner: RunLearner, batch: Any, shapes: dict[nn.Module, str]) -> str:
 
 def _note(shapes: dict[nn.Module, str]) -> Callable[..., None]:
     def note(module: nn.Module, given: Any, made: Any) -> None:
+        # A module that is used several times is shown as it was used first
         shapes.setdefault(module, ", ".join(str(tuple(tensor.shape)) for tensor in tensors(made)) or "-")
 
     return note
