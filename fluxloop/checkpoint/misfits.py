@@ -270,7 +270,7 @@ def check_same_run(learner: RunLearner, state: State) -> None:
     for slot in learner.updates.slots:
         former = state["optimizers"][slot.name or ""]["defaults"]
         for option, value in plain_defaults(slot.optimizer).items():
-            if former.get(option, value) != value:  # an option that only one of two versions of torch has is none
+            if former.get(option, value) != value:  # an option that the file lacks is no difference
                 wrong.append(f"{slot.label} was made with {option}={former[option]!r}, and now with {option}={value!r}")
     if wrong:
         raise CheckpointError(

@@ -122,8 +122,8 @@ def _order(optimizer: Optimizer, kept: State, by_name: ByName, label: str) -> _O
     new = [name for name, parameter in zip(names, owned, strict=True) if parameter not in place]
     if gone or new:
         raise CheckpointError(
-            f"{label} holds {_listed(new) or 'no new parameter'}, which it did not in the checkpoint, and does not "
-            f"hold {_listed(gone) or 'one parameter twice'} of it{did_you_mean(gone[0], new) if gone else ''}"
+            f"{label} holds other parameters than in the checkpoint: new are {_listed(new) or 'none'}, missing are "
+            f"{_listed(gone) or 'none, and one is there twice'}{did_you_mean(gone[0], new) if gone else ''}"
         )
     group_of = [index for index, group in enumerate(former) for _ in group]
     # Groups without parameters have no names to find them by: they are matched in their order

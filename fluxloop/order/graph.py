@@ -40,7 +40,7 @@ class Node:
     Args:
         callback: The callback, wrapped or not.
         id: What it is called in messages and checkpoints: its name, or its class's.
-        key: Sorted by; it decides only between callbacks without an edge.
+        key: What nodes are sorted by; it decides only where no edge does.
         access: What it declares.
     """
 

@@ -91,7 +91,7 @@ class Outlook:
 
     @classmethod
     def of(cls, learner: RunLearner, phases: list[Phase]) -> Outlook:
-        """Look ahead."""
+        """Return what a fit of these phases is going to record."""
         series: list[tuple[Phase, Expected]] = []
         is_open = False
         for callback in learner.callbacks:

@@ -1,4 +1,4 @@
-"""Run one epoch of a phase: on which data, and what was wrong with it where it ends."""
+"""One epoch of a phase: the data on which it runs, and warnings at its end of what went wrong in it."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ OTHER_NAMES = {"training": ("train",), "validation": ("valid", "val", "dev", "ev
 
 
 def _where_it_is(key: str, known: list[str]) -> str:
-    """Return a hint which of the data a phase may mean: one whose name is near, or usual elsewhere."""
+    """Return a hint at the data that a phase may mean: by a name that is near, or usual elsewhere."""
     near = did_you_mean(key, known)
     other = next((name for name in OTHER_NAMES.get(key, ()) if name in known), None)
     if other is None or key in near:

@@ -1,4 +1,4 @@
-"""Which phases a learner can run, and what those with a state have of each learner."""
+"""Which phases a learner can run, and the state that a phase has in each of several learners."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class Session:
 
     @classmethod
     def begin(cls, learner: RunLearner, owner: str = "") -> Session:
-        """Make a new one for a learner.
+        """Return a new session for a learner.
 
         Args:
             learner: The learner that will run.
@@ -86,7 +86,7 @@ class Session:
 
     @classmethod
     def of(cls, learner: RunLearner) -> Session:
-        """Return the one that a learner has."""
+        """Return the session that a learner has."""
         return cls(**{name: vars(learner)[name] for name in NAMES})
 
     def put_into(self, learner: RunLearner) -> None:

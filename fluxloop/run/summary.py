@@ -192,7 +192,7 @@ def _run(learner: RunLearner, batch: Any, shapes: dict[nn.Module, str]) -> str:
     """Run the model on a batch on the side, and note the shapes of what each module returns.
 
     Returns:
-        Why that cannot be, or "".
+        Why that is not possible, or an empty text.
     """
     if len(learner.models) > 1:
         return f"there are several models, {[str(name) for name in learner.models]}, and only a phase says how they run"
