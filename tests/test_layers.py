@@ -174,6 +174,18 @@ def test_imports_for_types_make_no_circle_either() -> None:
         raise AssertionError(f"a circle of imports for types: {' → '.join(error.args[1])}") from None
 
 
+@pytest.mark.parametrize(
+    ("section", "folder"), [("A phase", "phases"), ("A callback", "callbacks"), ("A logger backend", "logging")]
+)
+def test_a_module_that_contributing_shows_imports_what_its_folder_may(section: str, folder: str) -> None:
+    page = (ROOT.parent / "docs" / "contributing.md").read_text()
+    shown = page.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"^```python\n(.*?)^```$", shown, re.MULTILINE | re.DOTALL)
+    found = {name for block in blocks for name in imported(block, types=True)} - {"", "testing"}  # those of its test
+    assert found
+    assert [name for name in found if layer_of(name) > layer_of(folder)] == []
+
+
 def test_callbacks_never_import_the_learner_or_the_fit() -> None:
     todo = [name for name in modules() if name.split(".")[0] == "callbacks"]
     assert len(todo) > 5

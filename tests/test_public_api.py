@@ -90,8 +90,8 @@ def test_every_error_signal_event_phase_and_callback_is_public() -> None:
     assert public_in("fluxloop.callbacks", Callback) <= set(PUBLIC)
 
 
-@pytest.mark.parametrize(("package", "base"), [("callbacks", Callback), ("logging", Backend), ("phases", Phase)])
-def test_every_class_of_its_packages_that_is_nobodys_base_is_public(package: str, base: type) -> None:
+def nobodys_bases(package: str, base: type) -> set[str]:
+    """Name the classes of a package that derive from `base`, and from which no other class of it derives."""
     folder = importlib.import_module(f"fluxloop.{package}").__path__
     modules = [importlib.import_module(f"fluxloop.{package}.{found.name}") for found in pkgutil.iter_modules(folder)]
     defined = {
@@ -103,7 +103,21 @@ def test_every_class_of_its_packages_that_is_nobodys_base_is_public(package: str
     bases = {above for value in defined.values() for above in value.__mro__[1:]}
     last = {name for name, value in defined.items() if value not in bases and not name.startswith("_")}
     assert len(last) > 5
-    assert sorted(last - set(PUBLIC)) == [], f"add them to the table in fluxloop/{package}/__init__.py"
+    return last
+
+
+@pytest.mark.parametrize(("package", "base"), [("callbacks", Callback), ("logging", Backend), ("phases", Phase)])
+def test_every_class_of_its_packages_that_is_nobodys_base_is_public(package: str, base: type) -> None:
+    missing = nobodys_bases(package, base) - set(PUBLIC)
+    assert sorted(missing) == [], f"add them to the table in fluxloop/{package}/__init__.py"
+
+
+def test_every_public_backend_stands_in_the_table_of_its_page() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "logging.md").read_text()
+    rows = re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE)
+    listed = {name for row in rows for name in re.findall(r"`(\w+)\(", row)}
+    missing = nobodys_bases("logging", Backend) - listed
+    assert sorted(missing) == [], "add them to the table of docs/logging.md"
 
 
 @pytest.mark.parametrize("name", TESTING)
