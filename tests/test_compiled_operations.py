@@ -2,7 +2,7 @@
 
 It takes many minutes, so it runs only when asked for::
 
-    FLUXLOOP_COMPILER=1 python -m pytest tests/test_compiled_operations.py tests/test_compiled.py
+    FLUXLOOP_COMPILER=1 python -m pytest tests/test_compiled_operations.py tests/compile
 
 With the variable set, the tests of compiled steps use the compiler too, instead of running the
 graphs as they were traced: every phase, callback and optimizer there.

@@ -47,7 +47,7 @@ class FeatureStats(MetricSource):
     entry: str = field(default="features", validator=named())
     rows: int = field(default=1024, kw_only=True, validator=number(least=1, whole=True))
     std: Tensor | None = field(default=None, init=False, repr=False)
-    _latest: deque[Tensor] = field(factory=deque, init=False, repr=False)
+    _kept: deque[Tensor] = field(factory=deque, init=False, repr=False)  # checkpoints call it so
     _count: int = field(default=0, init=False, repr=False)
 
     recorded_as = None
@@ -67,7 +67,7 @@ class FeatureStats(MetricSource):
     @on(EpochBegin, AbstractTrainingPhase)
     def start(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Begin an epoch without rows."""
-        self._latest.clear()
+        self._kept.clear()
         self._count = 0
 
     @on(StepEnd, AbstractTrainingPhase)
@@ -77,16 +77,16 @@ class FeatureStats(MetricSource):
         if isinstance(features, (tuple, list)):  # one tensor per view: the rows of all
             features = torch.cat(list(features))
         features = features.detach()
-        self._latest.append(features)
+        self._kept.append(features)
         self._count += len(features)
-        while self._count - len(self._latest[0]) >= self.rows:
-            self._count -= len(self._latest.popleft())
+        while self._count - len(self._kept[0]) >= self.rows:
+            self._count -= len(self._kept.popleft())
 
     def measure(self, learner: Any) -> Mapping[str, Any]:
         """Return the mean standard deviation and the effective rank."""
-        if not self._latest:
+        if not self._kept:
             return {}
-        features = torch.cat(list(self._latest))[-self.rows :].flatten(1).float().cpu()
+        features = torch.cat(list(self._kept))[-self.rows :].flatten(1).float().cpu()
         self.std = features.std(0, correction=0)
         return dict(zip(self.metric_names, (self.std.mean(), effective_rank(features)), strict=True))
 

@@ -256,8 +256,13 @@ def test_it_measures_after_every_so_many_epochs() -> None:
 def test_it_keeps_no_graph_and_no_more_rows_than_asked_for() -> None:
     stats = FeatureStats(rows=10)
     train(learner_of(stats))
-    assert sum(len(part) for part in stats._latest) <= 10 + BATCH - 1
-    assert not any(part.requires_grad for part in stats._latest)
+    assert sum(len(part) for part in stats._kept) <= 10 + BATCH - 1
+    assert not any(part.requires_grad for part in stats._kept)
+
+
+def test_checkpoints_name_its_rows_as_they_always_did() -> None:
+    learner = train(learner_of(FeatureStats()))
+    assert set(learner.state_dict()["callbacks"]["FeatureStats"]["state"]) == {"_kept", "_count", "std"}
 
 
 @pytest.mark.parametrize("phase", [TrainingPhase, GANPhase])
