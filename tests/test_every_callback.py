@@ -512,6 +512,31 @@ def test_what_it_keeps_goes_through_a_file_into_another_learner(
 
 # Killed and resumed
 
+IN_FILES: dict[type[Callback], set[str]] = {
+    Checkpointer: {"_steps", "_written"},
+    CutMix: {"_count"},
+    EarlyStopping: {"criterion", "pair"},
+    FeatureStats: {"_count", "_kept", "std"},
+    GarbageCollect: {"_steps"},
+    GradientClip: {"_counts", "_totals"},
+    MixUp: {"_count"},
+    SampleImages: {"grid", "pair"},
+    SanityCheck: {"_done"},
+    Timer: {"elapsed"},
+    Traces: {"_steps"},
+}
+"""The names under which checkpoints hold what these change; "pair" is what `state_dict` returns."""
+
+
+@pytest.mark.parametrize("cls", IN_FILES, ids=lambda cls: cls.__name__)
+def test_its_attributes_have_the_names_under_which_older_checkpoints_hold_them(
+    cls: type[Callback], capsys: pytest.CaptureFixture[str]
+) -> None:
+    learner = learner_with(BUSY[cls](), *others(cls))
+    learner.fit(1)
+    assert set(learner.state_dict()["callbacks"][cls.__name__]["state"]) == IN_FILES[cls]
+
+
 AT = (3, 6, 9, 12)
 """Moments: before a batch in training and in validation, after a phase, and between the epochs."""
 
