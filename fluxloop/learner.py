@@ -19,12 +19,7 @@ from fluxloop.compute.models import arrange_like, named_models
 from fluxloop.compute.optimizers import build_optimizers, parameter_names
 from fluxloop.compute.updates import Updates
 from fluxloop.data.loaders import name_data
-from fluxloop.errors import (
-    CancelFittingException,
-    CompileError,
-    PhaseError,
-    describe,
-)
+from fluxloop.errors import CancelFittingException, CompileError, PhaseError, describe
 from fluxloop.events import Event
 from fluxloop.guard.assign import put
 from fluxloop.guard.given import check_called, check_number
@@ -37,7 +32,6 @@ from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.randomness import check_seed, draw_seed
 from fluxloop.run.epoch import run_epoch
 from fluxloop.run.fit import fit
-from fluxloop.run.inference import evaluate, predict
 from fluxloop.run.keeping import KeepsState
 from fluxloop.run.parts import accept, check_loss_fn, meet_parameters, watch_loss, watch_module
 from fluxloop.run.session import Running, Session
@@ -256,6 +250,8 @@ class Learner(KeepsState, HasCallbacks, Generic[M]):
         Returns:
             Values by the metrics' names: ``{"loss": 0.31, "accuracy": 0.92}``.
         """
+        from fluxloop.run.inference import evaluate
+
         return evaluate(self, data, metrics, phase)
 
     def predict(self, data: Any, *, phase: Phase | None = None, stack: bool = True) -> Any:
@@ -279,6 +275,8 @@ class Learner(KeepsState, HasCallbacks, Generic[M]):
             DataError: The order of the data set cannot be had (a sampler chooses the rows), or the predictions
                 cannot be joined.
         """
+        from fluxloop.run.inference import predict
+
         return predict(self, data, phase, stack)
 
     # Inside a step

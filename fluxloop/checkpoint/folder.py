@@ -35,6 +35,8 @@ except ImportError:  # pragma: no cover - Windows
 CHECKSUMS = "checksums"
 """The entry of a file that holds the checksums of its tensors."""
 MARKED = {"what": "checkpoints of a training with fluxloop", "layout": 1}
+FORMAT = 1
+"""Number of the layout of a checkpoint; a file of another one is refused."""
 MARKER, LATEST = "fluxloop.json", "latest"
 NAME = re.compile(r"epoch-(\d+)-step-(\d+)-phase-(\d+)\.pt")
 HALF_WRITTEN = re.compile(rf"\.({NAME.pattern}|{re.escape(MARKER)}|{LATEST})\.\d+\.tmp")

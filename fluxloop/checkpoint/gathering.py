@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fluxloop.checkpoint.misfits import FORMAT
+from fluxloop.checkpoint.folder import FORMAT
 from fluxloop.checkpoint.optimizer_state import optimizer_state
 from fluxloop.checkpoint.weights_file import weights_of
 from fluxloop.compute.optimizers import parameter_names

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fluxloop.checkpoint.folder import FORMAT
 from fluxloop.checkpoint.layout import COUNT, kinds_differ, misplaced
 from fluxloop.checkpoint.optimizer_state import optimizer_differs, plain_defaults
 from fluxloop.compute.optimizers import parameters_by_name
@@ -25,9 +26,6 @@ from fluxloop.state import PhaseDict
 
 if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner
-
-FORMAT = 1
-"""Number of the layout of a checkpoint; a file of another one is refused."""
 
 State = dict[str, Any]
 

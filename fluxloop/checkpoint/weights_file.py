@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fluxloop.checkpoint.misfits import weights_differ
 from fluxloop.errors import CheckpointError
 from fluxloop.persist.modules import UNINITIALIZED, is_uninitialized, uninitialize
 from fluxloop.persist.plain import from_plain, to_plain
@@ -60,6 +59,8 @@ def load_weights(learner: RunLearner, state: State, name: str, strict: bool) -> 
     Raises:
         CheckpointError: They do not fit.
     """
+    from fluxloop.checkpoint.misfits import weights_differ  # nothing of it is needed where no weights are loaded
+
     live = dict(learner.models) if name == "model" else {None: learner.weights[name]}
     modules = {key or "": module for key, module in live.items()}
     kept, metadata = _weights_in(state, name)

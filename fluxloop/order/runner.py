@@ -21,7 +21,6 @@ from fluxloop.events import FIT_EVENTS, Event, FitEnd
 from fluxloop.guard.assign import adopt
 from fluxloop.loop import Handle, locate
 from fluxloop.order.access import covers, dotted, parse, view_of
-from fluxloop.order.explain import Explanation, draw_dot, draw_mermaid, explain_order, explain_path, fired_with
 from fluxloop.order.graph import CallbackGraph, Node
 from fluxloop.order.outlook import note_directions
 from fluxloop.order.owners import owners_of
@@ -33,6 +32,7 @@ from fluxloop.randomness import Stream, between_steps, noticing, putting_back, w
 
 if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner
+    from fluxloop.order.explain import Explanation
 
 Bound = tuple[Handler, Any, str]
 """What delivering one event to one callback takes: the call, its view, the callback's id."""
@@ -242,6 +242,8 @@ class Callbacks:
 
     def obstacles(self, phase: type[Phase]) -> list[str]:
         """List what keeps a phase's steps from being one graph: callbacks, with their paths, or a step of its own."""
+        from fluxloop.order.explain import fired_with
+
         found = []
         if not hasattr(phase.step, "function") or phase.step.function is not Phase.step:
             found.append(
@@ -306,6 +308,8 @@ class Callbacks:
             CallbackError: The path has an unknown root.
             PhaseError: Something in `phases` is no phase.
         """
+        from fluxloop.order.explain import Explanation, explain_order, explain_path  # a plain fit needs none of it
+
         chosen = self._learner.phases_in_use()
         if phases is not None:
             chosen = [FittingPhase, *(phase if isinstance(phase, type) else type(phase) for phase in phases)]
@@ -324,10 +328,14 @@ class Callbacks:
 
     def to_mermaid(self) -> str:
         """Draw the graph in Mermaid's language (GitHub, notebooks and most documentation show it)."""
+        from fluxloop.order.explain import draw_mermaid
+
         return draw_mermaid(self._graph)
 
     def to_dot(self) -> str:
         """Draw the graph in Graphviz' language."""
+        from fluxloop.order.explain import draw_dot
+
         return draw_dot(self._graph)
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:

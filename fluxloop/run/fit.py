@@ -33,7 +33,6 @@ from fluxloop.phase import Phase, is_due
 from fluxloop.randomness import preserved
 from fluxloop.run.epoch import feed, run_epoch
 from fluxloop.run.phases import check_names, check_phase, check_runs, default_phases
-from fluxloop.run.resume import check_resumes
 from fluxloop.run.scope import FitScope, nothing
 from fluxloop.signals import EXIT_CODE, INTERRUPTED, heeding_signals
 
@@ -129,6 +128,8 @@ def _restore(
     Raises:
         CheckpointError: The fit is not the one that was interrupted; nothing is changed.
     """
+    from fluxloop.run.resume import check_resumes
+
     feeds = [feed(learner, phase) for phase in phases]
     check_resumes(learner, state, epochs, phases, feeds, steps_per_epoch)
     known = learner._ledger.phases

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fluxloop.checkpoint.folder import read, write
 from fluxloop.checkpoint.gathering import gather
-from fluxloop.checkpoint.manifest import Manifest, manifest
-from fluxloop.checkpoint.misfits import check_fits
 from fluxloop.checkpoint.restoring import restore
-from fluxloop.checkpoint.weights_file import load_weights
 from fluxloop.errors import CheckpointError
 from fluxloop.guard.given import as_path
 from fluxloop.interfaces import RunLearner
 from fluxloop.run.scope import place_of
 from fluxloop.run.session import copy_at_rest
+
+if TYPE_CHECKING:
+    from fluxloop.checkpoint.manifest import Manifest
 
 L = TypeVar("L", bound=RunLearner)
 
@@ -47,6 +47,8 @@ class KeepsState:
         Raises:
             CheckpointError: It does not fit this learner; nothing is changed.
         """
+        from fluxloop.checkpoint.misfits import check_fits
+
         check_fits(self, state)
         restore(self, state, begun=True)
 
@@ -90,6 +92,8 @@ class KeepsState:
         Raises:
             CheckpointError: The file is damaged or does not fit; nothing is changed.
         """
+        from fluxloop.checkpoint.weights_file import load_weights
+
         state = read(as_path("learner.load_weights", "path", path, CheckpointError), weights_only=True)
         not_loaded = load_weights(self, state, name, strict)
         self.weights.begin_anew(name)
@@ -106,6 +110,8 @@ class KeepsState:
         Raises:
             CheckpointError: Something cannot be kept.
         """
+        from fluxloop.checkpoint.manifest import manifest
+
         return manifest(self)
 
     def __deepcopy__(self: L, memo: dict[int, Any]) -> L:
