@@ -113,17 +113,20 @@ def loaded():
 first = loaded()
 learner = Learner(torch.nn.Linear(2, 1), torch.nn.MSELoss(), data=((torch.ones(4, 2), torch.ones(4, 1)),) * 2)
 learner.fit(1)
+later = loaded() - first
 learner.evaluate()
 learner.predict(torch.ones(4, 2))
-print(json.dumps([sorted(first), sorted(loaded() - first)]), file=sys.__stdout__)
+asked_for = loaded() - first - later
+print(json.dumps([sorted(first), sorted(later), sorted(asked_for)]), file=sys.__stdout__)
 """
 
 
 @pytest.mark.slow
 def test_a_learner_loads_what_a_plain_fit_needs_and_nothing_later() -> None:
     code = f"import contextlib, os\nwith contextlib.redirect_stdout(open(os.devnull, 'w')):\n{indented(LEARNER)}"
-    first, later = in_a_new_process(code)
+    first, later, asked_for = in_a_new_process(code)
     assert later == []  # nothing was put off until the first fit
+    assert asked_for == ["fluxloop.data.combined", "fluxloop.data.ordering", "fluxloop.run.inference"]
     parts = {name.removeprefix("fluxloop.") for name in first if name.startswith("fluxloop.")}
     assert {name for name in parts if name.startswith("phases.")} == {"phases.supervised"}
     assert {name for name in parts if name.startswith("callbacks.")} == {
