@@ -355,7 +355,7 @@ class runepoch(Scope):  # noqa: N801 - used like a function
 
 
 def same_phase(a: RunPhase, b: RunPhase) -> bool:
-    """Tell whether two phases are the same: one instance, or two of one class that have nothing of their own."""
+    """Return whether two phases are the same: one instance, or two of one class that have nothing of their own."""
     if a is b:
         return True
     both_plain = type(a) is type(b) and not vars(a) and not vars(b)
@@ -414,7 +414,7 @@ def set_modes(learner: RunLearner, phase: RunPhase) -> Callable[[], None]:
 
 
 def trains(scope: Scope | None) -> bool:
-    """Tell whether a scope, or one around it, belongs to a phase that trains."""
+    """Return whether a scope, or one around it, belongs to a phase that trains."""
     while scope is not None:
         if scope.phase.gradients:
             return True
@@ -423,7 +423,7 @@ def trains(scope: Scope | None) -> bool:
 
 
 def runs_a_view(scope: Scope | None) -> bool:
-    """Tell whether a scope, or one around it, belongs to a phase that runs a weights view."""
+    """Return whether a scope, or one around it, belongs to a phase that runs a weights view."""
     while scope is not None:
         if scope.phase.model_view:
             return True

@@ -304,7 +304,7 @@ class Checkpointer(UnsafeCallback):
             self._put(folder, progress, state, again)
 
     def _is_sound(self, learner: Any) -> bool:
-        """Tell whether weights, buffers and the optimizers' states are finite; warn once if they are not."""
+        """Return whether weights, buffers and the optimizers' states are finite; warn once if they are not."""
         learner._host_queue.flush()  # StopOnNaNLoss may be waiting for a number of the device: it goes first
         bad = [name for name in not_finite(state_tensors(learner)) if name not in self._not_finite_before]
         if bad and not self._warned_of_numbers:

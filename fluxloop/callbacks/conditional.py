@@ -138,7 +138,7 @@ class Every:
         self._count, self._last = 0, None
 
     def __call__(self, event: Event, phase: Phase) -> bool:
-        """Tell whether to pass this event on."""
+        """Return whether to pass this event on."""
         if not isinstance(event, self.event):
             return True
         if self.freq is not None:

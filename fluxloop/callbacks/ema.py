@@ -164,7 +164,7 @@ class EMA(Callback):
         self._before = _changes(live), _norms(live)
 
     def _has_changed(self, learner: Any) -> bool:
-        """Tell whether the weights have changed since they were looked at."""
+        """Return whether the weights have changed since they were looked at."""
         if self._before is None:
             return False
         live, (changes, norms) = learner.weights[self.model], self._before

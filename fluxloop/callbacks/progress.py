@@ -22,7 +22,7 @@ from fluxloop.state import name_of
 
 
 def in_notebook() -> bool:
-    """Tell whether a notebook's kernel runs this process."""
+    """Return whether a notebook's kernel runs this process."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return shell is not None and getattr(shell, "kernel", None) is not None
 
@@ -108,7 +108,7 @@ class ProgressBar(Callback):
     _begins_anywhere = True
 
     def is_shown(self) -> bool:
-        """Tell whether bars are shown."""
+        """Return whether bars are shown."""
         if self.enabled is False:
             return False
         stream = self.file or sys.stderr

@@ -33,7 +33,7 @@ def mentioned(factory: Any) -> set[str]:
 
 
 def says_mode(factory: Any) -> bool:
-    """Tell whether a factory gives its scheduler a `mode`, as far as its arguments and its code show."""
+    """Return whether a factory gives its scheduler a `mode`, as far as its arguments and its code show."""
     while isinstance(factory, partial):
         if factory.args or "mode" in factory.keywords:  # `mode` is the first argument after the optimizer
             return True
@@ -44,12 +44,12 @@ def says_mode(factory: Any) -> bool:
 
 
 def takes_metrics(scheduler: Any) -> bool:
-    """Tell whether a scheduler's ``step`` takes a metric's value, as that of `ReduceLROnPlateau` does."""
+    """Return whether a scheduler's ``step`` takes a metric's value, as that of `ReduceLROnPlateau` does."""
     return "metrics" in inspect.signature(scheduler.step).parameters
 
 
 def wants_count(scheduler: Any) -> bool:
-    """Tell whether ``step`` takes how far the training is, as timm's schedulers do: ``step(epoch)``."""
+    """Return whether ``step`` takes how far the training is, as timm's schedulers do: ``step(epoch)``."""
     epoch = inspect.signature(scheduler.step).parameters.get("epoch")
     return epoch is not None and epoch.default is epoch.empty
 

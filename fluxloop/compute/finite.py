@@ -247,7 +247,7 @@ class SavedBuffers:
     copies: list[Tensor] = field(factory=list)
 
     def has_changed(self) -> bool:
-        """Tell whether they may differ from what was saved; torch does not count changes of running statistics."""
+        """Return whether they may differ from what was saved; torch does not count changes of running statistics."""
         now = {name: tensor for name, tensor in self.place.items() if tensor is not None and not is_lazy(tensor)}
         if now.keys() != self.tensors.keys() or any(now[name] is not old for name, old in self.tensors.items()):
             self.tensors, self.copies = now, [tensor.detach().clone() for tensor in now.values()]

@@ -51,7 +51,7 @@ def choose_fused(optimizer: Optimizer) -> None:
 
 
 def _is_chosen(group: dict[str, Any]) -> bool:
-    """Tell whether the user has decided how a group of Adam's parameters is stepped."""
+    """Return whether the user has decided how a group of Adam's parameters is stepped."""
     options = [*group["betas"], *(option for name, option in group.items() if name != "params")]
     return (
         group["fused"] is not None
@@ -63,7 +63,7 @@ def _is_chosen(group: dict[str, Any]) -> bool:
 
 
 def _fits_kernel(parameter: Tensor) -> bool:
-    """Tell whether a fused kernel takes a parameter: plain, of a type it knows, without gaps in memory."""
+    """Return whether a fused kernel takes a parameter: plain, of a type it knows, without gaps in memory."""
     return (
         type(parameter) in (nn.Parameter, Tensor)
         and parameter.dtype in FUSED.get(parameter.device.type, ())
@@ -149,7 +149,7 @@ _step, _exp_avg, _exp_avg_sq, _max_exp_avg_sq = map(itemgetter, ("step", "exp_av
 
 
 def _lie_in_order(params: list[Tensor], columns: list[list[Tensor]]) -> bool:
-    """Tell whether the tensors that belong to each parameter have their elements in its order in memory."""
+    """Return whether the tensors that belong to each parameter have their elements in its order in memory."""
     strides = [*map(Tensor.stride, params)]
     for column in columns:
         if [*map(Tensor.stride, column)] != strides:
@@ -198,7 +198,7 @@ def count_changes(params: Sequence[Tensor]) -> None:
 
 
 def can_skip(optimizer: Optimizer) -> bool:
-    """Tell whether an optimizer's step can be left out on the device, without the host knowing: Adam's fused one."""
+    """Return whether an optimizer's step can be left out on the device, without the host knowing: Adam's fused one."""
     return type(optimizer) in ADAMS and all(group["fused"] for group in optimizer.param_groups)
 
 

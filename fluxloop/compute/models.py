@@ -66,7 +66,7 @@ def named_models(model: Any) -> dict[str | None, nn.Module]:
 
 
 def is_name(name: object) -> bool:
-    """Tell whether a name can be that of a named tuple's field."""
+    """Return whether a name can be that of a named tuple's field."""
     return isinstance(name, str) and name.isidentifier() and not iskeyword(name) and not name.startswith("_")
 
 

@@ -34,7 +34,7 @@ def switch_modes(models: Iterable[nn.Module], train: bool) -> Callable[[], None]
 
 
 def is_held_in_eval(model: nn.Module) -> bool:
-    """Tell whether a model stays in eval mode where others are trained: it is in it, and all of it is frozen."""
+    """Return whether a model stays in eval mode where others are trained: it is in it, and all of it is frozen."""
     return not model.training and not any(parameter.requires_grad for parameter in model.parameters())
 
 

@@ -119,7 +119,7 @@ def _build(models: Models, name: Any, value: Any) -> Optimizer:
 
 
 def _is_factory(value: object) -> bool:
-    """Tell whether a value may make optimizers: a function, a partial, or an optimizer's class."""
+    """Return whether a value may make optimizers: a function, a partial, or an optimizer's class."""
     if isinstance(value, type):
         return issubclass(value, Optimizer)
     return callable(value) and not isinstance(value, nn.Module)

@@ -399,7 +399,7 @@ class Updates:
         return self.count, sum(tensor._version for tensor in tensors)
 
     def rests(self, slot: Slot) -> bool:
-        """Tell whether an optimizer has nothing to train while another has, as one of a frozen network; warn once.
+        """Return whether an optimizer has nothing to train while another has, as one of a frozen network; warn once.
 
         Its block makes no update then, so that one network can be trained alone first.
         """

@@ -61,7 +61,7 @@ class LoaderIndices:
         return len(self.sampler)
 
     def ended_after(self, batches: int) -> bool:
-        """Tell whether the indices ended after so many batches, those that were used before too."""
+        """Return whether the indices ended after so many batches, those that were used before too."""
         return self.current is None or (self.current.ended and self.current.drawn <= batches)
 
     def states(self) -> list[tuple[torch.Generator, Tensor]]:
@@ -70,7 +70,7 @@ class LoaderIndices:
 
 
 def _is_torchs(sampler: Any) -> bool:
-    """Tell whether a sampler is torch's own, down to the innermost: it draws from torch's generators alone."""
+    """Return whether a sampler is torch's own, down to the innermost: it draws from torch's generators alone."""
     while type(sampler) is BatchSampler:
         sampler = sampler.sampler
     return type(sampler).__module__ == BatchSampler.__module__

@@ -38,7 +38,7 @@ def parts_of(source: Any) -> list[Any]:
 
 
 def is_loader(source: Any) -> bool:
-    """Tell whether a source is a ``DataLoader`` over map-style data that iterates as torch's do."""
+    """Return whether a source is a ``DataLoader`` over map-style data that iterates as torch's do."""
     if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
         return False
     # By the module of its __iter__: a subclass with one of its own may give other batches than its samplers say. A
@@ -48,15 +48,15 @@ def is_loader(source: Any) -> bool:
 
 
 def can_skip(source: Any) -> bool:
-    """Tell whether a source can be iterated from any batch on."""
+    """Return whether a source can be iterated from any batch on."""
     return isinstance(source, (TensorBatches, list, tuple)) or (is_loader(source) and not draws_in_workers(source))
 
 
 def draws_in_workers(source: DataLoader[Any]) -> bool:
-    """Tell whether a dataset draws, in workers, from generators of its own: the workers alone know where they stand."""
+    """Return whether a dataset draws, in workers, from generators of its own; workers alone know where they stand."""
     return bool(source.num_workers and private_generators(source, samplers_too=False))
 
 
 def keeps_place(source: Any) -> bool:
-    """Tell whether a source keeps its place itself, and says it in ``state_dict()``."""
+    """Return whether a source keeps its place itself, and says it in ``state_dict()``."""
     return not can_skip(source) and is_stateful(source)

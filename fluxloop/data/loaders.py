@@ -67,7 +67,7 @@ AT_ONCE = 64
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Tell whether ``index_select`` copies a tensor's rows as stacking them does, only faster."""
+    """Return whether ``index_select`` copies a tensor's rows as stacking them does, only faster."""
     return (
         type(tensor) is Tensor
         and not tensor.requires_grad
@@ -78,7 +78,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def _is_packed(tensor: Tensor) -> bool:
-    """Tell whether a tensor is plain and has the strides of a new one, which channels last has not."""
+    """Return whether a tensor is plain and has the strides of a new one, which channels last has not."""
     return is_plain(tensor) and tensor.stride() == torch.empty(tensor.shape, device="meta").stride()
 
 
@@ -312,7 +312,7 @@ def as_dataloader(data: Any, batch_size: int = 32, shuffle: bool = False, **opti
 
 
 def _is_map_style(data: Any) -> bool:
-    """Tell whether something that is no ``Dataset`` is a map-style one: rows by number, several at once perhaps."""
+    """Return whether something that is no ``Dataset`` is a map-style one: rows by number, several at once perhaps."""
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         return False
     return not hasattr(data, "__iter__") or callable(getattr(data, "__getitems__", None))
@@ -452,7 +452,7 @@ def load(source: Any, key: str) -> Iterable[Any]:
 
 
 def holds_rows(source: Any) -> bool:
-    """Tell whether `source` holds rows in a known order, to be cut into batches and shuffled."""
+    """Return whether `source` holds rows in a known order, to be cut into batches and shuffled."""
     if isinstance(source, Dataset):
         return not isinstance(source, IterableDataset)
     return isinstance(source, (tuple, dict)) or hasattr(source, "__array__") or _is_map_style(source)

@@ -105,7 +105,7 @@ ALIVE = (
 
 
 def is_workers_death(error: RuntimeError) -> bool:
-    """Tell whether an error is the one that torch raises, wherever the main thread is, when a worker dies."""
+    """Return whether an error is the one that torch raises, wherever the main thread is, when a worker dies."""
     return str(error).startswith("DataLoader worker (pid") and not isinstance(error, FluxloopError)
 
 

@@ -127,7 +127,7 @@ def _kinds(tensors: list[Tensor]) -> list[Any]:
 
 
 def never_draws(dataset: Any) -> bool:
-    """Tell whether a dataset is one of torch's own that only hand out tensors."""
+    """Return whether a dataset is one of torch's own that only hand out tensors."""
     if type(dataset) is Subset:
         return never_draws(dataset.dataset)
     if type(dataset) is ConcatDataset:
@@ -136,7 +136,7 @@ def never_draws(dataset: Any) -> bool:
 
 
 def collates_as_torch() -> bool:
-    """Tell whether nobody has taught `default_collate` another way with tuples or tensors; False where unknown."""
+    """Return whether nobody has taught `default_collate` another way with tuples or tensors; False where unknown."""
     # Users add to this map of torch's, by type, and there is no public way to see whether they have.
     module = default_collate.__module__
     ways = getattr(sys.modules[module], "default_collate_fn_map", {})

@@ -94,7 +94,7 @@ class MixedLoss(nn.Module):
 
 
 def _reduces(loss: Callable[..., Tensor]) -> bool:
-    """Tell whether a loss takes the reduction that it is given."""
+    """Return whether a loss takes the reduction that it is given."""
     if isinstance(loss, nn.Module):
         return True
     parameters = signature(loss).parameters

@@ -114,7 +114,7 @@ class Metric:
         return isinstance(module, str) and module.split(".")[0] in ("fluxloop", "torchmetrics")
 
     def is_left_out(self, step: Any) -> bool:
-        """Tell whether a step is left out: the metric is optional, and the step lacks one of its inputs."""
+        """Return whether a step is left out: the metric is optional, and the step lacks one of its inputs."""
         return self.optional and not all(name in step for name in self.inputs)
 
     def start(self) -> Tracker:
@@ -123,7 +123,7 @@ class Metric:
 
 
 def accumulates(metric: object) -> bool:
-    """Tell whether an object accumulates by itself, as torchmetrics' metrics do."""
+    """Return whether an object accumulates by itself, as torchmetrics' metrics do."""
     return all(callable(getattr(metric, name, None)) for name in ("update", "compute", "reset"))
 
 
@@ -370,7 +370,7 @@ class LossTracker(Tracker):
                 self._add(name, loss, weight)
 
     def _is_taken(self, name: str, key: LossName, step: Any) -> bool:
-        """Tell whether another loss of the step is recorded under the name that a block gave to its own."""
+        """Return whether another loss of the step is recorded under the name that a block gave to its own."""
         others = [f"{self._name}_{other}".lower() for other in step.losses if other != key]
         return name in others or (name == self._name and "loss" in step)
 

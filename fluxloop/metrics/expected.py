@@ -59,7 +59,7 @@ def _of_metric(metric: Metric) -> list[Expected]:
 
 
 def _gives_one(metric: Any) -> bool:
-    """Tell whether an object's ``compute`` is annotated to return one value, not a mapping of them."""
+    """Return whether an object's ``compute`` is annotated to return one value, not a mapping of them."""
     gives = getattr(type(metric).compute, "__annotations__", {}).get("return")
     return gives is not None and getattr(gives, "__name__", str(gives)).rpartition(".")[2] in ("Tensor", "float", "int")
 

@@ -116,7 +116,7 @@ class JointEmbeddingPhase(ObjectivePhase):
 
 
 def _have_same_rows(a: Tensor, b: Tensor) -> bool:
-    """Tell whether two tensors may be views of the same rows; they may be of different size."""
+    """Return whether two tensors may be views of the same rows; they may be of different size."""
     return (a.shape[:1], a.ndim, a.dtype) == (b.shape[:1], b.ndim, b.dtype)
 
 

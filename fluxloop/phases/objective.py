@@ -109,7 +109,7 @@ class ObjectiveValidationPhase(TwinPhase):
 
 
 def can_run(model: Any) -> bool:
-    """Tell whether a learner's model is one module that can be called, rather than a container of parts."""
+    """Return whether a learner's model is one module that can be called, rather than a container of parts."""
     return isinstance(model, nn.Module) and type(model).forward is not nn.Module.forward
 
 

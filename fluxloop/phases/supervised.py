@@ -49,7 +49,7 @@ def check_supervised(phase: Phase, learner: Any) -> None:
 
 
 def runs(phase: Phase, cls: type[Phase]) -> bool:
-    """Tell whether a phase's step is that of a class: neither its step nor its body is its own."""
+    """Return whether a phase's step is that of a class: neither its step nor its body is its own."""
     return (type(phase).step, type(phase).body) == (cls.step, cls.body)
 
 
