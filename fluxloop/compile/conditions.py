@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fluxloop.errors import CompileError, describe
 from fluxloop.events import StepBegin, StepEnd
 from fluxloop.nested import init_fields
-from fluxloop.persist.attributes import attributes
+from fluxloop.persist.attributes import OF_EVERY_MODULE, attributes
 from fluxloop.persist.seen import Same, seen
 from fluxloop.phase import Phase
 from fluxloop.state import StepState
@@ -24,7 +24,7 @@ from fluxloop.state import StepState
 if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner
 
-MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"} | {"_flat_weights", "_flat_weight_refs"}
+MODULE_INTERNALS = OF_EVERY_MODULE - {"training"} | {"_flat_weights", "_flat_weight_refs"}
 """Attributes of modules that are no numbers of the user's, but torch's; a recurrent layer's lists too."""
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -15,7 +15,7 @@ from fluxloop.order.readonly import guarded
 from fluxloop.order.weights import DeclaredWeights
 
 if TYPE_CHECKING:
-    from fluxloop.interfaces import RunLearner
+    from fluxloop.interfaces import StepLearner
 
 
 @frozen(eq=False)
@@ -52,12 +52,12 @@ class LearnerView:
     # that. What follows is for the names that are left.
 
     __slots__ = ("_learner",)
-    _learner: RunLearner
+    _learner: StepLearner
     __place__: ClassVar[Place]
     _nested: ClassVar[dict[str, type[LearnerView]]] = {}
     """The views of what lies below, by name: made once, read as quickly as an attribute."""
 
-    def __init__(self, learner: RunLearner) -> None:
+    def __init__(self, learner: StepLearner) -> None:
         object.__setattr__(self, "_learner", learner)
         for name, nested in self._nested.items():
             object.__setattr__(self, name, nested(learner))
@@ -155,7 +155,7 @@ class Undeclared:
         raise self._access.refuse(self._path, "read")
 
 
-def make_view(access: Access, learner: RunLearner) -> Any:
+def make_view(access: Access, learner: StepLearner) -> Any:
     """Make the view of `learner` for one callback, of a class that is generated from its declaration."""
     return _generate(access, (), lambda learner: learner)(learner)
 

@@ -30,12 +30,13 @@ def _slots(cls: type) -> Iterator[str]:
             yield f"_{cls.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
 
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""Names of the attributes that torch gives to every module."""
 
 
 def plain_attributes(thing: Any) -> dict[str, Any]:
     """Return the attributes of an object that are plain data; of a module, its own and its buffers."""
-    found = {name: value for name, value in attributes(thing).items() if name not in _OF_EVERY_MODULE}
+    found = {name: value for name, value in attributes(thing).items() if name not in OF_EVERY_MODULE}
     if isinstance(thing, nn.Module):
         found.update(thing._buffers)
     plain: dict[str, Any] = {}

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fluxloop.persist.attributes import attributes
+from fluxloop.persist.attributes import OF_EVERY_MODULE, attributes
 from fluxloop.persist.plain import NUMBERS, SCALARS, is_numpy_generator, is_stateful
 from fluxloop.persist.shares import has_more_than_its_pair, left_to_the_pair, library
 from fluxloop.state import PhaseDict
@@ -37,7 +37,6 @@ _LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Thread, thr
 RESOURCES = (*_LOCKS, threading.Semaphore, io.IOBase, socket.socket, subprocess.Popen)
 """Types of what belongs to a process: a walk leaves an object that holds one as it is."""
 _CONSTANT = (type, ModuleType, logging.Logger, logging.Handler, logging.Filterer, weakref.ref, torch.Stream, Enum)
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _CHANGEABLE = {"tensor", "array", "list", "dict", "set", "deque", "generator"}
 _NO_SLOTS = {"tensor", "array", "generator", "set", "phases", "iterator", "resource"}
 SLOTTED = {"object", "part", "module", "pair", "partial", "method", "function", "loader"}
@@ -163,7 +162,7 @@ def _attributes_of(met: Thing) -> dict[str, Any]:
     left_out = {*given} if isinstance(given, (tuple, list, set, frozenset)) else set()
     if kind in ("part", "module"):
         left_out |= {"_initialize_hook", "_load_hook"}  # of a lazy module, until it knows its shapes
-        left_out |= _OF_EVERY_MODULE - ({"training"} if kind == "module" else set())
+        left_out |= OF_EVERY_MODULE - ({"training"} if kind == "module" else set())
     if kind == "pair":
         cls: Any = type(thing)
         if not has_more_than_its_pair(cls):

@@ -22,6 +22,7 @@ from fluxloop.compute.updates import Updates
 from fluxloop.data.passes import untouched
 from fluxloop.errors import PACKAGE, DataError, MissingEntryError, PhaseError
 from fluxloop.loop import set_modes
+from fluxloop.persist.attributes import OF_EVERY_MODULE
 from fluxloop.phase import Phase
 from fluxloop.randomness import preserved
 from fluxloop.run.epoch import feed
@@ -193,13 +194,12 @@ def _copied(thing: Any, memo: dict[int, Any], name: str) -> Any:
 
 def _save_attributes(modules: list[nn.Module]) -> Callable[[], None]:
     """Save the plain attributes of modules, such as a count of calls; return a function that restores them."""
-    torchs = vars(nn.Module()).keys()
     saved = [
         (vars(part), name, value, copy.copy(value))
         for module in modules
         for part in module.modules()
         for name, value in vars(part).items()
-        if name not in torchs and type(value) in PLAIN
+        if name not in OF_EVERY_MODULE and type(value) in PLAIN
     ]
 
     def restore() -> None:

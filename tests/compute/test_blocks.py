@@ -48,7 +48,6 @@ from small_models import (
 )
 
 BODY = "body"
-BLOCK_EVENTS = [BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd]
 BEFORE_THE_UPDATE = [BODY, BackwardBegin, BackwardEnd, UpdateBegin]
 
 # Whose gradients

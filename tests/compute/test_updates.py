@@ -63,10 +63,6 @@ from small_models import (
     weights,
 )
 
-BODY = "body"
-BLOCK_EVENTS = [BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd]
-BEFORE_THE_UPDATE = [BODY, BackwardBegin, BackwardEnd, UpdateBegin]
-
 # Misuse: each an error that says what to do, and nothing changed
 
 
