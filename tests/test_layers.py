@@ -20,6 +20,7 @@ LAYERS: dict[str, tuple[str, tuple[str, ...]]] = {
         "Errors, events, schedules, and helpers that know nothing of a training.",
         ("errors", "events", "lazy", "guard", "nested", "randomness", "schedules", "images", "augment"),
     ),
+    "processes": ("Several processes that train together, and what they tell each other.", ("processes",)),
     "state": (
         "The entries of a step, what is shared, counts, series, when to stop, and what may be used of a learner.",
         ("state", "monitor", "history", "stopping", "interfaces", "signals"),

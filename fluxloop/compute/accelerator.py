@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from fluxloop.compute.fused import step_optimizer
 from fluxloop.compute.gradients import add_gradients
 from fluxloop.errors import BatchError, describe
 from fluxloop.nested import map_tensors, move_object
+from fluxloop.processes.group import Group, join, started_by_torchrun
 
 
 class Accelerator:
@@ -33,12 +34,39 @@ class Accelerator:
     """
 
     def __init__(
-        self, device: str | torch.device = "auto", *, compile: Literal[False, "model", "step"] = False
+        self,
+        device: str | torch.device = "auto",
+        *,
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        accumulate: int | Mapping[str, int] = 1,
+        strategy: Literal["auto", "replicate", "shard", "none"] = "auto",
+        compile: Literal[False, "model", "step"] = False,
+        seed_per_process: bool = True,
     ) -> None:
         if compile not in (False, "model", "step"):
             raise ValueError(f"Accelerator(compile={compile!r}) was given; expected False, 'model' or 'step'")
         self.device = _choose(device)
         self.compile = compile
+        self.precision = precision
+        self.accumulate = accumulate
+        self.strategy = strategy
+        self.seed_per_process = seed_per_process
+        self.group = _join(self.device, strategy)
+
+    @property
+    def rank(self) -> int:
+        """The number of this process, from 0."""
+        return 0 if self.group is None else self.group.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train together."""
+        return 1 if self.group is None else self.group.size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the first process, which alone prints and writes."""
+        return self.group is None or self.group.is_main
 
     def place_model(self, model: nn.Module) -> None:
         """Move a module's parameters and buffers to the device, in place."""
@@ -120,6 +148,13 @@ class Accelerator:
     def __repr__(self) -> str:
         compiled = f", compile={self.compile!r}" if self.compile else ""
         return f"Accelerator(device={str(self.device)!r}{compiled})"
+
+
+def _join(device: torch.device, strategy: str) -> Group | None:
+    """Join the other processes, where there are some and the strategy wants them."""
+    if strategy == "none" or not started_by_torchrun():
+        return None
+    return join(device)
 
 
 @cache
