@@ -1,0 +1,423 @@
+"""The gradients of several processes are added up, in buckets that are sent while the backward pass still runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import attrgetter, is_
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fluxloop.compute.buckets import Bucket, BucketSizes, fill
+from fluxloop.errors import LossError, OptimizerError
+from fluxloop.processes.group import Group
+
+VOTES = 4
+"""How many votes fit into a message."""
+
+_DIFFERS, _NUMBER, _WEIGHT = 0, 1, 2
+_requires_grad = attrgetter("requires_grad")
+
+
+class Sums(NamedTuple):
+    """What all processes together have said.
+
+    Attributes:
+        weights: For each tuple of parameters the summed weight: a number on the CPU, elsewhere a tensor on the device.
+        votes: The summed votes; numbers on the CPU, elsewhere a tensor on the device.
+    """
+
+    weights: list[float | Tensor]
+    votes: list[float] | Tensor
+
+
+class Averager:
+    """Adds up the gradients of all processes.
+
+    What is sent is ``parameter.grad`` as it stands when the backward pass ends: also what was added to
+    it by passes before, or put there by hand. A parameter that has no gradient in any process keeps
+    none; one that has some in one process gets the sum in all. Each sum is a new tensor, so that
+    whoever holds a gradient from before keeps what it was.
+
+    Which parameters are sent in which bucket is agreed upon when a tuple of parameters is first seen,
+    and again when other parameters of it require gradients; until then the old buckets are sent. So no
+    process ever waits for a message of another size than the others send.
+
+    Args:
+        group: The processes.
+        name_of: Says what a parameter is called in messages.
+        sizes: How much is sent in one message.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        name_of: Callable[[nn.Parameter], str | None] | None = None,
+        *,
+        sizes: BucketSizes | None = None,
+    ) -> None:
+        self.group = group
+        self._name_of = name_of
+        self._sizes = sizes or BucketSizes()
+        self._plans: dict[int, _Plan] = {}
+        """By the identity of the tuple's first parameter: the optimizers of a learner share none."""
+        self._sets: Sequence[tuple[nn.Parameter, ...]] = ()
+        self._armed: list[Bucket] = []
+        self._next = 0
+        """Which of the armed buckets is sent next."""
+        self._late: tuple[Tensor, list[_Plan]] | None = None
+        self.messages = 0
+        """How many messages of gradients have been sent."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Averager:
+        """Return one without plans: those of the copied parameters are agreed upon when they are first sent."""
+        return Averager(self.group, copy.deepcopy(self._name_of, memo), sizes=self._sizes)
+
+    def watching(self, sets: Sequence[tuple[nn.Parameter, ...]]) -> Averager:
+        """Send buckets while a backward pass fills them: ``with averager.watching(sets): ...``, then `finish`.
+
+        Args:
+            sets: The parameters of each optimizer whose gradients are complete after the pass.
+
+        Raises:
+            RuntimeError: The pass before failed after a part of its gradients had been sent.
+        """
+        if self._next:
+            raise RuntimeError(
+                "a backward pass ended in an error after a part of its gradients had been sent to the other processes, "
+                "which wait for the rest; start all processes again, from the last checkpoint"
+            )
+        self._sets = sets
+        return self
+
+    def __enter__(self) -> None:
+        """Arm the buckets."""
+        self._armed = []
+        for parameters in self._sets:
+            plan = self._plans.get(id(parameters[0]) if parameters else 0)
+            if plan is None or not plan.agreed:  # which is what `finish` does
+                self._armed = []
+                return
+            self._armed += plan.buckets[:-1]
+        for bucket in self._armed:
+            bucket.arm(self._send_ready)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Disarm them."""
+        for bucket in self._armed:
+            bucket.disarm()
+
+    def _send_ready(self) -> None:
+        """Send the buckets that are full, in the one order that all processes keep."""
+        while self._next < len(self._armed) and self._armed[self._next].is_full:
+            bucket = self._armed[self._next]
+            self._next += 1
+            bucket.collect()
+            self._send(bucket)
+
+    def _send(self, bucket: Bucket, tail: Sequence[Tensor] = ()) -> None:
+        bucket.send(self.group.process_group, tail)
+        self.messages += 1
+
+    def reduce(
+        self,
+        sets: Sequence[tuple[nn.Parameter, ...]],
+        weights: Sequence[float | Tensor],
+        votes: Sequence[float] | Tensor = (),
+    ) -> Sums:
+        """Add up gradients that are complete without a backward pass; see `finish`.
+
+        Args:
+            sets: The parameters of each optimizer.
+            weights: One for each.
+            votes: Numbers that are added up as well, at most `VOTES`.
+        """
+        with self.watching(sets):
+            pass
+        return self.finish(weights, votes)
+
+    @torch.no_grad()
+    def finish(self, weights: Sequence[float | Tensor], votes: Sequence[float] | Tensor = ()) -> Sums:
+        """Send what is missing, wait for all, and put the sums into ``grad``.
+
+        Args:
+            weights: One for each tuple of parameters that was given to `watching`: numbers, or tensors of one element.
+            votes: Numbers that are added up as well, at most `VOTES`.
+
+        Returns:
+            The summed weights and votes. The gradients are sums, too, and not divided by anything.
+
+        Raises:
+            OptimizerError: The processes train different parameters, or other optimizers than one another.
+            LossError: A gradient is of a kind that cannot be sent. In both cases no gradient is changed.
+        """
+        self._check_late()
+        plans = [self._plan(parameters) for parameters in self._sets]
+        fresh = [plan for plan in plans if not plan.agreed]
+        if fresh:
+            self._agree(fresh)
+        said = self._exchange(plans, weights, votes)
+        if said is None:
+            self._agree(plans)  # nobody's gradients have changed yet: they are sent once more, in the new buckets
+            said = self._exchange(plans, weights, votes)
+            assert said is not None  # for type checkers: nothing differs in plans that are new
+        for plan in plans:
+            plan.hand_out()
+        return said
+
+    def _plan(self, parameters: tuple[nn.Parameter, ...]) -> _Plan:
+        """Return what is known of a tuple of parameters."""
+        key = id(parameters[0]) if parameters else 0
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = _Plan(parameters, len(self._plans) + 1)
+        plan.parameters = parameters  # a group may have been added
+        return plan
+
+    def _exchange(
+        self, plans: list[_Plan], weights: Sequence[float | Tensor], votes: Sequence[float] | Tensor
+    ) -> Sums | None:
+        """Send what has not been sent and wait for all of it; return None if the buckets have to be agreed upon."""
+        armed, start = self._armed or list(chain.from_iterable(plan.buckets[:-1] for plan in plans)), self._next
+        self._armed, self._next = [], 0
+        for bucket in armed[start:]:
+            bucket.collect()
+            self._send(bucket)
+        differs = False
+        for plan, weight in zip(plans, weights, strict=True):
+            plan.buckets[-1].collect()
+            tail, differ = plan.tail(weight, votes if plan is plans[-1] else ())
+            self._send(plan.buckets[-1], tail)
+            differs = differs or differ
+        for bucket in chain.from_iterable(plan.buckets for plan in plans):
+            bucket.receive()
+        return self._read(plans, len(votes), differs)
+
+    def _read(self, plans: list[_Plan], count: int, differs: bool) -> Sums | None:
+        """Read what all have said; return None if somebody's plan differs."""
+        said = [plan.buckets[-1].sums[-1] for plan in plans]
+        if not differs and not said[0].is_cpu:  # to read it would wait for the device: it is read in the next call
+            weights: list[float | Tensor] = [numbers[_WEIGHT] for numbers in said]
+            late = torch.stack([numbers.double()[: _NUMBER + 1] for numbers in said])
+            self._late = (late.to("cpu", non_blocking=True), plans)
+            return Sums(weights, said[-1][_WEIGHT + 1 : _WEIGHT + 1 + count])
+        numbers = [tensor.tolist() for tensor in said]
+        if self._differ(numbers, plans):
+            if not said[0].is_cpu and any(0 < entry[_DIFFERS] < self.group.size for entry in numbers):
+                raise self._one_sided()  # the others will read it in their next call
+            return None
+        if said[0].is_cpu:
+            return Sums([entry[_WEIGHT] for entry in numbers], numbers[-1][_WEIGHT + 1 : _WEIGHT + 1 + count])
+        return Sums([tensor[_WEIGHT] for tensor in said], said[-1][_WEIGHT + 1 : _WEIGHT + 1 + count])
+
+    def _differ(self, numbers: list[list[float]], plans: list[_Plan]) -> bool:
+        """Return whether somebody has another plan.
+
+        Raises:
+            OptimizerError: Other optimizers were updated there.
+        """
+        for entry, plan in zip(numbers, plans, strict=True):
+            if entry[_NUMBER] != plan.number * self.group.size:
+                raise OptimizerError(
+                    f"process {self.group.rank} updates the optimizer of {self._name(plan.parameters, 0)!r} and "
+                    "another process one of other parameters; expected the same updates in the same order on every one: "
+                    "let no condition decide about a block or learner.update() that only one of them sees"
+                )
+        return any(entry[_DIFFERS] for entry in numbers)
+
+    def _check_late(self) -> None:
+        """Read what was said in the last call, where that was not awaited."""
+        if self._late is not None:
+            (late, plans), self._late = self._late, None
+            if torch.cuda.is_available():
+                torch.cuda.current_stream().synchronize()
+            if self._differ(late.tolist(), plans):
+                raise self._one_sided()
+
+    def _one_sided(self) -> OptimizerError:
+        return OptimizerError(
+            "a part of the processes has begun to train other parameters than the rest; expected that parameters are "
+            "frozen, unfrozen and added on every process alike, before the same step"
+        )
+
+    def _agree(self, plans: list[_Plan]) -> None:
+        """Make new buckets of what requires gradients now, which has to be the same everywhere.
+
+        Raises:
+            OptimizerError: The processes train different parameters.
+            LossError: A gradient is of a kind that cannot be sent.
+        """
+        mine = [self._standing(plan) for plan in plans]
+        everybody: list[list[_Standing]] = self.group.gather_objects(mine)
+        lengths = [len(said) for said in everybody]
+        if len(set(lengths)) > 1:
+            raise OptimizerError(f"the processes update different numbers of optimizers at once: {lengths}")
+        for plan, said in zip(plans, zip(*everybody, strict=True), strict=True):
+            for rank, standing in enumerate(said):
+                if standing.refused:
+                    raise LossError(f"{standing.refused} (process {rank})")
+            _compare([standing.trained for standing in said])
+            left = set(chain.from_iterable(standing.left for standing in said))
+            plan.make(
+                [p for i, p in enumerate(plan.parameters) if p.requires_grad or i in left],
+                self._sizes,
+            )
+
+    def _standing(self, plan: _Plan) -> _Standing:
+        """Say what this process is about to send."""
+        trained = {
+            f"{self._name(plan.parameters, i)}": f"shape {tuple(p.shape)}, {p.dtype}"
+            for i, p in enumerate(plan.parameters)
+            if p.requires_grad
+        }
+        left = [i for i, p in enumerate(plan.parameters) if not p.requires_grad and p.grad is not None]
+        refused = ""
+        for i, parameter in enumerate(plan.parameters):
+            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+                refused = (
+                    f"the gradient of {self._name(plan.parameters, i)!r} is sparse, and several processes can only add "
+                    "up dense ones: build its layer with sparse=False, as nn.Embedding(..., sparse=False), and use "
+                    "Adam in place of SparseAdam"
+                )
+            elif parameter.device != plan.parameters[0].device or type(parameter.data) is not Tensor:
+                refused = (
+                    f"{self._name(plan.parameters, i)!r} is a {type(parameter.data).__name__} on {parameter.device}, "
+                    f"and {self._name(plan.parameters, 0)!r} is on {plan.parameters[0].device}; several processes need "
+                    "all parameters of an optimizer on one device, as plain tensors: leave it to "
+                    "Accelerator(strategy=...) where they are"
+                )
+        return _Standing(trained, left, refused)
+
+    def _name(self, parameters: Sequence[nn.Parameter], index: int) -> str:
+        if not parameters:
+            return "no parameter"
+        name = None if self._name_of is None else self._name_of(parameters[index])
+        return name or f"parameter {index}"
+
+
+class _Standing(NamedTuple):
+    """What a process is about to send of a tuple of parameters.
+
+    Attributes:
+        trained: What requires a gradient: by name, with shape and type.
+        left: The places of what does not, and has a gradient from before it was frozen.
+        refused: Why it cannot be sent; empty if it can.
+    """
+
+    trained: dict[str, str]
+    left: list[int]
+    refused: str
+
+
+class _Plan:
+    """Which parameters of a tuple are sent in which buckets.
+
+    Args:
+        parameters: Those of an optimizer, frozen ones too.
+        number: Which of the tuples this is; the same on all processes.
+    """
+
+    def __init__(self, parameters: tuple[nn.Parameter, ...], number: int) -> None:
+        self.parameters = parameters
+        self.number = number
+        self.sent: tuple[nn.Parameter, ...] = ()
+        self.buckets: list[Bucket] = []
+        self.agreed = False
+        self.new = False
+        """Whether it was agreed upon in this call. So nothing differs; and hooks may have come after the pass began."""
+
+    def __del__(self) -> None:
+        """Take the hooks from parameters that live on."""
+        for bucket in self.buckets:
+            bucket.forget()
+
+    def make(self, sent: list[nn.Parameter], sizes: BucketSizes) -> None:
+        """Make the buckets."""
+        for bucket in self.buckets:
+            bucket.forget()
+        self.sent = tuple(sent)
+        self.buckets = fill(sent, sizes)
+        self.agreed = self.new = True
+        for bucket in self.buckets[:-1]:
+            bucket.hook()
+        self._dtype = self.buckets[-1].dtype
+        device = self.parameters[0].device if self.parameters else None
+        self._all_used = torch.ones(len(sent), dtype=self._dtype, device=device)
+        self._numbers: list[float] = []
+        self._said = self._all_used
+
+    def tail(self, weight: float | Tensor, votes: Sequence[float] | Tensor) -> tuple[list[Tensor], bool]:
+        """Return what follows the gradients in the last bucket, and whether this process's plan differs.
+
+        It is a number for each parameter, 1 where it has a gradient; and whether other parameters take
+        part now, the plan's number, the weight, the votes.
+        """
+        own = self.parameters
+        if not all(map(_requires_grad, own)):
+            own = tuple(p for p in own if p.requires_grad or p.grad is not None)
+        same = self.new or (len(own) == len(self.sent) and all(map(is_, own, self.sent)))
+        differs = not same or any(bucket.refused for bucket in self.buckets)
+        flags, device = self._all_used, self._all_used.device
+        if any(bucket.unused for bucket in self.buckets):
+            start, places = 0, []
+            for bucket in self.buckets:
+                places += [start + place for place in bucket.unused]
+                start += len(bucket.parameters)
+            flags = flags.index_fill(0, torch.tensor(places, device=device), 0)
+        numbers = [float(differs), float(self.number), 0.0, *[0.0] * VOTES]
+        if not isinstance(weight, Tensor):
+            numbers[_WEIGHT] = weight
+        if not isinstance(votes, Tensor):
+            numbers[_WEIGHT + 1 : _WEIGHT + 1 + len(votes)] = votes
+        if numbers != self._numbers:
+            self._said = torch.tensor(numbers, dtype=self._dtype).to(device)
+            self._numbers = numbers
+        said = self._said
+        if isinstance(weight, Tensor) or isinstance(votes, Tensor):
+            said = said.clone()
+            if isinstance(weight, Tensor):
+                said[_WEIGHT] = weight.reshape(())
+            if isinstance(votes, Tensor):
+                said[_WEIGHT + 1 : _WEIGHT + 1 + len(votes)] = votes
+        return [flags, said], differs
+
+    def hand_out(self) -> None:
+        """Put the sums into ``grad``."""
+        self.new = False
+        used: list[float] | None = None
+        start = 0
+        for bucket in self.buckets:
+            if bucket.unused:
+                used = used or self.buckets[-1].sums[-2].tolist()
+                bucket.hand_out({place for place in bucket.unused if not used[start + place]})
+            else:
+                bucket.hand_out(())
+            start += len(bucket.parameters)
+
+
+def _compare(trained: list[dict[str, str]]) -> None:
+    """Raise if the processes train different parameters.
+
+    Raises:
+        OptimizerError: Names one, and the processes.
+    """
+    for name in dict.fromkeys(chain.from_iterable(trained)):
+        kinds = [said.get(name) for said in trained]
+        if len(set(kinds)) == 1:
+            continue
+        without = [rank for rank, kind in enumerate(kinds) if kind is None]
+        if without:
+            others = [rank for rank, kind in enumerate(kinds) if kind is not None]
+            what = f"{name!r} is trained by the processes {others} and not by {without}"
+        else:
+            what = f"{name!r} differs: " + ", ".join(f"{kind} in process {i}" for i, kind in enumerate(kinds))
+        raise OptimizerError(
+            f"the processes train different parameters: {what}. Expected the same on every one: freeze, unfreeze and "
+            "add parameters on all of them before the same step, and let no condition decide that only one of them sees"
+        )
