@@ -59,6 +59,8 @@ from fluxloop.callbacks import Unfreeze as Unfreeze
 from fluxloop.callbacks import throttle as throttle
 from fluxloop.compute.accelerator import Accelerator as Accelerator
 from fluxloop.compute.modes import watching as watching
+from fluxloop.compute.recompute import is_recomputing as is_recomputing
+from fluxloop.compute.recompute import recompute_activations as recompute_activations
 from fluxloop.data.combined import CombinedLoader as CombinedLoader
 from fluxloop.data.loaders import TensorBatches as TensorBatches
 from fluxloop.data.loaders import as_dataloader as as_dataloader

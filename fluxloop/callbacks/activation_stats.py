@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fluxloop.callback import Callback, on
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.compute.models import named_parts
+from fluxloop.compute.recompute import is_recomputing
 from fluxloop.errors import ModelError, did_you_mean
 from fluxloop.events import EpochBegin, StepBegin
 from fluxloop.guard.given import number, texts
@@ -114,7 +115,7 @@ class ActivationStats(Callback):
 
     def _hook(self, learner: Any, name: str, step: int) -> Callable[..., None]:
         def record(module: nn.Module, given: Any, made: Any) -> None:
-            if not torch.is_grad_enabled():  # somebody watches inside the step
+            if not torch.is_grad_enabled() or is_recomputing():  # somebody watches inside the step, or a second time
                 return
             values = next(tensors(made), None)
             if values is None or not values.numel():

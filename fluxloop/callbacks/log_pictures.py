@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fluxloop.callback import on, require_call
 from fluxloop.callbacks.log import LogCallback
 from fluxloop.compute.models import named_parts
+from fluxloop.compute.recompute import is_recomputing
 from fluxloop.errors import CallbackTypeError, describe
 from fluxloop.events import EpochBegin, EpochEnd, StepBegin, StepEnd
 from fluxloop.guard.given import check_number
@@ -85,7 +86,7 @@ class LogHistograms(LogCallback):
 
     def _note_output(self, name: str, module: nn.Module, inputs: Any, given: Any) -> None:
         first = next(tensors(given), None)
-        if first is not None:
+        if first is not None and not is_recomputing():
             self._given[name] = first.detach().clone()  # a later module may change it in place
 
     @on(StepEnd, AbstractTrainingPhase)

@@ -13,6 +13,7 @@ from fluxloop.callback import Callback
 from fluxloop.compile.conditions import HOOKS, has_hooks, holders_of
 from fluxloop.compile.optimizer_stand_in import DECAY, as_tensor, is_input
 from fluxloop.compile.refusals import changes_python, refusal
+from fluxloop.compute.recompute import recomputed_parts
 from fluxloop.compute.slots import Slot
 from fluxloop.nested import tensors
 from fluxloop.persist.attributes import attributes
@@ -132,6 +133,13 @@ def check(inputs: Inputs) -> None:
     if any(gradient.layout is not torch.strided for gradient in waiting if gradient is not None):  # each has one
         raise refusal(inputs.phase, "sparse gradients wait for an update, which a graph cannot add to")
     check_hooks(inputs)
+    again = [type(part).__name__ for part in recomputed_parts(*inputs.parts)]
+    if again:
+        raise refusal(
+            inputs.phase,
+            f"recompute_activations was called for {', '.join(dict.fromkeys(again))}, and a graph holds forward and "
+            "backward as one; leave that call out, or compile='step' (compile='model' works with it)",
+        )
     check_optimizers(inputs)
     computed = [
         f"{type(part).__name__}.{name}"

@@ -9,7 +9,7 @@ import torch
 from compiled_training import Every, Model, Scale, learner, learner_of
 from torch import Tensor, nn
 
-from fluxloop import CompileError
+from fluxloop import CompileError, recompute_activations
 
 pytestmark = pytest.mark.usefixtures("imported")
 
@@ -52,6 +52,13 @@ def test_hooks_of_an_optimizer_are_refused() -> None:
     made.optimizer.register_step_post_hook(lambda *_: None)
     with pytest.raises(CompileError, match="there are hooks on the optimizer"):
         made.fit(1)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_parts_that_compute_their_activations_again_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Tanh()), nn.Linear(6, 3))
+    with pytest.raises(CompileError, match="recompute_activations was called for Sequential"):
+        learner_of(recompute_activations(model, "1")).fit(1)
 
 
 @pytest.mark.usefixtures("uncompiled")
