@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from fluxloop.callback import Callback
 from fluxloop.callbacks.defaults import with_defaults
 from fluxloop.checkpoint.ledger import Ledger
-from fluxloop.compute.accelerator import Accelerator
+from fluxloop.compute.accelerator import Accelerator, accelerator_or_default
 from fluxloop.compute.blocks import UpdateBlock
 from fluxloop.compute.finite import Finite
 from fluxloop.compute.models import arrange_like, named_models
 from fluxloop.compute.optimizers import build_optimizers, parameter_names
-from fluxloop.compute.updates import Updates
+from fluxloop.compute.windows import updates_of
 from fluxloop.data.loaders import name_data
 from fluxloop.errors import CancelFittingException, CompileError, PhaseError, describe
 from fluxloop.events import Event
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     import typing_extensions
 
     from fluxloop.compile.plans import CompiledSteps
+    from fluxloop.compute.updates import Updates
     from fluxloop.history import History
     from fluxloop.run.summary import Summary
 
@@ -123,11 +124,7 @@ class Learner(KeepsState, HasCallbacks, Generic[M]):
         self.data: State = name_data(data)
         if not isinstance(default_callbacks, bool):
             raise TypeError(f"default_callbacks={describe(default_callbacks)} was given; expected True or False")
-        if accelerator is not None and not isinstance(accelerator, Accelerator):
-            raise TypeError(
-                f"accelerator={accelerator!r} was given; expected an Accelerator: accelerator=Accelerator('cpu')"
-            )
-        self.accelerator = Accelerator() if accelerator is None else accelerator
+        self.accelerator = accelerator_or_default(accelerator)
         self.loss_fn: Any = loss_fn
         for module in self.modules():
             self.accelerator.place_model(module)
@@ -147,7 +144,7 @@ class Learner(KeepsState, HasCallbacks, Generic[M]):
         self.streams, self._host_queue = session.streams, session._host_queue
         self.step, self.phases, self.scope = session.step, session.phases, session.scope
         self.num_batches, self.num_epochs, self.fit_phases = session.num_batches, session.num_epochs, session.fit_phases
-        self.updates = Updates(self, parameter_names(self.models, loss_fn), optimizers)
+        self.updates: Updates = updates_of(self, parameter_names(self.models, loss_fn), optimizers)
         self.finite = Finite(self)
         self._compiled: CompiledSteps | None = None
         if self.accelerator.compile == "step":
@@ -423,6 +420,11 @@ class Learner(KeepsState, HasCallbacks, Generic[M]):
         return self.history.trained_steps
 
     @property
+    def is_accumulating(self) -> bool:
+        """Whether batches of ``Accelerator(accumulate=k)`` wait for others, to make one update together."""
+        return self.updates.is_open
+
+    @property
     def batch_size(self) -> int:
         """Number of rows of the running or last step."""
         return batch_size(vars(self.step))
@@ -483,16 +485,14 @@ class Learner(KeepsState, HasCallbacks, Generic[M]):
         """List the phase types that have run or, before any has, those of a plain fit."""
         if self.phases:
             return [FittingPhase, *self.phases]
-        validation: list[type[Phase]] = [ValidationPhase] if "validation" in self.data else []
-        return [FittingPhase, TrainingPhase, *validation]
+        return [FittingPhase, TrainingPhase, *([ValidationPhase] if "validation" in self.data else [])]
 
     def __repr__(self) -> str:
         models = ", ".join(
             type(m).__name__ if name is None else f"{name}: {type(m).__name__}" for name, m in self.models.items()
         )
-        lines = [
-            f"Learner({models}; seed={self.seed}, {self.accelerator.device})",
-            f"  data: {', '.join(vars(self.data)) or 'none'}",
-            f"  callbacks: {' → '.join(self.callbacks.order) or 'none'}",
-        ]
-        return "\n".join(lines)
+        return (
+            f"Learner({models}; seed={self.seed}, {self.accelerator.device})\n"
+            f"  data: {', '.join(vars(self.data)) or 'none'}\n"
+            f"  callbacks: {' → '.join(self.callbacks.order) or 'none'}"
+        )

@@ -156,7 +156,7 @@ def runstep(learner: RunLearner, phase: RunPhase, /, **entries: Any) -> StepScop
     if type(epoch) is runepoch and epoch.idle_step is not None and epoch.idle_step.phase is phase:
         step, epoch.idle_step = epoch.idle_step, None
     else:
-        step = StepScope(learner, phase)
+        step = (StepScope if learner.accelerator.casting is None else CastStepScope)(learner, phase)
     step.state = StepState(entries)
     return step
 
@@ -261,6 +261,34 @@ class StepScope(Scope):
         self._apart.callback(set_modes(learner, self.phase))
 
 
+class CastStepScope(StepScope):
+    """One step in reduced precision: autocast is on while its body runs, and off in handlers."""
+
+    __slots__ = ("_fire", "_plain", "_was")
+
+    def __init__(self, learner: RunLearner, phase: RunPhase) -> None:
+        super().__init__(learner, phase)
+        self._plain: Handle | None = None
+        self._fire: Handle | None = None
+
+    def __enter__(self) -> tuple[Handle, StepState]:
+        handle, state = super().__enter__()
+        casting = self._learner.accelerator.casting
+        if self._fire is None or self._plain is not handle:
+            self._plain, self._fire = handle, casting.outside(self._learner, handle)
+        self.handle = self._fire
+        self._was = casting.begin()
+        return self._fire, state
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        self._learner.accelerator.casting.end(self._was)
+        if self._plain is not None:
+            self.handle = self._plain
+        return super().__exit__(kind, error, traceback)
+
+
 class runepoch(Scope):  # noqa: N801 - used like a function
     """Run one epoch: fire `EpochBegin`, give ``handle``, fire `EpochEnd`.
 
@@ -332,6 +360,8 @@ class runepoch(Scope):  # noqa: N801 - used like a function
         try:
             if ends:
                 try:
+                    if self.phase.gradients:
+                        learner.updates.end_epoch()
                     learner._host_queue.flush()
                 except CancelEpochException:
                     pass  # the epoch ends here anyway

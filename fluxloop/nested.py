@@ -180,6 +180,15 @@ def call_with(function: Any, xs: Any) -> Any:
     return function(xs)
 
 
+def weight_of(phase: Any, state: Any) -> Any:
+    """Return what a phase says that a step weighs; where it says nothing, the number of the step's rows.
+
+    An attribute `weight` that is a number says nothing of steps. Without a phase it is the rows too.
+    """
+    weigh = getattr(type(phase), "weight", None)
+    return weigh(phase, state) if callable(weigh) else batch_size(vars(state))
+
+
 def batch_size(entries: Mapping[str, Any]) -> int:
     """Return the number of rows of a step, as its first entry that has rows tells it.
 

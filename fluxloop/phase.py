@@ -270,12 +270,6 @@ def is_due(phase: Phase, cycle: int, last: int) -> bool:
     return not isinstance(phase, AbstractValidationPhase) or cycle % phase.every == 0 or cycle == last
 
 
-def weight_of(phase: Phase, state: StepState) -> Any:
-    """Return what a phase says that a step weighs; an attribute `weight` that is a number says nothing of steps."""
-    weigh = type(phase).weight
-    return weigh(phase, state) if callable(weigh) else batch_size(vars(state))
-
-
 def inputs_and_labels(batch: Any) -> dict[str, Any]:
     """Return ``xs``, and ``ys`` of a batch that is a pair; a tuple or list of one item is that item.
 

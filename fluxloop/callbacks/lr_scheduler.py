@@ -100,6 +100,8 @@ class LRScheduler(Callback):
     """How often each scheduler was stepped."""
     _seen: int = field(default=0, init=False, repr=False)
     """The epoch of the newest value of the metric that was used."""
+    _waiting: bool = field(default=False, init=False, repr=False)
+    """Whether a step of several batches has begun and not ended."""
 
     draws = False
     _fixed = ("factory", "unit", "optimizer", "monitor")
@@ -240,8 +242,13 @@ class LRScheduler(Callback):
     def end_step(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Step the schedulers that count steps, or the updates that there were in this one."""
         self._ended += 1
+        self._waiting = learner.is_accumulating
+        self._advance(not self._waiting)
+
+    def _advance(self, step_ended: bool) -> None:
+        """Step the schedulers that count steps, where one has ended, or those that count updates."""
         for name, scheduler in self.schedulers.items() if self.unit != "epoch" else ():
-            for _ in range(self._updated[name] if self.unit == "update" else 1):
+            for _ in range(self._updated[name] if self.unit == "update" else step_ended):
                 self._counted[name] += 1
                 advance(scheduler, count=self._counted[name], updates=True)
         self._updated.clear()
@@ -249,6 +256,9 @@ class LRScheduler(Callback):
     @on(EpochEnd)
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
         """Step the schedulers that count epochs, or watch a metric that has a new value."""
+        if self._waiting and not learner.is_accumulating:  # its last update was made at the end of the epoch
+            self._waiting = False
+            self._advance(step_ended=True)
         if self._watched is not None:
             new = self._watched.new(learner.cbstate.metrics, self._seen)
             if new is not None:
@@ -297,6 +307,7 @@ class LRScheduler(Callback):
             "counted": counted,
             "steps": self._ended,
             "seen": self._seen,
+            "waiting": self._waiting,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -317,6 +328,7 @@ class LRScheduler(Callback):
             scheduler.load_state_dict(with_counters(kept[name]["now"], scheduler.state_dict()))
         self._updated, self._ended, self._seen = Counter(state["updated"]), state["steps"], state["seen"]
         self._counted = Counter({name: count for name, count in state.get("counted", ())})
+        self._waiting = state.get("waiting", False)
 
 
 @cache

@@ -17,8 +17,9 @@ from fluxloop.history import MOST_PARTS, numbers_in
 from fluxloop.metrics.base import Loss, Metric, SmoothLoss, Tracker
 from fluxloop.metrics.expected import expected_of
 from fluxloop.monitor import Expected, Mode
+from fluxloop.nested import weight_of
 from fluxloop.persist.series import Series
-from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase, weight_of
+from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase
 from fluxloop.state import Container, PhaseDict
 
 AnyMetric = Loss | SmoothLoss | Metric

@@ -116,8 +116,9 @@ class Scheduler(Callback):
     At the begin of each training step (or epoch) every hyperparameter is set to ``schedule(t)``.
     `t` counts from 0, over all training phases together, what has ended: training steps
     (each batch is one), updates of an optimizer (fewer, where gradients of several batches add
-    up), or epochs. A step that was cancelled does not count: the next one gets the same value. In
-    other phases nothing is set and nothing counted.
+    up), or epochs. Where ``Accelerator(accumulate=k)`` makes one update of k batches, they are one
+    training step here, as one large batch would be. A step that was cancelled does not count: the
+    next one gets the same value. In other phases nothing is set and nothing counted.
 
     Learning rates and weight decays of several parameter groups stay in the ratios that they were
     given: the group with the largest gets the schedule's value, the others their share of it, so a
@@ -158,6 +159,8 @@ class Scheduler(Callback):
     _ended: int = field(default=0, init=False, repr=False)
     """Training steps of the learner, also those before this one was added."""
     _epochs: int = field(default=0, init=False, repr=False)
+    _waiting: bool = field(default=False, init=False, repr=False)
+    """Whether a step of several batches has begun and not ended."""
     _given: dict[str, dict[str, Any]] = field(factory=dict, init=False, repr=False)
     """By label, what each parameter group had when the learner was made, where their ratios are to stay."""
     _before: dict[str | None, int] = field(factory=dict, init=False, repr=False)
@@ -229,14 +232,19 @@ class Scheduler(Callback):
 
     @on(StepEnd, AbstractTrainingPhase)
     def count_step(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
-        """Count a step."""
-        self._steps += 1
+        """Count a step, with the last of the batches that make an update."""
+        self._waiting = learner.is_accumulating
+        if not self._waiting:
+            self._steps += 1
         self._ended += 1
 
     @on(EpochEnd, AbstractTrainingPhase)
     def count_epoch(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
-        """Count an epoch."""
+        """Count an epoch, and the step whose last batches are fewer."""
         self._epochs += 1
+        if self._waiting and not learner.is_accumulating:
+            self._waiting = False
+            self._steps += 1
 
     def _written(self) -> dict[str, str]:
         schedules = zip(self._labels, self.schedules.values(), strict=True)
@@ -252,6 +260,7 @@ class Scheduler(Callback):
             "epochs": self._epochs,
             "given": self._given,
             "before": self._before,
+            "waiting": self._waiting,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -278,6 +287,7 @@ class Scheduler(Callback):
         self._ended = state.get("ended", state["steps"])
         self._given = state.get("given", self._given)  # older checkpoints have neither
         self._before = state.get("before", self._before)
+        self._waiting = state.get("waiting", False)
 
     def _set(self, learner: Any, t: int) -> None:
         table = learner.cbstate.hyperparameters

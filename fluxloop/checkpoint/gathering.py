@@ -164,9 +164,11 @@ def _updates_state(learner: RunLearner) -> State:
                 "train_mode": slot.mode is not None and slot.mode.is_train,
                 "phase": slot.phase,
                 "num_batches": slot.num_batches,
+                **slot.window_state(),
             }
             for slot in updates.slots
         },
+        **updates.scale_state(),
         "gradients": {  # those that an update has used are released when the next step begins
             name: p.grad.detach() for p, name in updates.names.items() if p.grad is not None and p not in consumed
         },

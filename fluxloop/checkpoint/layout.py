@@ -128,10 +128,15 @@ PLACE = _entries(
     {"steps_per_epoch": _maybe(COUNT)},
 )
 OPTIMIZER = _entries({"class": TEXT, "defaults": DICT, "state": DICT}, {"names": _each(_each(TEXT))})
+NUMBER = _a("a number", lambda value: type(value) in (int, float))
+WINDOW = _entries(
+    {"count": COUNT, "weight": NUMBER, "current": _maybe(NUMBER), "scale": NUMBER, "complete": FLAG, "finite": FLAG}
+)
+SCALE = _entries({"value": NUMBER, "growth": COUNT, "largest": NUMBER, "reference": _maybe(NUMBER)})
 # The second dict of each: parts that files of older versions lack
 SLOT = _entries(
     {"consumed": FLAG, "waiting": FLAG, "in_block": FLAG},
-    {"train_mode": FLAG, "phase": _maybe(TEXT), "num_batches": COUNT},
+    {"train_mode": FLAG, "phase": _maybe(TEXT), "num_batches": COUNT, "window": WINDOW},
 )
 CALLBACK = _entries({"class": TEXT, "state": DICT, "around": _each(DICT)})
 
@@ -148,7 +153,7 @@ STATE = _entries(
         "loss_fn": _loss_function,
         "views": _table(_table(ANY)),
         "optimizers": _table(OPTIMIZER),
-        "updates": _entries({"slots": _table(SLOT), "gradients": _table(TENSOR)}),
+        "updates": _entries({"slots": _table(SLOT), "gradients": _table(TENSOR)}, {"scale": SCALE}),
         "streams": _table(COUNT),
         "history": _entries({"cycles": COUNT, "stop_reason": _maybe(TEXT)}),
         "cbstate": _table(ANY),

@@ -218,6 +218,8 @@ def _restore_updates(learner: RunLearner, kept: State) -> None:
         slot.first_step = StepState() if stands["waiting"] else None
         slot.phase, slot.num_batches = stands.get("phase"), stands.get("num_batches", 0)  # older files lack them
         slot.step = slot.before = None
+        slot.restore_window(stands.get("window"))
+    learner.updates.restore_scale(kept.get("scale"))
 
 
 def _restore_shared(learner: RunLearner, kept: State, restoring: Restoring) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, Literal
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from fluxloop.compute.fused import step_optimizer
 from fluxloop.compute.gradients import add_gradients
-from fluxloop.errors import BatchError, describe
+from fluxloop.compute.precision import TYPES, Casting
+from fluxloop.errors import BatchError, describe, did_you_mean
 from fluxloop.nested import map_tensors, move_object
 from fluxloop.processes.group import Group, join, started_by_torchrun
 
@@ -45,6 +47,12 @@ class Accelerator:
     ) -> None:
         if compile not in (False, "model", "step"):
             raise ValueError(f"Accelerator(compile={compile!r}) was given; expected False, 'model' or 'step'")
+        if precision not in TYPES:
+            raise ValueError(
+                f"Accelerator(precision={precision!r}) was given; expected 'fp32', 'bf16' or 'fp16'"
+                f"{did_you_mean(str(precision), TYPES)}"
+            )
+        _check_accumulate(accumulate)
         self.device = _choose(device)
         self.compile = compile
         self.precision = precision
@@ -52,6 +60,18 @@ class Accelerator:
         self.strategy = strategy
         self.seed_per_process = seed_per_process
         self.group = _join(self.device, strategy)
+        dtype = TYPES[precision]
+        self.casting = None if dtype is None else Casting(self.device.type, dtype)
+        """Switches autocast on and off; None in fp32."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether an update is of one batch, of one process, in the weights' own precision."""
+        return self.accumulate == 1 and self.precision == "fp32" and self.group is None
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return a context in which models compute in the precision; steps are in one, handlers are not."""
+        return nullcontext() if self.casting is None else self.casting.on()
 
     @property
     def rank(self) -> int:
@@ -146,8 +166,37 @@ class Accelerator:
         step_optimizer(optimizer, closure)
 
     def __repr__(self) -> str:
-        compiled = f", compile={self.compile!r}" if self.compile else ""
-        return f"Accelerator(device={str(self.device)!r}{compiled})"
+        usual = {"precision": "fp32", "accumulate": 1, "strategy": "auto", "compile": False, "seed_per_process": True}
+        other = [f"{name}={value!r}" for name, usually in usual.items() if (value := getattr(self, name)) != usually]
+        return f"Accelerator({', '.join([f'device={str(self.device)!r}', *other])})"
+
+
+def accelerator_or_default(accelerator: Accelerator | None) -> Accelerator:
+    """Return an accelerator, or one of the fastest device where there is none.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if accelerator is not None and not isinstance(accelerator, Accelerator):
+        raise TypeError(
+            f"accelerator={accelerator!r} was given; expected an Accelerator: accelerator=Accelerator('cpu')"
+        )
+    return Accelerator() if accelerator is None else accelerator
+
+
+def _check_accumulate(accumulate: Any) -> None:
+    """Raise for something that is no number of batches.
+
+    Raises:
+        ValueError: Says what was given.
+    """
+    each = accumulate.values() if isinstance(accumulate, Mapping) else [accumulate]
+    for number in each:
+        if type(number) is not int or number < 1:
+            raise ValueError(
+                f"Accelerator(accumulate={accumulate!r}) was given; expected how many batches make one update, a whole "
+                "number from 1, or one for each optimizer: accumulate={'G': 4, 'D': 1}"
+            )
 
 
 def _join(device: torch.device, strategy: str) -> Group | None:

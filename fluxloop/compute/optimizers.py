@@ -240,3 +240,20 @@ def check_owned(names: Mapping[nn.Parameter, str], owned: set[nn.Parameter]) -> 
 
 def _list(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def say_that_a_closure_is_needed(optimizer: Optimizer, error: TypeError) -> None:
+    """Raise in place of an error that an optimizer's step was called without a closure; do nothing for others.
+
+    Raises:
+        OptimizerError: It was; says how to give one.
+    """
+    if "closure" in str(error):
+        raise OptimizerError(
+            f"{type(optimizer).__name__} needs a closure that computes the loss and its gradients:\n"
+            "    def closure():\n"
+            "        loss = ...\n"
+            "        learner.backward(loss)\n"
+            "        return loss\n"
+            "    learner.update(closure=closure)"
+        ) from error

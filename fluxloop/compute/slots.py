@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from attrs import define
 from torch import Tensor, nn
@@ -92,6 +93,13 @@ class Slot:
                 parameter.grad = gradient
             self.before = None
             self.num_batches -= 1
+
+    def window_state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the batches that make an update: nothing, where it is one."""
+        return {}
+
+    def restore_window(self, state: dict[str, Any] | None) -> None:
+        """Go on from what a checkpoint kept."""
 
     @property
     def waiting(self) -> list[nn.Parameter]:

@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from fluxloop.compute.blocks import requires_grad
 from fluxloop.compute.fused import skipping
 from fluxloop.compute.modes import OptimizerMode
-from fluxloop.compute.optimizers import Optimizers, check_owned, owned_parameters, separate_options
+from fluxloop.compute.optimizers import (
+    Optimizers,
+    check_owned,
+    owned_parameters,
+    say_that_a_closure_is_needed,
+    separate_options,
+)
 from fluxloop.compute.reach import loss_error, reached_by
 from fluxloop.compute.saved import save_with_weights
 from fluxloop.compute.slots import Slot, set_apart
@@ -37,12 +42,16 @@ class Updates:
         optimizers: By name; checked to own each trainable parameter once.
     """
 
+    slot_type = Slot
+    is_windowed = False
+    """Whether an update may be of several batches or processes, or of scaled losses."""
+
     def __init__(self, learner: StepLearner, names: dict[nn.Parameter, str], optimizers: Optimizers) -> None:
         self._learner = learner
         self.names = names
         self.gradients = Gradients((name, parameter) for parameter, name in self.names.items())
-        self.slots = tuple(
-            Slot(
+        self.slots: tuple[Slot, ...] = tuple(
+            self.slot_type(
                 *(name, optimizer, (), (), UpdateBegin(name), UpdateEnd(name)),
                 num_groups=0,
                 mode=OptimizerMode.of(optimizer),
@@ -292,7 +301,7 @@ class Updates:
                         with skipping(slot.optimizer, learner.finite.bad):
                             learner.accelerator.update(slot.optimizer)
                 except TypeError as error:
-                    _say_that_a_closure_is_needed(slot.optimizer, error)
+                    say_that_a_closure_is_needed(slot.optimizer, error)
                     raise
             slot.end_gradients()
             self.count += 1
@@ -390,6 +399,25 @@ class Updates:
             put_back()
             raise
 
+    def end_epoch(self) -> None:
+        """Make the updates that the end of an epoch brings: none, where an update is of one batch."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether batches have been counted whose update is yet to come: never, where an update is of one batch."""
+        return False
+
+    def has_open(self, name: str | int | None) -> bool:
+        """Return the same of one optimizer."""
+        return False
+
+    def scale_state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the scale of losses: nothing, where there is none."""
+        return {}
+
+    def restore_scale(self, state: dict[str, Any] | None) -> None:
+        """Go on from what a checkpoint kept."""
+
     def standing(self) -> tuple[int, int]:
         """Return how many updates were made, and a number that rises with each step of an optimizer, by hand too."""
         states = [
@@ -466,20 +494,3 @@ class Updates:
 
 def _ignore(event: Event) -> None:
     """Stand for the handlers of an event outside of a scope, where nobody hears it."""
-
-
-def _say_that_a_closure_is_needed(optimizer: Optimizer, error: TypeError) -> None:
-    """Raise in place of an error that an optimizer's step was called without a closure; do nothing for others.
-
-    Raises:
-        OptimizerError: It was; says how to give one.
-    """
-    if "closure" in str(error):
-        raise OptimizerError(
-            f"{type(optimizer).__name__} needs a closure that computes the loss and its gradients:\n"
-            "    def closure():\n"
-            "        loss = ...\n"
-            "        learner.backward(loss)\n"
-            "        return loss\n"
-            "    learner.update(closure=closure)"
-        ) from error

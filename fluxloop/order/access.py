@@ -38,8 +38,8 @@ ROOTS = (
 )
 """The attributes of a learner that a path may start with."""
 
-SERVICES = ("check", "defer", "finite", "host", "request_stop", "skip_update", "where")
-"""What every callback may call."""
+SERVICES = ("check", "defer", "finite", "host", "is_accumulating", "request_stop", "skip_update", "where")
+"""What every callback may use."""
 
 
 def parse(path: str, callback: str) -> Path:

@@ -154,8 +154,10 @@ class GANPhase(AbstractTrainingPhase):
                 block.loss = self.adversarial.generator(state.fake_scores)
 
     def finish(self, learner: Any, state: StepState) -> None:
-        """Count the critic's update."""
-        self._count(self._critic_updates + 1)
+        """Count the critic's update; where it is one of several batches, with the last of them."""
+        updates = learner.updates
+        if not updates.is_windowed or not updates.has_open(self.models(learner)[1][0]):
+            self._count(self._critic_updates + 1)
 
     def _count(self, critic_updates: int) -> None:
         """Note how often the critic was updated, and whether the generator is, too, in the next step."""

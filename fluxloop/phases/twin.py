@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fluxloop.errors import PhaseError, describe
-from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, weight_of
+from fluxloop.nested import weight_of
+from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase
 
 if TYPE_CHECKING:
     from torch import Tensor

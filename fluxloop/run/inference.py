@@ -9,6 +9,7 @@ from fluxloop.callback import Callback, on
 from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.progress import ProgressBar
 from fluxloop.callbacks.recorder import Recorder
+from fluxloop.compute.precision import in_single
 from fluxloop.data.loaders import as_dataloader
 from fluxloop.data.ordering import in_order
 from fluxloop.errors import DataError, MetricError, PhaseError, describe, sentence
@@ -86,6 +87,8 @@ def predict(learner: RunLearner, data: Any, phase: Phase | None, stack: bool) ->
             f"{phase!r} made no predictions: no step of it ended; expected a phase whose step runs runstep and "
             "stores state.preds"
         )
+    if learner.accelerator.casting is not None:  # else the type is the model's own
+        collect.parts = [map_tensors(in_single, part) for part in collect.parts]
     if not stack:
         return collect.parts
     try:

@@ -1,0 +1,440 @@
+"""Updates of several batches, of several processes, and with scaled losses: what `Updates` does where one is asked for.
+
+An optimizer has a *window*: the batches whose gradients make one update. Each is multiplied by what its
+batch weighs, all are added up, over processes too, and divided by the summed weight once the window
+closes. So ragged batches, and any number of processes, give the gradient of one large batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import define, field
+from torch import Tensor, nn
+
+from fluxloop.compute.optimizers import Optimizers
+from fluxloop.compute.precision import Casting, LossScale, in_single
+from fluxloop.compute.slots import Slot
+from fluxloop.compute.updates import Updates
+from fluxloop.errors import OptimizerError, did_you_mean
+from fluxloop.nested import weight_of
+from fluxloop.state import StepState
+
+if TYPE_CHECKING:
+    from fluxloop.interfaces import StepLearner
+
+Weight = float | Tensor
+
+
+@define(eq=False)
+class Window:
+    """The batches whose gradients make one update of an optimizer.
+
+    A batch is counted when its update is asked for: by ``learner.update()``, or by the end of an update block.
+
+    Args:
+        size: How many batches it has.
+        count: How many have been counted.
+        weight: What these weigh together, of all processes once it is `complete`.
+        current: What the batch weighs that computes gradients now; None where none does.
+        scale: What the losses in it are multiplied by.
+        complete: Whether the gradients are those of all batches and processes, divided by their weight.
+        finite: Whether they are finite, where that was looked at.
+        saved: The step that computed gradients last, and what count, weight and complete were before it.
+    """
+
+    size: int
+    count: int = 0
+    weight: Weight = 0.0
+    current: Weight | None = None
+    scale: float = 1.0
+    complete: bool = False
+    finite: bool = True
+    saved: tuple[StepState, int, Weight, bool] | None = None
+
+    def begin_step(self, step: StepState) -> None:
+        """Save what to go back to where a step is cancelled, once in each step."""
+        if self.saved is None or self.saved[0] is not step:
+            self.saved = (step, self.count, self.weight, self.complete)
+
+    def abandon(self, step: StepState) -> None:
+        """Go back to what was before a step that is cancelled."""
+        if self.saved is not None and self.saved[0] is step:
+            _, self.count, self.weight, self.complete = self.saved
+        self.current = None
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.count, self.weight, self.complete, self.finite, self.saved = 0, 0.0, False, True, None
+
+    @property
+    def closes(self) -> bool:
+        """Whether the batch that computes gradients now is its last one."""
+        return self.count + 1 >= self.size
+
+    @property
+    def summed(self) -> Weight:
+        """What its batches weigh together, the one that computes gradients now too."""
+        return self.weight if self.current is None else self.weight + self.current
+
+
+@define(eq=False)
+class WindowSlot(Slot):
+    """An optimizer with its window."""
+
+    window: Window = field(factory=lambda: Window(1))
+
+    def end_gradients(self) -> None:
+        """Note that an update has used the gradients, or that none is to use them."""
+        super().end_gradients()
+        self.window.reset()
+
+    def abandon(self, state: StepState) -> None:
+        """Undo what a step that was cancelled has done to the gradients."""
+        super().abandon(state)
+        self.window.abandon(state)
+
+    def window_state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the batches that make an update."""
+        window = self.window
+        return {
+            "window": {
+                "count": window.count,
+                "weight": float(window.weight),
+                "current": None if window.current is None else float(window.current),
+                "scale": window.scale,
+                "complete": window.complete,
+                "finite": window.finite,
+            }
+        }
+
+    def restore_window(self, state: dict[str, Any] | None) -> None:
+        """Go on from what a checkpoint kept; one of a run without windows has gradients of one batch at most."""
+        self.window.reset()
+        if state is None:
+            state = {"complete": self.first_step is not None}
+        for name, value in state.items():
+            setattr(self.window, name, value)
+
+    def take(self) -> list[Tensor | None]:
+        """Take the gradients out of the parameters, so that new ones are computed beside them."""
+        taken = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        return taken
+
+    def put(self, taken: list[Tensor | None]) -> None:
+        """Put gradients back that were taken out."""
+        for parameter, gradient in zip(self.parameters, taken, strict=True):
+            parameter.grad = gradient
+
+    def add(self, taken: list[Tensor | None], step: StepState) -> None:
+        """Add gradients that were taken out to those that a step has computed since; where it is cancelled, they stay.
+
+        They are not changed themselves: `before` holds them.
+        """
+        for parameter, gradient in zip(self.parameters, taken, strict=True):
+            new = parameter.grad
+            if gradient is not None:
+                parameter.grad = gradient if new is None else gradient + new
+        if self.before is not None and self.step is step:
+            self.before = taken
+
+
+class WindowedUpdates(Updates):
+    """Updates whose gradients are those of several batches or processes, or of scaled losses.
+
+    Args:
+        learner: The learner.
+        names: The names of all parameters.
+        optimizers: By name.
+
+    Raises:
+        OptimizerError: ``accumulate`` names an optimizer that there is not.
+    """
+
+    slot_type = WindowSlot
+    is_windowed = True
+    slots: tuple[WindowSlot, ...]
+
+    def __init__(self, learner: StepLearner, names: dict[nn.Parameter, str], optimizers: Optimizers) -> None:
+        super().__init__(learner, names, optimizers)
+        accelerator = learner.accelerator
+        for slot in self.slots:
+            slot.window.size = _size(accelerator.accumulate, slot.name, [*optimizers])
+        self.casting: Casting | None = accelerator.casting
+        self.scale = LossScale() if accelerator.precision == "fp16" else None
+        self.is_weighted = accelerator.world_size > 1 or any(slot.window.size > 1 for slot in self.slots)
+
+    def _uncast(self) -> AbstractContextManager[None]:
+        """Return a context in which autocast is off: gradients and updates are computed in the weights' own type."""
+        return nullcontext() if self.casting is None else self.casting.off()
+
+    # Gradients
+
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
+        """Compute the gradients of a scalar loss; those of the last batch of a window complete it.
+
+        Raises:
+            LossError: As `Updates.backward` does.
+        """
+        scope, step = self._learner.scope, self._learner.step
+        phase = "" if scope is None else scope.phase.name
+        slots: Sequence[WindowSlot] = self.slots if self.block is None else (self.block.slot,)  # type: ignore[assignment]  # blocks have the slots of their learner
+        if not (isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1 and not loss.is_complex()):
+            super().backward(loss, retain_graph)  # which says what is wrong with it
+        for slot in slots:
+            if slot.first_step is not None:
+                self._meet_waiting(slot, phase)
+        # Gradients that are complete are not added to: what they were divided by is not that of the new ones
+        weight = self._weigh()
+        for slot in slots:
+            self._begin(slot, step, weight, loss)
+        done = [(slot, slot.take()) for slot in slots if slot.window.complete]
+        try:
+            with self._uncast():
+                self._reduced(slots, lambda: Updates.backward(self, self._weighted(loss, slots), retain_graph))
+        except BaseException:
+            for slot, gradients in done:
+                slot.put(gradients)
+            raise
+        for slot, gradients in done:
+            slot.add(gradients, step)
+
+    def _begin(self, slot: WindowSlot, step: StepState, weight: Weight, loss: Tensor) -> None:
+        window = slot.window
+        window.begin_step(step)
+        if slot.first_step is None and self.scale is not None:
+            if loss.dtype is torch.float16:
+                self.scale.of_half_loss()
+            window.scale = self.scale.value
+        if window.current is None or window.size == 1:
+            window.current = weight
+
+    def _weigh(self) -> Weight:
+        """Return what the running batch weighs."""
+        if not self.is_weighted:
+            return 1.0
+        scope, step = self._learner.scope, self._learner.step
+        weight: Weight = weight_of(None if scope is None else scope.phase, step)
+        weight = weight.detach() if isinstance(weight, Tensor) else float(weight)
+        if self.scale is None:
+            return weight
+        if self.scale.reference is None:
+            self.scale.reference = self._agree_on_reference(float(weight))
+        return weight / self.scale.reference
+
+    def _agree_on_reference(self, weight: float) -> float:
+        """Return the power of two next to the largest weight that a process has."""
+        group = self._learner.accelerator.group
+        if group is not None:
+            weight = float(group.all_reduce(torch.tensor(weight, device=group.device), "max"))
+        return 2.0 ** round(torch.tensor(max(weight, 1e-6)).log2().item())
+
+    def _weighted(self, loss: Tensor, slots: Sequence[WindowSlot]) -> Tensor:
+        """Return the loss times what its batch weighs and the scale."""
+        window = slots[0].window
+        weight = window.scale if window.current is None else window.current * window.scale
+        if not isinstance(weight, Tensor) and weight == 1.0:
+            return loss
+        return in_single(loss) * weight
+
+    def _reduced(self, slots: Sequence[WindowSlot], compute: Callable[[], None]) -> None:
+        """Compute gradients; where they are those of a window's last batch, complete them."""
+        compute()
+        self._complete([slot for slot in slots if slot.window.closes])
+
+    def _complete(self, slots: Sequence[WindowSlot]) -> None:
+        """Divide the gradients of windows by their weight and scale, and look whether they are finite."""
+        for slot in slots:
+            window = slot.window
+            _divide([p.grad for p in slot.parameters if p.grad is not None], window.summed, window.scale)
+            window.complete = True
+            window.finite = self.scale is None or self._is_finite(slot)
+
+    def _is_finite(self, slot: WindowSlot) -> bool:
+        """Return whether all gradients of an optimizer are finite: this waits for the device."""
+        gradients = [p.grad for p in slot.parameters if p.grad is not None]
+        return not gradients or bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
+
+    # Updates
+
+    def update(self, name: str | int | None = None, closure: Callable[[], Any] | None = None) -> None:
+        """Step one optimizer, the block's, or all, where the window of each closes with this batch.
+
+        Raises:
+            OptimizerError: As `Updates.update` does; or a closure is given and an update is one of several batches, or
+                in fp16.
+            PhaseError: As `Updates.update` does.
+        """
+        scope = self._learner.scope
+        phase = None if scope is None else scope.phase
+        if phase is not None and phase.data_key and not phase.gradients:
+            super().update(name, closure)  # which says what is wrong
+        slots: Sequence[Any] = self.slots if self.block is None else (self.block.slot,)
+        if name is not None:
+            slots = (self._find_to_step(name),)
+        if closure is not None:
+            self._check_closes(slots)
+            with self._uncast():
+                super().update(name, closure)
+            return
+        phase_name = "" if phase is None else phase.name
+        told, quiet = self._told_no_gradient, any(slot.has_gradients for slot in slots)
+        self._told_no_gradient = (
+            told or quiet
+        )  # where one of several has gradients, it is no fault that another has none
+        try:
+            for slot in slots:
+                if slot.first_step is not None and slot.phase != phase_name:
+                    self._drop(slot, f"{phase_name or 'a loop of your own'} updates it")
+                self._close(slot)
+        finally:
+            if quiet:
+                self._told_no_gradient = told
+
+    def _close(self, slot: WindowSlot) -> None:
+        """Count a batch whose update is asked for, and step the optimizer with the last one of its window."""
+        window = slot.window
+        if window.current is None and slot.first_step is None:
+            self._take_by_hand(slot)
+            self._step(slot)
+            return
+        if window.current is None:
+            self._tell_no_gradient(
+                f"learner.update was called twice for {slot.label}, and no gradient was computed in between; it counts "
+                f"once in its {window.size} batches"
+            )
+            return
+        if not window.closes:
+            window.count, window.weight, window.current = window.count + 1, window.summed, None
+            return
+        self._use(slot)
+
+    def _take_by_hand(self, slot: WindowSlot) -> None:
+        """Take gradients that were computed without ``learner.backward``, if there are some, as those of this batch.
+
+        Raises:
+            OptimizerError: They would have to be weighed against those of other batches.
+        """
+        gradients = [p.grad for p in slot.parameters if p.grad is not None]
+        if not gradients:
+            return
+        if slot.window.size > 1:
+            raise OptimizerError(
+                f"the gradients of {slot.label} were computed without learner.backward, and its updates are of "
+                f"{slot.window.size} batches, whose gradients are weighed; expected learner.backward(loss) in place of "
+                "loss.backward()"
+            )
+        weight = self._weigh()
+        with torch.no_grad():
+            for gradient in gradients:
+                gradient.mul_(weight)
+        slot.window.current = weight
+        self._complete([slot])
+
+    def _use(self, slot: WindowSlot) -> None:
+        """Step an optimizer with complete gradients, unless they are not finite in fp16."""
+        window, step = slot.window, self._learner.step
+        if self.scale is None:
+            self._step(slot)
+        elif window.finite:
+            self._step(slot)
+            self.scale.stepped(step)
+        else:
+            self.scale.overflowed(step, slot.label)
+            slot.end_gradients()
+
+    def _step(self, slot: WindowSlot) -> None:
+        with self._uncast():
+            super().update(None if self.block is not None else slot.name)
+        slot.window.current = None
+
+    def _check_closes(self, slots: Sequence[WindowSlot]) -> None:
+        """Raise for a closure where gradients are not those of one call.
+
+        Raises:
+            OptimizerError: They are added up over batches, or scaled.
+        """
+        several = next((slot for slot in slots if slot.window.size > 1), None)
+        if several is not None:
+            raise OptimizerError(
+                f"learner.update(closure=...) was called for {several.label}, whose updates are of "
+                f"{several.window.size} batches: a closure computes gradients of one. Expected accumulate=1 for it, "
+                f"such as Accelerator(accumulate={{{several.name or 'G'!r}: 1}})"
+            )
+        if self.scale is not None:
+            raise OptimizerError(
+                "learner.update(closure=...) was called in fp16, where gradients that are not finite are left out: an "
+                "optimizer that computes them itself cannot. Expected Accelerator(precision='bf16')"
+            )
+
+    def end_epoch(self) -> None:
+        """Close the windows that the epoch leaves open: their last batch is its last."""
+        for slot in self.slots:
+            window = slot.window
+            if slot.first_step is not None and window.count and window.current is None:
+                self._complete([slot])
+                self._use(slot)
+
+    def scale_state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the scale of losses."""
+        return {} if self.scale is None else {"scale": self.scale.state()}
+
+    def restore_scale(self, state: dict[str, Any] | None) -> None:
+        """Go on from what a checkpoint kept; one of a run in another precision has no scale."""
+        if self.scale is not None:
+            self.scale.restore(LossScale().state() if state is None else state)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether batches have been counted whose update is yet to come."""
+        return any(slot.window.count for slot in self.slots)
+
+    def has_open(self, name: str | int | None) -> bool:
+        """Return whether an optimizer has counted batches whose update is yet to come."""
+        return bool(self.find(name).window.count)  # type: ignore[attr-defined]  # `find` finds one of `slots`
+
+
+def updates_of(learner: StepLearner, names: dict[nn.Parameter, str], optimizers: Optimizers) -> Updates:
+    """Make the updates that a learner's accelerator asks for: plain ones, where nothing is asked for."""
+    kind = Updates if learner.accelerator.is_plain else WindowedUpdates
+    return kind(learner, names, optimizers)
+
+
+def _size(accumulate: int | Mapping[str, int], name: str | None, names: Sequence[str | None]) -> int:
+    """Return how many batches an update of an optimizer has.
+
+    Raises:
+        OptimizerError: A name is no optimizer's.
+    """
+    if not isinstance(accumulate, Mapping):
+        return accumulate
+    known = [str(each) for each in names if each is not None]
+    for given in accumulate:
+        if given not in known:
+            raise OptimizerError(
+                f"Accelerator(accumulate={{{given!r}: ...}}) was given; expected names of optimizers, "
+                f"{known or 'of which a learner with a single one has none: accumulate=4'}{did_you_mean(given, known)}"
+            )
+    return accumulate.get(str(name), 1)
+
+
+def _divide(gradients: Sequence[Tensor], weight: Weight, scale: float) -> None:
+    """Divide gradients in place; where nothing has any weight, they become 0."""
+    if isinstance(weight, Tensor):
+        weight = weight.clamp(min=torch.finfo(torch.float32).tiny) * scale
+    else:
+        weight = (weight or 1.0) * scale
+        if weight == 1.0:
+            return
+    dense = [gradient for gradient in gradients if gradient.layout is torch.strided]
+    with torch.no_grad():
+        if dense:
+            torch._foreach_div_(dense, weight)
+        for gradient in gradients:
+            if gradient.layout is not torch.strided:
+                gradient.div_(weight)
