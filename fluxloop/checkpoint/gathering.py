@@ -224,8 +224,9 @@ def _data_state(learner: RunLearner, place: State | None, gathering: _Gathering)
     running = None if place is None or place["feed"] is None else vars(learner.data)[place["feed"]["key"]]
     states: State = {}
     for key, source in vars(learner.data).items():
-        states[key] = data_state(source, key in learner._ledger.begun_data and source is not running, key)
-        states[key]["fingerprint"] = fingerprint(source)
+        begun = key in learner._ledger.begun_data and source is not running
+        states[key] = data_state(source, begun, key, learner.accelerator.group)
+        states[key]["fingerprint"] = fingerprint(source, learner.accelerator.world_size)
         gathering.lost += changes_of(source)[1]
         if source is running and place is not None:  # a resumed run begins the epoch again, and skips what was used
             states[key] |= {part: place["feed"][part] for part in source_state(source)}

@@ -162,7 +162,7 @@ def apply(learner: RunLearner, state: State, *, begun: bool, running: bool = Fal
     for phase in learner._ledger.phases:
         _restore_phase(learner, phase, restoring)
     for key, kept in state["data"].items():
-        if key in learner.data and put_data_back(vars(learner.data)[key], kept):
+        if key in learner.data and put_data_back(vars(learner.data)[key], kept, learner.accelerator.group):
             learner._ledger.begun_data.add(key)
 
 

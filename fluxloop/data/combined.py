@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fluxloop.data.indices import Numbers
 from fluxloop.data.kinds import Combined
 from fluxloop.data.loaders import as_dataloader, holds_rows
 from fluxloop.data.passes import Pass, data_state, put_data_back, tell_epoch
+from fluxloop.data.sharing import own_length, steps
 from fluxloop.errors import DataError, describe, did_you_mean
 from fluxloop.randomness import Stream, draw_seed, preserved, stream_seed
+
+if TYPE_CHECKING:
+    from fluxloop.data.share import Share
 
 MODES = ("min_size", "max_size", "max_size_cycle", "sequential")
 PASSES = 1000
@@ -87,11 +91,18 @@ class CombinedLoader(Combined):
         Raises:
             TypeError: A loader has no length.
         """
-        lengths = [_length(part) for part in self.parts]
+        lengths = [own_length(part) for part in self.parts]
+        length = self.length(lengths)
+        if length is None:
+            unknown = [name for (name, _), length in zip(self.named_parts(), lengths, strict=True) if length is None]
+            raise TypeError(f"CombinedLoader has no length: its loaders {unknown} have none")
+        return length
+
+    def length(self, lengths: list[int | None]) -> int | None:
+        """Return the number of batches from those of the loaders; None where one is unknown."""
         known = [length for length in lengths if length is not None]
         if len(known) < len(lengths):
-            unknown = [name for name, part in self.named_parts() if _length(part) is None]
-            raise TypeError(f"CombinedLoader has no length: its loaders {unknown} have none")
+            return None
         if self.mode == "sequential":
             return sum(known)
         return min(known) if self.mode == "min_size" else max(known)
@@ -102,15 +113,16 @@ class CombinedLoader(Combined):
         numbers = Numbers(order, Stream(order, "fetch").at, Stream(order, "sample").at)
         return _apart(self.begin(numbers, None, None))
 
-    def begin(self, numbers: Numbers, epoch: int | None, running: Any) -> _Together:
+    def begin(self, numbers: Numbers, epoch: int | None, running: Any, share: Share | None = None) -> _Together:
         """Begin a pass, or go on with one.
 
         Args:
             numbers: What its random numbers start from.
             epoch: Which epoch the loaders are told; None for none.
             running: What ``place(name)`` of the pass gave that it goes on from.
+            share: The part of it that a process takes, where several share it.
         """
-        lengths = [_length(part) for part in self.parts]
+        lengths = [own_length(part) if share is None else steps(part, share.group) for part in self.parts]
         known = [length for length in lengths if length]
         parts = []
         for (name, source), length in zip(self.named_parts(), lengths, strict=True):
@@ -118,8 +130,8 @@ class CombinedLoader(Combined):
             if self.mode == "max_size_cycle":
                 # so that no two passes of this loader are told the same number, in whatever epochs
                 passes = ceil(max(known) / length) if length and len(known) == len(lengths) else PASSES
-            parts.append(_Part(name, source, numbers.order, None if epoch is None else epoch * passes))
-        return _Together(self, parts, running)
+            parts.append(_Part(name, source, numbers.order, None if epoch is None else epoch * passes, share))
+        return _Together(self, parts, running) if share is None else _Shared(self, parts, running, share)
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the loaders which epoch comes next, as ``DistributedSampler.set_epoch`` does; a learner does so."""
@@ -128,13 +140,6 @@ class CombinedLoader(Combined):
     def __repr__(self) -> str:
         inside = ", ".join(f"{name}: {describe(part)}" for name, part in self.named_parts())
         return f"CombinedLoader({inside}, mode={self.mode!r})"
-
-
-def _length(source: Any) -> int | None:
-    try:
-        return len(source)
-    except TypeError:  # it has none, or says so
-        return None
 
 
 def _apart(batches: Iterator[Any]) -> Iterator[Any]:
@@ -151,9 +156,10 @@ def _apart(batches: Iterator[Any]) -> Iterator[Any]:
 class _Part:
     """A loader within a pass through several."""
 
-    def __init__(self, name: str, source: Any, order: int, epoch: int | None) -> None:
+    def __init__(self, name: str, source: Any, order: int, epoch: int | None, share: Share | None) -> None:
         self.name = name
         self.source = source
+        self._group = None if share is None else share.group
         self._order = order
         self._epoch = epoch
         self.begun = 0
@@ -201,20 +207,23 @@ class _Part:
         numbers = Numbers(
             stream_seed(order, name), Stream(order, f"{name}/fetch").at, Stream(order, f"{name}/sample").at
         )
-        self.run = Pass(self.source, numbers, None if self._epoch is None else self._epoch + number, place)
+        epoch = None if self._epoch is None else self._epoch + number
+        self.run = Pass(self.source, numbers, epoch, place, self._group, self.name)
         return self.run
 
     def place(self, name: str | None) -> dict[str, Any]:
         """Return where it is, as plain data."""
         run = None if self.run is None else self.run.place(self.run.count, f"{name}/{self.name}")
-        between = None if self.run is not None or not self.begun else data_state(self.source, True, str(name))
+        between = (
+            None if self.run is not None or not self.begun else data_state(self.source, True, str(name), self._group)
+        )
         return {"begun": self.begun, "ended": self.ended, "run": run, "between": between}
 
     def go_on(self, place: dict[str, Any]) -> None:
         """Go on from a place."""
         self.begun, self.ended = place["begun"], place["ended"]
         if place["between"] is not None:
-            put_data_back(self.source, place["between"])
+            put_data_back(self.source, place["between"], self._group)
         if place["run"] is not None:
             self._begin(place["run"])
 
@@ -283,3 +292,21 @@ class _Together:
                 except StopIteration:
                     continue
         raise StopIteration
+
+
+class _Shared(_Together):
+    """A process's part of a pass through several loaders.
+
+    The first loader that has a batch in a step says whether this process's is a spare one, as its rows say what the
+    step weighs. Of another loader that has no rows for this process the rows are repeated, and count.
+    """
+
+    def __init__(self, loader: CombinedLoader, parts: list[_Part], running: Any, share: Share) -> None:
+        super().__init__(loader, parts, running)
+        self._share = share
+
+    def __next__(self) -> Any:
+        batch = super().__next__()
+        first = next(part.run for part in self._parts if part.run is not None)
+        self._share.is_spare = first.share is not None and first.share.is_spare
+        return batch

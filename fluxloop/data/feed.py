@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fluxloop.data.fingerprint import differences, fingerprint
+from fluxloop.data.fingerprint import differences, fingerprint, rows_per_step
 from fluxloop.data.indices import Numbers
-from fluxloop.data.passes import Pass, check_place, obstacle
+from fluxloop.data.passes import Pass, check_place, obstacle, of_process
+from fluxloop.data.share import Share
+from fluxloop.data.sharing import agree_on_length, is_dealt_by_rows, steps
 from fluxloop.errors import CancelFittingException, CheckpointError, DataError, describe, warn_user
 from fluxloop.persist.plain import from_plain
 from fluxloop.randomness import Stream, Streams, put_generators, start_torch
 from fluxloop.signals import TERMINATED, StopWaiting
 
+if TYPE_CHECKING:
+    from fluxloop.processes.group import Group
+
 
 def _nothing() -> None:
     """Undo nothing."""
+
+
+def _tell_nobody(is_spare: bool) -> None:
+    """Tell nobody that a batch is a spare one."""
 
 
 class Feed:
@@ -32,6 +41,10 @@ class Feed:
         name: What the data is called in messages; None where the phase needs none.
         before_batch: Called before each batch is fetched.
         told: Names of data that a warning has said to have more or fewer batches than its length.
+        group: The processes that share the data (`fluxloop.data.sharing`); None for this one alone. Then all lengths,
+            counts and places are those of the batches of all processes together.
+        tell_spare: Called before each batch, where processes share the data, with whether it is a spare one: it
+            repeats rows, so that this process takes part in a step for which it has none, and weighs nothing.
 
     Attributes:
         count: Batches given in this epoch, those before a checkpoint it goes on from too.
@@ -46,6 +59,8 @@ class Feed:
         name: str | None = None,
         before_batch: Callable[[], object] = lambda: None,
         told: set[str] | None = None,
+        group: Group | None = None,
+        tell_spare: Callable[[bool], object] = _tell_nobody,
     ) -> None:
         self.source = source
         self._owner = owner
@@ -53,6 +68,8 @@ class Feed:
         self.name = name
         self._before_batch = before_batch
         self._told = set() if told is None else told
+        self._group = group
+        self._tell_spare = tell_spare
         self._pass: Pass | None = None
         self._from: dict[str, Any] | None = None
         self._undo: Callable[[], None] = _nothing
@@ -63,7 +80,7 @@ class Feed:
 
     @property
     def num_batches(self) -> int | None:
-        """Number of batches, None where nobody knows it."""
+        """Number of batches, None where nobody knows it; of several processes, of each of them."""
         length = self._length()
         if self.limit is None or length is None:
             return length
@@ -73,7 +90,7 @@ class Feed:
         if not isinstance(self.source, Sized):
             return None
         try:
-            return len(self.source)
+            return len(self.source) if self._group is None else self._steps(self._group)
         except (TypeError, ValueError) as error:
             if not any(words in str(error) for words in ("interpreted as an integer", "should return >= 0")):
                 return None  # a DataLoader over an IterableDataset has a __len__ that raises
@@ -81,6 +98,10 @@ class Feed:
                 f"the len() of the {self.name} data ({describe(self.source)}) is no number of batches: "
                 f"{str(error).removesuffix('.')}; expected a whole number, 0 or more, or no __len__ at all"
             ) from error
+
+    def _steps(self, group: Group) -> int | None:
+        len(self.source)  # type: ignore[arg-type]  # it is Sized: raises what is wrong with it
+        return steps(self.source, group)
 
     # Going on in the middle of an epoch
 
@@ -98,7 +119,12 @@ class Feed:
         if self._pass is None or self.obstacle is not None:
             return None
         place = self._pass.place(self.count, self.name)
-        return {**place, "key": self.name, "length": self._length(), "fingerprint": fingerprint(self.source)}
+        told = {"key": self.name, "length": self._length(), "fingerprint": fingerprint(self.source, self._processes)}
+        return {**place, **told, **({} if self._group is None else {"processes": self._processes})}
+
+    @property
+    def _processes(self) -> int:
+        return 1 if self._group is None else self._group.size
 
     def go_on(self, place: dict[str, Any], undo: Callable[[], None]) -> None:
         """Begin the next iteration where another one was.
@@ -115,8 +141,9 @@ class Feed:
         Raises:
             CheckpointError: The data cannot be resumed, or is not the data of then; says what differs.
         """
+        self._check_processes(place)
         length = self._length()
-        differ = differences(place.get("fingerprint", {}), fingerprint(self.source))
+        differ = differences(place.get("fingerprint", {}), fingerprint(self.source, self._processes))
         listed = "".join(f"\n  {each}" for each in differ)
         if self.obstacle is not None or place["length"] != length:
             raise CheckpointError(
@@ -124,7 +151,7 @@ class Feed:
                 f"there are {length} now ({describe(self.source)}); expected the same data, or a checkpoint of the end "
                 f"of an epoch{listed}"
             )
-        check_place(self.source, place, self.name)
+        check_place(self.source, of_process(place, self._group) or place, self.name)
         if differ:
             raise CheckpointError(
                 f"the epoch was left after {place['batch']} of {length} batches of the {self.name} data "
@@ -132,8 +159,44 @@ class Feed:
                 "expected the same data, or a checkpoint of the end of an epoch"
             )
 
+    def _check_processes(self, place: dict[str, Any]) -> None:
+        """Raise where an epoch was left by another number of processes, and cannot go on with as many as there are.
+
+        Raises:
+            CheckpointError: Says how it could.
+        """
+        then, now = place.get("processes", 1), self._processes
+        if then == now:
+            return
+        found, kept = fingerprint(self.source), place.get("fingerprint", {})
+        sizes, wanted = rows_per_step(found), rows_per_step(kept)
+        left = (
+            f"the epoch was left after {place['batch']} of {place['length']} batches of the {self.name} data, with "
+            f"{_count(then)}, and there {'is' if now == 1 else 'are'} {_count(now)} now ({describe(self.source)}); "
+        )
+        if not is_dealt_by_rows(self.source) or len(sizes) != len(wanted):
+            raise CheckpointError(
+                f"{left}expected as many as then, or a checkpoint of the end of an epoch: another number goes on only "
+                "with tensors and data sets in batches of one size"
+            )
+        if [size * now for size in sizes] != wanted:
+            rows = ", ".join(map(str, wanted))
+            fitting = ", ".join(
+                f"batch_size={size // now}" if size % now == 0 else f"no batch_size makes {size} here"
+                for size in wanted
+            )
+            raise CheckpointError(
+                f"{left}expected the same number of rows per step ({rows}), which is {fitting} on {_count(now)}, or a "
+                f"checkpoint of the end of an epoch; batch_size={', '.join(map(str, sizes))} was given"
+            )
+
     def check(self) -> None:
-        """Raise `DataError` for a source known to be empty."""
+        """Raise `DataError` for a source known to be empty.
+
+        All processes that share it call this at once: they take the same length where each has batches of its own.
+        """
+        if self._group is not None:
+            agree_on_length(self.source, self._group)
         if self.num_batches == 0 and self.name is not None:
             raise self._empty()
 
@@ -142,6 +205,7 @@ class Feed:
             f"the {self.name} data ({describe(self.source)}) gave no batch; expected at least one: fewer "
             "rows than batch_size with drop_last=True, an iterator that was used up before, or a loader with a "
             "state_dict() that is, once its iteration has ended, still that of the end?"
+            f"{'' if self._group is None else f' A full batch is one of all {self._processes} processes together.'}"
         )
 
     def _begin(self, numbers: Numbers, epoch: int, place: dict[str, Any] | None) -> Pass:
@@ -152,9 +216,9 @@ class Feed:
         """
         undo, self._undo = self._undo, _nothing
         if place is None:
-            return Pass(self.source, numbers, epoch)
+            return Pass(self.source, numbers, epoch, None, self._group, self.name)
         try:
-            begun = Pass(self.source, numbers, epoch, place)
+            begun = Pass(self.source, numbers, epoch, place, self._group, self.name)
             put_generators(from_plain(place["global_generators"]))
         except Exception as error:
             undo()
@@ -181,6 +245,8 @@ class Feed:
             batches = self._starting(batches, fetch)
         if self.limit is not None:
             batches = islice(batches, max(self.limit - self.count, 0))
+        if self._pass.share is not None:
+            batches = self._telling(batches, self._pass.share)
         before_batch = self._before_batch
         before_batch()
         try:
@@ -257,8 +323,19 @@ class Feed:
                 return
             yield batch
 
+    def _telling(self, batches: Iterator[Any], share: Share) -> Iterator[Any]:
+        """Tell before each batch whether it is a spare one, and at the end that none is."""
+        for batch in batches:
+            self._tell_spare(share.is_spare)
+            yield batch
+        self._tell_spare(False)
+
     def __len__(self) -> int:
         length = self.num_batches
         if length is None:
             raise TypeError(f"{describe(self.source)} has no length")
         return length
+
+
+def _count(processes: int) -> str:
+    return f"{processes} process{'' if processes == 1 else 'es'}"

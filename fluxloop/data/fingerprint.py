@@ -30,17 +30,32 @@ _known: Notes[Fingerprint] = Notes()
 """Of each source as it was first: training may change rows."""
 
 
-def fingerprint(source: Any) -> Fingerprint:
+def fingerprint(source: Any, processes: int = 1) -> Fingerprint:
     """Describe a source as plain data, as it was when it was first asked for, so that another one is told from it.
 
     Rows are looked at where that draws nothing and loads nothing: in tensors and arrays.
+
+    Args:
+        source: Of batches.
+        processes: How many share it: a batch is that of all of them.
     """
     # Noted once: steps may change rows in place, and a run that does so is still a run on the same data.
     found = _known.get(source)
     if found is None:
         found = dict(_of(source))
         _known.put(source, found)
-    return found
+    if processes == 1:
+        return found
+    return {what: value * processes if _is_batch_size(what, value) else value for what, value in found.items()}
+
+
+def _is_batch_size(what: str, value: Any) -> bool:
+    return what.split(" of ")[0] == "batch_size" and isinstance(value, int)
+
+
+def rows_per_step(found: Fingerprint) -> list[int]:
+    """Return the batch sizes in a description."""
+    return [value for what, value in found.items() if _is_batch_size(what, value)]
 
 
 def _of(source: Any) -> Iterator[tuple[str, Any]]:
@@ -123,6 +138,11 @@ def _digest(columns: list[Any]) -> str | None:
         for place in _places(len(column)):
             digest.update(_numbers(column[place]))
     return digest.hexdigest()
+
+
+def digest_of(batch: Any) -> str | None:
+    """Return a digest of some numbers of a batch's tensors; None where there are none."""
+    return _digest(list(tensors(batch)))
 
 
 def _numbers(row: Any) -> bytes:

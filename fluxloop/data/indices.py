@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from math import ceil
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import frozen
@@ -13,6 +14,9 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from fluxloop.data.generators import own_generators
 from fluxloop.randomness import NumPyAndPythonContinued, start_torch
+
+if TYPE_CHECKING:
+    from fluxloop.data.share import Share
 
 
 @frozen
@@ -46,19 +50,21 @@ class LoaderIndices:
         self.draws = draws
         self.others_too = not _is_torchs(self.sampler)  # others may draw from NumPy's and Python's generators
         self.current: IndexPass | None = None
+        self.share: Share | None = None
 
-    def prepare(self, numbers: Numbers, skip: int) -> None:
-        """Say from which numbers, and from which batch on, the next iteration goes."""
+    def prepare(self, numbers: Numbers, skip: int, share: Share | None = None) -> None:
+        """Say from which numbers, and from which batch on, the next iteration goes; and whose part it is."""
         self.numbers = numbers
         self.skip = skip
+        self.share = share
         self.generators = self.states()
 
     def __iter__(self) -> IndexPass:
-        self.current = IndexPass(self)
+        self.current = IndexPass(self) if self.share is None else SharedIndexPass(self, self.share)
         return self.current
 
     def __len__(self) -> int:
-        return len(self.sampler)
+        return len(self.sampler) if self.share is None else shared_length(self.sampler, self.share.size)
 
     def ended_after(self, batches: int) -> bool:
         """Return whether the indices ended after so many batches, those that were used before too."""
@@ -74,6 +80,19 @@ def _is_torchs(sampler: Any) -> bool:
     while type(sampler) is BatchSampler:
         sampler = sampler.sampler
     return type(sampler).__module__ == BatchSampler.__module__
+
+
+def deals_rows(sampler: Any) -> bool:
+    """Return whether a batch sampler cuts its sampler's indices into batches and does nothing else: torch's own."""
+    return type(sampler).__name__ == "BatchSampler" and type(sampler).__module__.split(".")[0] in ("torch", "torchdata")
+
+
+def shared_length(sampler: Any, processes: int) -> int:
+    """Return how many batches several processes make together of a sampler's or a batch sampler's."""
+    count = len(sampler)
+    if deals_rows(sampler) and sampler.drop_last:
+        return count // processes
+    return ceil(count / processes)
 
 
 def _set_generators(states: list[tuple[torch.Generator, Tensor]]) -> None:
@@ -125,14 +144,19 @@ class IndexPass:
             _set_generators(self._begins)
         with self._others:
             try:
-                indices = next(self._source)
+                indices, before, count = self._take()
             except StopIteration:
                 self.ended = True
                 raise
-        first = self._sample
+        first = self._sample + before
         self.drawn += 1
-        self._sample += len(indices) if self._indices.batched else 1
+        self._sample += count
         return indices, first
+
+    def _take(self) -> tuple[Any, int, int]:
+        """Return the next indices, how many come before them in their batch, and how many that has."""
+        indices = next(self._source)
+        return indices, 0, len(indices) if self._indices.batched else 1
 
     def __iter__(self) -> IndexPass:
         return self
@@ -146,3 +170,29 @@ class IndexPass:
         if not self._indices.batched:
             return numbers.sample(first), indices
         return [(numbers.sample(first + place), index) for place, index in enumerate(indices)]
+
+
+class SharedIndexPass(IndexPass):
+    """A process's part of one pass through a loader's indices: all draw the same, and each takes its own."""
+
+    def __init__(self, indices: LoaderIndices, share: Share) -> None:
+        super().__init__(indices)
+        self._share = share
+        self._by_rows = deals_rows(indices.sampler)
+        self._last: tuple[Any, int] | None = None
+        """The indices that this process had last, and the place in the epoch of the first of them."""
+
+    def _take(self) -> tuple[Any, int, int]:
+        share, batched = self._share, self._indices.batched
+        drop_last = self._by_rows and self._indices.sampler.drop_last
+        items, own, before, count = share.take(self._source, batched, self._by_rows, drop_last)
+        if not self.drawn:
+            share.compare(items)
+        if own is not None:
+            self._last = own, self._sample + before
+            return own, before, count
+        share.spare_at = self.drawn
+        if self._last is not None:  # of as many rows as any: what looks at a batch as a whole can do with it
+            indices, first = self._last
+            return indices, first - self._sample, count
+        return items[0], 0, count

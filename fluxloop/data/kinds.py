@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -12,6 +12,9 @@ from fluxloop.data.generators import private_generators
 from fluxloop.data.indices import Numbers
 from fluxloop.data.loaders import TensorBatches
 from fluxloop.persist.plain import is_stateful
+
+if TYPE_CHECKING:
+    from fluxloop.data.share import Share
 
 
 class Combined(ABC):
@@ -28,8 +31,12 @@ class Combined(ABC):
         """List the parts with their names."""
 
     @abstractmethod
-    def begin(self, numbers: Numbers, epoch: int | None, running: Any) -> Iterator[Any]:
-        """Begin a pass, or go on with one from what its ``place(name)`` returned."""
+    def begin(self, numbers: Numbers, epoch: int | None, running: Any, share: Share | None = None) -> Iterator[Any]:
+        """Begin a pass, or go on with one from what its ``place(name)`` returned; `share`: a process's part of it."""
+
+    @abstractmethod
+    def length(self, lengths: list[int | None]) -> int | None:
+        """Return the number of batches from those of the parts; None where nobody knows it."""
 
 
 def parts_of(source: Any) -> list[Any]:

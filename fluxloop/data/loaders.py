@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from functools import partial
 from itertools import chain, islice
 from keyword import iskeyword
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from fluxloop.guard.given import check_number
 from fluxloop.nested import map_tensors, tensors
 from fluxloop.randomness import preserved, stream_seed
 from fluxloop.state import State
+
+if TYPE_CHECKING:
+    from fluxloop.data.share import Share
 
 
 def _as_tensors(data: Any) -> Any:
@@ -181,13 +184,15 @@ class TensorBatches:
     def __iter__(self) -> Iterator[Any]:
         return self.from_batch(0)
 
-    def from_batch(self, first: int) -> Iterator[Any]:
-        """Begin an iteration at a batch, from 0: the order is that of a whole one."""
+    def from_batch(self, first: int, share: Share | None = None) -> Iterator[Any]:
+        """Begin an iteration at a batch, from 0: the order is that of a whole one, or a process's share of it."""
         epoch, self.epoch = self.epoch, self.epoch + 1
         data, leaves = self.data, list(tensors(self.data))
         start, stop = first * self.batch_size, len(self) * self.batch_size if self.drop_last else self.num_rows
         # each chunk has the same batches of every leaf; between chunks no Python runs for a tensor or a flat tuple
-        if self.shuffle:
+        if share is not None:
+            chunks = self._shared(leaves, epoch, first, share)
+        elif self.shuffle:
             chunks = self._gathered(leaves, self._order(epoch)[start:stop])
         else:
             chunks = self._views(leaves, start, stop)
@@ -197,6 +202,15 @@ class TensorBatches:
         if type(data) is tuple and len(data) == len(leaves):
             return rows
         return (_rebuild(data, iter(row)) for row in rows)
+
+    def _shared(self, leaves: list[Tensor], epoch: int, first: int, share: Share) -> Iterator[list[Sequence[Tensor]]]:
+        order = self._order(epoch) if self.shuffle else None
+        share.compare([] if order is None else order[: self.batch_size].tolist())
+        ranges = share.ranges(self.num_rows, self.batch_size, self.drop_last)[first:]
+        if order is None:
+            return ([(leaf[rows],) for leaf in leaves] for rows in ranges)
+        # All but the last have batch_size rows, so that they can be cut again where they are gathered
+        return self._gathered(leaves, torch.cat([order[rows] for rows in ranges]) if ranges else order[:0])
 
     def _views(self, leaves: list[Tensor], start: int, stop: int) -> Iterator[list[Sequence[Tensor]]]:
         size = self.batch_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from fluxloop.data.changes import (
     changes_of,
@@ -20,11 +20,16 @@ from fluxloop.data.copies import copy_of, use_copy_again
 from fluxloop.data.indices import Numbers
 from fluxloop.data.kinds import Combined, can_skip, is_loader, keeps_place
 from fluxloop.data.notes import Notes
+from fluxloop.data.share import Share
+from fluxloop.data.sharing import is_divided, iterate_share, until_all_end
 from fluxloop.data.sources import iterate
-from fluxloop.errors import CheckpointError, describe
+from fluxloop.errors import CheckpointError, describe, warn_user
 from fluxloop.interfaces import Stateful
 from fluxloop.persist.plain import from_plain, to_plain
 from fluxloop.randomness import start_torch
+
+if TYPE_CHECKING:
+    from fluxloop.processes.group import Group
 
 # The number of the epoch
 
@@ -161,16 +166,29 @@ class Pass:
         numbers: What its random numbers start from.
         epoch: Which epoch what wants to know is told; None to tell nobody.
         place: Where another pass was left, as `place` returned it; None to begin anew.
+        group: The processes that share the source, all of which begin a pass now; None for this one alone.
+        name: What the data is called in messages.
 
     Attributes:
         batches: The batches that are left.
         count: How many were taken with `take`, those before the place too.
+        share: Whose part of the source it is, and whether the batch given last is a spare one; None for all of it.
     """
 
-    def __init__(self, source: Any, numbers: Numbers, epoch: int | None, place: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        source: Any,
+        numbers: Numbers,
+        epoch: int | None,
+        place: dict[str, Any] | None = None,
+        group: Group | None = None,
+        name: str | None = None,
+    ) -> None:
         self.source = source
         self.count = 0
         self._numbers = numbers
+        self.share = None if group is None else Share(group, f"the {name} data ({describe(source)})")
+        place = of_process(place, group)
         if place is not None:
             self.count = place["batch"]
             put_source_back(source, place)
@@ -186,16 +204,28 @@ class Pass:
         self._begun = source_state(source)
         start_torch(numbers.order)
         if isinstance(source, Combined):
-            self.batches = source.begin(numbers, epoch, None if place is None else place["running"])
+            self.batches = source.begin(numbers, epoch, None if place is None else place["running"], self.share)
         else:
-            self.batches = iterate(source, numbers, 0 if keeps_place(source) else self.count)
+            self.batches = self._iterate(numbers, place)
         if place is not None:
             put_changes_back(source, place.get("walk_now", {}))
             put_private_back(source, place["private_now"])
         elif self.went_on:
             self.batches = self._rest_or_all(self.batches)
+        if self.share is not None and not isinstance(source, Combined):
+            self.batches = until_all_end(source, self.batches, self.share)
         self.draws_at_fetch: bool = getattr(source, "draws_at_fetch", not isinstance(source, (list, tuple)))
         """Whether fetching a batch may draw numbers."""
+
+    def _iterate(self, numbers: Numbers, place: dict[str, Any] | None) -> Iterator[Any]:
+        """Iterate the source, or this process's share of it, from the batch at which the pass begins."""
+        skip = 0 if keeps_place(self.source) else self.count
+        if self.share is None:
+            return iterate(self.source, numbers, skip)
+        if place is not None and place.get("out"):  # its data has ended: it only waits for the others
+            self.share.is_out = True
+            return iter(())
+        return iterate_share(self.source, numbers, skip, self.share)
 
     def _go_on(self, place: dict[str, Any] | None) -> None:
         """Make a source that keeps its place go on from there, or from where its last pass was left before its end.
@@ -244,6 +274,8 @@ class Pass:
     def place(self, count: int, name: str | None) -> dict[str, Any]:
         """Return where it is, as plain data.
 
+        Where several processes share the source, all of them ask for it at once.
+
         Args:
             count: How many batches were given.
             name: What the data is called in messages.
@@ -257,7 +289,25 @@ class Pass:
             place["running"] = self.batches.place(name)  # type: ignore[attr-defined]  # what its begin gave
         elif keeps_place(self.source):
             place |= {"own": own_state(self.source, name), "went_on": self.went_on}
+        if self.share is not None:
+            place["out"] = self.share.is_out
+            return _of_all(self.source, place, self.share.group)
         return place
+
+
+def _of_all(source: Any, state: dict[str, Any], group: Group) -> dict[str, Any]:
+    """Return a state with that of each process, where each has batches of its own."""
+    if isinstance(source, Combined) or is_divided(source, group):
+        return state
+    return {**state, "of_processes": group.gather_objects(state)}
+
+
+def of_process(state: dict[str, Any] | None, group: Group | None) -> dict[str, Any] | None:
+    """Return this process's state, where each has one of its own."""
+    if state is None or "of_processes" not in state:
+        return state
+    of_all, rank = state["of_processes"], 0 if group is None else group.rank
+    return {**state, **(of_all[rank] if rank < len(of_all) else {})}
 
 
 def check_place(source: Any, place: dict[str, Any], name: str | None) -> None:
@@ -298,29 +348,39 @@ def own_state(source: Any, name: str | None) -> Any:
     return to_plain(state, f"the {name} data")
 
 
-def data_state(source: Any, begun: bool, name: str) -> dict[str, Any]:
+def data_state(source: Any, begun: bool, name: str, group: Group | None = None) -> dict[str, Any]:
     """Return what of a source moves, between two passes.
 
     Args:
         source: Of batches.
         begun: Whether a pass of this run was made, so that a source that keeps its place has one.
         name: What the data is called in messages.
+        group: The processes that share it, all of which ask for it now; None for this one alone.
     """
     state = {**source_state(source), "own": None}
     if isinstance(source, Combined):
-        state["parts"] = [data_state(part, begun, f"{name}/{key}") for key, part in source.named_parts()]
+        state["parts"] = [data_state(part, begun, f"{name}/{key}", group) for key, part in source.named_parts()]
     elif begun and keeps_place(source):
         with suppress(CheckpointError):  # it says nothing of itself: it begins anew
             state |= {"own": own_state(source, name), "under_way": _under_way.get(source) is not None}
-    return state
+    return state if group is None else _of_all(source, state, group)
 
 
-def put_data_back(source: Any, state: dict[str, Any]) -> bool:
+def put_data_back(source: Any, state: dict[str, Any], group: Group | None = None) -> bool:
     """Put a source where `data_state` found it, and tell whether a pass had been made."""
+    then, now = len(state.get("of_processes", ())) or 1, 1 if group is None else group.size
+    if then != now and not isinstance(source, Combined) and not (group and is_divided(source, group)):
+        if state.get("own") is not None:
+            warn_user(
+                f"{describe(source)} keeps its place for each process, and {then} wrote this checkpoint; there are "
+                f"{now} now: it begins anew, and rows may be seen again"
+            )
+        state = {**state, "own": None}
+    state = of_process(state, group) or {}
     put_source_back(source, state)
     if isinstance(source, Combined):
         parts = zip(source.parts, state.get("parts", ()), strict=False)
-        return any([put_data_back(part, of_part) for part, of_part in parts])
+        return any([put_data_back(part, of_part, group) for part, of_part in parts])
     if state.get("own") is None or not keeps_place(source):
         return False
     cast(Stateful, source).load_state_dict(from_plain(state["own"]))

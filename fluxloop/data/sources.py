@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
@@ -27,24 +27,28 @@ from fluxloop.data.rows import EndlessRows
 from fluxloop.errors import describe
 from fluxloop.randomness import NumPyAndPythonPreserved
 
+if TYPE_CHECKING:
+    from fluxloop.data.share import Share
 
-def iterate(source: Any, numbers: Numbers, skip: int = 0) -> Iterator[Any]:
+
+def iterate(source: Any, numbers: Numbers, skip: int = 0, share: Share | None = None) -> Iterator[Any]:
     """Iterate a source from a batch on.
 
     Args:
         source: Of batches.
         numbers: What its random numbers start from.
         skip: How many batches were used before; more than 0 only where `can_skip`.
+        share: Whose part of it is wanted; only for `TensorBatches` and loaders over map-style data.
     """
     if isinstance(source, TensorBatches):
-        return source.from_batch(skip)
+        return source.from_batch(skip, share)
     if isinstance(source, DataLoader) and not is_loader(source):
         return watched(_begin_iterable(source), lambda given: True, describe(source), skip)
     if not is_loader(source):
         return islice(iter(source), skip, None) if skip else iter(source)
     watch(source)  # before a row is loaded, which may change what the data set keeps
     copied, indices = copy_loader(source)
-    indices.prepare(numbers, skip)
+    indices.prepare(numbers, skip, share)
     batches = begin(copied)
     if indices.current is not None:
         indices.current.begin()

@@ -40,8 +40,9 @@ def run_epoch(learner: RunLearner, phase: Phase, data: Any = None, scope: FitSco
     check_names(learner, [phase])
     if not learner._running.fitting:
         meet_phases(learner, [phase])
-    saved, outer = learner.data, (learner.num_batches, learner._running.phase)
-    learner._running.phase = phase
+    running = learner._running
+    saved, outer = learner.data, (learner.num_batches, running.phase, running.spare)
+    running.phase, running.spare = phase, False
     if data is not None:
         key = phase.data_key or ("training" if phase.gradients else "")  # shuffled where it trains
         put(learner, "data", State({**vars(learner.data), phase.data_key: load(data, key)}))
@@ -76,7 +77,7 @@ def run_epoch(learner: RunLearner, phase: Phase, data: Any = None, scope: FitSco
         raise worker_died(error) from error
     finally:
         put(learner, "data", saved)
-        learner.num_batches, learner._running.phase = outer
+        learner.num_batches, running.phase, running.spare = outer
 
 
 def _warn_of_no_step(learner: RunLearner, phase: Phase, batches: int, stood: tuple[int, int] | None) -> None:
@@ -175,4 +176,9 @@ def feed(learner: RunLearner, phase: Phase, before_batch: Callable[[], object] =
             f"give it to the learner, data={{{key!r}: ...}}, or to this call{_where_it_is(key, known)}"
         )
     source, told = vars(learner.data)[key], learner._ledger.told_lengths
-    return Feed(source, phase.owner, learner.streams, key or "given", before_batch, told)
+    running, group = learner._running, learner.accelerator.group
+
+    def tell_spare(is_spare: bool) -> None:
+        running.spare = is_spare
+
+    return Feed(source, phase.owner, learner.streams, key or "given", before_batch, told, group, tell_spare)

@@ -23,6 +23,7 @@ from fluxloop.run.session import beside
 
 if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner
+    from fluxloop.processes.group import Group
 
 
 def _bar(learner: RunLearner) -> list[Callback]:
@@ -65,24 +66,46 @@ class _Collect(Callback):
     reads = ("step.preds",)
     draws = False
 
-    def __init__(self) -> None:
+    def __init__(self, running: Any) -> None:
+        self._running = running
         self.parts: list[Any] = []
 
     @on(StepEnd)
     def collect(self, event: StepEnd, phase: Phase, learner: Any) -> None:
-        self.parts.append(map_tensors(lambda tensor: tensor.detach().cpu(), learner.step.preds))
+        if self._running.spare:  # of rows that other processes have
+            self.parts.append(None)
+        else:
+            self.parts.append(map_tensors(lambda tensor: tensor.detach().cpu(), learner.step.preds))
+
+
+def _of_all(parts: list[Any], group: Group) -> list[Any]:
+    """Return the predictions of all processes, batch by batch, in the order of the data.
+
+    Raises:
+        PhaseError: The processes made different numbers of steps, so that there is no such order.
+    """
+    of_processes = group.gather_objects(parts)
+    counts = list(map(len, of_processes))
+    if len(set(counts)) > 1:
+        raise PhaseError(
+            f"predict ended {counts} steps on the processes 0 to {len(counts) - 1}, so that their predictions have no "
+            "order; expected as many on each: is a step cancelled on some of them?"
+        )
+    return [part for step in zip(*of_processes, strict=True) for part in step if part is not None]
 
 
 def predict(learner: RunLearner, data: Any, phase: Phase | None, stack: bool) -> Any:
     """Run a phase over data and join its predictions, where they are to be joined; see `Learner.predict`."""
     phase = PredictionPhase() if phase is None else phase
     check_watches(phase)
-    collect = _Collect()
+    collect = _Collect(learner._running)
     # Joined predictions are matched with the rows that were given: so those must not be shuffled
     source = in_order(as_dataloader(data)) if stack else as_dataloader(data)
     with beside(learner, "predict", [collect, Recorder(), *_bar(learner)]):
         run_epoch(learner, phase, source)
-    if not collect.parts:
+    group = learner.accelerator.group
+    parts = collect.parts if group is None else _of_all(collect.parts, group)
+    if not parts:
         raise PhaseError(
             f"{phase!r} made no predictions: no step of it ended; expected a phase whose step runs runstep and "
             "stores state.preds"
@@ -90,12 +113,12 @@ def predict(learner: RunLearner, data: Any, phase: Phase | None, stack: bool) ->
     if learner.accelerator.casting is not None:  # else the type is the model's own
         collect.parts = [map_tensors(in_single, part) for part in collect.parts]
     if not stack:
-        return collect.parts
+        return parts
     try:
-        return concatenate(collect.parts)
+        return concatenate(parts)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise DataError(
-            f"the predictions of {len(collect.parts)} batches cannot be joined along their first dimension: "
+            f"the predictions of {len(parts)} batches cannot be joined along their first dimension: "
             f"{sentence(error)} "
             "For those of each batch by itself: predict(data, stack=False)"
         ) from error

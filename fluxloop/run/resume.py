@@ -81,7 +81,8 @@ def _check_place(place: Place, phases: list[Phase], feeds: list[Feed], steps_per
 def _compare_data(learner: RunLearner, kept: dict[str, Any]) -> None:
     """Warn of data that a run goes on with between two epochs and that is not the data of the checkpoint."""
     for key, source in vars(learner.data).items():
-        differ = differences(kept.get(key, {}).get("fingerprint", {}), fingerprint(source))
+        now = fingerprint(source, learner.accelerator.world_size)
+        differ = differences(kept.get(key, {}).get("fingerprint", {}), now)
         if differ:
             warn_user(
                 f"the {key} data ({describe(source)}) is not the same as in the run that wrote the checkpoint: "
