@@ -15,6 +15,7 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
+from fluxloop.compute.averaging import Averager
 from fluxloop.compute.optimizers import Optimizers
 from fluxloop.compute.precision import Casting, LossScale, in_single
 from fluxloop.compute.slots import Slot
@@ -166,8 +167,14 @@ class WindowedUpdates(Updates):
         for slot in self.slots:
             slot.window.size = _size(accelerator.accumulate, slot.name, [*optimizers])
         self.casting: Casting | None = accelerator.casting
+        group = accelerator.group
+        self.averager = None if group is None else Averager(group, self._name_of)
+        """Adds up gradients over processes, where there are several."""
         self.scale = LossScale() if accelerator.precision == "fp16" else None
         self.is_weighted = accelerator.world_size > 1 or any(slot.window.size > 1 for slot in self.slots)
+
+    def _name_of(self, parameter: nn.Parameter) -> str | None:
+        return self.names.get(parameter)
 
     def _uncast(self) -> AbstractContextManager[None]:
         """Return a context in which autocast is off: gradients and updates are computed in the weights' own type."""
@@ -244,14 +251,27 @@ class WindowedUpdates(Updates):
 
     def _reduced(self, slots: Sequence[WindowSlot], compute: Callable[[], None]) -> None:
         """Compute gradients; where they are those of a window's last batch, complete them."""
-        compute()
-        self._complete([slot for slot in slots if slot.window.closes])
+        closing = [slot for slot in slots if slot.window.closes]
+        if self.averager is None or not closing:
+            compute()
+            self._complete(closing, [slot.window.summed for slot in closing])
+        else:
+            with self.averager.watching([slot.parameters for slot in closing]):
+                compute()
+            self._complete(closing, self.averager.finish([slot.window.summed for slot in closing]).weights)
 
-    def _complete(self, slots: Sequence[WindowSlot]) -> None:
+    def _complete_alone(self, slot: WindowSlot) -> None:
+        """Complete gradients that no backward pass is about to add to."""
+        weights: Sequence[Weight] = [slot.window.summed]
+        if self.averager is not None:
+            weights = self.averager.reduce([slot.parameters], weights).weights
+        self._complete([slot], weights)
+
+    def _complete(self, slots: Sequence[WindowSlot], weights: Sequence[Weight]) -> None:
         """Divide the gradients of windows by their weight and scale, and look whether they are finite."""
-        for slot in slots:
+        for slot, weight in zip(slots, weights, strict=True):
             window = slot.window
-            _divide([p.grad for p in slot.parameters if p.grad is not None], window.summed, window.scale)
+            _divide([p.grad for p in slot.parameters if p.grad is not None], weight, window.scale)
             window.complete = True
             window.finite = self.scale is None or self._is_finite(slot)
 
@@ -334,7 +354,7 @@ class WindowedUpdates(Updates):
             for gradient in gradients:
                 gradient.mul_(weight)
         slot.window.current = weight
-        self._complete([slot])
+        self._complete_alone(slot)
 
     def _use(self, slot: WindowSlot) -> None:
         """Step an optimizer with complete gradients, unless they are not finite in fp16."""
@@ -377,7 +397,7 @@ class WindowedUpdates(Updates):
         for slot in self.slots:
             window = slot.window
             if slot.first_step is not None and window.count and window.current is None:
-                self._complete([slot])
+                self._complete_alone(slot)
                 self._use(slot)
 
     def scale_state(self) -> dict[str, Any]:
