@@ -1318,7 +1318,7 @@ MALFORMED = [
         num_global=COUNTS[:3],
     ),
     *bad(ViewDataset, {"dataset": GOOD, "views": mean}, dataset=[None, 3], views=[None, 3]),
-    *bad(SimCLRPhase, temperature=[0, -1, NAN, "a", None], views=[3, "a"]),
+    *bad(SimCLRPhase, temperature=[0, -1, NAN, "a", None], views=[3, "a"], gather=[None, 1, "a"]),
     *bad(SupConPhase, temperature=[0, NAN, "a"]),
     *bad(MoCoPhase, queue_size=COUNTS[:-1], temperature=[0, NAN, "a"]),
     *bad(BarlowTwinsPhase, weight=[-1, NAN, "a", None]),

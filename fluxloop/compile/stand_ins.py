@@ -115,6 +115,8 @@ class AcceleratorStandIn:
         device: Where the step runs.
     """
 
+    group = None  # what is compiled is a step of one process
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._skip: Tensor | None = None

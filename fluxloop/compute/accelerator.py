@@ -15,6 +15,7 @@ from fluxloop.compute.gradients import add_gradients
 from fluxloop.compute.precision import TYPES, Casting
 from fluxloop.errors import BatchError, describe, did_you_mean
 from fluxloop.nested import map_tensors, move_object
+from fluxloop.processes.gather import all_gather
 from fluxloop.processes.group import Group, join, started_by_torchrun
 
 
@@ -164,6 +165,53 @@ class Accelerator:
             closure: For one that computes gradients itself, several times in a step: computes them, returns the loss.
         """
         step_optimizer(optimizer, closure)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return the rows of all processes, in the order of their numbers; without gradient.
+
+        All processes have to call it. With one process it is the tensor itself.
+
+        Args:
+            tensor: Its first dimension are the rows, of which each process may have another number.
+
+        Raises:
+            BatchError: In all processes, where the tensors of two cannot be joined.
+        """
+        if self.group is None:
+            return tensor
+        with torch.no_grad():
+            return all_gather(tensor, self.group)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Return what `gather` does, with gradient: for losses that compare rows with each other.
+
+        The gradient of a row is the sum of what the losses of all processes ask of it. Once gradients are averaged over
+        the processes, it is that of one process with all rows, with no factor to put in: where each process has
+        the loss of its own rows, compared with all, and where all have the loss of all rows.
+
+        Args:
+            tensor: Its first dimension are the rows, of which each process may have another number.
+
+        Raises:
+            BatchError: In all processes, where the tensors of two cannot be joined.
+
+        Example::
+
+            def loss(self, learner, state):
+                z = learner.accelerator.all_gather(state.z)
+                return my_loss(z)
+        """
+        return tensor if self.group is None else all_gather(tensor, self.group)
+
+    def print(self, *things: Any, **options: Any) -> None:
+        """Print, in the first process alone; takes what ``print`` takes."""
+        if self.is_main:
+            print(*things, **options)  # noqa: T201 - printing is its purpose
+
+    def wait(self) -> None:
+        """Wait until all processes have come here."""
+        if self.group is not None:
+            self.group.wait()
 
     def __repr__(self) -> str:
         usual = {"precision": "fp32", "accumulate": 1, "strategy": "auto", "compile": False, "seed_per_process": True}

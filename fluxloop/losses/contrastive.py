@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 
-def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5, *, own: slice | None = None) -> Tensor:
     """Compare two views of each row against all other rows of both: SimCLR's loss.
 
     The normalised temperature-scaled cross entropy of Chen et al. (2020), averaged over the 2N
@@ -17,15 +17,22 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
         z1: Embeddings of the first view, shape (N, D); need not be normalised.
         z2: Those of the second view, row by row, shape (N, D).
         temperature: Divides the similarities.
+        own: The rows whose embeddings are compared with all, such as those of one process among several;
+            left out, all are.
 
     Returns:
-        A scalar.
+        A scalar, a mean over the rows that are compared.
     """
     z = normalize(torch.cat([z1, z2]), dim=1)
-    similarities = z @ z.T / temperature
-    similarities.fill_diagonal_(float("-inf"))
     rows = torch.arange(len(z), device=z.device)
-    return cross_entropy(similarities, rows.roll(len(z1)))
+    if own is None:
+        similarities = z @ z.T / temperature
+        similarities.fill_diagonal_(float("-inf"))
+        return cross_entropy(similarities, rows.roll(len(z1)))
+    chosen = torch.cat([rows[: len(z1)][own], rows[len(z1) :][own]])
+    similarities = z[chosen] @ z.T / temperature
+    similarities = similarities.masked_fill(chosen[:, None] == rows, float("-inf"))
+    return cross_entropy(similarities, rows.roll(len(z1))[chosen])
 
 
 def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float = 0.07) -> Tensor:

@@ -12,6 +12,7 @@ from fluxloop.guard.given import check_number
 from fluxloop.losses.distillation import dino_loss
 from fluxloop.nested import tensors
 from fluxloop.phases.joint_embedding import TeacherPhase, Views
+from fluxloop.processes.gather import mean_of_rows
 from fluxloop.schedules import Schedule, value_at
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class DINOPhase(TeacherPhase):
     1. Draw crops of each row, global ones first. 2. The student sees all, the teacher the global
     ones, without gradients. 3. `dino_loss`: the student predicts from each crop what the teacher,
     centred and sharpened, says of each other global crop. 4. After the update the centre moves
-    towards the mean of the teacher's outputs, and `EMA` moves the teacher.
+    towards the mean of the teacher's outputs, of all processes where several train, and `EMA` moves the teacher.
 
     Args:
         views: What makes the crops of a batch, such as ``MultiCrop(globally, locally, 4)``; left out,
@@ -108,7 +109,7 @@ class DINOPhase(TeacherPhase):
 
     def finish(self, learner: Any, state: StepState) -> None:
         """Move the centre towards this batch's mean."""
-        mean = torch.cat(state.teacher).mean(0)
+        mean = mean_of_rows(torch.cat(state.teacher), learner.accelerator.group)
         old = torch.zeros_like(mean) if self.center is None else self.center.to(mean)
         self.center = old * self.center_momentum + mean * (1 - self.center_momentum)
         self._steps += 1

@@ -13,6 +13,7 @@ from fluxloop.phase import inputs_and_labels
 from fluxloop.phases.objective import ObjectivePhase, can_run, require_parts
 
 if TYPE_CHECKING:
+    from fluxloop.processes.group import Group
     from fluxloop.state import StepState
 
 Views = Callable[[Any], tuple[Tensor, ...]]
@@ -118,6 +119,33 @@ class JointEmbeddingPhase(ObjectivePhase):
 def _have_same_rows(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors may be views of the same rows; they may be of different size."""
     return (a.shape[:1], a.ndim, a.dtype) == (b.shape[:1], b.ndim, b.dtype)
+
+
+class ComparingPhase(JointEmbeddingPhase):
+    """Base of methods whose loss compares the rows of a batch with each other, as contrastive ones do.
+
+    Where several processes train, these are the rows of all processes: the loss, and its gradient, is that of one
+    process on the joined batch. With ``Accelerator(accumulate=k)`` they are those of the small batch. What else there
+    is to know is said by `JointEmbeddingPhase`.
+
+    Args:
+        views: What makes two views of a batch; left out, batches hold them.
+        gather: Whether the rows of other processes count; False: each process compares its own alone.
+
+    Raises:
+        PhaseError: `gather` is not True or False.
+    """
+
+    def __init__(self, views: Views | None = None, *, gather: bool = True) -> None:
+        super().__init__(views)
+        if type(gather) is not bool:
+            raise PhaseError(f"{type(self).__name__}(gather={gather!r}) was given; expected True or False")
+        self.gather = gather
+
+    def group(self, learner: Any) -> Group | None:
+        """Return the processes whose rows are compared; None where this one's are alone."""
+        group: Group | None = learner.accelerator.group if self.gather else None
+        return group
 
 
 class TeacherPhase(JointEmbeddingPhase):

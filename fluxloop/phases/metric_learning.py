@@ -11,14 +11,15 @@ from torch.nn.functional import triplet_margin_loss
 from fluxloop.errors import BatchError, PhaseError, describe
 from fluxloop.guard.given import check_number
 from fluxloop.losses.contrastive import supervised_contrastive
-from fluxloop.phases.joint_embedding import JointEmbeddingPhase, Views
+from fluxloop.phases.joint_embedding import ComparingPhase, Views
 from fluxloop.phases.objective import ObjectivePhase, can_run, require_parts
+from fluxloop.processes.gather import all_gather, join_rows
 
 if TYPE_CHECKING:
     from fluxloop.state import StepState
 
 
-class SupConPhase(JointEmbeddingPhase):
+class SupConPhase(ComparingPhase):
     """Supervised contrastive learning (Khosla et al., 2020): rows of one class are each other's positives.
 
     1. Draw two views of each row. 2. Embed both. 3. `supervised_contrastive` over the 2N embeddings
@@ -27,6 +28,7 @@ class SupConPhase(JointEmbeddingPhase):
     Args:
         views: What makes two views of a batch; left out, batches hold them.
         temperature: Divides the cosine similarities.
+        gather: Whether the rows of other processes count, where several train; see `ComparingPhase`.
 
     Models, batches, entries and events are those of `JointEmbeddingPhase`; batches have labels.
 
@@ -34,8 +36,8 @@ class SupConPhase(JointEmbeddingPhase):
         BatchError: A batch has no labels.
     """
 
-    def __init__(self, views: Views | None = None, *, temperature: float = 0.07) -> None:
-        super().__init__(views)
+    def __init__(self, views: Views | None = None, *, temperature: float = 0.07, gather: bool = True) -> None:
+        super().__init__(views, gather=gather)
         check_number("SupConPhase", "temperature", temperature, above=0, error=PhaseError)
         self.temperature = temperature
 
@@ -52,9 +54,11 @@ class SupConPhase(JointEmbeddingPhase):
 
     def loss(self, learner: Any, state: StepState) -> Tensor:
         """Pull together what has one label."""
-        return supervised_contrastive(
-            torch.cat([state.z1, state.z2]), torch.cat([state.ys, state.ys]), self.temperature
-        )
+        z1, z2, ys, group = state.z1, state.z2, state.ys, self.group(learner)
+        if group is not None:
+            (z1, z2), rows = join_rows(group, z1, z2)
+            ys = all_gather(ys, group, rows)
+        return supervised_contrastive(torch.cat([z1, z2]), torch.cat([ys, ys]), self.temperature)
 
 
 class TripletPhase(ObjectivePhase):
@@ -69,7 +73,7 @@ class TripletPhase(ObjectivePhase):
     Model: one module, or a model named ``encoder``. Batches: ``(anchor, positive, negative)``, alone or with
     labels: ``((anchor, positive, negative), ys)``. Entries: those three, ``ys`` where there are labels, ``features``,
     the anchor's embedding, ``z_positive``, ``z_negative`` (N, D), ``loss``. The events are those of
-    `ObjectivePhase`.
+    `ObjectivePhase`. Each row has its own positive and negative: rows of other processes play no part.
 
     Raises:
         BatchError: A batch holds something else.

@@ -12,6 +12,7 @@ from fluxloop.errors import PhaseError
 from fluxloop.guard.given import check_number
 from fluxloop.losses.contrastive import info_nce
 from fluxloop.phases.joint_embedding import TeacherPhase, Views
+from fluxloop.processes.gather import all_gather
 from fluxloop.randomness import stream_seed
 
 if TYPE_CHECKING:
@@ -26,8 +27,9 @@ class MoCoPhase(TeacherPhase):
     5. After the update, the keys enter the queue in place of the oldest; `EMA` moves the teacher.
 
     The queue is filled with random unit vectors before the first step, as in the paper's code; they
-    come from the run's seed, ``stream_seed(seed, "MoCoPhase/queue")``. (Their shuffled batch norm
-    belongs to several processes.)
+    come from the run's seed, ``stream_seed(seed, "MoCoPhase/queue")``. Where several processes train,
+    the keys of all enter the queue, which is the same in all of them. (The paper shuffles rows among processes for
+    batch norm; here there is `synchronise_batch_norm`.)
 
     Args:
         views: What makes two views of a batch; left out, batches hold them.
@@ -75,7 +77,10 @@ class MoCoPhase(TeacherPhase):
 
     def finish(self, learner: Any, state: StepState) -> None:
         """Put the keys in the place of the oldest."""
-        keys = state.keys[-self.queue_size :]
+        group, keys = learner.accelerator.group, state.keys
+        if group is not None:
+            keys = all_gather(keys, group)
+        keys = keys[-self.queue_size :]
         places = (self._oldest + torch.arange(len(keys), device=keys.device)) % self.queue_size
         self.queue = self.negatives(learner, keys)
         self.queue.index_copy_(0, places, keys)

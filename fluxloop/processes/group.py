@@ -23,6 +23,8 @@ class Group:
         rank: The number of this process, from 0.
         size: How many processes there are.
         is_main: Whether this is the first process, which alone prints and writes.
+        spare: Whether the running step repeats rows, because this process has run out of others and all have to take
+            part in each step: its rows count nothing. Who gives the batch sets it before the step.
     """
 
     def __init__(self, process_group: dist.ProcessGroup, device: torch.device) -> None:
@@ -31,6 +33,7 @@ class Group:
         self.rank = dist.get_rank(process_group)
         self.size = dist.get_world_size(process_group)
         self.is_main = self.rank == 0
+        self.spare = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         """Return the group itself: a copied learner trains with the same processes."""
