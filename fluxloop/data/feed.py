@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from fluxloop.data.fingerprint import differences, fingerprint, rows_per_step
 from fluxloop.data.indices import Numbers
 from fluxloop.data.passes import Pass, check_place, obstacle, of_process
-from fluxloop.data.share import Share
 from fluxloop.data.sharing import agree_on_length, is_dealt_by_rows, steps
 from fluxloop.errors import CancelFittingException, CheckpointError, DataError, describe, warn_user
 from fluxloop.persist.plain import from_plain
@@ -22,10 +21,6 @@ if TYPE_CHECKING:
 
 def _nothing() -> None:
     """Undo nothing."""
-
-
-def _tell_nobody(is_spare: bool) -> None:
-    """Tell nobody that a batch is a spare one."""
 
 
 class Feed:
@@ -42,9 +37,9 @@ class Feed:
         before_batch: Called before each batch is fetched.
         told: Names of data that a warning has said to have more or fewer batches than its length.
         group: The processes that share the data (`fluxloop.data.sharing`); None for this one alone. Then all lengths,
-            counts and places are those of the batches of all processes together.
-        tell_spare: Called before each batch, where processes share the data, with whether it is a spare one: it
-            repeats rows, so that this process takes part in a step for which it has none, and weighs nothing.
+            counts and places are those of the batches of all processes together, and `Group.spare` says of each
+            batch whether it is a spare one: it repeats rows, so that this process takes part in a step for which it has
+            none, and weighs nothing.
 
     Attributes:
         count: Batches given in this epoch, those before a checkpoint it goes on from too.
@@ -60,7 +55,6 @@ class Feed:
         before_batch: Callable[[], object] = lambda: None,
         told: set[str] | None = None,
         group: Group | None = None,
-        tell_spare: Callable[[bool], object] = _tell_nobody,
     ) -> None:
         self.source = source
         self._owner = owner
@@ -69,7 +63,6 @@ class Feed:
         self._before_batch = before_batch
         self._told = set() if told is None else told
         self._group = group
-        self._tell_spare = tell_spare
         self._pass: Pass | None = None
         self._from: dict[str, Any] | None = None
         self._undo: Callable[[], None] = _nothing
@@ -246,7 +239,7 @@ class Feed:
         if self.limit is not None:
             batches = islice(batches, max(self.limit - self.count, 0))
         if self._pass.share is not None:
-            batches = self._telling(batches, self._pass.share)
+            batches = self._pass.share.told(batches)
         before_batch = self._before_batch
         before_batch()
         try:
@@ -322,13 +315,6 @@ class Feed:
             except StopIteration:
                 return
             yield batch
-
-    def _telling(self, batches: Iterator[Any], share: Share) -> Iterator[Any]:
-        """Tell before each batch whether it is a spare one, and at the end that none is."""
-        for batch in batches:
-            self._tell_spare(share.is_spare)
-            yield batch
-        self._tell_spare(False)
 
     def __len__(self) -> int:
         length = self.num_batches

@@ -134,6 +134,13 @@ class Share:
             yield batch
         self.is_spare = False
 
+    def told(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Tell the group before each batch whether it is a spare one, and at the end that none is."""
+        for batch in batches:
+            self.group.spare = self.is_spare
+            yield batch
+        self.group.spare = False
+
     # What the processes tell each other
 
     def compare(self, indices: Sequence[Any]) -> None:

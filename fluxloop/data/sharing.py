@@ -33,7 +33,7 @@ from fluxloop.data.notes import Notes
 from fluxloop.data.share import Share
 from fluxloop.data.sources import iterate
 from fluxloop.errors import DataError, describe, warn_user
-from fluxloop.randomness import Stream, draw_seed, preserved
+from fluxloop.randomness import Stream, draw_seed, preserved, start_torch
 
 if TYPE_CHECKING:
     from fluxloop.processes.group import Group
@@ -221,22 +221,16 @@ def _seen_apart(source: Any, batches: Iterator[Any], share: Share) -> Iterator[A
 class SharedLoader:
     """This process's share of a loader, for a loop of the user's own; each iteration is a new pass.
 
+    `Group.spare` says of each batch whether it is a spare one, which weighs nothing.
+
     Args:
         source: Of batches.
         group: The processes that iterate it, all at once.
-
-    Attributes:
-        is_spare: Whether the batch given last is a spare one, whose weight is 0.
     """
 
     def __init__(self, source: Any, group: Group) -> None:
         self.source = source
         self.group = group
-        self._share: Share | None = None
-
-    @property
-    def is_spare(self) -> bool:  # noqa: D102 - said above
-        return self._share is not None and self._share.is_spare
 
     def __len__(self) -> int:
         """Number of batches of each process.
@@ -253,7 +247,7 @@ class SharedLoader:
         order = self.group.broadcast(draw_seed())
         numbers = Numbers(order, Stream(order, "fetch").at, Stream(order, "sample").at)
         with preserved():
-            self._share, batches = begin(self.source, numbers, self.group)
+            batches = _begin(self.source, numbers, self.group)
         while True:
             with preserved(numpy_too=False):
                 try:
@@ -271,12 +265,13 @@ class SharedLoader:
         return f"SharedLoader({describe(self.source)}, process {self.group.rank} of {self.group.size})"
 
 
-def begin(source: Any, numbers: Numbers, group: Group) -> tuple[Share, Iterator[Any]]:
+def _begin(source: Any, numbers: Numbers, group: Group) -> Iterator[Any]:
     """Begin a pass through a process's share of a source, outside of an epoch."""
     share = Share(group, describe(source))
     if isinstance(source, Combined):
-        return share, source.begin(numbers, None, None, share)
-    return share, until_all_end(source, iterate_share(source, numbers, 0, share), share)
+        return share.told(source.begin(numbers, None, None, share))
+    start_torch(numbers.order)
+    return share.told(until_all_end(source, iterate_share(source, numbers, 0, share), share))
 
 
 def shared(source: Any, group: Group | None) -> Any:

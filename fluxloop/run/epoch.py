@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from fluxloop.checkpoint.restoring import meet_phases
@@ -22,6 +22,7 @@ from fluxloop.state import State
 if TYPE_CHECKING:
     from fluxloop.callback import Callback
     from fluxloop.interfaces import RunLearner
+    from fluxloop.processes.group import Group
     from fluxloop.run.scope import FitScope
 
 UPDATE_EVENTS = (UpdateBegin, UpdateEnd)
@@ -40,9 +41,8 @@ def run_epoch(learner: RunLearner, phase: Phase, data: Any = None, scope: FitSco
     check_names(learner, [phase])
     if not learner._running.fitting:
         meet_phases(learner, [phase])
-    running = learner._running
-    saved, outer = learner.data, (learner.num_batches, running.phase, running.spare)
-    running.phase, running.spare = phase, False
+    saved, outer = learner.data, (learner.num_batches, learner._running.phase)
+    learner._running.phase = phase
     if data is not None:
         key = phase.data_key or ("training" if phase.gradients else "")  # shuffled where it trains
         put(learner, "data", State({**vars(learner.data), phase.data_key: load(data, key)}))
@@ -63,7 +63,7 @@ def run_epoch(learner: RunLearner, phase: Phase, data: Any = None, scope: FitSco
         goes_on = scope is not None and scope.is_resuming
         stood = learner.updates.standing() if phase.gradients and not goes_on else None
         steps = None if goes_on else learner.streams[phase.step_stream].index
-        with preserved(), _left_alone(learner, phase, batches.source):
+        with preserved(), _left_alone(learner, phase, batches.source), _apart(learner.accelerator.group):
             phase.epoch(learner, batches)
         if stood is not None:
             _warn_of_updates_by_hand(learner, phase, stood)
@@ -77,7 +77,7 @@ def run_epoch(learner: RunLearner, phase: Phase, data: Any = None, scope: FitSco
         raise worker_died(error) from error
     finally:
         put(learner, "data", saved)
-        learner.num_batches, running.phase, running.spare = outer
+        learner.num_batches, learner._running.phase = outer
 
 
 def _warn_of_no_step(learner: RunLearner, phase: Phase, batches: int, stood: tuple[int, int] | None) -> None:
@@ -133,6 +133,19 @@ def _left_alone(learner: RunLearner, phase: Phase, source: Any) -> AbstractConte
     return untouched(source, workers_too=shared or phase.data_key == "training")
 
 
+@contextmanager
+def _apart(group: Group | None) -> Iterator[None]:
+    """Keep what is said of the batch of a step around the epoch, if it is inside one."""
+    if group is None:
+        yield
+        return
+    outer, group.spare = group.spare, False
+    try:
+        yield
+    finally:
+        group.spare = outer
+
+
 OTHER_NAMES = {"training": ("train",), "validation": ("valid", "val", "dev", "eval")}
 """What data sets elsewhere call the data of a phase."""
 
@@ -176,9 +189,5 @@ def feed(learner: RunLearner, phase: Phase, before_batch: Callable[[], object] =
             f"give it to the learner, data={{{key!r}: ...}}, or to this call{_where_it_is(key, known)}"
         )
     source, told = vars(learner.data)[key], learner._ledger.told_lengths
-    running, group = learner._running, learner.accelerator.group
-
-    def tell_spare(is_spare: bool) -> None:
-        running.spare = is_spare
-
-    return Feed(source, phase.owner, learner.streams, key or "given", before_batch, told, group, tell_spare)
+    group = learner.accelerator.group
+    return Feed(source, phase.owner, learner.streams, key or "given", before_batch, told, group)

@@ -66,13 +66,13 @@ class _Collect(Callback):
     reads = ("step.preds",)
     draws = False
 
-    def __init__(self, running: Any) -> None:
-        self._running = running
+    def __init__(self, group: Group | None) -> None:
+        self._group = group
         self.parts: list[Any] = []
 
     @on(StepEnd)
     def collect(self, event: StepEnd, phase: Phase, learner: Any) -> None:
-        if self._running.spare:  # of rows that other processes have
+        if self._group is not None and self._group.spare:  # of rows that other processes have
             self.parts.append(None)
         else:
             self.parts.append(map_tensors(lambda tensor: tensor.detach().cpu(), learner.step.preds))
@@ -98,12 +98,12 @@ def predict(learner: RunLearner, data: Any, phase: Phase | None, stack: bool) ->
     """Run a phase over data and join its predictions, where they are to be joined; see `Learner.predict`."""
     phase = PredictionPhase() if phase is None else phase
     check_watches(phase)
-    collect = _Collect(learner._running)
+    group = learner.accelerator.group
+    collect = _Collect(group)
     # Joined predictions are matched with the rows that were given: so those must not be shuffled
     source = in_order(as_dataloader(data)) if stack else as_dataloader(data)
     with beside(learner, "predict", [collect, Recorder(), *_bar(learner)]):
         run_epoch(learner, phase, source)
-    group = learner.accelerator.group
     parts = collect.parts if group is None else _of_all(collect.parts, group)
     if not parts:
         raise PhaseError(

@@ -115,9 +115,6 @@ class Running:
         stop_requested: Why the fit is to end before its next batch.
         safe_points: Called at each moment of the fit in which no step is under way.
         resume_from: The folder from which the fit was to be resumed, if that holds no checkpoint yet.
-        spare: Whether the running step's batch is a spare one, as only several processes have: rows repeated, so
-            that this process takes part in the step. It weighs nothing: its gradients, its losses and its rows in
-            metrics are left out (not multiplied by 0, as what is not finite would stay so).
     """
 
     fitting: bool = False
@@ -125,7 +122,6 @@ class Running:
     stop_requested: str | None = None
     safe_points: list[Callable[[], object]] = field(factory=list)
     resume_from: str | PathLike[str] | None = None
-    spare: bool = False
 
     def pass_safe_point(self, history: History) -> None:
         """Do what waits for a moment between two steps or epochs: write checkpoints, and stop where that was requested.

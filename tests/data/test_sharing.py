@@ -113,18 +113,15 @@ BY_ROWS: dict[str, Make] = {
 }
 
 
-def feed(source: Any, group: Any = None, said: list[bool] | None = None) -> Feed:
-    tell = (lambda is_spare: None) if said is None else said.append
-    return Feed(source, "training", Streams(7), "training", group=group, tell_spare=tell)
+def feed(source: Any, group: Any = None) -> Feed:
+    return Feed(source, "training", Streams(7), "training", group=group)
 
 
-def given_batches(data: Feed, said: list[bool] | None = None) -> list[Any]:
+def given_batches(data: Feed) -> list[Any]:
     """Return the batches of an epoch; None for spare ones."""
-    batches = []
-    for batch in data:
-        assert said is None or len(said) == len(batches) + 1
-        batches.append(None if said is not None and said[-1] else batch)
-    assert said is None or said.pop() is False  # after the last one
+    group = data._group
+    batches = [None if group is not None and group.spare else batch for batch in data]
+    assert group is None or not group.spare  # after the last one
     return batches
 
 
@@ -154,14 +151,11 @@ def check_shares(make: Callable[[int], Any], size: int, batch: int, epochs: int 
         torch.manual_seed(0)  # torchdata's loaders draw a seed as they are made
         sources.append(make(rows))
     alone = feed(sources[0])
-    of_all = [feed(source, Alone(rank, size), []) for rank, source in enumerate(sources[1:])]
-    said: list[list[bool]] = [data._tell_spare.__self__ for data in of_all]  # type: ignore[attr-defined]  # lists' append
+    of_all = [feed(source, Alone(rank, size)) for rank, source in enumerate(sources[1:])]
     assert {data.num_batches for data in of_all} == {alone.num_batches}
     for _ in range(epochs):
         expected = given_batches(alone)
-        found = [given_batches(data, spare) for data, spare in zip(of_all, said, strict=True)]
-        for spare in said:
-            spare.clear()
+        found = list(map(given_batches, of_all))
         assert {len(each) for each in found} == {len(expected)}
         for whole, pieces in zip(expected, zip(*found, strict=True), strict=True):
             given = [piece for piece in pieces if piece is not None]
@@ -209,19 +203,14 @@ def test_a_process_without_rows_repeats_its_last_batch() -> None:
 
 def test_where_it_had_none_it_repeats_rows_of_others() -> None:
     for make in (BY_ROWS["tensors"], BY_ROWS["a loader"]):
-        said: list[bool] = []
-        (batch,) = feed(make(2, 2, False), Alone(3, 4), said)
-        assert said == [True, False]
+        assert given_batches(feed(make(2, 2, False), Alone(3, 4))) == [None]
+        (batch,) = feed(make(2, 2, False), Alone(3, 4))
         assert list(next(tensors(batch))) == [0, 1]
 
 
 def test_whole_batches_go_to_the_processes_in_turn_where_a_sampler_makes_them() -> None:
     lists = [[0, 1, 2], [3], [4, 5], [6, 7, 8, 9], [10]]
-    said: list[list[bool]] = [[], []]
-    found = [
-        given_batches(feed(DataLoader(Augmented(11), batch_sampler=lists), Alone(rank, 2), said[rank]), said[rank])
-        for rank in range(2)
-    ]
+    found = [given_batches(feed(DataLoader(Augmented(11), batch_sampler=lists), Alone(rank, 2))) for rank in range(2)]
     assert [batch[0].tolist() for batch in found[0]] == [[0, 1, 2], [4, 5], [10]]
     assert [batch[0].tolist() for batch in found[1] if batch] == [[3], [6, 7, 8, 9]]
     assert found[1][2] is None
@@ -254,12 +243,11 @@ def test_lists_of_indices_without_batches_are_dealt_by_rows() -> None:
 
 def test_batches_of_a_list_go_to_the_processes_in_turn() -> None:
     batches = [torch.full((2,), number) for number in range(5)]
-    said: list[bool] = []
     first = feed(batches, Alone(0, 2))
     assert [int(batch[0]) for batch in first] == [0, 2, 4]
     assert first.num_batches == 3
-    assert [int(batch[0]) for batch in feed(batches, Alone(1, 2), said)] == [1, 3, 3]
-    assert said == [False, False, True, False]
+    assert [int(batch[0]) for batch in feed(batches, Alone(1, 2))] == [1, 3, 3]
+    assert given_batches(feed(batches, Alone(1, 2)))[2] is None
     assert [int(batch[0]) for batch in feed(batches[:1], Alone(1, 2))] == [0]
 
 
@@ -281,10 +269,8 @@ def test_each_of_several_loaders_is_shared(mode: str) -> None:
 
 def test_the_first_of_several_loaders_says_whether_a_batch_is_spare() -> None:
     def spares(first: int, second: int) -> list[bool]:
-        said: list[bool] = []
         loaders = [TensorBatches(torch.arange(rows), batch_size=2) for rows in (first, second)]
-        list(feed(CombinedLoader(loaders), Alone(3, 4), said))
-        return said[:-1]
+        return [batch is None for batch in given_batches(feed(CombinedLoader(loaders), Alone(3, 4)))]
 
     assert spares(9, 16) == [False, True]
     assert spares(16, 9) == [False, False]
@@ -304,12 +290,11 @@ def test_an_epoch_goes_on_by_another_number_of_processes(name: str) -> None:
         assert place is not None
         found = []
         for rank in range(now):
-            said: list[bool] = []
-            other = feed(BY_ROWS[name](21, 8 // now, False), None if now == 1 else Alone(rank, now), said)
+            other = feed(BY_ROWS[name](21, 8 // now, False), None if now == 1 else Alone(rank, now))
             other.check_place(place)
             place["global_generators"] = _generators()
             other.go_on(place, lambda: None)
-            found.append(given_batches(other, said if now > 1 else None))
+            found.append(given_batches(other))
         for expected, pieces in zip(whole[1:], zip(*found, strict=True), strict=True):
             assert same(joined([piece for piece in pieces if piece is not None]), expected)
 
@@ -418,12 +403,11 @@ def of_each(make: Callable[[Threaded], Any], size: int) -> list[tuple[list[Any],
     """Return the batches that each process was given, and which of them are spare."""
 
     def run(group: Threaded) -> tuple[list[Any], list[bool]]:
-        said: list[bool] = []
-        data = feed(make(group), group, said)
+        data = feed(make(group), group)
         data.check()
-        batches = [batch.tolist() if isinstance(batch, Tensor) else batch for batch in data]
+        batches = [(batch.tolist() if isinstance(batch, Tensor) else batch, group.spare) for batch in data]
         assert data.num_batches in (None, len(batches))
-        return batches, said[:-1]
+        return [batch for batch, _ in batches], [is_spare for _, is_spare in batches]
 
     results = together(size, run)
     for result in results:
@@ -546,12 +530,12 @@ def test_a_loader_that_keeps_its_place_goes_on_at_that_of_each_process(after: in
         return place
 
     def go_on(group: Threaded) -> Any:
-        said: list[bool] = []
-        data = feed(Kept(rows[group.rank]), group, said)
+        data = feed(Kept(rows[group.rank]), group)
         place = {**places[0], "global_generators": _generators()}  # that of the first is the one that is written
         data.check_place(place)
         data.go_on(place, lambda: None)
-        return [int(batch) for batch in data], said[:-1]
+        batches = [(int(batch), group.spare) for batch in data]
+        return [batch for batch, _ in batches], [is_spare for _, is_spare in batches]
 
     places = together(2, leave)
     first, second = together(2, go_on)

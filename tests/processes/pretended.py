@@ -22,6 +22,7 @@ class Alone(Group):
         self.size = size
         self.device = torch.device("cpu")
         self.is_main = rank == 0
+        self.spare = False
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         return tensor
