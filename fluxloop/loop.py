@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fluxloop.compute.memory import release_step
 from fluxloop.compute.modes import is_held_in_eval, switch_modes, switch_optimizers
 from fluxloop.errors import (
     BatchError,
@@ -247,6 +248,7 @@ class StepScope(Scope):
             self._learner.updates.abandon_step(self.state)
             if not isinstance(error, CancelSignal):
                 locate(error, self._learner, self.phase)
+                release_step(error, self._learner, self.state, self.phase.gradients)
         with preserved() if self._undo or self._early else nullcontext():  # what is undone may draw
             self.close(error)
         if self._apart is not None:

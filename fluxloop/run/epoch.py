@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from fluxloop.checkpoint.restoring import meet_phases
+from fluxloop.compute.memory import drop_frames, is_out_of_memory
 from fluxloop.data.feed import Feed
 from fluxloop.data.loaders import load
 from fluxloop.data.loading import is_workers_death, worker_died
@@ -72,6 +73,8 @@ def run_epoch(learner: RunLearner, phase: Phase, data: Any = None, scope: FitSco
     except CancelEpochException:
         pass  # raised by a handler of EpochBegin, after EpochEnd was fired
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            drop_frames(error)  # those of the phase too, which was still running when its step ended
         if not is_workers_death(error):
             raise
         raise worker_died(error) from error
