@@ -8,6 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from fluxloop.errors import DataError
 
@@ -154,9 +155,8 @@ class Share:
         """
         says = {**self.described, "first rows of the order": [_plain(index) for index in indices[:COMPARED]]}
         digest = int.from_bytes(blake2b(repr(sorted(says.items())).encode(), digest_size=7).digest(), "little")
-        largest = torch.tensor([digest, -digest], dtype=torch.int64, device=self.group.device)
-        most, least = self.group.all_reduce(largest, "max").tolist()
-        if most == -least:
+        most, least = extremes(digest, self.group)
+        if most == least:
             return
         of_all = self.group.gather_objects(says)
         listed = "".join(
@@ -174,7 +174,7 @@ class Share:
 
     def vote(self, number: int) -> list[int]:
         """Return what each process says, in the order of their numbers."""
-        votes = torch.zeros(self.size, dtype=torch.int64, device=self.group.device)
+        votes = torch.zeros(self.size, dtype=torch.int64, device=meeting_device(self.group))
         votes[self.rank] = number
         return [int(vote) for vote in self.group.all_reduce(votes).tolist()]
 
@@ -199,6 +199,23 @@ class Share:
                 last, has_last = last if has_last else lent, True
             self.is_spare = self.is_out
             yield last
+
+
+def extremes(number: int, group: Group) -> tuple[int, int]:
+    """Return the largest and the smallest of the numbers that the processes have."""
+    both = torch.tensor([number, -number], dtype=torch.int64, device=meeting_device(group))
+    most, least = group.all_reduce(both, "max").tolist()
+    return most, -least
+
+
+def meeting_device(group: Group) -> torch.device:
+    """Return where numbers that the processes tell each other lie: on the host where these can be sent from there.
+
+    To read a number from a device waits for all that it still computes.
+    """
+    if group.device.type == "cpu" or "cpu:" in dist.get_backend_config(group.process_group):
+        return torch.device("cpu")
+    return group.device
 
 
 NOTHING, HAS_LAST, HAS_NEXT = range(3)

@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sized
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-import torch
 from attrs import evolve
 from torch.utils.data import DataLoader
 
@@ -30,7 +29,7 @@ from fluxloop.data.indices import Numbers, deals_rows, shared_length
 from fluxloop.data.kinds import Combined, is_loader
 from fluxloop.data.loaders import TensorBatches
 from fluxloop.data.notes import Notes
-from fluxloop.data.share import Share
+from fluxloop.data.share import Share, extremes
 from fluxloop.data.sources import iterate
 from fluxloop.errors import DataError, describe, warn_user
 from fluxloop.randomness import Stream, draw_seed, preserved, start_torch
@@ -146,10 +145,9 @@ def agree_on_length(source: Any, group: Group) -> bool:
         return True
     length = own_length(source)
     number = -1 if length is None else length
-    both = torch.tensor([number, -number], dtype=torch.int64, device=group.device)
-    most, least = group.all_reduce(both, "max").tolist()
-    _agreed.put(source, -1 if least == 1 else most)
-    return bool(most == -least)
+    most, least = extremes(number, group)
+    _agreed.put(source, -1 if least == -1 else most)
+    return most == least
 
 
 # A pass
