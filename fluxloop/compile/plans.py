@@ -32,6 +32,7 @@ from fluxloop.compile.fx import require_torch
 from fluxloop.compile.glance import Glance, NotPlainError
 from fluxloop.compile.graphs import Graph
 from fluxloop.compile.optimizer_stand_in import differing
+from fluxloop.compile.refusals import require_accelerator
 from fluxloop.compile.tracing import trace
 from fluxloop.errors import CompileError, warn_user
 from fluxloop.order.explain import fired_with
@@ -52,12 +53,8 @@ def require(learner: RunLearner, phases: Iterable[type[Phase]]) -> None:
     """Raise for phases whose steps cannot be one graph.
 
     Raises:
-        CompileError: Names what stands in the way: a callback, its event and path; the phase's own step; or an
-            accelerator that computes gradients or updates in ways of its own.
+        CompileError: Names what stands in the way: a callback, its event and path; or the phase's own step.
     """
-    kind = type(learner.accelerator)
-    if any(not method.__module__.startswith("fluxloop.") for method in (kind.backward, kind.update)):
-        raise CompileError(f"{kind.__name__} has a backward or update of its own; use it with compile=False")
     for phase in phases:
         obstacles = learner.callbacks.obstacles(phase) if phase.data_key and phase.compiled else []
         if obstacles:
@@ -77,11 +74,12 @@ class CompiledSteps:
         learner: Whose steps they are.
 
     Raises:
-        CompileError: This torch cannot trace steps.
+        CompileError: This torch cannot trace steps, or the learner's accelerator asks for what no graph can hold.
     """
 
     def __init__(self, learner: RunLearner) -> None:
         require_torch()
+        require_accelerator(learner.accelerator)
         self._learner = learner
         self._plans: dict[type[Phase], Plan] = {}
 

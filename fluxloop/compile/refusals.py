@@ -6,6 +6,7 @@ import os
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,8 +14,54 @@ from fluxloop.compute.slots import Slot
 from fluxloop.errors import PACKAGE, CompileError
 from fluxloop.phase import Phase
 
+if TYPE_CHECKING:
+    from fluxloop.compute.accelerator import Accelerator
+
 LIBRARIES = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, PACKAGE))
 """Folders whose code is not the user's."""
+
+
+def require_accelerator(accelerator: Accelerator) -> None:
+    """Raise for an accelerator whose steps no graph can hold.
+
+    Raises:
+        CompileError: Names the argument, and what to type.
+    """
+    kind = type(accelerator)
+    if any(not method.__module__.startswith("fluxloop.") for method in (kind.backward, kind.update)):
+        raise CompileError(f"{kind.__name__} has a backward or update of its own; use it with compile=False")
+    for stands_in_the_way, given, why in (
+        (
+            accelerator.precision == "fp16",
+            "precision='fp16'",
+            "in fp16 the host looks at the gradients before every update, and leaves it out where they are infinite. "
+            "Expected precision='bf16', which needs no such look, or compile='model'",
+        ),
+        (
+            accelerator.precision == "bf16",
+            "precision='bf16'",
+            "compiled steps compute in float32 so far. Expected precision='fp32', or compile='model'",
+        ),
+        (
+            accelerator.accumulate != 1,
+            f"accumulate={accelerator.accumulate!r}",
+            "compiled steps update after every batch so far. Expected accumulate=1, or compile='model'",
+        ),
+        (
+            accelerator.strategy == "shard",
+            "strategy='shard'",
+            "parameters of which each process holds a part are put together while a step runs, which no graph does. "
+            "Expected strategy='replicate', or compile='model'",
+        ),
+        (
+            accelerator.group is not None,
+            f"{accelerator.world_size} processes",
+            "compiled steps are those of one process so far. Expected one process, strategy='none' for processes "
+            "that train apart, or compile='model'",
+        ),
+    ):
+        if stands_in_the_way:
+            raise CompileError(f"Accelerator(compile='step') was given with {given}: {why}")
 
 
 def refusal(phase: Phase, why: str) -> CompileError:
