@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import attrgetter, is_
@@ -69,7 +70,7 @@ class Averager:
         self._armed: list[Bucket] = []
         self._next = 0
         """Which of the armed buckets is sent next."""
-        self._late: tuple[Tensor, list[_Plan]] | None = None
+        self._late: deque[tuple[torch.Event, Tensor, list[_Plan]]] = deque()
         self.messages = 0
         """How many messages of gradients have been sent."""
 
@@ -142,7 +143,6 @@ class Averager:
             pass
         return self.finish(weights, votes)
 
-    @torch.no_grad()
     def finish(self, weights: Sequence[float | Tensor], votes: Sequence[float] | Tensor = ()) -> Sums:
         """Send what is missing, wait for all, and put the sums into ``grad``.
 
@@ -157,7 +157,8 @@ class Averager:
             OptimizerError: The processes train different parameters, or other optimizers than one another.
             LossError: A gradient is of a kind that cannot be sent. In both cases no gradient is changed.
         """
-        self._check_late()
+        if self._late:
+            self._check_late()
         plans = [self._plan(parameters) for parameters in self._sets]
         fresh = [plan for plan in plans if not plan.agreed]
         if fresh:
@@ -204,8 +205,10 @@ class Averager:
         said = [plan.buckets[-1].sums[-1] for plan in plans]
         if not differs and not said[0].is_cpu:  # to read it would wait for the device: it is read in the next call
             weights: list[float | Tensor] = [numbers[_WEIGHT] for numbers in said]
-            late = torch.stack([numbers.double()[: _NUMBER + 1] for numbers in said])
-            self._late = (late.to("cpu", non_blocking=True), plans)
+            late = torch.stack([numbers[: _NUMBER + 1].double() for numbers in said]).to("cpu", non_blocking=True)
+            arrived = torch.Event(said[0].device)
+            arrived.record()
+            self._late.append((arrived, late, plans))
             return Sums(weights, said[-1][_WEIGHT + 1 : _WEIGHT + 1 + count])
         numbers = [tensor.tolist() for tensor in said]
         if self._differ(numbers, plans):
@@ -226,17 +229,15 @@ class Averager:
             if entry[_NUMBER] != plan.number * self.group.size:
                 raise OptimizerError(
                     f"process {self.group.rank} updates the optimizer of {self._name(plan.parameters, 0)!r} and "
-                    "another process one of other parameters; expected the same updates in the same order on every one: "
-                    "let no condition decide about a block or learner.update() that only one of them sees"
+                    "another process one of other parameters; expected the same updates in the same order on every "
+                    "one: let no condition decide about a block or learner.update() that only one of them sees"
                 )
         return any(entry[_DIFFERS] for entry in numbers)
 
     def _check_late(self) -> None:
-        """Read what was said in the last call, where that was not awaited."""
-        if self._late is not None:
-            (late, plans), self._late = self._late, None
-            if torch.cuda.is_available():
-                torch.cuda.current_stream().synchronize()
+        """Read what was said in calls before that did not wait for it, as far as the device has come."""
+        while self._late and self._late[0][0].query():
+            _, late, plans = self._late.popleft()
             if self._differ(late.tolist(), plans):
                 raise self._one_sided()
 
@@ -382,9 +383,9 @@ class _Plan:
         if isinstance(weight, Tensor) or isinstance(votes, Tensor):
             said = said.clone()
             if isinstance(weight, Tensor):
-                said[_WEIGHT] = weight.reshape(())
+                said[_WEIGHT] = weight.detach().reshape(())
             if isinstance(votes, Tensor):
-                said[_WEIGHT + 1 : _WEIGHT + 1 + len(votes)] = votes
+                said[_WEIGHT + 1 : _WEIGHT + 1 + len(votes)] = votes.detach()
         return [flags, said], differs
 
     def hand_out(self) -> None:

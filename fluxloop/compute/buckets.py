@@ -141,7 +141,9 @@ class Bucket:
         self._pieces += tail
         # Of a single tensor torch's operator returns the tensor itself, and the sums would overwrite it.
         flat = _flatten(self._pieces) if len(self._pieces) > 1 else self._pieces[0].reshape(-1).clone()
-        self._flat = flat if flat.dtype == self.dtype else flat.to(self.dtype)
+        if flat.dtype != self.dtype or flat.requires_grad:  # as gradients do that were computed with create_graph
+            flat = flat.detach().to(self.dtype)
+        self._flat = flat
         # Called as torch.distributed.all_reduce calls it, which costs as much again as a small message.
         self._work = process_group.allreduce([self._flat])
 
