@@ -261,6 +261,16 @@ class TensorBatches:
         )
 
 
+class Divided:
+    """Base of what is a process's share of a source, in a loop of the user's own.
+
+    Attributes:
+        source: The source.
+    """
+
+    source: Iterable[Any]
+
+
 def as_dataloader(data: Any, batch_size: int = 32, shuffle: bool = False, **options: Any) -> Iterable[Any]:
     """Make an iterable of batches from nearly anything.
 
@@ -283,6 +293,8 @@ def as_dataloader(data: Any, batch_size: int = 32, shuffle: bool = False, **opti
         >>> len(as_dataloader((xs, ys))), len(as_dataloader((xs, ys), batch_size=10))
         (4, 10)
     """
+    if isinstance(data, Divided):  # a learner divides it itself
+        return data.source
     if not isinstance(shuffle, bool):
         raise DataError(f"as_dataloader(shuffle={shuffle!r}) was given; expected True or False")
     if isinstance(data, IterableDataset):

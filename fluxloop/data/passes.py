@@ -274,7 +274,7 @@ class Pass:
     def place(self, count: int, name: str | None) -> dict[str, Any]:
         """Return where it is, as plain data.
 
-        Where several processes share the source, all of them ask for it at once.
+        Where each of several processes has a source that keeps its place, all of them ask for it at once.
 
         Args:
             count: How many batches were given.
@@ -296,8 +296,8 @@ class Pass:
 
 
 def _of_all(source: Any, state: dict[str, Any], group: Group) -> dict[str, Any]:
-    """Return a state with that of each process, where each has batches of its own."""
-    if isinstance(source, Combined) or is_divided(source, group):
+    """Return a state with that of each process, where each has a source that keeps its place."""
+    if isinstance(source, Combined) or not keeps_place(source) or is_divided(source, group):
         return state
     return {**state, "of_processes": group.gather_objects(state)}
 
@@ -355,7 +355,8 @@ def data_state(source: Any, begun: bool, name: str, group: Group | None = None) 
         source: Of batches.
         begun: Whether a pass of this run was made, so that a source that keeps its place has one.
         name: What the data is called in messages.
-        group: The processes that share it, all of which ask for it now; None for this one alone.
+        group: The processes that share it; None for this one alone. Where each has a source that keeps its place, all
+            of them ask for it at once.
     """
     state = {**source_state(source), "own": None}
     if isinstance(source, Combined):

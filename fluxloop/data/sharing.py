@@ -27,7 +27,7 @@ from fluxloop.data.fingerprint import digest_of, fingerprint
 from fluxloop.data.generators import own_generators
 from fluxloop.data.indices import Numbers, deals_rows, shared_length
 from fluxloop.data.kinds import Combined, is_loader
-from fluxloop.data.loaders import TensorBatches
+from fluxloop.data.loaders import Divided, TensorBatches
 from fluxloop.data.notes import Notes
 from fluxloop.data.share import Share, extremes
 from fluxloop.data.sources import iterate
@@ -216,7 +216,7 @@ def _seen_apart(source: Any, batches: Iterator[Any], share: Share) -> Iterator[A
 # Loops of the user's own
 
 
-class SharedLoader:
+class SharedLoader(Divided):
     """This process's share of a loader, for a loop of the user's own; each iteration is a new pass.
 
     `Group.spare` says of each batch whether it is a spare one, which weighs nothing.

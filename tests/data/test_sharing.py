@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from fluxloop import CheckpointError, CombinedLoader, DataError, TensorBatches
+from fluxloop import CheckpointError, CombinedLoader, DataError, TensorBatches, as_dataloader
 from fluxloop.data.feed import Feed
 from fluxloop.data.share import Share
 from fluxloop.data.sharing import SharedLoader, shared
@@ -423,6 +423,26 @@ def test_iterables_of_different_length_end_together() -> None:
     assert found[2] == ([[2], [2], [2]], [False, True, True])
 
 
+def test_so_do_they_beside_other_loaders() -> None:
+    def run(mode: str) -> list[Any]:
+        def of_one(group: Threaded) -> list[Any]:
+            own = DataLoader(Sharded(range(group.rank, 10 - 3 * group.rank, 2)), batch_size=2)
+            data = feed(CombinedLoader([own, TensorBatches(torch.arange(8), batch_size=1)], mode), group)
+            data.check()
+            assert data.num_batches is None
+            plain = [[part if part is None else part.tolist() for part in batch] for batch in data]
+            return plain
+
+        return together(2, of_one)
+
+    first, second = run("min_size")
+    assert first == [[[0, 2], [0]], [[4, 6], [2]], [[8], [4]]]
+    assert second == [[[1, 3], [1]], [[5], [3]], [[5], [5]]]
+    first, second = run("max_size_cycle")
+    assert [own for own, _ in second] == [[1, 3], [5], [5], [1, 3]]
+    assert [own for own, _ in first] == [[0, 2], [4, 6], [8], [0, 2]]
+
+
 def test_one_that_has_nothing_repeats_a_batch_of_another() -> None:
     found = of_each(lambda group: DataLoader(Sharded(range(2 * group.rank)), batch_size=1), 2)
     assert found == [([[0], [0]], [True, True]), ([[0], [1]], [False, False])]
@@ -567,6 +587,11 @@ def test_a_loop_of_the_users_own_gets_the_same_shares() -> None:
         torch.rand(1)
         found.append(first)
     assert sorted(torch.cat([row for each in found for row in each]).tolist()) == list(range(10))
+
+
+def test_a_learner_divides_such_a_loader_itself() -> None:
+    source = TensorBatches(torch.arange(10), batch_size=2, shuffle=True)
+    assert as_dataloader(shared(source, Alone(0, 2))) is source
 
 
 def test_a_piece_is_as_large_as_any() -> None:
