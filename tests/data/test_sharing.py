@@ -448,6 +448,21 @@ def test_one_that_has_nothing_repeats_a_batch_of_another() -> None:
     assert found == [([[0], [0]], [True, True]), ([[0], [1]], [False, False])]
 
 
+def test_a_limit_ends_them_all_at_once() -> None:
+    def run(group: Threaded) -> list[list[int]]:
+        data = feed(Kept(list(range(group.rank, 7 - 5 * group.rank))), group)
+        epochs = []
+        for _ in range(3):
+            data.limit = 3
+            epochs.append([int(batch) for batch in data])
+            assert not group.spare
+        return epochs
+
+    first, second = together(2, run)
+    assert first == [[0, 1, 2], [3, 4, 5], [6]]
+    assert second == [[1, 1, 1], [1, 1, 1], [1]]
+
+
 def test_where_all_have_nothing_it_is_an_error() -> None:
     results = together(2, lambda group: list(feed(DataLoader(Sharded(range(0)), batch_size=1), group)))
     assert all(isinstance(result, DataError) for result in results)

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from fluxloop import Checkpointer, DataError, TensorBatches
+from fluxloop import Checkpointer, CustomCallback, DataError, StepEnd, TensorBatches, TrainingPhase
 from fluxloop.data.feed import Feed
 from fluxloop.data.sharing import shared
 from fluxloop.randomness import Streams
@@ -49,6 +49,19 @@ report(
 learner = make_learner(4, rows=17)
 learner.fit(2)
 report(spare=learner.model.state_dict())
+
+seen = []
+
+
+def validate(_):
+    before = group.spare
+    learner.evaluate([(rows, rows[:, :1])])
+    seen.append((before, group.spare))
+
+
+learner.add_callback(CustomCallback(validate, StepEnd, TrainingPhase, name="validates"))
+learner.fit(1)
+report(seen=seen)
 
 written = make_learner(4, Checkpointer(given / f"two/{group.rank}", unit="step", keep_last=100))
 written.fit(2)
@@ -181,6 +194,12 @@ def test_a_batch_that_only_repeats_rows_trains_nothing(two: Run) -> None:
     alone.fit(2)
     for each in two.reports:
         assert_close(alone.model.state_dict(), each["spare"])
+
+
+def test_a_validation_inside_a_step_leaves_what_is_said_of_its_batch(two: Run) -> None:
+    first, second = (each["seen"] for each in two.reports)
+    assert first == [(False, False)] * 3
+    assert second == [(False, False), (False, False), (True, True)]
 
 
 def test_predictions_are_in_order_on_all(alone: Learner, two: Run) -> None:
