@@ -118,10 +118,11 @@ SOURCE: dict[str, Rule] = {
     "private": _each(ANY),
     "private_now": _each(ANY),
     "fingerprint": DICT,
+    "of_processes": _each(DICT),
 }
 FEED = _entries(
     {"key": TEXT, "batch": COUNT, "length": _maybe(COUNT), "global_generators": _generators},
-    SOURCE,
+    {**SOURCE, "processes": COUNT, "out": FLAG},
 )
 PLACE = _entries(
     {"phases": _each(TEXT), "index": COUNT, "feed": _maybe(FEED), "script": _generators},

@@ -168,8 +168,8 @@ class Share:
         raise DataError(
             f"{self.label} is not the same on all processes:{listed}\nExpected the same data in the same order on all, "
             "of which each takes its own rows: leave a split by rank out, and seed what is drawn for the data "
-            "(seed_everything, split(seed=), samplers with a generator of their own). Data of which each process has "
-            "rows of its own is an iterable, or has a DistributedSampler"
+            "(seed_everything, split(seed=), samplers with a generator of their own). A data set of which each process "
+            "has rows of its own says so by attributes num_replicas and rank"
         )
 
     def vote(self, number: int) -> list[int]:

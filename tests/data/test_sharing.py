@@ -498,6 +498,31 @@ def test_a_loader_with_a_distributed_sampler_is_left_as_it_is() -> None:
         list(feed(DataLoader(Augmented(6), sampler=DistributedSampler(Augmented(6), 3, 0)), Alone(1, 2)))
 
 
+class Own(Augmented):
+    """A data set of which each process has rows of its own."""
+
+    def __init__(self, count: int, group: Alone) -> None:
+        super().__init__(count)
+        self.num_replicas, self.rank = group.size, group.rank
+
+
+def test_so_is_a_data_set_that_says_it_has_been_divided() -> None:
+    def run(group: Threaded) -> Any:
+        data = feed(DataLoader(Own(4 - group.rank, group), batch_size=1), group)
+        return [(int(batch[0]), group.spare) for batch in data]
+
+    first, second = together(2, run)
+    assert first == [(row, False) for row in range(4)]
+    assert second == [*((row, False) for row in range(3)), (2, True)]
+
+
+def test_data_of_no_full_batch_of_all_processes_is_an_error() -> None:
+    source = TensorBatches(torch.arange(10), batch_size=8, drop_last=True)
+    feed(source).check()
+    with pytest.raises(DataError, match=r"gave no batch.*A full batch is one of all 2 processes together"):
+        feed(source, Alone(0, 2)).check()
+
+
 def test_samples_of_such_loaders_draw_numbers_of_their_own() -> None:
     def make(rank: int) -> Any:
         sampler = DistributedSampler(Augmented(6), 2, rank, shuffle=False)
