@@ -69,6 +69,8 @@ def _misfits(learner: RunLearner, state: State) -> Iterator[str]:
     for name, kept in state["optimizers"].items():
         if name in slots:
             yield from optimizer_differs(slots[name].optimizer, kept, by_name, slots[name].label)
+        if name in slots:
+            yield from _window_differs(slots[name], state["updates"]["slots"].get(name, {}))
     for name, gradient in state["updates"]["gradients"].items():
         parameter = by_name.get(name)
         if parameter is None or is_lazy(parameter):
@@ -256,6 +258,19 @@ def _data_differ(learner: RunLearner, state: State) -> Iterator[str]:
                 yield f"the {label} data: the state of a generator in the checkpoint cannot be put back: {error!r}"
 
 
+def _window_differs(slot: Slot, kept: State) -> Iterator[str]:
+    """Say where gradients of a part of an update's batches wait, and an update is of another number of batches now."""
+    window = kept.get("window")
+    if kept.get("waiting") and window is not None and not window["complete"]:
+        size, now = window["size"], slot.batches_per_update
+        if size != now:
+            yield (
+                f"gradients of {window['count']} of {size} batches wait for an update of {slot.label}, which is of "
+                f"{counted(now, 'batch')} now: expected Accelerator(accumulate={size}), or a checkpoint of the end of an "
+                "epoch"
+            )
+
+
 def check_same_run(learner: RunLearner, state: State) -> None:
     """Raise where resuming would not go on with the same run.
 
@@ -265,6 +280,9 @@ def check_same_run(learner: RunLearner, state: State) -> None:
     wrong = []
     if learner._seed_given and learner.seed != state["seed"]:
         wrong.append(f"seed={learner.seed} was given, and the run has seed={state['seed']}")
+    former_precision = state.get("precision", "fp32")
+    if learner.accelerator.precision != former_precision:
+        wrong.append(f"precision={learner.accelerator.precision!r} was given, and the run has {former_precision!r}")
     for slot in learner.updates.slots:
         former = state["optimizers"][slot.name or ""]["defaults"]
         for option, value in plain_defaults(slot.optimizer).items():

@@ -94,6 +94,11 @@ class Slot:
             self.before = None
             self.num_batches -= 1
 
+    @property
+    def batches_per_update(self) -> int:
+        """How many batches the accelerator makes one update of."""
+        return 1
+
     def window_state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the batches that make an update: nothing, where it is one."""
         return {}

@@ -98,11 +98,17 @@ class WindowSlot(Slot):
         super().abandon(state)
         self.window.abandon(state)
 
+    @property
+    def batches_per_update(self) -> int:
+        """How many batches the accelerator makes one update of."""
+        return self.window.size
+
     def window_state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the batches that make an update."""
         window = self.window
         return {
             "window": {
+                "size": window.size,
                 "count": window.count,
                 "weight": float(window.weight),
                 "current": None if window.current is None else float(window.current),
@@ -117,8 +123,8 @@ class WindowSlot(Slot):
         self.window.reset()
         if state is None:
             state = {"complete": self.first_step is not None}
-        for name, value in state.items():
-            setattr(self.window, name, value)
+        for name in state.keys() - {"size"}:
+            setattr(self.window, name, state[name])
 
     def take(self) -> list[Tensor | None]:
         """Take the gradients out of the parameters, so that new ones are computed beside them."""
