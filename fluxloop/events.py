@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from attrs import frozen
+from attrs import field, frozen
 
 
 @frozen
@@ -145,9 +145,12 @@ class UpdateBegin(Event):
 
     Args:
         name: Name of the optimizer, None for a learner with a single unnamed one.
+        after_steps: Whether it is the update of the last batches of an epoch, made after its last step: where
+            ``Accelerator(accumulate=k)`` waited for more batches of data that does not say how many it has.
     """
 
     name: str | None = None
+    after_steps: bool = field(default=False, kw_only=True, repr=False)
 
 
 @frozen
@@ -156,10 +159,13 @@ class UpdateEnd(Event):
 
     Args:
         name: Name of the optimizer, None for a learner with a single unnamed one.
+        after_steps: Whether it is the update of the last batches of an epoch, made after its last step: where
+            ``Accelerator(accumulate=k)`` waited for more batches of data that does not say how many it has.
     """
 
     ends_scope: ClassVar[bool] = True
     name: str | None = None
+    after_steps: bool = field(default=False, kw_only=True, repr=False)
 
 
 STANDARD_EVENTS: tuple[type[Event], ...] = (

@@ -157,7 +157,7 @@ def runstep(learner: RunLearner, phase: RunPhase, /, **entries: Any) -> StepScop
     if type(epoch) is runepoch and epoch.idle_step is not None and epoch.idle_step.phase is phase:
         step, epoch.idle_step = epoch.idle_step, None
     else:
-        step = (StepScope if learner.accelerator.casting is None else CastStepScope)(learner, phase)
+        step = (WindowedStepScope if learner.updates.is_windowed else StepScope)(learner, phase)
     step.state = StepState(entries)
     return step
 
@@ -263,8 +263,11 @@ class StepScope(Scope):
         self._apart.callback(set_modes(learner, self.phase))
 
 
-class CastStepScope(StepScope):
-    """One step in reduced precision: autocast is on while its body runs, and off in handlers."""
+class WindowedStepScope(StepScope):
+    """One step of a learner whose updates may be of several batches, or in reduced precision.
+
+    Autocast is on while its body runs, and off in handlers. The last step of an epoch makes the updates that wait.
+    """
 
     __slots__ = ("_fire", "_plain", "_was")
 
@@ -272,10 +275,13 @@ class CastStepScope(StepScope):
         super().__init__(learner, phase)
         self._plain: Handle | None = None
         self._fire: Handle | None = None
+        self._was: Any = None
 
     def __enter__(self) -> tuple[Handle, StepState]:
         handle, state = super().__enter__()
         casting = self._learner.accelerator.casting
+        if casting is None:
+            return handle, state
         if self._fire is None or self._plain is not handle:
             self._plain, self._fire = handle, casting.outside(self._learner, handle)
         self.handle = self._fire
@@ -285,9 +291,18 @@ class CastStepScope(StepScope):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        self._learner.accelerator.casting.end(self._was)
-        if self._plain is not None:
+        if self._was is not None:
+            self._learner.accelerator.casting.end(self._was)
+            self._was = None
+            assert self._plain is not None  # for type checkers: set where autocast was switched on
             self.handle = self._plain
+        if error is None and self.phase.gradients:
+            try:
+                self._learner.updates.end_step()
+            except BaseException as failure:
+                if super().__exit__(type(failure), failure, failure.__traceback__):
+                    return False
+                raise
         return super().__exit__(kind, error, traceback)
 
 

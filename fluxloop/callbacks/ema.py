@@ -186,6 +186,9 @@ class EMA(Callback):
         if not self._pending and any(each in self._owning(learner) for _, each in by_name(optimizer)):
             self._pending = True
             self._counted[type(phase).__qualname__] = True
+            if event.after_steps:  # no step ends any more
+                self._end(phase, learner)
+                return
             learner.defer(partial(self._end, phase, learner), early=True)
 
     @on(StepEnd, AbstractTrainingPhase)

@@ -58,6 +58,8 @@ class GradientClip(RecordsMetrics):
     optimizer: str | int | None = field(default=None, kw_only=True)
     _totals: dict[str, Tensor] = field(factory=dict, init=False, repr=False)
     _counts: dict[str, int] = field(factory=dict, init=False, repr=False)
+    _unread: bool = field(default=False, init=False, repr=False)
+    """Whether a norm has not been added to the averages."""
 
     reads = ("optimizer", "history")
     draws = False
@@ -107,7 +109,7 @@ class GradientClip(RecordsMetrics):
     @on(EpochBegin, AbstractTrainingPhase)
     def start(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Begin the averages of an epoch."""
-        self._totals, self._counts = {}, {}
+        self._totals, self._counts, self._unread = {}, {}, False
 
     @on(UpdateBegin)
     def clip(self, event: UpdateBegin, phase: Any, learner: Any) -> None:
@@ -122,6 +124,7 @@ class GradientClip(RecordsMetrics):
         else:
             norm = _norm(parameters, float(self.norm_type))
             clip_grad_value_(parameters, float(self.value))
+        self._unread = True
         if name is None:
             learner.step.grad_norm = norm
         else:
@@ -132,6 +135,10 @@ class GradientClip(RecordsMetrics):
     @on(StepEnd, AbstractTrainingPhase)
     def add(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Add the norms of a step's updates to the averages."""
+        self._add(learner)
+
+    def _add(self, learner: Any) -> None:
+        self._unread = False
         step = learner.step
         norms = {None: step.grad_norm} if "grad_norm" in step else {}
         for name, norm in (norms | (step.grad_norms if "grad_norms" in step else {})).items():
@@ -144,7 +151,9 @@ class GradientClip(RecordsMetrics):
 
     @on(EpochEnd, AbstractTrainingPhase)
     def record(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
-        """Record the averages of the epoch."""
+        """Record the averages of the epoch, with that of an update that its end has brought."""
+        if self._unread:
+            self._add(learner)
         epoch = learner.history[phase].epoch
         if epoch:
             metrics = learner.cbstate.metrics[phase]

@@ -69,6 +69,8 @@ class LogHistograms(LogCallback):
             raise TypeError(f"LogHistograms(pattern={pattern!r}) was given; expected a regular expression, a text")
         self.pattern = re.compile(pattern or "")
         self._given: dict[str, Tensor] = {}
+        self._due = False
+        """Whether a step is to be logged, and waits for the last of the batches that make its update."""
 
     @property
     def in_compiled_step(self) -> Literal["after", "never"]:  # type: ignore[override]  # depends on what is logged
@@ -79,7 +81,7 @@ class LogHistograms(LogCallback):
     def listen(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Hook the modules, in a step that is logged."""
         self._given = {}
-        if "activations" in self.of and (self._steps + 1) % self.every == 0:
+        if "activations" in self.of and (self._due or (self._steps + 1) % self.every == 0):
             for name, module in self._named(learner, nn.Module.named_modules):
                 if not any(module.children()):
                     learner.defer(module.register_forward_hook(partial(self._note_output, name)).remove)
@@ -93,8 +95,10 @@ class LogHistograms(LogCallback):
     def log_histograms(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Log the histograms of a step."""
         self._steps += 1
-        if self._steps % self.every:
+        self._due = self._due or self._steps % self.every == 0
+        if not self._due or learner.is_accumulating:  # gradients are then those of a part of an update
             return
+        self._due = False
         step = learner.trained_steps
         for name, parameter in self._named(learner, nn.Module.named_parameters):
             if "weights" in self.of and parameter.requires_grad:

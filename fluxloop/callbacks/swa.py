@@ -90,6 +90,8 @@ class StochasticWeightAveraging(Callback):
     """Epochs or steps ended."""
     _stale: bool = field(default=False, init=False, repr=False)
     """Whether the average has moved since batch norm's statistics were computed for it."""
+    _waiting: bool = field(default=False, init=False, repr=False)
+    """Whether a step of several batches has begun and not ended."""
     _held: list[str] = field(factory=list, init=False, repr=False)
     """Names of the batch norms that were in eval mode while the model was trained."""
     _average: nn.Module | None = field(default=None, init=False, repr=False)
@@ -162,14 +164,17 @@ class StochasticWeightAveraging(Callback):
     @on(EpochEnd, AbstractTrainingPhase)
     def end_epoch(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Take an average where it is time."""
-        if self.unit == "epoch":
+        if self.unit == "epoch" or (self._waiting and not learner.is_accumulating):
             self._count(learner)
+        self._waiting = False
 
     @on(StepEnd, AbstractTrainingPhase)
     def end_step(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Take an average where it is time."""
         if self.unit == "step":
-            self._count(learner)
+            self._waiting = learner.is_accumulating
+            if not self._waiting:
+                self._count(learner)
 
     def _count(self, learner: Any) -> None:
         self._done += 1
@@ -241,6 +246,7 @@ class StochasticWeightAveraging(Callback):
             "num_averaged": self.num_averaged,
             "done": self._done,
             "stale": self._stale,
+            "waiting": self._waiting,
             "held": list(self._held),
             "average": None if self._average is None else self._average.state_dict(),
         }
@@ -249,7 +255,7 @@ class StochasticWeightAveraging(Callback):
         """Load what a checkpoint keeps; before there is a learner, it waits until one is made."""
         self._loaded = state if self._average is None else None
         self.num_averaged, self._done, self._stale = state["num_averaged"], state["done"], state["stale"]
-        self._held = list(state.get("held", ()))
+        self._held, self._waiting = list(state.get("held", ())), state.get("waiting", False)
         if self._average is not None and state["average"] is not None:
             self._average.load_state_dict(state["average"])
 

@@ -95,6 +95,8 @@ def gather(learner: RunLearner, place: State | None) -> State:
         "data": _data_state(learner, place, gathering),
         "place": place,
     }
+    if learner.accelerator.precision != "fp32":
+        state["precision"] = learner.accelerator.precision
     tell_lost(learner, gathering.lost)
     return state
 

@@ -131,7 +131,15 @@ PLACE = _entries(
 OPTIMIZER = _entries({"class": TEXT, "defaults": DICT, "state": DICT}, {"names": _each(_each(TEXT))})
 NUMBER = _a("a number", lambda value: type(value) in (int, float))
 WINDOW = _entries(
-    {"size": COUNT, "count": COUNT, "weight": NUMBER, "current": _maybe(NUMBER), "scale": NUMBER, "complete": FLAG, "finite": FLAG}
+    {
+        "size": COUNT,
+        "count": COUNT,
+        "weight": NUMBER,
+        "current": _maybe(NUMBER),
+        "scale": NUMBER,
+        "complete": FLAG,
+        "finite": FLAG,
+    }
 )
 SCALE = _entries({"value": NUMBER, "growth": COUNT, "largest": NUMBER, "reference": _maybe(NUMBER)})
 # The second dict of each: parts that files of older versions lack

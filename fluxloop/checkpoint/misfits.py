@@ -25,6 +25,7 @@ from fluxloop.phase import phase_types
 from fluxloop.state import PhaseDict
 
 if TYPE_CHECKING:
+    from fluxloop.compute.slots import Slot
     from fluxloop.interfaces import RunLearner
 
 State = dict[str, Any]
@@ -266,8 +267,7 @@ def _window_differs(slot: Slot, kept: State) -> Iterator[str]:
         if size != now:
             yield (
                 f"gradients of {window['count']} of {size} batches wait for an update of {slot.label}, which is of "
-                f"{counted(now, 'batch')} now: expected Accelerator(accumulate={size}), or a checkpoint of the end of an "
-                "epoch"
+                f"{now} now: expected Accelerator(accumulate={size}), or a checkpoint of the end of an epoch"
             )
 
 

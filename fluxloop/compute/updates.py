@@ -399,6 +399,9 @@ class Updates:
             put_back()
             raise
 
+    def end_step(self) -> None:
+        """Make the updates that the end of an epoch's last step brings: none, where an update is of one batch."""
+
     def end_epoch(self) -> None:
         """Make the updates that the end of an epoch brings: none, where an update is of one batch."""
 

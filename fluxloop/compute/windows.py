@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import define, field
+from attrs import define, evolve, field
 from torch import Tensor, nn
 
 from fluxloop.compute.averaging import Averager
@@ -20,7 +20,7 @@ from fluxloop.compute.optimizers import Optimizers
 from fluxloop.compute.precision import Casting, LossScale, in_single
 from fluxloop.compute.slots import Slot
 from fluxloop.compute.updates import Updates
-from fluxloop.errors import OptimizerError, did_you_mean
+from fluxloop.errors import OptimizerError, did_you_mean, warn_user
 from fluxloop.nested import weight_of
 from fluxloop.state import StepState
 
@@ -169,6 +169,7 @@ class WindowedUpdates(Updates):
 
     def __init__(self, learner: StepLearner, names: dict[nn.Parameter, str], optimizers: Optimizers) -> None:
         super().__init__(learner, names, optimizers)
+        self._told_twice = False
         accelerator = learner.accelerator
         for slot in self.slots:
             slot.window.size = _size(accelerator.accumulate, slot.name, [*optimizers])
@@ -231,7 +232,10 @@ class WindowedUpdates(Updates):
         """Return what the running batch weighs."""
         if not self.is_weighted:
             return 1.0
-        scope, step = self._learner.scope, self._learner.step
+        learner = self._learner
+        if learner.accelerator.group is not None and learner.accelerator.group.spare:  # rows that another one has too
+            return 0.0
+        scope, step = learner.scope, learner.step
         weight: Weight = weight_of(None if scope is None else scope.phase, step)
         weight = weight.detach() if isinstance(weight, Tensor) else float(weight)
         if self.scale is None:
@@ -330,10 +334,12 @@ class WindowedUpdates(Updates):
             self._step(slot)
             return
         if window.current is None:
-            self._tell_no_gradient(
-                f"learner.update was called twice for {slot.label}, and no gradient was computed in between; it counts "
-                f"once in its {window.size} batches"
-            )
+            if not self._told_twice:
+                self._told_twice = True
+                warn_user(
+                    f"learner.update was called twice for {slot.label}, and no gradient was computed in between; it "
+                    f"counts once in its {window.size} batches"
+                )
             return
         if not window.closes:
             window.count, window.weight, window.current = window.count + 1, window.summed, None
@@ -398,8 +404,24 @@ class WindowedUpdates(Updates):
                 "optimizer that computes them itself cannot. Expected Accelerator(precision='bf16')"
             )
 
+    def end_step(self) -> None:
+        """Close the windows in the last step of an epoch, where it is known to be that."""
+        learner: Any = self._learner
+        feed, scope = learner._running.feed, learner.scope
+        if feed is not None and feed.is_at_end and learner._running.phase is scope.phase:
+            self._close_all()
+
     def end_epoch(self) -> None:
-        """Close the windows that the epoch leaves open: their last batch is its last."""
+        """Close the windows that an epoch leaves open, where nobody knew which batch was its last one."""
+        for slot in self.slots:
+            slot.begin, slot.end = evolve(slot.begin, after_steps=True), evolve(slot.end, after_steps=True)
+        try:
+            self._close_all()
+        finally:
+            for slot in self.slots:
+                slot.begin, slot.end = evolve(slot.begin, after_steps=False), evolve(slot.end, after_steps=False)
+
+    def _close_all(self) -> None:
         for slot in self.slots:
             window = slot.window
             if slot.first_step is not None and window.count and window.current is None:

@@ -96,6 +96,11 @@ class Feed:
         len(self.source)  # type: ignore[arg-type]  # it is Sized: raises what is wrong with it
         return steps(self.source, group)
 
+    @property
+    def is_at_end(self) -> bool:
+        """Whether the batch given last is known to be the last one of the epoch."""
+        return self.count == self.num_batches
+
     # Going on in the middle of an epoch
 
     @property

@@ -42,8 +42,9 @@ def run_epoch(learner: RunLearner, phase: Phase, data: Any = None, scope: FitSco
     check_names(learner, [phase])
     if not learner._running.fitting:
         meet_phases(learner, [phase])
-    saved, outer = learner.data, (learner.num_batches, learner._running.phase)
-    learner._running.phase = phase
+    running = learner._running
+    saved, outer = learner.data, (learner.num_batches, running.phase, running.feed)
+    running.phase, running.feed = phase, None
     if data is not None:
         key = phase.data_key or ("training" if phase.gradients else "")  # shuffled where it trains
         put(learner, "data", State({**vars(learner.data), phase.data_key: load(data, key)}))
@@ -59,7 +60,7 @@ def run_epoch(learner: RunLearner, phase: Phase, data: Any = None, scope: FitSco
         if scope is not None:
             scope.begin_epoch(batches)
             learner._ledger.begun_data.add(phase.data_key)
-        learner.num_batches = batches.num_batches
+        learner.num_batches, running.feed = batches.num_batches, batches
         # In an epoch that goes on a state is restored after it has begun: counts from before say nothing of its steps
         goes_on = scope is not None and scope.is_resuming
         stood = learner.updates.standing() if phase.gradients and not goes_on else None
@@ -80,7 +81,7 @@ def run_epoch(learner: RunLearner, phase: Phase, data: Any = None, scope: FitSco
         raise worker_died(error) from error
     finally:
         put(learner, "data", saved)
-        learner.num_batches, learner._running.phase = outer
+        learner.num_batches, running.phase, running.feed = outer
 
 
 def _warn_of_no_step(learner: RunLearner, phase: Phase, batches: int, stood: tuple[int, int] | None) -> None:

@@ -29,6 +29,7 @@ from fluxloop.state import SharedState, State, StepState
 
 if TYPE_CHECKING:
     from fluxloop.callback import Callback
+    from fluxloop.data.feed import Feed
     from fluxloop.phase import Phase
 
 L = TypeVar("L", bound=RunLearner)
@@ -113,6 +114,7 @@ class Running:
     Args:
         fitting: Whether a fit is running.
         phase: The phase whose epoch `Learner.epoch` or `Learner.fit` runs; None in a loop of the user's own.
+        feed: The data of that epoch.
         stop_requested: Why the fit is to end before its next batch.
         safe_points: Called at each moment of the fit in which no step is under way.
         resume_from: The folder from which the fit was to be resumed, if that holds no checkpoint yet.
@@ -120,6 +122,7 @@ class Running:
 
     fitting: bool = False
     phase: Phase | None = None
+    feed: Feed | None = None
     stop_requested: str | None = None
     safe_points: list[Callable[[], object]] = field(factory=list)
     resume_from: str | PathLike[str] | None = None
