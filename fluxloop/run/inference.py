@@ -111,7 +111,7 @@ def predict(learner: RunLearner, data: Any, phase: Phase | None, stack: bool) ->
             "stores state.preds"
         )
     if learner.accelerator.casting is not None:  # else the type is the model's own
-        collect.parts = [map_tensors(in_single, part) for part in collect.parts]
+        parts = [map_tensors(in_single, part) for part in parts]
     if not stack:
         return parts
     try:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -246,8 +245,7 @@ class TwoHeads(AbstractTrainingPhase):
             with learner.optimizing(name) as block:
                 loss = nn.functional.cross_entropy(model(state.xs).float(), state.ys)
                 if name == "b" and self.number in self.bad:
-                    loss = loss + 0 * (model[0].weight * 1e38).square().sum()  # a finite loss with an infinite gradient
-                    loss = loss.nan_to_num()
+                    loss = loss + 1e36 * model[0].weight.sum()  # finite, and infinite times the scale
                 block.loss = loss
 
     def finish(self, learner: Any, state: Any) -> None:
@@ -366,13 +364,6 @@ def test_a_closure_is_refused_in_fp16() -> None:
 # Every way out of a step
 
 
-def leaving(learner: Any, how: str) -> Iterator[Any]:
-    def leave(learner: Any) -> None:
-        raise {"error": BrokenError, "cancel": CancelStepException}[how]
-
-    yield leave
-
-
 @pytest.mark.parametrize("event", [StepBegin, LossBegin, BackwardBegin, UpdateBegin, StepEnd])
 @pytest.mark.parametrize("error", [BrokenError, CancelStepException])
 def test_autocast_is_off_again_whatever_way_a_step_is_left(event: Any, error: type[BaseException]) -> None:
@@ -453,7 +444,7 @@ class OwnGAN(AbstractTrainingPhase):
     """A GAN with a step of its own, as a user writes it."""
 
     def step(self, learner: Any, batch: Any) -> Any:
-        G, D = learner.model
+        G, D = learner.model  # noqa: N806 - what papers call them
         with runstep(learner, self, real=batch) as (_, state):
             state.fake = G(torch.randn(len(state.real), 4))
             with learner.optimizing("D") as d:
@@ -480,8 +471,8 @@ def test_a_phase_runs_unchanged_in_less_precision_near_what_it_is_in_full(name: 
         return made
 
     full, less = run("fp32"), run(precision)
-    counts = [next(iter(made.history.counts.values())) if False else made.updates.count for made in (full, less)]
-    assert counts[0] == counts[1]
+    left_out = full.updates.count - less.updates.count
+    assert left_out == 0 if precision == "bf16" else left_out <= 2  # in fp16 until the scale fits
     for one, other in zip(full.models.values(), less.models.values(), strict=True):
         torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=0.02)
         assert weights(other).dtype == torch.float32
