@@ -22,7 +22,7 @@ __getattr__, __dir__, __all__ = lazily(
             "CancelStepException "
             "CheckpointError CompileError DataError DuplicateCallbackError FluxloopError HandlerError "
             "LogExistsError LossError MetricError MissingEntryError MissingProducerError ModelError OptimizerError "
-            "PhaseError ReentrantFitError SanityCheckError StateAccessError"
+            "PhaseError ProcessError ReentrantFitError SanityCheckError StateAccessError"
         ),
         "events": (
             "BackwardBegin BackwardEnd CycleBegin CycleEnd EpochBegin EpochEnd Event FitBegin FitEnd LossBegin "

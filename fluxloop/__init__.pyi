@@ -91,6 +91,7 @@ from fluxloop.errors import MissingProducerError as MissingProducerError
 from fluxloop.errors import ModelError as ModelError
 from fluxloop.errors import OptimizerError as OptimizerError
 from fluxloop.errors import PhaseError as PhaseError
+from fluxloop.errors import ProcessError as ProcessError
 from fluxloop.errors import ReentrantFitError as ReentrantFitError
 from fluxloop.errors import SanityCheckError as SanityCheckError
 from fluxloop.errors import StateAccessError as StateAccessError

@@ -15,6 +15,7 @@ built-in exception a caller would expect, so ``except ValueError`` keeps working
     ├── CompileError (RuntimeError)        a step cannot be compiled whole, as was asked for
     ├── CheckpointError (ValueError)       a checkpoint cannot be written, read or gone on from
     ├── LogExistsError (FileExistsError)   a new run would write into another run's log
+    ├── ProcessError (RuntimeError)        another of the processes that train together has failed
     ├── ReentrantFitError (RuntimeError)   ``fit`` inside ``fit`` of the same learner
     ├── AssignmentError (AttributeError)   an attribute that does not exist, or cannot be replaced, was set
     ├── MissingEntryError (AttributeError) the step (or ``cbstate``) does not store this entry
@@ -96,6 +97,19 @@ class CheckpointError(FluxloopError, ValueError):
 
 class LogExistsError(FluxloopError, FileExistsError):
     """A new run would write into another run's log, or two backends would write one."""
+
+
+class ProcessError(FluxloopError, RuntimeError):
+    """Another of the processes that train together was killed or stopped, has raised, or does not come.
+
+    Args:
+        message: What has happened.
+        ranks: The numbers of the processes that have failed, as far as they are known.
+    """
+
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
 
 
 class ReentrantFitError(FluxloopError, RuntimeError):

@@ -35,6 +35,7 @@ TREE = {
     "CheckpointError": (FluxloopError, ValueError),
     "CompileError": (FluxloopError, RuntimeError),
     "LogExistsError": (FluxloopError, FileExistsError),
+    "ProcessError": (FluxloopError, RuntimeError),
     "ReentrantFitError": (FluxloopError, RuntimeError),
     "AssignmentError": (FluxloopError, AttributeError),
     "MissingEntryError": (FluxloopError, AttributeError),

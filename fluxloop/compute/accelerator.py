@@ -16,7 +16,7 @@ from fluxloop.compute.precision import TYPES, Casting
 from fluxloop.errors import BatchError, describe, did_you_mean
 from fluxloop.nested import map_tensors, move_object
 from fluxloop.processes.gather import all_gather
-from fluxloop.processes.group import Group, join, started_by_torchrun
+from fluxloop.processes.group import Group, are_several, join, local_rank
 
 
 class Accelerator:
@@ -54,6 +54,11 @@ class Accelerator:
                 f"{did_you_mean(str(precision), TYPES)}"
             )
         _check_accumulate(accumulate)
+        if strategy not in STRATEGIES:
+            raise ValueError(
+                f"Accelerator(strategy={strategy!r}) was given; expected "
+                f"{', '.join(map(repr, STRATEGIES[:-1]))} or {STRATEGIES[-1]!r}"
+            )
         self.device = _choose(device)
         self.compile = compile
         self.precision = precision
@@ -249,9 +254,11 @@ def _check_accumulate(accumulate: Any) -> None:
 
 def _join(device: torch.device, strategy: str) -> Group | None:
     """Join the other processes, where there are some and the strategy wants them."""
-    if strategy == "none" or not started_by_torchrun():
-        return None
-    return join(device)
+    return None if strategy == "none" or not are_several() else join(device)
+
+
+STRATEGIES = ("auto", "replicate", "shard", "none")
+"""How several processes share the work. With one process there is nothing to share, and each of them does alike."""
 
 
 @cache
@@ -283,5 +290,22 @@ def _choose(device: str | torch.device) -> torch.device:
             f"device={str(device)!r} was given, and there are {torch.cuda.device_count()} GPUs; {expected}"
         )
     if chosen.index is None and chosen.type in ("cuda", "mps"):
-        chosen = torch.device(chosen.type, torch.cuda.current_device() if chosen.type == "cuda" else 0)
+        chosen = torch.device(chosen.type, _own_gpu() if chosen.type == "cuda" else 0)
     return chosen
+
+
+def _own_gpu() -> int:
+    """Return the number of the GPU of this process: each of those that ``torchrun`` started on a machine has its own.
+
+    Raises:
+        ValueError: There are more processes than GPUs.
+    """
+    rank, count = local_rank(), torch.cuda.device_count()
+    if rank is None or count == 1:  # a launcher may show each process its own GPU alone
+        return torch.cuda.current_device()
+    if rank >= count:
+        raise ValueError(
+            f"this is process {rank + 1} of its machine (LOCAL_RANK={rank}), which has {count} GPUs; expected a GPU "
+            f"for each: torchrun --nproc-per-node {count}"
+        )
+    return rank

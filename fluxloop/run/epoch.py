@@ -65,7 +65,8 @@ def run_epoch(learner: RunLearner, phase: Phase, data: Any = None, scope: FitSco
         goes_on = scope is not None and scope.is_resuming
         stood = learner.updates.standing() if phase.gradients and not goes_on else None
         steps = None if goes_on else learner.streams[phase.step_stream].index
-        with preserved(), _left_alone(learner, phase, batches.source), _apart(learner.accelerator.group):
+        alone = nullcontext() if learner._running.fitting else watching(learner)
+        with alone, preserved(), _left_alone(learner, phase, batches.source), _apart(learner.accelerator.group):
             phase.epoch(learner, batches)
         if stood is not None:
             _warn_of_updates_by_hand(learner, phase, stood)
@@ -82,6 +83,12 @@ def run_epoch(learner: RunLearner, phase: Phase, data: Any = None, scope: FitSco
     finally:
         put(learner, "data", saved)
         learner.num_batches, running.phase, running.feed = outer
+
+
+def watching(learner: RunLearner) -> AbstractContextManager[None]:
+    """Return a context in which the processes that train together watch each other, where there are several."""
+    group = learner.accelerator.group
+    return nullcontext() if group is None else group.watching()
 
 
 def _warn_of_no_step(learner: RunLearner, phase: Phase, batches: int, stood: tuple[int, int] | None) -> None:

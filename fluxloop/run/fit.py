@@ -31,7 +31,7 @@ from fluxloop.history import History
 from fluxloop.order.outlook import check_monitors, warn_unseen
 from fluxloop.phase import Phase, is_due
 from fluxloop.randomness import preserved
-from fluxloop.run.epoch import feed, run_epoch
+from fluxloop.run.epoch import feed, run_epoch, watching
 from fluxloop.run.phases import check_names, check_phase, check_runs, default_phases
 from fluxloop.run.scope import FitScope, nothing
 from fluxloop.signals import EXIT_CODE, INTERRUPTED, heeding_signals
@@ -210,16 +210,17 @@ def _run(learner: RunLearner, scope: FitScope, until: int, reason: str | None) -
     began, history.stop_reason = history.cycles, reason
     error: BaseException | None = None
     scope.open()
-    with heeding_signals(learner) as terminates:
+    with heeding_signals(learner) as terminates, watching(learner):
         try:
-            with scope.noting("fit"):
-                scope.handle(FitBegin(scope.is_resuming))
-            if learner._running.resume_from is not None:
-                _warn_of_unwritten(learner._running.resume_from)
-            scope.restore("fit" if history.cycles < until else "end")
-            history.stop_reason = reason
-            scope.pass_safe_point()
-            _run_cycles(learner, scope, until)
+            with watching(learner):  # an error is told to other processes before FitEnd
+                with scope.noting("fit"):
+                    scope.handle(FitBegin(scope.is_resuming))
+                if learner._running.resume_from is not None:
+                    _warn_of_unwritten(learner._running.resume_from)
+                scope.restore("fit" if history.cycles < until else "end")
+                history.stop_reason = reason
+                scope.pass_safe_point()
+                _run_cycles(learner, scope, until)
         except CancelFittingException as cancel:
             history.stop_reason = cancel.reason or "cancelled"
         except KeyboardInterrupt:

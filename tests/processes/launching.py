@@ -15,12 +15,15 @@ A test writes a script, in which `report` keeps what the test is to see, and sta
         first, second = run(SCRIPT, processes=2).reports
         assert torch.equal(first["weights"]["weight"], second["weights"]["weight"])
 
-A start costs some 3 s: let one script run all that a file wants to know (a fixture with ``scope="module"``).
+A start costs some 3 s: let one script run all that a file wants to know (a fixture with ``scope="module"``). Where
+processes are to end in different ways, `run_cases` starts the script once for each case, and imports torch once.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -142,6 +145,104 @@ def run(
         return told.check() if check else told
 
 
+def run_cases(
+    script: str, cases: Sequence[Sequence[str]], processes: int = 2, *, timeout: float = 60, at_once: int = 4
+) -> list[Run]:
+    """Run a script in several processes once for each case, some cases at a time; return what became of each.
+
+    The processes are forked from one that has imported fluxloop, so that a start costs some 50 ms.
+
+    Args:
+        script: The text of a script, which may be indented.
+        cases: The arguments of the script in each case.
+        processes: How many run a case.
+        timeout: Seconds for all cases together.
+        at_once: How many cases are under way at a time.
+    """
+    with TemporaryDirectory(prefix="fluxloop-launched-") as name:
+        folder = Path(name)
+        (folder / "script.py").write_text(dedent(script))
+        stores = [
+            TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+            for _ in cases
+        ]
+        for number in range(len(cases)):
+            (folder / str(number)).mkdir()
+        order = {
+            "script": str(folder / "script.py"),
+            "cases": [list(case) for case in cases],
+            "ports": [store.port for store in stores],
+            "processes": processes,
+            "at_once": at_once,
+        }
+        (folder / "order.json").write_text(json.dumps(order))
+        env = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
+        paths = [str(ROOT), str(ROOT / "tests"), env.get("PYTHONPATH", "")]
+        env |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", FOLDER: str(folder)}
+        env["PYTHONUNBUFFERED"] = "1"  # so that what a killed one wrote is there
+        command = [sys.executable, __file__, str(folder)]
+        with open(folder / "output", "w+b") as file:
+            server = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
+            _, late = _wait([server], time.monotonic() + timeout)
+            left = _kill_what_is_left(folder)
+            outputs = [[(folder / str(n) / f"output-{r}") for r in range(processes)] for n in range(len(cases))]
+            texts = [[p.read_text(errors="replace") if p.exists() else "" for p in row] for row in outputs]
+            if late or server.returncode:
+                shown = "\n".join(f"{case}: {text}" for case, text in zip(cases, texts, strict=True))
+                raise AssertionError(f"not ended after {timeout} s, or failed: {_text(file)}\n{shown}")
+        told = json.loads((folder / "told.json").read_text())
+        return [
+            Run(
+                each["codes"],
+                text,
+                [_reported(folder / str(number), rank) for rank in range(processes)],
+                max(each["ends"]),
+                each["ends"],
+                left,
+            )
+            for number, (each, text) in enumerate(zip(told, texts, strict=True))
+        ]
+
+
+def _serve(folder: Path) -> None:
+    """Fork the processes of each case, and tell what became of them."""
+    from fluxloop.testing import toy_learner
+
+    toy_learner().fit(1)  # what is imported for a fit is imported once for all of them
+
+    order = json.loads((folder / "order.json").read_text())
+    size, cases = order["processes"], order["cases"]
+    told: list[dict[str, Any]] = [{"codes": [0] * size, "ends": [0.0] * size} for _ in cases]
+    running: dict[int, tuple[int, int]] = {}
+    begun = [0.0] * len(cases)
+    waiting = list(range(len(cases)))
+    while waiting or running:
+        while waiting and len({case for case, _ in running.values()}) < order["at_once"]:
+            case = waiting.pop(0)
+            begun[case] = time.monotonic()
+            for rank in range(size):
+                pid = os.fork()
+                if not pid:
+                    _become(folder / str(case), rank, size, order["ports"][case])
+                    sys.argv = [order["script"], *cases[case]]
+                    runpy.run_path(order["script"], run_name="__main__")
+                    return
+                running[pid] = (case, rank)
+        pid, status = os.waitpid(-1, 0)
+        case, rank = running.pop(pid)
+        told[case]["codes"][rank] = os.waitstatus_to_exitcode(status)
+        told[case]["ends"][rank] = time.monotonic() - begun[case]
+    (folder / "told.json").write_text(json.dumps(told))
+
+
+def _become(folder: Path, rank: int, size: int, port: int) -> None:
+    """Make this process one of a case: its environment, and where it writes."""
+    os.environ.update({**_rank(rank, size, port), FOLDER: str(folder)})
+    with open(folder / f"output-{rank}", "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
 def _rank(rank: int, processes: int, port: int) -> dict[str, str]:
     """Return what ``torchrun`` would put into the environment of a process."""
     return {
@@ -211,3 +312,7 @@ def _text(file: IO[bytes]) -> str:
 def _reported(folder: Path, rank: int) -> dict[str, Any]:
     path = folder / f"report-{rank}.pt"
     return torch.load(path, weights_only=False) if path.exists() else {}
+
+
+if __name__ == "__main__":
+    _serve(Path(sys.argv[1]))
