@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -199,6 +200,19 @@ class Share:
                 last, has_last = last if has_last else lent, True
             self.is_spare = self.is_out
             yield last
+
+
+@contextmanager
+def unspoken(group: Group | None) -> Iterator[None]:
+    """Say of no batch inside that it is a spare one, until one is; and of the step around it what was said before."""
+    if group is None:
+        yield
+        return
+    outer, group.spare = group.spare, False
+    try:
+        yield
+    finally:
+        group.spare = outer
 
 
 def extremes(number: int, group: Group) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from fluxloop.compute.saved import save_optimizer
 from fluxloop.compute.slots import Slot
 from fluxloop.compute.updates import Updates
 from fluxloop.data.passes import untouched
+from fluxloop.data.share import unspoken
 from fluxloop.errors import PACKAGE, DataError, MissingEntryError, PhaseError
 from fluxloop.loop import set_modes
 from fluxloop.persist.attributes import OF_EVERY_MODULE
@@ -148,6 +149,7 @@ def _aside(learner: RunLearner, phase: Phase, findings: list[str]) -> Iterator[P
     modules, updates = learner.modules(), learner.updates
     with ExitStack() as undone:
         undone.enter_context(preserved())
+        undone.enter_context(unspoken(learner.accelerator.group))
         undone.enter_context(beside(learner, "check", []))
         undone.callback(_save_updates(updates))  # gradients that wait are put aside: the step begins without any
         for slot in updates.slots:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from fluxloop.checkpoint.restoring import meet_phases
@@ -12,6 +12,7 @@ from fluxloop.data.feed import Feed
 from fluxloop.data.loaders import load
 from fluxloop.data.loading import is_workers_death, worker_died
 from fluxloop.data.passes import untouched
+from fluxloop.data.share import unspoken
 from fluxloop.errors import CancelEpochException, DataError, did_you_mean, warn_user
 from fluxloop.events import UpdateBegin, UpdateEnd
 from fluxloop.guard.assign import put
@@ -23,7 +24,6 @@ from fluxloop.state import State
 if TYPE_CHECKING:
     from fluxloop.callback import Callback
     from fluxloop.interfaces import RunLearner
-    from fluxloop.processes.group import Group
     from fluxloop.run.scope import FitScope
 
 UPDATE_EVENTS = (UpdateBegin, UpdateEnd)
@@ -66,7 +66,7 @@ def run_epoch(learner: RunLearner, phase: Phase, data: Any = None, scope: FitSco
         stood = learner.updates.standing() if phase.gradients and not goes_on else None
         steps = None if goes_on else learner.streams[phase.step_stream].index
         alone = nullcontext() if learner._running.fitting else watching(learner)
-        with alone, preserved(), _left_alone(learner, phase, batches.source), _apart(learner.accelerator.group):
+        with alone, preserved(), _left_alone(learner, phase, batches.source), unspoken(learner.accelerator.group):
             phase.epoch(learner, batches)
         if stood is not None:
             _warn_of_updates_by_hand(learner, phase, stood)
@@ -142,19 +142,6 @@ def _left_alone(learner: RunLearner, phase: Phase, source: Any) -> AbstractConte
     others = [other for key, other in vars(learner.data).items() if key != phase.data_key]
     shared = bool(learner.streams.prefix) or any(other is source for other in others)
     return untouched(source, workers_too=shared or phase.data_key == "training")
-
-
-@contextmanager
-def _apart(group: Group | None) -> Iterator[None]:
-    """Keep what is said of the batch of a step around the epoch, if it is inside one."""
-    if group is None:
-        yield
-        return
-    outer, group.spare = group.spare, False
-    try:
-        yield
-    finally:
-        group.spare = outer
 
 
 OTHER_NAMES = {"training": ("train",), "validation": ("valid", "val", "dev", "eval")}
