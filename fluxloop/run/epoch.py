@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from fluxloop.checkpoint.restoring import meet_phases
@@ -65,8 +65,7 @@ def run_epoch(learner: RunLearner, phase: Phase, data: Any = None, scope: FitSco
         goes_on = scope is not None and scope.is_resuming
         stood = learner.updates.standing() if phase.gradients and not goes_on else None
         steps = None if goes_on else learner.streams[phase.step_stream].index
-        alone = nullcontext() if learner._running.fitting else watching(learner)
-        with alone, preserved(), _left_alone(learner, phase, batches.source), unspoken(learner.accelerator.group):
+        with _watched(learner), preserved(), _left_alone(learner, phase, batches.source):
             phase.epoch(learner, batches)
         if stood is not None:
             _warn_of_updates_by_hand(learner, phase, stood)
@@ -83,6 +82,14 @@ def run_epoch(learner: RunLearner, phase: Phase, data: Any = None, scope: FitSco
     finally:
         put(learner, "data", saved)
         learner.num_batches, running.phase, running.feed = outer
+
+
+@contextmanager
+def _watched(learner: RunLearner) -> Iterator[None]:
+    """Have processes watch each other in an epoch that no fit runs, and know nothing of a step around it."""
+    alone = nullcontext() if learner._running.fitting else watching(learner)
+    with alone, unspoken(learner.accelerator.group):
+        yield
 
 
 def watching(learner: RunLearner) -> AbstractContextManager[None]:

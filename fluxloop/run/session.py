@@ -23,7 +23,6 @@ from fluxloop.history import History
 from fluxloop.interfaces import RunLearner
 from fluxloop.loop import Scope, runs_a_view
 from fluxloop.order.runner import Callbacks
-from fluxloop.processes.group import current
 from fluxloop.randomness import Streams
 from fluxloop.state import SharedState, State, StepState
 
@@ -126,12 +125,6 @@ class Running:
     stop_requested: str | None = None
     safe_points: list[Callable[[], object]] = field(factory=list)
     resume_from: str | PathLike[str] | None = None
-
-    @property
-    def spare(self) -> bool:
-        """Whether the running step repeats rows that weigh nothing: `Group.spare`; False of a process alone."""
-        group = current()
-        return group is not None and group.spare
 
     def pass_safe_point(self, history: History) -> None:
         """Do what waits for a moment between two steps or epochs: write checkpoints, and stop where that was requested.

@@ -185,10 +185,6 @@ def test_processes_train_as_one_with_their_joined_batches(alone: Learner, two: R
         assert_close(alone.model.state_dict(), each["weights"])
 
 
-NO_WEIGHT = pytest.mark.xfail(reason="updates do not ask yet whether a batch is a spare one")
-
-
-@NO_WEIGHT
 def test_a_batch_that_only_repeats_rows_trains_nothing(two: Run) -> None:
     alone = make_learner(8, rows=17)
     alone.fit(2)
@@ -230,7 +226,6 @@ def test_so_does_one_of_data_that_keeps_its_place_in_each_process(two: Run) -> N
     assert second["rest of kept"][1] == [1, 3]  # it had ended before the others, and waited for them
 
 
-@NO_WEIGHT
 def test_and_ends_with_the_same_bits(two: Run) -> None:
     for each in two.reports:
         for name, value in each["whole of kept"][0].items():
