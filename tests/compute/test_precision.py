@@ -474,7 +474,7 @@ def test_a_phase_runs_unchanged_in_less_precision_near_what_it_is_in_full(name: 
     left_out = full.updates.count - less.updates.count
     assert left_out == 0 if precision == "bf16" else left_out <= 2  # in fp16 until the scale fits
     for one, other in zip(full.models.values(), less.models.values(), strict=True):
-        torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=0.02)
+        torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=0.02 if precision == "bf16" else 0.05)
         assert weights(other).dtype == torch.float32
     assert not torch.equal(*(torch.cat([*map(weights, made.models.values())]) for made in (full, less)))
 
