@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
 from fluxloop.errors import warn_user
 from fluxloop.events import Event, LossBegin
-from fluxloop.nested import map_tensors
+from fluxloop.nested import map_tensors, tensors
 
 TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The precisions, with what autocast computes in; None for what the tensors are."""
@@ -22,6 +23,28 @@ HALF = (torch.bfloat16, torch.float16)
 def in_single(tensor: Tensor) -> Tensor:
     """Return a tensor of half precision as float32, any other as it is."""
     return tensor.float() if tensor.dtype in HALF else tensor
+
+
+P = ParamSpec("P")
+
+
+def in_full_precision(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Have a loss be computed in float32 where autocast is on: its products, sums and means too.
+
+    On the CPU torch 2.13 leaves means, sums and norms in bfloat16, in which 257 ones add up to 256.
+    """
+
+    @wraps(loss)
+    def compute(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        first = next(tensors((args, kwargs)), None)
+        if first is None or not torch.is_autocast_enabled(first.device.type):
+            return loss(*args, **kwargs)
+        with torch.autocast(first.device.type, enabled=False):
+            # for type checkers: the same arguments, with other tensors in them
+            single: Any = map_tensors(in_single, (args, kwargs))
+            return loss(*single[0], **single[1])
+
+    return compute
 
 
 class Casting:

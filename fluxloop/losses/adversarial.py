@@ -9,6 +9,8 @@ from attrs import frozen
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
+from fluxloop.compute.precision import in_full_precision
+
 
 @frozen
 class AdversarialLoss:
@@ -29,29 +31,29 @@ class AdversarialLoss:
 
 non_saturating = AdversarialLoss(
     "non-saturating",
-    lambda real, fake: softplus(-real).mean() + softplus(fake).mean(),
-    lambda fake: softplus(-fake).mean(),
+    in_full_precision(lambda real, fake: softplus(-real).mean() + softplus(fake).mean()),
+    in_full_precision(lambda fake: softplus(-fake).mean()),
 )
 """Binary cross entropy on scores as logits; the generator maximises log D (Goodfellow et al., 2014)."""
 
 hinge = AdversarialLoss(
     "hinge",
-    lambda real, fake: relu(1 - real).mean() + relu(1 + fake).mean(),
-    lambda fake: -fake.mean(),
+    in_full_precision(lambda real, fake: relu(1 - real).mean() + relu(1 + fake).mean()),
+    in_full_precision(lambda fake: -fake.mean()),
 )
 """The hinge loss of Lim and Ye (2017) and SAGAN (Zhang et al., 2019)."""
 
 wasserstein = AdversarialLoss(
     "wasserstein",
-    lambda real, fake: fake.mean() - real.mean(),
-    lambda fake: -fake.mean(),
+    in_full_precision(lambda real, fake: fake.mean() - real.mean()),
+    in_full_precision(lambda fake: -fake.mean()),
 )
 """The difference of mean scores (Arjovsky et al., 2017); needs a Lipschitz critic: `gradient_penalty`."""
 
 least_squares = AdversarialLoss(
     "least-squares",
-    lambda real, fake: ((real - 1) ** 2).mean() / 2 + (fake**2).mean() / 2,
-    lambda fake: ((fake - 1) ** 2).mean() / 2,
+    in_full_precision(lambda real, fake: ((real - 1) ** 2).mean() / 2 + (fake**2).mean() / 2),
+    in_full_precision(lambda fake: ((fake - 1) ** 2).mean() / 2),
 )
 """Squared distance of scores to 1 (real) and 0 (fake), halved as in LSGAN (Mao et al., 2017)."""
 

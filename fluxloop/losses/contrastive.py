@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from fluxloop.compute.precision import in_full_precision
 
+
+@in_full_precision
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5, *, own: slice | None = None) -> Tensor:
     """Compare two views of each row against all other rows of both: SimCLR's loss.
 
@@ -35,6 +38,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5, *, own: slice | No
     return cross_entropy(similarities, rows.roll(len(z1))[chosen])
 
 
+@in_full_precision
 def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float = 0.07) -> Tensor:
     """Have each query find its key among negatives: MoCo's loss (He et al., 2020).
 
@@ -52,6 +56,7 @@ def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: floa
     return cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
 
+@in_full_precision
 def supervised_contrastive(embeddings: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
     """Pull together the embeddings of one class (Khosla et al., 2020, the loss "out").
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div, log_softmax
 
+from fluxloop.compute.precision import in_full_precision
 
+
+@in_full_precision
 def negative_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
     """Return minus the mean cosine similarity: the loss of SimSiam (Chen and He, 2021).
 
@@ -21,6 +24,7 @@ def negative_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
     return -cosine_similarity(predictions, targets.detach(), dim=1).mean()
 
 
+@in_full_precision
 def dino_loss(
     student: list[Tensor],
     teacher: list[Tensor],
@@ -64,6 +68,7 @@ def dino_loss(
     return total / len(terms)
 
 
+@in_full_precision
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
     """Return the divergence of a student's softened classes from a teacher's (Hinton et al., 2015).
 

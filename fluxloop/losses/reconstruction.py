@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fluxloop.compute.precision import in_full_precision
+
 
 def require_same_shape(preds: Tensor, targets: Tensor) -> None:
     """Raise `ValueError` for a reconstruction of another shape: torch would broadcast the two."""
@@ -14,6 +16,7 @@ def require_same_shape(preds: Tensor, targets: Tensor) -> None:
         )
 
 
+@in_full_precision
 def kl_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
     """Return the divergence of diagonal normal distributions from the standard one (Kingma and Welling, 2014).
 
@@ -27,6 +30,7 @@ def kl_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
 
 
+@in_full_precision
 def squared_error(preds: Tensor, xs: Tensor) -> Tensor:
     """Sum the squared errors of each row, and halve them: minus the log-likelihood of a normal of variance 1.
 
@@ -56,6 +60,7 @@ def normalize_patches(patches: Tensor) -> Tensor:
     return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
+@in_full_precision
 def masked_mse(preds: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     """Return the mean squared error over masked patches alone: MAE's loss (He et al., 2022).
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss, relu
 
+from fluxloop.compute.precision import in_full_precision
+
 
 def _off_diagonal(matrix: Tensor) -> Tensor:
     """Return the entries beside the diagonal of a square matrix, shape (D * (D - 1),)."""
@@ -13,6 +15,7 @@ def _off_diagonal(matrix: Tensor) -> Tensor:
     return matrix.flatten()[:-1].view(size - 1, size + 1)[:, 1:].flatten()
 
 
+@in_full_precision
 def barlow_twins_loss(z1: Tensor, z2: Tensor, weight: float = 5e-3) -> Tensor:
     """Make the cross-correlation of two views' embeddings the identity (Zbontar et al., 2021).
 
@@ -32,6 +35,7 @@ def barlow_twins_loss(z1: Tensor, z2: Tensor, weight: float = 5e-3) -> Tensor:
     return (torch.diagonal(correlation) - 1).pow(2).sum() + weight * _off_diagonal(correlation).pow(2).sum()
 
 
+@in_full_precision
 def vicreg_loss(
     z1: Tensor, z2: Tensor, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0
 ) -> Tensor:

@@ -38,10 +38,7 @@ def run_epoch(learner: RunLearner, phase: Phase, data: Any = None, scope: FitSco
         data: Instead of the learner's data for that phase.
         scope: The fit whose cycle runs it; left out, it runs by itself.
     """
-    check_runs(learner, phase)
-    check_names(learner, [phase])
-    if not learner._running.fitting:
-        meet_phases(learner, [phase])
+    _meet(learner, phase)
     running = learner._running
     saved, outer = learner.data, (learner.num_batches, running.phase, running.feed)
     running.phase, running.feed = phase, None
@@ -96,6 +93,14 @@ def watching(learner: RunLearner) -> AbstractContextManager[None]:
     """Return a context in which the processes that train together watch each other, where there are several."""
     group = learner.accelerator.group
     return nullcontext() if group is None else group.watching()
+
+
+def _meet(learner: RunLearner, phase: Phase) -> None:
+    """Check that a phase can run, and take note of one that no fit has taken note of."""
+    check_runs(learner, phase)
+    check_names(learner, [phase])
+    if not learner._running.fitting:
+        meet_phases(learner, [phase])
 
 
 def _warn_of_no_step(learner: RunLearner, phase: Phase, batches: int, stood: tuple[int, int] | None) -> None:
