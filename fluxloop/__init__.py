@@ -37,6 +37,7 @@ __getattr__, __dir__, __all__ = lazily(
         "logging": all_but(logging, "Record"),
         "loop": "runepoch runstep",
         "losses": "MixedLoss MixedTargets",
+        "run.batch_size_finder": "find_batch_size",
         "run.lr_finder": "LRSweep find_lr",
         "metrics": "Loss Metric SmoothLoss accuracy binary_accuracy mae mse rmse top_k",
         "compute.modes": "watching",

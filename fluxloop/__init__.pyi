@@ -185,6 +185,7 @@ from fluxloop.phases import VICRegPhase as VICRegPhase
 from fluxloop.randomness import seed_everything as seed_everything
 from fluxloop.randomness import start_generators as start_generators
 from fluxloop.randomness import stream_seed as stream_seed
+from fluxloop.run.batch_size_finder import find_batch_size as find_batch_size
 from fluxloop.run.lr_finder import LRSweep as LRSweep
 from fluxloop.run.lr_finder import find_lr as find_lr
 from fluxloop.schedules import constant as constant

@@ -86,16 +86,17 @@ def _told(accelerator: Any, rows: int, trains: bool, stepping: bool) -> str:
     if accelerator.world_size > 1:
         said += f" on each of {accelerator.world_size} processes"
     said += f"{_peak(accelerator.device)}.\n  To take less: "
-    smaller = f"batches of {rows // 2} rows" if rows > 1 else "smaller rows"
+    smaller = f"batches of {counted(rows // 2, 'row')}" if rows > 1 else "smaller rows"
     if not trains:
         return f"{said}{smaller}. The model can be used on."
     tips = [smaller]
     if rows > 1 and isinstance(accelerator.accumulate, int):
-        tips[0] += f" with Accelerator(accumulate={2 * accelerator.accumulate}), which trains the same"
+        tips[0] += f" with Accelerator(accumulate={2 * accelerator.accumulate}), whose updates have as many rows"
     if accelerator.precision == "fp32":
         tips.append("precision='bf16'")
     tips.append("recompute_activations(model, 'blocks.*')")
-    said += f"{', or '.join(tips)}; find_batch_size(learner) finds the largest batch that fits.\n  "
+    said += "; or\n  ".join(tips)
+    said += ".\n  find_batch_size(learner) finds the largest batch that fits.\n  "
     if stepping:
         said += "An optimizer was stepping: some weights may have moved. Go on from a checkpoint: learner.load(file)."
         return said

@@ -129,9 +129,15 @@ def to_device_of(module: nn.Module, value: Any) -> Any:
     return map_tensors(lambda tensor: tensor.to(device), value, lambda other: move_object(other, device))
 
 
-def save_tensors(modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> Callable[[], None]:
-    """Save the values of tensors, and which buffers modules hold; return what sets them again, bit for bit."""
-    values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+def save_tensors(modules: Iterable[nn.Module], tensors: Iterable[Tensor], on_host: bool = False) -> Callable[[], None]:
+    """Save the values of tensors, and which buffers modules hold; return what sets them again, bit for bit.
+
+    Args:
+        modules: The modules.
+        tensors: The tensors.
+        on_host: Whether the values are kept in the host's memory.
+    """
+    values = [(tensor, copied_values(tensor, on_host)) for tensor in tensors]
     places = [(part, dict(part._buffers)) for module in modules for part in module.modules()]
 
     def put_back() -> None:
@@ -143,6 +149,11 @@ def save_tensors(modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> Cal
                 tensor.copy_(value)
 
     return put_back
+
+
+def copied_values(tensor: Tensor, on_host: bool) -> Tensor:
+    """Copy a tensor's values, to where it is or into the host's memory."""
+    return tensor.detach().to("cpu", copy=True) if on_host else tensor.detach().clone()
 
 
 def check_not_lazy(module: nn.Module, whose: str) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fluxloop.compute.models import copied_values
+
 
 def save_options(optimizer: Optimizer) -> Callable[[], None]:
     """Save an optimizer's options; return a function that sets them again, bit for bit.
@@ -37,10 +39,19 @@ def save_options(optimizer: Optimizer) -> Callable[[], None]:
     return restore
 
 
-def save_optimizer(optimizer: Optimizer) -> Callable[[], None]:
-    """Save an optimizer's state and options; return a function that sets them again, bit for bit."""
+def save_optimizer(optimizer: Optimizer, on_host: bool = False) -> Callable[[], None]:
+    """Save an optimizer's state and options; return a function that sets them again, bit for bit.
+
+    Args:
+        optimizer: The optimizer.
+        on_host: Whether tensors of its state are kept in the host's memory.
+    """
+
+    def copied(value: Any) -> Any:
+        return copied_values(value, on_host) if on_host and isinstance(value, Tensor) else copy.deepcopy(value)
+
     state = {
-        parameter: {name: (value, copy.deepcopy(value)) for name, value in entries.items()}
+        parameter: {name: (value, copied(value)) for name, value in entries.items()}
         for parameter, entries in optimizer.state.items()
     }
     restore_options = save_options(optimizer)
@@ -48,11 +59,11 @@ def save_optimizer(optimizer: Optimizer) -> Callable[[], None]:
     def restore() -> None:
         optimizer.state.clear()
         for parameter, entries in state.items():
-            for name, (value, copied) in entries.items():
+            for name, (value, saved) in entries.items():
                 if isinstance(value, Tensor):
                     with torch.no_grad():
-                        value.copy_(copied)
-                optimizer.state[parameter][name] = value if isinstance(value, Tensor) else copied
+                        value.copy_(saved)
+                optimizer.state[parameter][name] = value if isinstance(value, Tensor) else saved
         restore_options()
 
     return restore

@@ -17,8 +17,8 @@ from torch.nn.parameter import is_lazy
 from fluxloop.callback import UnsafeCallback
 from fluxloop.compute.models import save_tensors
 from fluxloop.compute.saved import save_optimizer
-from fluxloop.compute.slots import Slot
 from fluxloop.compute.updates import Updates
+from fluxloop.compute.windows import Window
 from fluxloop.data.passes import untouched
 from fluxloop.data.share import unspoken
 from fluxloop.errors import PACKAGE, DataError, MissingEntryError, PhaseError
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Severity = Literal["error", "warning", "skipped"]
 
 
-def _first(learner: RunLearner, phase: Phase) -> Any:
+def first_batch(learner: RunLearner, phase: Phase) -> Any:
     """Return the first batch of a phase's data.
 
     Raises:
@@ -63,7 +63,10 @@ def _save_updates(updates: Updates) -> Callable[[], None]:
     """Save the gradients, and what is counted of them, and begin without any; return a function that restores them."""
     gradients = [(parameter, parameter.grad) for parameter in updates.names]
     saved = dict(vars(updates))
-    slots = [(slot, {each.name: getattr(slot, each.name) for each in fields(Slot)}) for slot in updates.slots]
+    slots = [
+        (slot, {each.name: _kept(getattr(slot, each.name)) for each in fields(type(slot))}) for slot in updates.slots
+    ]
+    scale = updates.scale_state()
     for slot in updates.slots:
         slot.end_gradients()
     for parameter in updates.names:
@@ -73,11 +76,17 @@ def _save_updates(updates: Updates) -> Callable[[], None]:
         for parameter, gradient in gradients:
             parameter.grad = gradient
         vars(updates).update(saved)
+        updates.restore_scale(scale.get("scale"))
         for slot, values in slots:
             for name, value in values.items():
                 setattr(slot, name, value)
 
     return restore
+
+
+def _kept(value: Any) -> Any:
+    """Return what is to be put back: a window, which is changed in place, as it is now."""
+    return copy.copy(value) if isinstance(value, Window) else value
 
 
 def check(learner: RunLearner, batch: Any, phases: Iterable[Phase] | None) -> list[str]:
@@ -123,8 +132,9 @@ def look_at(learner: RunLearner, phase: Phase, batch: Any) -> list[Problem]:
     try:
         phase.check(learner)
         if type(phase).step is not Phase.step or type(phase).body is not Phase.body:  # else it has an epoch alone
-            with _aside(learner, phase, findings) as copied:
-                copied.step(learner, _first(learner, phase) if batch is None else batch)
+            with aside(learner, phase, "check") as copied:
+                learner.updates.findings = findings  # put back with everything else that `updates` has
+                copied.step(learner, first_batch(learner, phase) if batch is None else batch)
     except Exception as error:
         severity: Severity = "warning" if _may_be_stored(learner, error) else "error"
         if isinstance(error, NotLookedAtError):
@@ -144,21 +154,30 @@ def _may_be_stored(learner: RunLearner, error: Exception) -> bool:
 
 
 @contextmanager
-def _aside(learner: RunLearner, phase: Phase, findings: list[str]) -> Iterator[Phase]:
-    """Yield a copy of a phase, to run one step of it; put everything back after it."""
+def aside(learner: RunLearner, phase: Phase, owner: str, on_host: bool = False) -> Iterator[Phase]:
+    """Yield a copy of a phase, to run steps of it; put everything back after it.
+
+    Args:
+        learner: Its own models are run, not copies.
+        phase: It is left as it is.
+        owner: Whose random numbers are drawn inside, such as ``"check"``.
+        on_host: Whether what is put back is kept in the host's memory, so that the device has all of its own.
+
+    Raises:
+        PhaseError: The phase or the loss function cannot be copied; nothing was run.
+    """
     modules, updates = learner.modules(), learner.updates
     with ExitStack() as undone:
         undone.enter_context(preserved())
         undone.enter_context(unspoken(learner.accelerator.group))
-        undone.enter_context(beside(learner, "check", []))
+        undone.enter_context(beside(learner, owner, []))
         undone.callback(_save_updates(updates))  # gradients that wait are put aside: the step begins without any
         for slot in updates.slots:
-            undone.callback(save_optimizer(slot.optimizer))
+            undone.callback(save_optimizer(slot.optimizer, on_host))
         weights = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
-        undone.callback(save_tensors(modules, weights))
+        undone.callback(save_tensors(modules, weights, on_host))
         undone.callback(_save_attributes(modules))
         undone.callback(set_modes(learner, phase))
-        updates.findings = findings  # put back with everything else that `updates` has
         for name in ("loss_fn", "_compiled"):
             undone.callback(setattr, learner, name, getattr(learner, name))
         # What the phase holds of the learner is not copied: its step runs the learner's models, which are put back

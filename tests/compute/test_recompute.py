@@ -109,6 +109,17 @@ def test_a_training_is_the_same_to_the_bit(pattern: str, optimizer: Any) -> None
     assert_same(plain, again)
 
 
+@pytest.mark.parametrize(
+    "options", [{"precision": "bf16"}, {"precision": "fp16"}, {"accumulate": 3}, {"precision": "bf16", "accumulate": 2}]
+)
+def test_in_other_precisions_and_windows_it_is_the_same_to_the_bit(options: dict[str, Any]) -> None:
+    plain = Net()
+    again = recompute_activations(copy.deepcopy(plain), "blocks.*")
+    for net in (plain, again):
+        trained(net, accelerator=Accelerator("cpu", **options))
+    assert_same(plain, again)
+
+
 def test_patterns_inside_one_another_compute_again_inside_what_is_computed_again() -> None:
     plain = nn.Sequential(nn.Linear(4, 8), nn.Sequential(Block(), Block()), nn.Linear(8, 1))
     again = recompute_activations(copy.deepcopy(plain), "1", "1.*")

@@ -596,3 +596,24 @@ def test_an_entry_that_is_missing_is_an_error_unless_a_callback_may_store_it(
 ) -> None:
     (problem,) = toy_learner(*callbacks).check(phases=[Broken()])
     assert problem.severity == severity  # type: ignore[attr-defined]  # it is a Problem
+
+
+@pytest.mark.parametrize("options", [{"accumulate": 3}, {"precision": "fp16"}], ids=str)
+def test_windows_of_several_batches_and_the_scale_of_losses_are_put_back(options: dict[str, Any]) -> None:
+    def trained(checked: bool) -> Learner:
+        torch.manual_seed(0)
+        xs = torch.randn(12, 2)
+        model = nn.Linear(2, 1)
+        learner = Learner(
+            model, nn.functional.mse_loss, data=((xs, xs[:, :1]),), seed=1, accelerator=Accelerator("cpu", **options)
+        )
+        learner.fit(1)
+        for _ in range(2 * checked):
+            assert learner.check() == []
+        assert not learner.is_accumulating
+        learner.fit(1)
+        return learner
+
+    checked, plain = trained(True), trained(False)
+    assert_same_bits(checked, plain)
+    assert checked.updates.scale_state() == plain.updates.scale_state()
