@@ -15,7 +15,7 @@ from fluxloop.checkpoint.ledger import Ledger
 from fluxloop.compute.accelerator import Accelerator, accelerator_or_default
 from fluxloop.compute.blocks import UpdateBlock
 from fluxloop.compute.finite import Finite
-from fluxloop.compute.models import arrange_like, named_models
+from fluxloop.compute.models import arrange_like, named_models, state_of_models
 from fluxloop.compute.optimizers import build_optimizers, parameter_names
 from fluxloop.compute.windows import updates_of
 from fluxloop.data.loaders import name_data
@@ -29,6 +29,7 @@ from fluxloop.order.managing import HasCallbacks, listed
 from fluxloop.order.weights import Weights
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
+from fluxloop.processes.replicas import agree_on_seed, begin_alike, states_alike
 from fluxloop.randomness import check_seed, draw_seed
 from fluxloop.run.epoch import run_epoch
 from fluxloop.run.fit import fit
@@ -133,10 +134,11 @@ class Learner(KeepsState, HasCallbacks, Generic[M]):
         self.model: M = arrange_like(model, self.models)
         self.weights = Weights(self.models, self.model)
         self.params: Any = arrange_like(model, {k: tuple(m.parameters()) for k, m in self.models.items()})
-        optimizers = build_optimizers(self.models, optimizer, loss_fn)
+        begin_alike(group := self.accelerator.group, state_of_models(self.models, loss_fn))
+        optimizers = states_alike(group, build_optimizers(self.models, optimizer, loss_fn))
         self.optimizer: Any = arrange_like(model, optimizers)
         self._seed_given = seed is not None
-        self.seed = draw_seed() if seed is None else check_seed(seed)
+        self.seed = agree_on_seed(group, draw_seed() if seed is None else check_seed(seed), self._seed_given)
         self._ledger = Ledger()
         self._running = Running()
         session = Session.begin(self)

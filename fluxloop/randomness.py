@@ -227,24 +227,35 @@ class Stream:
         return _mix((self.base + index) & MASK)
 
 
+OF_A_PROCESS = ("/step", "/epoch")
+"""How the names of streams end from which the steps of a process draw, where several train."""
+
+
 class Streams:
     """The streams of one learner, by owner; created when they are first asked for.
 
     Args:
         seed: The run's seed.
         prefix: Put before every owner's name: evaluation and prediction have streams apart.
+        process: The number of the process whose steps draw numbers of their own; 0, as that of one alone.
     """
 
-    def __init__(self, seed: int, prefix: str = "") -> None:
+    def __init__(self, seed: int, prefix: str = "", process: int = 0) -> None:
         self.seed = seed
         self.prefix = prefix
+        self._process = process
         self._streams: dict[str, Stream] = {}
 
     def __getitem__(self, owner: str) -> Stream:
         stream = self._streams.get(owner)
         if stream is None:
-            stream = self._streams[owner] = Stream(self.seed, self.prefix + owner)
+            stream = self._streams[owner] = Stream(self.seed, self._name(owner))
         return stream
+
+    def _name(self, owner: str) -> str:
+        """Return what a stream is called: those of steps and epochs are apart in each process but the first."""
+        own = self._process and owner.endswith(OF_A_PROCESS)
+        return f"{self.prefix}{owner}{f'@{self._process}' if own else ''}"
 
     def apart(self, owner: str) -> Stream:
         """Return a stream without a count: its user says which number it wants."""
@@ -259,7 +270,7 @@ class Streams:
         self.seed = seed
         for owner in {*self._streams, *positions}:
             stream = self[owner]
-            stream.base, stream.index = _base(seed, self.prefix + owner), positions.get(owner, 0)
+            stream.base, stream.index = _base(seed, self._name(owner)), positions.get(owner, 0)
 
 
 def with_own_stream(call: Callable[..., None], stream: Callable[[], Stream]) -> Callable[..., None]:

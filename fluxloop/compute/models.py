@@ -236,3 +236,14 @@ def not_copied(whose: str, error: RuntimeError) -> ModelError:
 def device_of(module: nn.Module) -> torch.device:
     """Return the device of a module's first parameter or buffer, the CPU where it has none."""
     return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), torch.device("cpu"))
+
+
+def state_of_models(models: Mapping[str | None, nn.Module], loss_fn: object = None) -> list[tuple[str, Tensor]]:
+    """List the parameters and buffers of the models, and of a loss function that is a module, by their names."""
+    named: list[tuple[str, Tensor]] = []
+    for name, module in [*models.items(), ("loss_fn", loss_fn)]:
+        if isinstance(module, nn.Module):
+            prefix = "" if name is None else f"{name}."
+            named += [(f"{prefix}{key}", tensor) for key, tensor in module.named_parameters()]
+            named += [(f"{prefix}{key}", tensor) for key, tensor in module.named_buffers()]
+    return named

@@ -9,10 +9,12 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fluxloop.checkpoint.folder import find_state
 from fluxloop.checkpoint.restoring import meet_phases, restore
+from fluxloop.compute.models import state_of_models
 from fluxloop.data.loaders import name_data
 from fluxloop.errors import (
     CancelFittingException,
@@ -30,6 +32,7 @@ from fluxloop.guard.given import as_path
 from fluxloop.history import History
 from fluxloop.order.outlook import check_monitors, warn_unseen
 from fluxloop.phase import Phase, is_due
+from fluxloop.processes.replicas import check_alike, send, whole
 from fluxloop.randomness import preserved
 from fluxloop.run.epoch import feed, run_epoch, watching
 from fluxloop.run.phases import check_names, check_phase, check_runs, default_phases
@@ -181,6 +184,19 @@ def _warn_of_bad_weights(learner: RunLearner) -> None:
         )
 
 
+def _check_alike(learner: RunLearner) -> None:
+    """Raise where the processes that are about to train have different weights; make their buffers equal.
+
+    Raises:
+        ProcessError: Names the weights.
+    """
+    group = learner.accelerator.group
+    if group is not None:
+        named = state_of_models(learner.models, learner.loss_fn)
+        check_alike(group, [(name, tensor) for name, tensor in named if isinstance(tensor, nn.Parameter)])
+        send(group, whole(tensor for _, tensor in named if not isinstance(tensor, nn.Parameter)))
+
+
 def _warn_of_stopped(reason: str) -> None:
     """Warn of a run that is to be resumed and has stopped for a reason."""
     warn_user(
@@ -213,6 +229,7 @@ def _run(learner: RunLearner, scope: FitScope, until: int, reason: str | None) -
     with heeding_signals(learner) as terminates, watching(learner):
         try:
             with watching(learner):  # an error is told to other processes before FitEnd
+                _check_alike(learner)
                 with scope.noting("fit"):
                     scope.handle(FitBegin(scope.is_resuming))
                 if learner._running.resume_from is not None:

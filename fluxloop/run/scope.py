@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from fluxloop.checkpoint.restoring import apply_or_undo
 from fluxloop.data.feed import Feed
 from fluxloop.errors import CheckpointError
 from fluxloop.loop import Scope, StepScope, runepoch
 from fluxloop.persist.plain import from_plain, phase_id, to_plain
 from fluxloop.phase import FittingPhase, Phase
+from fluxloop.processes.replicas import send, whole
 from fluxloop.randomness import generator_states, put_generators
 
 if TYPE_CHECKING:
@@ -36,6 +39,18 @@ def nothing() -> None:
 def is_under_way(place: Place | None) -> TypeIs[Place]:
     """Return whether a cycle is under way at a place."""
     return place is not None and bool(place["index"] or place["feed"] is not None)
+
+
+def share_buffers(learner: RunLearner, phase: Phase) -> None:
+    """Give all processes the buffers of the first one after an epoch that trains, where there are several.
+
+    The running statistics of batch norm are those of a process's own rows.
+    """
+    group = learner.accelerator.group
+    if group is not None and phase.gradients:
+        own = [value for value in vars(phase).values() if isinstance(value, nn.Module)]  # a teacher, or a head
+        modules = {id(module): module for module in [*learner.modules(), *learner.weights.views.values(), *own]}
+        send(group, whole(buffer for module in modules.values() for buffer in module.buffers()))
 
 
 class FitScope(Scope):
@@ -181,6 +196,7 @@ class FitScope(Scope):
     def ended(self) -> None:
         """Count a complete phase."""
         if self.feed is not None:
+            share_buffers(self._learner, self.phases[self.index])
             self.feed = None
             self.index += 1
 

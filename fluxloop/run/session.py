@@ -81,7 +81,11 @@ class Session:
             callbacks=Callbacks(learner),
             cbstate=cbstate,
             history=History(cbstate, learner.seed),
-            streams=Streams(learner.seed, prefix=f"{owner}/" if owner else ""),
+            streams=Streams(
+                learner.seed,
+                prefix=f"{owner}/" if owner else "",
+                process=learner.accelerator.rank if learner.accelerator.seed_per_process else 0,
+            ),
             _host_queue=HostQueue(learner.accelerator.device),
         )
 

@@ -21,6 +21,7 @@ processes are to end in different ways, `run_cases` starts the script once for e
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -209,6 +210,7 @@ def _serve(folder: Path) -> None:
     from fluxloop.testing import toy_learner
 
     toy_learner().fit(1)  # what is imported for a fit is imported once for all of them
+    gc.freeze()  # else each of them looks through all of it as it ends, which takes a second
 
     order = json.loads((folder / "order.json").read_text())
     size, cases = order["processes"], order["cases"]
