@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazily(
     {
         "": "augment errors events losses schedules testing",
         "compute.accelerator": "Accelerator",
+        "compute.shard": "Shard",
         "compute.recompute": "is_recomputing recompute_activations",
         "augment": "MultiCrop TwoViews ViewDataset",
         "callback": "Callback NoConflict RunFirst Unresolvable UnsafeCallback on resolve_conflict",

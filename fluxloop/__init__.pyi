@@ -61,6 +61,7 @@ from fluxloop.compute.accelerator import Accelerator as Accelerator
 from fluxloop.compute.modes import watching as watching
 from fluxloop.compute.recompute import is_recomputing as is_recomputing
 from fluxloop.compute.recompute import recompute_activations as recompute_activations
+from fluxloop.compute.shard import Shard as Shard
 from fluxloop.data.combined import CombinedLoader as CombinedLoader
 from fluxloop.data.loaders import TensorBatches as TensorBatches
 from fluxloop.data.loaders import as_dataloader as as_dataloader

@@ -14,10 +14,9 @@ from fluxloop.callbacks.defaults import with_defaults
 from fluxloop.checkpoint.ledger import Ledger
 from fluxloop.compute.accelerator import Accelerator, accelerator_or_default
 from fluxloop.compute.blocks import UpdateBlock
-from fluxloop.compute.finite import Finite
+from fluxloop.compute.chosen import updates_of
 from fluxloop.compute.models import arrange_like, named_models, state_of_models
 from fluxloop.compute.optimizers import build_optimizers, parameter_names
-from fluxloop.compute.windows import updates_of
 from fluxloop.data.loaders import name_data
 from fluxloop.errors import CancelFittingException, CompileError, PhaseError, describe
 from fluxloop.events import Event
@@ -129,6 +128,7 @@ class Learner(KeepsState, HasCallbacks, Generic[M]):
         self.loss_fn: Any = loss_fn
         for module in self.modules():
             self.accelerator.place_model(module)
+        self.accelerator.shard_models(self.models, loss_fn, optimizer)
         for module in self.models.values():
             self.accelerator.compile_model(module)
         self.model: M = arrange_like(model, self.models)
@@ -147,7 +147,7 @@ class Learner(KeepsState, HasCallbacks, Generic[M]):
         self.step, self.phases, self.scope = session.step, session.phases, session.scope
         self.num_batches, self.num_epochs, self.fit_phases = session.num_batches, session.num_epochs, session.fit_phases
         self.updates: Updates = updates_of(self, parameter_names(self.models, loss_fn), optimizers)
-        self.finite = Finite(self)
+        self.finite = self.updates.finite_type(self)
         self._compiled: CompiledSteps | None = None
         if self.accelerator.compile == "step":
             from fluxloop.compile.plans import CompiledSteps

@@ -140,6 +140,16 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(getattr(value, name))
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor: all of it, unless it is sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that is sharded as a whole, in all processes, which have to call this together; others stay."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def concatenate(parts: list[Any]) -> Any:
     """Join batches along their first dimension, leaf by leaf.
 

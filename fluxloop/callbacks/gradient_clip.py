@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from attrs import define, evolve, field
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.nn.utils import clip_grad_value_
 
 from fluxloop.callback import NoConflict, RunFirst, on, resolve_conflict
 from fluxloop.callbacks.metrics import Metrics, RecordsMetrics
+from fluxloop.compute.clipping import clip_norm, norm_of
 from fluxloop.compute.models import by_name
 from fluxloop.compute.optimizers import owned_parameters
 from fluxloop.errors import CallbackConflictError, OptimizerError, did_you_mean
@@ -120,9 +121,9 @@ class GradientClip(RecordsMetrics):
         optimizer = learner.optimizer if name is None else look_up(learner.optimizer, name)
         parameters = [parameter for parameter in owned_parameters(optimizer) if parameter.grad is not None]
         if self.value is None:
-            norm = clip_grad_norm_(parameters, float(self.max_norm), float(self.norm_type))
+            norm = clip_norm(parameters, float(self.max_norm), float(self.norm_type))
         else:
-            norm = _norm(parameters, float(self.norm_type))
+            norm = norm_of([p.grad for p in parameters if p.grad is not None], float(self.norm_type))
             clip_grad_value_(parameters, float(self.value))
         self._unread = True
         if name is None:
@@ -184,9 +185,3 @@ def _one_optimizer_each(a: GradientClip, b: GradientClip) -> NoConflict:
 
 def _metric(name: str | int | None) -> str:
     return "grad_norm" if name is None else f"grad_norm_{name}".lower()
-
-
-def _norm(parameters: list[torch.nn.Parameter], norm_type: float) -> Tensor:
-    """Compute the norm of all gradients together."""
-    norms = [torch.linalg.vector_norm(p.grad, norm_type) for p in parameters if p.grad is not None]
-    return torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.tensor(0.0)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fluxloop.compute.fused import step_optimizer
 from fluxloop.compute.gradients import add_gradients
 from fluxloop.compute.precision import TYPES, Casting
-from fluxloop.errors import BatchError, describe, did_you_mean
+from fluxloop.compute.shard import Shard
+from fluxloop.errors import BatchError, CompileError, describe, did_you_mean
 from fluxloop.nested import map_tensors, move_object
 from fluxloop.processes.gather import all_gather
 from fluxloop.processes.group import Group, are_several, join, local_rank
@@ -42,7 +43,7 @@ class Accelerator:
         *,
         precision: Literal["fp32", "bf16", "fp16"] = "fp32",
         accumulate: int | Mapping[str, int] = 1,
-        strategy: Literal["auto", "replicate", "shard", "none"] = "auto",
+        strategy: Literal["auto", "replicate", "shard", "none"] | Shard = "auto",
         compile: Literal[False, "model", "step"] = False,
         seed_per_process: bool = True,
     ) -> None:
@@ -54,10 +55,10 @@ class Accelerator:
                 f"{did_you_mean(str(precision), TYPES)}"
             )
         _check_accumulate(accumulate)
-        if strategy not in STRATEGIES:
+        if strategy not in STRATEGIES and not isinstance(strategy, Shard):
             raise ValueError(
                 f"Accelerator(strategy={strategy!r}) was given; expected "
-                f"{', '.join(map(repr, STRATEGIES[:-1]))} or {STRATEGIES[-1]!r}"
+                f"{', '.join(map(repr, STRATEGIES))} or a Shard: strategy=Shard(units=Block)"
             )
         self.device = _choose(device)
         self.compile = compile
@@ -69,6 +70,10 @@ class Accelerator:
         dtype = TYPES[precision]
         self.casting = None if dtype is None else Casting(self.device.type, dtype)
         """Switches autocast on and off; None in fp32."""
+        self.sharding = _sharding(strategy, self.group, precision, compile)
+        """Shards models, where the strategy says so and there are several processes; else None."""
+        if self.sharding is not None:
+            self.backward = _backward_through_all  # type: ignore[method-assign]  # so that the usual one has no branch
 
     @property
     def is_plain(self) -> bool:
@@ -97,6 +102,24 @@ class Accelerator:
     def place_model(self, model: nn.Module) -> None:
         """Move a module's parameters and buffers to the device, in place."""
         model.to(self.device)
+
+    def shard_models(self, models: Mapping[str | None, nn.Module], loss_fn: Any, optimizer: Any = None) -> None:
+        """Shard modules in place, where the strategy says so.
+
+        Args:
+            models: By name.
+            loss_fn: The loss function; where it is a module, it is sharded too.
+            optimizer: What the user gave: optimizers that were made before hold the sharded parameters afterwards.
+
+        Raises:
+            ModelError: One cannot be sharded.
+            OptimizerError: An optimizer has taken a step already.
+        """
+        if self.sharding is not None:
+            named = dict(models)
+            if isinstance(loss_fn, nn.Module):
+                named["loss_fn"] = loss_fn
+            self.sharding.shard(named, optimizer)
 
     def compile_model(self, model: nn.Module) -> None:
         """Have torch compile a model's forward, if `compile` is ``"model"``; the model stays the same object."""
@@ -252,7 +275,32 @@ def _check_accumulate(accumulate: Any) -> None:
             )
 
 
-def _join(device: torch.device, strategy: str) -> Group | None:
+def _backward_through_all(
+    loss: Tensor, parameters: Sequence[nn.Parameter], *, alone: bool = False, retain_graph: bool = False
+) -> None:
+    """Add the gradients of a scalar loss to ``grad`` of all that it reaches, as sharded parameters want it."""
+    add_gradients(loss, None, retain_graph)
+
+
+def _sharding(strategy: str | Shard, group: Group | None, precision: str, compiled: object) -> Any:
+    """Make what shards models; None where nothing is to be sharded.
+
+    Raises:
+        CompileError: Steps or models are to be compiled as well.
+    """
+    if group is None or not (strategy == "shard" or isinstance(strategy, Shard)):
+        return None
+    if compiled:
+        raise CompileError(
+            f"Accelerator(compile={compiled!r}) was given with sharded parameters, which are gathered between the "
+            "parts of a step; expected compile=False, or strategy='replicate'"
+        )
+    from fluxloop.compute.sharding import Sharding  # takes a while, and most learners need none of it
+
+    return Sharding(strategy if isinstance(strategy, Shard) else Shard(), group, precision)
+
+
+def _join(device: torch.device, strategy: str | Shard) -> Group | None:
     """Join the other processes, where there are some and the strategy wants them."""
     return None if strategy == "none" or not are_several() else join(device)
 

@@ -54,7 +54,7 @@ class Finite:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Finite:
         """Return a new one for a copied learner: the saved buffers are those of the original."""
-        return Finite(copy.deepcopy(self._learner, memo))
+        return type(self)(copy.deepcopy(self._learner, memo))
 
     def begin_step(self) -> None:
         """Save the buffers of the models, so that a step that is not finite leaves them as they were."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxloop.compute.blocks import requires_grad
+from fluxloop.compute.finite import Finite
 from fluxloop.compute.fused import skipping
 from fluxloop.compute.modes import OptimizerMode
 from fluxloop.compute.optimizers import (
@@ -43,6 +44,8 @@ class Updates:
     """
 
     slot_type = Slot
+    finite_type = Finite
+    """What looks at losses and gradients of the learner's steps."""
     is_windowed = False
     """Whether an update may be of several batches or processes, or of scaled losses."""
 
@@ -252,10 +255,8 @@ class Updates:
             phase: Name of the phase whose gradients go on waiting.
         """
         for slot in self.slots:
-            if slot.first_step is not None and slot.phase not in (
-                None,
-                phase,
-            ):  # None: an older checkpoint does not say
+            known = slot.phase not in (None, phase)  # None: an older checkpoint does not say
+            if slot.first_step is not None and known:
                 self._drop(slot, why)
 
     def update(self, name: str | int | None = None, closure: Callable[[], Any] | None = None) -> None:

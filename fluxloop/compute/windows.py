@@ -447,12 +447,6 @@ class WindowedUpdates(Updates):
         return bool(self.find(name).window.count)  # type: ignore[attr-defined]  # `find` finds one of `slots`
 
 
-def updates_of(learner: StepLearner, names: dict[nn.Parameter, str], optimizers: Optimizers) -> Updates:
-    """Make the updates that a learner's accelerator asks for: plain ones, where nothing is asked for."""
-    kind = Updates if learner.accelerator.is_plain else WindowedUpdates
-    return kind(learner, names, optimizers)
-
-
 def _size(accumulate: int | Mapping[str, int], name: str | None, names: Sequence[str | None]) -> int:
     """Return how many batches an update of an optimizer has.
 

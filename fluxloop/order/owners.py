@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from fluxloop.nested import local_part
 from fluxloop.order.view import LearnerView
 from fluxloop.persist.owners import Owners
 from fluxloop.persist.plain import phase_id
@@ -31,8 +32,8 @@ def owners_of(learner: RunLearner) -> Owners:
             named.append((f"{root}.{path}", tensor))
             # A view of a weight, or its `data`, is another object in the same memory. Sparse tensors have no storage,
             # and lazy ones have none yet.
-            if not is_lazy(tensor) and tensor.layout is torch.strided:
-                places.append(tensor.untyped_storage().data_ptr())
+            if not is_lazy(tensor) and tensor.layout is torch.strided and local_part(tensor).numel():
+                places.append(local_part(tensor).untyped_storage().data_ptr())
     named += [(f"optimizer {slot.name or ''}", slot.optimizer) for slot in learner.updates.slots]
     named += [(f"cbstate.{name}", value) for name, value in vars(learner.cbstate).items()]
     named += [("cbstate", learner.cbstate), ("history", learner.history), ("step", learner.step)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fluxloop.errors import CheckpointError
+from fluxloop.nested import local_part
 
 
 class Owners:
@@ -35,7 +36,9 @@ class Owners:
         """Return the name of a value that somebody else keeps, "" where it has none, None for others."""
         name = self._names.get(id(value))
         if name is None and self._places and isinstance(value, Tensor) and value.layout is torch.strided:
-            theirs = not is_lazy(value) and value.numel() and value.untyped_storage().data_ptr() in self._places
+            theirs = (
+                not is_lazy(value) and value.numel() and local_part(value).untyped_storage().data_ptr() in self._places
+            )
             return "" if theirs else None
         return "" if name is None and isinstance(value, self._kinds) else name
 

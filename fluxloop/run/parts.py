@@ -69,6 +69,7 @@ def _accept_loss(learner: RunLearner, loss_fn: Any) -> None:
     meet_parameters(learner, loss_fn)  # may refuse: so before the function is moved to a device and watched
     if isinstance(loss_fn, nn.Module) and loss_fn is not learner.loss_fn:
         learner.accelerator.place_model(loss_fn)
+        learner.accelerator.shard_models({}, loss_fn)
         watch_module(learner, loss_fn)
     learner._ledger.loss = watch_loss(learner, loss_fn)
 

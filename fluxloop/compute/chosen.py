@@ -1,0 +1,30 @@
+"""Which updates a learner makes: plain ones, those of windows, or those of sharded parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from fluxloop.compute.optimizers import Optimizers
+from fluxloop.compute.updates import Updates
+from fluxloop.compute.windows import WindowedUpdates
+
+if TYPE_CHECKING:
+    from fluxloop.interfaces import StepLearner
+
+
+def updates_of(learner: StepLearner, names: dict[nn.Parameter, str], optimizers: Optimizers) -> Updates:
+    """Make the updates that a learner's accelerator asks for: plain ones, where nothing is asked for.
+
+    Args:
+        learner: The learner.
+        names: The names of all parameters.
+        optimizers: By name.
+    """
+    if learner.accelerator.sharding is not None:
+        from fluxloop.compute.sharded_updates import ShardedUpdates  # takes a while, and most learners need none of it
+
+        return ShardedUpdates(learner, names, optimizers)
+    kind = Updates if learner.accelerator.is_plain else WindowedUpdates
+    return kind(learner, names, optimizers)

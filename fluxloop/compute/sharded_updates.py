@@ -1,0 +1,207 @@
+"""Updates of sharded parameters: backward passes as ``fully_shard`` needs them, and what processes have to agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fluxloop.compute.averaging import Sums
+from fluxloop.compute.finite import Finite, bad_gradients, elements, norm_before_clipping
+from fluxloop.compute.optimizers import Optimizers
+from fluxloop.compute.sharding import ShardedModel, sharded_model
+from fluxloop.compute.windows import Weight, WindowedUpdates, WindowSlot
+from fluxloop.errors import OptimizerError
+from fluxloop.nested import local_part
+from fluxloop.processes.group import Group
+from fluxloop.state import StepState
+
+if TYPE_CHECKING:
+    from fluxloop.interfaces import StepLearner
+
+WHOLE = {
+    "Adafactor": "computes with rows and columns",
+    "LBFGS": "takes all parameters for one vector",
+    "Muon": "makes whole matrices orthogonal",
+    "Rprop": "compares signs in a way that torch has not for them",
+    "SparseAdam": "takes sparse gradients",
+}
+"""Optimizers that do not step sharded parameters as they step whole ones, with the reason."""
+
+
+class SummedByTorch:
+    """Stands for an `Averager` where torch has added up the gradients themselves: the rest is one small message.
+
+    Args:
+        group: The processes.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def watching(self, sets: Sequence[tuple[nn.Parameter, ...]]) -> AbstractContextManager[None]:
+        """Do nothing: torch sends gradients while the backward pass runs."""
+        return nullcontext()
+
+    def finish(self, weights: Sequence[Weight], votes: Sequence[float] | Tensor = ()) -> Sums:
+        """Return the summed weights and votes.
+
+        Args:
+            weights: Numbers, or tensors of one element.
+            votes: Numbers.
+        """
+        said = torch.tensor([float(number) for number in (*weights, *votes)], dtype=torch.float64)
+        if self._group.device.type == "mps":  # pragma: no cover - it has no float64
+            said = said.float()
+        numbers = self._group.all_reduce(said.to(self._group.device)).tolist()
+        return Sums(numbers[: len(weights)], numbers[len(weights) :])
+
+    def reduce(
+        self,
+        sets: Sequence[tuple[nn.Parameter, ...]],
+        weights: Sequence[Weight],
+        votes: Sequence[float] | Tensor = (),
+    ) -> Sums:
+        """Return the summed weights and votes of gradients that are complete without a backward pass."""
+        return self.finish(weights, votes)
+
+
+class ShardedFinite(Finite):
+    """Looks at gradients of which each process holds a part: what one finds, all do, so that all stop in one step."""
+
+    def require_gradients(self, name: str | None, wait: bool) -> None:
+        """Stop the fit unless the gradients that an optimizer is about to use are finite; this waits for the device.
+
+        Args:
+            name: Of the optimizer.
+            wait: Is of no consequence here: processes that look at another time would stop in another step.
+
+        Raises:
+            CancelFittingException: One is NaN or infinite; names the first parameters.
+        """
+        learner = self._learner
+        slot = learner.updates.find(name)
+        learner.updates.take_given(slot)
+        gradients = {p: local_part(p.grad) for p in slot.parameters if p.grad is not None}
+        if not gradients:
+            return
+        infinite = torch.stack([(~elements(gradient).isfinite().all()).float() for gradient in gradients.values()])
+        found = learner.accelerator.group.all_reduce(infinite, "max").tolist()
+        bad = [learner.updates.names[p] for p, is_bad in zip(gradients, found, strict=True) if is_bad]
+        norm = norm_before_clipping(learner.step, name)  # the same in all processes
+        if bad or (norm is not None and not isfinite(norm.item())):
+            self.stop(bad_gradients(slot, bad))
+
+
+class ShardedUpdates(WindowedUpdates):
+    """Updates of parameters of which each process holds a part.
+
+    Args:
+        learner: The learner.
+        names: The names of all parameters.
+        optimizers: By name.
+
+    Raises:
+        OptimizerError: An optimizer needs whole parameters.
+    """
+
+    finite_type = ShardedFinite
+
+    def __init__(self, learner: StepLearner, names: dict[nn.Parameter, str], optimizers: Optimizers) -> None:
+        for name, optimizer in optimizers.items():
+            why = WHOLE.get(type(optimizer).__name__)
+            if why is not None:
+                raise OptimizerError(
+                    f"{type(optimizer).__name__}{'' if name is None else f' ({name!r})'} {why}, and cannot step "
+                    "sharded parameters; expected one that steps each element by itself, such as AdamW, or "
+                    "Accelerator(strategy='replicate')"
+                )
+        super().__init__(learner, names, optimizers)
+        self.averager: Any = SummedByTorch(learner.accelerator.group)
+        self.sharded = self._find()
+
+    def _find(self) -> list[ShardedModel]:
+        """List the sharded models, in one order on all processes."""
+        parts = (part for module in self._learner.modules() for part in module.modules())  # type: ignore[attr-defined]  # of a learner
+        return list(dict.fromkeys(found for part in parts if (found := sharded_model(part)) is not None))
+
+    def begin_step(self, state: StepState) -> None:
+        """Release what the last update consumed, and what steps before have left."""
+        for sharded in self.sharded:
+            sharded.output = None
+            sharded.close()
+        super().begin_step(state)
+
+    def abandon_step(self, state: StepState) -> None:
+        """Undo what a step that ended early has done."""
+        super().abandon_step(state)
+        for sharded in self.sharded:
+            sharded.abandon()
+
+    def _reduced(self, slots: Sequence[WindowSlot], compute: Callable[[], None]) -> None:
+        """Compute gradients; those of parameters that are not asked for are put back afterwards.
+
+        The graph holds whole parameters, which the optimizers do not know: torch's engine cannot be told by
+        ``inputs=`` whose gradients are wanted, and would compute none.
+        """
+        own = {id(parameter) for slot in slots for parameter in slot.parameters}
+        others = [p for p in self.names if id(p) not in own and p.requires_grad]
+        before = [(parameter, parameter.grad) for parameter in others]
+        for parameter in others:
+            parameter.grad = None  # torch adds in place
+
+        def compute_and_send() -> None:
+            for sharded in self.sharded:
+                sharded.begin_backward()
+            compute()
+            for sharded in self.sharded:
+                sharded.end_backward(not own.isdisjoint(map(id, sharded.parameters)))
+
+        try:
+            super()._reduced(slots, compute_and_send)
+        finally:
+            for parameter, gradient in before:
+                parameter.grad = gradient
+
+    def _take_by_hand(self, slot: WindowSlot) -> None:
+        """Take gradients that ``loss.backward()`` has computed, which torch has added up over processes.
+
+        What each process's batch weighs cannot be told from the sum any more: all weigh the same.
+        """
+        gradients = [p.grad for p in slot.parameters if p.grad is not None]
+        if gradients and slot.window.size > 1:
+            super()._take_by_hand(slot)  # which refuses
+        for gradient in gradients:
+            local_part(gradient).div_(self._learner.accelerator.world_size)
+
+    def _is_finite(self, slot: WindowSlot) -> bool:
+        """Return whether all gradients of an optimizer are finite, in all processes."""
+        finite = all(local_part(p.grad).isfinite().all() for p in slot.parameters if p.grad is not None)
+        group = self._learner.accelerator.group
+        return bool(group.all_reduce(torch.tensor(float(finite), device=group.device), "min"))
+
+    def take_given(self, slot: Any) -> None:
+        """Use the gradients that somebody has put in the place of ``step.grads``; whole ones are sharded."""
+        given = vars(self._learner.step).get("grads")
+        if isinstance(given, Mapping) and given is not self.gradients:
+            by_name = {name: parameter for parameter, name in self.names.items()}
+            self._learner.step.grads = {
+                name: _sharded_like(gradient, by_name.get(name)) for name, gradient in given.items()
+            }
+        super().take_given(slot)
+
+
+def _sharded_like(gradient: Any, parameter: Tensor | None) -> Any:
+    """Return this process's part of a whole gradient, as a sharded one; anything else as it is."""
+    if not isinstance(parameter, DTensor) or not isinstance(gradient, Tensor) or isinstance(gradient, DTensor):
+        return gradient
+    if gradient.shape != parameter.shape:
+        return gradient  # which is refused by its shape
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(gradient.detach(), parameter.device_mesh, parameter.placements)
