@@ -59,8 +59,6 @@ class GradientClip(RecordsMetrics):
     optimizer: str | int | None = field(default=None, kw_only=True)
     _totals: dict[str, Tensor] = field(factory=dict, init=False, repr=False)
     _counts: dict[str, int] = field(factory=dict, init=False, repr=False)
-    _unread: bool = field(default=False, init=False, repr=False)
-    """Whether a norm has not been added to the averages."""
 
     reads = ("optimizer", "history")
     draws = False
@@ -110,7 +108,7 @@ class GradientClip(RecordsMetrics):
     @on(EpochBegin, AbstractTrainingPhase)
     def start(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Begin the averages of an epoch."""
-        self._totals, self._counts, self._unread = {}, {}, False
+        self._totals, self._counts = {}, {}
 
     @on(UpdateBegin)
     def clip(self, event: UpdateBegin, phase: Any, learner: Any) -> None:
@@ -125,36 +123,34 @@ class GradientClip(RecordsMetrics):
         else:
             norm = norm_of([p.grad for p in parameters if p.grad is not None], float(self.norm_type))
             clip_grad_value_(parameters, float(self.value))
-        self._unread = True
         if name is None:
             learner.step.grad_norm = norm
         else:
             if "grad_norms" not in learner.step:
                 learner.step.grad_norms = {}
             learner.step.grad_norms[name] = norm
+        if event.after_steps:  # no step ends any more
+            self._add(name, norm)
 
     @on(StepEnd, AbstractTrainingPhase)
     def add(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Add the norms of a step's updates to the averages."""
-        self._add(learner)
-
-    def _add(self, learner: Any) -> None:
-        self._unread = False
         step = learner.step
         norms = {None: step.grad_norm} if "grad_norm" in step else {}
         for name, norm in (norms | (step.grad_norms if "grad_norms" in step else {})).items():
-            metric = _metric(name)
-            if metric in self._totals:
-                self._totals[metric] = self._totals[metric] + norm
-            else:
-                self._totals[metric] = norm.to(torch.float32 if norm.device.type == "mps" else torch.float64)
-            self._counts[metric] = self._counts.get(metric, 0) + 1
+            self._add(name, norm)
+
+    def _add(self, name: str | int | None, norm: Tensor) -> None:
+        metric = _metric(name)
+        if metric in self._totals:
+            self._totals[metric] = self._totals[metric] + norm
+        else:
+            self._totals[metric] = norm.to(torch.float32 if norm.device.type == "mps" else torch.float64)
+        self._counts[metric] = self._counts.get(metric, 0) + 1
 
     @on(EpochEnd, AbstractTrainingPhase)
     def record(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
-        """Record the averages of the epoch, with that of an update that its end has brought."""
-        if self._unread:
-            self._add(learner)
+        """Record the averages of the epoch."""
         epoch = learner.history[phase].epoch
         if epoch:
             metrics = learner.cbstate.metrics[phase]

@@ -20,21 +20,42 @@ from fluxloop.processes.gather import all_gather
 from fluxloop.processes.group import Group, are_several, join, local_rank
 
 
+USUAL: dict[str, Any] = {
+    "precision": "fp32",
+    "accumulate": 1,
+    "strategy": "auto",
+    "compile": False,
+    "seed_per_process": True,
+    "tf32": None,
+}
+"""What an accelerator is made with where nothing is said."""
+
+
 class Accelerator:
     """Places models and batches on a device; computes gradients and steps optimizers there.
 
     ``runstep`` places a step's entries, ``learner.backward`` computes gradients and
-    ``learner.update`` steps an optimizer through it. These are the only places where a step meets
-    the device; precision and processes will be added here.
+    ``learner.update`` steps an optimizer through it. Precision, accumulation and several processes
+    are chosen here too, and no phase has a line for them.
 
     Args:
         device: ``"auto"`` (CUDA, else MPS, else the CPU), or anything ``torch.device`` takes.
+        precision: ``"fp32"``: what the tensors are. ``"bf16"``, ``"fp16"``: torch's autocast in training,
+            validation and prediction; weights stay as they are; in fp16 losses are scaled (`docs/precision.md`).
+        accumulate: How many batches make one update, each weighed by its rows: one number, or one for each
+            optimizer by name (`docs/accumulation.md`).
+        strategy: How several processes share the work (`docs/processes.md`). ``"auto"``: as ``"replicate"`` where
+            ``torchrun`` started several. ``"replicate"``: each has all parameters, and gradients are averaged.
+            ``"shard"``, or a `Shard`: each holds a part of them. ``"none"``: each trains alone.
         compile: ``"step"``: forward, loss, backward and update of a step are one compiled graph for
             each shape of batch (`docs/speed.md`); a callback that has to run inside the step is an error.
             ``"model"``: each model's forward is compiled by ``torch.compile``. False: neither.
+        seed_per_process: Whether what steps draw differs between processes; the order of the data never does.
+        tf32: Whether CUDA multiplies matrices of float32 in TF32, in the whole process; None leaves torch's
+            setting. Elsewhere it changes nothing.
 
     Raises:
-        ValueError: The device is not available on this machine, or `compile` is something else.
+        ValueError: The device is not available on this machine, or another argument is none of these.
     """
 
     def __init__(
@@ -46,6 +67,7 @@ class Accelerator:
         strategy: Literal["auto", "replicate", "shard", "none"] | Shard = "auto",
         compile: Literal[False, "model", "step"] = False,
         seed_per_process: bool = True,
+        tf32: bool | None = None,
     ) -> None:
         if compile not in (False, "model", "step"):
             raise ValueError(f"Accelerator(compile={compile!r}) was given; expected False, 'model' or 'step'")
@@ -55,6 +77,9 @@ class Accelerator:
                 f"{did_you_mean(str(precision), TYPES)}"
             )
         _check_accumulate(accumulate)
+        for name, value in (("seed_per_process", seed_per_process), ("tf32", tf32)):
+            if type(value) is not bool and (value is not None or name != "tf32"):
+                raise ValueError(f"Accelerator({name}={value!r}) was given; expected True or False")
         if strategy not in STRATEGIES and not isinstance(strategy, Shard):
             raise ValueError(
                 f"Accelerator(strategy={strategy!r}) was given; expected "
@@ -66,6 +91,9 @@ class Accelerator:
         self.accumulate = accumulate
         self.strategy = strategy
         self.seed_per_process = seed_per_process
+        self.tf32 = tf32
+        if tf32 is not None:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         self.group = _join(self.device, strategy)
         dtype = TYPES[precision]
         self.casting = None if dtype is None else Casting(self.device.type, dtype)
@@ -242,7 +270,14 @@ class Accelerator:
             self.group.wait()
 
     def __repr__(self) -> str:
-        usual = {"precision": "fp32", "accumulate": 1, "strategy": "auto", "compile": False, "seed_per_process": True}
+        usual = {
+            "precision": "fp32",
+            "accumulate": 1,
+            "strategy": "auto",
+            "compile": False,
+            "seed_per_process": True,
+            "tf32": None,
+        }
         other = [f"{name}={value!r}" for name, usually in usual.items() if (value := getattr(self, name)) != usually]
         return f"Accelerator({', '.join([f'device={str(self.device)!r}', *other])})"
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -523,3 +524,32 @@ def test_a_loss_is_computed_in_single_precision_of_what_a_network_gives_in_half(
     expected = loss(*(a.float() if a.is_floating_point() else a for a in halves))
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
+
+
+# TF32
+
+
+@pytest.fixture
+def tf32_as_it_was() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_switched_for_products_and_convolutions(tf32_as_it_was: None, allowed: bool) -> None:
+    Accelerator("cpu", tf32=allowed)
+    assert torch.backends.cuda.matmul.allow_tf32 is allowed
+    assert torch.backends.cudnn.allow_tf32 is allowed
+
+
+def test_tf32_is_left_as_it_is_unless_it_is_asked_for(tf32_as_it_was: None) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    Accelerator("cpu")
+    assert torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize("options", [{"tf32": "high"}, {"tf32": 1}, {"seed_per_process": None}])
+def test_switches_are_true_or_false(options: Any) -> None:
+    with pytest.raises(ValueError, match="expected True or False"):
+        Accelerator("cpu", **options)
