@@ -19,7 +19,6 @@ from fluxloop.nested import map_tensors, move_object
 from fluxloop.processes.gather import all_gather
 from fluxloop.processes.group import Group, are_several, join, local_rank
 
-
 USUAL: dict[str, Any] = {
     "precision": "fp32",
     "accumulate": 1,
