@@ -14,7 +14,6 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -23,10 +22,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from fluxloop.compute.models import state_of_models
 from fluxloop.compute.shard import Shard
 from fluxloop.errors import ModelError, OptimizerError, sentence
 from fluxloop.nested import local_part, tensors
 from fluxloop.processes.group import Group
+from fluxloop.processes.replicas import begin_alike
 
 CANNOT_SHARD = (ValueError, AssertionError, RuntimeError, NotImplementedError)
 """What torch raises for modules that it cannot shard."""
@@ -84,9 +85,8 @@ class Sharding:
         units = {name: self._units(name, root) for name, root in roots.items()}
         blueprints = {name: _blueprint(root) for name, root in roots.items()}
         before = [parameter for root in roots.values() for parameter in root.parameters()]
+        begin_alike(self.group, [entry for name, root in roots.items() for entry in state_of_models({name: root})])
         for name, root in roots.items():
-            for tensor in (*root.parameters(), *root.buffers()):
-                dist.broadcast(tensor.detach(), 0, group=self.group.process_group)
             self.apply(name, root, units[name], blueprints[name])
         after = [parameter for root in roots.values() for parameter in root.parameters()]
         _hold_sharded(optimizer, dict(zip(before, after, strict=True)))
@@ -108,6 +108,15 @@ class Sharding:
             chosen = {path for path, _ in root.named_children()}
         else:
             chosen = _by_size(root, policy.min_parameters)
+        if not policy.units:
+            chosen -= {path for path in chosen if _shared_beyond(root, path)}
+        for path in sorted(chosen):
+            shared = _shared_beyond(root, path)
+            if shared is not None:
+                raise ModelError(
+                    f"{name}.{shared[0]} is held by {shared[1]!r} too, which is not in the unit {path!r}; expected "
+                    "what shares parameters in one unit, or in none: Shard(units=...)"
+                )
         if self._half:  # the statistics of a batch norm are in single precision, and its parameters have to be, too
             chosen |= {path for path, part in parts.items() if isinstance(part, _BatchNorm)}
         chosen = {inner for path in chosen if path in parts for inner in _runnable(path, parts[path])}
@@ -128,6 +137,7 @@ class Sharding:
         Raises:
             ModelError: torch cannot shard it.
         """
+        kind = type(root).__name__
         offload = CPUOffloadPolicy() if self.policy.offload else OffloadPolicy()
         shard: Callable[..., Any] = partial(
             fully_shard, mesh=self._mesh, reshard_after_forward=True, offload_policy=offload
@@ -144,7 +154,7 @@ class Sharding:
                 begin()
         except CANNOT_SHARD as error:
             raise ModelError(
-                f"{name} ({type(root).__name__}) cannot be sharded: {sentence(str(error))} Shard(units=...) says which "
+                f"{name} ({kind}) cannot be sharded: {sentence(str(error))} Shard(units=...) says which "
                 "parts of a model are gathered together"
             ) from error
         return ShardedModel(name, root, tuple(units), self, blueprint)
@@ -392,6 +402,19 @@ def _by_size(root: nn.Module, least: int) -> set[str]:
             count = 0
         counts[part] = count
     return chosen
+
+
+def _shared_beyond(root: nn.Module, path: str) -> tuple[str, str] | None:
+    """Return a parameter of a part, and what holds it as well outside of it; None where there is none."""
+    places: dict[int, list[tuple[str, str]]] = {}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append((name, name.rpartition(".")[0]))
+    for held in places.values():
+        inside = [name for name, _ in held if name.startswith(f"{path}.")]
+        outside = [owner for name, owner in held if not name.startswith(f"{path}.")]
+        if inside and outside:
+            return inside[0], outside[0]
+    return None
 
 
 def _blueprint(root: nn.Module) -> nn.Module | None:
