@@ -9,8 +9,8 @@ __getattr__, __dir__, __all__ = lazily(
     __name__,
     {
         "": "augment errors events losses schedules testing",
-        "compute.accelerator": "Accelerator",
         "compute.shard": "Shard",
+        "run.accelerator": "Accelerator",
         "compute.recompute": "is_recomputing recompute_activations",
         "augment": "MultiCrop TwoViews ViewDataset",
         "callback": "Callback NoConflict RunFirst Unresolvable UnsafeCallback on resolve_conflict",

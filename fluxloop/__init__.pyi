@@ -57,7 +57,6 @@ from fluxloop.callbacks import Timer as Timer
 from fluxloop.callbacks import Traces as Traces
 from fluxloop.callbacks import Unfreeze as Unfreeze
 from fluxloop.callbacks import throttle as throttle
-from fluxloop.compute.accelerator import Accelerator as Accelerator
 from fluxloop.compute.modes import watching as watching
 from fluxloop.compute.recompute import is_recomputing as is_recomputing
 from fluxloop.compute.recompute import recompute_activations as recompute_activations
@@ -186,6 +185,7 @@ from fluxloop.phases import VICRegPhase as VICRegPhase
 from fluxloop.randomness import seed_everything as seed_everything
 from fluxloop.randomness import start_generators as start_generators
 from fluxloop.randomness import stream_seed as stream_seed
+from fluxloop.run.accelerator import Accelerator as Accelerator
 from fluxloop.run.batch_size_finder import find_batch_size as find_batch_size
 from fluxloop.run.lr_finder import LRSweep as LRSweep
 from fluxloop.run.lr_finder import find_lr as find_lr

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fluxloop.callback import Callback
 from fluxloop.callbacks.defaults import with_defaults
 from fluxloop.checkpoint.ledger import Ledger
-from fluxloop.compute.accelerator import Accelerator, accelerator_or_default
 from fluxloop.compute.blocks import UpdateBlock
 from fluxloop.compute.chosen import updates_of
 from fluxloop.compute.models import arrange_like, named_models, state_of_models
@@ -30,6 +29,7 @@ from fluxloop.phase import FittingPhase, Phase
 from fluxloop.phases.supervised import TrainingPhase, ValidationPhase
 from fluxloop.processes.replicas import agree_on_seed, begin_alike, states_alike
 from fluxloop.randomness import check_seed, draw_seed
+from fluxloop.run.accelerator import Accelerator, accelerator_or_default
 from fluxloop.run.epoch import run_epoch
 from fluxloop.run.fit import fit
 from fluxloop.run.keeping import KeepsState

@@ -101,6 +101,10 @@ class Accelerator:
         """Shards models, where the strategy says so and there are several processes; else None."""
         if self.sharding is not None:
             self.backward = _backward_through_all  # type: ignore[method-assign]  # so that the usual one has no branch
+        self._bind()
+
+    def _bind(self) -> None:
+        """Choose functions by what was given: there is nothing to choose here."""
 
     @property
     def is_plain(self) -> bool:
@@ -199,13 +203,19 @@ class Accelerator:
         return moved
 
     def backward(
-        self, loss: Tensor, parameters: Sequence[nn.Parameter], *, alone: bool = False, retain_graph: bool = False
+        self,
+        loss: Tensor,
+        parameters: Sequence[nn.Parameter] | None = None,
+        *,
+        alone: bool = False,
+        retain_graph: bool = False,
     ) -> None:
         """Add the gradients of a scalar loss to ``grad`` of `parameters`.
 
         Args:
             loss: The loss.
-            parameters: Those of the optimizers whose loss it is.
+            parameters: Those of the optimizers whose loss it is; in loops of one's own left out: all that the loss
+                reaches.
             alone: Whether the loss may be differentiated for all it reaches, because nobody else's
                 parameters are to be left out; then some of `parameters` may be frozen.
             retain_graph: Whether another loss needs the same graph.
@@ -279,19 +289,6 @@ class Accelerator:
         }
         other = [f"{name}={value!r}" for name, usually in usual.items() if (value := getattr(self, name)) != usually]
         return f"Accelerator({', '.join([f'device={str(self.device)!r}', *other])})"
-
-
-def accelerator_or_default(accelerator: Accelerator | None) -> Accelerator:
-    """Return an accelerator, or one of the fastest device where there is none.
-
-    Raises:
-        TypeError: It is something else.
-    """
-    if accelerator is not None and not isinstance(accelerator, Accelerator):
-        raise TypeError(
-            f"accelerator={accelerator!r} was given; expected an Accelerator: accelerator=Accelerator('cpu')"
-        )
-    return Accelerator() if accelerator is None else accelerator
 
 
 def _check_accumulate(accumulate: Any) -> None:

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from fluxloop.compute.memory import drop_frames, is_out_of_memory
+from fluxloop.compute.raw import rows_of
 from fluxloop.data.loaders import TensorBatches
 from fluxloop.data.passes import untouched
 from fluxloop.errors import BatchError, DataError, PhaseError, annotate, describe
 from fluxloop.guard.given import check_number
-from fluxloop.nested import batch_size, map_tensors
+from fluxloop.nested import map_tensors
 from fluxloop.phase import Phase
 from fluxloop.phases.supervised import TrainingPhase
 from fluxloop.run.check import aside, first_batch
@@ -116,7 +117,7 @@ class _Trial:
 
     def __init__(self, learner: RunLearner, phase: Phase, batch: Any) -> None:
         self.learner, self.phase, self.batch = learner, phase, batch
-        self.rows = batch_size(_entries(batch))
+        self.rows = rows_of(batch)
         self.start = 1 << (max(self.rows, 1).bit_length() - 1)
         """The power of two at or below its rows."""
         accumulate = learner.accelerator.accumulate
@@ -167,15 +168,6 @@ class _Trial:
             torch.cuda.empty_cache()
 
 
-def _entries(batch: Any) -> dict[str, Any]:
-    """Return the items of a batch by name, as `batch_size` takes them."""
-    if isinstance(batch, Mapping):
-        return {str(name): item for name, item in batch.items()}
-    if isinstance(batch, tuple) or (isinstance(batch, list) and any(isinstance(item, Tensor) for item in batch)):
-        return {str(place): item for place, item in enumerate(batch)}
-    return {"xs": batch}
-
-
 def _with_rows(batch: Any, rows: int, size: int) -> Any:
     """Return a batch with as many rows as asked for: those that it has, from the first on, as often as it takes.
 
@@ -207,5 +199,5 @@ def _rows_of(source: Any) -> int | None:
     if isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset):
         return len(source.dataset) if isinstance(source.dataset, Sized) else None
     if isinstance(source, (list, tuple)):
-        return sum(batch_size(_entries(batch)) for batch in source)
+        return sum(rows_of(batch) for batch in source)
     return None
