@@ -307,7 +307,7 @@ def _check_accumulate(accumulate: Any) -> None:
 
 
 def _backward_through_all(
-    loss: Tensor, parameters: Sequence[nn.Parameter], *, alone: bool = False, retain_graph: bool = False
+    loss: Tensor, parameters: Sequence[nn.Parameter] | None = None, *, alone: bool = False, retain_graph: bool = False
 ) -> None:
     """Add the gradients of a scalar loss to ``grad`` of all that it reaches, as sharded parameters want it."""
     add_gradients(loss, None, retain_graph)

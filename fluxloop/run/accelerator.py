@@ -43,7 +43,9 @@ class Accelerator(base.Accelerator):
     _loop: RawLoop | None = None
 
     def _bind(self) -> None:
-        if not self.is_plain and self.sharding is None:  # else it is the plain function, without a question more in each step
+        if (
+            not self.is_plain and self.sharding is None
+        ):  # else it is the plain function, without a question more in each step
             vars(self)["backward"] = self._backward
 
     def prepare(self, *objects: Any) -> Any:
@@ -137,7 +139,8 @@ class Accelerator(base.Accelerator):
         """
         if self.sharding is not None:
             raise ValueError(
-                f"prepare was called for strategy={self.strategy!r}, which a learner alone does; expected strategy='replicate'"
+                f"prepare was called for strategy={self.strategy!r}, which a learner alone does; expected "
+                "strategy='replicate'"
             )
         if self.compile == "step":
             raise ValueError(
