@@ -258,6 +258,9 @@ class Callback:
                     models that they do not declare              at every step
       ============  ===========================================  ======================================
 
+    - ``main_only``: where several processes train, its handlers run in the first one alone. For what prints, draws or
+      writes outside of the training; not for what writes something that others read, or that tells other processes
+      something, since these wait for it. `init` runs in all.
     - ``state_dict()`` and ``load_state_dict(state)``, both or neither: what a checkpoint keeps.
       With neither, a checkpoint keeps the attributes that have changed since `init` and are plain
       data: numbers, texts, tensors, generators, and containers of them.
@@ -274,6 +277,7 @@ class Callback:
     run_after: ClassVar[Sequence[type[Callback]]] = ()
     draws: ClassVar[bool | None] = None
     in_compiled_step: ClassVar[Literal["after", "inside", "never", "watched"] | None] = None
+    main_only: ClassVar[bool] = False
     transient: ClassVar[Sequence[str]] = ()
     _begins_anywhere: ClassVar[bool] = False
     """Whether it misses nothing where it is added in the middle of a run, as a logger does not."""

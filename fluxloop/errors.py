@@ -292,8 +292,19 @@ def describe(value: object) -> str:
     return f"a {name}"
 
 
+_muted = False
+
+
+def mute_warnings(muted: bool) -> None:
+    """Have `warn_user` say nothing, or say it again: of several processes the first speaks for all."""
+    global _muted
+    _muted = muted
+
+
 def warn_user(message: str) -> None:
     """Warn, and point to the line outside of this package that led here."""
+    if _muted:
+        return
     depth, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "fluxloop":
         frame, depth = frame.f_back, depth + 1

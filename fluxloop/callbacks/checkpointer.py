@@ -25,6 +25,7 @@ from fluxloop.guard.given import as_path
 from fluxloop.monitor import Mode, Monitor
 from fluxloop.persist.plain import snapshot
 from fluxloop.phase import AbstractTrainingPhase, FittingPhase
+from fluxloop.processes.asking import NowAndThen
 from fluxloop.signals import instead_of
 
 START: Progress = (0, 0, 0)
@@ -48,7 +49,9 @@ class Checkpointer(UnsafeCallback):
     fit ends, also early, and where Ctrl+C or SIGTERM ends it. At SIGUSR1, which batch systems can
     send before their time limit, one is written between the next two steps and training goes on.
 
-    While a fit runs, the folder is locked: another process that would write to it is refused.
+    While a fit runs, the folder is locked: another process that would write to it is refused. Of several processes that
+    train together the first one writes, and all go on from its files; they ask each other about once a second whether
+    the clock or a signal wants one written.
 
     Where the data or a phase's own `epoch` cannot be resumed in the middle of an epoch, it warns
     once, and checkpoints wait until the epoch ends. It warns once, too, and writes nothing, where numbers of the
@@ -114,6 +117,8 @@ class Checkpointer(UnsafeCallback):
     _not_finite_before: set[str] = field(factory=set, init=False, repr=False)
     """Names of tensors that were NaN or infinite when the fit began: those are no reason to warn."""
     _warned_of_numbers: bool = field(default=False, init=False, repr=False)
+    _asking: NowAndThen | None = field(default=None, init=False, repr=False)
+    """Asks the other processes whether one of them is to write a checkpoint; None where there are none."""
     _writer: ThreadPoolExecutor | None = field(default=None, init=False, repr=False)
     _writing: Future[None] | None = field(default=None, init=False, repr=False)
     """The file that the thread is writing."""
@@ -124,7 +129,7 @@ class Checkpointer(UnsafeCallback):
     in_compiled_step = "after"
     transient = (
         *("last", "_progress", "_batch", "_reason", "_since", "_owing", "_waits", "_warned_of_place", "_is_last"),
-        *("_is_copy", "_watched", "_not_finite_before", "_warned_of_numbers", "_writer", "_writing"),
+        *("_is_copy", "_watched", "_not_finite_before", "_warned_of_numbers", "_writer", "_writing", "_asking"),
     )
 
     def __attrs_post_init__(self) -> None:
@@ -165,7 +170,7 @@ class Checkpointer(UnsafeCallback):
         Raises:
             CallbackConflictError: Another `Checkpointer` writes to it.
         """
-        if self._is_copy:
+        if self._is_copy or not learner.accelerator.is_main:
             return
         for other in learner.callbacks:
             if (
@@ -185,17 +190,13 @@ class Checkpointer(UnsafeCallback):
             return
         check_writers(learner)
         self._check_resume(learner)
-        folder = Folder(self.folder)
-        folder.claim()
-        learner.defer(folder.lock())
-        here = self._where(learner, learner.place())
-        for progress, path in folder.files():
-            if progress[:2] > here[:2] and folder.is_complete(path):
-                raise CheckpointError(
-                    f"an earlier run has come further than this one, to {path}; go on with it: "
-                    f"fit(epochs, resume={str(self.folder)!r}), or give this run a folder of its own"
-                )
-        there = (self.folder / name_of(here)).exists()
+        here, group = self._where(learner, learner.place()), learner.accelerator.group
+        there = learner.accelerator.is_main and self._begin(learner, here)
+        if (
+            group is not None
+        ):  # what is kept of data is told by all; and so all do all of this, and the first one writes
+            there = group.broadcast(there)
+        self._asking = None if group is None else NowAndThen(group)
         self._progress, self._reason = here if there else None, lasting(learner.history.stop_reason)
         self._since, self._is_last, self._owing, self._waits = monotonic(), False, False, False
         self._not_finite_before = set(not_finite(state_tensors(learner)))
@@ -206,6 +207,19 @@ class Checkpointer(UnsafeCallback):
             heeding = instead_of(signal.SIG_DFL, signal.SIGUSR1, self._ask)
             heeding.__enter__()
             learner.defer(lambda: heeding.__exit__(None, None, None))
+
+    def _begin(self, learner: Any, here: Progress) -> bool:
+        """Take the folder for a run that begins somewhere; return whether the checkpoint of that place is there."""
+        folder = Folder(self.folder)
+        folder.claim()
+        learner.defer(folder.lock())
+        for progress, path in folder.files():
+            if progress[:2] > here[:2] and folder.is_complete(path):
+                raise CheckpointError(
+                    f"an earlier run has come further than this one, to {path}; go on with it: "
+                    f"fit(epochs, resume={str(self.folder)!r}), or give this run a folder of its own"
+                )
+        return (self.folder / name_of(here)).exists()
 
     def _check_resume(self, learner: Any) -> None:
         """Raise for a run that begins anew because it looks for checkpoints where nobody writes any.
@@ -247,8 +261,14 @@ class Checkpointer(UnsafeCallback):
         if self._waits and not between:  # for the end of an epoch that cannot be resumed in the middle
             return
         begins = self._progress is None and between
-        if begins or learner._running.stop_requested or self._is_last or self._owing or self._is_due(learner, between):
+        due = begins or learner._running.stop_requested or self._is_last or self._is_due(learner, between)
+        if due or self._is_asked_for(between):
             self._write(learner, at_once=between or bool(learner._running.stop_requested))
+
+    def _is_asked_for(self, between: bool) -> bool:
+        """Return whether a signal or the clock asks for one, of any process: each has its own."""
+        asked = self._owing or (self.unit == "second" and monotonic() - self._since >= self.every)
+        return asked if self._asking is None else self._asking.any_of(asked, at_once=between)
 
     def _is_due(self, learner: Any, between: bool) -> bool:
         cycles = learner.history.cycles
@@ -258,7 +278,7 @@ class Checkpointer(UnsafeCallback):
         if self.unit == "epoch":
             return complete and cycles % int(self.every) == 0
         if self.unit == "second":
-            return monotonic() - self._since >= self.every
+            return False
         return self._steps // int(self.every) > self._written // int(self.every)
 
     def _where(self, learner: Any, place: dict[str, Any] | None) -> Progress:
@@ -267,7 +287,8 @@ class Checkpointer(UnsafeCallback):
 
     def _write(self, learner: Any, at_once: bool) -> None:
         """Write a checkpoint; or warn why not, and write it when the epoch ends or the thread is free."""
-        if not at_once and self._writing is not None and not self._writing.done():
+        busy = self._writing is not None and not self._writing.done()
+        if busy and not at_once and self._asking is None:  # of several processes the others would wait for this one
             self._owing = True
             return
         try:
@@ -290,13 +311,16 @@ class Checkpointer(UnsafeCallback):
             return
         self._progress, self._batch, self._reason = progress, batch, reason
         self._wait_for_writer()
-        folder = Folder(self.folder)
         complete = place["feed"] is None and place["index"] in (0, len(place["phases"]))
         if self.keep_best and complete and learner.history.cycles:
             self._note_score(name_of(progress), learner)
+        state = gather(learner, place)
+        if not learner.accelerator.is_main:
+            self.last = self.folder / name_of(progress)
+            return
+        folder = Folder(self.folder)
         there = {name_of(progress), *(path.name for _, path in folder.files())}
         self._scores = {name: score for name, score in self._scores.items() if name in there}
-        state = gather(learner, place)
         if self.background:
             self._writer = self._writer or ThreadPoolExecutor(1, "checkpoints")
             self._writing = self._writer.submit(self._put, folder, progress, snapshot(state), again)
@@ -314,7 +338,8 @@ class Checkpointer(UnsafeCallback):
                 f"numbers of the state became nan or infinite ({first_names(bad)}) by {learner.where()}; no run can go "
                 f"on from such a state: {newest}"
             )
-        return not bad
+        group = learner.accelerator.group
+        return not bad if group is None else not any(group.gather_objects(bool(bad)))
 
     def _note_score(self, name: str, learner: Any) -> None:
         monitor = self._watched

@@ -129,6 +129,7 @@ class CSVLogger(Callback):
     reads = ("cbstate.history", "cbstate.metrics")
     run_after = (Recorder, Metrics)
     draws = False
+    main_only = True
     _fixed = ("path",)
     _begins_anywhere = True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class FeatureStats(MetricSource):
 
     Args:
         entry: The step's entry of features (N, ...), such as ``"features"`` or ``"z1"``.
-        rows: How many of the epoch's last rows to look at; more than there are dimensions.
+        rows: How many of the epoch's last rows to look at, of all processes together; more than there are dimensions.
         every: Measure after every so many training epochs.
 
     Raises:
@@ -76,7 +77,9 @@ class FeatureStats(MetricSource):
         features = learner.step[self.entry]
         if isinstance(features, (tuple, list)):  # one tensor per view: the rows of all
             features = torch.cat(list(features))
-        features = features.detach()
+        features, group = features.detach(), learner.accelerator.group
+        if group is not None and group.spare:
+            features = features[:0]  # the step has none of this process, and stays in line with those of others
         self._kept.append(features)
         self._count += len(features)
         while self._count - len(self._kept[0]) >= self.rows:
@@ -86,9 +89,18 @@ class FeatureStats(MetricSource):
         """Return the mean standard deviation and the effective rank."""
         if not self._kept:
             return {}
-        features = torch.cat(list(self._kept))[-self.rows :].flatten(1).float().cpu()
+        kept, group = list(self._kept), learner.accelerator.group
+        if group is not None:
+            kept = _of_all(group.gather_objects([each.cpu() for each in kept]))
+        features = torch.cat(kept)[-self.rows :].flatten(1).float().cpu()
         self.std = features.std(0, correction=0)
         return dict(zip(self.metric_names, (self.std.mean(), effective_rank(features)), strict=True))
+
+
+def _of_all(kept: list[list[Tensor]]) -> list[Tensor]:
+    """Return the rows that processes have kept, step by step: the last ones are the same, some may have more."""
+    steps = list(zip_longest(*map(reversed, kept)))
+    return [rows for step in reversed(steps) for rows in step if rows is not None]
 
 
 def effective_rank(features: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from fluxloop.state import name_of
 class LogCallback(Callback):
     """Base of the callbacks that log: what they log to is flushed when an epoch ends, closed when a fit does.
 
-    A subclass handles what it likes and calls ``self.log(...)``. Backends may be shared by several.
+    A subclass handles what it likes and calls ``self.log(...)``. Backends may be shared by several. Where several
+    processes train, the first one alone logs.
 
     Args:
         backends: What to log to: one or more, or lists of them.
@@ -41,6 +42,7 @@ class LogCallback(Callback):
     reads: ClassVar[Sequence[str]] = ("cbstate.history",)
     run_after: ClassVar[Sequence[type[Callback]]] = (Recorder,)
     draws: ClassVar[bool | None] = False
+    main_only: ClassVar[bool] = True
     _begins_anywhere: ClassVar[bool] = True
     _steps = 0  # training steps ended, counted here: asking for them takes longer than many a step may
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from attrs import define, evolve
@@ -22,6 +23,9 @@ from fluxloop.persist.series import Series
 from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase
 from fluxloop.state import Container, PhaseDict
 
+if TYPE_CHECKING:
+    from fluxloop.processes.group import Group
+
 AnyMetric = Loss | SmoothLoss | Metric
 
 
@@ -39,6 +43,8 @@ class PhaseMetrics(Container):
         """The metrics of the running epoch, or of the last one."""
         self.started = False
         """Whether an epoch has begun whose values are not yet recorded."""
+        self.group: Group | None = None
+        """The processes over whose rows the epoch's values are computed; None for this one alone."""
 
     @property
     def has_ended(self) -> bool:
@@ -46,18 +52,31 @@ class PhaseMetrics(Container):
         return bool(self.trackers) and not self.started
 
     def running(self) -> dict[str, Any]:
-        """Compute the values of the epoch so far by name, on their device.
+        """Compute the values of the epoch so far by name, on their device; those of this process's rows.
 
         Raises:
             MetricError: Two metrics gave a value of one name.
         """
-        values: dict[str, Any] = {}
-        for metric, tracker in self.trackers:
-            for name, value in _of(metric, tracker.compute).items():
-                if name in values:
-                    raise MetricError(f"two metrics are called {name!r}; give one another name: Metric(f, name='...')")
-                values[name] = value
-        return values
+        return _named([(metric, _of(metric, tracker.compute)) for metric, tracker in self.trackers])
+
+    def of_all(self) -> tuple[dict[str, Any], set[str]]:
+        """Compute the values of the epoch, and name the metrics that saw a step: those of the rows of all processes.
+
+        All processes call it, and tell each other once. Their values are the same.
+
+        Raises:
+            MetricError: Two metrics gave a value of one name.
+        """
+        if self.group is None:
+            return self.running(), {metric.name for metric, tracker in self.trackers if tracker.started}
+        told = self.group.gather_objects([tracker.told() for _, tracker in self.trackers])
+        found, seen = [], set()
+        for (metric, tracker), each in zip(self.trackers, zip(*told, strict=True), strict=True):
+            of_processes = [one for one in each if one is not None]
+            if of_processes:
+                seen.add(metric.name)
+                found.append((metric, _of(metric, partial(tracker.joined, of_processes))))
+        return _named(found), seen
 
     def latest(self) -> dict[str, Tensor]:
         """Return the last step's values by name, on their device; stateful metrics have none."""
@@ -139,11 +158,31 @@ class PhaseMetrics(Container):
         return f"PhaseMetrics({', '.join(f'{k}: {v[-1][1]}' for k, v in self.epochs.items())})"
 
 
+def _named(found: Iterable[tuple[AnyMetric, dict[str, Any]]]) -> dict[str, Any]:
+    """Return the values of several metrics by name.
+
+    Raises:
+        MetricError: Two gave a value of one name.
+    """
+    values: dict[str, Any] = {}
+    for _, of_metric in found:
+        for name, value in of_metric.items():
+            if name in values:
+                raise MetricError(f"two metrics are called {name!r}; give one another name: Metric(f, name='...')")
+            values[name] = value
+    return values
+
+
 class Metrics(Callback):
     """Compute metrics over each epoch, on the device of their inputs.
 
     Each step has its weight in the means of an epoch: its number of rows, unless the phase says
     otherwise (`Phase.weight`). The loss always comes first. Numbers reach the host once per epoch.
+
+    Where several processes train, an epoch's values are those of all rows, and the same in all processes, which tell
+    each other once. A step's values, and those that a bar shows meanwhile, are those of the rows of one process. An
+    object with ``update``, ``compute`` and ``reset`` that is none of torchmetrics' says by ``merge_state(others)`` how
+    to take in what those of other processes have seen.
 
     Args:
         metrics: Functions ``(preds, ys) -> scalar``, `Metric`s, or objects with ``update``,
@@ -203,15 +242,21 @@ class Metrics(Callback):
         metrics = learner.cbstate.metrics[phase]
         metrics.started = True
         metrics.trackers = [(m, m.start()) for m in self.metrics if isinstance(phase, m.phase)]
+        metrics.group = learner.accelerator.group
+        if metrics.group is not None:
+            for _, tracker in metrics.trackers:
+                tracker.keep_apart()
 
     @on(StepEnd)
     def update(self, event: StepEnd, phase: Phase, learner: Any) -> None:
         """Update the metrics with a step."""
-        trackers = learner.cbstate.metrics[phase].trackers
+        metrics = learner.cbstate.metrics[phase]
+        if metrics.group is not None and metrics.group.spare:  # of rows that count elsewhere
+            return
         step = learner.step
         # Rows are counted once per step, for all who ask; a weight of the user's has to be checked each time.
         weight = learner.batch_size if type(phase).weight is Phase.weight else checked_weight(phase, step)
-        for metric, tracker in trackers:
+        for metric, tracker in metrics.trackers:
             try:
                 tracker.update(step, weight)
             except Exception as error:
@@ -227,9 +272,12 @@ class Metrics(Callback):
         metrics.started = False
         epoch = learner.cbstate.history[phase].epoch
         with torch.no_grad():
-            for name, value in metrics.running().items():
+            values, seen = metrics.of_all()
+            for name, value in values.items():
                 metrics.record(seen_by(phase, name), epoch, value, "Metrics")
-        self.found.update(m.name for m, t in metrics.trackers if isinstance(m, Metric) and m.optional and t.started)
+        self.found.update(
+            m.name for m, _ in metrics.trackers if m.name in seen and isinstance(m, Metric) and m.optional
+        )
         if learner.fit_phases:
             self._tell_unseen(metrics)
             if learner.cycle == learner.num_epochs and phase is learner.fit_phases[-1]:

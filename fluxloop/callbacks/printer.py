@@ -41,6 +41,7 @@ class MetricsPrinter(Callback):
     reads = ("cbstate.history", "cbstate.metrics")
     run_after = (Recorder, Metrics, ProgressBar)
     draws = False
+    main_only = True
     transient = ("_is_silent", "_clock")
     _begins_anywhere = True
 

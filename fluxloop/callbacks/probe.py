@@ -23,8 +23,10 @@ from fluxloop.errors import DataError, describe
 from fluxloop.events import EpochBegin, EpochEnd, StepEnd
 from fluxloop.guard.given import check_name, number
 from fluxloop.metrics.neighbors import knn_predict
+from fluxloop.nested import map_tensors
 from fluxloop.order.access import weights_path
 from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase
+from fluxloop.processes.gather import average_gradients
 from fluxloop.randomness import drawing, stream_seed
 
 Features = Callable[[nn.Module, Any], Tensor]
@@ -35,7 +37,8 @@ class MetricSource(RecordsMetrics):
     """Base of callbacks that record metrics of their own at the end of a training epoch.
 
     A subclass writes ``metric_names`` and ``measure(learner)``, which returns metrics by name; they are recorded
-    next to those of `Metrics`, printed with them, and found by everything that monitors one.
+    next to those of `Metrics`, printed with them, and found by everything that monitors one. Where several processes
+    train, all measure, and what the first one finds is recorded in all.
 
     Args:
         every: Measure after every so many training epochs.
@@ -64,7 +67,10 @@ class MetricSource(RecordsMetrics):
         counts = learner.cbstate.history[phase]
         if counts.epochs % self.every == 0:
             metrics = learner.cbstate.metrics[self.recorded_as or phase]
-            for name, value in self.measure(learner).items():
+            found, group = dict(self.measure(learner)), learner.accelerator.group
+            if group is not None:
+                found = group.broadcast(map_tensors(lambda tensor: tensor.detach().cpu(), found))
+            for name, value in found.items():
                 metrics.record(name, counts.epoch, value, type(self).__name__)
 
 
@@ -273,9 +279,10 @@ class LinearProbe(HeldOut):
     """Train a linear classifier on the side, on the features of each training step, detached.
 
     It has its own weights and optimizer, so it needs no forward of its own while training, and no
-    gradient reaches the model. After an epoch it classifies held-out rows by their features from
-    the named weights, in eval mode. Neither weights, modes, data order nor random numbers of the
-    training are touched. Recorded as ``history["validation/linear_encoder"]``.
+    gradient reaches the model. Where several processes train, it learns from the rows of all. After an
+    epoch it classifies held-out rows by their features from the named weights, in eval mode. Neither
+    weights, modes, data order nor random numbers of the training are touched. Recorded as
+    ``history["validation/linear_encoder"]``.
 
     Args:
         model: Name of the weights whose features the phase stores: ``"encoder"``,
@@ -332,7 +339,10 @@ class LinearProbe(HeldOut):
         features = features.detach().flatten(1)
         with torch.enable_grad():
             probe, stepper = self._classifier(features, learner.seed)
-            cross_entropy(probe(features), labels.long()).backward()  # type: ignore[no-untyped-call]  # torch's
+            loss, group = cross_entropy(probe(features), labels.long()), learner.accelerator.group
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's
+            if group is not None:
+                average_gradients(list(probe.parameters()), len(features), group)
         stepper.step()
         stepper.zero_grad()
 

@@ -77,6 +77,7 @@ class Profile(UnsafeCallback):
 
     reads = ("*",)  # and so it runs after the others
     draws = False
+    main_only = True
     transient = (
         "seconds",
         "parts",

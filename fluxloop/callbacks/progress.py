@@ -104,6 +104,7 @@ class ProgressBar(Callback):
 
     reads = ("num_batches", "cbstate")
     draws = False
+    main_only = True
     transient = ("_open", "_is_silent", "_clock")
     _begins_anywhere = True
 

@@ -132,7 +132,7 @@ class SampleImages(Callback):
             images = (partial(self.make, module) if self.make is not None else module)(*inputs, **named)
         self.grid = image_grid(self._images(images), self.columns, self.value_range)
         learner.cbstate.images[self.label] = self.grid
-        if self.folder is not None:
+        if self.folder is not None and learner.accelerator.is_main:
             save_image(self.grid, Path(self.folder) / f"{self.label}-{epoch:04d}.png")
 
     @on(CycleEnd)

@@ -203,6 +203,11 @@ class StochasticWeightAveraging(Callback):
         average = learner.weights[self.average]
         if self._stale and norms(average, self._held):
             self._update_norms(learner, average, self._held)
+            group = learner.accelerator.group
+            if group is not None:  # data that is not shared out may give each process other rows
+                buffers = group.broadcast([buffer.cpu() for norm in norms(average) for buffer in norm.buffers()])
+                for buffer, first in zip((b for norm in norms(average) for b in norm.buffers()), buffers, strict=True):
+                    buffer.copy_(first)
         self._stale = False
 
     def _update_norms(

@@ -12,6 +12,7 @@ from multipledispatch import Dispatcher
 
 from fluxloop.errors import LogExistsError, describe, warn_user
 from fluxloop.logging.loggables import Loggable
+from fluxloop.processes.group import current
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -28,7 +29,7 @@ class Backend:
     A backend is opened when something is first written, flushed at the end of each epoch, and closed at
     the end of a fit in every outcome; written to again it is opened again, and goes on. One that
     fails (disk full, no network, no rights) warns once and is left alone after that: the training
-    goes on. A deep copy, such as that of a learner's copy, writes nothing.
+    goes on. A deep copy, such as that of a learner's copy, writes nothing; nor do processes other than the first.
 
     What it has logged belongs to the state of a training: ``fit(resume=...)`` cuts the log to what it was
     at the checkpoint, so that what the stopped run logged later is not there twice. A new run does not
@@ -56,7 +57,7 @@ class Backend:
     """
 
     muted: ClassVar[bool] = True
-    """Whether a deep copy writes nothing."""
+    """Whether a deep copy writes nothing, and a process other than the first."""
 
     _opened: bool = field(default=False, init=False, repr=False)
     _is_own: bool = field(default=False, init=False, repr=False)
@@ -93,6 +94,9 @@ class Backend:
                 backend writes it.
         """
         if self._opened or self._silent:
+            return
+        if self.muted and (group := current()) is not None and not group.is_main:  # the first process writes for all
+            self._silent = True
             return
         self._is_own = self._is_own or (resumed and self._rewinds)
         found = None if self._is_own else self._attempt("look for an earlier log", self._found)

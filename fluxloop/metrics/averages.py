@@ -75,6 +75,17 @@ class Mean:
         weight = self._weight + sum(self._weights)
         return None if total is None or (not isinstance(weight, Tensor) and weight == 0) else total / weight
 
+    def told(self) -> tuple[float, float] | None:
+        """Return the sum so far and its weight, for other processes; None before the first value."""
+        total = self._sum()
+        return None if total is None else (float(total), float(self._weight + sum(self._weights)))
+
+    @staticmethod
+    def joined(told: list[tuple[float, float]]) -> Tensor | None:
+        """Return the mean of what several processes have `told`; None where no value weighs anything."""
+        weight = sum(weight for _, weight in told)
+        return torch.tensor(sum(total for total, _ in told) / weight, dtype=torch.float64) if weight else None
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
         return {name.lstrip("_"): getattr(self, name, None) for name in self.__slots__}
@@ -110,6 +121,15 @@ class MovingAverage:
     def compute(self) -> Tensor | None:
         """Return the average so far."""
         return None if self._value is None else self.latest()
+
+    def told(self) -> float | None:
+        """Return the average so far, for other processes; None before the first value."""
+        return None if self._value is None else float(self.latest())
+
+    @staticmethod
+    def joined(told: list[float]) -> Tensor | None:
+        """Return the mean of the averages of several processes; None where there are none."""
+        return torch.tensor(sum(told) / len(told), dtype=torch.float64) if told else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from fluxloop.errors import MetricError, annotate, describe
 from fluxloop.metrics.averages import Mean, MovingAverage
 from fluxloop.metrics.classification import HITS
+from fluxloop.metrics.joining import keep_apart, merged, tell_apart
+from fluxloop.nested import map_tensors
 from fluxloop.persist.attributes import plain_attributes
 from fluxloop.phase import Phase
 from fluxloop.state import LossName
@@ -152,6 +154,21 @@ class Tracker:
         """Return the last step's values by name; nothing where a metric has none."""
         return {}
 
+    def keep_apart(self) -> None:
+        """Have a metric that knows of other processes compute what it has seen in this one: `joined` does the rest."""
+
+    def told(self) -> Any:
+        """Return what other processes need to know of it, as plain data on the host; None before the first step."""
+        raise NotImplementedError
+
+    def joined(self, told: list[Any]) -> dict[str, Any]:
+        """Return the values of the epoch over all processes.
+
+        Args:
+            told: What `told` returned in each process that saw a step, in the order of their numbers.
+        """
+        raise NotImplementedError
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint in the middle of an epoch keeps."""
         raise NotImplementedError
@@ -213,6 +230,17 @@ class MeanTracker(Tracker):
             return {}
         return {self.metric.name: self._finish(mean) if self._finish else mean}
 
+    def told(self) -> Any:
+        """Return the sum so far, and its weight."""
+        return self._mean.told()
+
+    def joined(self, told: list[Any]) -> dict[str, Any]:
+        """Return the average over all processes."""
+        mean = Mean.joined(told)
+        if mean is None:
+            return {}
+        return {self.metric.name: self._finish(mean) if self._finish else mean}
+
     def latest(self) -> dict[str, Tensor]:
         """Return the last step's value."""
         if self._last is None:
@@ -263,6 +291,30 @@ class ObjectTracker(Tracker):
         if isinstance(value, Mapping):
             return {str(key).lower(): item for key, item in value.items()}
         return {self.metric.name: value}
+
+    def keep_apart(self) -> None:
+        """Have torchmetrics' metrics compute what they have seen here, rather than ask other processes themselves."""
+        keep_apart(self._object)
+
+    def told(self) -> Any:
+        """Return the object's attributes that are plain data, on the host."""
+        return map_tensors(lambda tensor: tensor.detach().cpu(), self.state_dict()) if self._updated else None
+
+    def joined(self, told: list[Any]) -> dict[str, Any]:
+        """Return the value of an object that has seen what the objects of all processes have."""
+        first, *others = [self._of(state) for state in told]
+        if others and not merged(first._object, [other._object for other in others]):
+            tell_apart(self.metric.name, first._object)
+        return first.compute()
+
+    def _of(self, state: dict[str, Any]) -> ObjectTracker:
+        """Return another tracker in the state that one has told, with its object on the host."""
+        other = ObjectTracker(self.metric)
+        other.keep_apart()
+        other.load_state_dict(state)
+        if hasattr(other._object, "to"):
+            other._object = other._object.to("cpu")
+        return other
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: whether it was updated, and the object's attributes that are plain data."""
@@ -389,6 +441,17 @@ class LossTracker(Tracker):
     def latest(self) -> dict[str, Tensor]:
         """Return the last step's loss, or the moving average after it."""
         return {name: average.latest() for name, average in self._averages.items()}
+
+    def told(self) -> Any:
+        """Return the sum and the weight of each loss."""
+        return {name: average.told() for name, average in self._averages.items()} or None
+
+    def joined(self, told: list[Any]) -> dict[str, Any]:
+        """Return the average losses over all processes, which need not have had the same ones."""
+        names = dict.fromkeys(name for each in told for name in each)
+        kind = type(self._average())
+        means = {name: kind.joined([each[name] for each in told if each.get(name)]) for name in names}
+        return {name: mean for name, mean in means.items() if mean is not None}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""

@@ -205,7 +205,10 @@ class Callbacks:
         """Find who handles an event of a phase, in order."""
         watchers.add(self)  # a handler that is registered later makes `forget` run
         bound: list[Bound] = []
+        is_main = self._learner.accelerator.is_main
         for node in self._graph.nodes:
+            if node.callback.unwrapped.main_only and not is_main:
+                continue
             call = node.callback.handler(event, phase)
             if call is not None:
                 bound.append((self._protect(call, node, event), self._views[node.id], node.id))

@@ -43,9 +43,9 @@ class LearnerView:
     host, without waiting for the device), ``request_stop(reason)`` (end the fit before its next batch),
     ``where()`` (phase, epoch and step in words), ``check(phases=...)`` (run a step of each on the side),
     ``finite`` (stop a fit whose numbers are not finite) and, in a step that is being compiled,
-    ``skip_update(when)``. Every callback may read where the running fit is: ``cycle`` of ``num_epochs``,
-    ``fit_phases`` and ``trained_steps``. ``weights[name]`` returns the weights at a declared path,
-    ``"model.G@ema"`` as ``weights["G@ema"]``.
+    ``skip_update(when)``. Every callback may read where the running fit is, ``cycle`` of ``num_epochs``,
+    ``fit_phases`` and ``trained_steps``, and the ``accelerator``, such as ``accelerator.is_main``.
+    ``weights[name]`` returns the weights at a declared path, ``"model.G@ema"`` as ``weights["G@ema"]``.
     """
 
     # A class is generated for each view, with a property for each declared path: reading one costs no more than
@@ -177,8 +177,8 @@ def live_models(learner: Any) -> Any:
     return learner.weights.given
 
 
-FACTS = ("cycle", "fit_phases", "num_epochs", "trained_steps")
-"""What everybody may read of the running fit: no callback writes it, so no declaration would order anything."""
+FACTS = ("accelerator", "cycle", "fit_phases", "num_epochs", "trained_steps")
+"""What everybody may read: no callback writes it, so no declaration would order anything."""
 
 
 def _generate(access: Access, path: Path, fetch: Callable[[Any], Any]) -> type[LearnerView]:
@@ -194,7 +194,7 @@ def _generate(access: Access, path: Path, fetch: Callable[[Any], Any]) -> type[L
         else:  # a class can have no attribute of that name: "0" of a Sequential
             body[name] = property(partial(_below, made))
     if path == ():
-        body |= {name: _service(name) for name in (*SERVICES, *FACTS)}
+        body |= {name: _service(name) for name in (*SERVICES, *FACTS) if name not in nested}
         body["weights"] = property(lambda self: DeclaredWeights(self._learner.weights, access))
     body |= {"__slots__": tuple(nested), "_nested": nested, "__place__": Place(access, path, fetch)}
     return type("LearnerView", (LearnerView,), body)

@@ -8,6 +8,8 @@ the same loss of all rows. Gradients of gathered rows are added up over the proc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 from typing import Any
 from zlib import crc32
@@ -61,7 +63,7 @@ def compare_rows(tensor: Tensor, group: Group) -> Rows:
             "rows: tensor.reshape(1)"
         )
     kind = crc32(f"{tuple(tensor.shape[1:])} {tensor.dtype}".encode())
-    told = torch.tensor([len(tensor), kind, group.spare], dtype=torch.int64, device=group.device)
+    told = torch.tensor([len(tensor), kind, group.spare], dtype=torch.int64, device=host_of(group))
     counts, kinds, spare = zip(*_gathered(told[None], group).tolist(), strict=True)
     if len(set(kinds)) > 1:
         given = group.gather_objects(f"{describe(tensor)} and {tensor.dtype}")
@@ -71,6 +73,13 @@ def compare_rows(tensor: Tensor, group: Group) -> Rows:
             "apart from the number of rows"
         )
     return Rows(tuple(0 if out else count for count, out in zip(counts, spare, strict=True)), group.rank)
+
+
+@cache
+def host_of(group: Group) -> torch.device:
+    """Return where numbers that the host needs are sent from: itself where it can, so that no device is waited for."""
+    on_host = group.device.type == "cpu" or "cpu" in dist.get_backend_config(group.process_group)
+    return torch.device("cpu") if on_host else group.device
 
 
 def all_gather(tensor: Tensor, group: Group, rows: Rows | None = None) -> Tensor:
@@ -124,6 +133,23 @@ def mean_of_rows(tensor: Tensor, group: Group | None) -> Tensor:
     total = exact.sum(0) if rows else torch.zeros_like(exact[0])
     summed = _summed(torch.cat([total.flatten(), total.new_tensor([rows])]), group)
     return (summed[:-1] / summed[-1]).reshape(total.shape).to(tensor.dtype)
+
+
+def average_gradients(parameters: Sequence[Tensor], rows: int, group: Group) -> None:
+    """Average the gradients of a small model over processes, each weighted by its rows, in one message.
+
+    Args:
+        parameters: Those with the same shapes and types in all processes, and with gradients.
+        rows: How many rows this process's gradients are a mean over.
+        group: The processes.
+    """
+    weight = 0 if group.spare else rows
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients]) * weight
+    summed = _summed(torch.cat([flat, flat.new_tensor([weight])]), group)
+    means = torch.split(summed[:-1] / summed[-1], [gradient.numel() for gradient in gradients])
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 class _AllGather(torch.autograd.Function):

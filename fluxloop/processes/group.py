@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fluxloop.errors import ProcessError
+from fluxloop.errors import ProcessError, mute_warnings
 from fluxloop.processes.watch import Watcher, prefixed, watched
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Group:
         self.size = dist.get_world_size(process_group)
         self.is_main = self.rank == 0
         self.spare = False
+        mute_warnings(not self.is_main)
 
     @property
     def process_group(self) -> dist.ProcessGroup:

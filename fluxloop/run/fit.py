@@ -66,6 +66,8 @@ def fit(
         chosen = _checked(learner, phases)
         folder = None if resume is None else as_path("fit", "resume", resume, CheckpointError)
         state = None if folder is None else find_state(folder)
+        if folder is not None:
+            learner.accelerator.wait()  # before the first process writes there: all have to have found the same
         if state is not None:
             undo = _restore(learner, state, epochs, chosen, steps_per_epoch)
         else:
@@ -87,7 +89,9 @@ def fit(
             scope = FitScope(learner, chosen, steps_per_epoch, state, undo)
             state, undo = None, nothing  # the scope has them, and frees them once it has come to where that was written
             with _alone_in_process():
-                return _run(learner, scope, until, reason)
+                history = _run(learner, scope, until, reason)
+            learner.accelerator.wait()  # until the first process has written what is read next
+            return history
     finally:
         if learner._running.fitting:  # a fit that was refused leaves them to the next one
             learner._running.safe_points.clear()
