@@ -23,7 +23,18 @@ from timing import SKIPPED, machine
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.md"
-SCRIPTS = ("step_overhead", "compile", "event_overhead", "data", "memory", "scaling", "import_time", "peers", "gpu")
+SCRIPTS = (
+    "step_overhead",
+    "compile",
+    "event_overhead",
+    "data",
+    "memory",
+    "scaling",
+    "import_time",
+    "peers",
+    "processes",
+    "gpu",
+)
 
 HEAD = """# Last results
 

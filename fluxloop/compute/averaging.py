@@ -14,13 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from fluxloop.compute.buckets import Bucket, BucketSizes, fill
+from fluxloop.compute.gradients import divisor
 from fluxloop.errors import LossError, OptimizerError
+from fluxloop.processes import sums as adding
 from fluxloop.processes.group import Group
 
 VOTES = 4
 """How many votes fit into a message."""
 
-_DIFFERS, _NUMBER, _WEIGHT = 0, 1, 2
+_DIFFERS, _NUMBER, _WEIGHT, _VOTES = 0, 1, 2, 3
+"""What stands where in the numbers that end a message."""
+_LENGTH = _VOTES + VOTES
+"""How many there are."""
+
 _requires_grad = attrgetter("requires_grad")
 
 
@@ -62,6 +68,7 @@ class Averager:
         sizes: BucketSizes | None = None,
     ) -> None:
         self.group = group
+        self._adds = adding.Sums(group)
         self._name_of = name_of
         self._sizes = sizes or BucketSizes()
         self._plans: dict[int, _Plan] = {}
@@ -77,6 +84,11 @@ class Averager:
     def __deepcopy__(self, memo: dict[int, Any]) -> Averager:
         """Return one without plans: those of the copied parameters are agreed upon when they are first sent."""
         return Averager(self.group, copy.deepcopy(self._name_of, memo), sizes=self._sizes)
+
+    @property
+    def num_buckets(self) -> int:
+        """How many buckets the gradients of all optimizers have."""
+        return sum(len(plan.buckets) for plan in self._plans.values())
 
     def watching(self, sets: Sequence[tuple[nn.Parameter, ...]]) -> Averager:
         """Send buckets while a backward pass fills them: ``with averager.watching(sets): ...``, then `finish`.
@@ -103,7 +115,7 @@ class Averager:
             if plan is None or not plan.agreed:  # which is what `finish` does
                 self._armed = []
                 return
-            self._armed += plan.buckets[:-1]
+            self._armed += plan.early
         for bucket in self._armed:
             bucket.arm(self._send_ready)
 
@@ -123,7 +135,7 @@ class Averager:
             self._send(bucket)
 
     def _send(self, bucket: Bucket, tail: Sequence[Tensor] = ()) -> None:
-        bucket.send(self.group.process_group, tail)
+        bucket.send(self._adds, tail)
         self.messages += 1
 
     def reduce(
@@ -131,6 +143,8 @@ class Averager:
         sets: Sequence[tuple[nn.Parameter, ...]],
         weights: Sequence[float | Tensor],
         votes: Sequence[float] | Tensor = (),
+        *,
+        scales: Sequence[float] | None = None,
     ) -> Sums:
         """Add up gradients that are complete without a backward pass; see `finish`.
 
@@ -138,25 +152,38 @@ class Averager:
             sets: The parameters of each optimizer.
             weights: One for each.
             votes: Numbers that are added up as well, at most `VOTES`.
+            scales: What the losses were multiplied by, for each.
         """
         with self.watching(sets):
             pass
-        return self.finish(weights, votes)
+        return self.finish(weights, votes, scales=scales)
 
-    def finish(self, weights: Sequence[float | Tensor], votes: Sequence[float] | Tensor = ()) -> Sums:
+    def finish(
+        self,
+        weights: Sequence[float | Tensor],
+        votes: Sequence[float] | Tensor = (),
+        *,
+        scales: Sequence[float] | None = None,
+    ) -> Sums:
         """Send what is missing, wait for all, and put the sums into ``grad``.
 
         Args:
             weights: One for each tuple of parameters that was given to `watching`: numbers, or tensors of one element.
             votes: Numbers that are added up as well, at most `VOTES`.
+            scales: What the losses were multiplied by, for each tuple. Where they are given, gradients are divided by
+                the summed weight and by them: so they are those of the weighted mean over all processes. Else they
+                are sums.
 
         Returns:
-            The summed weights and votes. The gradients are sums, too, and not divided by anything.
+            The summed weights and votes.
 
         Raises:
             OptimizerError: The processes train different parameters, or other optimizers than one another.
             LossError: A gradient is of a kind that cannot be sent. In both cases no gradient is changed.
+            ValueError: There are more votes.
         """
+        if len(votes) > VOTES:
+            raise ValueError(f"{len(votes)} votes were given; expected at most {VOTES}")
         if self._late:
             self._check_late()
         plans = [self._plan(parameters) for parameters in self._sets]
@@ -168,8 +195,8 @@ class Averager:
             self._agree(plans)  # nobody's gradients have changed yet: they are sent once more, in the new buckets
             said = self._exchange(plans, weights, votes)
             assert said is not None  # for type checkers: nothing differs in plans that are new
-        for plan in plans:
-            plan.hand_out()
+        for place, plan in enumerate(plans):
+            plan.hand_out(None if scales is None else divisor(said.weights[place], scales[place]))
         return said
 
     def _plan(self, parameters: tuple[nn.Parameter, ...]) -> _Plan:
@@ -185,39 +212,45 @@ class Averager:
         self, plans: list[_Plan], weights: Sequence[float | Tensor], votes: Sequence[float] | Tensor
     ) -> Sums | None:
         """Send what has not been sent and wait for all of it; return None if the buckets have to be agreed upon."""
-        armed, start = self._armed or list(chain.from_iterable(plan.buckets[:-1] for plan in plans)), self._next
-        self._armed, self._next = [], 0
-        for bucket in armed[start:]:
-            bucket.collect()
-            self._send(bucket)
-        differs = False
+        # Each update comes through here: what is rare is asked for by a cheap test, and generators are left out.
+        start, self._next = self._next, 0
+        if len(plans) > 1 or plans[0].early:
+            for bucket in [bucket for plan in plans for bucket in plan.early][start:]:
+                bucket.collect()
+                self._send(bucket)
+        differs, last_plan = False, plans[-1]
         for plan, weight in zip(plans, weights, strict=True):
-            plan.buckets[-1].collect()
-            tail, differ = plan.tail(weight, votes if plan is plans[-1] else ())
-            self._send(plan.buckets[-1], tail)
+            last = plan.last
+            last.collect()
+            tail, differ = plan.tail(weight, votes if plan is last_plan else ())
+            self._send(last, tail)
             differs = differs or differ
-        for bucket in chain.from_iterable(plan.buckets for plan in plans):
-            bucket.receive()
+        for plan in plans:
+            for bucket in plan.buckets:
+                bucket.receive()
         return self._read(plans, len(votes), differs)
 
     def _read(self, plans: list[_Plan], count: int, differs: bool) -> Sums | None:
         """Read what all have said; return None if somebody's plan differs."""
-        said = [plan.buckets[-1].sums[-1] for plan in plans]
-        if not differs and not said[0].is_cpu:  # to read it would wait for the device: it is read in the next call
-            weights: list[float | Tensor] = [numbers[_WEIGHT] for numbers in said]
-            late = torch.stack([numbers[: _NUMBER + 1].double() for numbers in said]).to("cpu", non_blocking=True)
+        said = [plan.last.flat[-_LENGTH:] for plan in plans]
+        if said[0].is_cpu:
+            numbers = [tensor.tolist() for tensor in said]
+            if self._differ(numbers, plans):
+                return None
+            return Sums([entry[_WEIGHT] for entry in numbers], numbers[-1][_VOTES : _VOTES + count])
+        sums = Sums([tensor[_WEIGHT] for tensor in said], said[-1][_VOTES : _VOTES + count])
+        if not differs:  # to read it would wait for the device: it is read in a call after this
+            late = torch.stack([tensor[:_WEIGHT].double() for tensor in said]).to("cpu", non_blocking=True)
             arrived = torch.Event(said[0].device)
             arrived.record()
             self._late.append((arrived, late, plans))
-            return Sums(weights, said[-1][_WEIGHT + 1 : _WEIGHT + 1 + count])
+            return sums
         numbers = [tensor.tolist() for tensor in said]
-        if self._differ(numbers, plans):
-            if not said[0].is_cpu and any(0 < entry[_DIFFERS] < self.group.size for entry in numbers):
-                raise self._one_sided()  # the others will read it in their next call
-            return None
-        if said[0].is_cpu:
-            return Sums([entry[_WEIGHT] for entry in numbers], numbers[-1][_WEIGHT + 1 : _WEIGHT + 1 + count])
-        return Sums([tensor[_WEIGHT] for tensor in said], said[-1][_WEIGHT + 1 : _WEIGHT + 1 + count])
+        if not self._differ(numbers, plans):
+            return sums
+        if any(0 < entry[_DIFFERS] < self.group.size for entry in numbers):
+            raise self._one_sided()  # the others will read it in a call after this
+        return None
 
     def _differ(self, numbers: list[list[float]], plans: list[_Plan]) -> bool:
         """Return whether somebody has another plan.
@@ -225,6 +258,7 @@ class Averager:
         Raises:
             OptimizerError: Other optimizers were updated there.
         """
+        differ = False
         for entry, plan in zip(numbers, plans, strict=True):
             if entry[_NUMBER] != plan.number * self.group.size:
                 raise OptimizerError(
@@ -232,7 +266,8 @@ class Averager:
                     "another process one of other parameters; expected the same updates in the same order on every "
                     "one: let no condition decide about a block or learner.update() that only one of them sees"
                 )
-        return any(entry[_DIFFERS] for entry in numbers)
+            differ = differ or entry[_DIFFERS] != 0
+        return differ
 
     def _check_late(self) -> None:
         """Read what was said in calls before that did not wait for it, as far as the device has come."""
@@ -329,6 +364,8 @@ class _Plan:
         self.number = number
         self.sent: tuple[nn.Parameter, ...] = ()
         self.buckets: list[Bucket] = []
+        self.early: list[Bucket] = []
+        """Those that can be sent before the last gradient is there."""
         self.agreed = False
         self.new = False
         """Whether it was agreed upon in this call. So nothing differs; and hooks may have come after the pass began."""
@@ -344,10 +381,11 @@ class _Plan:
             bucket.forget()
         self.sent = tuple(sent)
         self.buckets = fill(sent, sizes)
+        self.early, self.last = self.buckets[:-1], self.buckets[-1]
         self.agreed = self.new = True
-        for bucket in self.buckets[:-1]:
+        for bucket in self.early:
             bucket.hook()
-        self._dtype = self.buckets[-1].dtype
+        self._dtype = self.last.dtype
         device = self.parameters[0].device if self.parameters else None
         self._all_used = torch.ones(len(sent), dtype=self._dtype, device=device)
         self._numbers: list[float] = []
@@ -363,21 +401,23 @@ class _Plan:
         if not all(map(_requires_grad, own)):
             own = tuple(p for p in own if p.requires_grad or p.grad is not None)
         same = self.new or (len(own) == len(self.sent) and all(map(is_, own, self.sent)))
-        differs = not same or any(bucket.refused for bucket in self.buckets)
-        flags, device = self._all_used, self._all_used.device
-        if any(bucket.unused for bucket in self.buckets):
+        differs, unused = not same, False
+        for bucket in self.buckets:
+            unused, differs = unused or bool(bucket.unused), differs or bucket.refused
+        flags = self._all_used
+        if unused:
             start, places = 0, []
             for bucket in self.buckets:
                 places += [start + place for place in bucket.unused]
                 start += len(bucket.parameters)
-            flags = flags.index_fill(0, torch.tensor(places, device=device), 0)
+            flags = flags.index_fill(0, torch.tensor(places, device=flags.device), 0)
         numbers = [float(differs), float(self.number), 0.0, *[0.0] * VOTES]
         if not isinstance(weight, Tensor):
             numbers[_WEIGHT] = weight
         if not isinstance(votes, Tensor):
-            numbers[_WEIGHT + 1 : _WEIGHT + 1 + len(votes)] = votes
+            numbers[_VOTES : _VOTES + len(votes)] = votes
         if numbers != self._numbers:
-            self._said = torch.tensor(numbers, dtype=self._dtype).to(device)
+            self._said = torch.tensor(numbers, dtype=self._dtype).to(flags.device)
             self._numbers = numbers
         said = self._said
         if isinstance(weight, Tensor) or isinstance(votes, Tensor):
@@ -385,20 +425,20 @@ class _Plan:
             if isinstance(weight, Tensor):
                 said[_WEIGHT] = weight.detach().reshape(())
             if isinstance(votes, Tensor):
-                said[_WEIGHT + 1 : _WEIGHT + 1 + len(votes)] = votes.detach()
+                said[_VOTES : _VOTES + len(votes)] = votes.detach()
         return [flags, said], differs
 
-    def hand_out(self) -> None:
-        """Put the sums into ``grad``."""
+    def hand_out(self, divisor: float | Tensor | None) -> None:
+        """Put the sums into ``grad``, divided by something."""
         self.new = False
         used: list[float] | None = None
-        start = 0
+        flags, start = self.last.flat[-_LENGTH - len(self.sent) : -_LENGTH], 0
         for bucket in self.buckets:
             if bucket.unused:
-                used = used or self.buckets[-1].sums[-2].tolist()
-                bucket.hand_out({place for place in bucket.unused if not used[start + place]})
+                used = used or flags.tolist()
+                bucket.hand_out({place for place in bucket.unused if not used[start + place]}, divisor)
             else:
-                bucket.hand_out(())
+                bucket.hand_out((), divisor)
             start += len(bucket.parameters)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fluxloop.errors import LossError
+from fluxloop.processes.sums import Sums
 
 
 def _flatten(tensors: list[Tensor]) -> Tensor:
@@ -25,6 +25,7 @@ if hasattr(torch._C._nn, "flatten_dense_tensors"):  # private names: the same, i
     _flatten, _unflatten = torch._C._nn.flatten_dense_tensors, torch._C._nn.unflatten_dense_tensors
 
 _DENSE = torch.strided
+_NOTHING = torch.empty(0)
 
 
 class BucketSizes(NamedTuple):
@@ -51,7 +52,7 @@ class Bucket:
     Attributes:
         unused: The places of those that had no gradient when it was sent.
         refused: Whether one of them is of a kind that cannot be sent, and was left out.
-        sums: What came back: the summed gradients, and the tail.
+        flat: What was sent, and then the sums of it: of the gradients, and of the tail.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
@@ -59,14 +60,13 @@ class Bucket:
         self.dtype = dtype
         self.unused: list[int] = []
         self.refused = False
-        self.sums: Sequence[Tensor] = ()
+        self.flat = _NOTHING
         self.armed = False
         self.turn = 0
         """How many times it was armed; by it a hook knows that it was called twice in one."""
         self._left = 0
         self._full: Callable[[], None] = _nothing
         self._pieces: list[Tensor] = []
-        self._flat: Tensor | None = None
         self._work: Any = None
         self._handles: list[Any] = []
         self._complex = bool(parameters) and parameters[0].is_complex()
@@ -131,11 +131,11 @@ class Bucket:
                 self._laid_out(piece, order) for piece, order in zip(self._pieces, self._orders, strict=True)
             ]
 
-    def send(self, process_group: dist.ProcessGroup, tail: Sequence[Tensor] = ()) -> None:
+    def send(self, sums: Sums, tail: Sequence[Tensor] = ()) -> None:
         """Send the gradients that were collected.
 
         Args:
-            process_group: All processes.
+            sums: Adds up.
             tail: What is sent after them.
         """
         self._pieces += tail
@@ -143,28 +143,30 @@ class Bucket:
         flat = _flatten(self._pieces) if len(self._pieces) > 1 else self._pieces[0].reshape(-1).clone()
         if flat.dtype != self.dtype or flat.requires_grad:  # as gradients do that were computed with create_graph
             flat = flat.detach().to(self.dtype)
-        self._flat = flat
-        # Called as torch.distributed.all_reduce calls it, which costs as much again as a small message.
-        self._work = process_group.allreduce([self._flat])
+        self.flat = flat
+        self._work = sums.begin(flat, waits=bool(tail))
 
     def receive(self) -> None:
         """Wait for the sums."""
         self._work.wait()
-        self.sums = _unflatten(self._flat, self._pieces)  # type: ignore[arg-type]  # it was sent
 
-    def hand_out(self, unused: Collection[int]) -> None:
+    def hand_out(self, unused: Collection[int], divisor: float | Tensor | None) -> None:
         """Put the sums into ``grad``.
 
         Args:
             unused: The places of the parameters that no process has a gradient for.
+            divisor: What they are divided by.
         """
+        if divisor is not None:
+            self.flat /= divisor
+        sums = _unflatten(self.flat, self._pieces)
         if self._plain and not unused:
-            for parameter, total in zip(self.parameters, self.sums, strict=False):
+            for parameter, total in zip(self.parameters, sums, strict=False):  # the tail follows
                 parameter.grad = total
         else:
             for place, (parameter, order) in enumerate(zip(self.parameters, self._orders, strict=True)):
-                parameter.grad = None if place in unused else self._as_gradient(self.sums[place], order)
-        self.sums, self._pieces, self._flat, self._work = (), [], None, None  # an update may free them
+                parameter.grad = None if place in unused else self._as_gradient(sums[place], order)
+        self.flat, self._pieces, self._work = _NOTHING, [], None  # an update may free them
 
     def _laid_out(self, gradient: Tensor, order: tuple[int, ...] | None) -> Tensor:
         """Return a gradient so that it is contiguous where its layout is that of its parameter; as real numbers."""

@@ -1,4 +1,4 @@
-"""Compute gradients: torch's engine, called without the checks of arguments that are known to be right."""
+"""Compute gradients: torch's engine, called without the checks of arguments that are known to be right; divide them."""
 
 from __future__ import annotations
 
@@ -47,3 +47,30 @@ def add_gradients(loss: Tensor, parameters: Sequence[nn.Parameter] | None, retai
         )
     else:
         torch.autograd.backward(loss, retain_graph=retain_graph, inputs=parameters)
+
+
+def divisor(weight: float | Tensor, scale: float) -> float | Tensor | None:
+    """Return what sums of weighed gradients are divided by; None for 1. Where nothing has any weight, they become 0.
+
+    Args:
+        weight: What their batches weigh together.
+        scale: What the losses were multiplied by.
+    """
+    if isinstance(weight, Tensor):
+        return weight.clamp(min=torch.finfo(torch.float32).tiny) * scale
+    by = (weight or 1.0) * scale
+    return None if by == 1.0 else by
+
+
+def divide_gradients(gradients: Sequence[Tensor], weight: float | Tensor, scale: float) -> None:
+    """Divide sums of weighed gradients in place."""
+    by = divisor(weight, scale)
+    if by is None:
+        return
+    dense = [gradient for gradient in gradients if gradient.layout is torch.strided]
+    with torch.no_grad():
+        if dense:
+            torch._foreach_div_(dense, by)
+        for gradient in gradients:
+            if gradient.layout is not torch.strided:
+                gradient.div_(by)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import log2
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from attrs import define, evolve, field
 from torch import Tensor, nn
 
 from fluxloop.compute.averaging import Averager
+from fluxloop.compute.gradients import divide_gradients
 from fluxloop.compute.optimizers import Optimizers
 from fluxloop.compute.precision import Casting, LossScale, in_single
 from fluxloop.compute.slots import Slot
@@ -178,6 +180,8 @@ class WindowedUpdates(Updates):
         self.averager = None if group is None else Averager(group, self._name_of)
         """Adds up gradients over processes, where there are several."""
         self.scale = LossScale() if accelerator.precision == "fp16" else None
+        self.factor = 1.0
+        """What losses are multiplied by in windows that begin."""
         self.is_weighted = accelerator.world_size > 1 or any(slot.window.size > 1 for slot in self.slots)
 
     def _name_of(self, parameter: nn.Parameter) -> str | None:
@@ -221,10 +225,15 @@ class WindowedUpdates(Updates):
     def _begin(self, slot: WindowSlot, step: StepState, weight: Weight, loss: Tensor) -> None:
         window = slot.window
         window.begin_step(step)
-        if slot.first_step is None and self.scale is not None:
-            if loss.dtype is torch.float16:
-                self.scale.of_half_loss()
-            window.scale = self.scale.value
+        if slot.first_step is None:
+            if self.scale is not None:
+                if loss.dtype is torch.float16:
+                    self.scale.of_half_loss()
+                self.factor = self.scale.value
+            # One loss may be that of several optimizers: the windows that are open at once have one scale
+            window.scale = next(
+                (other.window.scale for other in self.slots if other.first_step is not None), self.factor
+            )
         if window.current is None or window.size == 1:
             window.current = weight
 
@@ -264,26 +273,45 @@ class WindowedUpdates(Updates):
         closing = [slot for slot in slots if slot.window.closes]
         if self.averager is None or not closing:
             compute()
-            self._complete(closing, [slot.window.summed for slot in closing])
+            self._complete(closing)
         else:
             with self.averager.watching([slot.parameters for slot in closing]):
                 compute()
-            self._complete(closing, self.averager.finish([slot.window.summed for slot in closing]).weights)
+            weights, scales = [slot.window.summed for slot in closing], [slot.window.scale for slot in closing]
+            self._balance(self.averager.finish(weights, scales=scales).weights)
+            self._completed(closing)
 
     def _complete_alone(self, slot: WindowSlot) -> None:
         """Complete gradients that no backward pass is about to add to."""
-        weights: Sequence[Weight] = [slot.window.summed]
-        if self.averager is not None:
-            weights = self.averager.reduce([slot.parameters], weights).weights
-        self._complete([slot], weights)
+        if self.averager is None:
+            self._complete([slot])
+        else:
+            sums = self.averager.reduce([slot.parameters], [slot.window.summed], scales=[slot.window.scale])
+            self._balance(sums.weights)
+            self._completed([slot])
 
-    def _complete(self, slots: Sequence[WindowSlot], weights: Sequence[Weight]) -> None:
-        """Divide the gradients of windows by their weight and scale, and look whether they are finite."""
-        for slot, weight in zip(slots, weights, strict=True):
-            window = slot.window
-            _divide([p.grad for p in slot.parameters if p.grad is not None], weight, window.scale)
-            window.complete = True
-            window.finite = self.scale is None or self._is_finite(slot)
+    def _balance(self, weights: Sequence[Weight]) -> None:
+        """Scale the losses of later windows so that their gradients need no division, if they weigh as much as these.
+
+        All processes know what these weigh together. A power of two changes no bit of a quotient.
+        """
+        weight = weights[-1]
+        if self.scale is None and not isinstance(weight, Tensor) and weight > 0:
+            self.factor = 2.0 ** -round(log2(weight))
+
+    def _complete(self, slots: Sequence[WindowSlot]) -> None:
+        """Divide the gradients of windows by their weight and scale."""
+        for slot in slots:
+            divide_gradients(
+                [p.grad for p in slot.parameters if p.grad is not None], slot.window.summed, slot.window.scale
+            )
+        self._completed(slots)
+
+    def _completed(self, slots: Sequence[WindowSlot]) -> None:
+        """Note that the gradients of windows are complete, and look whether they are finite."""
+        for slot in slots:
+            slot.window.complete = True
+            slot.window.finite = self.scale is None or self._is_finite(slot)
 
     def _is_finite(self, slot: WindowSlot) -> bool:
         """Return whether all gradients of an optimizer are finite: this waits for the device."""
@@ -408,7 +436,7 @@ class WindowedUpdates(Updates):
         """Close the windows in the last step of an epoch, where it is known to be that."""
         learner: Any = self._learner
         feed, scope = learner._running.feed, learner.scope
-        if feed is not None and feed.is_at_end and learner._running.phase is scope.phase:
+        if self.is_open and feed is not None and feed.is_at_end and learner._running.phase is scope.phase:
             self._close_all()
 
     def end_epoch(self) -> None:
@@ -463,20 +491,3 @@ def _size(accumulate: int | Mapping[str, int], name: str | None, names: Sequence
                 f"{known or 'of which a learner with a single one has none: accumulate=4'}{did_you_mean(given, known)}"
             )
     return accumulate.get(str(name), 1)
-
-
-def _divide(gradients: Sequence[Tensor], weight: Weight, scale: float) -> None:
-    """Divide gradients in place; where nothing has any weight, they become 0."""
-    if isinstance(weight, Tensor):
-        weight = weight.clamp(min=torch.finfo(torch.float32).tiny) * scale
-    else:
-        weight = (weight or 1.0) * scale
-        if weight == 1.0:
-            return
-    dense = [gradient for gradient in gradients if gradient.layout is torch.strided]
-    with torch.no_grad():
-        if dense:
-            torch._foreach_div_(dense, weight)
-        for gradient in gradients:
-            if gradient.layout is not torch.strided:
-                gradient.div_(weight)

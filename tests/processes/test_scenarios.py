@@ -27,8 +27,7 @@ def train():
         learner = scenario.train(JOINED // int(os.environ["WORLD_SIZE"]), strategy="replicate")
         averager = learner.updates.averager
         found[name] = weights(learner)
-        buckets = [bucket for plan in averager._plans.values() for bucket in plan.buckets]
-        messages[name] = (averager.messages, learner.updates.count, len(buckets))
+        messages[name] = (averager.messages, learner.updates.count, averager.num_buckets)
     return {"weights": found, "messages": messages}
 
 
