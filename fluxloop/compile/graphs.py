@@ -105,6 +105,7 @@ class Graph:
         self._stored = list(traced.stored.items())
         self._removed = traced.removed
         self._waiting, self._waiting_after = inputs.waiting, traced.waiting_after
+        self._carried, self._fits = inputs.carried, traced.fits
         self._consumed = traced.consumed
         self._looks = traced.looks
         self._events = traced.fired
@@ -154,7 +155,7 @@ class Graph:
             if self._options_of(group, names) != values:
                 changed = [name for name, value in zip(names, values[1:], strict=True) if group.get(name) != value]
                 return f"{slot.label}: {', '.join(f'{name} = {group.get(name)!r}' for name in changed)}"
-        return None
+        return next((why for fit in self._fits if (why := fit.misfit())), None)
 
     @staticmethod
     def _options_of(group: dict[str, Any], names: list[str]) -> list[Any]:
@@ -182,6 +183,7 @@ class Graph:
             else:
                 changing.extend(tensors(value))
         changing += [parameter.grad for parameter in self._waiting]
+        changing += [weight.now() for weight in self._carried]
         given = iter(self._call(*self._fixed, *changing, *self._constants))
         for slot in self._slots:
             if "step" in vars(slot.optimizer):  # wrapped by a scheduler of torch's, which notes that there was one

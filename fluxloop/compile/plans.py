@@ -34,6 +34,7 @@ from fluxloop.compile.graphs import Graph
 from fluxloop.compile.optimizer_stand_in import differing
 from fluxloop.compile.refusals import require_accelerator
 from fluxloop.compile.tracing import trace
+from fluxloop.compile.windows import form_of_window
 from fluxloop.errors import CompileError, warn_user
 from fluxloop.order.explain import fired_with
 from fluxloop.persist.seen import Same
@@ -104,8 +105,11 @@ class CompiledSteps:
             graph = plan.graph(phase, state)
         if graph is None:
             phase.body(learner, handle, state)
-        else:
+        elif learner.accelerator.casting is None:
             graph.run(phase, state)
+        else:  # the casts are operations of the graph; and handlers that follow it are not of the phase
+            with learner.accelerator.casting.off():
+                graph.run(phase, state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledSteps:
         """Return an empty one for a copied learner: graphs are bound to the tensors of the original."""
@@ -165,7 +169,8 @@ class Plan:
         if phase.gradients:
             for number, slot in enumerate(learner.updates.slots):
                 if slot.first_step is not None:
-                    key = (*key, (number, slot.in_block, *map(form_of_gradient, slot.parameters)))
+                    gradients = map(form_of_gradient, slot.parameters)
+                    key = (*key, (number, slot.in_block, form_of_window(slot), *gradients))
         for graph in self._graphs.get(key, ()):
             if graph.misfit(phase) is None:
                 return graph

@@ -38,22 +38,6 @@ def require_accelerator(accelerator: Accelerator) -> None:
             "Expected precision='bf16', which needs no such look, or compile='model'",
         ),
         (
-            accelerator.precision == "bf16",
-            "precision='bf16'",
-            "compiled steps compute in float32 so far. Expected precision='fp32', or compile='model'",
-        ),
-        (
-            accelerator.accumulate != 1,
-            f"accumulate={accelerator.accumulate!r}",
-            "compiled steps update after every batch so far. Expected accumulate=1, or compile='model'",
-        ),
-        (
-            accelerator.strategy == "shard",
-            "strategy='shard'",
-            "parameters of which each process holds a part are put together while a step runs, which no graph does. "
-            "Expected strategy='replicate', or compile='model'",
-        ),
-        (
             accelerator.group is not None,
             f"{accelerator.world_size} processes",
             "compiled steps are those of one process so far. Expected one process, strategy='none' for processes "

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fluxloop.compile.optimizer_stand_in import decayed
+from fluxloop.compile.windows import TracedWindows
 from fluxloop.compute.blocks import UpdateBlock
 from fluxloop.compute.finite import norm_before_clipping, stored_losses
 from fluxloop.compute.updates import Updates
+from fluxloop.compute.windows import WindowedUpdates
 from fluxloop.errors import CompileError, annotate
 from fluxloop.events import Event
 from fluxloop.order.view import make_view
@@ -22,6 +24,7 @@ from fluxloop.phase import Phase
 from fluxloop.state import StepState
 
 if TYPE_CHECKING:
+    from fluxloop.compute.accelerator import Accelerator
     from fluxloop.interfaces import RunLearner
 
 
@@ -37,6 +40,7 @@ class StandIn:
         state: The step's entries, stand-ins too.
         leaves: The stand-in of each parameter.
         optimizers: The optimizers' stand-ins by name.
+        weights: Those of the weights of open windows, by optimizer and name.
     """
 
     PASSED_ON = ("model", "models", "loss_fn", "seed", "optimizer_names", "weights", "data")
@@ -48,15 +52,22 @@ class StandIn:
         state: StepState,
         leaves: dict[nn.Parameter, Tensor],
         optimizers: dict[str | None, Optimizer],
+        weights: dict[tuple[str | None, str], Tensor],
     ) -> None:
         self._learner = learner
         self._phase = phase
         self.step = state
-        self.scope = SimpleNamespace(phase=phase, handle=self.fire)
+        self.accelerator = AcceleratorStandIn(learner.accelerator)
+        casting = learner.accelerator.casting
+        handle = self._handle if casting is None else casting.outside(self, self._handle)
+        self.scope = SimpleNamespace(phase=phase, handle=handle)
         self.optimizer = optimizers[None] if tuple(optimizers) == (None,) else optimizers
-        self.accelerator = AcceleratorStandIn(learner.accelerator.device)
         names: Any = {leaves[parameter]: name for parameter, name in learner.updates.names.items()}
-        self.updates = Updates(self, names, optimizers)
+        self.updates = (
+            TracedWindows(self, names, optimizers, learner.updates, weights)
+            if isinstance(learner.updates, WindowedUpdates) and optimizers
+            else Updates(self, names, optimizers)
+        )
         # a window that is open in the learner is open here, of some other step; whose step it was does not matter
         for slot in self.updates.slots:  # none in a phase without gradients
             of_learner = learner.updates.find(slot.name)
@@ -77,6 +88,10 @@ class StandIn:
         )
 
     def fire(self, event: Event) -> None:
+        """Fire an event, as a handler or a body may do."""
+        self.scope.handle(event)
+
+    def _handle(self, event: Event) -> None:
         """Call the handlers that are part of the graph; note the event for the others."""
         self.fired.append(event)
         for node in self._learner.callbacks.graph.nodes:
@@ -112,14 +127,20 @@ class AcceleratorStandIn:
     """Computes gradients and steps optimizers while a step is traced.
 
     Args:
-        device: Where the step runs.
+        accelerator: Where the step runs.
     """
 
     group = None  # what is compiled is a step of one process
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.device, self.precision, self.autocast = accelerator.device, accelerator.precision, accelerator.autocast
+        self._casting = accelerator.casting
         self._skip: Tensor | None = None
+
+    def end_casting(self) -> None:
+        """Switch autocast off: the phase's own part is over."""
+        if self._casting is not None:
+            torch.set_autocast_enabled(self.device.type, False)
 
     def backward(self, loss: Tensor, own: Any, *, alone: bool = False, retain_graph: bool = False) -> None:
         """Add the gradients of a loss, as `Accelerator.backward` does, in new tensors: old ones may be inputs."""
@@ -141,6 +162,13 @@ class AcceleratorStandIn:
         if self._skip is None:
             return now
         return torch.where(self._skip, torch.zeros_like(now) if before is None else before, now)
+
+    def carried(self, before: Tensor | None, now: float | Tensor) -> float | Tensor:
+        """Return what batches weigh, to be carried to the next step; that of a step that is skipped weighs nothing."""
+        if self._skip is None:
+            return now
+        weight = now if isinstance(now, Tensor) else torch.full((), now, dtype=torch.float64, device=self.device)
+        return self.unless_skipped(before if isinstance(before, Tensor) else None, weight)
 
     def skip_update(self, when: Tensor) -> None:
         """Leave parameters, optimizers' states, and gradients that wait as they are from here on, if `when`.

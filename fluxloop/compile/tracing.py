@@ -9,7 +9,7 @@ later step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from fluxloop.compile.optimizer_stand_in import differing, note_steps, seen_of, 
 from fluxloop.compile.refusals import changes_python, first_line, hint, refusal, where, writes_options
 from fluxloop.compile.stand_ins import Look, StandIn
 from fluxloop.compile.unchanged import attributes_unchanged, functions_of, noting_reads, options_unchanged
+from fluxloop.compile.windows import Fit, WaitingGradients, fits, window_after
 from fluxloop.compute.slots import Slot
 from fluxloop.data.generators import generators_of
 from fluxloop.errors import CancelSignal, CompileError, LossError, OptimizerError, PhaseError
@@ -39,36 +40,6 @@ from fluxloop.state import StepState
 
 if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner
-
-
-@define(frozen=True)
-class WaitingGradients:
-    """What becomes of one optimizer's gradients that wait for an update.
-
-    Args:
-        slot: The optimizer.
-        parameters: Those whose gradients wait after the step, in the order of the graph's outputs.
-        waits: Whether their window is still open.
-        begun: Whether the first of them was computed in this step.
-        in_block: Whether the first of them was computed in the optimizer's own block.
-    """
-
-    slot: Slot
-    parameters: list[nn.Parameter]
-    waits: bool
-    begun: bool
-    in_block: bool
-
-    def store(self, state: StepState, phase: str, gradients: Iterator[Tensor]) -> None:
-        """Store the gradients that the graph returned, and reopen or close the accumulation window."""
-        slot = self.slot
-        if not self.waits or self.begun:
-            slot.end_gradients()
-        if self.waits:
-            slot.begin_gradients(state, self.in_block, phase)
-        slot.release()
-        for parameter in self.parameters:
-            parameter.grad = next(gradients)
 
 
 @define(eq=False)
@@ -86,6 +57,7 @@ class Traced:
         changed: Which of the inputs after the fixed ones it changes in place, by number.
         stored: The entries that the body stored, each with stand-ins for its tensors.
         waiting_after: What becomes of gradients that wait, for each optimizer that has some before or after the step.
+        fits: For which counts of the batches of an update it was traced.
         consumed: The optimizers whose last gradients an update has used.
         removed: Names of the entries that it removed.
         fired: The events that it fired.
@@ -101,6 +73,7 @@ class Traced:
     changed: list[int]
     stored: dict[str, Any]
     waiting_after: list[WaitingGradients]
+    fits: list[Fit]
     consumed: list[Slot]
     removed: list[str]
     fired: list[Event]
@@ -137,6 +110,7 @@ def trace(
         changed=run.changed,
         stored=run.stored,
         waiting_after=run.waiting_after,
+        fits=run.fits,
         consumed=run.consumed,
         removed=run.removed,
         fired=run.fired,
@@ -167,6 +141,7 @@ def record(run: Run, example: list[Any]) -> GraphModule:
         undone.enter_context(attributes_unchanged(inputs))
         undone.enter_context(options_unchanged(inputs))
         undone.enter_context(torch.set_grad_enabled(phase.gradients))
+        undone.enter_context(inputs.learner.accelerator.autocast())  # puts back what the run sets
         sets_seed = undone.enter_context(noting_seeds())
         try:
             graph = make_fx(run.body, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
@@ -224,6 +199,7 @@ class Placed:
         optimizers: Of the optimizers, by name.
         entries: Of the step.
         waiting: The gradients that wait, by leaf.
+        weights: Those of the weights of open windows, by optimizer and name.
     """
 
     by_id: dict[int, Tensor]
@@ -233,6 +209,7 @@ class Placed:
     optimizers: dict[str | None, Optimizer]
     entries: dict[str, Any]
     waiting: dict[Tensor, Tensor]
+    weights: dict[tuple[str | None, str], Tensor]
 
 
 class Run:
@@ -252,6 +229,7 @@ class Run:
         self.changed: list[int] = []
         self.stored: dict[str, Any] = {}
         self.waiting_after: list[WaitingGradients] = []
+        self.fits: list[Fit] = []
         self.consumed: list[Slot] = []
         self.removed: list[str] = []
         self.fired: list[Event] = []
@@ -277,10 +255,11 @@ class Run:
             leaf.grad = gradient
         state = StepState(dict(placed.entries))
         buffers = self._copied() if inputs.phase.gradients else []
-        learner = StandIn(inputs.learner, inputs.phase, state, placed.leaves, placed.optimizers)
+        learner = StandIn(inputs.learner, inputs.phase, state, placed.leaves, placed.optimizers, placed.weights)
         with noting_reads(inputs.holders) as self.reads:
-            inputs.phase.body(learner, learner.fire, state)
-        self.fired = learner.fired
+            inputs.phase.body(learner, learner.scope.handle, state)
+        learner.accelerator.end_casting()
+        self.fired, self.fits = learner.fired, fits(inputs.slots, learner.updates.slots)
         self._note_gradients(learner, placed.waiting, stepped)
         if any(leaf.untyped_storage()._cdata != before for leaf, before in memory.items()):
             raise refusal(
@@ -298,13 +277,8 @@ class Run:
         self.looks = learner.finite.looks
         found = learner.finite.found()
         stored = [tensor for value in self.stored.values() for tensor in tensors(value)]
-        gradients = [
-            learner.accelerator.unless_skipped(None if after.begun else placed.waiting.get(leaf), leaf.grad)
-            for after in self.waiting_after
-            for leaf in (placed.leaves[parameter] for parameter in after.parameters)
-            if leaf.grad is not None  # each has one
-        ]
-        outputs = (*found, *stored, *apart(gradients, [*flat, *found, *stored]))
+        waiting = self._waiting(learner, placed)
+        outputs = (*found, *stored, *apart(waiting, [*flat, *found, *stored]))
         return [tensor.detach() for tensor in outputs]
 
     def _place(self, flat: tuple[Any, ...]) -> Placed:
@@ -334,7 +308,19 @@ class Run:
             optimizers={slot.name: stand_in_of(slot.optimizer, leaves, by_id, options) for slot in inputs.slots},
             entries={name: map_tensors(lambda _: next(each), value) for name, value in inputs.entries.items()},
             waiting={leaves[parameter]: next(each) for parameter in inputs.waiting},
+            weights={one.place: next(each) for one in inputs.carried},
         )
+
+    def _waiting(self, learner: StandIn, placed: Placed) -> list[Tensor]:
+        """Return the gradients that wait after the step, those of each optimizer followed by what its batches weigh."""
+        found: list[Tensor] = []
+        for after in self.waiting_after:
+            for leaf in (placed.leaves[parameter] for parameter in after.parameters):
+                if leaf.grad is not None:  # each has one
+                    before = None if after.begun else placed.waiting.get(leaf)
+                    found.append(learner.accelerator.unless_skipped(before, leaf.grad))
+            found += [value for value in after.changed.values() if isinstance(value, Tensor)]
+        return found
 
     def _copied(self) -> list[tuple[list[Tensor], list[Tensor], list[int]]]:
         """Copy the buffers of each module, to restore them where an update is skipped; return versions too."""
@@ -360,10 +346,13 @@ class Run:
                         "it computes gradients by hand, and leaves them for a later step; call "
                         "learner.backward(loss) instead of loss.backward()",
                     )
-            elif begun or not waits or any(leaf.grad is not before.get(leaf) for leaf in now.parameters):
+                continue
+            counted, changed = window_after(now, begun, learner.accelerator.carried) if waits else (0, {})
+            if begun or not waits or counted or any(leaf.grad is not before.get(leaf) for leaf in now.parameters):
                 own = dict(zip(now.parameters, slot.parameters, strict=True))
                 parameters = [own[leaf] for leaf in leaves] if waits else []
-                self.waiting_after.append(WaitingGradients(slot, parameters, waits, begun, now.in_block))
+                after = WaitingGradients(slot, parameters, waits, begun, now.in_block, counted, changed)
+                self.waiting_after.append(after)
 
     def _note_entries(self, entries: dict[str, Any], state: StepState, changed: set[int]) -> None:
         """Note which entries the body stored and removed; some were changed in place.

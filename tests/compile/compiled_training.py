@@ -32,10 +32,13 @@ def rows() -> tuple[Tensor, Tensor]:
     return torch.randn(ROWS, 16, generator=generator), torch.randint(4, (ROWS,), generator=generator)
 
 
-def learner(compile: Any = "step", model: Callable[[], Any] = mlp, **options: Any) -> Learner[Any]:
+def learner(
+    compile: Any = "step", model: Callable[[], Any] = mlp, how: dict[str, Any] | None = None, **options: Any
+) -> Learner[Any]:
     torch.manual_seed(0)
     defaults = {"data": (rows(), rows()), "optimizer": SGD, "loss_fn": functional.cross_entropy}
-    made = Learner(model(), **{**defaults, **options}, accelerator=Accelerator("cpu", compile=compile), seed=0)
+    accelerator = Accelerator("cpu", compile=compile, **(how or {}))
+    made = Learner(model(), **{**defaults, **options}, accelerator=accelerator, seed=0)
     made.remove_callback(MetricsPrinter)
     return made
 
