@@ -31,6 +31,7 @@ NAMES = (
     "scaling",
     "peers",
     "gpu",
+    "gpu_checks",
 )
 
 
@@ -220,7 +221,7 @@ def test_a_script_tells_its_options(scripts: Any, name: str, capsys: pytest.Capt
     with pytest.raises(SystemExit) as ended:
         scripts[name].main(["--help"])
     assert ended.value.code == 0
-    assert "--quick" in capsys.readouterr().out
+    assert ("--rehearse" if name == "gpu_checks" else "--quick") in capsys.readouterr().out
 
 
 def test_the_measured_steps_fire_what_the_tables_say(scripts: Any) -> None:
@@ -343,6 +344,39 @@ def test_without_other_frameworks_nothing_is_compared(
 def test_without_a_gpu_nothing_is_claimed(scripts: Any, capsys: pytest.CaptureFixture[str]) -> None:
     scripts["gpu"].main([])
     assert capsys.readouterr().out == "Skipped: there is no CUDA device here\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to check")
+def test_without_a_gpu_no_row_of_the_checks_is_run(scripts: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert scripts["gpu_checks"].main([]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    assert len(lines) == len(scripts["gpu_checks"].ALONE) + len(scripts["gpu_checks"].TOGETHER)
+    assert all(line.endswith("| not run | no GPU |") for line in lines)
+
+
+def test_a_row_that_fails_says_why_and_makes_the_status_1(
+    scripts: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = scripts["gpu_checks"]
+
+    def fails(device: str) -> str:
+        return str(checks.require(False, f"seen on {device}"))
+
+    monkeypatch.setattr(checks, "ALONE", {"bad": fails, "good": lambda device: "all"})
+    monkeypatch.setattr(checks, "TOGETHER", {})
+    assert checks.main(["--rehearse"]) == 1
+    told = capsys.readouterr()
+    assert "| bad | FAILED | AssertionError: seen on cpu |\n| good | passed | all |" in told.out
+    assert "Traceback" in told.err
+
+
+@pytest.mark.slow
+def test_what_needs_no_gpu_is_rehearsed_also_in_processes(scripts: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert scripts["gpu_checks"].main(["--rehearse", "--only", "p"]) == 0
+    out = capsys.readouterr().out
+    assert "a rehearsal, which says nothing of GPUs" in out
+    for row in ("fp32", "fp16", "replicate", "raw loop", "recomputed activations"):
+        assert f"| {row} | passed |" in out
 
 
 def traced(cat: str, name: str, begin: float, end: float, stream: int) -> dict[str, Any]:
