@@ -195,6 +195,7 @@ class TracedWindows(WindowedUpdates):
     ) -> None:
         Updates.__init__(self, learner, names, optimizers)
         self.casting, self.averager, self.scale, self.is_weighted = of.casting, None, None, of.is_weighted
+        self.factor, self._told_twice = 1.0, False
         for slot in self.slots:
             window = of.find(slot.name).window  # type: ignore[attr-defined]  # `find` finds one of its slots
             found = {name: weights.get((slot.name, name), getattr(window, name)) for name in WEIGHTS}
@@ -208,9 +209,9 @@ class TracedWindows(WindowedUpdates):
             return in_single(loss) * weight.to(in_single(loss))
         return loss if weight in (None, 1.0) else in_single(loss) * weight
 
-    def _complete(self, slots: Sequence[WindowSlot], weights: Sequence[Weight]) -> None:
-        for slot, weight in zip(slots, weights, strict=True):
-            slot.window.complete, slot.window.finite = True, True
+    def _complete(self, slots: Sequence[WindowSlot]) -> None:
+        for slot in slots:
+            weight = slot.window.summed
             if isinstance(weight, Tensor):
                 weight = weight.clamp(min=torch.finfo(torch.float32).tiny)
             elif weight in (0.0, 1.0):
@@ -218,6 +219,7 @@ class TracedWindows(WindowedUpdates):
             for parameter in slot.parameters:
                 if parameter.grad is not None:
                     parameter.grad = parameter.grad.detach() / weight
+        self._completed(slots)
 
 
 def window_after(slot: Slot, begun: bool, carry: Callable[[Any, Weight], Weight]) -> tuple[int, dict[str, Any]]:
