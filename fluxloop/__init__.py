@@ -44,6 +44,7 @@ __getattr__, __dir__, __all__ = lazily(
         "compute.modes": "watching",
         "phase": "AbstractTrainingPhase AbstractValidationPhase FittingPhase Phase ProbePhase",
         "phases": all_but(phases),
+        "processes.batch_norm": "SynchronisedBatchNorm synchronise_batch_norm",
         "randomness": "seed_everything start_generators stream_seed",
         "schedules": (
             "constant cosine exponential inverse_sqrt linear one_cycle polynomial repeat sequence shift sine "

@@ -182,6 +182,8 @@ from fluxloop.phases import TwinPhase as TwinPhase
 from fluxloop.phases import VAEPhase as VAEPhase
 from fluxloop.phases import ValidationPhase as ValidationPhase
 from fluxloop.phases import VICRegPhase as VICRegPhase
+from fluxloop.processes.batch_norm import SynchronisedBatchNorm as SynchronisedBatchNorm
+from fluxloop.processes.batch_norm import synchronise_batch_norm as synchronise_batch_norm
 from fluxloop.randomness import seed_everything as seed_everything
 from fluxloop.randomness import start_generators as start_generators
 from fluxloop.randomness import stream_seed as stream_seed

@@ -23,6 +23,7 @@ from fluxloop.errors import DataError, ModelError, describe
 from fluxloop.events import EpochBegin, EpochEnd, FitEnd, StepEnd
 from fluxloop.order.access import weights_path
 from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, Phase
+from fluxloop.processes.batch_norm import apart
 from fluxloop.randomness import drawing, stream_seed
 from fluxloop.signals import INTERRUPTED, TERMINATED
 
@@ -302,5 +303,6 @@ def update_norms(
                 norm.momentum = None  # a plain average
         undone.enter_context(untouched(source))
         undone.enter_context(torch.no_grad())
+        undone.enter_context(apart())  # each process runs over all data it has, which need not be as much
         for batch in islice(complete(source), batches):
             forward(module, to_device_of(module, batch))
