@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from fluxloop.compute.averaging import Sums
 from fluxloop.compute.finite import Finite, bad_gradients, elements, norm_before_clipping
+from fluxloop.compute.gradients import divide_gradients
 from fluxloop.compute.optimizers import Optimizers
 from fluxloop.compute.sharding import ShardedModel, sharded_model
 from fluxloop.compute.windows import Weight, WindowedUpdates, WindowSlot
@@ -43,22 +44,33 @@ class SummedByTorch:
 
     def __init__(self, group: Group) -> None:
         self._group = group
+        self._sets: Sequence[tuple[nn.Parameter, ...]] = ()
 
     def watching(self, sets: Sequence[tuple[nn.Parameter, ...]]) -> AbstractContextManager[None]:
-        """Do nothing: torch sends gradients while the backward pass runs."""
+        """Note whose gradients will be complete: torch sends them while the backward pass runs."""
+        self._sets = sets
         return nullcontext()
 
-    def finish(self, weights: Sequence[Weight], votes: Sequence[float] | Tensor = ()) -> Sums:
+    def finish(
+        self,
+        weights: Sequence[Weight],
+        votes: Sequence[float] | Tensor = (),
+        *,
+        scales: Sequence[float] | None = None,
+    ) -> Sums:
         """Return the summed weights and votes.
 
         Args:
             weights: Numbers, or tensors of one element.
             votes: Numbers.
+            scales: As those of `Averager.finish`.
         """
         said = torch.tensor([float(number) for number in (*weights, *votes)], dtype=torch.float64)
         if self._group.device.type == "mps":  # pragma: no cover - it has no float64
             said = said.float()
         numbers = self._group.all_reduce(said.to(self._group.device)).tolist()
+        for parameters, weight, scale in zip(self._sets, numbers, scales or (), strict=False):
+            divide_gradients([p.grad for p in parameters if p.grad is not None], weight, scale)
         return Sums(numbers[: len(weights)], numbers[len(weights) :])
 
     def reduce(
@@ -66,9 +78,12 @@ class SummedByTorch:
         sets: Sequence[tuple[nn.Parameter, ...]],
         weights: Sequence[Weight],
         votes: Sequence[float] | Tensor = (),
+        *,
+        scales: Sequence[float] | None = None,
     ) -> Sums:
         """Return the summed weights and votes of gradients that are complete without a backward pass."""
-        return self.finish(weights, votes)
+        self._sets = sets
+        return self.finish(weights, votes, scales=scales)
 
 
 class ShardedFinite(Finite):

@@ -168,6 +168,8 @@ class WindowedUpdates(Updates):
     slot_type = WindowSlot
     is_windowed = True
     slots: tuple[WindowSlot, ...]
+    factor = 1.0
+    """What losses are multiplied by in windows that begin."""
 
     def __init__(self, learner: StepLearner, names: dict[nn.Parameter, str], optimizers: Optimizers) -> None:
         super().__init__(learner, names, optimizers)
@@ -180,8 +182,6 @@ class WindowedUpdates(Updates):
         self.averager = None if group is None else Averager(group, self._name_of)
         """Adds up gradients over processes, where there are several."""
         self.scale = LossScale() if accelerator.precision == "fp16" else None
-        self.factor = 1.0
-        """What losses are multiplied by in windows that begin."""
         self.is_weighted = accelerator.world_size > 1 or any(slot.window.size > 1 for slot in self.slots)
 
     def _name_of(self, parameter: nn.Parameter) -> str | None:
@@ -273,7 +273,7 @@ class WindowedUpdates(Updates):
         closing = [slot for slot in slots if slot.window.closes]
         if self.averager is None or not closing:
             compute()
-            self._complete(closing)
+            self._complete(closing, [slot.window.summed for slot in closing])
         else:
             with self.averager.watching([slot.parameters for slot in closing]):
                 compute()
@@ -284,7 +284,7 @@ class WindowedUpdates(Updates):
     def _complete_alone(self, slot: WindowSlot) -> None:
         """Complete gradients that no backward pass is about to add to."""
         if self.averager is None:
-            self._complete([slot])
+            self._complete([slot], [slot.window.summed])
         else:
             sums = self.averager.reduce([slot.parameters], [slot.window.summed], scales=[slot.window.scale])
             self._balance(sums.weights)
@@ -299,12 +299,10 @@ class WindowedUpdates(Updates):
         if self.scale is None and not isinstance(weight, Tensor) and weight > 0:
             self.factor = 2.0 ** -round(log2(weight))
 
-    def _complete(self, slots: Sequence[WindowSlot]) -> None:
+    def _complete(self, slots: Sequence[WindowSlot], weights: Sequence[Weight]) -> None:
         """Divide the gradients of windows by their weight and scale."""
-        for slot in slots:
-            divide_gradients(
-                [p.grad for p in slot.parameters if p.grad is not None], slot.window.summed, slot.window.scale
-            )
+        for slot, weight in zip(slots, weights, strict=True):
+            divide_gradients([p.grad for p in slot.parameters if p.grad is not None], weight, slot.window.scale)
         self._completed(slots)
 
     def _completed(self, slots: Sequence[WindowSlot]) -> None:

@@ -70,7 +70,9 @@ def _gradients(critic: Critic, inputs: Tensor, conditions: tuple[Tensor, ...]) -
     return gradient.flatten(1)
 
 
-def gradient_penalty(critic: Critic, real: Tensor, fake: Tensor, *conditions: Tensor) -> Tensor:
+def gradient_penalty(
+    critic: Critic, real: Tensor, fake: Tensor, *conditions: Tensor, epsilon: Tensor | None = None
+) -> Tensor:
     """Penalise the critic where its gradient is not of norm 1, between real and fake inputs.
 
     WGAN-GP (Gulrajani et al., 2017): on each row a point is drawn evenly between the two (from
@@ -81,19 +83,27 @@ def gradient_penalty(critic: Critic, real: Tensor, fake: Tensor, *conditions: Te
         real: Shape (N, ...).
         fake: The same shape.
         conditions: Further inputs of the critic, such as labels.
+        epsilon: Where the points lie, shape (N,): 1 is the real row and 0 the fake one; left out, they are drawn.
 
     Returns:
         A scalar, differentiable with respect to the critic's parameters.
 
     Raises:
-        ValueError: `real` and `fake` have different shapes.
+        ValueError: `real` and `fake` have different shapes, or `epsilon` has another number of rows.
     """
     if real.shape != fake.shape:
         raise ValueError(
             f"gradient_penalty was given real rows of shape {tuple(real.shape)} and fake ones of {tuple(fake.shape)}; "
             "expected the same shape"
         )
-    share = torch.rand(len(real), *[1] * (real.ndim - 1), device=real.device, dtype=real.dtype)
+    if epsilon is None:
+        epsilon = torch.rand(len(real), device=real.device, dtype=real.dtype)
+    elif epsilon.numel() != len(real):
+        raise ValueError(
+            f"gradient_penalty was given epsilon of shape {tuple(epsilon.shape)} for {len(real)} rows; expected a "
+            "number for each: torch.rand(len(real))"
+        )
+    share = epsilon.to(real).reshape(-1, *[1] * (real.ndim - 1))
     between = (share * real.detach() + (1 - share) * fake.detach()).requires_grad_()
     norms: Tensor = torch.linalg.vector_norm(_gradients(critic, between, conditions), dim=1)
     return (norms - 1).pow(2).mean()

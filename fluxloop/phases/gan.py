@@ -134,6 +134,11 @@ class GANPhase(AbstractTrainingPhase):
         noise = torch.randn(count, *shape, device=device)
         return noise.to(state.real.dtype) if state.real.is_floating_point() else noise
 
+    def draw_epsilon(self, state: StepState) -> Tensor:
+        """Draw where between real and fake rows the gradient is penalised: a share of the real row, shape (N,)."""
+        dtype = state.real.dtype if state.real.is_floating_point() else None
+        return torch.rand(len(state.real), device=state.real.device, dtype=dtype)
+
     def body(self, learner: Any, handle: Handle, state: StepState) -> None:
         """Train the critic on one batch, and the generator when it is its turn."""
         (generator_name, generator), (critic_name, critic) = self.models(learner)
@@ -170,7 +175,9 @@ class GANPhase(AbstractTrainingPhase):
         """Add the penalties on the critic's gradient, and store them as ``penalty``."""
         penalty: Tensor | float = 0.0
         if self.gradient_penalty:
-            penalty = penalty + self.gradient_penalty * gradient_penalty(critic, state.real, fake, *labels)
+            epsilon = self.draw_epsilon(state)
+            between = gradient_penalty(critic, state.real, fake, *labels, epsilon=epsilon)
+            penalty = penalty + self.gradient_penalty * between
         if self.r1:
             penalty = penalty + self.r1 * r1_penalty(critic, state.real, *labels)
         if not isinstance(penalty, Tensor):

@@ -103,6 +103,11 @@ class MAEPhase(ObjectivePhase):
         self.mask_ratio = mask_ratio
         self.normalize = normalize
 
+    def draw_order(self, state: StepState) -> Tensor:
+        """Draw an order of each image's patches, shape (N, L); the first of them stay visible."""
+        n, count, _ = state.patches.shape
+        return torch.rand(n, count, device=state.patches.device).argsort(1)
+
     def forward(self, learner: Any, state: StepState) -> None:
         """Hide patches, encode the others, decode all."""
         state.patches = patchify(state.xs, self.patch_size)
@@ -113,7 +118,7 @@ class MAEPhase(ObjectivePhase):
                 "expected two or more: a smaller patch_size"
             )
         shown = max(1, int(count * (1 - self.mask_ratio) + 1e-9))  # 1 - 0.9 is a little less than 0.1
-        state.places = torch.rand(n, count, device=state.patches.device).argsort(1)[:, :shown]
+        state.places = self.draw_order(state)[:, :shown]
         state.mask = torch.ones(n, count, dtype=torch.bool, device=state.patches.device).scatter_(
             1, state.places, False
         )

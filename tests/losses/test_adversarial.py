@@ -195,6 +195,27 @@ def test_a_dead_critic_has_a_finite_gradient_of_its_penalty() -> None:
     assert all(gradient.isfinite().all() for gradient in gradients(penalty, critic))
 
 
+def test_the_gradient_penalty_takes_the_points_that_are_given() -> None:
+    real, fake = scores(0, 5, 3, 2), scores(1, 5, 3, 2)
+    seen: list[Tensor] = []
+
+    def critic(xs: Tensor) -> Tensor:
+        seen.append(xs.detach())
+        return xs.pow(2).flatten(1).sum(1)
+
+    epsilon = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+    penalty = gradient_penalty(critic, real, fake, epsilon=epsilon)
+    share = epsilon[:, None, None]
+    torch.testing.assert_close(seen[0], share * real + (1 - share) * fake)
+    torch.manual_seed(3)
+    drawn = gradient_penalty(critic, real, fake)
+    torch.manual_seed(3)
+    assert torch.equal(gradient_penalty(critic, real, fake, epsilon=torch.rand(5, dtype=torch.float64)), drawn)
+    assert not torch.equal(drawn, penalty)
+    with pytest.raises(ValueError, match=r"epsilon of shape \(4,\) for 5 rows; expected a number for each"):
+        gradient_penalty(critic, real, fake, epsilon=epsilon[:4])
+
+
 def test_the_gradient_penalty_reaches_the_critic_alone() -> None:
     critic, generator = critic_of(3).float(), nn.Linear(2, 3)
     real = torch.randn(4, 3, requires_grad=True)

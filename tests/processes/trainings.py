@@ -11,17 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from fluxloop import (
     EMA,
     AbstractTrainingPhase,
     Accelerator,
     BYOLPhase,
+    DINOPhase,
     GANPhase,
     GradientClip,
     Learner,
+    MAEPhase,
     SimCLRPhase,
     TensorBatches,
+    TrainingPhase,
+    VICRegPhase,
+    runstep,
 )
 from fluxloop.nested import whole
 
@@ -68,17 +74,85 @@ def weights(trained: Learner) -> dict[str, Tensor]:
     }
 
 
+def shared(draw: Callable[[int, torch.Generator], Tensor], number: int, seed: int) -> Tensor:
+    """What is drawn for the rows of a joined batch, of which each process takes those of its rows."""
+    processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    drawn = draw(number * processes, torch.Generator().manual_seed(seed))
+    return drawn[rank * number : (rank + 1) * number]
+
+
 class Noise:
     """The generator's input: that of a joined batch, of which each process takes its rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, columns: int = 3) -> None:
+        self.columns = columns
         self.drawn = 0
 
-    def __call__(self, number: int, device: torch.device) -> Tensor:
-        processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-        generator = torch.Generator().manual_seed(self.drawn)
+    def __call__(self, number: int, device: torch.device | None = None) -> Tensor:
         self.drawn += 1
-        return torch.randn(number * processes, 3, generator=generator, dtype=torch.float64)[rank::processes]
+        return shared(self._draw, number, self.drawn)
+
+    def _draw(self, number: int, generator: torch.Generator) -> Tensor:
+        return torch.rand(number, self.columns, generator=generator, dtype=torch.float64)
+
+
+class PenalisedGAN(GANPhase):
+    """A GAN whose gradients are penalised at points that are shared, as its noise is."""
+
+    def draw_epsilon(self, state: Any) -> Tensor:
+        return self.noise(len(state.real), None)[:, 0]  # type: ignore[operator]  # it is a `Noise`
+
+
+class SharedMAE(MAEPhase):
+    """Hides patches that are drawn for the joined batch."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.numbers = Noise(4)
+
+    def draw_order(self, state: Any) -> Tensor:
+        return self.numbers(len(state.xs)).argsort(1)
+
+
+class OnPatches(nn.Module):
+    """Encodes visible patches and their places, each alone."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, patches: Tensor, places: Tensor) -> Tensor:
+        return self.network(torch.cat([patches, places[..., None].to(patches)], -1))
+
+
+class Decoder(nn.Module):
+    """Tells all patches of what is visible, and of the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = mlp(9, 16)
+
+    def forward(self, tokens: Tensor, places: Tensor) -> Tensor:
+        grid = torch.arange(4).to(tokens).expand(len(tokens), 4)
+        return self.network(torch.cat([tokens.mean(1, keepdim=True).expand(-1, 4, -1), grid[..., None]], -1))
+
+
+class WrittenGAN(TrainingPhase):
+    """A GAN as a user writes it: a ``step`` with two updates of the critic, the second on another batch of fakes."""
+
+    def __init__(self) -> None:
+        self.noise = Noise()
+
+    def step(self, learner: Any, batch: Any) -> None:
+        """Train both."""
+        gen, critic = learner.model
+        with runstep(learner, self, real=batch) as (_, state):
+            for _ in range(2):
+                fake = gen(self.noise(len(state.real)))
+                with learner.optimizing("D") as block:
+                    block.loss = softplus(-critic(state.real)).mean() + softplus(critic(fake.detach())).mean()
+            with learner.optimizing("G") as block:
+                block.loss = softplus(-critic(fake)).mean()
 
 
 class Penalised(AbstractTrainingPhase):
@@ -115,7 +189,14 @@ def accumulated(strategy: Any = "auto") -> Learner:
 def gan(strategy: Any = "auto", **options: Any) -> Learner:
     torch.manual_seed(1)
     made = learner({"G": mlp(3, 8, 6), "D": mlp(6, 8, 8, 1)}, rows(120), strategy=strategy)
-    made.fit(2, phases=[GANPhase("wasserstein", noise=Noise(), critic_steps=5, **options)])
+    made.fit(2, phases=[PenalisedGAN("wasserstein", noise=Noise(), critic_steps=5, **options)])
+    return made
+
+
+def written_gan(strategy: Any = "auto", accumulate: int = 1) -> Learner:
+    torch.manual_seed(1)
+    made = learner({"G": mlp(3, 8, 6), "D": mlp(6, 8, 1)}, rows(60), strategy=strategy, accumulate=accumulate)
+    made.fit(2, phases=[WrittenGAN()])
     return made
 
 
@@ -142,6 +223,33 @@ def simclr(strategy: Any = "auto") -> Learner:
     return made
 
 
+def dino(strategy: Any = "auto") -> Learner:
+    torch.manual_seed(1)
+    student = nn.Module()
+    student.encoder, student.projector = mlp(6, 8), mlp(8, 5)
+    models = {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)}
+    made = learner(models, rows(), strategy=strategy, callbacks=[EMA("student", 0.9, into="teacher")])
+    made.fit(2, phases=[DINOPhase(views=two_views)])
+    return made
+
+
+def mae(strategy: Any = "auto") -> Learner:
+    torch.manual_seed(1)
+    images = rows(48)[:, :4, None, None].repeat(1, 1, 4, 4) * torch.linspace(0, 1, 16, dtype=torch.float64).view(4, 4)
+    models = {"encoder": OnPatches(mlp(17, 8)), "decoder": Decoder()}
+    made = learner(models, images, strategy=strategy)
+    made.fit(2, phases=[SharedMAE(2)])
+    return made
+
+
+def vicreg(strategy: Any = "auto") -> Learner:
+    torch.manual_seed(1)
+    # The loss does not depend on the last bias: its gradient is what rounding leaves, which Adam would make large
+    made = learner(mlp(6, 8, 8), rows(), strategy=strategy, optimizer=partial(torch.optim.SGD, lr=0.01, momentum=0.9))
+    made.fit(2, phases=[VICRegPhase(views=two_views)])
+    return made
+
+
 def penalised(strategy: Any = "auto") -> Learner:
     made = regression(strategy, optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9))
     made.fit(2, phases=[Penalised()])
@@ -154,7 +262,13 @@ TRAININGS: dict[str, Callable[..., Learner]] = {
     "accumulated, clipped": accumulated,
     "Wasserstein, 5 critic steps": gan,
     "Wasserstein, R1": partial(gan, r1=0.5),
+    "Wasserstein, gradient penalty": partial(gan, gradient_penalty=10.0),
+    "a GAN's own step": written_gan,
+    "a GAN's own step, accumulated": partial(written_gan, accumulate=3),
     "BYOL, two averages": byol,
     "SimCLR": simclr,
+    "VICReg": vicreg,
+    "DINO": dino,
+    "MAE": mae,
     "a penalty alone": penalised,
 }
