@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fluxloop.compute.averaging import Averager
+from fluxloop.compute.gradients import divide_gradients
 from fluxloop.compute.optimizers import owned_parameters
 from fluxloop.compute.precision import Casting, LossScale, in_single
 from fluxloop.compute.reach import loss_error
@@ -240,15 +241,12 @@ class RawLoop:
             before = slot.sums.get(parameter)
             if before is not None:
                 parameter.grad = before if parameter.grad is None else before + parameter.grad
-        total: float | Tensor = slot.weight + (slot.current or 0.0)
-        if self.averager is not None:
-            total = self.averager.reduce([tuple(parameters)], [total]).weights[0]
-        divisor = total.clamp(min=torch.finfo(torch.float32).tiny) if isinstance(total, Tensor) else total or 1.0
-        divisor = divisor * self._scaled_by
+        total = slot.weight + (slot.current or 0.0)
+        if self.averager is None:
+            divide_gradients([p.grad for p in parameters if p.grad is not None], total, self._scaled_by)
+        else:
+            self.averager.reduce([tuple(parameters)], [total], scales=[self._scaled_by])
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        with torch.no_grad():
-            for gradient in gradients if isinstance(divisor, Tensor) or divisor != 1.0 else ():
-                gradient.div_(divisor)
         slot.complete, slot.sums = True, {}
         slot.finite = (
             self.scale is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from contextlib import suppress
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -183,6 +184,23 @@ def test_gradients_of_steps_before_go_on_waiting() -> None:
         learner.backward(mse_loss(learner.model(state.xs), state.ys))
     for parameter, gradient in zip(model.parameters(), waiting, strict=True):
         assert torch.equal(parameter.grad, gradient)
+
+
+def test_a_batch_of_a_window_that_does_not_fit_is_left_out_of_it() -> None:
+    model = Tight(backward=True)
+    by_hand, phase = copy.deepcopy(model), TrainingPhase()
+    by_hand.rows = 100
+    learner = learner_of(model, accelerator=Accelerator("cpu", accumulate=2))
+    xs, ys = torch.randn(16, 3), torch.randn(16, 1)
+    optimizer = SGD(by_hand.parameters())
+    mse_loss(by_hand(torch.cat([xs[:4], xs[12:15]])), torch.cat([ys[:4], ys[12:15]])).backward()
+    optimizer.step()
+    for rows in (slice(0, 4), slice(4, 12), slice(12, 15)):
+        with suppress(OutOfMemoryError):
+            phase.step(learner, (xs[rows], ys[rows]))
+    assert learner.updates.count == 1
+    for one, other in zip(model.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("fused", [None, False])
