@@ -29,17 +29,18 @@ from gpu import overlap, trace_of
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-import fluxloop
 from fluxloop import (
     Accelerator,
     CustomCallback,
     Learner,
+    Shard,
     StepBegin,
     StepEnd,
     TensorBatches,
     TrainingPhase,
     find_batch_size,
     recompute_activations,
+    synchronise_batch_norm,
 )
 from fluxloop.compute.memory import is_out_of_memory
 
@@ -315,20 +316,18 @@ def in_windows(device: str) -> str:
 def offloaded(device: str) -> str:
     """Keep sharded parameters in the host's memory."""
     require_cuda(device)
-    return together(device, strategy=fluxloop.Shard(offload=True))
+    return together(device, strategy=Shard(offload=True))
 
 
 def batch_norm(device: str) -> str:
     """Compare statistics of all rows with those of one process."""
-    kind = getattr(fluxloop, "SynchronisedBatchNorm", None)
-    if kind is None:
-        raise NotRunError("this fluxloop has no SynchronisedBatchNorm")
     accelerator = Accelerator(device)
     torch.manual_seed(0)
-    xs = torch.randn(8 * accelerator.world_size, 5)
-    plain, ours = nn.BatchNorm1d(5).to(accelerator.device), kind(5).to(accelerator.device)
-    own = xs.chunk(accelerator.world_size)[accelerator.rank].to(accelerator.device)
-    apart = (accelerator.gather(ours(own)) - plain(xs.to(accelerator.device))).abs().max().item()
+    xs = torch.randn(8 * accelerator.world_size, 5, device=accelerator.device)
+    plain = nn.BatchNorm1d(5).to(accelerator.device)
+    ours = synchronise_batch_norm(copy.deepcopy(plain))
+    own = xs.chunk(accelerator.world_size)[accelerator.rank]
+    apart = (accelerator.gather(ours(own)) - plain(xs)).abs().max().item()
     return require(apart < 1e-5, f"outputs differ by {apart:.1e}")
 
 
@@ -415,28 +414,35 @@ def work(names: Sequence[str], folder: str, rehearse: bool) -> None:
         outcome = run(TOGETHER[name], device)
         found[name] = [outcome.result, outcome.seen]
         path.write_text(json.dumps(found))
+        if outcome.result == "FAILED":  # the others may wait for this process
+            sys.exit(1)
 
 
 def start(names: Sequence[str], processes: int, rehearse: bool) -> dict[str, Outcome]:
-    """Start this script in several processes; return the outcome of each row."""
+    """Run rows in several processes; after one that failed, the others in new processes."""
+    outcomes: dict[str, Outcome] = {}
+    while len(outcomes) < len(names):
+        outcomes |= launch(names[len(outcomes) :], processes, rehearse)
+    return outcomes
+
+
+def launch(names: Sequence[str], processes: int, rehearse: bool) -> dict[str, Outcome]:
+    """Start this script in several processes; return the outcomes of rows, up to the first one that failed."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        options = [
-            "--worker",
-            folder,
-            *(["--rehearse"] if rehearse else []),
-            *(part for n in names for part in ("--row", n)),
-        ]
+        wanted = [part for name in names for part in ("--row", name)]
+        options = ["--worker", folder, *(["--rehearse"] if rehearse else []), *wanted]
         done = subprocess.run([*command, __file__, *options], capture_output=True, text=True, check=False)
         said = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
-    if done.returncode or len(said) < processes:
-        print(done.stdout + done.stderr, file=sys.stderr)
     outcomes = {}
     for name in names:
-        of_all = [Outcome(*each.get(name, ("FAILED", "the process ended before it"))) for each in said]
-        missing = [] if len(said) == processes else [Outcome("FAILED", "a process ended before its first row")]
+        of_all = [Outcome(*each[name]) if name in each else Outcome("FAILED", "a process ended in it") for each in said]
+        missing = [Outcome("FAILED", "a process ended before its first row")] * (processes - len(said))
         bad = [each for each in [*missing, *of_all] if each.result != "passed"]
         outcomes[name] = bad[0] if bad else of_all[0]
+        if outcomes[name].result == "FAILED":
+            print(done.stdout + done.stderr, file=sys.stderr)
+            break
     return outcomes
 
 

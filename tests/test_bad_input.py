@@ -115,6 +115,7 @@ from fluxloop import (
     constant,
     cosine,
     exponential,
+    find_batch_size,
     find_lr,
     get_hyperparameter,
     inverse_sqrt,
@@ -123,6 +124,7 @@ from fluxloop import (
     one_cycle,
     overfit,
     polynomial,
+    recompute_activations,
     repeat,
     runepoch,
     runstep,
@@ -1047,6 +1049,18 @@ def a_sweep(**options: Any) -> None:
     find_lr(build({}), **options)
 
 
+def a_search(**options: Any) -> None:
+    find_batch_size(build({}), **options)
+
+
+def a_recomputation(pattern: Any) -> None:
+    recompute_activations(nn.Sequential(nn.Sequential(nn.Linear(2, 2))), pattern)
+
+
+def a_preparation(thing: Any) -> None:
+    Accelerator("cpu").prepare(thing)
+
+
 def a_rate(value: Any = 0.1, hp: Any = LearningRate) -> None:
     set_hyperparameter(build({}), hp, value)
 
@@ -1185,6 +1199,9 @@ MALFORMED = [
     *bad(a_summary, depth=[-1, 1.5, "2"]),
     *bad(an_explanation, path=["modle", 3, "", "step..loss"]),
     *bad(a_sweep, start=[0, -1, NAN, "1"], end=[0, NAN, 1e-9], steps=[0, 1, 2.5, "9"], smoothing=[1, -1, NAN, "a"]),
+    *bad(a_search, start=[0, -1, 2.5, "9"], largest=[0, NAN, "9"], phase=[ValidationPhase(), TrainingPhase, 3]),
+    *bad(a_recomputation, pattern=["1", "a.*", 3, None, ""]),
+    *bad(a_preparation, thing=[3, "a", nn.Linear, torch.zeros(3)]),
     *bad(a_sweep, phase=[ValidationPhase(), TrainingPhase, 3], optimizer=["D", 3]),
     *bad(a_rate, value=[NAN, -1.0, "a", None, INF], hp=[3, "lr", int, LearningRate("D"), LearningRate(group=3)]),
     *bad(a_look_at, hp=[None, "lr", Momentum("x"), Betas()]),

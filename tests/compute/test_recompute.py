@@ -488,3 +488,17 @@ def test_patterns_that_mean_nothing_are_refused_and_change_nothing(
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(TypeError, match=r"was given a list of length 1; expected a torch\.nn\.Module"):
         recompute_activations([nn.ReLU()], "0")  # type: ignore[type-var]  # refused
+
+
+@pytest.mark.slow
+def test_models_that_torch_compiles_compute_again_as_well_and_move_their_statistics_once() -> None:
+    def block(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Dropout(0.2))
+
+    plain = Net(block=block)
+    again = recompute_activations(copy.deepcopy(plain), "blocks.*")
+    for net in (plain, again):
+        trained(net, epochs=1, accelerator=Accelerator("cpu", compile="model"))
+    assert int(again.blocks[0][1].num_batches_tracked) == 4
+    for (name, one), other in zip(plain.state_dict().items(), again.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)

@@ -7,16 +7,19 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from fluxloop import Accelerator, Learner, TensorBatches, recompute_activations
+from fluxloop import Accelerator, Learner, TensorBatches, recompute_activations, synchronise_batch_norm
 from processes.launching import run
 
 SCRIPT = """
 from processes.launching import report
-from processes.test_recomputed import weights
+from processes.test_recomputed import STRATEGIES, weights
 
-for strategy in ("replicate", "shard"):
+for strategy in STRATEGIES:
     report(**{strategy: [weights(strategy, patterns) for patterns in ((), ("blocks.*",))]})
 """
+
+
+STRATEGIES = ("replicate", "synchronised")
 
 
 class Net(nn.Module):
@@ -38,11 +41,11 @@ class Net(nn.Module):
 
 def weights(strategy: str, patterns: tuple[str, ...]) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    model = Net()
+    model = synchronise_batch_norm(Net()) if strategy == "synchronised" else Net()
     if patterns:
         recompute_activations(model, *patterns)
     batches = TensorBatches(torch.randn(20, 6), torch.randn(20, 1), batch_size=4)
-    accelerator = Accelerator("cpu", strategy=strategy, accumulate=2)  # type: ignore[arg-type]  # one of them
+    accelerator = Accelerator("cpu", strategy="shard" if strategy == "shard" else "replicate", accumulate=2)
     learner = Learner(
         model,
         mse_loss,
@@ -60,7 +63,7 @@ def weights(strategy: str, patterns: tuple[str, ...]) -> dict[str, torch.Tensor]
 @pytest.mark.slow
 def test_weights_and_statistics_are_those_of_processes_that_keep_their_activations() -> None:
     for found in run(SCRIPT, processes=2).check().reports:
-        for strategy in ("replicate", "shard"):
+        for strategy in STRATEGIES:
             plain, again = found[strategy]
             assert plain.keys() == again.keys()
             for name, value in plain.items():
