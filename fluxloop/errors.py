@@ -202,11 +202,15 @@ class CancelSignal(Exception):  # noqa: N818 - a signal, not an error
 
     Args:
         reason: Why, in words for people; kept in ``history.stop_reason`` when the fit ends.
+
+    Attributes:
+        agreed: Whether all processes that train together have raised it.
     """
 
     def __init__(self, reason: str = "") -> None:
         super().__init__(reason)
         self.reason = reason
+        self.agreed = False
 
 
 class CancelStepException(CancelSignal):

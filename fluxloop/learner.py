@@ -140,7 +140,7 @@ class Learner(KeepsState, HasCallbacks, Generic[M]):
         self._seed_given = seed is not None
         self.seed = agree_on_seed(group, draw_seed() if seed is None else check_seed(seed), self._seed_given)
         self._ledger = Ledger()
-        self._running = Running()
+        self._running = Running(agrees=group is not None)
         session = Session.begin(self)
         self.callbacks, self.cbstate, self.history = session.callbacks, session.cbstate, session.history
         self.streams, self._host_queue = session.streams, session._host_queue
@@ -398,7 +398,7 @@ class Learner(KeepsState, HasCallbacks, Generic[M]):
         """
         if not self._running.fitting:
             raise CancelFittingException(reason)
-        self._running.stop_requested = reason
+        self._running.ask_to_stop(reason)
 
     def at_safe_point(self, action: Callable[[], object]) -> None:
         """Call `action` at each moment between two steps or epochs of the running fit, or of the next one, to its end.

@@ -28,6 +28,7 @@ from fluxloop.errors import (
 )
 from fluxloop.events import EpochBegin, EpochEnd, Event, StepBegin, StepEnd
 from fluxloop.guard.assign import put
+from fluxloop.processes.agree import together
 from fluxloop.randomness import forget_normal, preserved, start_generators, start_step
 from fluxloop.state import StepState
 
@@ -157,7 +158,8 @@ def runstep(learner: RunLearner, phase: RunPhase, /, **entries: Any) -> StepScop
     if type(epoch) is runepoch and epoch.idle_step is not None and epoch.idle_step.phase is phase:
         step, epoch.idle_step = epoch.idle_step, None
     else:
-        step = (WindowedStepScope if learner.updates.is_windowed else StepScope)(learner, phase)
+        kind = WindowedStepScope if learner.updates.is_windowed else StepScope
+        step = (kind if learner.accelerator.group is None else together(kind))(learner, phase)
     step.state = StepState(entries)
     return step
 

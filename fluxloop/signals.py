@@ -69,7 +69,7 @@ class _Interrupts:
 
     def __call__(self, number: int, frame: object) -> None:
         """Ask for the end; a second Ctrl+C is Python's again."""
-        self._learner._running.stop_requested = INTERRUPTED
+        self._learner._running.ask_to_stop(INTERRUPTED)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -87,7 +87,8 @@ class Terminates:
 
     def __call__(self, number: int, frame: object) -> None:
         """Ask for the end; end waiting for a batch when that has lasted too long."""
-        self.came, self._learner._running.stop_requested = True, TERMINATED
+        self.came = True
+        self._learner._running.ask_to_stop(TERMINATED)
         if self._late and is_waiting(self._learner):
             raise StopWaiting
         if not self.timer.is_alive():

@@ -181,12 +181,22 @@ class Finite:
         Raises:
             CancelFittingException: Says what became what, and where.
         """
+        self.put_back_buffers()
+        reason = f"{what} in {place or self._learner.where()}"
+        warn_user(f"the fit stops: {sentence(reason)} {advice}")
+        raise NotFinite(reason)
+
+    def put_back_buffers(self) -> None:
+        """Set the models' buffers to what they were before a step that was not finite."""
         if self.bad is not None or self._step is self._learner.step:  # not saved in an earlier step alone
             set_again(self._buffers)
         self.bad = None
-        reason = f"{what} in {place or self._learner.where()}"
-        warn_user(f"the fit stops: {sentence(reason)} {advice}")
-        raise CancelFittingException(reason)
+
+
+class NotFinite(CancelFittingException):
+    """Ends a fit whose numbers are not finite."""
+
+    is_not_finite = True
 
 
 def stored_losses(step: StepState) -> Iterable[tuple[str, Any]]:

@@ -126,6 +126,7 @@ class ShardedUpdates(WindowedUpdates):
     """
 
     finite_type = ShardedFinite
+    can_take_part = False  # torch sends parameters and gradients in the middle of the passes
 
     def __init__(self, learner: StepLearner, names: dict[nn.Parameter, str], optimizers: Optimizers) -> None:
         for name, optimizer in optimizers.items():

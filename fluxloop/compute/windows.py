@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from math import log2
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import torch
 from attrs import define, evolve, field
 from torch import Tensor, nn
 
-from fluxloop.compute.averaging import Averager
+from fluxloop.compute.averaging import Averager, Sums
 from fluxloop.compute.gradients import divide_gradients
 from fluxloop.compute.optimizers import Optimizers
 from fluxloop.compute.precision import Casting, LossScale, in_single
@@ -275,20 +276,27 @@ class WindowedUpdates(Updates):
             compute()
             self._complete(closing, [slot.window.summed for slot in closing])
         else:
+            self._learner.accelerator.group.agreement.before(self._learner, closing)
             with self.averager.watching([slot.parameters for slot in closing]):
                 compute()
-            weights, scales = [slot.window.summed for slot in closing], [slot.window.scale for slot in closing]
-            self._balance(self.averager.finish(weights, scales=scales).weights)
-            self._completed(closing)
+            self._add_up(closing, self.averager.finish)
 
     def _complete_alone(self, slot: WindowSlot) -> None:
         """Complete gradients that no backward pass is about to add to."""
         if self.averager is None:
             self._complete([slot], [slot.window.summed])
         else:
-            sums = self.averager.reduce([slot.parameters], [slot.window.summed], scales=[slot.window.scale])
-            self._balance(sums.weights)
-            self._completed([slot])
+            self._learner.accelerator.group.agreement.before(self._learner, [slot])
+            self._add_up([slot], partial(self.averager.reduce, [slot.parameters]))
+
+    def _add_up(self, slots: Sequence[WindowSlot], send: Callable[..., Sums]) -> None:
+        """Add up gradients of all processes, and act on what any of them wants."""
+        learner, agreement = self._learner, self._learner.accelerator.group.agreement
+        weights, scales = [slot.window.summed for slot in slots], [slot.window.scale for slot in slots]
+        sums = send(weights, agreement.votes(learner), scales=scales)
+        agreement.after(learner, sums.votes)
+        self._balance(sums.weights)
+        self._completed(slots)
 
     def _balance(self, weights: Sequence[Weight]) -> None:
         """Scale the losses of later windows so that their gradients need no division, if they weigh as much as these.
@@ -450,7 +458,8 @@ class WindowedUpdates(Updates):
     def _close_all(self) -> None:
         for slot in self.slots:
             window = slot.window
-            if slot.first_step is not None and window.count and window.current is None:
+            waits = slot.first_step is not None or self.averager is not None  # whose batch may be cancelled here alone
+            if waits and window.count and window.current is None:
                 self._complete_alone(slot)
                 self._use(slot)
 

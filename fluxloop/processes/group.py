@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fluxloop.errors import ProcessError, mute_warnings
+from fluxloop.processes.agree import Agreement
 from fluxloop.processes.watch import Watcher, prefixed, watched
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Group:
         rank: The number of this process, from 0.
         size: How many processes there are.
         is_main: Whether this is the first process, which alone prints and writes.
+        messages: How often something was sent, or was about to be.
+        agreement: What the processes agree on while they train.
         spare: Whether the running step repeats rows, because this process has run out of others and all have to take
             part in each step: its rows count nothing. Who gives the batch sets it before the step.
     """
@@ -47,11 +50,13 @@ class Group:
         self._process_group: dist.ProcessGroup | None = process_group
         self.device = device
         self.watcher = watcher
+        self.messages = 0
         self.rank = dist.get_rank(process_group)
         self.size = dist.get_world_size(process_group)
         self.is_main = self.rank == 0
         self.spare = False
         mute_warnings(not self.is_main)
+        self.agreement = Agreement(self)
 
     @property
     def process_group(self) -> dist.ProcessGroup:
@@ -62,6 +67,7 @@ class Group:
         """
         if self.watcher is not None:
             self.watcher.check()
+        self.messages += 1
         if self._process_group is None:
             raise ProcessError(f"{self.ended}: nothing is sent between the processes any more")
         return self._process_group

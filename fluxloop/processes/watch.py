@@ -254,7 +254,7 @@ class Watcher:
         """Say where the main thread is, to a process that has asked."""
         asked: dict[str, Any] = json.loads(question)
         if asked and self.answer is not None:
-            self.store.set(f"answer/{asked['number']}/{self.rank}", self.answer())
+            self.reply(asked["number"], self.answer())
 
     def _lose_store(self, error: RuntimeError) -> None:
         """Take the end of the store for the end of the process that holds it."""
@@ -329,12 +329,12 @@ class Watcher:
             self._tell_of(fates)
 
     def ask(self, number: str) -> None:
-        """Ask the others where their main threads are; they answer until `end_asking`."""
+        """Ask the others where their main threads are; they answer until something else is asked."""
         self.store.set("question", json.dumps({"number": number}))
 
-    def end_asking(self) -> None:
-        """Ask no more."""
-        self.store.set("question", "{}")
+    def reply(self, number: str, place: str) -> None:
+        """Say where the main thread is, to those that ask under a number."""
+        self.store.set(f"answer/{number}/{self.rank}", place)
 
     def answers(self, number: str) -> dict[int, str]:
         """Return what those have answered that have."""
@@ -380,7 +380,8 @@ def is_of_connections(error: BaseException) -> bool:
 
 def in_words(error: BaseException, rank: int) -> str:
     """Say what a process has raised, and where: ``"process 1 raised ValueError: ... in TrainingPhase(), epoch 2"``."""
-    text = f"process {rank} raised {type(error).__name__}: {error}".rstrip(": ")
+    said = str(error) if isinstance(error, ProcessError) else f"process {rank} raised {type(error).__name__}: {error}"
+    text = said.rstrip(": ")
     notes = [
         note.removeprefix("fluxloop: ") for note in getattr(error, "__notes__", ()) if note.startswith("fluxloop: ")
     ]
@@ -410,8 +411,7 @@ def watched(watcher: Watcher, leave: Callable[[], object]) -> Iterator[None]:
         cause = watcher.cause_of(error)
         watcher.told = True
         if cause is None:
-            if not isinstance(error, ProcessError):
-                watcher.announce(in_words(error, watcher.rank))
+            watcher.announce(in_words(error, watcher.rank))
             leave()
             raise
         leave()

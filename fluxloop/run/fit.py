@@ -95,7 +95,8 @@ def fit(
     finally:
         if learner._running.fitting:  # a fit that was refused leaves them to the next one
             learner._running.safe_points.clear()
-        learner._running.fitting, learner._running.stop_requested = False, None
+        learner._running.fitting = False
+        learner._running.stop_requested = learner._running.wish = None
         learner.fit_phases, learner.num_epochs, learner._running.resume_from = (), None, None
         put(learner, "data", saved)
 
@@ -188,6 +189,17 @@ def _warn_of_bad_weights(learner: RunLearner) -> None:
         )
 
 
+@contextmanager
+def _together(learner: RunLearner) -> Iterator[None]:
+    """Have a fit end on all processes, where it is cancelled or fails on one of those that train together."""
+    group = learner.accelerator.group
+    if group is None:
+        yield
+        return
+    with group.watching(), group.agreement.ending(learner):
+        yield
+
+
 def _check_alike(learner: RunLearner) -> None:
     """Raise where the processes that are about to train have different weights; make their buffers equal.
 
@@ -232,7 +244,7 @@ def _run(learner: RunLearner, scope: FitScope, until: int, reason: str | None) -
     scope.open()
     with heeding_signals(learner) as terminates, watching(learner):
         try:
-            with watching(learner):  # an error is told to other processes before FitEnd
+            with _together(learner):  # an error is told to other processes before FitEnd
                 _check_alike(learner)
                 with scope.noting("fit"):
                     scope.handle(FitBegin(scope.is_resuming))

@@ -16,7 +16,7 @@ from torch import nn
 
 from fluxloop.checkpoint.restoring import apply_or_undo
 from fluxloop.data.feed import Feed
-from fluxloop.errors import CheckpointError
+from fluxloop.errors import CancelFittingException, CheckpointError
 from fluxloop.loop import Scope, StepScope, runepoch
 from fluxloop.persist.plain import from_plain, phase_id, to_plain
 from fluxloop.phase import FittingPhase, Phase
@@ -166,7 +166,20 @@ class FitScope(Scope):
         Raises:
             CancelFittingException: The fit is to end.
         """
-        self._learner._running.pass_safe_point(self._learner.history)
+        learner, group = self._learner, self._learner.accelerator.group
+        if group is None:
+            learner._running.pass_safe_point(learner.history)
+            return
+        if self.feed is None:
+            group.agreement.between(learner)
+        else:
+            group.agreement.agree_on_stop(learner)
+        stops = learner._running.stop_requested
+        try:
+            learner._running.pass_safe_point(learner.history)
+        except CancelFittingException as signal:
+            signal.agreed = stops is not None
+            raise
 
     def begin_epoch(self, feed: Feed) -> None:
         """Take the data of an epoch that is about to run; where a fit is resumed in it, from there on."""
@@ -204,7 +217,7 @@ class FitScope(Scope):
         """Pass the last moment without a step under way, after `FitEnd`."""
         self.finished = True
         self._learner._running.stop_requested = None  # the fit has ended: what is asked for now stops nothing
-        self.pass_safe_point()
+        self._learner._running.pass_safe_point(self._learner.history)
 
     def place(self) -> dict[str, Any]:
         """Return where the fit stands, as plain data.

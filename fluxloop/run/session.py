@@ -119,6 +119,8 @@ class Running:
         phase: The phase whose epoch `Learner.epoch` or `Learner.fit` runs; None in a loop of the user's own.
         feed: The data of that epoch.
         stop_requested: Why the fit is to end before its next batch.
+        wish: Why this process wants the fit to end, where others have to be asked first.
+        agrees: Whether they have.
         safe_points: Called at each moment of the fit in which no step is under way.
         resume_from: The folder from which the fit was to be resumed, if that holds no checkpoint yet.
     """
@@ -127,8 +129,17 @@ class Running:
     phase: Phase | None = None
     feed: Feed | None = None
     stop_requested: str | None = None
+    wish: str | None = None
+    agrees: bool = False
     safe_points: list[Callable[[], object]] = field(factory=list)
     resume_from: str | PathLike[str] | None = None
+
+    def ask_to_stop(self, reason: str) -> None:
+        """Have the fit end before its next batch, once all processes know of it."""
+        if self.agrees:
+            self.wish = reason
+        else:
+            self.stop_requested = reason
 
     def pass_safe_point(self, history: History) -> None:
         """Do what waits for a moment between two steps or epochs: write checkpoints, and stop where that was requested.
@@ -183,7 +194,11 @@ def copy_at_rest(learner: L, memo: dict[int, Any]) -> L:
     """
     copied: L = object.__new__(type(learner))
     # A running fit is not copied: in its place the copy gets what a learner at rest has
-    memo |= {id(learner): copied, id(learner._running): Running(), id(learner.scope): None}
+    memo |= {
+        id(learner): copied,
+        id(learner._running): Running(agrees=learner._running.agrees),
+        id(learner.scope): None,
+    }
     try:
         for name, value in vars(learner).items():
             vars(copied)[name] = copy.deepcopy(value, memo)
