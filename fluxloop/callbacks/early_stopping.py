@@ -158,7 +158,9 @@ class EarlyStopping(Callback):
         direction = self._watched.require_direction(type(self).__name__)
         if self._running.mode != direction:  # the metric was added after this
             self._running = self._template.start(direction)
-        why = self._running.update(value, tuple(self._training_losses))
+        why, group = self._running.update(value, tuple(self._training_losses)), learner.accelerator.group
+        if group is not None:  # a criterion may go by the clock, and each process has its own
+            why = group.broadcast(why)
         self._training_losses = []
         if why is None or self._seen - self._before < self.min_epochs:
             return

@@ -18,7 +18,7 @@ from fluxloop.history import MOST_PARTS, numbers_in
 from fluxloop.metrics.base import Loss, Metric, SmoothLoss, Tracker
 from fluxloop.metrics.expected import expected_of
 from fluxloop.monitor import Expected, Mode
-from fluxloop.nested import weight_of
+from fluxloop.nested import map_tensors, weight_of
 from fluxloop.persist.series import Series
 from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase
 from fluxloop.state import Container, PhaseDict
@@ -45,6 +45,8 @@ class PhaseMetrics(Container):
         """Whether an epoch has begun whose values are not yet recorded."""
         self.group: Group | None = None
         """The processes over whose rows the epoch's values are computed; None for this one alone."""
+        self.carried: list[list[Any]] = []
+        """What processes had told of the running epoch where a checkpoint was written by another number of them."""
 
     @property
     def has_ended(self) -> bool:
@@ -67,9 +69,10 @@ class PhaseMetrics(Container):
         Raises:
             MetricError: Two metrics gave a value of one name.
         """
-        if self.group is None:
+        if self.group is None and not self.carried:
             return self.running(), {metric.name for metric, tracker in self.trackers if tracker.started}
-        told = self.group.gather_objects([tracker.told() for _, tracker in self.trackers])
+        own = [tracker.told() for _, tracker in self.trackers]
+        told = [*self.carried, *([own] if self.group is None else self.group.gather_objects(own))]
         found, seen = [], set()
         for (metric, tracker), each in zip(self.trackers, zip(*told, strict=True), strict=True):
             of_processes = [one for one in each if one is not None]
@@ -131,9 +134,17 @@ class PhaseMetrics(Container):
         return self.epochs[name][-1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: the epochs' values, and where the running epoch stands."""
+        """Return what a checkpoint keeps: the epochs' values, and where the running epoch stands.
+
+        In an epoch of several processes all of them call it, as they do where a checkpoint is written.
+        """
         running = [tracker.state_dict() for _, tracker in self.trackers] if self.started else None
-        return {"epochs": self.epochs, "sources": self._sources, "running": running}
+        state = {"epochs": self.epochs, "sources": self._sources, "running": running}
+        state |= {"carried": self.carried} if self.carried else {}
+        if running is not None and self.group is not None:
+            on_host = map_tensors(lambda tensor: tensor.detach().cpu(), running)
+            state |= {"running": None, "of_processes": self.group.gather_objects(on_host)}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what a checkpoint keeps.
@@ -142,17 +153,30 @@ class PhaseMetrics(Container):
             MetricError: It was written in the middle of an epoch that began with other metrics.
         """
         self.epochs, self._sources = state["epochs"], state["sources"]
-        running = state["running"]
-        self.started = running is not None
-        if running is None or not self.trackers:  # no epoch has begun yet: its state comes again when it has
+        of_processes = [state["running"]] if state["running"] is not None else state.get("of_processes", [])
+        self.started, self.carried = bool(of_processes), list(state.get("carried", ()))
+        if not of_processes or not self.trackers:  # no epoch has begun yet: its state comes again when it has
             return
-        if len(running) != len(self.trackers):
+        if len(of_processes[0]) != len(self.trackers):
             raise MetricError(
-                f"the epoch began with {len(running)} metrics, and there are {len(self.trackers)} now; go on with the "
-                "same ones"
+                f"the epoch began with {len(of_processes[0])} metrics, and there are {len(self.trackers)} now; go on "
+                "with the same ones"
             )
-        for (_, tracker), kept in zip(self.trackers, running, strict=True):
+        size, rank = (1, 0) if self.group is None else (self.group.size, self.group.rank)
+        if len(of_processes) == size:
+            for (_, tracker), kept in zip(self.trackers, of_processes[rank], strict=True):
+                tracker.load_state_dict(kept)
+        else:
+            self.carried += [self._told(running) for running in of_processes]
+
+    def _told(self, running: list[Any]) -> list[Any]:
+        """Return what a process had told of its metrics, of their states."""
+        told = []
+        for (metric, _), kept in zip(self.trackers, running, strict=True):
+            tracker = metric.start()
             tracker.load_state_dict(kept)
+            told.append(tracker.told())
+        return told
 
     def __repr__(self) -> str:
         return f"PhaseMetrics({', '.join(f'{k}: {v[-1][1]}' for k, v in self.epochs.items())})"
@@ -242,7 +266,7 @@ class Metrics(Callback):
         metrics = learner.cbstate.metrics[phase]
         metrics.started = True
         metrics.trackers = [(m, m.start()) for m in self.metrics if isinstance(phase, m.phase)]
-        metrics.group = learner.accelerator.group
+        metrics.group, metrics.carried = learner.accelerator.group, []
         if metrics.group is not None:
             for _, tracker in metrics.trackers:
                 tracker.keep_apart()
