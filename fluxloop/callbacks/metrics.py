@@ -174,6 +174,7 @@ class PhaseMetrics(Container):
         told = []
         for (metric, _), kept in zip(self.trackers, running, strict=True):
             tracker = metric.start()
+            tracker.keep_apart()
             tracker.load_state_dict(kept)
             told.append(tracker.told())
         return told

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from math import ceil, log
 from typing import Any
 
 import torch
@@ -9,6 +11,9 @@ from torch import Tensor
 
 FOLD_AFTER = 128
 """How many values `Mean` collects before it adds them up: one kernel for many steps."""
+
+LEAST = 1e-17
+"""A share in a moving average that changes no digit of it."""
 
 
 class Mean:
@@ -99,18 +104,31 @@ class Mean:
 
 
 class MovingAverage:
-    """An exponential moving average of scalars, on their device."""
+    """An exponential moving average of scalars, on their device.
 
-    def __init__(self, decay: float) -> None:
+    Args:
+        decay: Weight of the past.
+        keeps_steps: Whether it keeps its last values, as many as count in the average, to be joined with those of
+            other processes: the average of several is that of the steps' means, each process weighted.
+    """
+
+    def __init__(self, decay: float, keeps_steps: bool = False) -> None:
         self._decay = decay
         self._value: Tensor | None = None
         self._weight = 0.0
+        self._count = 0
+        self._steps: deque[tuple[Tensor, float | Tensor]] | None = None
+        if keeps_steps:
+            self._steps = deque(maxlen=ceil(log(LEAST) / log(decay)) if decay > LEAST else 1)
 
     def add(self, value: Tensor, weight: float | Tensor = 1) -> None:
-        """Add a value; its weight plays no part."""
+        """Add a value; its weight plays no part in this process's average."""
         past = self._value if self._value is not None else torch.zeros_like(value)
         self._value = self._decay * past + (1 - self._decay) * value
         self._weight = self._decay * self._weight + (1 - self._decay)
+        self._count += 1
+        if self._steps is not None:
+            self._steps.append((value, weight))
 
     def latest(self) -> Tensor:
         """Return the average after the newest value."""
@@ -122,19 +140,38 @@ class MovingAverage:
         """Return the average so far."""
         return None if self._value is None else self.latest()
 
-    def told(self) -> float | None:
-        """Return the average so far, for other processes; None before the first value."""
-        return None if self._value is None else float(self.latest())
+    def told(self) -> tuple[int, list[tuple[float, float]]] | None:
+        """Return how many values there were, and the last ones with their weights; None before the first value."""
+        if self._value is None:
+            return None
+        if self._steps is None:  # of a checkpoint of one process: as one value
+            return 1, [(float(self.latest()), 1.0)]
+        return self._count, [(float(value), float(weight)) for value, weight in self._steps]
 
-    @staticmethod
-    def joined(told: list[float]) -> Tensor | None:
-        """Return the mean of the averages of several processes; None where there are none."""
-        return torch.tensor(sum(told) / len(told), dtype=torch.float64) if told else None
+    def joined(self, told: list[tuple[int, list[tuple[float, float]]]]) -> Tensor | None:
+        """Return the average over the steps of processes that have `told` theirs; None where there are none."""
+        steps: dict[int, list[tuple[float, float]]] = {}
+        for count, values in told:
+            for place, value in enumerate(values, count - len(values)):
+                steps.setdefault(place, []).append(value)
+        last, total, past = max(steps, default=0), 0.0, 0.0
+        for place, values in sorted(steps.items()):
+            weight = sum(weight for _, weight in values)
+            if weight:
+                share = self._decay ** (last - place)
+                total += share * sum(value * weight for value, weight in values if weight) / weight
+                past += share
+        return torch.tensor(total / past, dtype=torch.float64) if past else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
-        return {"value": self._value, "weight": self._weight}
+        state: dict[str, Any] = {"value": self._value, "weight": self._weight}
+        return state if self._steps is None else state | {"count": self._count, "steps": list(self._steps)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what a checkpoint keeps."""
         self._value, self._weight = state["value"], state["weight"]
+        self._count = state.get("count", 0)
+        if self._steps is not None:
+            self._steps.clear()
+            self._steps.extend(state.get("steps", ()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -399,13 +400,13 @@ class SmoothLoss:
 
     def start(self) -> Tracker:
         """Begin an epoch."""
-        return LossTracker(lambda: MovingAverage(self.decay), "smoothloss")
+        return LossTracker(partial(MovingAverage, self.decay), "smoothloss")
 
 
 class LossTracker(Tracker):
     """Follows the loss, or the losses by optimizer, of each step."""
 
-    def __init__(self, average: Callable[[], Mean | MovingAverage], name: str = "loss") -> None:
+    def __init__(self, average: Callable[..., Mean | MovingAverage], name: str = "loss") -> None:
         self._average = average
         self._name = name
         self._averages: dict[str, Mean | MovingAverage] = {}
@@ -442,15 +443,20 @@ class LossTracker(Tracker):
         """Return the last step's loss, or the moving average after it."""
         return {name: average.latest() for name, average in self._averages.items()}
 
+    def keep_apart(self) -> None:
+        """Keep the steps of a moving average, which is joined step by step."""
+        if isinstance(self._average(), MovingAverage):
+            self._average = partial(self._average, keeps_steps=True)
+
     def told(self) -> Any:
-        """Return the sum and the weight of each loss."""
+        """Return what each average tells of itself."""
         return {name: average.told() for name, average in self._averages.items()} or None
 
     def joined(self, told: list[Any]) -> dict[str, Any]:
         """Return the average losses over all processes, which need not have had the same ones."""
         names = dict.fromkeys(name for each in told for name in each)
-        kind = type(self._average())
-        means = {name: kind.joined([each[name] for each in told if each.get(name)]) for name in names}
+        joining = self._average()
+        means = {name: joining.joined([each[name] for each in told if each.get(name)]) for name in names}
         return {name: mean for name, mean in means.items() if mean is not None}
 
     def state_dict(self) -> dict[str, Any]:

@@ -143,11 +143,27 @@ def test_steps_that_weigh_nothing_do_not_count_even_where_they_are_nan() -> None
     assert other.joined([other.told()]) == {}
 
 
-def test_smoothed_losses_of_processes_are_averaged() -> None:
-    trackers = [SmoothLoss(0.5).start() for _ in range(2)]
-    for tracker, loss in zip(trackers, (1.0, 3.0), strict=True):
-        tracker.update(StepState({"loss": torch.tensor(loss)}), 1)
-    assert float(trackers[0].joined([tracker.told() for tracker in trackers])["smoothloss"]) == 2.0
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.98])
+def test_smoothed_losses_are_those_of_the_joined_batches(decay: float) -> None:
+    rows, losses = torch.randint(1, 9, (2, 90)), torch.randn(2, 90, dtype=torch.float64)
+    metric = SmoothLoss(decay)
+    trackers = [metric.start() for _ in range(2)]
+    whole = metric.start()
+    for step in range(90):
+        count, loss = rows[:, step], losses[:, step]
+        parts = [0] if step == 89 else [0, 1]  # one has nothing in the last step
+        for part in parts:
+            if step == 0:
+                trackers[part].keep_apart()
+            trackers[part].update(StepState({"loss": loss[part]}), int(count[part]))
+        whole.update(StepState({"loss": (loss * count)[parts].sum() / count[parts].sum()}), int(count[parts].sum()))
+        if step == 40:
+            state = trackers[1].state_dict()
+            trackers[1] = metric.start()
+            trackers[1].keep_apart()
+            trackers[1].load_state_dict(state)
+    joined = trackers[0].joined([tracker.told() for tracker in trackers])
+    torch.testing.assert_close(joined, whole.compute(), rtol=0, atol=1e-12)
 
 
 class Bare:

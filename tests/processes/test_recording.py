@@ -21,7 +21,7 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from fluxloop import (
-    EMA, Accelerator, Callback, EpochBegin, EpochEnd, Learner, Metric, Metrics, TensorBatches, TrainingPhase,
+    EMA, Accelerator, Callback, EpochEnd, Learner, Metric, Metrics, SmoothLoss, TensorBatches, TrainingPhase,
     ValidationPhase, accuracy, on,
 )
 from fluxloop.callbacks import (
@@ -77,7 +77,7 @@ class Main(Callback):
 log = CSV(folder / "log.csv")
 linear = LinearProbe("model", 3, queries=held_out, entries=("preds", "ys"))
 callbacks = [
-    Metrics(accuracy, Metric(MulticlassAccuracy(3), name="macro"), Metric(Rows(), name="rows")),
+    Metrics(accuracy, Metric(MulticlassAccuracy(3), name="macro"), Metric(Rows(), name="rows"), SmoothLoss()),
     *(ProgressBar(enabled=True, interval=0), CSVLogger(folder / "table.csv"), LogMetrics(log)),
     LogHistograms(log, every=2),
     *(Everywhere(), Main(), Profile(trace=folder / "trace", steps=(1, 1)), Checkpointer(folder / "run")),
@@ -166,7 +166,7 @@ def test_every_epoch_value_is_that_of_one_process_on_the_joined_batches(ran: Any
         assert report["counts"] == one["counts"]
         assert report["stopped"] == one["stopped"] is not None
     names = {name.split("/")[1] for name in one["rows"]}
-    assert names >= {"loss", "accuracy", "macro", "knn_model", "linear_model", "preds_std", "preds_rank"}
+    assert names >= {"loss", "accuracy", "macro", "knn_model", "linear_model", "preds_std", "preds_rank", "smoothloss"}
 
 
 @pytest.mark.slow
