@@ -439,6 +439,7 @@ def _become_like(made: nn.Module, part: nn.Module, memo: dict[int, Any]) -> None
     pairs = [*zip(part.modules(), made.modules(), strict=False)]
     if len(pairs) < max(len([*part.modules()]), len([*made.modules()])):
         raise ModelError("a module that is sharded has got other parts since, and cannot be copied")
+    memo |= {id(old): new for old, new in pairs}  # attributes may hold the modules themselves
     for old, new in pairs:
         new.training = old.training
         for name, value in vars(old).items():
