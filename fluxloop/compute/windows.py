@@ -25,6 +25,7 @@ from fluxloop.compute.slots import Slot
 from fluxloop.compute.updates import Updates
 from fluxloop.errors import OptimizerError, did_you_mean, warn_user
 from fluxloop.nested import weight_of
+from fluxloop.processes.sums import with_mean_loss
 from fluxloop.state import StepState
 
 if TYPE_CHECKING:
@@ -274,7 +275,7 @@ class WindowedUpdates(Updates):
         closing = [slot for slot in slots if slot.window.closes]
         if self.averager is None or not closing:
             compute()
-            self._complete(closing, [slot.window.summed for slot in closing])
+            self._complete(closing)
         else:
             self._learner.accelerator.group.agreement.before(self._learner, closing)
             with self.averager.watching([slot.parameters for slot in closing]):
@@ -284,7 +285,7 @@ class WindowedUpdates(Updates):
     def _complete_alone(self, slot: WindowSlot) -> None:
         """Complete gradients that no backward pass is about to add to."""
         if self.averager is None:
-            self._complete([slot], [slot.window.summed])
+            self._complete([slot])
         else:
             self._learner.accelerator.group.agreement.before(self._learner, [slot])
             self._add_up([slot], partial(self.averager.reduce, [slot.parameters]))
@@ -299,18 +300,16 @@ class WindowedUpdates(Updates):
         self._completed(slots)
 
     def _balance(self, weights: Sequence[Weight]) -> None:
-        """Scale the losses of later windows so that their gradients need no division, if they weigh as much as these.
-
-        All processes know what these weigh together. A power of two changes no bit of a quotient.
-        """
-        weight = weights[-1]
+        """Scale the losses of later windows so that gradients need no division where they weigh as much as these."""
+        weight = weights[-1]  # which all processes know; a power of two changes no bit of a quotient
         if self.scale is None and not isinstance(weight, Tensor) and weight > 0:
             self.factor = 2.0 ** -round(log2(weight))
 
-    def _complete(self, slots: Sequence[WindowSlot], weights: Sequence[Weight]) -> None:
+    def _complete(self, slots: Sequence[WindowSlot]) -> None:
         """Divide the gradients of windows by their weight and scale."""
-        for slot, weight in zip(slots, weights, strict=True):
-            divide_gradients([p.grad for p in slot.parameters if p.grad is not None], weight, slot.window.scale)
+        for slot in slots:
+            gradients = [p.grad for p in slot.parameters if p.grad is not None]
+            divide_gradients(gradients, slot.window.summed, slot.window.scale)
         self._completed(slots)
 
     def _completed(self, slots: Sequence[WindowSlot]) -> None:
@@ -344,13 +343,11 @@ class WindowedUpdates(Updates):
         if closure is not None:
             self._check_closes(slots)
             with self._uncast():
-                super().update(name, closure)
+                super().update(name, with_mean_loss(closure, self._learner.accelerator.group, self._weigh))
             return
         phase_name = "" if phase is None else phase.name
         told, quiet = self._told_no_gradient, any(slot.has_gradients for slot in slots)
-        self._told_no_gradient = (
-            told or quiet
-        )  # where one of several has gradients, it is no fault that another has none
+        self._told_no_gradient = told or quiet  # where one of several has gradients, another may have none
         try:
             for slot in slots:
                 if slot.first_step is not None and slot.phase != phase_name:

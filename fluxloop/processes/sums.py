@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -59,6 +60,40 @@ class Sums:
         # As torch.distributed.all_reduce calls it, which costs as much again as a small message.
         work: Work = process_group.allreduce([tensor])
         return work
+
+
+def mean_of(group: Group, value: Tensor | float, weight: Tensor | float) -> Tensor:
+    """Return the mean of a number that each process has, the same on all; one that weighs nothing is left out.
+
+    Args:
+        group: The processes.
+        value: Of this one.
+        weight: What it weighs.
+    """
+    value, weight = (torch.as_tensor(x, device=group.device).detach().double().reshape(()) for x in (value, weight))
+    total, weights = group.all_reduce(torch.stack([torch.where(weight == 0, 0.0, value * weight), weight]))
+    mean: Tensor = total / torch.where(weights == 0, 1.0, weights)
+    return mean
+
+
+def with_mean_loss(
+    closure: Callable[[], Any], group: Group | None, weigh: Callable[[], Tensor | float]
+) -> Callable[[], Any]:
+    """Return a closure whose loss is the mean of all processes: by it an optimizer decides how often it calls it.
+
+    Args:
+        closure: Computes gradients, and returns this process's loss.
+        group: The processes; None for one alone.
+        weigh: Says what that loss weighs.
+    """
+    if group is None:
+        return closure
+
+    def mean_loss() -> Any:
+        loss = closure()
+        return loss if loss is None else mean_of(group, loss, weigh())
+
+    return mean_loss
 
 
 class _InPairs:

@@ -15,8 +15,10 @@ from fluxloop.errors import CancelFittingException, DataError, LossError, Optimi
 from fluxloop.events import StepBegin, StepEnd
 from fluxloop.guard.given import check_number
 from fluxloop.hyperparameters import put
+from fluxloop.nested import weight_of
 from fluxloop.phase import AbstractTrainingPhase, Phase
 from fluxloop.phases.supervised import TrainingPhase
+from fluxloop.processes.sums import mean_of
 from fluxloop.randomness import preserved
 from fluxloop.run.epoch import feed
 from fluxloop.run.phases import check_runs
@@ -246,7 +248,9 @@ class _Sweep(UnsafeCallback):
 
     @on(StepEnd, AbstractTrainingPhase)
     def keep_loss(self, event: StepEnd, phase: AbstractTrainingPhase, learner: RunLearner) -> None:
-        rate, loss = self.schedule(len(self.losses)), self._loss(learner.step, phase)
+        rate, loss, group = self.schedule(len(self.losses)), self._loss(learner.step, phase), learner.accelerator.group
+        if group is not None:  # so that all end the sweep at the same step
+            loss = float(mean_of(group, loss, 0.0 if group.spare else weight_of(phase, learner.step)))
         if not isfinite(loss):
             raise CancelFittingException(f"the loss became {loss} at a learning rate of {rate:.2g}")
         self.rates.append(rate)
