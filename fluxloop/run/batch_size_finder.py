@@ -124,6 +124,8 @@ class _Trial:
         window = max(accumulate.values(), default=1) if isinstance(accumulate, Mapping) else accumulate
         self.steps = window + min(window, 2)
         """An update, and a step after it; where an update has several batches, one that adds to gradients that wait."""
+        self.until_scaled = 24 * window if learner.accelerator.precision == "fp16" else 0
+        """How many more at most, until the scale of losses is one with which an update is made."""
         self.error: BaseException | None = None
 
     def search(self, size: int, largest: int) -> int:
@@ -147,7 +149,12 @@ class _Trial:
         self.clear()
         try:
             batch = _with_rows(self.batch, self.rows, size)
+            before = self.learner.updates.count
             for _ in range(self.steps):
+                self.phase.step(self.learner, batch)
+            for _ in range(self.until_scaled):
+                if self.learner.updates.count > before:
+                    break
                 self.phase.step(self.learner, batch)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

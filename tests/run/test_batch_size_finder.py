@@ -142,6 +142,24 @@ def test_updates_of_several_batches_are_tried_to_the_point_where_gradients_wait_
     assert seen == [8] * 5
 
 
+def test_in_fp16_a_size_is_tried_until_the_scale_lets_the_optimizer_make_its_averages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[int] = []
+    plain = torch.optim.Adam.step
+
+    def step(self: Any, closure: Any = None) -> Any:
+        made.append(len(self.state))
+        return plain(self, closure)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    learner = learner_of(accelerator=Accelerator("cpu", precision="fp16"))
+    learner.loss_fn = lambda preds, ys: 1e4 * mse_loss(preds, ys)  # infinite with the scale that it begins with
+    find_batch_size(learner, start=8, largest=8)
+    assert made
+    assert learner.updates.scale_state()["scale"]["value"] == 2**16
+
+
 def test_a_step_of_a_users_own_and_any_batch_of_tensors_are_tried() -> None:
     class Own(TrainingPhase):
         def step(self, learner: Any, batch: Any) -> Any:
