@@ -70,7 +70,10 @@ def mean_of(group: Group, value: Tensor | float, weight: Tensor | float) -> Tens
         value: Of this one.
         weight: What it weighs.
     """
-    value, weight = (torch.as_tensor(x, device=group.device).detach().double().reshape(()) for x in (value, weight))
+    value, weight = (
+        torch.as_tensor(number, dtype=torch.float64, device=group.device).detach().reshape(())
+        for number in (value, weight)
+    )
     total, weights = group.all_reduce(torch.stack([torch.where(weight == 0, 0.0, value * weight), weight]))
     mean: Tensor = total / torch.where(weights == 0, 1.0, weights)
     return mean

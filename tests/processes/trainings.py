@@ -223,6 +223,28 @@ def simclr(strategy: Any = "auto") -> Learner:
     return made
 
 
+class Searching(TrainingPhase):
+    """Steps an optimizer that decides by the loss how often it computes gradients."""
+
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        """Step it with a closure."""
+
+        def closure() -> Tensor:
+            loss = (learner.model(state.xs) - state.ys).square().mean()
+            learner.backward(loss)
+            return loss
+
+        learner.update(closure=closure)
+
+
+def line_search(strategy: Any = "auto") -> Learner:
+    made = regression(
+        strategy, optimizer=partial(torch.optim.LBFGS, lr=0.5, max_iter=5, line_search_fn="strong_wolfe"), number=50
+    )
+    made.fit(1, phases=[Searching()])
+    return made
+
+
 def dino(strategy: Any = "auto") -> Learner:
     torch.manual_seed(1)
     student = nn.Module()
