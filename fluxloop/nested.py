@@ -150,6 +150,27 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def sharded_like(value: Tensor, like: Any) -> Tensor:
+    """Return this process's part of a whole tensor as a tensor that is sharded as another one is.
+
+    Args:
+        value: The whole tensor; one that is sharded, or of another shape, stays as it is.
+        like: The other one; where that is whole, the tensor stays too.
+    """
+    if not hasattr(like, "to_local") or hasattr(value, "to_local") or value.shape != like.shape:
+        return value
+    part, mesh = value.detach(), like.device_mesh
+    for place, placement, number in zip(mesh.get_coordinate(), like.placements, mesh.shape, strict=True):
+        if placement.is_shard():
+            length = -(-like.shape[placement.dim] // number)
+            begin = min(place * length, like.shape[placement.dim])
+            part = part.narrow(placement.dim, begin, min(length, like.shape[placement.dim] - begin))
+    made: Tensor = type(like.data).from_local(
+        part.to(like.device, copy=True), mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return made
+
+
 def concatenate(parts: list[Any]) -> Any:
     """Join batches along their first dimension, leaf by leaf.
 

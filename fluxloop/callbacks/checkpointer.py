@@ -18,6 +18,7 @@ from fluxloop.callback import UnsafeCallback, on
 from fluxloop.checkpoint.folder import LATEST, Folder, Progress, name_of
 from fluxloop.checkpoint.gathering import gather, lasting
 from fluxloop.checkpoint.manifest import check_writers
+from fluxloop.checkpoint.parts import has_sharded
 from fluxloop.compute.finite import first_names, not_finite, state_tensors
 from fluxloop.errors import CallbackConflictError, CheckpointError, sentence, warn_user
 from fluxloop.events import FitBegin, FitEnd, StepEnd
@@ -51,7 +52,8 @@ class Checkpointer(UnsafeCallback):
 
     While a fit runs, the folder is locked: another process that would write to it is refused. Of several processes that
     train together the first one writes, and all go on from its files; they ask each other about once a second whether
-    the clock or a signal wants one written.
+    the clock or a signal wants one written. Where parameters are sharded, each process writes a file of its parts
+    beside it, and waits until it is there; any number of processes, also one, goes on from these files.
 
     Where the data or a phase's own `epoch` cannot be resumed in the middle of an epoch, it warns
     once, and checkpoints wait until the epoch ends. It warns once, too, and writes nothing, where numbers of the
@@ -315,13 +317,17 @@ class Checkpointer(UnsafeCallback):
         if self.keep_best and complete and learner.history.cycles:
             self._note_score(name_of(progress), learner)
         state = gather(learner, place)
-        if not learner.accelerator.is_main:
+        group, folder = learner.accelerator.group, Folder(self.folder)
+        if learner.accelerator.is_main:
+            there = {name_of(progress), *(path.name for _, path in folder.files())}
+            self._scores = {name: score for name, score in self._scores.items() if name in there}
+        if group is not None and has_sharded(state):
+            self.last = folder.add_parts(progress, state, again, group)
+            if group.is_main:
+                self._remove_old(folder, self.last)
+        elif not learner.accelerator.is_main:
             self.last = self.folder / name_of(progress)
-            return
-        folder = Folder(self.folder)
-        there = {name_of(progress), *(path.name for _, path in folder.files())}
-        self._scores = {name: score for name, score in self._scores.items() if name in there}
-        if self.background:
+        elif self.background:
             self._writer = self._writer or ThreadPoolExecutor(1, "checkpoints")
             self._writing = self._writer.submit(self._put, folder, progress, snapshot(state), again)
         else:
@@ -354,10 +360,14 @@ class Checkpointer(UnsafeCallback):
     def _put(self, folder: Folder, progress: Progress, state: dict[str, Any], again: bool) -> None:
         """Write a file, in the place of one of the same moment; only then remove those that need not stay."""
         self.last = folder.add(progress, state, again)
+        self._remove_old(folder, self.last)
+
+    def _remove_old(self, folder: Folder, newest: Path) -> None:
+        """Remove the files that need not stay."""
         names = [path.name for _, path in folder.files()]
-        if self.last.name not in names:
+        if newest.name not in names:
             raise CheckpointError(
-                f"{self.last} was written, and is gone: was the folder removed or renamed? Leave it where it is while "
+                f"{newest} was written, and is gone: was the folder removed or renamed? Leave it where it is while "
                 "the run goes on"
             )
         if names[0] == name_of(START) and len(names) > 1:

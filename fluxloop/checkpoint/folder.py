@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import zipfile
@@ -25,7 +26,17 @@ import torch
 from attrs import field, frozen
 
 from fluxloop.checkpoint.digests import check_sums, checksums, first_difference, named_tensors
+from fluxloop.checkpoint.parts import (
+    PART_NAME,
+    PARTS,
+    names_of_parts,
+    parts_of,
+    put_together,
+    remove_orphans,
+    taken_apart,
+)
 from fluxloop.errors import CheckpointError, annotate, sentence, warn_user
+from fluxloop.processes.group import Group
 
 try:
     import fcntl
@@ -39,7 +50,7 @@ FORMAT = 1
 """Number of the layout of a checkpoint; a file of another one is refused."""
 MARKER, LATEST = "fluxloop.json", "latest"
 NAME = re.compile(r"epoch-(\d+)-step-(\d+)-phase-(\d+)\.pt")
-HALF_WRITTEN = re.compile(rf"\.({NAME.pattern}|{re.escape(MARKER)}|{LATEST})\.\d+\.tmp")
+HALF_WRITTEN = re.compile(rf"\.({NAME.pattern}|{PART_NAME.pattern}|{re.escape(MARKER)}|{LATEST})\.\d+\.tmp")
 Progress = tuple[int, int, int]
 """Complete epochs, steps, and complete phases of the next epoch."""
 
@@ -171,6 +182,23 @@ def read(path: Path, weights_only: bool = False) -> dict[str, Any]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path} was given as a checkpoint; expected a file that learner.save wrote")
+    state = _load(path)
+    if isinstance(state, dict) and PARTS in state:
+        state = put_together(path, state, _load)
+    if not isinstance(state, dict) or not (weights_only or "fluxloop" in state):
+        raise CheckpointError(
+            f"{path} is no checkpoint of fluxloop's; expected a file that learner.save or a Checkpointer wrote. For "
+            "weights alone: learner.load_weights(path)"
+        )
+    return state
+
+
+def _load(path: Path) -> Any:
+    """Load a file, and compare it with its checksums.
+
+    Raises:
+        CheckpointError: It is incomplete or damaged, or something else.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load does not compare the archive's checksums
@@ -193,11 +221,6 @@ def read(path: Path, weights_only: bool = False) -> dict[str, Any]:
         ) from error
     except Exception as error:
         raise CheckpointError(f"the checkpoint {path} is incomplete or damaged: {error}") from error
-    if not isinstance(state, dict) or not (weights_only or "fluxloop" in state):
-        raise CheckpointError(
-            f"{path} is no checkpoint of fluxloop's; expected a file that learner.save or a Checkpointer wrote. For "
-            "weights alone: learner.load_weights(path)"
-        )
     return state
 
 
@@ -288,6 +311,7 @@ class Folder:
             for entry in self.path.glob(".*.tmp"):
                 if HALF_WRITTEN.fullmatch(entry.name):
                     entry.unlink(missing_ok=True)
+            remove_orphans(self.path)
         except OSError as error:
             raise CheckpointError(f"the folder {self.path} cannot be written to: {error}") from error
         _held[place] = os.getpid()
@@ -345,12 +369,50 @@ class Folder:
         _replace(self.path / LATEST, lambda file: file.write(f"{path.name}\n".encode()))
         return path
 
+    def add_parts(self, progress: Progress, state: dict[str, Any], again: bool, group: Group) -> Path:
+        """Write a checkpoint of which each process has a part; all of them have to call this together.
+
+        Each writes its part. Once all have said that they have, the first one writes the index, without which the parts
+        are nothing; whoever is killed before leaves the checkpoint before this one as the newest.
+
+        Args:
+            progress: How far the run has come.
+            state: With the sharded tensors.
+            again: Whether this is the same one again.
+            group: The processes.
+
+        Raises:
+            CheckpointError: As `add` does; or another process could not write its part.
+        """
+        path = self.path / name_of(progress)
+        names = names_of_parts(path.name, group.broadcast(secrets.token_hex(4)), group.size)
+        index, parts = taken_apart(state, names)
+        own, failure = self.path / names[group.rank], ""
+        try:
+            write(own, parts)
+        except CheckpointError as error:
+            failure = str(error)
+        failures = {rank: said for rank, said in enumerate(group.gather_objects(failure)) if said}
+        if failures:
+            own.unlink(missing_ok=True)
+            rank, said = next(iter(failures.items()))
+            raise CheckpointError(f"process {rank} could not write its part: {said}")
+        if group.is_main:
+            self.add(progress, index, again)
+            for former in parts_of(self.path, path.name):
+                if former.name not in names:
+                    former.unlink(missing_ok=True)
+        group.wait()
+        return path
+
     def remove(self, names: set[str]) -> None:
         """Remove checkpoints by name; other files are never touched."""
         for _, path in self.files():
             if path.name in names:
                 try:
-                    path.unlink(missing_ok=True)
+                    path.unlink(missing_ok=True)  # the index before its parts: without it they are nothing
+                    for part in parts_of(self.path, path.name):
+                        part.unlink(missing_ok=True)
                 except OSError as error:
                     raise CheckpointError(f"the checkpoint {path} is to be removed, and cannot be: {error}") from error
 
@@ -362,7 +424,8 @@ def _check_reads(path: Path, state: dict[str, Any]) -> None:
         CheckpointError: It is not what was written; the file is removed.
     """
     try:
-        difference = first_difference(state, read(path))
+        found = read(path)
+        difference = None if PARTS in state else first_difference(state, found)
         if difference is not None:
             raise CheckpointError(difference)
     except CheckpointError as error:

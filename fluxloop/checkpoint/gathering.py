@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fluxloop.checkpoint.folder import FORMAT
+from fluxloop.checkpoint.open_windows import add_up
 from fluxloop.checkpoint.optimizer_state import optimizer_state
 from fluxloop.checkpoint.weights_file import weights_of
 from fluxloop.compute.optimizers import parameter_names
@@ -157,7 +158,7 @@ def _updates_state(learner: RunLearner) -> State:
     """Return where each optimizer stands in accumulating gradients, and the gradients that wait for an update."""
     updates = learner.updates
     consumed = {p for slot in updates.slots if slot.consumed for p in slot.parameters}
-    return {
+    kept: State = {
         "slots": {
             slot.name or "": {
                 "consumed": slot.consumed,
@@ -175,6 +176,8 @@ def _updates_state(learner: RunLearner) -> State:
             name: p.grad.detach() for p, name in updates.names.items() if p.grad is not None and p not in consumed
         },
     }
+    add_up(learner, kept)
+    return kept
 
 
 def _shared_state(learner: RunLearner) -> State:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from fluxloop.compute.optimizers import owned_parameters
 from fluxloop.errors import CheckpointError, describe, did_you_mean
+from fluxloop.nested import sharded_like
 from fluxloop.persist.plain import class_name, from_plain, to_plain
 
 State = dict[str, Any]
@@ -363,6 +364,14 @@ def load_optimizer(
         CheckpointError: It cannot be matched.
     """
     state = from_plain(_arranged(optimizer, kept, by_name, label), device=device)
+    if "state" in state:
+        state = {**state, "state": dict(state["state"])}
+        for index, parameter in enumerate(owned_parameters(optimizer)):
+            if hasattr(parameter, "to_local") and index in state["state"]:  # sharded: each process takes its part
+                state["state"][index] = {
+                    name: sharded_like(value, parameter) if isinstance(value, Tensor) else value
+                    for name, value in state["state"][index].items()
+                }
     optimizer.load_state_dict(state)
     # torch has cast entries to the type of their parameter: float32 averages of bfloat16 weights are put back
     for index, parameter in enumerate(owned_parameters(optimizer)):

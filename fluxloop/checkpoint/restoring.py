@@ -14,12 +14,14 @@ from torch import nn
 
 from fluxloop.callback import Callback
 from fluxloop.checkpoint.gathering import gather, phases_state
+from fluxloop.checkpoint.open_windows import divide
 from fluxloop.checkpoint.optimizer_state import load_optimizer
 from fluxloop.checkpoint.weights_file import restore_weights
 from fluxloop.compute.optimizers import parameters_by_name
 from fluxloop.data.passes import put_data_back
 from fluxloop.errors import CheckpointError, annotate, sentence, warn_user
 from fluxloop.guard.assign import put
+from fluxloop.nested import sharded_like
 from fluxloop.order.owners import owners_of
 from fluxloop.persist.attributes import WATCHED, attributes
 from fluxloop.persist.copies import copy_attributes, copy_gradient
@@ -210,7 +212,7 @@ def _restore_updates(learner: RunLearner, kept: State) -> None:
     gradients = {by_name[name]: gradient for name, gradient in kept["gradients"].items() if name in by_name}
     for parameter in learner.updates.names:
         gradient = gradients.get(parameter)
-        parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
+        parameter.grad = None if gradient is None else sharded_like(gradient.to(parameter.device, copy=True), parameter)
     for slot in learner.updates.slots:
         stands = kept["slots"][slot.name or ""]
         slot.consumed, slot.in_block = stands["consumed"], stands["in_block"]
@@ -220,6 +222,7 @@ def _restore_updates(learner: RunLearner, kept: State) -> None:
         slot.step = slot.before = None
         slot.restore_window(stands.get("window"))
     learner.updates.restore_scale(kept.get("scale"))
+    divide(learner)
 
 
 def _restore_shared(learner: RunLearner, kept: State, restoring: Restoring) -> None:

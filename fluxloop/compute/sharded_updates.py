@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fluxloop.compute.averaging import Sums
 from fluxloop.compute.finite import Finite, bad_gradients, elements, norm_before_clipping
@@ -18,7 +17,7 @@ from fluxloop.compute.optimizers import Optimizers
 from fluxloop.compute.sharding import ShardedModel, sharded_model
 from fluxloop.compute.windows import Weight, WindowedUpdates, WindowSlot
 from fluxloop.errors import OptimizerError
-from fluxloop.nested import local_part
+from fluxloop.nested import local_part, sharded_like
 from fluxloop.processes.group import Group
 from fluxloop.state import StepState
 
@@ -47,7 +46,7 @@ class SummedByTorch:
         self._sets: Sequence[tuple[nn.Parameter, ...]] = ()
 
     def watching(self, sets: Sequence[tuple[nn.Parameter, ...]]) -> AbstractContextManager[None]:
-        """Note whose gradients will be complete: torch sends them while the backward pass runs."""
+        """Note whose gradients are complete after a pass; torch sends them while it runs."""
         self._sets = sets
         return nullcontext()
 
@@ -58,20 +57,19 @@ class SummedByTorch:
         *,
         scales: Sequence[float] | None = None,
     ) -> Sums:
-        """Return the summed weights and votes.
+        """Return the summed weights and votes; divide the gradients by weights and scales, where these are given.
 
         Args:
-            weights: Numbers, or tensors of one element.
+            weights: One for each tuple of parameters that was given to `watching`: numbers, or tensors of one element.
             votes: Numbers.
-            scales: As those of `Averager.finish`.
+            scales: What the losses were multiplied by, for each tuple.
         """
-        said = torch.tensor([float(number) for number in (*weights, *votes)], dtype=torch.float64)
-        if self._group.device.type == "mps":  # pragma: no cover - it has no float64
-            said = said.float()
-        numbers = self._group.all_reduce(said.to(self._group.device)).tolist()
+        numbers = [float(number) for number in (*weights, *votes)]
+        said = torch.tensor(numbers, dtype=torch.float64, device=self._group.device)
+        numbers = self._group.all_reduce(said).tolist()
         for parameters, weight, scale in zip(self._sets, numbers, scales or (), strict=False):
-            divide_gradients([p.grad for p in parameters if p.grad is not None], weight, scale)
-        return Sums(numbers[: len(weights)], numbers[len(weights) :])
+            divide_gradients([local_part(p.grad) for p in parameters if p.grad is not None], weight, scale)
+        return Sums([*numbers[: len(weights)]], numbers[len(weights) :])
 
     def reduce(
         self,
@@ -81,7 +79,7 @@ class SummedByTorch:
         *,
         scales: Sequence[float] | None = None,
     ) -> Sums:
-        """Return the summed weights and votes of gradients that are complete without a backward pass."""
+        """Do the same for gradients that are complete without a backward pass."""
         self._sets = sets
         return self.finish(weights, votes, scales=scales)
 
@@ -207,17 +205,7 @@ class ShardedUpdates(WindowedUpdates):
         if isinstance(given, Mapping) and given is not self.gradients:
             by_name = {name: parameter for parameter, name in self.names.items()}
             self._learner.step.grads = {
-                name: _sharded_like(gradient, by_name.get(name)) for name, gradient in given.items()
+                name: sharded_like(gradient, by_name.get(name)) if isinstance(gradient, Tensor) else gradient
+                for name, gradient in given.items()
             }
         super().take_given(slot)
-
-
-def _sharded_like(gradient: Any, parameter: Tensor | None) -> Any:
-    """Return this process's part of a whole gradient, as a sharded one; anything else as it is."""
-    if not isinstance(parameter, DTensor) or not isinstance(gradient, Tensor) or isinstance(gradient, DTensor):
-        return gradient
-    if gradient.shape != parameter.shape:
-        return gradient  # which is refused by its shape
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(gradient.detach(), parameter.device_mesh, parameter.placements)

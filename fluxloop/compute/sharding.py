@@ -7,7 +7,7 @@ of a model, has its parameters whole while it computes, and only then.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -24,8 +24,9 @@ from torch.optim import Optimizer
 
 from fluxloop.compute.models import state_of_models
 from fluxloop.compute.shard import Shard
+from fluxloop.compute.units import by_size, has_parameters, roots_of, runnable, shared_beyond
 from fluxloop.errors import ModelError, OptimizerError, sentence
-from fluxloop.nested import local_part, tensors
+from fluxloop.nested import local_part, sharded_like, tensors
 from fluxloop.processes.group import Group
 from fluxloop.processes.replicas import begin_alike
 
@@ -77,7 +78,7 @@ class Sharding:
         roots = {
             name: root
             for model_name, model in models.items()
-            for name, root in _roots(model_name or "model", model)
+            for name, root in roots_of(model_name or "model", model)
             if sharded_model(root) is None
         }
         _check(roots)
@@ -93,7 +94,7 @@ class Sharding:
 
     def _units(self, name: str, root: nn.Module) -> list[str]:
         """Choose the parts of a root that are gathered by themselves."""
-        parts = {path: part for path, part in root.named_modules() if path and _has_parameters(part)}
+        parts = {path: part for path, part in root.named_modules() if path and has_parameters(part)}
         policy = self.policy
         if policy.units:
             kinds = tuple(each for each in policy.units if isinstance(each, type))
@@ -107,11 +108,11 @@ class Sharding:
         elif policy.min_parameters is None:
             chosen = {path for path, _ in root.named_children()}
         else:
-            chosen = _by_size(root, policy.min_parameters)
+            chosen = by_size(root, policy.min_parameters)
         if not policy.units:
-            chosen -= {path for path in chosen if _shared_beyond(root, path)}
+            chosen -= {path for path in chosen if shared_beyond(root, path)}
         for path in sorted(chosen):
-            shared = _shared_beyond(root, path)
+            shared = shared_beyond(root, path)
             if shared is not None:
                 raise ModelError(
                     f"{name}.{shared[0]} is held by {shared[1]!r} too, which is not in the unit {path!r}; expected "
@@ -119,7 +120,7 @@ class Sharding:
                 )
         if self._half:  # the statistics of a batch norm are in single precision, and its parameters have to be, too
             chosen |= {path for path, part in parts.items() if isinstance(part, _BatchNorm)}
-        chosen = {inner for path in chosen if path in parts for inner in _runnable(path, parts[path])}
+        chosen = {inner for path in chosen if path in parts for inner in runnable(path, parts[path])}
         return [path for path in parts if path in chosen]
 
     def apply(
@@ -203,6 +204,8 @@ class ShardedModel:
                 type(part).__deepcopy__ = _copy_part  # type: ignore[attr-defined]  # of a class that torch made
             elif part._parameters:
                 part.register_forward_pre_hook(partial(_check_whole, name, path))
+            if part._parameters:
+                part.register_load_state_dict_pre_hook(_take_whole)
             _sharded[part] = ref(self)
 
     def _follow(self, part: nn.Module, inputs: Any, output: Any) -> None:
@@ -296,6 +299,16 @@ def sharded_model(module: nn.Module) -> ShardedModel | None:
     return None if found is None else found()
 
 
+def _take_whole(
+    part: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+) -> None:
+    """Have a part of a sharded module load whole parameters, of which each process takes its own part."""
+    for name, parameter in part._parameters.items():
+        value = state.get(f"{prefix}{name}")
+        if isinstance(value, Tensor):
+            state[f"{prefix}{name}"] = sharded_like(value, parameter)
+
+
 def _copy_part(part: Any, memo: dict[int, Any]) -> nn.Module:
     """Stand for the ``__deepcopy__`` of sharded modules, which raises."""
     sharded = sharded_model(part)
@@ -318,45 +331,6 @@ def _mesh(replicas: int, group: Group) -> DeviceMesh:
     if replicas == 1:
         return DeviceMesh.from_group(group.process_group, kind)
     return init_device_mesh(kind, (replicas, group.size // replicas), mesh_dim_names=("replicate", "shard"))
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
-
-
-def _can_run(module: nn.Module) -> bool:
-    """Return whether a module has a forward of its own."""
-    return type(module).forward is not nn.Module.forward
-
-
-def _runnable(path: str, part: nn.Module) -> Iterator[str]:
-    """Yield the path of a part, or, as that of a list of modules is nothing that runs, those of what is in it."""
-    if _can_run(part):
-        yield path
-    else:
-        for name, child in part.named_children():
-            if _has_parameters(child):
-                yield from _runnable(f"{path}.{name}", child)
-
-
-def _roots(name: str, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what is sharded of a model: itself, or its parts where these are called in its place.
-
-    Raises:
-        ModelError: It has parameters that no forward uses.
-    """
-    if not _has_parameters(model):
-        return
-    if _can_run(model):
-        yield name, model
-        return
-    if any(parameter is not None for parameter in model._parameters.values()):
-        raise ModelError(
-            f"{name} ({type(model).__name__}) has parameters of its own and no forward, so that nothing says when they "
-            "have to be whole; expected a forward, or a module of their own that has one"
-        )
-    for child_name, child in model.named_children():
-        yield from _roots(f"{name}.{child_name}", child)
 
 
 def _check(roots: Mapping[str, nn.Module]) -> None:
@@ -388,33 +362,6 @@ def _check(roots: Mapping[str, nn.Module]) -> None:
                     "alone; expected models that share none, or Accelerator(strategy='replicate')"
                 )
         owners |= dict.fromkeys(root.parameters(), name)
-
-
-def _by_size(root: nn.Module, least: int) -> set[str]:
-    """Choose the smallest parts with enough parameters that are in no smaller one."""
-    chosen: set[str] = set()
-    counts: dict[nn.Module, int] = {}
-    for path, part in reversed([*root.named_modules()]):  # what is inside comes before what it is in
-        own = sum(parameter.numel() for parameter in part._parameters.values() if parameter is not None)
-        count = own + sum(counts.get(child, 0) for child in part.children())
-        if path and count >= least:
-            chosen.add(path)
-            count = 0
-        counts[part] = count
-    return chosen
-
-
-def _shared_beyond(root: nn.Module, path: str) -> tuple[str, str] | None:
-    """Return a parameter of a part, and what holds it as well outside of it; None where there is none."""
-    places: dict[int, list[tuple[str, str]]] = {}
-    for name, parameter in root.named_parameters(remove_duplicate=False):
-        places.setdefault(id(parameter), []).append((name, name.rpartition(".")[0]))
-    for held in places.values():
-        inside = [name for name, _ in held if name.startswith(f"{path}.")]
-        outside = [owner for name, owner in held if not name.startswith(f"{path}.")]
-        if inside and outside:
-            return inside[0], outside[0]
-    return None
 
 
 def _blueprint(root: nn.Module) -> nn.Module | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fluxloop.checkpoint.folder import read, write
 from fluxloop.checkpoint.gathering import gather
+from fluxloop.checkpoint.parts import made_whole
 from fluxloop.checkpoint.restoring import restore
 from fluxloop.errors import CheckpointError
 from fluxloop.guard.given import as_path
@@ -55,13 +56,23 @@ class KeepsState:
     def save(self: RunLearner, path: str | PathLike[str]) -> None:
         """Write `state_dict` to a file, which is either complete or not there.
 
+        Of several processes all call this, and the first one writes: one file with whole tensors, which any number of
+        processes can load.
+
         Raises:
             CheckpointError: It cannot be written, or something cannot be kept.
         """
         file = as_path("learner.save", "path", path, CheckpointError)
         if file.is_dir():
             raise CheckpointError(f"learner.save({str(file)!r}) was given a folder; expected a file: 'weights.pt'")
-        write(file, self.state_dict())
+        state, group = self.state_dict(), self.accelerator.group
+        if group is None:
+            write(file, state)
+            return
+        state = made_whole(state, keep=group.is_main)
+        if group.is_main:
+            write(file, state)
+        group.wait()
 
     def load(self: RunLearner, path: str | PathLike[str]) -> None:
         """Go on from what `save` or a `Checkpointer` wrote: weights, optimizers, counts, callbacks, random streams.
