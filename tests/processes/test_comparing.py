@@ -1,0 +1,96 @@
+"""Phases that compare rows with each other train in several processes what one trains on the joined batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from processes.launching import run
+
+SCRIPT = """
+import copy
+import os
+
+import torch
+from torch import nn
+
+from fluxloop import (
+    EMA, Accelerator, BarlowTwinsPhase, DINOPhase, Learner, MoCoPhase, ObjectiveValidationPhase, SimCLRPhase,
+    SupConPhase, TensorBatches, TripletPhase, VICRegPhase,
+)
+from processes.launching import report
+
+world = int(os.environ["WORLD_SIZE"])
+torch.manual_seed(0)
+rows, labels = torch.randn(42, 6, dtype=torch.float64), torch.arange(42) % 5
+
+
+def views(xs):
+    return xs * 1.1 + 0.3, xs * 0.9 - 0.1 * xs.roll(1, dims=1)
+
+
+def crops(xs):
+    return *views(xs), xs * 0.5
+
+
+def models():
+    return {"encoder": nn.Sequential(nn.Linear(6, 8), nn.Tanh()).double(), "projector": nn.Linear(8, 4).double()}
+
+
+def networks():
+    student = nn.ModuleDict(models())
+    return {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)}
+
+
+cases = {
+    "SimCLR": (SimCLRPhase(views), models, 41),
+    "SupCon": (SupConPhase(views), models, 41),
+    "VICReg": (VICRegPhase(views), models, 42),
+    "Barlow Twins": (BarlowTwinsPhase(views), models, 42),
+    "MoCo": (MoCoPhase(views, queue_size=20), networks, 41),
+    "DINO": (DINOPhase(crops), networks, 41),
+    "triplets": (TripletPhase(), models, 41),
+    "own rows": (SimCLRPhase(views, gather=False), models, 41),
+}
+for name, (phase, make, count) in cases.items():
+    for batches in (1, 2):
+        torch.manual_seed(1)
+        phase, xs = copy.deepcopy(cases[name][0]), rows[:count]
+        data = (xs, xs + 0.1, xs.flip(0)) if name == "triplets" else (xs, labels[:count])
+        made = make()
+        if name == "triplets":
+            del made["projector"]
+        learner = Learner(
+            made, data=tuple(TensorBatches(*data, batch_size=8 // world, shuffle=train) for train in (True, False)),
+            optimizer=lambda parameters: torch.optim.SGD(parameters, 0.05),
+            callbacks=[EMA("student", 0.9, into="teacher")] if "student" in made else [],
+            seed=3, accelerator=Accelerator("cpu", accumulate=batches),
+        )
+        learner.fit(2, phases=[phase, ObjectiveValidationPhase(phase)])
+        weights = [tensor.clone() for module in learner.models.values() for tensor in module.state_dict().values()]
+        kept = getattr(phase, "queue", getattr(phase, "center", None))
+        report(**{f"{name}, {batches}": (weights, [row["value"] for row in learner.history.rows()], kept)})
+"""
+
+
+@pytest.mark.slow
+def test_weights_losses_queues_and_centres_are_those_of_one_process_also_with_ragged_rows_and_windows() -> None:
+    (alone,) = run(SCRIPT, 1, timeout=120).reports
+    first, *others = run(SCRIPT, 4, timeout=240).reports
+    assert len(alone) == 16
+    for name, (weights, values, kept) in first.items():
+        found: Any
+        for other in others:
+            assert all(map(torch.equal, weights, other[name][0])), name
+            assert values == other[name][1], name
+            assert kept is None or torch.equal(kept, other[name][2]), name
+        if name.startswith("own rows"):  # each process has other negatives than one would have
+            assert abs(values[0] - alone[name][1][0]) > 0.1
+            continue
+        for found, expected in zip(weights, alone[name][0], strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        assert values == pytest.approx(alone[name][1], abs=1e-12), name
+        if kept is not None:
+            torch.testing.assert_close(kept.sort(0).values, alone[name][2].sort(0).values, rtol=0, atol=1e-12)
