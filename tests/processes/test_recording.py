@@ -22,7 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from fluxloop import (
     EMA, Accelerator, Callback, EpochEnd, Learner, Metric, Metrics, SmoothLoss, TensorBatches, TrainingPhase,
-    ValidationPhase, accuracy, on,
+    ValidationPhase, accuracy, find_lr, on,
 )
 from fluxloop.callbacks import (
     Checkpointer, CSVLogger, EarlyStopping, FeatureStats, KeepBestModel, KNNProbe, LinearProbe, LogHistograms,
@@ -112,6 +112,7 @@ report(
     probe=linear._probe.state_dict(),
     evaluated=learner.evaluate(),
     counts=repr(learner.history[TrainingPhase]),
+    sweep=find_lr(make(), steps=12),
     warned=[str(each.message) for each in caught],
 )
 """
@@ -178,6 +179,14 @@ def test_all_processes_have_the_same_numbers_and_weights_to_the_bit(ran: Any) ->
         for name, tensor in first[what].items():
             assert torch.equal(tensor, second[what][name]), name
             torch.testing.assert_close(tensor, ran[1][0].reports[0][what][name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_a_sweep_of_learning_rates_is_that_of_one_process(ran: Any) -> None:
+    (one,), (first, second) = ran[1][0].reports, ran[2][0].reports
+    assert first["sweep"] == second["sweep"]
+    assert first["sweep"].losses == pytest.approx(one["sweep"].losses, abs=1e-9)
+    assert first["sweep"].suggestion == one["sweep"].suggestion
 
 
 @pytest.mark.slow
