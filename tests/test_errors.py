@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -188,3 +189,15 @@ def test_what_another_sentence_follows_ends_with_one_mark(said, expected):
 
 def test_one_of_something_is_in_the_singular():
     assert [counted(count, "step") for count in (0, 1, 2)] == ["0 steps", "1 step", "2 steps"]
+
+
+def test_a_process_that_is_muted_does_not_warn() -> None:
+    try:
+        errors.mute_warnings(True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            errors.warn_user("said by the first process")
+    finally:
+        errors.mute_warnings(False)
+    with pytest.warns(UserWarning, match="said again"):
+        errors.warn_user("said again")

@@ -100,7 +100,9 @@ class StallReport(UnsafeCallback):
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         waits = "the next batch, which does not come" if is_waiting(learner) else "what the main thread does, below"
         since = f"{self._doing} ({self._phase!r})"
-        lines = [f"fluxloop: nothing has happened for {seconds:.0f} seconds, since {since}; waited for: {waits}"]
+        group = learner.accelerator.group
+        where = "" if group is None else f" on process {group.rank}"
+        lines = [f"fluxloop: nothing has happened for {seconds:.0f} seconds{where}, since {since}; waited for: {waits}"]
         for ident, frame in sys._current_frames().items():
             if ident != threading.get_ident():
                 lines += [f"thread {names.get(ident, ident)}:", "".join(traceback.format_stack(frame)).rstrip()]

@@ -25,6 +25,7 @@ from fluxloop.logging import (
     log_to,
 )
 from fluxloop.testing import toy_learner
+from processes.pretended import Alone
 
 
 @define(eq=False, slots=False)
@@ -256,3 +257,17 @@ def test_memory_goes_back_to_a_state() -> None:
     memory.load_state_dict(empty)
     log_to(memory, Scalar(4), "loss", 1)
     assert memory.series("loss") == [(1, 4.0)]
+
+
+def test_of_several_processes_the_first_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = {}
+    for rank in (0, 1):
+        monkeypatch.setattr("fluxloop.logging.backend.current", lambda rank=rank: Alone(rank, 2))
+        log, memory = CSV(tmp_path / f"log-{rank}.csv"), Memory()
+        for backend in (log, memory):
+            log_to(backend, Scalar(0.5), "loss", 1)
+            backend.flush()
+            backend.close()
+            backend.state_dict()
+        written[rank] = log.path.exists(), memory.names
+    assert written == {0: (True, ["loss"]), 1: (False, ["loss"])}

@@ -14,9 +14,11 @@ from fluxloop import (
     Callback,
     CustomCallback,
     EpochEnd,
+    Event,
     FitBegin,
     Learner,
     ModelError,
+    Phase,
     Recorder,
     StateAccessError,
     StepBegin,
@@ -26,11 +28,13 @@ from fluxloop import (
     ValidationPhase,
     on,
     runstep,
+    throttle,
 )
 from fluxloop.order.access import Access
 from fluxloop.order.view import make_view
 from fluxloop.state import State
 from fluxloop.testing import EventRecorder, toy_learner
+from processes.pretended import Alone
 from toys import Touch, get, refused, run
 
 
@@ -470,3 +474,48 @@ def test_an_evaluation_inside_a_fit_is_in_no_cycle() -> None:
 
     toy_learner(Recorder(), Evaluates(), num_batches=1).fit(1, phases=[TrainingPhase()])
     assert seen == [(None, None, ()), (1, 1)]
+
+
+def test_every_callback_may_ask_the_accelerator_which_process_this_is() -> None:
+    seen: list[Any] = []
+
+    class Asks(Callback):
+        draws = False
+
+        @on(EpochEnd)
+        def ask(self, event: Event, phase: Phase, learner: Any) -> None:
+            seen.append((learner.accelerator.is_main, learner.accelerator.rank, learner.accelerator.world_size))
+            with pytest.raises(StateAccessError, match="tried to write 'accelerator'"):
+                learner.accelerator = None
+
+    class Declares(Asks):
+        reads = ("accelerator.rank",)
+
+        @on(EpochEnd)
+        def ask(self, event: Event, phase: Phase, learner: Any) -> None:
+            seen.append(learner.accelerator.rank)
+
+    toy_learner(Asks(), Declares()).epoch(TrainingPhase())
+    assert sorted(map(str, seen)) == ["(True, 0, 1)", "0"]
+
+
+def test_of_several_processes_a_callback_for_the_main_one_is_handled_there_alone() -> None:
+    seen: list[tuple[str, int]] = []
+
+    class Shows(Callback):
+        draws = False
+        main_only = True
+
+        def init(self, learner: Any) -> None:
+            seen.append(("init", learner.accelerator.rank))
+
+        @on(EpochEnd)
+        def show(self, event: Event, phase: Phase, learner: Any) -> None:
+            seen.append(("show", learner.accelerator.rank))
+
+    for rank in (0, 1):
+        learner = toy_learner(throttle(Shows(), EpochEnd, freq=1))
+        learner.accelerator.group = Alone(rank, 2)
+        learner.callbacks.forget()
+        learner.callbacks.handle(learner, TrainingPhase())(EpochEnd())
+    assert seen == [("init", 0), ("show", 0), ("init", 0)]
