@@ -14,12 +14,12 @@ from fluxloop.callbacks.log import LogCallback
 from fluxloop.compute.models import named_parts
 from fluxloop.compute.recompute import is_recomputing
 from fluxloop.errors import CallbackTypeError, describe
-from fluxloop.events import EpochBegin, EpochEnd, StepBegin, StepEnd
+from fluxloop.events import EpochBegin, EpochEnd, FitBegin, StepBegin, StepEnd
 from fluxloop.guard.given import check_number
 from fluxloop.logging.backend import Backend
 from fluxloop.logging.loggables import Histogram, Image, loggable
 from fluxloop.nested import tensors
-from fluxloop.phase import AbstractTrainingPhase
+from fluxloop.phase import AbstractTrainingPhase, Phase
 from fluxloop.randomness import preserved
 
 HistogramOf = Literal["weights", "gradients", "activations"]
@@ -76,6 +76,21 @@ class LogHistograms(LogCallback):
     def in_compiled_step(self) -> Literal["after", "never"]:  # type: ignore[override]  # depends on what is logged
         """Whether a compiled step leaves what is logged: it leaves neither gradients nor activations."""
         return "after" if set(self.of) <= {"weights"} else "never"
+
+    @on(FitBegin)
+    def begin(self, event: FitBegin, phase: Phase, learner: Any) -> None:
+        """Refuse to write into another run's log, and to log what no process has as a whole.
+
+        Raises:
+            CallbackTypeError: Weights or gradients are to be logged, and are sharded.
+        """
+        sharded = [what for what in self.of if what != "activations"]
+        if sharded and learner.accelerator.sharding is not None:
+            raise CallbackTypeError(
+                f"{type(self).__name__}(of={self.of!r}) is to log {' and '.join(sharded)} that are sharded: the "
+                "process that logs has a part of them; expected of='activations', or Accelerator(strategy='replicate')"
+            )
+        super().begin(event, phase, learner)
 
     @on(StepBegin, AbstractTrainingPhase)
     def listen(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:

@@ -16,7 +16,7 @@ from fluxloop.compute.gradients import divide_gradients
 from fluxloop.compute.optimizers import Optimizers
 from fluxloop.compute.sharding import ShardedModel, sharded_model
 from fluxloop.compute.windows import Weight, WindowedUpdates, WindowSlot
-from fluxloop.errors import OptimizerError
+from fluxloop.errors import ModelError, OptimizerError
 from fluxloop.nested import local_part, sharded_like
 from fluxloop.processes.group import Group
 from fluxloop.state import StepState
@@ -143,6 +143,21 @@ class ShardedUpdates(WindowedUpdates):
         """List the sharded models, in one order on all processes."""
         parts = (part for module in self._learner.modules() for part in module.modules())  # type: ignore[attr-defined]  # of a learner
         return list(dict.fromkeys(found for part in parts if (found := sharded_model(part)) is not None))
+
+    def rename(self, names: dict[nn.Parameter, str]) -> bool:
+        """Use new names of all parameters; return whether any has changed.
+
+        Raises:
+            ModelError: One has joined since the models were sharded, and is trained: its gradients would stay apart.
+            OptimizerError: A trainable one is in no optimizer; nothing is changed.
+        """
+        joined = [name for p, name in names.items() if p.requires_grad and not hasattr(p, "to_local")]
+        if joined:
+            raise ModelError(
+                f"{', '.join(joined[:3])}{', …' * (len(joined) > 3)} joined after the models were sharded; expected "
+                "all to be there when the learner is made, frozen ones too, or Accelerator(strategy='replicate')"
+            )
+        return super().rename(names)
 
     def begin_step(self, state: StepState) -> None:
         """Release what the last update consumed, and what steps before have left."""

@@ -183,6 +183,13 @@ def used():
 """
 
 OF_TWO = """
+def joined():
+    made = regression("shard")
+    made.model.later = mlp(6, 1)
+    made.optimizer.add_param_group({"params": [*made.model.later.parameters()]})
+    return made
+
+
 found = dict(
     units={
         "children": units("shard"), "class": units(Shard(nn.Linear)), "names": units(Shard("blocks.*")),
@@ -202,6 +209,7 @@ found["refused"] = {
     "part": message(called_inside),
     "used": message(used),
     "Muon": message(lambda: regression("shard", model=nn.Linear(6, 1, bias=False), optimizer=torch.optim.Muon)),
+    "joined": message(lambda: joined().meet_parameters()),
     "LBFGS": message(lambda: regression("shard", optimizer=torch.optim.LBFGS)),
 }
 report(**found)
@@ -292,12 +300,24 @@ def test_in_bf16_parameters_are_gathered_in_it_but_for_batch_norm(two: list[dict
         ("part", "ModelError: model.blocks.0.0 .Linear. was called by itself.*units=.'blocks.0.0'"),
         ("used", "OptimizerError: Adam has taken steps"),
         ("Muon", "OptimizerError: Muon makes whole matrices orthogonal"),
+        ("joined", "ModelError: later.0.weight, later.0.bias joined after the models were sharded"),
         ("LBFGS", "OptimizerError: LBFGS takes all parameters for one vector"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused_in_words(what: str, said: str, two: list[dict[str, Any]]) -> None:
     for found in two:
         assert re.match(said, found["refused"][what]), found["refused"][what]
+
+
+OF_HISTOGRAMS = """
+logs = [Recorder(), LogHistograms(CSV("never.csv"))]
+report(histograms=message(lambda: regression("shard", callbacks=logs).fit(1)))
+"""
+
+
+def test_histograms_of_what_the_logging_process_has_a_part_of_are_refused() -> None:
+    found = run(SCRIPT + OF_HISTOGRAMS, 2, check=False).reports[0]["histograms"]  # the other process ends for this one
+    assert re.match("CallbackTypeError: .*weights and gradients that are sharded", found)
 
 
 def test_two_copies_over_four_processes_train_what_one_process_trains() -> None:
