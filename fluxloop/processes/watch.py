@@ -114,6 +114,8 @@ class Watcher:
         self._next = (rank + 1) % size
         self._seen, self._seen_at, self._looked_at = b"", 0.0, 0.0
         self._alarmed = self._ended = self.told = False
+        self._host: Beat | None = None
+        self._host_stopped_at: float | None = None
         self.store.compare_set("failure", "", "{}")
         self.store.compare_set("question", "", "{}")
         self._say(OUT)
@@ -133,6 +135,8 @@ class Watcher:
         if self._depth > 1:
             return
         self._say(IN)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # else torchrun holds the store
+            self._host = self.beats()[0]
         self._looked_at = 0.0
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="fluxloop-watch", daemon=True)
@@ -188,7 +192,8 @@ class Watcher:
         while not self._ended:
             self._wake.wait()
             try:
-                self.look()
+                if not self._host_is_stopped():
+                    self.look()
             except RuntimeError as error:
                 self._lose_store(error)
             if self.failure is not None:
@@ -256,14 +261,28 @@ class Watcher:
         if asked and self.answer is not None:
             self.reply(asked["number"], self.answer())
 
+    def _host_is_stopped(self) -> bool:
+        """Return whether the process that holds the store was stopped: to ask the store would block this thread."""
+        host, now = self._host, time.monotonic()
+        if host is None or host.machine != self._machine or state_of(host.process) != "stopped":
+            self._host_stopped_at = None
+            return False
+        self._host_stopped_at = now if self._host_stopped_at is None else self._host_stopped_at
+        if now - self._host_stopped_at > STOPPED_LIMIT and self.failure is None:
+            self.failed, self.failure = [0], "process 0 was stopped by a signal (SIGSTOP) and has not answered"
+            os.kill(host.process, signal.SIGCONT)  # so that it hears of it, and ends
+            self.announce(self.failure, [0])
+        return True
+
     def _lose_store(self, error: RuntimeError) -> None:
         """Take the end of the store for the end of the process that holds it."""
         self._ended = True
         if self._depth and self.failure is None:
-            self.failed, self.failure = (
-                [0],
-                f"process 0, or torchrun, which holds the store of all, has ended ({error})",
-            )
+            if self._host is None:
+                said = str(error).partition("\n")[0]
+                self.failure = f"torchrun, where all processes meet, has ended or cannot be reached ({said})"
+            else:
+                self.failed, self.failure = [0], "process 0 was killed or has crashed: all met there"
 
     def _end_process(self) -> None:
         """Let the main thread end by itself for a while, then end the process: it waits for one that does not come."""
