@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from fluxloop.errors import ModelError, describe
+from fluxloop.errors import CompileError, ModelError, describe
 from fluxloop.processes.gather import Rows, all_gather
 from fluxloop.processes.group import Group, current
 
@@ -47,10 +47,16 @@ class SynchronisedBatchNorm(Base):
 
         Raises:
             ValueError: There is one value alone for each channel, of all processes.
+            CompileError: The step is to be one graph.
         """
         group = current()
         if group is None or _apart or not self.training:
             return super().forward(input)
+        if type(input).__name__ == "FakeTensor":  # traced: a graph would keep whether the batch was a spare one
+            raise CompileError(
+                "batch norm that is synchronised over processes cannot be part of one graph: each step asks how many "
+                "rows there are. Say compiled = False in the phase's class, or use compile='model'"
+            )
         self._check_input_dim(input)  # type: ignore[no-untyped-call]  # torch has no types there
         xs = input if input.dtype == torch.float64 else input.float()
         mean, variance, total = _statistics(xs, group)

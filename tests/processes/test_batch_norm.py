@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from fluxloop import ModelError, SynchronisedBatchNorm, synchronise_batch_norm
+from fluxloop import CompileError, ModelError, SynchronisedBatchNorm, synchronise_batch_norm
+from fluxloop.processes import batch_norm
 from processes.launching import run
+from processes.pretended import Alone
 
 SCRIPT = '''
 import copy
@@ -232,3 +235,11 @@ def test_what_cannot_be_synchronised_is_said_before_anything_is_changed(given: A
         synchronise_batch_norm(given)
     if isinstance(given, nn.Sequential):
         assert not isinstance(given[0], SynchronisedBatchNorm)
+
+
+def test_a_step_that_is_to_be_one_graph_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = synchronise_batch_norm(nn.BatchNorm1d(3))
+    assert make_fx(norm, tracing_mode="fake", _allow_non_fake_inputs=True)(torch.ones(2, 3)) is not None
+    monkeypatch.setattr(batch_norm, "current", lambda: Alone(0, 2))
+    with pytest.raises(CompileError, match=r"cannot be part of one graph.*compiled = False"):
+        make_fx(norm, tracing_mode="fake", _allow_non_fake_inputs=True)(torch.ones(2, 3))
