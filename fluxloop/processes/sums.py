@@ -39,9 +39,7 @@ class Sums:
 
     def __init__(self, group: Group) -> None:
         self.group = group
-        power_of_two = group.size & (group.size - 1) == 0
-        in_pairs = power_of_two and "gloo" in dist.get_backend(group.process_group)
-        self._limit = SMALL if in_pairs else 0
+        self._limit: int | None = None
 
     def begin(self, tensor: Tensor, *, waits: bool = True) -> Work:
         """Begin to add up a tensor, in place; all processes begin the same in the same order.
@@ -55,6 +53,9 @@ class Sums:
             What to wait for.
         """
         process_group = self.group.process_group
+        if self._limit is None:
+            power_of_two = self.group.size & (self.group.size - 1) == 0
+            self._limit = SMALL if power_of_two and "gloo" in dist.get_backend(process_group) else 0
         if waits and tensor.is_cpu and tensor.nbytes <= self._limit:
             return _InPairs(process_group, self.group.rank, self.group.size, tensor)
         # As torch.distributed.all_reduce calls it, which costs as much again as a small message.
