@@ -111,6 +111,14 @@ class LogHistograms(LogCallback):
         """Log the histograms of a step."""
         self._steps += 1
         self._due = self._due or self._steps % self.every == 0
+        self._log_where_due(learner)
+
+    @on(EpochEnd, AbstractTrainingPhase)
+    def log_last(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Log the histograms of a step whose update was made after it."""
+        self._log_where_due(learner)
+
+    def _log_where_due(self, learner: Any) -> None:
         if not self._due or learner.is_accumulating:  # gradients are then those of a part of an update
             return
         self._due = False

@@ -60,6 +60,8 @@ class Unfreeze(Callback):
     _done: int = field(default=0, init=False, repr=False)
     _frozen: bool = field(default=False, init=False, repr=False)
     _next: int | None = field(default=None, init=False, repr=False)
+    _waiting: bool = field(default=False, init=False, repr=False)
+    """Whether a step of several batches has begun and not ended."""
 
     reads = ("optimizer",)
     writes = ("model",)
@@ -87,7 +89,7 @@ class Unfreeze(Callback):
 
     def init(self, learner: Any) -> None:
         """Look for what the patterns match; begin anew."""
-        self._done, self._frozen, self._next = 0, False, None
+        self._done, self._frozen, self._next, self._waiting = 0, False, None, False
         if any(is_lazy(parameter) for parameter in self._plan(learner)):
             raise ModelError(
                 "Unfreeze cannot freeze weights that have seen no batch (lazy modules); run the model on one before "
@@ -167,15 +169,18 @@ class Unfreeze(Callback):
 
     @on(StepEnd, AbstractTrainingPhase)
     def count_step(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
-        """Count a step."""
+        """Count a step, with the last of the batches that make an update."""
         if self.unit == "step":
-            self._done += 1
+            self._waiting = learner.is_accumulating
+            if not self._waiting:
+                self._done += 1
 
     @on(EpochEnd, AbstractTrainingPhase)
     def count_epoch(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
-        """Count an epoch."""
-        if self.unit == "epoch":
+        """Count an epoch, or the step whose last batches are fewer."""
+        if self.unit == "epoch" or (self._waiting and not learner.is_accumulating):
             self._done += 1
+        self._waiting = False
 
 
 @resolve_conflict.register(Unfreeze, Callback)  # type: ignore[untyped-decorator]  # multipledispatch has no types

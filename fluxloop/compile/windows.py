@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from fluxloop.compute.precision import in_single
 from fluxloop.compute.slots import Slot
 from fluxloop.compute.updates import Updates
-from fluxloop.compute.windows import Weight, Window, WindowedUpdates, WindowSlot
+from fluxloop.compute.window import Weight, Window, WindowSlot
+from fluxloop.compute.windows import WindowedUpdates
 from fluxloop.state import StepState
 
 if TYPE_CHECKING:
@@ -209,9 +210,8 @@ class TracedWindows(WindowedUpdates):
             return in_single(loss) * weight.to(in_single(loss))
         return loss if weight in (None, 1.0) else in_single(loss) * weight
 
-    def _complete(self, slots: Sequence[WindowSlot]) -> None:
-        for slot in slots:
-            weight = slot.window.summed
+    def _complete(self, slots: Sequence[WindowSlot], weights: Sequence[Weight]) -> None:
+        for slot, weight in zip(slots, weights, strict=True):
             if isinstance(weight, Tensor):
                 weight = weight.clamp(min=torch.finfo(torch.float32).tiny)
             elif weight in (0.0, 1.0):

@@ -89,3 +89,17 @@ def _nodes(tensor: Tensor) -> set[object]:
             seen.add(node)
             todo.extend(next_node for next_node, _ in node.next_functions)
     return seen
+
+
+def unclear_owner(names: Sequence[str | None], second: bool) -> LossError:
+    """Return the error of a loss that nobody knows the owner of.
+
+    Args:
+        names: Those of the optimizers.
+        second: Whether it is the second loss of one step.
+    """
+    what = "called twice in one step" if second else "called while gradients of another loss wait"
+    return LossError(
+        f"learner.backward was {what}, and the learner has the optimizers {[*names]}: both losses would reach all of "
+        f"them. Say whose loss it is:\n    with learner.optimizing({names[0]!r}) as block:\n        block.loss = ..."
+    )

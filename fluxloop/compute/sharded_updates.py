@@ -15,7 +15,8 @@ from fluxloop.compute.finite import Finite, bad_gradients, elements, norm_before
 from fluxloop.compute.gradients import divide_gradients
 from fluxloop.compute.optimizers import Optimizers
 from fluxloop.compute.sharding import ShardedModel, sharded_model
-from fluxloop.compute.windows import Weight, WindowedUpdates, WindowSlot
+from fluxloop.compute.window import Weight, WindowSlot
+from fluxloop.compute.windows import WindowedUpdates
 from fluxloop.errors import ModelError, OptimizerError
 from fluxloop.nested import local_part, sharded_like
 from fluxloop.processes.group import Group

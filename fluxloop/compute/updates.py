@@ -19,7 +19,7 @@ from fluxloop.compute.optimizers import (
     say_that_a_closure_is_needed,
     separate_options,
 )
-from fluxloop.compute.reach import loss_error, reached_by
+from fluxloop.compute.reach import loss_error, reached_by, unclear_owner
 from fluxloop.compute.saved import save_with_weights
 from fluxloop.compute.slots import Slot, set_apart
 from fluxloop.errors import LossError, OptimizerError, PhaseError, describe, did_you_mean, warn_user
@@ -199,14 +199,7 @@ class Updates:
         second = self._explicit is self._learner.step and any(pending)
         self._explicit = self._learner.step
         if second or any(pending) != all(pending):
-            names = [slot.name for slot in self.slots]
-            what = "called twice in one step" if second else "called while gradients of another loss wait"
-            raise LossError(
-                f"learner.backward was {what}, and the learner has the optimizers {names}: both losses would reach "
-                "all of them. Say whose loss it is:\n"
-                f"    with learner.optimizing({names[0]!r}) as block:\n"
-                "        block.loss = ..."
-            )
+            raise unclear_owner([slot.name for slot in self.slots], second)
 
     def _meet_waiting(self, slot: Slot, phase: str) -> None:
         """Drop gradients that wait where another phase computed them, before new ones are added to them.
@@ -412,7 +405,7 @@ class Updates:
         return False
 
     def has_open(self, name: str | int | None) -> bool:
-        """Return the same of one optimizer."""
+        """Return the same of one optimizer, or of any, once the running step has ended."""
         return False
 
     def scale_state(self) -> dict[str, Any]:

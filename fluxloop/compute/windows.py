@@ -14,145 +14,23 @@ from math import log2
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import define, evolve, field
+from attrs import evolve
 from torch import Tensor, nn
 
 from fluxloop.compute.averaging import Averager, Sums
 from fluxloop.compute.gradients import divide_gradients
 from fluxloop.compute.optimizers import Optimizers
 from fluxloop.compute.precision import Casting, LossScale, in_single
-from fluxloop.compute.slots import Slot
+from fluxloop.compute.reach import unclear_owner
 from fluxloop.compute.updates import Updates
-from fluxloop.errors import OptimizerError, did_you_mean, warn_user
+from fluxloop.compute.window import Weight, WindowSlot
+from fluxloop.errors import CancelStepException, OptimizerError, did_you_mean, warn_user
 from fluxloop.nested import weight_of
 from fluxloop.processes.sums import with_mean_loss
 from fluxloop.state import StepState
 
 if TYPE_CHECKING:
     from fluxloop.interfaces import StepLearner
-
-Weight = float | Tensor
-
-
-@define(eq=False)
-class Window:
-    """The batches whose gradients make one update of an optimizer.
-
-    A batch is counted when its update is asked for: by ``learner.update()``, or by the end of an update block.
-
-    Args:
-        size: How many batches it has.
-        count: How many have been counted.
-        weight: What these weigh together, of all processes once it is `complete`.
-        current: What the batch weighs that computes gradients now; None where none does.
-        scale: What the losses in it are multiplied by.
-        complete: Whether the gradients are those of all batches and processes, divided by their weight.
-        finite: Whether they are finite, where that was looked at.
-        saved: The step that computed gradients last, and what count, weight and complete were before it.
-    """
-
-    size: int
-    count: int = 0
-    weight: Weight = 0.0
-    current: Weight | None = None
-    scale: float = 1.0
-    complete: bool = False
-    finite: bool = True
-    saved: tuple[StepState, int, Weight, bool] | None = None
-
-    def begin_step(self, step: StepState) -> None:
-        """Save what to go back to where a step is cancelled, once in each step."""
-        if self.saved is None or self.saved[0] is not step:
-            self.saved = (step, self.count, self.weight, self.complete)
-
-    def abandon(self, step: StepState) -> None:
-        """Go back to what was before a step that is cancelled."""
-        if self.saved is not None and self.saved[0] is step:
-            _, self.count, self.weight, self.complete = self.saved
-        self.current = None
-
-    def reset(self) -> None:
-        """Begin anew."""
-        self.count, self.weight, self.complete, self.finite, self.saved = 0, 0.0, False, True, None
-
-    @property
-    def closes(self) -> bool:
-        """Whether the batch that computes gradients now is its last one."""
-        return self.count + 1 >= self.size
-
-    @property
-    def summed(self) -> Weight:
-        """What its batches weigh together, the one that computes gradients now too."""
-        return self.weight if self.current is None else self.weight + self.current
-
-
-@define(eq=False)
-class WindowSlot(Slot):
-    """An optimizer with its window."""
-
-    window: Window = field(factory=lambda: Window(1))
-
-    def end_gradients(self) -> None:
-        """Note that an update has used the gradients, or that none is to use them."""
-        super().end_gradients()
-        self.window.reset()
-
-    def abandon(self, state: StepState) -> None:
-        """Undo what a step that was cancelled has done to the gradients."""
-        super().abandon(state)
-        self.window.abandon(state)
-
-    @property
-    def batches_per_update(self) -> int:
-        """How many batches the accelerator makes one update of."""
-        return self.window.size
-
-    def window_state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of the batches that make an update."""
-        window = self.window
-        return {
-            "window": {
-                "size": window.size,
-                "count": window.count,
-                "weight": float(window.weight),
-                "current": None if window.current is None else float(window.current),
-                "scale": window.scale,
-                "complete": window.complete,
-                "finite": window.finite,
-            }
-        }
-
-    def restore_window(self, state: dict[str, Any] | None) -> None:
-        """Go on from what a checkpoint kept; one of a run without windows has gradients of one batch at most."""
-        self.window.reset()
-        if state is None:
-            state = {"complete": self.first_step is not None}
-        for name in state.keys() - {"size"}:
-            setattr(self.window, name, state[name])
-
-    def take(self) -> list[Tensor | None]:
-        """Take the gradients out of the parameters, so that new ones are computed beside them."""
-        taken = [parameter.grad for parameter in self.parameters]
-        for parameter in self.parameters:
-            parameter.grad = None
-        return taken
-
-    def put(self, taken: list[Tensor | None]) -> None:
-        """Put gradients back that were taken out."""
-        for parameter, gradient in zip(self.parameters, taken, strict=True):
-            parameter.grad = gradient
-
-    def add(self, taken: list[Tensor | None], step: StepState) -> None:
-        """Add gradients that were taken out to those that a step has computed since; where it is cancelled, they stay.
-
-        They are not changed themselves: `before` holds them.
-        """
-        for parameter, gradient in zip(self.parameters, taken, strict=True):
-            new = parameter.grad
-            if gradient is not None:
-                parameter.grad = gradient if new is None else gradient + new
-        if self.before is not None and self.step is step:
-            self.before = taken
 
 
 class WindowedUpdates(Updates):
@@ -209,10 +87,10 @@ class WindowedUpdates(Updates):
         for slot in slots:
             if slot.first_step is not None:
                 self._meet_waiting(slot, phase)
+        if self.block is None and len(slots) > 1:
+            self._check_whose_next()
+        self._begin(slots, step, loss)
         # Gradients that are complete are not added to: what they were divided by is not that of the new ones
-        weight = self._weigh()
-        for slot in slots:
-            self._begin(slot, step, weight, loss)
         done = [(slot, slot.take()) for slot in slots if slot.window.complete]
         try:
             with self._uncast():
@@ -224,20 +102,46 @@ class WindowedUpdates(Updates):
         for slot, gradients in done:
             slot.add(gradients, step)
 
-    def _begin(self, slot: WindowSlot, step: StepState, weight: Weight, loss: Tensor) -> None:
-        window = slot.window
-        window.begin_step(step)
-        if slot.first_step is None:
-            if self.scale is not None:
-                if loss.dtype is torch.float16:
-                    self.scale.of_half_loss()
-                self.factor = self.scale.value
-            # One loss may be that of several optimizers: the windows that are open at once have one scale
-            window.scale = next(
-                (other.window.scale for other in self.slots if other.first_step is not None), self.factor
-            )
-        if window.current is None or window.size == 1:
-            window.current = weight
+    def _begin(self, slots: Sequence[WindowSlot], step: StepState, loss: Tensor) -> None:
+        """Note what the batch weighs whose gradients are about to be computed, and the scale of its loss.
+
+        One loss has one weight and one scale, for all optimizers whose gradients it gives.
+        """
+        windows = [slot.window for slot in slots]
+        for window in windows:
+            window.begin_step(step)
+        if self.scale is not None:
+            if loss.dtype is torch.float16:
+                self.scale.of_half_loss()
+            self.factor = self.scale.value
+        scale = next((slot.window.scale for slot in slots if slot.first_step is not None), self.factor)
+        for slot in slots:
+            if slot.first_step is None:
+                slot.window.scale = scale
+        # One that has computed gradients already, and has not been counted: they are added up to those of one batch
+        current = next((window.current for window in windows if window.current is not None and window.size > 1), None)
+        if current is None:
+            current = self._weigh()
+        for window in windows:
+            window.current = current
+
+    def _check_whose(self) -> None:
+        """Leave what `_check_whose_next` has looked at: by now the windows hold the batch itself."""
+
+    def _check_whose_next(self) -> None:
+        """Raise for a loss that nobody knows the owner of; gradients of batches that were counted are no other loss's.
+
+        Raises:
+            LossError: The gradients of two losses would reach the same optimizers.
+        """
+        pending = [
+            slot.first_step is not None and (slot.window.current is not None or not slot.window.count)
+            for slot in self.slots
+        ]
+        second = self._explicit is self._learner.step and any(pending)
+        self._explicit = self._learner.step
+        if second or any(pending) != all(pending):
+            raise unclear_owner([slot.name for slot in self.slots], second)
 
     def _weigh(self) -> Weight:
         """Return what the running batch weighs."""
@@ -316,7 +220,8 @@ class WindowedUpdates(Updates):
         """Note that the gradients of windows are complete, and look whether they are finite."""
         for slot in slots:
             slot.window.complete = True
-            slot.window.finite = self.scale is None or self._is_finite(slot)
+            if self.scale is not None:
+                slot.window.finite = slot.window.finite and self._is_finite(slot)
 
     def _is_finite(self, slot: WindowSlot) -> bool:
         """Return whether all gradients of an optimizer are finite: this waits for the device."""
@@ -342,6 +247,7 @@ class WindowedUpdates(Updates):
             slots = (self._find_to_step(name),)
         if closure is not None:
             self._check_closes(slots)
+            closure = self._cast(closure)
             with self._uncast():
                 super().update(name, with_mean_loss(closure, self._learner.accelerator.group, self._weigh))
             return
@@ -356,6 +262,22 @@ class WindowedUpdates(Updates):
         finally:
             if quiet:
                 self._told_no_gradient = told
+
+    def _cast(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Have a closure compute in the precision in which a step does that calls it, also where an optimizer does."""
+        casting = self.casting
+        if (
+            casting is None
+            or not callable(closure)
+            or not torch.is_autocast_enabled(self._learner.accelerator.device.type)
+        ):
+            return closure
+
+        def compute() -> Any:
+            with casting.on():
+                return closure()
+
+        return compute
 
     def _close(self, slot: WindowSlot) -> None:
         """Count a batch whose update is asked for, and step the optimizer with the last one of its window."""
@@ -373,6 +295,7 @@ class WindowedUpdates(Updates):
                 )
             return
         if not window.closes:
+            self.take_given(slot)
             window.count, window.weight, window.current = window.count + 1, window.summed, None
             return
         self._use(slot)
@@ -414,7 +337,6 @@ class WindowedUpdates(Updates):
     def _step(self, slot: WindowSlot) -> None:
         with self._uncast():
             super().update(None if self.block is not None else slot.name)
-        slot.window.current = None
 
     def _check_closes(self, slots: Sequence[WindowSlot]) -> None:
         """Raise for a closure where gradients are not those of one call.
@@ -437,10 +359,14 @@ class WindowedUpdates(Updates):
 
     def end_step(self) -> None:
         """Close the windows in the last step of an epoch, where it is known to be that."""
+        if self.is_open and self._is_last_step():
+            self._close_all()
+
+    def _is_last_step(self) -> bool:
+        """Return whether the running step is known to be the last one of its epoch."""
         learner: Any = self._learner
         feed, scope = learner._running.feed, learner.scope
-        if self.is_open and feed is not None and feed.is_at_end and learner._running.phase is scope.phase:
-            self._close_all()
+        return feed is not None and feed.is_at_end and scope is not None and learner._running.phase is scope.phase
 
     def end_epoch(self) -> None:
         """Close the windows that an epoch leaves open, where nobody knew which batch was its last one."""
@@ -448,6 +374,10 @@ class WindowedUpdates(Updates):
             slot.begin, slot.end = evolve(slot.begin, after_steps=True), evolve(slot.end, after_steps=True)
         try:
             self._close_all()
+        except CancelStepException:  # as of a step of one large batch: what it has computed is not used
+            for slot in self.slots:
+                if slot.window.count:
+                    slot.end_gradients()
         finally:
             for slot in self.slots:
                 slot.begin, slot.end = evolve(slot.begin, after_steps=False), evolve(slot.end, after_steps=False)
@@ -457,7 +387,8 @@ class WindowedUpdates(Updates):
             window = slot.window
             waits = slot.first_step is not None or self.averager is not None  # whose batch may be cancelled here alone
             if waits and window.count and window.current is None:
-                self._complete_alone(slot)
+                if not window.complete:  # it is where the update was cancelled in the last step
+                    self._complete_alone(slot)
                 self._use(slot)
 
     def scale_state(self) -> dict[str, Any]:
@@ -475,8 +406,9 @@ class WindowedUpdates(Updates):
         return any(slot.window.count for slot in self.slots)
 
     def has_open(self, name: str | int | None) -> bool:
-        """Return whether an optimizer has counted batches whose update is yet to come."""
-        return bool(self.find(name).window.count)  # type: ignore[attr-defined]  # `find` finds one of `slots`
+        """Return whether an optimizer, or any, has counted batches whose update comes after the running step."""
+        slots: Sequence[Any] = self.slots if name is None else [self.find(name)]
+        return any(slot.window.count for slot in slots) and not self._is_last_step()
 
 
 def _size(accumulate: int | Mapping[str, int], name: str | None, names: Sequence[str | None]) -> int:

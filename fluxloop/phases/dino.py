@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fluxloop.compute.precision import in_single
 from fluxloop.errors import BatchError, PhaseError, describe
 from fluxloop.guard.given import check_number
 from fluxloop.losses.distillation import dino_loss
 from fluxloop.nested import tensors
 from fluxloop.phases.joint_embedding import TeacherPhase, Views
-from fluxloop.processes.gather import mean_of_rows
+from fluxloop.processes.gather import mean_of_rows, mean_of_sum
 from fluxloop.schedules import Schedule, value_at
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class DINOPhase(TeacherPhase):
         self.center_momentum = center_momentum
         self.center: Tensor | None = None
         self._steps = 0
+        self._waiting: tuple[Tensor, int] | None = None
+        """The sum, and the number, of the teacher's outputs for the batches of an update that is yet to come."""
 
     def _checked(self, views: Any) -> tuple[Any, ...]:
         checked = super()._checked(views)
@@ -95,6 +98,10 @@ class DINOPhase(TeacherPhase):
 
     def forward(self, learner: Any, state: StepState) -> None:
         """Run both networks on their crops."""
+        if self._waiting is not None and not learner.updates.is_open:  # it came after an epoch's last step
+            self._move(mean_of_sum(*self._waiting, learner.accelerator.group))
+            if callable(self.teacher_temperature):
+                state.temperature = torch.full_like(state.temperature, value_at(self.teacher_temperature, self._steps))
         views = self.seen(state)
         outputs = [self.embed(learner.model.student, view) for view in views]
         state.features, state.student = outputs[0][0], [scores for _, scores in outputs]
@@ -104,20 +111,37 @@ class DINOPhase(TeacherPhase):
     def loss(self, learner: Any, state: StepState) -> Tensor:
         """Compare the student's crops with the teacher's."""
         temperature = state.temperature if callable(self.teacher_temperature) else self.teacher_temperature
-        center = 0.0 if self.center is None else self.center.to(state.student[0])
+        center = 0.0 if self.center is None else self.center.to(state.student[0].device)
         return dino_loss(state.student, state.teacher, center, self.student_temperature, temperature)
 
     def finish(self, learner: Any, state: StepState) -> None:
-        """Move the centre towards this batch's mean."""
-        mean = mean_of_rows(torch.cat(state.teacher), learner.accelerator.group)
+        """Move the centre towards the mean of the batch, or of the batches that make an update, with the last one."""
+        group, outputs = learner.accelerator.group, in_single(torch.cat(state.teacher))
+        waits = learner.updates.has_open(None)
+        if not waits and self._waiting is None:
+            self._move(mean_of_rows(outputs, group))
+            return
+        total, rows = (torch.zeros_like(outputs[0]), 0) if self._waiting is None else self._waiting
+        if group is None or not group.spare:  # rows that another process has too count there
+            total, rows = total + outputs.sum(0), rows + len(outputs)
+        self._waiting = total, rows
+        if not waits:
+            self._move(mean_of_sum(total, rows, group))
+
+    def _move(self, mean: Tensor) -> None:
+        """Move the centre towards a mean, at the end of a step."""
         old = torch.zeros_like(mean) if self.center is None else self.center.to(mean)
         self.center = old * self.center_momentum + mean * (1 - self.center_momentum)
         self._steps += 1
+        self._waiting = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: the centre and the number of steps."""
-        return {"center": self.center, "steps": self._steps}
+        """Return what a checkpoint keeps: the centre, the number of steps, and what waits to move the centre."""
+        waiting = {} if self._waiting is None else {"waiting": self._waiting}
+        return {"center": self.center, "steps": self._steps, **waiting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what a checkpoint keeps."""
         self.center, self._steps = state["center"], state["steps"]
+        waiting = state.get("waiting")
+        self._waiting = None if waiting is None else (waiting[0], waiting[1])

@@ -55,9 +55,13 @@ class MoCoPhase(TeacherPhase):
         self.temperature = temperature
         self.queue: Tensor | None = None
         self._oldest = 0
+        self._waiting: Tensor | None = None
+        """The keys of the batches of an update that is yet to come."""
 
     def forward(self, learner: Any, state: StepState) -> None:
         """Embed one view by each network."""
+        if self._waiting is not None and not learner.updates.is_open:  # it came after an epoch's last step
+            self._enter(learner, self._waiting)
         view1, view2 = self.seen(state)
         state.features, z1 = self.embed(learner.model.student, view1)
         state.queries = normalize(z1, dim=1)
@@ -76,10 +80,20 @@ class MoCoPhase(TeacherPhase):
         return normalize(torch.randn(self.queue_size, keys.shape[1], generator=generator), dim=1).to(keys)
 
     def finish(self, learner: Any, state: StepState) -> None:
-        """Put the keys in the place of the oldest."""
+        """Put the keys in the place of the oldest; those of several batches that make an update with the last one."""
         group, keys = learner.accelerator.group, state.keys
         if group is not None:
             keys = all_gather(keys, group)
+        if self._waiting is not None:
+            keys = torch.cat([self._waiting.to(keys), keys])
+        if learner.updates.has_open(None):
+            self._waiting = keys
+        else:
+            self._enter(learner, keys)
+
+    def _enter(self, learner: Any, keys: Tensor) -> None:
+        """Put keys in the place of the oldest."""
+        self._waiting = None
         keys = keys[-self.queue_size :]
         places = (self._oldest + torch.arange(len(keys), device=keys.device)) % self.queue_size
         self.queue = self.negatives(learner, keys)
@@ -87,8 +101,10 @@ class MoCoPhase(TeacherPhase):
         self._oldest = (self._oldest + len(keys)) % self.queue_size
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: the queue and its oldest place."""
-        return {"queue": None if self.queue is None else self.queue.clone(), "oldest": self._oldest}
+        """Return what a checkpoint keeps: the queue, its oldest place, and the keys that wait to enter it."""
+        queue = None if self.queue is None else self.queue.clone()
+        waiting = {} if self._waiting is None else {"waiting": self._waiting}
+        return {"queue": queue, "oldest": self._oldest, **waiting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what a checkpoint keeps.
@@ -104,3 +120,4 @@ class MoCoPhase(TeacherPhase):
             )
         self.queue = None if queue is None else queue.clone()
         self._oldest = state["oldest"]
+        self._waiting = state.get("waiting")

@@ -131,8 +131,21 @@ def mean_of_rows(tensor: Tensor, group: Group | None) -> Tensor:
     rows = 0 if group.spare else len(tensor)
     exact = tensor if tensor.dtype == torch.float64 else tensor.float()
     total = exact.sum(0) if rows else torch.zeros_like(exact[0])
+    return mean_of_sum(total, rows, group).to(tensor.dtype)
+
+
+def mean_of_sum(total: Tensor, rows: int, group: Group | None) -> Tensor:
+    """Return the mean of rows of all processes of which each has a sum, as `mean_of_rows` does.
+
+    Args:
+        total: The sum of this process's rows.
+        rows: How many they are; they may be 0 in some processes.
+        group: The processes.
+    """
+    if group is None:
+        return total / rows
     summed = _summed(torch.cat([total.flatten(), total.new_tensor([rows])]), group)
-    return (summed[:-1] / summed[-1]).reshape(total.shape).to(tensor.dtype)
+    return (summed[:-1] / summed[-1]).reshape(total.shape)
 
 
 def average_gradients(parameters: Sequence[Tensor], rows: int, group: Group) -> None:

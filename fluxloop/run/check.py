@@ -18,7 +18,7 @@ from fluxloop.callback import UnsafeCallback
 from fluxloop.compute.models import save_tensors
 from fluxloop.compute.saved import save_optimizer
 from fluxloop.compute.updates import Updates
-from fluxloop.compute.windows import Window
+from fluxloop.compute.window import Window
 from fluxloop.data.passes import untouched
 from fluxloop.data.share import unspoken
 from fluxloop.errors import PACKAGE, DataError, MissingEntryError, PhaseError

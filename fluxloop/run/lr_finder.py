@@ -12,7 +12,7 @@ from torch import Tensor
 from fluxloop.callback import Callback, UnsafeCallback, on
 from fluxloop.data.passes import untouched
 from fluxloop.errors import CancelFittingException, DataError, LossError, OptimizerError, PhaseError
-from fluxloop.events import StepBegin, StepEnd
+from fluxloop.events import EpochEnd, StepBegin, StepEnd
 from fluxloop.guard.given import check_number
 from fluxloop.hyperparameters import put
 from fluxloop.nested import weight_of
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fluxloop.interfaces import RunLearner
+    from fluxloop.processes.group import Group
 
 DIVERGED = 4.0
 """A smoothed loss above this many times the lowest has diverged."""
@@ -239,18 +240,38 @@ class _Sweep(UnsafeCallback):
         self.losses: list[float] = []
         self.smoothed: list[float] = []
         self.average = 0.0
+        self.rate = 0.0
+        self.window: list[tuple[float, float]] = []
+        """Loss and weight of the batches whose update is yet to come."""
 
     @on(StepBegin, AbstractTrainingPhase)
     def set_rate(self, event: StepBegin, phase: AbstractTrainingPhase, learner: RunLearner) -> None:
-        rate = self.schedule(len(self.losses))
+        self.rate = self.schedule(len(self.losses))
         for group, ratio in self.groups:
-            put(group, "lr", rate * ratio)
+            put(group, "lr", self.rate * ratio)
 
     @on(StepEnd, AbstractTrainingPhase)
     def keep_loss(self, event: StepEnd, phase: AbstractTrainingPhase, learner: RunLearner) -> None:
-        rate, loss, group = self.schedule(len(self.losses)), self._loss(learner.step, phase), learner.accelerator.group
+        group = learner.accelerator.group
+        weight = 0.0 if group is not None and group.spare else float(weight_of(phase, learner.step))
+        self.window.append((self._loss(learner.step, phase), weight))
+        if not learner.updates.is_open:
+            self._keep(group)
+
+    @on(EpochEnd, AbstractTrainingPhase)
+    def keep_last(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: RunLearner) -> None:
+        if self.window and not learner.updates.is_open:  # their update was made after the last step
+            self._keep(learner.accelerator.group)
+
+    def _keep(self, group: Group | None) -> None:
+        """Keep the mean loss of the batches that an update was made of."""
+        rate, total = self.rate, sum(weight for _, weight in self.window)
+        loss = self.window[0][0]
+        if len(self.window) > 1 and total:
+            loss = sum(loss * weight for loss, weight in self.window) / total
+        self.window.clear()
         if group is not None:  # so that all end the sweep at the same step
-            loss = float(mean_of(group, loss, 0.0 if group.spare else weight_of(phase, learner.step)))
+            loss = float(mean_of(group, loss, total))
         if not isfinite(loss):
             raise CancelFittingException(f"the loss became {loss} at a learning rate of {rate:.2g}")
         self.rates.append(rate)

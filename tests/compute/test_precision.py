@@ -363,6 +363,75 @@ def test_a_closure_is_refused_in_fp16() -> None:
         learner("fp16", optimizer=torch.optim.LBFGS).fit(1, phases=[Closing()])
 
 
+def test_a_closure_computes_in_bf16_and_has_the_bits_of_a_loop_by_hand() -> None:
+    class Closing(TrainingPhase):
+        def body(self, learner: Any, handle: Any, state: Any) -> None:
+            def closure() -> Tensor:
+                loss = nn.functional.cross_entropy(learner.model(state.xs), state.ys)
+                learner.backward(loss)
+                state.loss = loss.detach()
+                return loss
+
+            learner.update(closure=closure)
+
+    lbfgs = partial(torch.optim.LBFGS, lr=0.1)
+    ours, model = learner("bf16", optimizer=lbfgs), net()
+    ours.fit(2, phases=[Closing()])
+    optimizer = lbfgs(model.parameters())
+    for _ in range(2):
+        for xs, ys in TensorBatches(*data(), batch_size=16):
+
+            def closure(xs: Tensor = xs, ys: Tensor = ys) -> float:
+                optimizer.zero_grad()
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = nn.functional.cross_entropy(model(xs), ys)
+                loss.backward()
+                return loss.item()
+
+            optimizer.step(closure)
+    assert torch.equal(weights(ours.model), weights(model))
+
+
+class Overflowing(TrainingPhase):
+    """The gradients of the steps that are named are not finite; each step computes some twice, the second ones fine."""
+
+    def __init__(self, bad: set[int], twice: bool) -> None:
+        super().__init__()
+        self.bad, self.twice, self.number = bad, twice, 0
+
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        state.loss = loss = nn.functional.cross_entropy(learner.model(state.xs).float(), state.ys)
+        if self.number in self.bad:
+            loss = loss + 1e36 * learner.model[0].weight.sum()
+        self.number += 1
+        learner.backward(loss, retain_graph=self.twice)
+        if self.twice:
+            learner.backward(state.loss)
+        learner.update()
+
+
+def test_gradients_that_are_not_finite_are_found_also_where_later_ones_are() -> None:
+    ours = learner("fp16", default_callbacks=False)
+    ours.fit(1, phases=[Overflowing({1}, twice=True)])
+    assert weights(ours.model).isfinite().all()
+    assert ours.updates.count == 3
+
+
+def test_after_an_update_that_was_left_out_a_batch_weighs_its_own_rows() -> None:
+    xs, ys = data()
+    sizes = [16, 16, 16, 2, 7, 7]
+    batches = [*zip(xs.split(sizes), ys.split(sizes), strict=True)]
+    options: dict[str, Any] = {"optimizer": partial(torch.optim.SGD, lr=0.1), "default_callbacks": False}
+    ours = learner("fp16", accumulate=3, data=(batches,), **options)
+    ours.fit(1, phases=[Overflowing({2}, twice=False)])
+    without = learner("fp16", accumulate=3, data=(batches[3:],), **options)
+    assert without.updates.scale is not None
+    without.updates.scale.value = 2.0**15
+    without.fit(1)
+    assert torch.equal(weights(ours.model), weights(without.model))
+    assert ours.updates.count == 1
+
+
 # Every way out of a step
 
 

@@ -15,12 +15,18 @@ from fluxloop import (
     AbstractTrainingPhase,
     Accelerator,
     BackwardBegin,
+    BackwardEnd,
+    Callback,
+    CancelEpochException,
+    CancelFittingException,
     CancelStepException,
     CheckpointError,
     CustomCallback,
+    GANPhase,
     GradientClip,
     Learner,
     LearningRate,
+    LogHistograms,
     LRScheduler,
     Metrics,
     OptimizerError,
@@ -29,10 +35,15 @@ from fluxloop import (
     StepEnd,
     TensorBatches,
     TrainingPhase,
+    Unfreeze,
     UpdateBegin,
+    UpdateEnd,
+    find_lr,
     linear,
+    on,
     runstep,
 )
+from fluxloop.logging import Memory
 from fluxloop.testing import EventRecorder, assert_resumes_exactly
 from toys import Do
 
@@ -55,7 +66,7 @@ def learner(batch_size: int, accumulate: Any, *callbacks: Any, rows: int = ROWS,
     made = {"optimizer": partial(torch.optim.AdamW, lr=1e-2, fused=False), "loss_fn": nn.MSELoss()} | options
     return Learner(
         made.pop("model", None) or net(),
-        data=(TensorBatches(*data(rows), batch_size=batch_size, shuffle=True),),
+        data=(made.pop("source", None) or TensorBatches(*data(rows), batch_size=batch_size, shuffle=True),),
         callbacks=[Recorder(), *callbacks],
         default_callbacks=False,
         accelerator=Accelerator("cpu", accumulate=accumulate),
@@ -213,6 +224,75 @@ def test_handlers_of_an_update_see_the_mean_gradient_of_all_batches() -> None:
     xs, ys = (torch.cat([batch[place] for batch in batches[:3]]) for place in (0, 1))
     nn.functional.mse_loss(model(xs), ys).backward()
     torch.testing.assert_close(seen, [next(model.parameters()).grad], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_sized", [True, False])
+def test_a_learning_rate_is_tried_with_each_update_and_its_loss_is_that_of_all_batches(is_sized: bool) -> None:
+    sweeps = []
+    for batch_size, k in ((28, 1), (7, 4)):
+        made = learner(batch_size, k, optimizer=torch.optim.SGD)
+        if not is_sized:
+            made = learner(batch_size, k, optimizer=torch.optim.SGD, source=unsized(batch_size))
+        sweeps.append(find_lr(made, steps=20))
+    large, parts = sweeps
+    assert parts.learning_rates == large.learning_rates
+    assert parts.losses == pytest.approx(large.losses, rel=1e-12)
+
+
+@pytest.mark.parametrize("is_sized", [True, False])
+def test_parts_are_unfrozen_after_so_many_updates(is_sized: bool) -> None:
+    def run(batch_size: int, k: int) -> Learner:
+        made = learner(batch_size, k, Unfreeze({"0": 5, "2": 0}, unit="step"))
+        made.fit(2, data=None if is_sized else (unsized(batch_size),))
+        return made
+
+    assert_equal(run(28, 1), run(7, 4))
+
+
+@pytest.mark.parametrize("is_sized", [True, False])
+def test_histograms_are_those_of_updates(is_sized: bool) -> None:
+    shown = []
+    for batch_size, k in ((28, 1), (7, 4)):
+        made = learner(batch_size, k, LogHistograms(memory := Memory(), of="gradients", every=1))
+        made.fit(2, data=None if is_sized else (unsized(batch_size),))
+        shown.append([record for record in memory.records if record.group == ("step", "gradients")])
+    large, parts = shown
+    assert len(large) == len(parts) == 4 * 2 * 4  # parameters, epochs, updates
+    for one, other in zip(large, parts, strict=True):
+        assert one.name == other.name
+        torch.testing.assert_close(*(each.loggable.values for each in (one, other)), rtol=0, atol=1e-12)
+
+
+class Rows:
+    """Noise that is the same for a row in batches of any size."""
+
+    def __init__(self, number: int) -> None:
+        self.rows = torch.randn(number, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        self.place = 0
+
+    def __call__(self, count: int, device: torch.device) -> Tensor:
+        begin, self.place = self.place, (self.place + count) % len(self.rows)
+        return self.rows[begin : begin + count]
+
+
+@pytest.mark.parametrize("is_sized", [True, False])
+def test_the_generators_turn_comes_after_as_many_updates_of_the_critic(is_sized: bool) -> None:
+    def run(batch_size: int, k: int) -> Learner:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            models = {"G": nn.Linear(4, 5).double(), "D": nn.Linear(5, 1).double()}
+        made = learner(batch_size, k, model=models, loss_fn=None, optimizer=partial(torch.optim.SGD, lr=0.1))
+        rows = data()[0].split(batch_size)
+
+        class Unsized:
+            def __iter__(self) -> Any:
+                return iter(rows)
+
+        made.fit(5, data=(list(rows) if is_sized else Unsized(),), phases=[GANPhase(noise=Rows(ROWS), critic_steps=3)])
+        return made
+
+    large, parts = run(28, 1), run(7, 4)
+    assert parts.history[GANPhase].updates == large.history[GANPhase].updates == {"D": 20, "G": 6}
 
 
 # Several optimizers
@@ -438,6 +518,150 @@ def test_a_frozen_part_stays_and_one_unfrozen_later_takes_part() -> None:
         return made
 
     assert_equal(run(28, 1), run(7, 4))
+
+
+# Meetings with what else a step may do
+
+
+class Joint(AbstractTrainingPhase):
+    """Two networks with an optimizer each, and one loss of both."""
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        return {"xs": batch[0], "ys": batch[1]}
+
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        state.loss = sum(((model(state.xs) - state.ys) ** 2).mean() for model in learner.models.values())
+        learner.backward(state.loss)
+        learner.update()
+
+
+def test_one_loss_of_several_optimizers_has_a_window_for_each() -> None:
+    large, small, both = two(30, 1), two(10, 1), two(10, {"b": 3})
+    for each in (large, small, both):
+        each.fit(2, phases=[Joint()])
+    for expected, name in ((small, "a"), (large, "b")):
+        pairs = zip(expected.models[name].parameters(), both.models[name].parameters(), strict=True)
+        for p, q in pairs:
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+    assert both.history[Joint].updates == {"a": 22, "b": 8}
+
+
+def test_after_an_update_of_one_optimizer_that_is_cancelled_the_windows_of_both_go_on() -> None:
+    class Veto(Callback):
+        draws = False
+        number = 0
+
+        @on(UpdateBegin, AbstractTrainingPhase)
+        def veto(self, event: UpdateBegin, phase: Any, learner: Any) -> None:
+            if event.name == "b":
+                self.number += 1
+                if self.number == 1:
+                    raise CancelStepException
+
+    ours = learner(10, 3, Veto(), model={"a": net(1), "b": net(2)}, loss_fn=None)
+    ours.fit(1, phases=[Joint()])
+    assert ours.history[Joint].updates == {"a": 4, "b": 4}  # b's in the steps 4, 7, 10 and 11
+
+
+def test_gradients_that_a_handler_replaces_in_an_open_window_are_used() -> None:
+    def replace(learner: Learner) -> None:
+        step = learner.step
+        step.grads = {name: None if grad is None else torch.zeros_like(grad) for name, grad in step.grads.items()}
+
+    number = 0
+
+    def in_the_first_two(learner: Learner) -> None:
+        nonlocal number
+        number += 1
+        if number < 3:
+            replace(learner)
+
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    batches = [*TensorBatches(*data(30), batch_size=10)]
+    ours = learner(10, 3, Do(in_the_first_two, BackwardEnd), optimizer=sgd)
+    ours.fit(1, data=(batches,))
+    last = learner(10, 1, optimizer=partial(torch.optim.SGD, lr=0.1 / 3))
+    last.fit(1, data=(batches[2:],))
+    assert_equal(ours, last)
+
+
+def test_a_batch_that_is_cancelled_among_those_of_an_accumulation_by_hand_leaves_the_weight_of_the_others() -> None:
+    class ByHand(TrainingPhase):
+        """Gradients of two steps are one batch; the step between them is cancelled."""
+
+        def __init__(self, cancels: bool) -> None:
+            super().__init__()
+            self.number, self.cancels = 0, cancels
+
+        def body(self, learner: Any, handle: Any, state: Any) -> None:
+            self.number += 1
+            if self.number == 2 and not self.cancels:
+                self.number += 1
+            state.loss = ((learner.model(state.xs) - state.ys) ** 2).mean()
+            learner.backward(state.loss)
+            if self.number == 2:
+                raise CancelStepException
+            if self.number > 2:
+                learner.update()
+
+    xs, ys = data(38)
+    sizes = [10, 4, 4, 10, 10]
+    batches = [*zip(xs.split(sizes), ys.split(sizes), strict=True)]
+    ours, without = learner(10, 3), learner(10, 3)
+    ours.fit(1, data=(batches,), phases=[ByHand(True)])
+    without.fit(1, data=(batches[:1] + batches[2:],), phases=[ByHand(False)])
+    assert torch.equal(weights(ours), weights(without))
+
+
+@pytest.mark.parametrize("is_sized", [True, False])
+def test_an_update_that_is_cancelled_after_the_last_step_is_not_made_and_the_epoch_ends(is_sized: bool) -> None:
+    number = 0
+
+    def veto(learner: Learner) -> None:
+        nonlocal number
+        number += 1
+        if number >= 4:
+            raise CancelStepException
+
+    ours, without = learner(10, 3, Do(veto, UpdateBegin)), learner(10, 3)
+    batches = [*TensorBatches(*data(110), batch_size=10)]
+
+    class Unsized:
+        def __iter__(self) -> Any:
+            return iter(batches)
+
+    ours.fit(1, data=(batches if is_sized else Unsized(),))
+    without.fit(1, data=(batches[:9],))
+    assert torch.equal(weights(ours), weights(without))
+    assert ours.history.cycles == 1
+    assert not ours.is_accumulating
+
+
+@pytest.mark.parametrize("event", [BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd, StepEnd])
+def test_an_epoch_that_is_cancelled_anywhere_leaves_no_window_open(event: Any) -> None:
+    number = 0
+
+    def cancel(learner: Learner) -> None:
+        nonlocal number
+        number += 1
+        if number == (2 if event in (UpdateBegin, UpdateEnd) else 5):
+            raise CancelEpochException
+
+    ours = learner(10, 3, Do(cancel, event))
+    ours.fit(1)
+    assert not ours.is_accumulating
+    assert ours.history[TrainingPhase].updates == {None: 2}
+
+
+def test_a_fit_after_one_that_was_cancelled_in_a_window_says_what_is_dropped() -> None:
+    def cancel(learner: Learner) -> None:
+        if learner.history[TrainingPhase].steps == 4:
+            raise CancelFittingException("enough")
+
+    ours = learner(10, 3, Do(cancel, StepEnd))
+    ours.fit(1)
+    with pytest.warns(UserWarning, match="gradients of 1 batch of TrainingPhase still wait"):
+        ours.fit(1)
 
 
 def test_without_windows_the_updates_of_a_learner_are_plain() -> None:

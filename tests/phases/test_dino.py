@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -22,11 +22,13 @@ from fluxloop import (
     ObjectiveValidationPhase,
     PhaseError,
     StepEnd,
+    TwoViews,
     linear,
     stream_seed,
 )
 from fluxloop.augment import random_affine
 from fluxloop.losses import dino_loss
+from fluxloop.testing import assert_resumes_exactly
 from toys import image_batches
 
 SEED = 10
@@ -272,3 +274,66 @@ def test_a_kept_state_goes_on_to_the_same_bits() -> None:
     assert all(map(torch.equal, losses, without_break))
     assert torch.equal(second.center, whole.center)
     assert second.state_dict()["steps"] == 5
+
+
+def sines(rows: Tensor) -> Tensor:
+    return rows.sin()
+
+
+def small(batch_size: int, accumulate: int, is_sized: bool = True) -> tuple[Learner, DINOPhase]:
+    """Make a learner without batch norm, in float64."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        student = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    rows = torch.randn(103, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    batches = Unsized(rows.split(batch_size))
+    learner = Learner(
+        {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)},
+        data=(list(batches) if is_sized else batches,),
+        optimizer=OPTIMIZERS["sgd"],
+        callbacks=[EMA("student", 0.9, into="teacher")],
+        accelerator=Accelerator("cpu", accumulate=accumulate),
+        default_callbacks=False,
+        seed=SEED,
+    )
+    return learner, DINOPhase(TwoViews(sines), teacher_temperature=linear(12, 0.04, 0.07))
+
+
+class Unsized:
+    """Batches of which nobody knows how many there are."""
+
+    def __init__(self, batches: Iterable[Tensor]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("is_sized", [True, False])
+def test_several_batches_of_an_update_move_the_center_and_the_schedule_once(is_sized: bool) -> None:
+    (large, whole), (parts, phase) = small(28, 1), small(7, 4, is_sized)
+    large.fit(3, phases=[whole])
+    parts.fit(3, phases=[phase])
+    for p, q in zip(large.models["student"].parameters(), parts.models["student"].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+    assert phase._steps == (12 if is_sized else 11)  # the last one follows when the next epoch begins
+
+
+def test_a_run_with_a_center_that_waits_for_other_batches_is_resumed_to_the_bit() -> None:
+    assert_resumes_exactly(lambda: small(20, 4)[0], epochs=2, phases=lambda: [small(20, 4)[1]])
+
+
+def test_the_center_is_in_single_precision_in_bf16() -> None:
+    accelerator = Accelerator("cpu", precision="bf16")
+    learner = Learner(
+        models(),
+        data=(image_batches(),),
+        optimizer=OPTIMIZERS["sgd"],
+        callbacks=[EMA("student", 0.9, into="teacher")],
+        accelerator=accelerator,
+        default_callbacks=False,
+    )
+    phase = DINOPhase(MultiCrop(globally, globally, 1))
+    learner.fit(1, phases=[phase])
+    assert phase.center is not None
+    assert phase.center.dtype == torch.float32

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import io
 from collections import deque
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from fluxloop import (
     stream_seed,
 )
 from fluxloop.losses import info_nce
+from fluxloop.testing import assert_resumes_exactly
 from toys import augment
 
 SEED = 11
@@ -294,3 +296,48 @@ def test_a_validation_before_the_first_step_changes_nothing_that_follows(around:
     learner.fit(1, phases=[watched])
     assert all(map(torch.equal, again, losses))
     assert torch.equal(watched.queue, phase.queue)
+
+
+def sines(rows: Tensor) -> Tensor:
+    return rows.sin()
+
+
+class Unsized:
+    """Batches of which nobody knows how many there are."""
+
+    def __init__(self, batches: Iterable[Tensor]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches)
+
+
+def small(batch_size: int, accumulate: int, is_sized: bool = True) -> Learner:
+    """Make a learner without batch norm, in float64."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        student = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    rows = torch.randn(103, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    batches = Unsized(rows.split(batch_size))
+    return Learner(
+        {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)},
+        data=(list(batches) if is_sized else batches,),
+        optimizer=OPTIMIZERS["sgd"],
+        callbacks=[EMA("student", 0.9, into="teacher")],
+        accelerator=Accelerator("cpu", accumulate=accumulate),
+        default_callbacks=False,
+        seed=SEED,
+    )
+
+
+@pytest.mark.parametrize("is_sized", [True, False])
+def test_the_keys_of_several_batches_enter_the_queue_after_their_update(is_sized: bool) -> None:
+    large, parts = small(28, 1), small(7, 4, is_sized)
+    for each in (large, parts):
+        each.fit(3, phases=[MoCoPhase(TwoViews(sines), queue_size=32)])
+    for p, q in zip(large.models["student"].parameters(), parts.models["student"].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
+def test_a_run_with_keys_that_wait_for_other_batches_is_resumed_to_the_bit() -> None:
+    assert_resumes_exactly(lambda: small(20, 4), epochs=2, phases=lambda: [MoCoPhase(TwoViews(sines), queue_size=32)])
