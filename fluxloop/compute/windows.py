@@ -372,12 +372,17 @@ class WindowedUpdates(Updates):
         """Close the windows that an epoch leaves open, where nobody knew which batch was its last one."""
         for slot in self.slots:
             slot.begin, slot.end = evolve(slot.begin, after_steps=True), evolve(slot.end, after_steps=True)
+        was_open, phase = self.is_open, getattr(self._learner.scope, "phase", None)
         try:
             self._close_all()
         except CancelStepException:  # as of a step of one large batch: what it has computed is not used
             for slot in self.slots:
                 if slot.window.count:
                     slot.end_gradients()
+        else:
+            follow = getattr(phase, "_follow_update", None)  # of a phase with a state of its own, such as a queue
+            if follow is not None and was_open and not self.is_open:
+                follow(self._learner)
         finally:
             for slot in self.slots:
                 slot.begin, slot.end = evolve(slot.begin, after_steps=False), evolve(slot.end, after_steps=False)

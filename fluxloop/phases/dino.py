@@ -98,10 +98,6 @@ class DINOPhase(TeacherPhase):
 
     def forward(self, learner: Any, state: StepState) -> None:
         """Run both networks on their crops."""
-        if self._waiting is not None and not learner.updates.is_open:  # it came after an epoch's last step
-            self._move(mean_of_sum(*self._waiting, learner.accelerator.group))
-            if callable(self.teacher_temperature):
-                state.temperature = torch.full_like(state.temperature, value_at(self.teacher_temperature, self._steps))
         views = self.seen(state)
         outputs = [self.embed(learner.model.student, view) for view in views]
         state.features, state.student = outputs[0][0], [scores for _, scores in outputs]
@@ -127,6 +123,11 @@ class DINOPhase(TeacherPhase):
         self._waiting = total, rows
         if not waits:
             self._move(mean_of_sum(total, rows, group))
+
+    def _follow_update(self, learner: Any) -> None:
+        """Move the centre once the update of an epoch's last batches has been made after its last step."""
+        if self._waiting is not None:
+            self._move(mean_of_sum(*self._waiting, learner.accelerator.group))
 
     def _move(self, mean: Tensor) -> None:
         """Move the centre towards a mean, at the end of a step."""

@@ -142,8 +142,6 @@ class GANPhase(AbstractTrainingPhase):
     def body(self, learner: Any, handle: Handle, state: StepState) -> None:
         """Train the critic on one batch, and the generator when it is its turn."""
         (generator_name, generator), (critic_name, critic) = self.models(learner)
-        if self._waits and not learner.updates.is_open:  # it came after the last step of an epoch
-            self._count(self._critic_updates + 1)
         labels = (state.ys,) if self.conditional else ()
         state.noise = self.draw_noise(state)
         with torch.set_grad_enabled(self._generator_too):
@@ -163,14 +161,20 @@ class GANPhase(AbstractTrainingPhase):
     def finish(self, learner: Any, state: StepState) -> None:
         """Count the critic's update; where it is one of several batches, with the last of them."""
         updates = learner.updates
-        self._waits = updates.is_windowed and updates.has_open(self.models(learner)[1][0])
-        if not self._waits:
+        if not updates.is_windowed or not updates.has_open(self.models(learner)[1][0]):
+            self._count(self._critic_updates + 1)
+        else:
+            self._waits = True
+
+    def _follow_update(self, learner: Any) -> None:
+        """Count the critic's update where that of an epoch's last batches has been made after its last step."""
+        if self._waits:
             self._count(self._critic_updates + 1)
 
     def _count(self, critic_updates: int) -> None:
         """Note how often the critic was updated, and whether the generator is, too, in the next step."""
         self._waits = False
-        self._critic_updates = critic_updates
+        self._critic_updates: int = critic_updates
         self._generator_too = (critic_updates + 1) % self.critic_steps == 0
 
     def penalized(

@@ -60,8 +60,6 @@ class MoCoPhase(TeacherPhase):
 
     def forward(self, learner: Any, state: StepState) -> None:
         """Embed one view by each network."""
-        if self._waiting is not None and not learner.updates.is_open:  # it came after an epoch's last step
-            self._enter(learner, self._waiting)
         view1, view2 = self.seen(state)
         state.features, z1 = self.embed(learner.model.student, view1)
         state.queries = normalize(z1, dim=1)
@@ -90,6 +88,11 @@ class MoCoPhase(TeacherPhase):
             self._waiting = keys
         else:
             self._enter(learner, keys)
+
+    def _follow_update(self, learner: Any) -> None:
+        """Let keys enter once the update of an epoch's last batches has been made after its last step."""
+        if self._waiting is not None:
+            self._enter(learner, self._waiting)
 
     def _enter(self, learner: Any, keys: Tensor) -> None:
         """Put keys in the place of the oldest."""
