@@ -210,8 +210,9 @@ class TracedWindows(WindowedUpdates):
             return in_single(loss) * weight.to(in_single(loss))
         return loss if weight in (None, 1.0) else in_single(loss) * weight
 
-    def _complete(self, slots: Sequence[WindowSlot], weights: Sequence[Weight]) -> None:
-        for slot, weight in zip(slots, weights, strict=True):
+    def _complete(self, slots: Sequence[WindowSlot]) -> None:
+        for slot in slots:
+            weight = slot.window.summed
             if isinstance(weight, Tensor):
                 weight = weight.clamp(min=torch.finfo(torch.float32).tiny)
             elif weight in (0.0, 1.0):
