@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from fluxloop.checkpoint.folder import read, write
 from fluxloop.checkpoint.gathering import gather
@@ -53,7 +53,7 @@ class KeepsState:
         check_fits(self, state)
         restore(self, state, begun=True)
 
-    def save(self: RunLearner, path: str | PathLike[str]) -> None:
+    def save(self: RunLearner, path: str | PathLike[str], *, format: Literal["file", "distributed"] = "file") -> None:
         """Write `state_dict` to a file, which is either complete or not there.
 
         Of several processes all call this, and the first one writes: one file with whole tensors, which any number of
@@ -63,6 +63,13 @@ class KeepsState:
             CheckpointError: It cannot be written, or something cannot be kept.
         """
         file = as_path("learner.save", "path", path, CheckpointError)
+        if format not in ("file", "distributed"):
+            raise CheckpointError(f"learner.save(format={format!r}) was given; expected 'file' or 'distributed'")
+        if format == "distributed":
+            from fluxloop.checkpoint.exchange import write_distributed
+
+            write_distributed(self, file)
+            return
         if file.is_dir():
             raise CheckpointError(f"learner.save({str(file)!r}) was given a folder; expected a file: 'weights.pt'")
         state, group = self.state_dict(), self.accelerator.group
@@ -93,7 +100,8 @@ class KeepsState:
         optimizer with ``train()`` and ``eval()``, which keeps weights of its own, begins anew.
 
         Args:
-            path: What `save` or a `Checkpointer` wrote, or ``torch.save(module.state_dict(), path)``.
+            path: What `save` or a `Checkpointer` wrote, or ``torch.save(module.state_dict(), path)``, or a folder of
+                ``torch.distributed.checkpoint``.
             name: The name of the weights, as in ``learner.weights[name]``; ``"model"`` stands for all models.
             strict: Whether all names and shapes have to agree; otherwise those that do are loaded.
 
@@ -105,7 +113,13 @@ class KeepsState:
         """
         from fluxloop.checkpoint.weights_file import load_weights
 
-        state = read(as_path("learner.load_weights", "path", path, CheckpointError), weights_only=True)
+        file = as_path("learner.load_weights", "path", path, CheckpointError)
+        if file.is_dir():
+            from fluxloop.checkpoint.exchange import is_distributed, read_distributed
+
+            state = read_distributed(file, self) if is_distributed(file) else read(file, weights_only=True)
+        else:
+            state = read(file, weights_only=True)
         not_loaded = load_weights(self, state, name, strict)
         self.weights.begin_anew(name)
         modules = list(self.models.values()) if name == "model" else [self.weights[name]]
