@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from processes.launching import Run, run_cases
+from processes.launching import Run, run, run_cases
 
 TRAINS = """
     import os, signal, sys, time
@@ -117,3 +117,42 @@ def test_a_process_that_fails_is_named_on_the_other_and_both_end(
         assert told.reports[1]["error"] == "ValueError: a broken row"
         place = {"validation": "ValidationPhase(), epoch 2, step 11 of", "save": "TrainingPhase(), epoch 2,"}
         assert f"in {place.get(where, 'TrainingPhase(), epoch 2, step')}" in told.reports[0]["error"]
+
+
+SPAWNS = """
+    import os, signal, socket
+    import torch, torch.distributed as dist, torch.multiprocessing as mp
+    from torch import nn
+    from fluxloop import Accelerator, Callback, Learner, StepBegin, TensorBatches, on
+
+    class Stops(Callback):
+        draws = False
+
+        @on(StepBegin)
+        def begin(self, event, phase, view):
+            if dist.get_rank() == 0:
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+    def work(rank, port):
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+        data, accelerator = TensorBatches(torch.ones(8, 4), torch.ones(8, 1), batch_size=2), Accelerator("cpu")
+        learner = Learner(
+            nn.Linear(4, 1), nn.functional.mse_loss, data=(data,), accelerator=accelerator, callbacks=[Stops()],
+            default_callbacks=False,
+        )
+        learner.fit(1)
+
+    if __name__ == "__main__":
+        del os.environ["TORCHELASTIC_USE_AGENT_STORE"]  # no torchrun here: the first process holds the store
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        mp.spawn(work, (port,), nprocs=2)
+"""
+
+
+@pytest.mark.slow
+def test_a_first_process_that_is_stopped_is_named_where_all_meet_in_its_store() -> None:
+    told = run(SPAWNS, 1, timeout=90, check=False)  # which spawns two, whose group the script initialises
+    assert told.codes == [1]
+    assert "process 0 was stopped by a signal (SIGSTOP)" in told.outputs[0]
