@@ -43,7 +43,8 @@ class Unfreeze(Callback):
         when: When by pattern (as in a shell: ``*``, ``?``): the path of a module or the name of a
             parameter, ``"encoder"``, ``"encoder.0.weight"``, ``"*.bias"``; with several models it
             begins with a model's name, ``"G.head"``.
-        unit: ``"epoch"`` or ``"step"``.
+        unit: ``"epoch"`` or ``"step"``. Where ``Accelerator(accumulate=k)`` makes one update of k batches, they
+            are one step.
 
     Raises:
         ModelError: A pattern matches nothing, or weights that have seen no batch (lazy modules).

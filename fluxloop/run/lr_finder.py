@@ -154,7 +154,7 @@ def find_lr(
     the parameter group with the largest one, and the others keep their ratio to it. The data is
     begun again as often as needed. The sweep ends early when the loss is no longer finite, or its
     moving average is more than four times its lowest. Where a step has the losses of several
-    optimizers, it is the chosen one's, or their sum.
+    optimizers, it is the chosen one's, or their sum. Where an update is of several batches, they are one step.
 
     The learner, its data's order and the global random numbers are as before. The copy takes the
     memory of a second model and optimizer, and has no callbacks but those given here.

@@ -432,6 +432,29 @@ def test_after_an_update_that_was_left_out_a_batch_weighs_its_own_rows() -> None
     assert ours.updates.count == 1
 
 
+def test_sparse_gradients_are_scaled_back_too() -> None:
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.Embedding.from_pretrained(torch.ones(20, 3), freeze=False, sparse=True)
+
+        def forward(self, xs: Tensor) -> Tensor:
+            found: Tensor = self.rows(xs)
+            return found.mean(1)
+
+    def run(precision: str) -> Learner:
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randint(0, 20, (64, 4), generator=generator), torch.randint(0, 3, (64,), generator=generator)
+        options = {"optimizer": partial(torch.optim.SparseAdam, lr=0.1), "default_callbacks": False}
+        made = learner(precision, model=Bag(), data=(TensorBatches(*rows, batch_size=16),), accumulate=2, **options)
+        made.fit(2)
+        return made
+
+    less, full = run("fp16"), run("fp32")
+    assert less.updates.count == full.updates.count == 4
+    torch.testing.assert_close(weights(less.model), weights(full.model), rtol=0, atol=1e-2)
+
+
 # Every way out of a step
 
 
