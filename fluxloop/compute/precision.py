@@ -36,7 +36,8 @@ def in_full_precision(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
     @wraps(loss)
     def compute(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        first = next(tensors((args, kwargs)), None)
+        # most losses are given tensors first: one call more in a step of full precision
+        first: Any = args[0] if args and type(args[0]) is Tensor else next(tensors((args, kwargs)), None)
         if first is None or not torch.is_autocast_enabled(first.device.type):
             return loss(*args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
