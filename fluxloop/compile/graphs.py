@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fluxloop.callback import Callback
+from fluxloop.compile.averaging import check_told
 from fluxloop.compile.conditions import form_of, holders_of
 from fluxloop.compile.refusals import first_line
 from fluxloop.compile.replay import Replayed, can_replay
@@ -20,12 +21,13 @@ from fluxloop.compile.stand_ins import Look
 from fluxloop.compile.tracing import Traced
 from fluxloop.compute.finite import bad_gradients
 from fluxloop.compute.fused import count_changes
-from fluxloop.errors import CompileError
+from fluxloop.errors import CancelSignal, CompileError
 from fluxloop.events import Event, UpdateEnd
 from fluxloop.nested import map_tensors, tensors
 from fluxloop.order.runner import Bound, deliver
 from fluxloop.persist.seen import seen
 from fluxloop.phase import Phase
+from fluxloop.processes.agree import CANCEL
 from fluxloop.randomness import generator_states, put_generators
 from fluxloop.state import StepState
 
@@ -105,7 +107,8 @@ class Graph:
         self._stored = list(traced.stored.items())
         self._removed = traced.removed
         self._waiting, self._waiting_after = inputs.waiting, traced.waiting_after
-        self._carried, self._fits = inputs.carried, traced.fits
+        self._numbers, self._fits = inputs.numbers, traced.fits
+        self._messages = traced.messages
         self._consumed = traced.consumed
         self._looks = traced.looks
         self._events = traced.fired
@@ -183,13 +186,17 @@ class Graph:
             else:
                 changing.extend(tensors(value))
         changing += [parameter.grad for parameter in self._waiting]
-        changing += [weight.now() for weight in self._carried]
+        changing += [number.now() for number in self._numbers]
+        if self._messages:
+            learner.accelerator.group.agreement.before_graph(learner, [message.places for message in self._messages])
         given = iter(self._call(*self._fixed, *changing, *self._constants))
         for slot in self._slots:
             if "step" in vars(slot.optimizer):  # wrapped by a scheduler of torch's, which notes that there was one
                 slot.optimizer._opt_called = True  # where torch looks
         bad = next(given) if self._looks else None
         found = [next(given) for _ in self._looks]
+        if self._messages:
+            self._hear(phase, next(given).tolist(), bad, found)
         for name, value in self._stored:
             entries[name] = next(given) if isinstance(value, Tensor) else map_tensors(lambda _: next(given), value)
         for name in self._removed:
@@ -238,6 +245,28 @@ class Graph:
         self._call = self._compiled
         return outputs
 
+    def _hear(self, phase: Phase, told: list[list[float]], bad: Tensor | None, found: list[Tensor]) -> None:
+        """Take note of what the processes have told each other in the graph.
+
+        Raises:
+            OptimizerError: They update other parameters than one another.
+            CancelSignal: One of them leaves the step out, or ends the epoch or the fit.
+        """
+        learner, signal = self._learner, None
+        votes = [numbers[2:] for numbers in told]
+        for message, (fine, weight, *wanted) in zip(self._messages, told, strict=True):
+            check_told(fine, self._whose)
+            if wanted[CANCEL] > 0:
+                learner.updates.count += self._end_at(phase, message.num_events)
+                if bad is not None and bad.item():
+                    try:
+                        self._stop(found, learner.where(), True)
+                    except CancelSignal as mine:
+                        signal = mine
+                break
+            learner.updates.balance([weight])
+        learner.accelerator.group.agreement.after_graph(learner, votes, signal)
+
     def _stop(self, found: list[Tensor], where: str, bad: float) -> None:
         """End the fit if a step has found something not to be finite.
 
@@ -261,12 +290,17 @@ class Graph:
 
     def _end_early(self, phase: Phase, found: list[Tensor]) -> None:
         """Note what a step did before it found something not to be finite: the updates before that have been made."""
-        events = self._events[: self._first_bad(found)[0].num_events]
-        for slot in self._slots:
-            if slot.end in events:
-                slot.end_gradients()
+        self._end_at(phase, self._first_bad(found)[0].num_events)
+
+    def _end_at(self, phase: Phase, num_events: int) -> int:
+        """Note what a step did until it had fired so many events; return how many updates that were."""
+        events = self._events[:num_events]
+        ended = [slot for slot in self._slots if slot.end in events]
+        for slot in ended:
+            slot.end_gradients()
         for bound, event in listeners(self._learner, phase, events):
             deliver(bound, event, phase, self._learner)
+        return len(ended)
 
 
 def listeners(learner: RunLearner, phase: Phase, events: list[Event]) -> list[tuple[tuple[Bound, ...], Event]]:

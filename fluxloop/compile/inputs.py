@@ -13,7 +13,7 @@ from fluxloop.callback import Callback
 from fluxloop.compile.conditions import HOOKS, has_hooks, holders_of
 from fluxloop.compile.optimizer_stand_in import DECAY, as_tensor, is_input
 from fluxloop.compile.refusals import changes_python, refusal
-from fluxloop.compile.windows import Carried, carried
+from fluxloop.compile.windows import Number, carried
 from fluxloop.compute.recompute import recomputed_parts
 from fluxloop.compute.slots import Slot
 from fluxloop.nested import tensors
@@ -44,7 +44,7 @@ class Inputs:
         held: Tensors that the holders hold, as (number of the holder, attribute).
         entries: Of the step, before its body runs.
         waiting: Parameters whose gradients wait for an update when the step begins.
-        carried: What the batches weigh whose gradients these are, where they are to be divided by it.
+        numbers: That the updates of several batches or processes rest on.
     """
 
     learner: RunLearner
@@ -58,7 +58,7 @@ class Inputs:
     held: list[tuple[int, str]]
     entries: dict[str, Any]
     waiting: list[nn.Parameter]
-    carried: list[Carried]
+    numbers: list[Number]
 
     def tensors(self) -> list[Any]:
         """Return the inputs in the order of the graph: fixed ones first, then what changes from step to step."""
@@ -68,7 +68,7 @@ class Inputs:
             *(getattr(self.holders[number], name) for number, name in self.held),
             *(tensor for value in self.entries.values() for tensor in tensors(value)),
             *(parameter.grad for parameter in self.waiting),
-            *(weight.now() for weight in self.carried),
+            *(number.now() for number in self.numbers),
         ]
 
 
@@ -121,7 +121,7 @@ def inputs_of(
         ],
         entries=dict(vars(state)),
         waiting=[parameter for slot in slots for parameter in slot.waiting],
-        carried=carried(slots, learner.accelerator.device),
+        numbers=carried(learner) if phase.gradients else [],
     )
     check(inputs)
     return inputs

@@ -30,22 +30,12 @@ def require_accelerator(accelerator: Accelerator) -> None:
     kind = type(accelerator)
     if any(not method.__module__.startswith("fluxloop.") for method in (kind.backward, kind.update)):
         raise CompileError(f"{kind.__name__} has a backward or update of its own; use it with compile=False")
-    for stands_in_the_way, given, why in (
-        (
-            accelerator.precision == "fp16",
-            "precision='fp16'",
-            "in fp16 the host looks at the gradients before every update, and leaves it out where they are infinite. "
-            "Expected precision='bf16', which needs no such look, or compile='model'",
-        ),
-        (
-            accelerator.group is not None,
-            f"{accelerator.world_size} processes",
-            "compiled steps are those of one process so far. Expected one process, strategy='none' for processes "
-            "that train apart, or compile='model'",
-        ),
-    ):
-        if stands_in_the_way:
-            raise CompileError(f"Accelerator(compile='step') was given with {given}: {why}")
+    if accelerator.precision == "fp16":
+        raise CompileError(
+            "Accelerator(compile='step') was given with precision='fp16': in fp16 the host looks at the gradients "
+            "before every update, and leaves it out where they are infinite. Expected precision='bf16', which needs "
+            "no such look, or compile='model'"
+        )
 
 
 def refusal(phase: Phase, why: str) -> CompileError:

@@ -11,8 +11,9 @@ from attrs import define
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fluxloop.compile.averaging import Message, TracedAverager
 from fluxloop.compile.optimizer_stand_in import decayed
-from fluxloop.compile.windows import TracedWindows
+from fluxloop.compile.windows import CANCELS, STOPS, Place, TracedWindows
 from fluxloop.compute.blocks import UpdateBlock
 from fluxloop.compute.finite import norm_before_clipping, stored_losses
 from fluxloop.compute.updates import Updates
@@ -40,7 +41,7 @@ class StandIn:
         state: The step's entries, stand-ins too.
         leaves: The stand-in of each parameter.
         optimizers: The optimizers' stand-ins by name.
-        weights: Those of the weights of open windows, by optimizer and name.
+        numbers: Those of the numbers that updates of several batches or processes rest on, by place.
     """
 
     PASSED_ON = ("model", "models", "loss_fn", "seed", "optimizer_names", "weights", "data")
@@ -52,7 +53,7 @@ class StandIn:
         state: StepState,
         leaves: dict[nn.Parameter, Tensor],
         optimizers: dict[str | None, Optimizer],
-        weights: dict[tuple[str | None, str], Tensor],
+        numbers: dict[Place, Tensor],
     ) -> None:
         self._learner = learner
         self._phase = phase
@@ -64,7 +65,7 @@ class StandIn:
         self.optimizer = optimizers[None] if tuple(optimizers) == (None,) else optimizers
         names: Any = {leaves[parameter]: name for parameter, name in learner.updates.names.items()}
         self.updates = (
-            TracedWindows(self, names, optimizers, learner.updates, weights)
+            TracedWindows(self, names, optimizers, learner.updates, leaves, numbers)
             if isinstance(learner.updates, WindowedUpdates) and optimizers
             else Updates(self, names, optimizers)
         )
@@ -74,9 +75,10 @@ class StandIn:
             slot.consumed, slot.in_block = False, of_learner.in_block
             slot.first_step, slot.phase = None if of_learner.first_step is None else StepState(), phase.name
         self.backward = self.updates.backward
-        self.skip_update = self.accelerator.skip_update
         self.fired: list[Event] = []
         """Events, in order."""
+        self._asked: Tensor | None = None
+        """Where a handler has asked to leave updates out."""
         self.finite = FiniteStandIn(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -116,6 +118,34 @@ class StandIn:
             )
         self.updates.update(name)
 
+    def skip_update(self, when: Tensor) -> None:
+        """Leave parameters, optimizers' states, and gradients that wait as they are from here on, if `when`."""
+        self._asked = when if self._asked is None else self._asked | when
+        self.accelerator.skip_update(when)
+
+    def votes(self, numbers: dict[Place, Tensor]) -> list[float | Tensor]:
+        """Return what this process tells the others: whether to stop, to cancel, and to leave updates out."""
+        bad = self.finite.bad_so_far()
+        cancels = numbers[CANCELS] if bad is None else torch.maximum(numbers[CANCELS], bad.to(numbers[CANCELS]))
+        return [numbers[STOPS], cancels, 0.0 if self._asked is None else self._asked.float(), 0.0]
+
+    def hear(self, votes: Tensor) -> None:
+        """Leave updates out where one of the processes has asked for it."""
+        self.accelerator.skip_update((votes[1] > 0) | (votes[2] > 0))
+
+    def told(self) -> list[Tensor]:
+        """Return what the processes have told each other: one tensor, or nothing."""
+        averager = self._averager
+        return [] if averager is None or not averager.told else [torch.stack(averager.told)]
+
+    def messages(self) -> list[Message]:
+        """Return what is sent to other processes."""
+        return [] if self._averager is None else self._averager.messages
+
+    @property
+    def _averager(self) -> TracedAverager | None:
+        return getattr(self.updates, "averager", None)
+
     def optimizing(
         self, name: str | int | None = None, *, loss: str | None = None, retain_graph: bool = False
     ) -> UpdateBlock:
@@ -130,12 +160,37 @@ class AcceleratorStandIn:
         accelerator: Where the step runs.
     """
 
-    group = None  # what is compiled is a step of one process
-
     def __init__(self, accelerator: Accelerator) -> None:
         self.device, self.precision, self.autocast = accelerator.device, accelerator.precision, accelerator.autocast
+        self.rank, self.world_size, self.is_main = accelerator.rank, accelerator.world_size, accelerator.is_main
+        self._group = accelerator.group
         self._casting = accelerator.casting
         self._skip: Tensor | None = None
+
+    @property
+    def group(self) -> Any:
+        """The processes: None, as a graph cannot ask how many rows the others have.
+
+        Raises:
+            CompileError: There are several.
+        """
+        if self._group is None:
+            return None
+        raise CompileError(
+            "the step uses the rows of all processes, of which there may be another number in each step, so that it "
+            "cannot be one graph; say compiled = False in the phase's class, or gather=False to a phase that has it"
+        )
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return the rows of all processes: of one.
+
+        Raises:
+            CompileError: There are several.
+        """
+        _ = self.group
+        return tensor
+
+    all_gather = gather
 
     def end_casting(self) -> None:
         """Switch autocast off: the phase's own part is over."""
@@ -251,11 +306,15 @@ class FiniteStandIn:
     def _look(self, numbers: Tensor, what: str | None, names: list[str]) -> None:
         # fired so far, without the event at which it looks
         self.looks.append(Look(numbers, what, names, len(self._learner.fired) - 1))
-        self._learner.skip_update(~numbers.isfinite().all())
+        self._learner.accelerator.skip_update(~numbers.isfinite().all())
+
+    def bad_so_far(self) -> Tensor | None:
+        """Return whether anything that was looked at is not finite; None where nothing was."""
+        if not self.looks:
+            return None
+        return torch.stack([~look.numbers.isfinite().all() for look in self.looks]).any()
 
     def found(self) -> list[Tensor]:
         """Return whether anything was not finite, and the numbers of each look; nothing where there was none."""
-        if not self.looks:
-            return []
-        bad = torch.stack([~look.numbers.isfinite().all() for look in self.looks])
-        return [bad.any(), *(look.numbers for look in self.looks)]
+        bad = self.bad_so_far()
+        return [] if bad is None else [bad, *(look.numbers for look in self.looks)]

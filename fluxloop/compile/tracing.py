@@ -21,6 +21,7 @@ from torch.fx import GraphModule
 from torch.optim import Optimizer
 
 from fluxloop.callback import Callback
+from fluxloop.compile.averaging import Agreed, Message
 from fluxloop.compile.conditions import form_of
 from fluxloop.compile.forbidden import AsTried, noting_containers, noting_draws
 from fluxloop.compile.fx import as_compilers_trace, asks_for_a_float, draws, lift_constants, noting_seeds
@@ -29,7 +30,7 @@ from fluxloop.compile.optimizer_stand_in import differing, note_steps, seen_of, 
 from fluxloop.compile.refusals import changes_python, first_line, hint, refusal, where, writes_options
 from fluxloop.compile.stand_ins import Look, StandIn
 from fluxloop.compile.unchanged import attributes_unchanged, functions_of, noting_reads, options_unchanged
-from fluxloop.compile.windows import Fit, WaitingGradients, fits, window_after
+from fluxloop.compile.windows import Fit, Place, WaitingGradients, fits, window_after
 from fluxloop.compute.slots import Slot
 from fluxloop.data.generators import generators_of
 from fluxloop.errors import CancelSignal, CompileError, LossError, OptimizerError, PhaseError
@@ -57,11 +58,13 @@ class Traced:
         changed: Which of the inputs after the fixed ones it changes in place, by number.
         stored: The entries that the body stored, each with stand-ins for its tensors.
         waiting_after: What becomes of gradients that wait, for each optimizer that has some before or after the step.
-        fits: For which counts of the batches of an update it was traced.
+        fits: For which counts of the batches of an update it was traced, and the messages between processes.
+        messages: What is sent to other processes; of what comes back the next output tells.
         consumed: The optimizers whose last gradients an update has used.
         removed: Names of the entries that it removed.
         fired: The events that it fired.
-        makes_state: Whether an optimizer makes its state in this step, so that it has to run as it is.
+        makes_state: Whether an optimizer makes its state in this step, or processes agree on what they send, so that it
+            has to run as it is.
     """
 
     inputs: Inputs
@@ -73,7 +76,8 @@ class Traced:
     changed: list[int]
     stored: dict[str, Any]
     waiting_after: list[WaitingGradients]
-    fits: list[Fit]
+    fits: list[Fit | Agreed]
+    messages: list[Message]
     consumed: list[Slot]
     removed: list[str]
     fired: list[Event]
@@ -111,6 +115,7 @@ def trace(
         stored=run.stored,
         waiting_after=run.waiting_after,
         fits=run.fits,
+        messages=run.messages,
         consumed=run.consumed,
         removed=run.removed,
         fired=run.fired,
@@ -199,7 +204,7 @@ class Placed:
         optimizers: Of the optimizers, by name.
         entries: Of the step.
         waiting: The gradients that wait, by leaf.
-        weights: Those of the weights of open windows, by optimizer and name.
+        numbers: Those of the numbers of the inputs, by place.
     """
 
     by_id: dict[int, Tensor]
@@ -209,7 +214,7 @@ class Placed:
     optimizers: dict[str | None, Optimizer]
     entries: dict[str, Any]
     waiting: dict[Tensor, Tensor]
-    weights: dict[tuple[str | None, str], Tensor]
+    numbers: dict[Place, Tensor]
 
 
 class Run:
@@ -229,7 +234,8 @@ class Run:
         self.changed: list[int] = []
         self.stored: dict[str, Any] = {}
         self.waiting_after: list[WaitingGradients] = []
-        self.fits: list[Fit] = []
+        self.fits: list[Fit | Agreed] = []
+        self.messages: list[Message] = []
         self.consumed: list[Slot] = []
         self.removed: list[str] = []
         self.fired: list[Event] = []
@@ -255,16 +261,17 @@ class Run:
             leaf.grad = gradient
         state = StepState(dict(placed.entries))
         buffers = self._copied() if inputs.phase.gradients else []
-        learner = StandIn(inputs.learner, inputs.phase, state, placed.leaves, placed.optimizers, placed.weights)
+        learner = StandIn(inputs.learner, inputs.phase, state, placed.leaves, placed.optimizers, placed.numbers)
         with noting_reads(inputs.holders) as self.reads:
             inputs.phase.body(learner, learner.scope.handle, state)
         learner.accelerator.end_casting()
-        self.fired, self.fits = learner.fired, fits(inputs.slots, learner.updates.slots)
-        self._note_gradients(learner, placed.waiting, stepped)
+        self.fired, self.fits = learner.fired, fits(inputs.slots, learner.updates)
+        self._note_gradients(learner, placed, stepped)
         if any(leaf.untyped_storage()._cdata != before for leaf, before in memory.items()):
             raise refusal(
                 inputs.phase, "it assigns .data of a parameter; change it in place under torch.no_grad(): p.copy_(…)"
             )
+        self.makes_state = getattr(learner.updates, "lacks_agreement", False)
         self._copy_replaced(placed)
         for slot in inputs.slots:
             optimizer = placed.optimizers[slot.name]
@@ -275,7 +282,8 @@ class Run:
         for each in buffers:
             learner.accelerator.restore(*each)
         self.looks = learner.finite.looks
-        found = learner.finite.found()
+        found = [*learner.finite.found(), *learner.told()]
+        self.messages = learner.messages()
         stored = [tensor for value in self.stored.values() for tensor in tensors(value)]
         waiting = self._waiting(learner, placed)
         outputs = (*found, *stored, *apart(waiting, [*flat, *found, *stored]))
@@ -308,7 +316,7 @@ class Run:
             optimizers={slot.name: stand_in_of(slot.optimizer, leaves, by_id, options) for slot in inputs.slots},
             entries={name: map_tensors(lambda _: next(each), value) for name, value in inputs.entries.items()},
             waiting={leaves[parameter]: next(each) for parameter in inputs.waiting},
-            weights={one.place: next(each) for one in inputs.carried},
+            numbers={number.place: next(each) for number in inputs.numbers},
         )
 
     def _waiting(self, learner: StandIn, placed: Placed) -> list[Tensor]:
@@ -327,12 +335,14 @@ class Run:
         places = [[b for b in part._buffers.values() if b is not None] for part in self.inputs.parts if part._buffers]
         return [(held, [b.clone() for b in held], [b._version for b in held]) for held in places]
 
-    def _note_gradients(self, learner: StandIn, before: dict[Tensor, Tensor], stepped: Iterable[str | None]) -> None:
+    def _note_gradients(self, learner: StandIn, placed: Placed, stepped: Iterable[str | None]) -> None:
         """Note what becomes of gradients that wait, and which an update has used.
 
         Raises:
             CompileError: Some that were computed by hand would be lost.
         """
+        before = placed.waiting
+        numbers = {placed.numbers[number.place]: number for number in self.inputs.numbers}
         for slot, now in zip(self.inputs.slots, learner.updates.slots, strict=True):
             if now.consumed:
                 self.consumed.append(slot)
@@ -347,7 +357,7 @@ class Run:
                         "learner.backward(loss) instead of loss.backward()",
                     )
                 continue
-            counted, changed = window_after(now, begun, learner.accelerator.carried) if waits else (0, {})
+            counted, changed = window_after(now, begun, learner.accelerator.carried, numbers) if waits else (0, {})
             if begun or not waits or counted or any(leaf.grad is not before.get(leaf) for leaf in now.parameters):
                 own = dict(zip(now.parameters, slot.parameters, strict=True))
                 parameters = [own[leaf] for leaf in leaves] if waits else []

@@ -7,72 +7,96 @@ its batches weigh is a tensor, which goes into the graph with the gradients that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from attrs import define, field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fluxloop.compile.averaging import Agreed, TracedAverager
+from fluxloop.compute.gradients import divisor
 from fluxloop.compute.precision import in_single
 from fluxloop.compute.slots import Slot
 from fluxloop.compute.updates import Updates
 from fluxloop.compute.window import Weight, Window, WindowSlot
 from fluxloop.compute.windows import WindowedUpdates
+from fluxloop.nested import weight_of
+from fluxloop.processes.agree import CANCEL, STOP
 from fluxloop.state import StepState
-
-if TYPE_CHECKING:
-    from fluxloop.interfaces import StepLearner
 
 WEIGHTS = ("weight", "current")
 """What of a window are weights: of the batches that it has counted, and of the one that computes gradients now."""
+
+Place = tuple[str | None, str]
+
+SHARE, OPEN, FRESH = (None, "share"), (None, "scale of open windows"), (None, "scale of windows that begin")
+"""Numbers of no optimizer: 0 for a batch that repeats rows, else 1; and what losses are multiplied by."""
+
+STOPS, CANCELS = (None, "stops"), (None, "cancels")
+"""What this process votes for, as numbers too."""
 
 
 # Outside of the graph
 
 
 @define(eq=False)
-class Carried:
-    """A weight of an open window, which goes into the graph.
+class Number:
+    """A number that goes into the graph, as a tensor.
 
     Args:
-        slot: The optimizer whose window it is.
-        name: Which of its `WEIGHTS`.
+        place: Of what it is the number: the optimizer's name, and what it is called.
+        get: Returns it.
         tensor: Where it is put if it is no tensor.
-        last: The number that was put there last.
+        last: What was put there last.
     """
 
-    slot: WindowSlot
-    name: str
+    place: Place
+    get: Callable[[], Any]
     tensor: Tensor
-    last: Weight | None = None
-
-    @property
-    def place(self) -> tuple[str | None, str]:
-        """The names of the optimizer and of the weight."""
-        return self.slot.name, self.name
+    last: Any = None
 
     def now(self) -> Tensor:
-        """Return the weight as a tensor."""
-        weight = getattr(self.slot.window, self.name)
-        if isinstance(weight, Tensor):
-            return weight.to(self.tensor).reshape(())
-        if weight != self.last:
-            self.last = weight
-            self.tensor.fill_(weight)
+        """Return it as a tensor."""
+        number = self.get()
+        if isinstance(number, Tensor):
+            return number.to(self.tensor).reshape(())
+        if number != self.last:
+            self.last = number
+            self.tensor.fill_(number)
         return self.tensor
 
 
-def carried(slots: Sequence[Slot], device: torch.device) -> list[Carried]:
-    """List the weights of open windows that a step may use: those of several batches."""
+def carried(learner: Any) -> list[Number]:
+    """List the numbers that a step of several batches, or processes, may use.
+
+    Those are the weights of open windows; with several processes also whether this one's batch counts, and what losses
+    are multiplied by, in windows that are open and in those that begin.
+    """
+    updates, device = learner.updates, learner.accelerator.device
     dtype = torch.float32 if device.type == "mps" else torch.float64  # a Mac's GPU knows no longer ones
-    return [
-        Carried(slot, name, torch.zeros((), dtype=dtype, device=device))
-        for slot in slots
-        if isinstance(slot, WindowSlot) and slot.first_step is not None and slot.window.size > 1
-        for name in WEIGHTS
-        if getattr(slot.window, name) is not None
-    ]
+    found: dict[Place, Callable[[], Any]] = {}
+    for slot in updates.slots if isinstance(updates, WindowedUpdates) else ():
+        if slot.first_step is not None and slot.window.size > 1:
+            found |= {
+                (slot.name, name): partial(getattr, slot.window, name)
+                for name in WEIGHTS
+                if getattr(slot.window, name) is not None
+            }
+    if isinstance(updates, WindowedUpdates) and updates.averager is not None:
+        group = updates.averager.group
+        found[SHARE] = lambda: float(not group.spare)
+        found[OPEN] = lambda: next((s.window.scale for s in updates.slots if s.first_step is not None), updates.factor)
+        found[FRESH] = lambda: updates.factor
+        found[STOPS], found[CANCELS] = (partial(vote, learner, place) for place in (STOP, CANCEL))
+    return [Number(place, get, torch.zeros((), dtype=dtype, device=device)) for place, get in found.items()]
+
+
+def vote(learner: Any, place: int) -> float:
+    """Return a vote of this process, for the messages of the step that is about to run."""
+    found: float = learner.accelerator.group.agreement.votes(learner)[place]
+    return found
 
 
 def form_of_window(slot: Slot) -> Any:
@@ -120,7 +144,9 @@ class WaitingGradients:
         if isinstance(slot, WindowSlot):
             slot.window.count += self.counted
             for name, value in self.changed.items():
-                setattr(slot.window, name, next(outputs) if isinstance(value, Tensor) else value)
+                if isinstance(value, Tensor):
+                    value = next(outputs)
+                setattr(slot.window, name, value.last if isinstance(value, Number) else value)
 
 
 @define(eq=False)
@@ -183,59 +209,100 @@ class TracedWindows(WindowedUpdates):
         names: The names of all parameters' stand-ins.
         optimizers: The optimizers' stand-ins by name.
         of: For which it stands.
-        weights: The stand-ins of the weights that go into the graph, by optimizer and name.
+        leaves: The stand-in of each parameter.
+        numbers: The stand-ins of the numbers that go into the graph, by place.
     """
 
     def __init__(
         self,
-        learner: StepLearner,
+        learner: Any,
         names: Any,
         optimizers: dict[str | None, Optimizer],
         of: WindowedUpdates,
-        weights: dict[tuple[str | None, str], Tensor],
+        leaves: dict[Any, Tensor],
+        numbers: dict[Place, Tensor],
     ) -> None:
         Updates.__init__(self, learner, names, optimizers)
-        self.casting, self.averager, self.scale, self.is_weighted = of.casting, None, None, of.is_weighted
-        self.factor, self._told_twice = 1.0, False
+        self.casting, self.scale, self.is_weighted, self._told_twice = of.casting, None, of.is_weighted, False
+        # what stands for the averager, and for the factor, does what they do with tensors
+        self.averager: Any = None if of.averager is None else TracedAverager(of.averager, leaves, numbers, learner)
+        self.factor: Any = numbers.get(FRESH, 1.0)
+        self._share = numbers.get(SHARE)
         for slot in self.slots:
-            window = of.find(slot.name).window  # type: ignore[attr-defined]  # `find` finds one of its slots
-            found = {name: weights.get((slot.name, name), getattr(window, name)) for name in WEIGHTS}
+            of_learner: Any = of.find(slot.name)
+            window = of_learner.window
+            found = {name: numbers.get((slot.name, name), getattr(window, name)) for name in WEIGHTS}
+            scale: Any = 1.0 if of_learner.first_step is None else numbers.get(OPEN, window.scale)
             slot.window = TracedWindow(
-                window.size, window.count, **found, complete=window.complete, began=window.count, found=found
+                window.size,
+                window.count,
+                **found,
+                scale=scale,
+                complete=window.complete,
+                began=window.count,
+                found=found,
             )
 
+    @property
+    def lacks_agreement(self) -> bool:
+        """Whether gradients were to be sent of which the processes have not agreed how."""
+        return self.averager is not None and bool(self.averager.is_missing)
+
+    def _weigh(self) -> Weight:
+        if not self.is_weighted:
+            return 1.0
+        learner = self._learner
+        weight = weight_of(learner.scope.phase, learner.step)
+        weight = weight.detach() if isinstance(weight, Tensor) else float(weight)
+        return weight if self._share is None else self._share * weight
+
     def _weighted(self, loss: Tensor, slots: Sequence[WindowSlot]) -> Tensor:
-        weight = slots[0].window.current
+        window = slots[0].window
+        weight = window.scale if window.current is None else window.current * window.scale
         if isinstance(weight, Tensor):
             return in_single(loss) * weight.to(in_single(loss))
-        return loss if weight in (None, 1.0) else in_single(loss) * weight
+        return loss if weight == 1.0 else in_single(loss) * weight
 
-    def _complete(self, slots: Sequence[WindowSlot]) -> None:
+    def _reduced(self, slots: Sequence[WindowSlot], compute: Callable[[], None]) -> None:
+        closing = [slot for slot in slots if slot.window.closes]
+        compute()
+        if closing:
+            self._complete_all(closing)
+
+    def _complete_alone(self, slot: WindowSlot) -> None:
+        self._complete_all([slot])
+
+    def _complete_all(self, slots: Sequence[WindowSlot]) -> None:
+        """Complete the gradients of windows, over processes too."""
+        if self.averager is not None:
+            self.averager.add_up([(self.slots.index(slot), slot) for slot in slots])
         for slot in slots:
-            weight = slot.window.summed
-            if isinstance(weight, Tensor):
-                weight = weight.clamp(min=torch.finfo(torch.float32).tiny)
-            elif weight in (0.0, 1.0):
-                continue
+            by = divisor(slot.window.summed, slot.window.scale) if self.averager is None else None
             for parameter in slot.parameters:
-                if parameter.grad is not None:
-                    parameter.grad = parameter.grad.detach() / weight
+                if parameter.grad is not None and by is not None:
+                    parameter.grad = parameter.grad.detach() / by
         self._completed(slots)
 
 
-def window_after(slot: Slot, begun: bool, carry: Callable[[Any, Weight], Weight]) -> tuple[int, dict[str, Any]]:
+def window_after(
+    slot: Slot, begun: bool, carry: Callable[[Any, Weight], Weight], numbers: dict[Tensor, Number]
+) -> tuple[int, dict[str, Any]]:
     """Return what a step leaves of an open window: how many batches it counted, and what else has changed.
 
     Args:
         slot: The optimizer's stand-in.
         begun: Whether the window was begun in the step.
         carry: Returns what a weight is after the step, of what it was before and is now.
+        numbers: The numbers that went into the graph, by stand-in.
     """
     window = getattr(slot, "window", None)
     if not isinstance(window, TracedWindow):
         return 0, {}
     before = dict.fromkeys(WEIGHTS) if begun else window.found
+    scale: Any = window.scale
     changed: dict[str, Any] = {"complete": window.complete}
+    if begun:
+        changed["scale"] = numbers[scale] if isinstance(scale, Tensor) else scale
     for name in WEIGHTS:
         now = getattr(window, name)
         if now is None:
@@ -245,12 +312,18 @@ def window_after(slot: Slot, begun: bool, carry: Callable[[Any, Weight], Weight]
     return window.count - (0 if begun else window.began), changed
 
 
-def fits(slots: Sequence[Slot], stand_ins: Sequence[Slot]) -> list[Fit]:
-    """List for which counts of its windows a graph was traced, where its key does not say it."""
-    return [
+def fits(slots: Sequence[Slot], updates: Any) -> list[Fit | Agreed]:
+    """List for which counts of its windows a graph was traced, where its key does not say it, and its messages.
+
+    Args:
+        slots: The learner's.
+        updates: What stood for its updates.
+    """
+    if not isinstance(updates, TracedWindows):
+        return []
+    counted: list[Fit | Agreed] = [
         Fit(slot, window.began, window.farthest, window.closed)
-        for slot, now in zip(slots, stand_ins, strict=True)
-        if isinstance(slot, WindowSlot)
-        and isinstance(window := getattr(now, "window", None), TracedWindow)
-        and slot.window.size > 2
+        for slot, now in zip(slots, updates.slots, strict=True)
+        if isinstance(slot, WindowSlot) and isinstance(window := now.window, TracedWindow) and slot.window.size > 2
     ]
+    return counted if updates.averager is None else [*counted, *updates.averager.agreed]

@@ -22,9 +22,9 @@ from fluxloop.processes.group import Group
 VOTES = 4
 """How many votes fit into a message."""
 
-_DIFFERS, _NUMBER, _WEIGHT, _VOTES = 0, 1, 2, 3
+DIFFERS, NUMBER, WEIGHT, FIRST_VOTE = 0, 1, 2, 3
 """What stands where in the numbers that end a message."""
-_LENGTH = _VOTES + VOTES
+LENGTH = FIRST_VOTE + VOTES
 """How many there are."""
 
 _requires_grad = attrgetter("requires_grad")
@@ -58,6 +58,7 @@ class Averager:
         group: The processes.
         name_of: Says what a parameter is called in messages.
         sizes: How much is sent in one message.
+        collective: Whether steps are compiled: see `fluxloop.processes.sums.Sums`; and no parameter is hooked.
     """
 
     def __init__(
@@ -66,29 +67,37 @@ class Averager:
         name_of: Callable[[nn.Parameter], str | None] | None = None,
         *,
         sizes: BucketSizes | None = None,
+        collective: bool = False,
     ) -> None:
         self.group = group
-        self._adds = adding.Sums(group)
+        self._collective = collective
+        self._adds = adding.Sums(group, collective=collective)
         self._name_of = name_of
         self._sizes = sizes or BucketSizes()
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[int, Plan] = {}
         """By the identity of the tuple's first parameter: the optimizers of a learner share none."""
         self._sets: Sequence[tuple[nn.Parameter, ...]] = ()
         self._armed: list[Bucket] = []
         self._next = 0
         """Which of the armed buckets is sent next."""
-        self._late: deque[tuple[torch.Event, Tensor, list[_Plan]]] = deque()
+        self._late: deque[tuple[torch.Event, Tensor, list[Plan]]] = deque()
         self.messages = 0
         """How many messages of gradients have been sent."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Averager:
         """Return one without plans: those of the copied parameters are agreed upon when they are first sent."""
-        return Averager(self.group, copy.deepcopy(self._name_of, memo), sizes=self._sizes)
+        name_of = copy.deepcopy(self._name_of, memo)
+        return Averager(self.group, name_of, sizes=self._sizes, collective=self._collective)
 
     @property
     def num_buckets(self) -> int:
         """How many buckets the gradients of all optimizers have."""
         return sum(len(plan.buckets) for plan in self._plans.values())
+
+    def plan_of(self, parameters: tuple[nn.Parameter, ...]) -> Plan | None:
+        """Return what was agreed upon for a tuple of parameters when it was last sent; None if that is yet to come."""
+        plan = self._plans.get(id(parameters[0]) if parameters else 0)
+        return plan if plan is not None and plan.agreed else None
 
     def watching(self, sets: Sequence[tuple[nn.Parameter, ...]]) -> Averager:
         """Send buckets while a backward pass fills them: ``with averager.watching(sets): ...``, then `finish`.
@@ -199,17 +208,17 @@ class Averager:
             plan.hand_out(None if scales is None else divisor(said.weights[place], scales[place]))
         return said
 
-    def _plan(self, parameters: tuple[nn.Parameter, ...]) -> _Plan:
+    def _plan(self, parameters: tuple[nn.Parameter, ...]) -> Plan:
         """Return what is known of a tuple of parameters."""
         key = id(parameters[0]) if parameters else 0
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = _Plan(parameters, len(self._plans) + 1)
+            plan = self._plans[key] = Plan(parameters, len(self._plans) + 1)
         plan.parameters = parameters  # a group may have been added
         return plan
 
     def _exchange(
-        self, plans: list[_Plan], weights: Sequence[float | Tensor], votes: Sequence[float] | Tensor
+        self, plans: list[Plan], weights: Sequence[float | Tensor], votes: Sequence[float] | Tensor
     ) -> Sums | None:
         """Send what has not been sent and wait for all of it; return None if the buckets have to be agreed upon."""
         # Each update comes through here: what is rare is asked for by a cheap test, and generators are left out.
@@ -230,17 +239,17 @@ class Averager:
                 bucket.receive()
         return self._read(plans, len(votes), differs)
 
-    def _read(self, plans: list[_Plan], count: int, differs: bool) -> Sums | None:
+    def _read(self, plans: list[Plan], count: int, differs: bool) -> Sums | None:
         """Read what all have said; return None if somebody's plan differs."""
-        said = [plan.last.flat[-_LENGTH:] for plan in plans]
+        said = [plan.last.flat[-LENGTH:] for plan in plans]
         if said[0].is_cpu:
             numbers = [tensor.tolist() for tensor in said]
             if self._differ(numbers, plans):
                 return None
-            return Sums([entry[_WEIGHT] for entry in numbers], numbers[-1][_VOTES : _VOTES + count])
-        sums = Sums([tensor[_WEIGHT] for tensor in said], said[-1][_VOTES : _VOTES + count])
+            return Sums([entry[WEIGHT] for entry in numbers], numbers[-1][FIRST_VOTE : FIRST_VOTE + count])
+        sums = Sums([tensor[WEIGHT] for tensor in said], said[-1][FIRST_VOTE : FIRST_VOTE + count])
         if not differs:  # to read it would wait for the device: it is read in a call after this
-            late = torch.stack([tensor[:_WEIGHT].double() for tensor in said]).to("cpu", non_blocking=True)
+            late = torch.stack([tensor[:WEIGHT].double() for tensor in said]).to("cpu", non_blocking=True)
             arrived = torch.Event(said[0].device)
             arrived.record()
             self._late.append((arrived, late, plans))
@@ -248,11 +257,11 @@ class Averager:
         numbers = [tensor.tolist() for tensor in said]
         if not self._differ(numbers, plans):
             return sums
-        if any(0 < entry[_DIFFERS] < self.group.size for entry in numbers):
+        if any(0 < entry[DIFFERS] < self.group.size for entry in numbers):
             raise self._one_sided()  # the others will read it in a call after this
         return None
 
-    def _differ(self, numbers: list[list[float]], plans: list[_Plan]) -> bool:
+    def _differ(self, numbers: list[list[float]], plans: list[Plan]) -> bool:
         """Return whether somebody has another plan.
 
         Raises:
@@ -260,13 +269,13 @@ class Averager:
         """
         differ = False
         for entry, plan in zip(numbers, plans, strict=True):
-            if entry[_NUMBER] != plan.number * self.group.size:
+            if entry[NUMBER] != plan.number * self.group.size:
                 raise OptimizerError(
                     f"process {self.group.rank} updates the optimizer of {self._name(plan.parameters, 0)!r} and "
                     "another process one of other parameters; expected the same updates in the same order on every "
                     "one: let no condition decide about a block or learner.update() that only one of them sees"
                 )
-            differ = differ or entry[_DIFFERS] != 0
+            differ = differ or entry[DIFFERS] != 0
         return differ
 
     def _check_late(self) -> None:
@@ -282,7 +291,7 @@ class Averager:
             "frozen, unfrozen and added on every process alike, before the same step"
         )
 
-    def _agree(self, plans: list[_Plan]) -> None:
+    def _agree(self, plans: list[Plan]) -> None:
         """Make new buckets of what requires gradients now, which has to be the same everywhere.
 
         Raises:
@@ -303,9 +312,10 @@ class Averager:
             plan.make(
                 [p for i, p in enumerate(plan.parameters) if p.requires_grad or i in left],
                 self._sizes,
+                hooks=not self._collective,  # a graph cannot be looked into
             )
 
-    def _standing(self, plan: _Plan) -> _Standing:
+    def _standing(self, plan: Plan) -> _Standing:
         """Say what this process is about to send."""
         trained = {
             f"{self._name(plan.parameters, i)}": f"shape {tuple(p.shape)}, {p.dtype}"
@@ -351,7 +361,7 @@ class _Standing(NamedTuple):
     refused: str
 
 
-class _Plan:
+class Plan:
     """Which parameters of a tuple are sent in which buckets.
 
     Args:
@@ -375,7 +385,7 @@ class _Plan:
         for bucket in self.buckets:
             bucket.forget()
 
-    def make(self, sent: list[nn.Parameter], sizes: BucketSizes) -> None:
+    def make(self, sent: list[nn.Parameter], sizes: BucketSizes, *, hooks: bool) -> None:
         """Make the buckets."""
         for bucket in self.buckets:
             bucket.forget()
@@ -383,7 +393,7 @@ class _Plan:
         self.buckets = fill(sent, sizes)
         self.early, self.last = self.buckets[:-1], self.buckets[-1]
         self.agreed = self.new = True
-        for bucket in self.early:
+        for bucket in self.early if hooks else ():
             bucket.hook()
         self._dtype = self.last.dtype
         device = self.parameters[0].device if self.parameters else None
@@ -413,9 +423,9 @@ class _Plan:
             flags = flags.index_fill(0, torch.tensor(places, device=flags.device), 0)
         numbers = [float(differs), float(self.number), 0.0, *[0.0] * VOTES]
         if not isinstance(weight, Tensor):
-            numbers[_WEIGHT] = weight
+            numbers[WEIGHT] = weight
         if not isinstance(votes, Tensor):
-            numbers[_VOTES : _VOTES + len(votes)] = votes
+            numbers[FIRST_VOTE : FIRST_VOTE + len(votes)] = votes
         if numbers != self._numbers:
             self._said = torch.tensor(numbers, dtype=self._dtype).to(flags.device)
             self._numbers = numbers
@@ -423,16 +433,16 @@ class _Plan:
         if isinstance(weight, Tensor) or isinstance(votes, Tensor):
             said = said.clone()
             if isinstance(weight, Tensor):
-                said[_WEIGHT] = weight.detach().reshape(())
+                said[WEIGHT] = weight.detach().reshape(())
             if isinstance(votes, Tensor):
-                said[_VOTES : _VOTES + len(votes)] = votes.detach()
+                said[FIRST_VOTE : FIRST_VOTE + len(votes)] = votes.detach()
         return [flags, said], differs
 
     def hand_out(self, divisor: float | Tensor | None) -> None:
         """Put the sums into ``grad``, divided by something."""
         self.new = False
         used: list[float] | None = None
-        flags, start = self.last.flat[-_LENGTH - len(self.sent) : -_LENGTH], 0
+        flags, start = self.last.flat[-LENGTH - len(self.sent) : -LENGTH], 0
         for bucket in self.buckets:
             if bucket.unused:
                 used = used or flags.tolist()

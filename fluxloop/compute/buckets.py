@@ -52,6 +52,7 @@ class Bucket:
     Attributes:
         unused: The places of those that had no gradient when it was sent.
         refused: Whether one of them is of a kind that cannot be sent, and was left out.
+        orders: In which order the dimensions of each lie in memory; None where it is theirs.
         flat: What was sent, and then the sums of it: of the gradients, and of the tail.
     """
 
@@ -70,8 +71,8 @@ class Bucket:
         self._work: Any = None
         self._handles: list[Any] = []
         self._complex = bool(parameters) and parameters[0].is_complex()
-        self._orders = [_order(parameter) for parameter in self.parameters]
-        self._plain = not self._complex and not any(self._orders)
+        self.orders = [_order(parameter) for parameter in self.parameters]
+        self._plain = not self._complex and not any(self.orders)
 
     # ---------------------------------------------------------------- while a backward pass runs
 
@@ -127,9 +128,7 @@ class Bucket:
             gradients[place] = torch.zeros_like(self.parameters[place])
         self._pieces = gradients  # type: ignore[assignment]  # none is None any more
         if not self._plain:
-            self._pieces = [
-                self._laid_out(piece, order) for piece, order in zip(self._pieces, self._orders, strict=True)
-            ]
+            self._pieces = [self.laid_out(piece, order) for piece, order in zip(self._pieces, self.orders, strict=True)]
 
     def send(self, sums: Sums, tail: Sequence[Tensor] = ()) -> None:
         """Send the gradients that were collected.
@@ -164,17 +163,17 @@ class Bucket:
             for parameter, total in zip(self.parameters, sums, strict=False):  # the tail follows
                 parameter.grad = total
         else:
-            for place, (parameter, order) in enumerate(zip(self.parameters, self._orders, strict=True)):
-                parameter.grad = None if place in unused else self._as_gradient(sums[place], order)
+            for place, (parameter, order) in enumerate(zip(self.parameters, self.orders, strict=True)):
+                parameter.grad = None if place in unused else self.as_gradient(sums[place], order)
         self.flat, self._pieces, self._work = _NOTHING, [], None  # an update may free them
 
-    def _laid_out(self, gradient: Tensor, order: tuple[int, ...] | None) -> Tensor:
+    def laid_out(self, gradient: Tensor, order: tuple[int, ...] | None) -> Tensor:
         """Return a gradient so that it is contiguous where its layout is that of its parameter; as real numbers."""
         if order is not None:
             gradient = gradient.permute(order)
         return torch.view_as_real(gradient.resolve_conj().resolve_neg()) if self._complex else gradient
 
-    def _as_gradient(self, total: Tensor, order: tuple[int, ...] | None) -> Tensor:
+    def as_gradient(self, total: Tensor, order: tuple[int, ...] | None) -> Tensor:
         """Return a sum in the layout of its parameter."""
         if self._complex:
             total = torch.view_as_complex(total)

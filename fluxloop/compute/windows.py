@@ -59,8 +59,8 @@ class WindowedUpdates(Updates):
         for slot in self.slots:
             slot.window.size = _size(accelerator.accumulate, slot.name, [*optimizers])
         self.casting: Casting | None = accelerator.casting
-        group = accelerator.group
-        self.averager = None if group is None else Averager(group, self._name_of)
+        group, compiled = accelerator.group, accelerator.compile == "step"
+        self.averager = None if group is None else Averager(group, self._name_of, collective=compiled)
         """Adds up gradients over processes, where there are several."""
         self.scale = LossScale() if accelerator.precision == "fp16" else None
         self.is_weighted = accelerator.world_size > 1 or any(slot.window.size > 1 for slot in self.slots)
@@ -201,10 +201,10 @@ class WindowedUpdates(Updates):
         weights, scales = [slot.window.summed for slot in slots], [slot.window.scale for slot in slots]
         sums = send(weights, agreement.votes(learner), scales=scales)
         agreement.after(learner, sums.votes)
-        self._balance(sums.weights)
+        self.balance(sums.weights)
         self._completed(slots)
 
-    def _balance(self, weights: Sequence[Weight]) -> None:
+    def balance(self, weights: Sequence[Weight]) -> None:
         """Scale the losses of later windows so that gradients need no division where they weigh as much as these."""
         weight = weights[-1]  # which all processes know; a power of two changes no bit of a quotient
         if self.scale is None and not isinstance(weight, Tensor) and weight > 0:

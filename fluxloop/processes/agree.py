@@ -51,7 +51,8 @@ class Agreement:
 
     Attributes:
         sent: How many messages with votes this process has begun to take part in.
-        inside: What the message that it is in holds: the places of optimizers, or `BETWEEN`; None for none.
+        inside: What the message that it is in holds: the places of optimizers, or `BETWEEN`; None for none. In a graph
+            those of each of its messages.
         steps: How many steps have begun.
         in_step: Whether one is under way.
     """
@@ -59,7 +60,7 @@ class Agreement:
     def __init__(self, group: Any) -> None:  # a Group, which is made of this
         self.group = group
         self.sent = self.steps = 0
-        self.inside: list[int] | str | None = None
+        self.inside: list[int] | list[list[int]] | str | None = None
         self.in_step = False
         self._cancelled: int | None = None
         self._left = False
@@ -113,6 +114,33 @@ class Agreement:
         self._learner = learner
         self.inside = [learner.updates.slots.index(slot) for slot in slots] or BETWEEN
         self.sent += 1
+
+    def before_graph(self, learner: Any, messages: list[list[int]]) -> None:
+        """Note that this process begins a graph, which sends several messages before anybody hears of them.
+
+        Args:
+            learner: Whose gradients they hold.
+            messages: The places of the optimizers, of each.
+        """
+        self._learner = learner
+        self.inside = messages
+        self.sent += 1
+
+    def after_graph(self, learner: Any, votes: list[list[float]], signal: CancelSignal | None) -> None:
+        """Act on what all want, once a graph has run.
+
+        Args:
+            learner: The learner.
+            votes: The summed ones of each message.
+            signal: What this process has raised in it; None for nothing.
+
+        Raises:
+            CancelSignal: As `after` does.
+        """
+        self.sent += len(votes) - 1
+        if signal is not None:
+            self._wish = signal
+        self.after(learner, [sum(each) for each in zip(*votes, strict=True)])
 
     def votes(self, learner: Any) -> list[float]:
         """Return what this process wants."""
@@ -286,17 +314,20 @@ class Agreement:
             "contrastive loss, or of sharded parameters; expected the cancel on all processes"
         )
 
-    def _take_part(self, learner: Any, signal: CancelSignal, inside: list[int] | str) -> CancelSignal:
-        """Take part in the message in which the others wait, with no weight; return the signal for all."""
+    def _take_part(self, learner: Any, signal: CancelSignal, inside: list[Any] | str) -> CancelSignal:
+        """Take part in the messages in which the others wait, with no weight; return the signal for all."""
         votes = [0.0, 1.0, 0.0, 0.0]
         self._wish = signal
         try:
             if isinstance(inside, str):
                 self._vote(learner, votes)
             else:
-                slots = [learner.updates.slots[place] for place in inside]
-                self.before(learner, slots)
-                self.after(learner, _take_part_with_nothing(learner.updates.averager, slots, votes))
+                said: Any = ()
+                for places in inside if isinstance(inside[0], list) else [inside]:
+                    slots = [learner.updates.slots[place] for place in places]
+                    self.before(learner, slots)
+                    said = _take_part_with_nothing(learner.updates.averager, slots, votes)
+                self.after(learner, said)
         except CancelSignal as agreed:
             return agreed
         raise ProcessError("the votes of a message say that no process has cancelled a step, and this one has")

@@ -35,11 +35,12 @@ class Sums:
 
     Args:
         group: The processes.
+        collective: Whether collectives alone are used, as in compiled steps: other processes may be in one.
     """
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, *, collective: bool = False) -> None:
         self.group = group
-        self._limit: int | None = None
+        self._limit: int | None = 0 if collective else None
 
     def begin(self, tensor: Tensor, *, waits: bool = True) -> Work:
         """Begin to add up a tensor, in place; all processes begin the same in the same order.

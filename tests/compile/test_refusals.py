@@ -7,8 +7,6 @@ from compiled_training import learner
 from torch import nn
 
 from fluxloop import Accelerator, CompileError, Learner
-from fluxloop.compile.refusals import require_accelerator
-from processes.pretended import Alone
 
 
 @pytest.mark.parametrize(
@@ -21,13 +19,6 @@ def test_what_no_graph_can_hold_is_refused_by_name(options: dict[str, Any], give
     with pytest.raises(CompileError, match=rf"compile='step'\) was given with {given}: .*Expected {expected}"):
         Learner(nn.Linear(2, 1), accelerator=Accelerator("cpu", compile="step", **options))
     Learner(nn.Linear(2, 1), accelerator=Accelerator("cpu", **options))
-
-
-def test_several_processes_are_refused() -> None:
-    accelerator = Accelerator("cpu", compile="step")
-    accelerator.group = Alone(0, 2)
-    with pytest.raises(CompileError, match=r"was given with 2 processes: .*strategy='none'"):
-        require_accelerator(accelerator)
 
 
 def test_ways_of_its_own_are_refused() -> None:
