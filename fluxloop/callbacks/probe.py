@@ -16,6 +16,7 @@ from fluxloop.callback import on
 from fluxloop.callbacks.metrics import RecordsMetrics
 from fluxloop.compute.models import to_device_of
 from fluxloop.compute.modes import watching
+from fluxloop.compute.precision import in_single
 from fluxloop.data.loaders import as_dataloader, holds_rows
 from fluxloop.data.passes import untouched
 from fluxloop.data.sources import complete
@@ -336,7 +337,7 @@ class LinearProbe(HeldOut):
     def train(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Train the classifier on this step's features."""
         features, labels = (learner.step[entry] for entry in self.entries)
-        features = features.detach().flatten(1)
+        features = in_single(features.detach().flatten(1))
         with torch.enable_grad():
             probe, stepper = self._classifier(features, learner.seed)
             loss, group = cross_entropy(probe(features), labels.long()), learner.accelerator.group
@@ -365,6 +366,7 @@ class LinearProbe(HeldOut):
         module = learner.weights[self.model]
         with drawing(stream_seed(learner.seed, f"LinearProbe/{self.metric}/measure")):
             queries, answers = extract(module, self.sources(learner)[0], self.features)
+        queries = in_single(queries)
         probe, _ = self._classifier(queries, learner.seed)
         with torch.no_grad():
             return {self.metric: (probe(queries).argmax(1) == answers).float().mean()}

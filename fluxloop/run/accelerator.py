@@ -43,9 +43,8 @@ class Accelerator(base.Accelerator):
     _loop: RawLoop | None = None
 
     def _bind(self) -> None:
-        if (
-            not self.is_plain and self.sharding is None
-        ):  # else it is the plain function, without a question more in each step
+        # Else it is the plain function, without a question more in each step; or a subclass's own
+        if not self.is_plain and self.sharding is None and type(self).backward is Accelerator.backward:
             vars(self)["backward"] = self._backward
 
     def prepare(self, *objects: Any) -> Any:

@@ -23,9 +23,11 @@ from fluxloop import (
     GANPhase,
     GradientClip,
     Learner,
+    LinearProbe,
     LossBegin,
     Metrics,
     OptimizerError,
+    SimCLRPhase,
     StepBegin,
     StepEnd,
     TensorBatches,
@@ -430,6 +432,17 @@ def test_after_an_update_that_was_left_out_a_batch_weighs_its_own_rows() -> None
     without.fit(1)
     assert torch.equal(weights(ours.model), weights(without.model))
     assert ours.updates.count == 1
+
+
+def test_a_classifier_beside_the_training_is_trained_in_single_precision() -> None:
+    xs, ys = data()
+    views = TwoViews(lambda rows: rows + 0.1 * torch.randn_like(rows))
+    probe = LinearProbe("model", 3, entries=("features", "ys"))
+    ours = learner("bf16", probe, loss_fn=None, data=((xs, ys), (xs, ys)))
+    ours.fit(2, phases=[SimCLRPhase(views)])
+    assert probe._probe is not None
+    assert probe._probe.weight.dtype == torch.float32
+    assert 0 <= ours.history["validation/linear_model"][-1] <= 1
 
 
 def test_sparse_gradients_are_scaled_back_too() -> None:

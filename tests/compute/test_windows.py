@@ -664,6 +664,24 @@ def test_a_fit_after_one_that_was_cancelled_in_a_window_says_what_is_dropped() -
         ours.fit(1)
 
 
+def test_an_accelerator_of_ones_own_is_asked_for_each_backward_and_each_update() -> None:
+    called: list[str] = []
+
+    class Own(Accelerator):
+        def backward(self, *args: Any, **options: Any) -> None:
+            called.append("backward")
+            super().backward(*args, **options)
+
+        def update(self, *args: Any) -> None:
+            called.append("update")
+            super().update(*args)
+
+    batches = [*TensorBatches(*data(60), batch_size=10)]
+    own = Learner(net(), nn.MSELoss(), data=(batches,), accelerator=Own("cpu", accumulate=3), default_callbacks=False)
+    own.fit(1)
+    assert called == 2 * ["backward", "backward", "backward", "update"]
+
+
 def test_without_windows_the_updates_of_a_learner_are_plain() -> None:
     assert not learner(10, 1).updates.is_windowed
     assert learner(10, 2).updates.is_windowed
