@@ -27,12 +27,12 @@ SCRIPT = f"""
 import warnings
 from attrs import evolve
 from fluxloop import AbstractTrainingPhase, Accelerator, Callback, CancelStepException, Learner, StepBegin
-from fluxloop import StopOnNaNLoss, TensorBatches, on
+from fluxloop import CompileError, SimCLRPhase, StopOnNaNLoss, TensorBatches, on
 from fluxloop.compute import averaging
 from fluxloop.compute.buckets import BucketSizes
 from processes import scenarios
 from processes.launching import report
-from processes.scenarios import JOINED, SCENARIOS, SGD, net, weights
+from processes.scenarios import JOINED, SCENARIOS, SGD, Written, fake_once, gan, net, weights
 
 scenarios.ADAM = SGD  # in graphs Adam counts in float32
 OPTIONS = dict(strategy="replicate", compile="step")
@@ -63,10 +63,10 @@ class Bad(Callback):
             learner.step.xs = learner.step.xs * float("nan")
 
 
-def made(rows, models, loss_fn, optimizer, *callbacks, compile="step", **how):
+def made(rows, models, loss_fn, optimizer, *callbacks, compile="step", columns=2, **how):
     generator = torch.Generator().manual_seed(0)
     xs = torch.randn(rows, 3, generator=generator, dtype=torch.float64)
-    ys = torch.randn(rows, 2, generator=generator, dtype=torch.float64)
+    ys = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     return Learner(
         models, loss_fn, data=(TensorBatches(xs, ys, batch_size=8, shuffle=True),), optimizer=optimizer, seed=4,
         default_callbacks=False, callbacks=callbacks, accelerator=Accelerator("cpu", compile=compile, **how),
@@ -86,6 +86,9 @@ for compile in (False, "step"):
     learner = made(96, net(), torch.nn.functional.mse_loss, SGD, Bad(cancelled=(3, 4)), compile=compile)
     learner.fit(1)
     found["cancelled", bool(compile)] = weights(learner)
+    learner = made(64, gan(), None, SGD, Bad(cancelled=(3, 4)), compile=compile, columns=3)
+    learner.fit(1, phases=[Written(fake_once)])
+    found["cancelled GAN", bool(compile)] = weights(learner)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         learner = made(
@@ -94,6 +97,14 @@ for compile in (False, "step"):
         learner.fit(1)
     found["not finite", bool(compile)] = weights(learner)
     found["reason", bool(compile)] = learner.history.stop_reason
+views = [(xs, xs + 0.1) for xs in torch.randn(3, 8, 3)]
+models = {{"encoder": torch.nn.Linear(3, 4), "projector": torch.nn.Linear(4, 2)}}
+try:
+    Learner(models, data=(views,), optimizer=SGD, seed=4, accelerator=Accelerator("cpu", compile="step")).fit(
+        2, phases=[SimCLRPhase()]
+    )
+except CompileError as error:
+    found["refused"] = str(error)
 report(found=found)
 """
 
@@ -138,7 +149,9 @@ def test_graphs_of_two_processes_train_what_one_trains_without(
 
 
 @pytest.mark.parametrize(
-    "what", [("ragged",), ("ragged", 3), ("cancelled",), ("not finite",)], ids=["ragged", "windows", "cancel", "NaN"]
+    "what",
+    [("ragged",), ("ragged", 3), ("cancelled",), ("cancelled GAN",), ("not finite",)],
+    ids=["ragged", "windows", "cancel", "cancel before two messages", "NaN"],
 )
 def test_they_do_what_steps_without_a_graph_do(what: tuple[Any, ...], together: list[Any]) -> None:
     name, *how = what
@@ -151,3 +164,9 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all(together: list[Any])
     for of_process in together:
         assert "became nan" in of_process["reason", True]
         assert of_process["reason", True] == together[0]["reason", True]
+
+
+def test_a_phase_that_compares_the_rows_of_all_is_refused(together: list[Any]) -> None:
+    for of_process in together:
+        assert "uses the rows of all processes" in of_process["refused"]
+        assert "gather=False" in of_process["refused"]
