@@ -45,7 +45,7 @@ class Averaging(Accelerator):
     """The one aspect: average the gradients of the parameters whose loss it is over processes."""
 
     def __init__(self) -> None:
-        super().__init__("cpu")
+        super().__init__("cpu", strategy="none")  # else gradients are averaged already
         self.averaged: list[tuple[nn.Parameter, ...]] = []
 
     def backward(self, loss: Tensor, parameters: Sequence[nn.Parameter], **options: Any) -> None:
@@ -172,7 +172,7 @@ def worker(rank: int, folder: str) -> None:
             learner = train(case, accelerator, rank, WORLD)
             names = learner.updates.names
             averaged = [[names[parameter] for parameter in parameters] for parameters in accelerator.averaged]
-            apart = train(case, Accelerator("cpu"), rank, WORLD)
+            apart = train(case, Accelerator("cpu", strategy="none"), rank, WORLD)
             found[case] = {"weights": weights(learner), "averaged": averaged, "apart": weights(apart)}
         torch.save(found, Path(folder) / f"{rank}.pt")
     finally:
@@ -250,7 +250,7 @@ class Told(Accelerator):
     """Notes whose loss it is told to differentiate, and what has a gradient then."""
 
     def __init__(self) -> None:
-        super().__init__("cpu")
+        super().__init__("cpu", strategy="none")  # else gradients are averaged already
         self.told: list[tuple[nn.Parameter, ...]] = []
 
     def backward(self, loss: Tensor, parameters: Sequence[nn.Parameter], **options: Any) -> None:

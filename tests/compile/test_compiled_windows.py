@@ -346,12 +346,12 @@ def test_weights_that_were_cast_are_cast_anew_after_an_update_in_the_same_graph(
 
 
 @pytest.mark.usefixtures("plain")
-def test_bf16_and_windows_of_several_batches() -> None:
+def test_with_bf16_and_windows_of_several_batches() -> None:
     halved(how={"precision": "bf16", "accumulate": 2})
 
 
 @pytest.mark.usefixtures("plain")
-def test_bf16_with_several_optimizers() -> None:
+def test_with_bf16_with_several_optimizers() -> None:
     options = {**gan(), "model": networks, "data": (single_rows(),)}
     # An eager step casts a weight once, and adds up the gradients of its uses in bf16; a graph casts it for each use
     torch.set_autocast_cache_enabled(False)
@@ -370,5 +370,5 @@ def single_rows() -> list[Tensor]:
     return [batch.float() for batch in gan()["data"][0]]
 
 
-def test_bf16_in_graphs_of_inductor() -> None:
+def test_with_bf16_in_graphs_of_inductor() -> None:
     halved(tolerance=2e-3)

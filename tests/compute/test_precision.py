@@ -642,13 +642,13 @@ def tf32_as_it_was() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("allowed", [True, False])
-def test_tf32_is_switched_for_products_and_convolutions(tf32_as_it_was: None, allowed: bool) -> None:
+def test_with_tf32_is_switched_for_products_and_convolutions(tf32_as_it_was: None, allowed: bool) -> None:
     Accelerator("cpu", tf32=allowed)
     assert torch.backends.cuda.matmul.allow_tf32 is allowed
     assert torch.backends.cudnn.allow_tf32 is allowed
 
 
-def test_tf32_is_left_as_it_is_unless_it_is_asked_for(tf32_as_it_was: None) -> None:
+def test_with_tf32_is_left_as_it_is_unless_it_is_asked_for(tf32_as_it_was: None) -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     Accelerator("cpu")
     assert torch.backends.cuda.matmul.allow_tf32

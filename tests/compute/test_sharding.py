@@ -280,7 +280,7 @@ def test_an_optimizer_made_beforehand_steps_the_sharded_parameters(two: list[dic
         assert_same(found["beforehand"], weights(alone))
 
 
-def test_in_bf16_parameters_are_gathered_in_it_but_for_batch_norm(two: list[dict[str, Any]]) -> None:
+def test_with_bf16_parameters_are_gathered_in_it_but_for_batch_norm(two: list[dict[str, Any]]) -> None:
     for found in two:
         seen, held = found["by_half"]
         assert seen == ["torch.bfloat16", "torch.float32"]

@@ -142,7 +142,7 @@ def test_updates_of_several_batches_are_tried_to_the_point_where_gradients_wait_
     assert seen == [8] * 5
 
 
-def test_in_fp16_a_size_is_tried_until_the_scale_lets_the_optimizer_make_its_averages(
+def test_with_fp16_a_size_is_tried_until_the_scale_lets_the_optimizer_make_its_averages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[int] = []

@@ -299,7 +299,7 @@ def test_an_update_inside_autocast_is_seen_by_the_next_forward() -> None:
     assert second.item() == pytest.approx(first.item() - 4, abs=0.05)
 
 
-def test_fp16_scales_the_loss_unscales_before_clipping_and_leaves_out_what_is_not_finite() -> None:
+def test_with_fp16_scales_the_loss_unscales_before_clipping_and_leaves_out_what_is_not_finite() -> None:
     accelerator, model = Accelerator("cpu", precision="fp16"), nn.Linear(3, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     model, optimizer = accelerator.prepare(model, optimizer)
