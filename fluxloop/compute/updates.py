@@ -48,6 +48,8 @@ class Updates:
     """What looks at losses and gradients of the learner's steps."""
     is_windowed = False
     """Whether an update may be of several batches or processes, or of scaled losses."""
+    advice = "To use them, call learner.update() before the last epoch ends"
+    """Follows the news that gradients are dropped."""
 
     def __init__(self, learner: StepLearner, names: dict[nn.Parameter, str], optimizers: Optimizers) -> None:
         self._learner = learner
@@ -235,7 +237,7 @@ class Updates:
         batches = f"{slot.num_batches or 'some'} batch{'' if slot.num_batches == 1 else 'es'}"
         warn_user(
             f"gradients of {batches} of {slot.phase or 'a loop of your own'} still wait for an update of {slot.label}, "
-            f"and {why}: they are dropped. To use them, call learner.update() before the last epoch ends"
+            f"and {why}: they are dropped. {self.advice}"
         )
         slot.end_gradients()
         slot.release()

@@ -43,11 +43,15 @@ class WindowedUpdates(Updates):
         optimizers: By name.
 
     Raises:
-        OptimizerError: ``accumulate`` names an optimizer that there is not.
+        OptimizerError: ``accumulate`` names an optimizer that there is not; or weights are in fp16 and losses scaled.
     """
 
     slot_type = WindowSlot
     is_windowed = True
+    advice = (
+        "The end of an epoch makes their update, unless an error or a stop cuts it short; in a loop of your own, call "
+        "learner.update() as often as an update has batches"
+    )
     slots: tuple[WindowSlot, ...]
     factor = 1.0
     """What losses are multiplied by in windows that begin."""
@@ -63,6 +67,12 @@ class WindowedUpdates(Updates):
         self.averager = None if group is None else Averager(group, self._name_of, collective=compiled)
         """Adds up gradients over processes, where there are several."""
         self.scale = LossScale() if accelerator.precision == "fp16" else None
+        half = next((name for p, name in names.items() if p.dtype is torch.float16), None)
+        if self.scale is not None and half is not None:
+            raise OptimizerError(
+                f"precision='fp16' was given, and the weights {half!r} are in float16 already, whose gradients cannot "
+                "be scaled; expected float32, from which autocast makes float16 in a step: model.float()"
+            )
         self.is_weighted = accelerator.world_size > 1 or any(slot.window.size > 1 for slot in self.slots)
 
     def _name_of(self, parameter: nn.Parameter) -> str | None:

@@ -468,6 +468,12 @@ def test_sparse_gradients_are_scaled_back_too() -> None:
     torch.testing.assert_close(weights(less.model), weights(full.model), rtol=0, atol=1e-2)
 
 
+def test_weights_in_fp16_are_refused_where_losses_are_scaled() -> None:
+    with pytest.raises(OptimizerError, match=r"the weights '0\.weight' are in float16 already.*model\.float\(\)"):
+        learner("fp16", model=net().half())
+    learner("bf16", model=net().bfloat16())
+
+
 # Every way out of a step
 
 
