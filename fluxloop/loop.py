@@ -484,7 +484,7 @@ def locate(error: BaseException, learner: RunLearner, phase: RunPhase) -> None:
     """Note on an exception in which phase, epoch and step it was raised, once."""
     if any(note.startswith("fluxloop: in ") for note in getattr(error, "__notes__", ())):
         return
-    counted = " (both counted from 1)" if phase.data_key else ""
+    counted = " (both counted from 1)" if phase.data_key and learner.streams[phase.step_stream].index else ""
     annotate(error, f"fluxloop: in {place_in_words(learner, phase)}{counted}")
 
 
@@ -493,4 +493,4 @@ def place_in_words(learner: RunLearner, phase: RunPhase) -> str:
     if not phase.data_key:
         return f"{phase!r}, after {learner.history.cycles} complete cycles"
     epoch, step = learner.streams[phase.epoch_stream].index, learner.streams[phase.step_stream].index
-    return f"{phase!r}, epoch {epoch}, step {step} of the run"
+    return f"{phase!r}, epoch {epoch}, {f'step {step} of the run' if step else 'before the first step'}"

@@ -707,7 +707,8 @@ def test_an_error_in_a_handler_names_its_callback_and_event_at_begins_and_ends_t
         learner.fit(1)
     notes = "\n".join(caught.value.__notes__)
     assert f"raised by Do at {event.__name__} of TrainingPhase()" in notes
-    assert "in TrainingPhase(), epoch 1, step" in notes
+    place = "before the first step" if event is EpochBegin else "step 1 of the run (both counted from 1)"
+    assert f"in TrainingPhase(), epoch 1, {place}" in notes
 
 
 @pytest.mark.parametrize("event", [FitBegin, CycleBegin, CycleEnd, FitEnd])

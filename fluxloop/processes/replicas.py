@@ -74,18 +74,25 @@ def begin_alike(group: Group | None, named: Named) -> None:
                 f"{name!r} is lazy: each process would draw weights of its own in its first step; expected a batch "
                 "to run through the model before the learner is made: model(xs)"
             )
-    said = [f"{name}: {tuple(tensor.shape)}, {tensor.dtype}" for name, tensor in named]
+    said = [(name, f"{tuple(tensor.shape)}, {tensor.dtype}") for name, tensor in named]
     if len(set(group.gather_objects(_digest(said)))) > 1:
-        everybody: list[list[str]] = group.gather_objects(said)
+        everybody: list[list[tuple[str, str]]] = group.gather_objects(said)
         for rank, others in enumerate(everybody):
-            differing = [*set(everybody[0]) ^ set(others)]
             if others != everybody[0]:
-                what = min(differing) if differing else "the order of its parts"
                 raise ModelError(
-                    f"process {rank} has another model than process 0: {what} is on one of them alone; expected the "
-                    "same model on all, whose making no condition decides that only one of them sees"
+                    f"process {rank} has another model than process 0: {_difference(others, everybody[0])}; expected "
+                    "the same model on all, made without regard to the number of the process"
                 )
     send(group, whole(tensor for _, tensor in named))
+
+
+def _difference(others: list[tuple[str, str]], first: list[tuple[str, str]]) -> str:
+    """Say in words where a list of parameters and buffers begins to differ from that of the first process."""
+    there, here = dict(first), dict(others)
+    for name in [*here, *there]:
+        if here.get(name) != there.get(name):
+            return f"{name} is {here.get(name, 'not there')} on it, and {there.get(name, 'not there')} on process 0"
+    return "its parts are in another order"
 
 
 def states_alike(group: Group | None, optimizers: Optimizers) -> Optimizers:
@@ -123,6 +130,30 @@ def _chunks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
                 chunk = []
             chunk.append(tensors[place])
         yield chunk
+
+
+def check_asked_alike(group: Group, asked: dict[str, Any]) -> None:
+    """Raise where the processes are about to run different fits: they would wait for one another, without end.
+
+    Args:
+        group: The processes.
+        asked: What the fit of this one is, by words for it.
+
+    Raises:
+        ProcessError: Says what differs.
+    """
+    everybody: list[dict[str, Any]] = group.gather_objects(asked)
+    for rank, others in enumerate(everybody):
+        differing = [
+            f"{what}: {first} on process 0, {others[what]} on process {rank}"
+            for what, first in everybody[0].items()
+            if others[what] != first
+        ]
+        if differing:
+            raise ProcessError(
+                f"the processes are about to run different fits ({'; '.join(differing)}). Expected learner.fit with "
+                "the same arguments on all, and a folder for resume= that all of them see"
+            )
 
 
 def check_alike(group: Group, named: Named) -> None:

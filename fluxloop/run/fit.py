@@ -32,12 +32,13 @@ from fluxloop.guard.given import as_path
 from fluxloop.history import History
 from fluxloop.order.outlook import check_monitors, warn_unseen
 from fluxloop.phase import Phase, is_due
-from fluxloop.processes.replicas import check_alike, send, whole
+from fluxloop.processes.replicas import check_alike, check_asked_alike, send, whole
 from fluxloop.randomness import preserved
 from fluxloop.run.epoch import feed, run_epoch, watching
 from fluxloop.run.phases import check_names, check_phase, check_runs, default_phases
 from fluxloop.run.scope import FitScope, nothing
 from fluxloop.signals import EXIT_CODE, INTERRUPTED, heeding_signals
+from fluxloop.state import name_of
 
 if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner
@@ -89,9 +90,7 @@ def fit(
             scope = FitScope(learner, chosen, steps_per_epoch, state, undo)
             state, undo = None, nothing  # the scope has them, and frees them once it has come to where that was written
             with _alone_in_process():
-                history = _run(learner, scope, until, reason)
-            learner.accelerator.wait()  # until the first process has written what is read next
-            return history
+                return _run(learner, scope, until, reason)
     finally:
         if learner._running.fitting:  # a fit that was refused leaves them to the next one
             learner._running.safe_points.clear()
@@ -200,14 +199,26 @@ def _together(learner: RunLearner) -> Iterator[None]:
         yield
 
 
-def _check_alike(learner: RunLearner) -> None:
-    """Raise where the processes that are about to train have different weights; make their buffers equal.
+def _check_alike(learner: RunLearner, scope: FitScope, until: int) -> None:
+    """Raise where the processes are about to run different fits, or have different weights; make their buffers equal.
+
+    Args:
+        learner: The learner.
+        scope: The fit.
+        until: How many cycles are to be complete at its end.
 
     Raises:
-        ProcessError: Names the weights.
+        ProcessError: Names what differs.
     """
     group = learner.accelerator.group
     if group is not None:
+        asked = {
+            "complete epochs": learner.history.cycles,
+            "epochs in all": until,
+            "steps_per_epoch": scope.steps_per_epoch,
+            "phases": [f"{name_of(phase)}, every={getattr(phase, 'every', 1)}" for phase in scope.phases],
+        }
+        check_asked_alike(group, asked)
         named = state_of_models(learner.models, learner.loss_fn)
         check_alike(group, [(name, tensor) for name, tensor in named if isinstance(tensor, nn.Parameter)])
         send(group, whole(tensor for _, tensor in named if not isinstance(tensor, nn.Parameter)))
@@ -245,7 +256,7 @@ def _run(learner: RunLearner, scope: FitScope, until: int, reason: str | None) -
     with heeding_signals(learner) as terminates, watching(learner):
         try:
             with _together(learner):  # an error is told to other processes before FitEnd
-                _check_alike(learner)
+                _check_alike(learner, scope, until)
                 with scope.noting("fit"):
                     scope.handle(FitBegin(scope.is_resuming))
                 if learner._running.resume_from is not None:
@@ -270,11 +281,26 @@ def _run(learner: RunLearner, scope: FitScope, until: int, reason: str | None) -
             raise error
         finally:
             del error  # it holds this frame, and would live, with the loader's workers, until garbage is collected
-    if terminates.came:
+    if _are_terminated(learner, terminates.came):
         raise SystemExit(EXIT_CODE)
     if history.cycles > began and history.stop_reason is None:  # one that ended early may not have come to it
         warn_unseen(learner)
     return history
+
+
+def _are_terminated(learner: RunLearner, came: bool) -> bool:
+    """Return whether SIGTERM came, to this process or another of those that train together: all of them end then.
+
+    It waits for the others, so that the first process has written what is read next.
+
+    Raises:
+        ProcessError: Another process has failed; names it.
+    """
+    group = learner.accelerator.group
+    if group is None:
+        return came
+    with group.watching():
+        return bool(group.all_reduce(torch.tensor(float(came), device=group.device), "max").item())
 
 
 def _run_cycles(learner: RunLearner, scope: FitScope, until: int) -> None:

@@ -13,7 +13,7 @@ TRAINS = """
     from torch import nn
     from fluxloop import (
         Accelerator, BackwardBegin, BatchLimit, Callback, CancelEpochException, CancelFittingException,
-        CancelStepException, EarlyStopping, EpochBegin, EpochEnd, GANPhase, Learner, Phase, Recorder, StepBegin,
+        CancelStepException, EarlyStopping, EpochBegin, EpochEnd, FitEnd, GANPhase, Learner, Phase, Recorder, StepBegin,
         StepEnd, StopOnNaNLoss, TensorBatches, TrainingPhase, UpdateBegin, ValidationPhase, on,
     )
     from processes.launching import report
@@ -40,6 +40,8 @@ TRAINS = """
             learner.request_stop("the budget is used up")
         if what == "interrupt":
             os.kill(os.getpid(), signal.SIGINT)
+        if what == "terminate":
+            os.kill(os.getpid(), signal.SIGTERM)
 
     class Does(Callback):
         draws = False
@@ -70,6 +72,11 @@ TRAINS = """
             steps["epochs"].append((type(phase).__name__, steps["ended"]))
             if phase.gradients and learner.streams["training/epoch"].index == 1:
                 happens("epoch")
+
+        @on(FitEnd)
+        def fit(self, event, phase, learner):
+            if where == "fit" and who == str(rank):
+                os.kill(os.getpid(), signal.SIGTERM)
 
     steps = {"begun": 0, "ended": 0, "epochs": []}
     torch.manual_seed(0)
@@ -104,9 +111,10 @@ AFTER += [("interrupt", "begin", "1"), ("fit", "epoch", "1"), ("stop", "validati
 AFTER += [("nan", "-", "1"), ("nan", "-", "all"), ("limit", "-", "all")]
 ALL = [(what, where, "all") for what in ("step", "epoch", "fit") for where in ("begin", "backward", "end", "update")]
 ACCUMULATED = [("step", where, who, "accumulated") for where in ("begin", "backward") for who in ("1", "all")]
+TERMINATED = [("terminate", "begin", "0"), ("terminate", "end", "1"), ("terminate", "fit", "1")]
 DIVERGES = [("step", "update", "1")]
 ON_ALL = [case for case in (*ALL, *AFTER, *ACCUMULATED) if case[2] == "all"]
-CASES = [*LEFT_OUT, *AFTER, *ALL, *ACCUMULATED, *DIVERGES]
+CASES = [*LEFT_OUT, *AFTER, *ALL, *ACCUMULATED, *TERMINATED, *DIVERGES]
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +128,7 @@ def alone() -> dict[Any, Run]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in CASES if case not in DIVERGES], ids="-".join)
+@pytest.mark.parametrize("case", [case for case in CASES if case not in (*DIVERGES, *TERMINATED)], ids="-".join)
 def test_what_one_process_wants_acts_on_all_at_the_same_step(runs: dict[Any, Run], case: Any) -> None:
     one, other = runs[case].check().reports
     if case[2:] != ("1", "accumulated"):  # a batch of one process is left out of an update, and no step of another
@@ -183,3 +191,11 @@ def test_an_update_that_one_process_cancels_and_others_make_ends_all(runs: dict[
     told = runs["step", "update", "1"]
     assert told.codes == [1, 1]
     assert all("process 1 cancelled an update that the others have made" in each["error"] for each in told.reports)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TERMINATED, ids="-".join)
+def test_a_sigterm_to_one_process_ends_all_in_good_order(runs: dict[Any, Run], case: Any) -> None:
+    told = runs[case]
+    assert told.codes == [143, 143], told.outputs
+    assert [report["error"] for report in told.reports] == ["SystemExit: 143"] * 2

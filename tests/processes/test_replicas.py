@@ -116,7 +116,7 @@ REFUSED = """
     import sys
     import torch
     from torch import nn
-    from fluxloop import Accelerator, Learner
+    from fluxloop import Accelerator, Learner, TrainingPhase, ValidationPhase
 
     case = sys.argv[1]
     accelerator = Accelerator("cpu")
@@ -126,10 +126,17 @@ REFUSED = """
     if case == "lazy":
         model = nn.LazyLinear(1)
     seed = {"seed": rank, "given": None if rank else 3}.get(case, 0)
-    learner = Learner(model, nn.functional.mse_loss, data=(data,), accelerator=accelerator, seed=seed)
-    with torch.no_grad():
-        learner.model.weight += rank
-    learner.fit(1)
+    learner = Learner(model, nn.functional.mse_loss, data=(data, data), accelerator=accelerator, seed=seed)
+    if case == "weights":
+        with torch.no_grad():
+            learner.model.weight += rank
+    elif case == "history" and rank:
+        learner.history.cycles += 1
+    learner.fit(
+        1 + (case == "epochs" and rank),
+        steps_per_epoch=1 if case == "steps" and rank else None,
+        phases=[TrainingPhase(), ValidationPhase(every=3 if case == "phases" and rank else 1)],
+    )
 """
 
 
@@ -138,8 +145,13 @@ def test_processes_that_differ_are_told_what_differs() -> None:
     expected = {
         "seed": r"Learner(seed=0) was made on process 0, and Learner(seed=1) on process 1",
         "given": r"Learner(seed=3) was made on process 0, and Learner(seed=None) on process 1",
-        "model": "process 1 has another model than process 0: bias: (1,), torch.float32",
+        "model": "process 1 has another model than process 0: weight is (2, 4), torch.float32 on it, and (1, 4), "
+        "torch.float32 on process 0; expected the same model on all",
         "lazy": "'weight' is lazy: each process would draw weights of its own",
+        "epochs": "about to run different fits (epochs in all: 1 on process 0, 2 on process 1). Expected learner.fit",
+        "history": "complete epochs: 0 on process 0, 1 on process 1; epochs in all: 1 on process 0, 2 on process 1)",
+        "steps": "different fits (steps_per_epoch: None on process 0, 1 on process 1)",
+        "phases": "'ValidationPhase, every=1'] on process 0, ['TrainingPhase, every=1', 'ValidationPhase, every=3'] on",
         "weights": "the processes are about to train different weights: weight. Were they loaded",
     }
     for (case, text), told in zip(
