@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxloop.compute.averaging import Sums
-from fluxloop.compute.finite import Finite, bad_gradients, elements, norm_before_clipping
+from fluxloop.compute.finite import Finite, bad_gradients, elements, norm_before_clipping, stored_losses
 from fluxloop.compute.gradients import divide_gradients
 from fluxloop.compute.optimizers import Optimizers
 from fluxloop.compute.sharding import ShardedModel, sharded_model
@@ -86,7 +86,28 @@ class SummedByTorch:
 
 
 class ShardedFinite(Finite):
-    """Looks at gradients of which each process holds a part: what one finds, all do, so that all stop in one step."""
+    """Looks at losses of each process's rows, and at gradients of which each holds a part: what one finds stops all."""
+
+    def require_losses(self, wait: bool) -> None:
+        """Stop the fit unless the losses that the running step has stored are finite on all processes.
+
+        Args:
+            wait: Is of no consequence here: processes that look at another time would stop in another step.
+
+        Raises:
+            CancelFittingException: One is NaN or infinite; names the process.
+        """
+        self.looked = True
+        learner = self._learner
+        bad = ""
+        for what, loss in stored_losses(learner.step):
+            if not isinstance(loss, Tensor) or loss.numel() == 1:
+                number = loss.item() if isinstance(loss, Tensor) else float(loss)
+                bad = bad or ("" if isfinite(number) else f"{what} became {number}")
+        group = learner.accelerator.group
+        if group.all_reduce(torch.tensor(float(bool(bad)), device=group.device), "max").item():
+            said = {rank: what for rank, what in enumerate(group.gather_objects(bad)) if what}
+            self.stop("; ".join(f"{what} on process {rank}" for rank, what in said.items()))
 
     def require_gradients(self, name: str | None, wait: bool) -> None:
         """Stop the fit unless the gradients that an optimizer is about to use are finite; this waits for the device.

@@ -103,6 +103,23 @@ def stops():
     return made.history.stop_reason, made.updates.count
 
 
+class SpoilLoss(Callback):
+    "Makes the loss of one process infinite, before its gradients are computed."
+    reads, writes, steps = (), ("step.preds",), 0
+
+    @on(LossBegin)
+    def spoil(self, event, phase, learner):
+        self.steps += 1
+        if self.steps == 2 and dist.get_rank() == 1:
+            learner.step.preds = learner.step.preds * torch.inf
+
+
+def stops_at_a_loss():
+    made = regression("shard", callbacks=[SpoilLoss(), StopOnNaNLoss(), Recorder()])
+    made.fit(2)
+    return made.history.stop_reason, made.updates.count
+
+
 def cancelled():
     class Cancel(Net):
         calls = 0
@@ -195,7 +212,7 @@ found = dict(
         "children": units("shard"), "class": units(Shard(nn.Linear)), "names": units(Shard("blocks.*")),
         "size": units(Shard(min_parameters=40)), "tied": units("shard", Tied),
     },
-    copies=copies(), copy_of_a_part=copy_of_a_part(), state=state(), stops=stops(), cancelled=cancelled(),
+    copies=copies(), copy_of_a_part=copy_of_a_part(), state=state(), stops=stops(), stops_at_a_loss=stops_at_a_loss(), cancelled=cancelled(),
     beforehand=beforehand(), by_half=by_half(),
 )
 found["refused"] = {
@@ -261,6 +278,14 @@ def test_a_nan_in_what_one_process_holds_stops_all_in_the_same_step(two: list[di
         reason, updates = found["stops"]
         assert "nan or infinite (0.weight) in TrainingPhase(), epoch 1, step 3" in reason
         assert updates == 2
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all_in_the_same_step(two: list[dict[str, Any]]) -> None:
+    for found in two:
+        reason, updates = found["stops_at_a_loss"]
+        assert "the loss became" in reason
+        assert "on process 1 in TrainingPhase(), epoch 1, step 2" in reason
+        assert updates == 1
 
 
 def test_a_step_cancelled_in_the_middle_of_a_forward_pass_leaves_the_next_as_it_would_be(
