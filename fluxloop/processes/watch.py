@@ -111,6 +111,7 @@ class Watcher:
         self._machine = this_machine()
         self._state, self._lock, self._wake = OUT, threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
+        self._closed = threading.Event()
         self._next = (rank + 1) % size
         self._seen, self._seen_at, self._looked_at = b"", 0.0, 0.0
         self._alarmed = self._ended = self.told = False
@@ -154,7 +155,11 @@ class Watcher:
                 self._ended = True
 
     def close(self) -> None:
-        """Say that this process ends well, and watch no more."""
+        """Say that this process ends well, and watch no more.
+
+        It waits for the thread that watches: one that is in the store's code while Python ends would have the process
+        abort, with "terminate called without an active exception", and a finished run counted as failed.
+        """
         self._depth = 0
         self._wake.clear()
         if not self._ended:
@@ -163,6 +168,10 @@ class Watcher:
             except RuntimeError:  # the store is gone, and with it whoever would hear
                 pass
         self._ended = True
+        self._wake.set()
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join(GRACE)  # no longer: the store may not answer any more
 
     def announce(self, text: str, ranks: list[int] | None = None) -> None:
         """Tell all processes of a failure, unless another one was told before.
@@ -191,6 +200,8 @@ class Watcher:
     def _watch(self) -> None:
         while not self._ended:
             self._wake.wait()
+            if self._closed.is_set():
+                return
             try:
                 if not self._host_is_stopped():
                     self.look()
@@ -198,7 +209,7 @@ class Watcher:
                 self._lose_store(error)
             if self.failure is not None:
                 self._end_process()
-            time.sleep(INTERVAL)
+            self._closed.wait(INTERVAL)
 
     def look(self) -> None:
         """Say that this process is alive, look at the next one, and hear what others have found or ask."""

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import itertools
 import sys
+import threading
 
 import pytest
+import torch.distributed as dist
 
+from fluxloop.processes.watch import Watcher
 from processes.launching import Run, run, run_cases
 
 TRAINS = """
@@ -156,3 +159,17 @@ def test_a_first_process_that_is_stopped_is_named_where_all_meet_in_its_store() 
     told = run(SPAWNS, 1, timeout=90, check=False)  # which spawns two, whose group the script initialises
     assert told.codes == [1]
     assert "process 0 was stopped by a signal (SIGSTOP)" in told.outputs[0]
+
+
+def watching() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "fluxloop-watch"]
+
+
+def test_nothing_watches_any_more_when_a_process_ends() -> None:
+    before = watching()
+    watcher = Watcher(dist.HashStore(), 0, 1)
+    watcher.enter()
+    assert len(watching()) == len(before) + 1
+    watcher.leave()
+    watcher.close()  # else Python, as it ends, may meet the thread in the code of the store, and abort
+    assert watching() == before
