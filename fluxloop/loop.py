@@ -338,7 +338,9 @@ class runepoch(Scope):  # noqa: N801 - used like a function
             number = self._learner.streams[self.phase.epoch_stream].next()
             outer = self.parent
             goes_on = outer is not None and outer.resumed
-            self.handle(EpochBegin(resumed=True, batches=outer.batches_used) if outer and goes_on else EPOCH_BEGIN)
+            group = self._learner.accelerator.group
+            with nullcontext() if group is None else group.agreement.beginning(self._learner, self.phase):
+                self.handle(EpochBegin(resumed=True, batches=outer.batches_used) if outer and goes_on else EPOCH_BEGIN)
             start_generators(number)
             if outer is not None:
                 outer.began()

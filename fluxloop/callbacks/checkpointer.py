@@ -21,12 +21,13 @@ from fluxloop.checkpoint.manifest import check_writers
 from fluxloop.checkpoint.parts import has_sharded
 from fluxloop.compute.finite import first_names, not_finite, state_tensors
 from fluxloop.errors import CallbackConflictError, CheckpointError, sentence, warn_user
-from fluxloop.events import FitBegin, FitEnd, StepEnd
+from fluxloop.events import EpochBegin, FitBegin, FitEnd, StepEnd
 from fluxloop.guard.given import as_path
 from fluxloop.monitor import Mode, Monitor
 from fluxloop.persist.plain import snapshot
 from fluxloop.phase import AbstractTrainingPhase, FittingPhase
 from fluxloop.processes.asking import NowAndThen
+from fluxloop.randomness import Stream
 from fluxloop.signals import instead_of
 
 START: Progress = (0, 0, 0)
@@ -121,6 +122,10 @@ class Checkpointer(UnsafeCallback):
     _warned_of_numbers: bool = field(default=False, init=False, repr=False)
     _asking: NowAndThen | None = field(default=None, init=False, repr=False)
     """Asks the other processes whether one of them is to write a checkpoint; None where there are none."""
+    _stream: Stream | None = field(default=None, init=False, repr=False)
+    """Tells how many steps have begun of the phase that trains, which is the same on all processes."""
+    _counted: int = field(default=0, init=False, repr=False)
+    """How many of them are in `_steps`."""
     _writer: ThreadPoolExecutor | None = field(default=None, init=False, repr=False)
     _writing: Future[None] | None = field(default=None, init=False, repr=False)
     """The file that the thread is writing."""
@@ -132,6 +137,7 @@ class Checkpointer(UnsafeCallback):
     transient = (
         *("last", "_progress", "_batch", "_reason", "_since", "_owing", "_waits", "_warned_of_place", "_is_last"),
         *("_is_copy", "_watched", "_not_finite_before", "_warned_of_numbers", "_writer", "_writing", "_asking"),
+        *("_stream", "_counted"),
     )
 
     def __attrs_post_init__(self) -> None:
@@ -250,7 +256,14 @@ class Checkpointer(UnsafeCallback):
     @on(StepEnd, AbstractTrainingPhase)
     def count_step(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Count a training step."""
-        self._steps += 1
+        if self._asking is None:
+            self._steps += 1
+
+    @on(EpochBegin, AbstractTrainingPhase)
+    def begin_epoch(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
+        """Note from where the steps of an epoch are counted, where several processes train."""
+        self._stream = learner.streams[phase.step_stream]
+        self._counted = self._stream.index
 
     @on(FitEnd, FittingPhase)
     def end(self, event: FitEnd, phase: FittingPhase, learner: Any) -> None:
@@ -281,6 +294,9 @@ class Checkpointer(UnsafeCallback):
             return complete and cycles % int(self.every) == 0
         if self.unit == "second":
             return False
+        if self._asking is not None and self._stream is not None:  # one may be cancelled here, and have ended elsewhere
+            self._steps += self._stream.index - self._counted
+            self._counted = self._stream.index
         return self._steps // int(self.every) > self._written // int(self.every)
 
     def _where(self, learner: Any, place: dict[str, Any] | None) -> Progress:

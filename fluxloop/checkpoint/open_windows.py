@@ -26,20 +26,28 @@ def add_up(learner: RunLearner, kept: State) -> None:
     group = learner.accelerator.group
     if group is None:
         return
-    for slot in learner.updates.slots:
-        window = kept["slots"][slot.name or ""]["window"]
-        if slot.first_step is None or window["complete"]:
+    slots = kept["slots"]
+    # One that has cancelled the batches of a window has no gradients there, and takes part all the same
+    of_processes = group.gather_objects([slots[slot.name or ""] for slot in learner.updates.slots])
+    for slot, told in zip(learner.updates.slots, zip(*of_processes, strict=True), strict=True):
+        waits = next((each for each in told if each["waiting"]), None)
+        if waits is None or waits["window"]["complete"]:
             continue
-        said = torch.tensor([window["weight"], window["current"] or 0.0], dtype=torch.float64, device=group.device)
-        weight, current = group.all_reduce(said).tolist()
-        window["weight"], window["current"] = weight, None if window["current"] is None else current
+        windows = [each["window"] for each in told]
+        window = {**waits["window"], "weight": sum(each["weight"] for each in windows)}
+        if window["current"] is not None:
+            window["current"] = sum(each["current"] or 0.0 for each in windows)
+        slots[slot.name or ""] = {**waits, "window": window}
         if learner.accelerator.sharding is not None:  # torch has added up the gradients
             continue
         names = {learner.updates.names[parameter]: parameter for parameter in slot.parameters}
-        used = set().union(*group.gather_objects([name for name, p in names.items() if p.grad is not None]))
+        used = set().union(
+            *group.gather_objects([n for n, p in names.items() if p.grad is not None and not slot.consumed])
+        )
         for name, parameter in names.items():
             if name in used:
-                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
+                none = parameter.grad is None or slot.consumed
+                own = torch.zeros_like(parameter) if none else parameter.grad.detach().clone()
                 kept["gradients"][name] = group.all_reduce(own)
 
 

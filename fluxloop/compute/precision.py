@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, ParamSpec
+from math import log2
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from torch import Tensor
 from fluxloop.errors import warn_user
 from fluxloop.events import Event, LossBegin
 from fluxloop.nested import map_tensors, tensors
+
+if TYPE_CHECKING:
+    from fluxloop.processes.group import Group
 
 TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The precisions, with what autocast computes in; None for what the tensors are."""
@@ -115,6 +119,20 @@ class Casting:
 
     def __repr__(self) -> str:
         return f"Casting({self._device!r}, {self.dtype})"
+
+
+def power_next_to(weight: float, group: Group | None) -> float:
+    """Return the power of two next to what a batch weighs, of all processes together, which all call this.
+
+    Weights relative to it make small products with a loss scale, and gradients as large as those of one process on the
+    joined batch: so as many of them overflow.
+
+    >>> power_next_to(12.0, None)
+    16.0
+    """
+    if group is not None:
+        weight = group.all_reduce(torch.tensor(weight, device=group.device)).item()
+    return float(2.0 ** round(log2(max(weight, 1e-6))))
 
 
 class LossScale:

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from fluxloop.compute.averaging import Averager
 from fluxloop.compute.gradients import divide_gradients
 from fluxloop.compute.optimizers import owned_parameters
-from fluxloop.compute.precision import Casting, LossScale, in_single
+from fluxloop.compute.precision import Casting, LossScale, in_single, power_next_to
 from fluxloop.compute.reach import loss_error
 from fluxloop.errors import OptimizerError
 from fluxloop.nested import batch_size, map_tensors
@@ -221,16 +221,12 @@ class RawLoop:
     def _weight(self) -> float:
         if not self.is_weighted:
             return 1.0
-        if self.group is not None and self.group.spare:
-            return 0.0
+        rows = 0.0 if self.group is not None and self.group.spare else self.standing[0]
         if self.scale is None:
-            return self.standing[0]
-        if self.scale.reference is None:  # products of weights and the scale have to be small
-            rows = torch.tensor(self.standing[0])
-            if self.group is not None:
-                rows = self.group.all_reduce(rows.to(self.group.device), "max")
-            self.scale.reference = 2.0 ** round(rows.log2().item())
-        return self.standing[0] / self.scale.reference
+            return rows
+        if self.scale.reference is None:
+            self.scale.reference = power_next_to(rows, self.group)
+        return rows / self.scale.reference
 
     def complete(self, slot: RawSlot) -> None:
         """Add up an optimizer's gradients over batches and processes, and divide them by what these weigh; once."""

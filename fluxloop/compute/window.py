@@ -79,7 +79,9 @@ class WindowSlot(Slot):
 
     def abandon(self, state: StepState) -> None:
         """Undo what a step that was cancelled has done to the gradients."""
+        saved = self.window.saved
         super().abandon(state)
+        self.window.saved = saved  # batches may be counted of which this process has no gradients, as others alone have
         self.window.abandon(state)
 
     @property

@@ -21,7 +21,7 @@ from fluxloop.compute.averaging import Averager, Sums
 from fluxloop.compute.finite import elements
 from fluxloop.compute.gradients import divide_gradients
 from fluxloop.compute.optimizers import Optimizers
-from fluxloop.compute.precision import Casting, LossScale, in_single
+from fluxloop.compute.precision import Casting, LossScale, in_single, power_next_to
 from fluxloop.compute.reach import unclear_owner
 from fluxloop.compute.updates import Updates
 from fluxloop.compute.window import Weight, WindowSlot
@@ -158,24 +158,17 @@ class WindowedUpdates(Updates):
         """Return what the running batch weighs."""
         if not self.is_weighted:
             return 1.0
-        learner = self._learner
-        if learner.accelerator.group is not None and learner.accelerator.group.spare:  # rows that another one has too
-            return 0.0
+        learner, group = self._learner, self._learner.accelerator.group
         scope, step = learner.scope, learner.step
-        weight: Weight = weight_of(None if scope is None else scope.phase, step)
-        weight = weight.detach() if isinstance(weight, Tensor) else float(weight)
+        weight: Weight = 0.0
+        if group is None or not group.spare:  # else another process has these rows too
+            weight = weight_of(None if scope is None else scope.phase, step)
+            weight = weight.detach() if isinstance(weight, Tensor) else float(weight)
         if self.scale is None:
             return weight
         if self.scale.reference is None:
-            self.scale.reference = self._agree_on_reference(float(weight))
+            self.scale.reference = power_next_to(float(weight), group)
         return weight / self.scale.reference
-
-    def _agree_on_reference(self, weight: float) -> float:
-        """Return the power of two next to the largest weight that a process has."""
-        group = self._learner.accelerator.group
-        if group is not None:
-            weight = float(group.all_reduce(torch.tensor(weight, device=group.device), "max"))
-        return 2.0 ** round(torch.tensor(max(weight, 1e-6)).log2().item())
 
     def _weighted(self, loss: Tensor, slots: Sequence[WindowSlot]) -> Tensor:
         """Return the loss times what its batch weighs and the scale."""

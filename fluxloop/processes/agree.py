@@ -229,6 +229,41 @@ class Agreement:
         return CancelStepException(signal.reason)
 
     @contextmanager
+    def beginning(self, learner: Any, phase: Any) -> Iterator[None]:
+        """Have an epoch be left on all processes where one of them cancels it, or the fit, as it begins.
+
+        Args:
+            learner: The learner.
+            phase: The phase that begins an epoch.
+
+        Raises:
+            CancelSignal: All end the epoch, or somebody the fit; the same on all processes.
+            ProcessError: Some end the epoch alone: their callbacks have not begun it, and those of the others have.
+        """
+        together = phase.data_key and (phase.gradients or learner._running.fitting)
+        if not together or self.in_step or learner.streams.prefix:  # one process may run it by itself
+            yield
+            return
+        self._wish = None
+        try:
+            yield
+        except (CancelEpochException, CancelFittingException) as signal:
+            self._wish = signal
+        cancels = self._wish is not None
+        try:
+            self._vote(learner, self.votes(learner))
+        except CancelEpochException as agreed:
+            ranks = [rank for rank, each in enumerate(self.group.gather_objects(cancels)) if each]
+            if len(ranks) == self.group.size:
+                raise
+            raise ProcessError(
+                f"the processes {ranks} alone cancelled an epoch of {phase!r} as it began "
+                f"({type(agreed).__name__}({agreed.reason!r}) at EpochBegin), and callbacks of the others have begun "
+                "it; expected the cancel on all processes, or at StepBegin",
+                ranks,
+            ) from agreed
+
+    @contextmanager
     def ending(self, learner: Any) -> Iterator[None]:
         """Have the fit that runs inside end on all processes where it is cancelled on one, outside of a step.
 
@@ -311,7 +346,8 @@ class Agreement:
         return ProcessError(
             f"process {self.group.rank} cancelled a step ({type(signal).__name__}({signal.reason!r}) in "
             f"{learner.where()}) while others wait for its part of the step: of rows that are gathered for a "
-            "contrastive loss, or of sharded parameters; expected the cancel on all processes"
+            "contrastive loss, of sharded parameters, or of the first loss in fp16; expected the cancel on all "
+            "processes"
         )
 
     def _take_part(self, learner: Any, signal: CancelSignal, inside: list[Any] | str) -> CancelSignal:

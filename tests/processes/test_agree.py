@@ -9,23 +9,25 @@ from processes.launching import Run, run_cases
 
 TRAINS = """
     import os, signal, sys, warnings
+    from glob import glob
     import torch
     from torch import nn
     from fluxloop import (
         Accelerator, BackwardBegin, BatchLimit, Callback, CancelEpochException, CancelFittingException,
-        CancelStepException, EarlyStopping, EpochBegin, EpochEnd, FitEnd, GANPhase, Learner, Phase, Recorder, StepBegin,
-        StepEnd, StopOnNaNLoss, TensorBatches, TrainingPhase, UpdateBegin, ValidationPhase, on,
+        CancelStepException, Checkpointer, EarlyStopping, EpochBegin, EpochEnd, FitEnd, GANPhase, Learner, Phase,
+        Recorder, StepBegin, StepEnd, StopOnNaNLoss, TensorBatches, TrainingPhase, UpdateBegin, ValidationPhase, on,
     )
     from processes.launching import report
 
     what, where, who, *options = sys.argv[1:]
-    accumulate = 3 if "accumulated" in options else 1
-    accelerator = Accelerator("cpu", accumulate=accumulate)
+    accumulate = 3 if "accumulated" in options else 2 if "pairs" in options else 1
+    half = "half" in options
+    accelerator = Accelerator("cpu", accumulate=accumulate, precision="fp16" if half else "fp32")
     rank = accelerator.rank
     AT = 4  # the step in which it happens, from 0
 
     def happens(here):
-        at = 8 if where in ("epoch", "validation") else AT + 1
+        at = 8 if where in ("first", "epoch", "validation") else AT + 1
         if here != where or who not in ("all", str(rank)) or learner.streams["training/step"].index != at:
             return
         if where == "validation" and learner.streams["validation/ValidationPhase/step"].index % 4 != 2:
@@ -54,6 +56,10 @@ TRAINS = """
                 learner.step.xs = learner.step.xs * float("nan")
             steps["begun"] += phase.gradients
 
+        @on(EpochBegin)
+        def first(self, event, phase, learner):
+            happens("first" if phase.gradients else "-")
+
         @on(BackwardBegin)
         def before(self, event, phase, learner):
             happens("backward")
@@ -80,15 +86,19 @@ TRAINS = """
 
     steps = {"begun": 0, "ended": 0, "epochs": []}
     torch.manual_seed(0)
-    xs, rows = torch.randn(48, 4, dtype=torch.float64), 6 // accelerator.world_size
+    dtype = torch.float32 if half else torch.float64
+    xs, rows = torch.randn(1 if "few" in options else 48, 4, dtype=dtype), 6 // accelerator.world_size
     data = TensorBatches(xs, xs.sum(1, keepdim=True), batch_size=rows)
     few = TensorBatches(xs[:24], xs[:24].sum(1, keepdim=True), batch_size=rows)
     norm = nn.BatchNorm1d(3) if what == "nan" else nn.Tanh()
-    model = nn.Sequential(nn.Linear(4, 3), norm, nn.Linear(3, 1)).double()
+    model = nn.Sequential(nn.Linear(4, 3), norm, nn.Linear(3, 1)).to(dtype)
     callbacks = [Recorder(), Does(), StopOnNaNLoss()]
     if what == "limit":
         callbacks.append(BatchLimit(4))
         callbacks.append(BatchLimit(2, phase=ValidationPhase, name="v"))
+    if "saved" in options:
+        folder = os.path.join(os.environ["FLUXLOOP_TEST_FOLDER"], "..", f"{where}-{who}")
+        callbacks.append(Checkpointer(folder, unit="step", keep_last=99))
     learner = Learner(
         model, nn.functional.mse_loss, data=(data, few), callbacks=callbacks, accelerator=accelerator,
         optimizer=torch.optim.Adam, seed=0, default_callbacks=False,
@@ -99,6 +109,11 @@ TRAINS = """
     except BaseException as error:
         report(error=f"{type(error).__name__}: {error}")
         raise
+    if "saved" in options:
+        report(saved=[torch.load(path, weights_only=False) for path in sorted(glob(f"{folder}/*.pt"))])
+    if half:
+        scale = learner.updates.scale
+        report(scale=(scale.value, scale.growth))
     report(
         steps=steps, reason=learner.history.stop_reason, weights=model.state_dict(), updates=learner.updates.count,
         series=[len(value) for value in learner.history.metrics.get(TrainingPhase(), {}).values()],
@@ -112,9 +127,14 @@ AFTER += [("nan", "-", "1"), ("nan", "-", "all"), ("limit", "-", "all")]
 ALL = [(what, where, "all") for what in ("step", "epoch", "fit") for where in ("begin", "backward", "end", "update")]
 ACCUMULATED = [("step", where, who, "accumulated") for where in ("begin", "backward") for who in ("1", "all")]
 TERMINATED = [("terminate", "begin", "0"), ("terminate", "end", "1"), ("terminate", "fit", "1")]
-DIVERGES = [("step", "update", "1")]
+ALL += [("epoch", "first", "all"), ("fit", "first", "all")]
+AFTER += [("fit", "first", "1")]
+PAIRS = [("epoch", where, who, "pairs") for where in ("begin", "end") for who in "01"]
+SAVED = [("step", "begin", who, "pairs", "saved") for who in "01"]
+HALF = [("nothing", "-", "all", "half"), ("nothing", "-", "all", "half", "few")]
+DIVERGES = [("step", "update", "1"), ("epoch", "first", "1")]
 ON_ALL = [case for case in (*ALL, *AFTER, *ACCUMULATED) if case[2] == "all"]
-CASES = [*LEFT_OUT, *AFTER, *ALL, *ACCUMULATED, *TERMINATED, *DIVERGES]
+CASES = [*LEFT_OUT, *AFTER, *ALL, *ACCUMULATED, *PAIRS, *SAVED, *HALF, *TERMINATED, *DIVERGES]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +151,7 @@ def alone() -> dict[Any, Run]:
 @pytest.mark.parametrize("case", [case for case in CASES if case not in (*DIVERGES, *TERMINATED)], ids="-".join)
 def test_what_one_process_wants_acts_on_all_at_the_same_step(runs: dict[Any, Run], case: Any) -> None:
     one, other = runs[case].check().reports
-    if case[2:] != ("1", "accumulated"):  # a batch of one process is left out of an update, and no step of another
+    if case[2] == "all" or len(case) == 3 or "half" in case:  # else a batch is left out of an update by one alone
         assert one["steps"]["ended"] == other["steps"]["ended"]
         assert one["steps"]["epochs"] == other["steps"]["epochs"]
     assert one["reason"] == other["reason"]
@@ -151,6 +171,7 @@ ENDS = {  # steps that end, epochs that do, and why the fit stops
     ("stop", "begin"): (5, 0, "the budget is used up"),
     ("stop", "end"): (6, 0, "the budget is used up"),
     ("interrupt", "begin"): (5, 0, "interrupted (Ctrl+C)"),
+    ("fit", "first"): (8, 2, "seen enough"),
     ("fit", "epoch"): (8, 1, "seen enough"),
     ("stop", "validation"): (8, 2, "the budget is used up"),
     ("fit", "validation"): (8, 2, "seen enough"),
@@ -199,3 +220,35 @@ def test_a_sigterm_to_one_process_ends_all_in_good_order(runs: dict[Any, Run], c
     told = runs[case]
     assert told.codes == [143, 143], told.outputs
     assert [report["error"] for report in told.reports] == ["SystemExit: 143"] * 2
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_checkpoint_in_an_open_window_holds_what_another_process_than_one_that_cancelled_its_batch_has(
+    runs: dict[Any, Run], who: int
+) -> None:
+    one, other = runs["step", "begin", str(who), "pairs", "saved"].check().reports
+    assert len(one["saved"]) == len(other["saved"]) > 8  # of each step, those of one process and the other's alike
+    updates = one["saved"][4]["updates"]  # after five steps; the file of none is gone
+    assert updates["slots"][""]["waiting"]
+    assert updates["slots"][""]["window"]["weight"] == 3.0  # rows of the one that went on
+    assert all(gradient.any() for gradient in updates["gradients"].values())
+    assert len(updates["gradients"]) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", HALF, ids="-".join)
+def test_in_fp16_all_leave_out_the_same_updates_also_where_one_has_no_row_of_its_own(
+    runs: dict[Any, Run], case: Any
+) -> None:
+    one, other = runs[case].check().reports
+    assert (one["updates"], one["scale"]) == (other["updates"], other["scale"])
+    assert all(torch.equal(tensor, other["weights"][name]) for name, tensor in one["weights"].items())
+    assert one["steps"]["ended"] == (2 if "few" in case else 16)
+    assert "few" in case or one["updates"] > 10
+
+
+@pytest.mark.slow
+def test_an_epoch_that_one_process_cancels_as_it_begins_ends_all(runs: dict[Any, Run]) -> None:
+    told = runs["epoch", "first", "1"]
+    assert told.codes == [1, 1]
+    assert all("the processes [1] alone cancelled an epoch" in each["error"] for each in told.reports)
