@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from processes.launching import run
+from processes.launching import SIZES, run
 
 CASES = '''
 import torch
@@ -257,7 +257,7 @@ report(found=found)
 '''
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=SIZES)
 def found(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """What the processes have found."""
     return [report["found"] for report in run(CASES, request.param).reports]

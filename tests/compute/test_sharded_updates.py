@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from processes.launching import run
+from processes.launching import SIZES, run
 from processes.scenarios import SCENARIOS
 from processes.trainings import TRAININGS, weights
 
@@ -51,7 +51,7 @@ def alone() -> dict[str, dict[str, Tensor]]:
     }
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=SIZES)
 def together(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """What each of several processes ends with."""
     return run(SCRIPT, request.param, timeout=180).reports

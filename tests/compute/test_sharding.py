@@ -212,8 +212,8 @@ found = dict(
         "children": units("shard"), "class": units(Shard(nn.Linear)), "names": units(Shard("blocks.*")),
         "size": units(Shard(min_parameters=40)), "tied": units("shard", Tied),
     },
-    copies=copies(), copy_of_a_part=copy_of_a_part(), state=state(), stops=stops(), stops_at_a_loss=stops_at_a_loss(), cancelled=cancelled(),
-    beforehand=beforehand(), by_half=by_half(),
+    copies=copies(), copy_of_a_part=copy_of_a_part(), state=state(), stops=stops(), stops_at_a_loss=stops_at_a_loss(),
+    cancelled=cancelled(), beforehand=beforehand(), by_half=by_half(),
 )
 found["refused"] = {
     "compile": message(lambda: Accelerator("cpu", strategy="shard", compile="step")),

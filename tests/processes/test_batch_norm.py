@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fluxloop import CompileError, ModelError, SynchronisedBatchNorm, synchronise_batch_norm
 from fluxloop.processes import batch_norm
-from processes.launching import run
+from processes.launching import SIZES, run
 from processes.pretended import Alone
 
 SCRIPT = '''
@@ -130,7 +130,7 @@ report(
 '''
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=SIZES)
 def ran(request: pytest.FixtureRequest) -> Any:
     return run(SCRIPT, processes=request.param, timeout=180)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from processes.launching import run
+from processes.launching import SIZES, run
 
 SCRIPT = """
 import copy
@@ -78,7 +78,7 @@ for name, (phase, make, count) in cases.items():
 @pytest.mark.slow
 def test_weights_losses_queues_and_centres_are_those_of_one_process_also_with_ragged_rows_and_windows() -> None:
     (alone,) = run(SCRIPT, 1, timeout=120).reports
-    first, *others = run(SCRIPT, 4, timeout=240).reports
+    first, *others = run(SCRIPT, SIZES[-1], timeout=240).reports
     assert len(alone) == 16
     for name, (weights, values, kept) in first.items():
         found: Any

@@ -7,7 +7,7 @@ import torch
 
 from fluxloop import Accelerator
 from fluxloop.losses import nt_xent
-from processes.launching import run
+from processes.launching import SIZES, run
 
 SCRIPT = '''
 import copy
@@ -102,7 +102,7 @@ report(table=table, gathered=gathered, errors=errors, half=half.grad)
 '''
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=SIZES)
 def ran(request: pytest.FixtureRequest) -> Any:
     return run(SCRIPT, processes=request.param)
 

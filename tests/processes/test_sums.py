@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fluxloop import find_lr
-from processes.launching import run
+from processes.launching import SIZES, run
 from processes.trainings import line_search, regression, weights
 
 pytestmark = pytest.mark.slow
@@ -42,7 +42,7 @@ if group.size == 2:
 """
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
+@pytest.fixture(scope="module", params=[*SIZES, 3])
 def reports(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """What each process has found."""
     return run(SCRIPT, request.param).reports
