@@ -328,7 +328,9 @@ class Agreement:
     def _cancels_too(self, other: dict[str, Any]) -> bool:
         """Return whether another process has cancelled the same step, or the fit."""
         alike = other["step"] == self.steps or other["left"] or self._left
-        return other["cancelled"] is not None and other["sent"] == self.sent and alike
+        # one that has seen that all cancel is in the exchange already, and waits there for this one
+        exchanges = other["sent"] == self.sent + 1 and other["inside"] is None
+        return other["cancelled"] is not None and (other["sent"] == self.sent or exchanges) and alike
 
     def _is_past(self, other: dict[str, Any]) -> bool:
         """Return whether another process has gone on beyond the step that was cancelled."""

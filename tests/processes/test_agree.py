@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from fluxloop.processes.agree import Agreement
 from processes.launching import Run, run_cases
 
 TRAINS = """
@@ -252,3 +254,21 @@ def test_an_epoch_that_one_process_cancels_as_it_begins_ends_all(runs: dict[Any,
     told = runs["epoch", "first", "1"]
     assert told.codes == [1, 1]
     assert all("the processes [1] alone cancelled an epoch" in each["error"] for each in told.reports)
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        ({"sent": 5, "inside": None}, True),
+        ({"sent": 6, "inside": None}, True),  # it has seen this one, and waits for it in the exchange
+        ({"sent": 6, "inside": [0]}, False),  # it takes part in the message of a third one
+        ({"sent": 4, "inside": None}, False),
+        ({"sent": 6, "inside": None, "cancelled": None}, False),
+        ({"sent": 5, "inside": None, "step": 2}, False),
+    ],
+)
+def test_who_cancels_the_same_step_is_known_before_and_in_the_exchange(other: dict[str, Any], expected: bool) -> None:
+    agreement = Agreement(SimpleNamespace(watcher=None))
+    agreement.steps, agreement.sent = 3, 5
+    place = {"step": 3, "in_step": True, "cancelled": 0, "left": False, **other}
+    assert agreement._cancels_too(place) is expected
