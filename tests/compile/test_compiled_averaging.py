@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from processes.launching import run
+from processes.launching import SIZES, run
 from processes.scenarios import SCENARIOS, weights
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(4 not in SIZES, reason="takes a minute to trace: FLUXLOOP_PROCESSES=4 asks for it"),
+]
 
 READ_IN_THE_STEP = ("not called in a step", "unfrozen later")
 """Scenarios whose bodies ask the learner for its history, which a graph cannot."""

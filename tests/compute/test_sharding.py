@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fluxloop import GradientClip
-from processes.launching import run
+from processes.launching import SIZES, run
 from processes.trainings import mlp, regression, weights
 
 pytestmark = pytest.mark.slow
@@ -345,6 +345,7 @@ def test_histograms_of_what_the_logging_process_has_a_part_of_are_refused() -> N
     assert re.match("CallbackTypeError: .*weights and gradients that are sharded", found)
 
 
+@pytest.mark.skipif(4 not in SIZES, reason="FLUXLOOP_PROCESSES=4 asks for it")
 def test_two_copies_over_four_processes_train_what_one_process_trains() -> None:
     alone = regression(callbacks=[GradientClip(0.1)])
     alone.fit(3)

@@ -44,7 +44,8 @@ from torch.distributed import TCPStore
 ROOT = Path(__file__).parents[2]
 FOLDER = "FLUXLOOP_TEST_FOLDER"
 SIZES = (2, 4) if os.environ.get("FLUXLOOP_PROCESSES") else (2,)
-"""How many processes tests of several start: four as well where ``FLUXLOOP_PROCESSES=4`` asks for it."""
+"""How many processes tests of several start: four as well, and what takes long, where ``FLUXLOOP_PROCESSES=4`` asks
+for it."""
 LEFT_OUT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
 
 

@@ -239,7 +239,7 @@ def test_a_checkpoint_in_an_open_window_holds_what_another_process_than_one_that
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", HALF, ids="-".join)
-def test_in_fp16_all_leave_out_the_same_updates_also_where_one_has_no_row_of_its_own(
+def test_with_fp16_all_leave_out_the_same_updates_also_where_one_has_no_row_of_its_own(
     runs: dict[Any, Run], case: Any
 ) -> None:
     one, other = runs[case].check().reports
