@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fluxloop.compute.fused import can_skip
+from fluxloop.compute.gradients import elements
 from fluxloop.errors import CancelFittingException, sentence, warn_user
 
 if TYPE_CHECKING:
@@ -230,14 +231,6 @@ def bad_gradients(slot: Slot, names: Sequence[str]) -> str:
 def first_names(names: Sequence[str]) -> str:
     """List the first three names, and say how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def elements(tensor: Tensor) -> Tensor:
-    """Return the elements of a tensor that its memory holds: those of a sparse one that are stored."""
-    tensor = tensor.detach()
-    if tensor.layout is torch.sparse_coo:
-        return tensor._values()
-    return tensor if tensor.layout is torch.strided else tensor.values()
 
 
 @define(eq=False)

@@ -62,6 +62,19 @@ def divisor(weight: float | Tensor, scale: float) -> float | Tensor | None:
     return None if by == 1.0 else by
 
 
+def elements(tensor: Tensor) -> Tensor:
+    """Return the elements of a tensor that its memory holds: those of a sparse one that are stored."""
+    tensor = tensor.detach()
+    if tensor.layout is torch.sparse_coo:
+        return tensor._values()
+    return tensor if tensor.layout is torch.strided else tensor.values()
+
+
+def are_finite(gradients: Sequence[Tensor]) -> bool:
+    """Return whether all gradients are finite, sparse ones too: this waits for the device, once."""
+    return not gradients or bool(torch.stack([elements(gradient).isfinite().all() for gradient in gradients]).all())
+
+
 def divide_gradients(gradients: Sequence[Tensor], weight: float | Tensor, scale: float) -> None:
     """Divide sums of weighed gradients in place."""
     by = divisor(weight, scale)

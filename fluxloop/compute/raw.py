@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fluxloop.compute.averaging import Averager
-from fluxloop.compute.gradients import divide_gradients
+from fluxloop.compute.gradients import are_finite, divide_gradients
 from fluxloop.compute.optimizers import owned_parameters
 from fluxloop.compute.precision import Casting, LossScale, in_single, power_next_to
 from fluxloop.compute.reach import loss_error
@@ -244,11 +244,7 @@ class RawLoop:
             self.averager.reduce([tuple(parameters)], [total], scales=[self._scaled_by])
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         slot.complete, slot.sums = True, {}
-        slot.finite = (
-            self.scale is None
-            or not gradients
-            or bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
-        )
+        slot.finite = self.scale is None or are_finite(gradients)
 
     def closes(self, slot: RawSlot) -> bool:
         """Whether the batch whose gradients were computed is the last one of an update."""

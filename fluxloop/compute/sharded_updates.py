@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fluxloop.compute.averaging import Sums
-from fluxloop.compute.finite import Finite, bad_gradients, elements, norm_before_clipping, stored_losses
-from fluxloop.compute.gradients import divide_gradients
+from fluxloop.compute.finite import Finite, bad_gradients, norm_before_clipping, stored_losses
+from fluxloop.compute.gradients import are_finite, divide_gradients, elements
 from fluxloop.compute.optimizers import Optimizers
 from fluxloop.compute.sharding import ShardedModel, sharded_model
 from fluxloop.compute.window import Weight, WindowSlot
@@ -232,7 +232,7 @@ class ShardedUpdates(WindowedUpdates):
 
     def _is_finite(self, slot: WindowSlot) -> bool:
         """Return whether all gradients of an optimizer are finite, in all processes."""
-        finite = all(local_part(p.grad).isfinite().all() for p in slot.parameters if p.grad is not None)
+        finite = are_finite([local_part(p.grad) for p in slot.parameters if p.grad is not None])
         group = self._learner.accelerator.group
         return bool(group.all_reduce(torch.tensor(float(finite), device=group.device), "min"))
 

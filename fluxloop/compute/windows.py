@@ -18,8 +18,7 @@ from attrs import evolve
 from torch import Tensor, nn
 
 from fluxloop.compute.averaging import Averager, Sums
-from fluxloop.compute.finite import elements
-from fluxloop.compute.gradients import divide_gradients
+from fluxloop.compute.gradients import are_finite, divide_gradients
 from fluxloop.compute.optimizers import Optimizers
 from fluxloop.compute.precision import Casting, LossScale, in_single, power_next_to
 from fluxloop.compute.reach import unclear_owner
@@ -229,8 +228,7 @@ class WindowedUpdates(Updates):
 
     def _is_finite(self, slot: WindowSlot) -> bool:
         """Return whether all gradients of an optimizer are finite: this waits for the device."""
-        gradients = [p.grad for p in slot.parameters if p.grad is not None]
-        return not gradients or bool(torch.stack([elements(gradient).isfinite().all() for gradient in gradients]).all())
+        return are_finite([p.grad for p in slot.parameters if p.grad is not None])
 
     # Updates
 

@@ -299,6 +299,22 @@ def test_an_update_inside_autocast_is_seen_by_the_next_forward() -> None:
     assert second.item() == pytest.approx(first.item() - 4, abs=0.05)
 
 
+def test_sparse_gradients_are_unscaled_and_used_with_fp16_as_with_fp32() -> None:
+    def trained(precision: Any) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            table = nn.Embedding(6, 2, sparse=True)
+        accelerator = Accelerator("cpu", precision=precision)
+        model, optimizer = accelerator.prepare(table, torch.optim.SparseAdam(table.parameters(), lr=0.1))
+        for _ in range(3):
+            optimizer.zero_grad()
+            accelerator.backward(model(torch.tensor([1, 3, 3])).square().sum())
+            optimizer.step()
+        return table.weight.detach()
+
+    torch.testing.assert_close(trained("fp16"), trained("fp32"), rtol=1e-5, atol=1e-6)
+
+
 def test_with_fp16_scales_the_loss_unscales_before_clipping_and_leaves_out_what_is_not_finite() -> None:
     accelerator, model = Accelerator("cpu", precision="fp16"), nn.Linear(3, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
