@@ -10,9 +10,9 @@ from fluxloop.data.indices import Numbers
 from fluxloop.data.kinds import Combined
 from fluxloop.data.loaders import as_dataloader, holds_rows
 from fluxloop.data.passes import Pass, data_state, put_data_back, tell_epoch
-from fluxloop.data.sharing import own_length, steps
+from fluxloop.data.sharing import fetched_apart, own_length, steps
 from fluxloop.errors import DataError, describe, did_you_mean
-from fluxloop.randomness import Stream, draw_seed, preserved, stream_seed
+from fluxloop.randomness import Stream, draw_seed, stream_seed
 
 if TYPE_CHECKING:
     from fluxloop.data.share import Share
@@ -111,7 +111,7 @@ class CombinedLoader(Combined):
         """Iterate outside of a learner: the orders follow from a number drawn from torch's global generator."""
         order = draw_seed()
         numbers = Numbers(order, Stream(order, "fetch").at, Stream(order, "sample").at)
-        return _apart(self.begin(numbers, None, None))
+        return fetched_apart(self.begin(numbers, None, None))
 
     def begin(self, numbers: Numbers, epoch: int | None, running: Any, share: Share | None = None) -> _Together:
         """Begin a pass, or go on with one.
@@ -140,17 +140,6 @@ class CombinedLoader(Combined):
     def __repr__(self) -> str:
         inside = ", ".join(f"{name}: {describe(part)}" for name, part in self.named_parts())
         return f"CombinedLoader({inside}, mode={self.mode!r})"
-
-
-def _apart(batches: Iterator[Any]) -> Iterator[Any]:
-    """Fetch batches without moving the global generators."""
-    while True:
-        with preserved(numpy_too=False):
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-        yield batch
 
 
 class _Part:

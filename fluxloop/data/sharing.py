@@ -216,6 +216,17 @@ def _seen_apart(source: Any, batches: Iterator[Any], share: Share) -> Iterator[A
 # Loops of the user's own
 
 
+def fetched_apart(batches: Iterator[Any]) -> Iterator[Any]:
+    """Fetch batches without moving the global generators of a loop around it."""
+    while True:
+        with preserved(numpy_too=False):
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+        yield batch
+
+
 class SharedLoader(Divided):
     """This process's share of a loader, for a loop of the user's own; each iteration is a new pass.
 
@@ -246,13 +257,7 @@ class SharedLoader(Divided):
         numbers = Numbers(order, Stream(order, "fetch").at, Stream(order, "sample").at)
         with preserved():
             batches = _begin(self.source, numbers, self.group)
-        while True:
-            with preserved(numpy_too=False):
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    return
-            yield batch
+        yield from fetched_apart(batches)
 
     def __getattr__(self, name: str) -> Any:
         if name == "source":  # not there yet while it is copied
