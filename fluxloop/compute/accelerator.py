@@ -279,15 +279,7 @@ class Accelerator:
             self.group.wait()
 
     def __repr__(self) -> str:
-        usual = {
-            "precision": "fp32",
-            "accumulate": 1,
-            "strategy": "auto",
-            "compile": False,
-            "seed_per_process": True,
-            "tf32": None,
-        }
-        other = [f"{name}={value!r}" for name, usually in usual.items() if (value := getattr(self, name)) != usually]
+        other = [f"{name}={value!r}" for name, usual in USUAL.items() if (value := getattr(self, name)) != usual]
         return f"Accelerator({', '.join([f'device={str(self.device)!r}', *other])})"
 
 

@@ -8,7 +8,6 @@ from torch import nn
 
 from fluxloop.compute.optimizers import Optimizers
 from fluxloop.compute.updates import Updates
-from fluxloop.compute.windows import WindowedUpdates
 
 if TYPE_CHECKING:
     from fluxloop.interfaces import StepLearner
@@ -26,5 +25,8 @@ def updates_of(learner: StepLearner, names: dict[nn.Parameter, str], optimizers:
         from fluxloop.compute.sharded_updates import ShardedUpdates  # takes a while, and most learners need none of it
 
         return ShardedUpdates(learner, names, optimizers)
-    kind = Updates if learner.accelerator.is_plain else WindowedUpdates
-    return kind(learner, names, optimizers)
+    if learner.accelerator.is_plain:
+        return Updates(learner, names, optimizers)
+    from fluxloop.compute.windows import WindowedUpdates  # as above
+
+    return WindowedUpdates(learner, names, optimizers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,12 @@ from torch.utils.data import Dataset
 
 from fluxloop.compute import accelerator as base
 from fluxloop.compute.optimizers import owned_parameters
-from fluxloop.compute.raw import CastForward, RawLoop
 from fluxloop.errors import OptimizerError, describe
 from fluxloop.nested import tensors
 from fluxloop.processes.replicas import begin_alike, states_alike
+
+if TYPE_CHECKING:
+    from fluxloop.compute.raw import RawLoop
 
 
 class Accelerator(base.Accelerator):
@@ -35,6 +37,8 @@ class Accelerator(base.Accelerator):
             each shape of batch (`docs/speed.md`); a callback that has to run inside the step is an error.
             ``"model"``: each model's forward is compiled by ``torch.compile``. False: neither.
         seed_per_process: Whether each process draws random numbers of its own in its steps.
+        tf32: Whether CUDA multiplies matrices of float32 in TF32, in the whole process; None leaves torch's
+            setting. Elsewhere it changes nothing.
 
     Raises:
         ValueError: The device is not available on this machine, or an argument is none of these.
@@ -147,12 +151,16 @@ class Accelerator(base.Accelerator):
                 "expected compile='model'"
             )
         if self._loop is None:
+            from fluxloop.compute.raw import RawLoop  # which a learner needs none of
+
             self._loop = RawLoop(self.group, self.precision)
 
     def _prepare_model(self, model: nn.Module) -> None:
         self.place_model(model)
         begin_alike(self.group, [*model.named_parameters(), *model.named_buffers()])
         self.compile_model(model)
+        from fluxloop.compute.raw import CastForward  # as above
+
         if self.casting is not None and not isinstance(vars(model).get("forward"), CastForward):
             vars(model)["forward"] = CastForward(model, self.casting, vars(model).get("forward"))
 
