@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fluxloop.checkpoint.folder import FORMAT
-from fluxloop.checkpoint.open_windows import add_up
+from fluxloop.checkpoint.open_windows import take_apart
 from fluxloop.checkpoint.optimizer_state import optimizer_state
 from fluxloop.checkpoint.weights_file import weights_of
 from fluxloop.compute.optimizers import parameter_names
@@ -176,7 +176,7 @@ def _updates_state(learner: RunLearner) -> State:
             name: p.grad.detach() for p, name in updates.names.items() if p.grad is not None and p not in consumed
         },
     }
-    add_up(learner, kept)
+    take_apart(learner, kept)
     return kept
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxloop.checkpoint.open_windows import OPEN
 from fluxloop.errors import describe
 from fluxloop.persist.plain import from_plain
 from fluxloop.randomness import MASK
@@ -141,6 +142,7 @@ WINDOW = _entries(
         "finite": FLAG,
     }
 )
+WINDOWS = _entries({"windows": _table(_each(WINDOW)), "gradients": _table(TENSOR)})
 SCALE = _entries({"value": NUMBER, "growth": COUNT, "largest": NUMBER, "reference": _maybe(NUMBER)})
 # The second dict of each: parts that files of older versions lack
 SLOT = _entries(
@@ -162,7 +164,7 @@ STATE = _entries(
         "loss_fn": _loss_function,
         "views": _table(_table(ANY)),
         "optimizers": _table(OPTIMIZER),
-        "updates": _entries({"slots": _table(SLOT), "gradients": _table(TENSOR)}, {"scale": SCALE}),
+        "updates": _entries({"slots": _table(SLOT), "gradients": _table(TENSOR)}, {"scale": SCALE, OPEN: WINDOWS}),
         "streams": _table(COUNT),
         "history": _entries({"cycles": COUNT, "stop_reason": _maybe(TEXT)}),
         "cbstate": _table(ANY),

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from fluxloop.checkpoint.folder import FORMAT
 from fluxloop.checkpoint.layout import COUNT, kinds_differ, misplaced
+from fluxloop.checkpoint.open_windows import gradients_of
 from fluxloop.checkpoint.optimizer_state import optimizer_differs, plain_defaults
 from fluxloop.compute.optimizers import parameters_by_name
 from fluxloop.data.generators import own_generators
@@ -72,7 +73,7 @@ def _misfits(learner: RunLearner, state: State) -> Iterator[str]:
             yield from optimizer_differs(slots[name].optimizer, kept, by_name, slots[name].label)
         if name in slots:
             yield from _window_differs(slots[name], state["updates"]["slots"].get(name, {}))
-    for name, gradient in state["updates"]["gradients"].items():
+    for name, gradient in gradients_of(state["updates"]):
         parameter = by_name.get(name)
         if parameter is None or is_lazy(parameter):
             yield f"the gradient of {name!r} waits for an update, and no parameter has that name now"

@@ -14,7 +14,7 @@ from torch import nn
 
 from fluxloop.callback import Callback
 from fluxloop.checkpoint.gathering import gather, phases_state
-from fluxloop.checkpoint.open_windows import divide
+from fluxloop.checkpoint.open_windows import gradients_here, put_together
 from fluxloop.checkpoint.optimizer_state import load_optimizer
 from fluxloop.checkpoint.weights_file import restore_weights
 from fluxloop.compute.optimizers import parameters_by_name
@@ -209,7 +209,8 @@ def _restore_module(learner: RunLearner, module: nn.Module, kept: State, restori
 def _restore_updates(learner: RunLearner, kept: State) -> None:
     """Restore where each optimizer stands in accumulating gradients, and the gradients."""
     by_name = parameters_by_name(learner.models, learner.loss_fn)
-    gradients = {by_name[name]: gradient for name, gradient in kept["gradients"].items() if name in by_name}
+    here = gradients_here(learner, kept)
+    gradients = {by_name[name]: gradient for name, gradient in here.items() if name in by_name}
     for parameter in learner.updates.names:
         gradient = gradients.get(parameter)
         parameter.grad = None if gradient is None else sharded_like(gradient.to(parameter.device, copy=True), parameter)
@@ -222,7 +223,7 @@ def _restore_updates(learner: RunLearner, kept: State) -> None:
         slot.step = slot.before = None
         slot.restore_window(stands.get("window"))
     learner.updates.restore_scale(kept.get("scale"))
-    divide(learner)
+    put_together(learner, kept)
 
 
 def _restore_shared(learner: RunLearner, kept: State, restoring: Restoring) -> None:

@@ -329,7 +329,7 @@ def _state(module: Any) -> Any:
 def _mesh(replicas: int, group: Group) -> DeviceMesh:
     kind = group.device.type
     if replicas == 1:
-        return DeviceMesh.from_group(group.process_group, kind)
+        return group.mesh
     return init_device_mesh(kind, (replicas, group.size // replicas), mesh_dim_names=("replicate", "shard"))
 
 

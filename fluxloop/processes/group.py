@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -21,6 +22,7 @@ from fluxloop.processes.watch import Watcher, prefixed, watched
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store  # whose public name has no types
+    from torch.distributed.device_mesh import DeviceMesh
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
 """Which of torch's backends carry the tensors of a device; objects are sent from the host."""
@@ -71,6 +73,13 @@ class Group:
         if self._process_group is None:
             raise ProcessError(f"{self.ended}: nothing is sent between the processes any more")
         return self._process_group
+
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """Torch's mesh of all processes, in a line: a sharded tensor over it has a part in each."""
+        from torch.distributed.device_mesh import DeviceMesh  # takes a while, and most trainings need none
+
+        return DeviceMesh.from_group(self.process_group, self.device.type)
 
     @property
     def ended(self) -> str | None:
@@ -135,6 +144,7 @@ class Group:
 
     def leave(self) -> None:
         """Leave for good after an error: what the others wait for from this process fails at once."""
+        vars(self).pop("mesh", None)
         self._process_group = None  # torch closes the connections with the last reference
         if dist.is_initialized() and self.device.type != "cuda":  # NCCL would wait for those that are gone
             dist.destroy_process_group()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fluxloop.checkpoint.folder import Folder, read
+from fluxloop.checkpoint.open_windows import OPEN
 from fluxloop.checkpoint.parts import PART_NAME, names_of_parts
 from fluxloop.errors import CheckpointError
 from processes.launching import SIZES, run
@@ -138,6 +139,21 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(
     train(first, tmp_path, strategy, 3, kill=4)  # in the middle of an epoch, and of an update
     for found in train(second, tmp_path, strategy, 3):
         assert_close(found["all"], unbroken)
+
+
+@pytest.mark.parametrize("strategy", ["replicate", "shard"])
+def test_a_run_killed_in_an_open_window_goes_on_to_the_bit_with_as_many_processes(
+    strategy: str, tmp_path: Path
+) -> None:
+    expected = train(2, tmp_path / "unbroken", strategy, 3)
+    train(2, tmp_path / "run", strategy, 3, kill=4)
+    newest = read(Folder(tmp_path / "run").files()[-1][1])["updates"]
+    (windows,) = newest[OPEN]["windows"].values()
+    assert [(window["count"], window["complete"]) for window in windows] == [(2, False)] * 2
+    assert bool(newest[OPEN]["gradients"]) is (strategy == "replicate")
+    for found, known in zip(train(2, tmp_path / "run", strategy, 3), expected, strict=True):
+        assert found["all"].keys() == known["all"].keys()
+        assert all(torch.equal(tensor, known["all"][name]) for name, tensor in found["all"].items())
 
 
 @pytest.mark.parametrize("when", ["parts", "index"])
