@@ -109,16 +109,18 @@ class _Noting:
         return getattr(self._file, name)
 
 
-def _replace(path: Path, put: Any, needed: int = 0) -> None:
+def _replace(path: Path, put: Any, needed: int = 0, durable: bool = True) -> None:
     temporary, noting = path.with_name(f".{path.name}.{os.getpid()}.tmp"), _Noting(None)
     try:
         with open(temporary, "wb") as file:
             noting = _Noting(file)
             put(noting)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)  # only now, with its bytes on the disk: a crash leaves the old file or the new one
-        _sync(path.parent)
+        if durable:
+            _sync(path.parent)
     except BaseException as error:
         free = _free(path.parent)  # before the part that was written is removed
         try:
@@ -366,7 +368,7 @@ class Folder:
         write(path, state)
         if first:  # better now than after days
             _check_reads(path, state)
-        _replace(self.path / LATEST, lambda file: file.write(f"{path.name}\n".encode()))
+        _replace(self.path / LATEST, lambda file: file.write(f"{path.name}\n".encode()), durable=False)  # for people
         return path
 
     def add_parts(self, progress: Progress, state: dict[str, Any], again: bool, group: Group) -> Path:
