@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -213,3 +214,17 @@ def assert_same_with_gradients(found: Callable[..., Tensor], expected: Callable[
     torch.testing.assert_close(a, b)
     for one, other in zip(*(torch.autograd.grad(value, inputs) for value in (a, b)), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def waves(k: float, *shape: int) -> Tensor:
+    """Return numbers that other libraries were given when their values were recorded: sin(k * i * i), i from 1."""
+    return torch.sin(k * torch.arange(1, math.prod(shape) + 1, dtype=torch.float64).square()).reshape(shape)
+
+
+def assert_recorded(loss: Callable[..., Tensor], value: float, norms: Sequence[float], *inputs: Tensor) -> None:
+    """Compare a loss, and the norm of its gradient with respect to each input, with what was recorded."""
+    inputs = tuple(tensor.clone().requires_grad_() for tensor in inputs)
+    found = loss(*inputs)
+    assert found.item() == pytest.approx(value, rel=1e-7)  # temperatures of lightly are in single precision
+    gradients = torch.autograd.grad(found, inputs)
+    assert [gradient.norm().item() for gradient in gradients] == pytest.approx(list(norms), rel=1e-7)

@@ -14,33 +14,61 @@ from fluxloop.losses.adversarial import (
     r1_penalty,
     wasserstein,
 )
-from fluxloop.losses.contrastive import info_nce, nt_xent, supervised_contrastive
+from fluxloop.losses.contrastive import dcl_loss, info_nce, nt_xent, supervised_contrastive
 from fluxloop.losses.distillation import dino_loss, distillation_loss, negative_cosine
+from fluxloop.losses.isotropic import draw_directions, lejepa_loss, sigreg
+from fluxloop.losses.local import vicregl_loss
 from fluxloop.losses.mixed import MixedLoss, MixedTargets
+from fluxloop.losses.prototypes import ibot_loss, masked_code_loss, msn_loss, sinkhorn, swav_loss
 from fluxloop.losses.reconstruction import kl_standard_normal, masked_mse, normalize_patches, squared_error
-from fluxloop.losses.redundancy import barlow_twins_loss, vicreg_loss
+from fluxloop.losses.redundancy import (
+    barlow_twins_loss,
+    mmcr_loss,
+    tico_covariance,
+    tico_loss,
+    vicreg_loss,
+    wmse_loss,
+)
+from fluxloop.losses.spread import alignment, koleo_loss, uniformity
 
 __all__ = [
     "ADVERSARIAL_LOSSES",
     "AdversarialLoss",
     "MixedLoss",
     "MixedTargets",
+    "alignment",
     "barlow_twins_loss",
+    "dcl_loss",
     "dino_loss",
     "distillation_loss",
+    "draw_directions",
     "gradient_penalty",
     "hinge",
+    "ibot_loss",
     "info_nce",
     "kl_standard_normal",
+    "koleo_loss",
     "least_squares",
+    "lejepa_loss",
+    "masked_code_loss",
     "masked_mse",
+    "mmcr_loss",
+    "msn_loss",
     "negative_cosine",
     "non_saturating",
     "normalize_patches",
     "nt_xent",
     "r1_penalty",
+    "sigreg",
+    "sinkhorn",
     "squared_error",
     "supervised_contrastive",
+    "swav_loss",
+    "tico_covariance",
+    "tico_loss",
+    "uniformity",
     "vicreg_loss",
+    "vicregl_loss",
     "wasserstein",
+    "wmse_loss",
 ]

@@ -57,6 +57,45 @@ def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: floa
 
 
 @in_full_precision
+def dcl_loss(
+    z1: Tensor, z2: Tensor, temperature: float = 0.1, sigma: float | None = None, *, own: slice | None = None
+) -> Tensor:
+    """Compare two views of each row with other rows alone: decoupled contrastive learning (Yeh et al., 2022).
+
+    As `nt_xent`, but the row's other view is not among those that it is compared with (the paper's equation 6).
+
+    Args:
+        z1: Embeddings of the first view, shape (N, D); need not be normalised.
+        z2: Those of the second view, row by row, shape (N, D).
+        temperature: Divides the similarities.
+        sigma: Of the weights of the paper's DCLW: a row weighs ``2 - N * softmax(cosine / sigma)``, so that rows whose
+            views are far apart weigh more; left out, all weigh 1.
+        own: The rows that are compared with all, as in `nt_xent`; left out, all are.
+
+    Returns:
+        A scalar, a mean over the rows that are compared and both views.
+
+    Raises:
+        ValueError: There is one row alone.
+    """
+    if len(z1) < 2:
+        raise ValueError("dcl_loss was given one row, which has no others; expected two or more: drop_last=True")
+    z1, z2 = normalize(z1, dim=1), normalize(z2, dim=1)
+    rows = torch.arange(len(z1), device=z1.device)[slice(None) if own is None else own]
+    itself = rows[:, None] == torch.arange(len(z1), device=z1.device)
+    cosines = (z1 * z2).sum(1)
+    positive = cosines / temperature
+    if sigma is not None:
+        positive = positive * (2 - len(z1) * (cosines.detach() / sigma).softmax(0))
+    total = -positive[rows].mean()
+    for a, b in ((z1, z2), (z2, z1)):
+        similarities = a[rows] @ torch.cat([a, b]).T / temperature
+        others = similarities.masked_fill(torch.cat([itself, itself], dim=1), float("-inf"))
+        total = total + others.logsumexp(1).mean() / 2
+    return total
+
+
+@in_full_precision
 def supervised_contrastive(embeddings: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
     """Pull together the embeddings of one class (Khosla et al., 2020, the loss "out").
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import mse_loss, relu
+from torch.nn.functional import mse_loss, normalize, relu
 
 from fluxloop.compute.precision import in_full_precision
 
@@ -68,3 +68,99 @@ def vicreg_loss(
         loss = loss + variance * relu(1 - deviation).mean() / 2
         loss = loss + covariance * _off_diagonal(together).pow(2).sum() / z.shape[1]
     return loss
+
+
+@in_full_precision
+def tico_loss(
+    z1: Tensor, z2: Tensor, past: Tensor | None = None, *, weight: float = 8.0, momentum: float = 0.9
+) -> Tensor:
+    """Keep two views alike, and rows out of the directions in which most lie: TiCo (Zhu et al., 2022).
+
+    One minus the mean cosine of the views, plus `weight` times the mean of ``z.T @ C @ z`` over the first view's
+    normalised rows, where C is the moving average of ``z @ z.T`` with this step's rows in it, `tico_covariance`. No
+    gradient goes to C.
+
+    Args:
+        z1: Embeddings of the first view, shape (N, D); need not be normalised.
+        z2: Those of the second, row by row, shape (N, D).
+        past: The average of the steps before, shape (D, D); left out, zeros. After the step it is
+            ``tico_covariance(z1, past)``.
+        weight: Of the second term; the paper's ρ.
+        momentum: Weight of the past in the average; the paper's β.
+
+    Returns:
+        A scalar.
+    """
+    z1, z2 = normalize(z1, dim=1), normalize(z2, dim=1)
+    average = tico_covariance(z1, past, momentum)
+    return 1 - (z1 * z2).sum(1).mean() + weight * (z1 @ average * z1).sum(1).mean()
+
+
+@in_full_precision
+def tico_covariance(z1: Tensor, past: Tensor | None = None, momentum: float = 0.9) -> Tensor:
+    """Return the moving average of ``z @ z.T`` of normalised rows after a step, for the next one's `tico_loss`.
+
+    Args:
+        z1: Embeddings of the step's first view, shape (N, D).
+        past: The average before, shape (D, D); left out, zeros.
+        momentum: Its weight.
+
+    Returns:
+        Shape (D, D), without gradient.
+    """
+    z = normalize(z1.detach(), dim=1)
+    now = (1 - momentum) * (z.T @ z) / len(z)
+    return now if past is None else momentum * past + now
+
+
+@in_full_precision
+def wmse_loss(z1: Tensor, z2: Tensor, eps: float = 0.0) -> Tensor:
+    """Keep two views alike after each was whitened over the batch: W-MSE (Ermolov et al., 2021).
+
+    Each view's rows are centred and multiplied by the inverse of the Cholesky factor of their covariance. The loss is
+    the mean squared distance of the normalised results, 2 minus twice the cosine. (The paper whitens parts of a batch,
+    drawn anew a few times: call it for each part.)
+
+    Args:
+        z1: Embeddings of the first view, shape (N, D), N > D; the paper has N = 2D or more.
+        z2: Those of the second, row by row, shape (N, D).
+        eps: Share of the identity that is mixed into the covariance.
+
+    Returns:
+        A scalar, from 0 to 4.
+
+    Raises:
+        ValueError: There are not more rows than dimensions, so that the covariance has no inverse.
+    """
+    rows, size = z1.shape
+    if rows <= size and eps <= 0:
+        raise ValueError(
+            f"wmse_loss was given {rows} rows of {size} dimensions, whose covariance has no inverse; expected more "
+            "rows than dimensions, twice as many at best, or eps=0.01"
+        )
+    whitened = []
+    for z in (z1, z2):
+        centred = z - z.mean(0)
+        together = (1 - eps) * centred.T @ centred / (rows - 1) + eps * torch.eye(size, dtype=z.dtype, device=z.device)
+        factor = torch.linalg.cholesky(together)
+        whitened.append(normalize(torch.linalg.solve_triangular(factor, centred.T, upper=False).T, dim=1))
+    return 2 - 2 * (whitened[0] * whitened[1]).sum(1).mean()
+
+
+@in_full_precision
+def mmcr_loss(embeddings: Tensor, weight: float = 5e-3) -> Tensor:
+    """Have the means of the rows' views fill as many directions as they can: MMCR (Yerxa et al., 2023).
+
+    Minus the sum of the singular values of the matrix of centroids, plus `weight` times that of each row's views, a
+    mean over rows. Views are normalised first, as in the paper.
+
+    Args:
+        embeddings: Of V views of each row, shape (N, V, D).
+        weight: Of the second term; the paper's λ.
+
+    Returns:
+        A scalar.
+    """
+    z = normalize(embeddings, dim=2)
+    loss: Tensor = -torch.linalg.svdvals(z.mean(1)).sum()
+    return loss + weight * torch.linalg.svdvals(z).sum(1).mean() if weight else loss

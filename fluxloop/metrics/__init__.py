@@ -4,6 +4,7 @@ from fluxloop.metrics.base import Averaged, Loss, Metric, SmoothLoss
 from fluxloop.metrics.classification import accuracy, binary_accuracy, top_k
 from fluxloop.metrics.neighbors import knn_predict
 from fluxloop.metrics.regression import mae, mse, rmse
+from fluxloop.metrics.representation import lidar, rankme
 
 __all__ = [
     "Averaged",
@@ -13,8 +14,10 @@ __all__ = [
     "accuracy",
     "binary_accuracy",
     "knn_predict",
+    "lidar",
     "mae",
     "mse",
+    "rankme",
     "rmse",
     "top_k",
 ]

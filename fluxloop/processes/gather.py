@@ -148,6 +148,30 @@ def mean_of_sum(total: Tensor, rows: int, group: Group | None) -> Tensor:
     return (summed[:-1] / summed[-1]).reshape(total.shape)
 
 
+def sum_over(tensor: Tensor, group: Group) -> Tensor:
+    """Return the sum of a tensor of each process, the same on all, with gradient.
+
+    That of a step that is only there so that all have as many (`Group.spare`) is left out. Gradients are added up over
+    the processes on their way back, as those of gathered rows are.
+
+    Args:
+        tensor: Of one shape and type on all processes.
+        group: The processes.
+    """
+    summed: Tensor = _Sum.apply(tensor, group, group.spare)  # type: ignore[no-untyped-call]  # torch has no types
+    return summed
+
+
+def gather_equal(tensor: Tensor, group: Group) -> Tensor:
+    """Return tensors of one shape, one from each process, joined along the first dimension; without gradient.
+
+    Args:
+        tensor: Of one shape and type on all processes.
+        group: The processes.
+    """
+    return _gathered(tensor.detach(), group)
+
+
 def average_gradients(parameters: Sequence[Tensor], rows: int, group: Group) -> None:
     """Average the gradients of a small model over processes, each weighted by its rows, in one message.
 
@@ -191,6 +215,23 @@ class _AddUpOwn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         return _AllGather.apply(gradients[0], ctx.group, ctx.rows), None, None, None  # type: ignore[no-untyped-call]  # as above
+
+
+class _Sum(torch.autograd.Function):
+    """Add up a tensor over the processes, of those that are not left out; backward, its gradient.
+
+    Who is left out takes part in both: the others wait for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Group, left_out: bool) -> Tensor:
+        ctx.group, ctx.left_out = group, left_out
+        return _summed(torch.zeros_like(tensor) if left_out else tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        total = _Sum.apply(gradients[0], ctx.group, False)  # type: ignore[no-untyped-call]  # as above
+        return torch.zeros_like(total) if ctx.left_out else total, None, None
 
 
 def _joined(tensor: Tensor, group: Group, rows: Rows) -> Tensor:

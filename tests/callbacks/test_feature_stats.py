@@ -31,7 +31,7 @@ from fluxloop import (
     TwoViews,
     runstep,
 )
-from fluxloop.callbacks.feature_stats import effective_rank
+from fluxloop.losses import uniformity
 from fluxloop.testing import assert_observer, assert_order, assert_same_bits, toy_learner
 
 ROWS, BATCH = 24, 8
@@ -142,14 +142,15 @@ def test_features_with_several_dimensions_are_rows_of_numbers() -> None:
     np.testing.assert_allclose(stats.std, rows()[0][:, :4].numpy().std(0), rtol=1e-5)
 
 
-def test_the_effective_rank_of_equal_singular_values_is_their_number() -> None:
-    assert effective_rank(torch.eye(5)).item() == pytest.approx(5.0)
-    assert effective_rank(3 * torch.eye(6)[:4]).item() == pytest.approx(4.0)
-    assert effective_rank(torch.ones(7, 3)).item() == pytest.approx(1.0, abs=1e-3)
-    assert effective_rank(torch.outer(torch.arange(1.0, 5.0), torch.arange(1.0, 4.0))).item() == pytest.approx(
-        1.0, abs=1e-3
+def test_more_functions_of_the_rows_are_recorded_by_their_names() -> None:
+    kept: list[Tensor] = []
+    learner = learner_of(
+        FeatureStats("z1", measures={"uniformity": uniformity, "Largest": torch.amax}), keeper(kept, "z1")
     )
-    assert effective_rank(torch.zeros(4, 3)).item() == 0.0
+    train(learner)
+    expected = uniformity(torch.cat(kept).double()).item()
+    assert learner.history["training/z1_uniformity"] == [pytest.approx(expected, rel=1e-6)]
+    assert learner.history["training/z1_largest"] == [pytest.approx(torch.cat(kept).max().item())]
 
 
 # Collapse

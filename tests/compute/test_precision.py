@@ -610,7 +610,20 @@ def test_a_step_in_full_precision_has_no_part_in_this() -> None:
 def of_losses() -> dict[str, Any]:
     z1, z2 = (torch.randn(300, 12, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     labels = torch.arange(300) % 5
+    patches, mask = z1.reshape(30, 10, 12), torch.arange(300).reshape(30, 10) % 3 == 0
+    directions = torch.nn.functional.normalize(z2[:12, :8], dim=0)
     return {
+        "sigreg": (losses.sigreg, z1, directions),
+        "sinkhorn": (losses.sinkhorn, z1),
+        "ibot_loss": (losses.ibot_loss, patches, z2.reshape(30, 10, 12), mask),
+        "msn_loss": (losses.msn_loss, z1, z2[:150], z2[:7]),
+        "koleo_loss": (losses.koleo_loss, z1),
+        "alignment": (losses.alignment, z1, z2),
+        "uniformity": (losses.uniformity, z1),
+        "dcl_loss": (losses.dcl_loss, z1, z2),
+        "tico_loss": (losses.tico_loss, z1, z2),
+        "wmse_loss": (losses.wmse_loss, z1, z2),
+        "mmcr_loss": (losses.mmcr_loss, patches),
         "nt_xent": (losses.nt_xent, z1, z2),
         "info_nce": (losses.info_nce, z1, z2, z1.flip(0)),
         "supervised_contrastive": (losses.supervised_contrastive, z1, labels),

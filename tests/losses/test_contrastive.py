@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fluxloop.losses import info_nce, nt_xent, supervised_contrastive
-from toys import doubles
+from fluxloop.losses import dcl_loss, info_nce, nt_xent, supervised_contrastive
+from toys import assert_recorded, doubles, waves
 
 sizes = st.integers(1, 5)
 temperatures = st.sampled_from([0.05, 0.5, 1.0, 3.0])
@@ -239,3 +239,48 @@ def test_the_contrastive_losses_change_no_input_and_draw_nothing() -> None:
     before = torch.get_rng_state(), z1.clone(), z2.clone(), z3.clone()
     nt_xent(z1, z2), info_nce(z1, z2, z3), supervised_contrastive(z1, labels)
     assert all(map(torch.equal, (torch.get_rng_state(), z1, z2, z3), before))
+
+
+# Decoupled
+
+
+@pytest.mark.parametrize(
+    ("options", "value", "norms"),
+    [  # lightly 1.6.0 in float64: DCLLoss(), DCLLoss(temperature=.5), DCLWLoss()
+        ({}, 7.98155173813, [2.18174965865, 2.23302959114]),
+        ({"temperature": 0.5}, 3.1491415044, [0.40151160618, 0.404802410899]),
+        ({"sigma": 0.5}, 10.6460793256, [2.27046004872, 2.40916237194]),
+    ],
+)
+def test_the_decoupled_loss_is_what_lightly_recorded(
+    options: dict[str, float], value: float, norms: list[float]
+) -> None:
+    assert_recorded(lambda a, b: dcl_loss(a, b, **options), value, norms, waves(0.3, 8, 6), waves(0.7, 8, 6))
+
+
+def dcl_by_pairs(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """Write equation 6 of the paper: the negatives are the views of other rows alone."""
+    total = torch.zeros((), dtype=z1.dtype)
+    for a, b in ((z1, z2), (z2, z1)):
+        for i in range(len(a)):
+            others = [cosine(a[i], each[k]) for each in (a, b) for k in range(len(a)) if k != i]
+            total = total - cosine(a[i], b[i]) / temperature + torch.stack(others).div(temperature).logsumexp(0)
+    return total / (2 * len(z1))
+
+
+def test_the_decoupled_loss_leaves_the_other_view_of_a_row_out_of_the_negatives() -> None:
+    assert_same_with_gradients(
+        lambda a, b: dcl_loss(a, b, 0.2), lambda a, b: dcl_by_pairs(a, b, 0.2), doubles(0, 5, 3), doubles(1, 5, 3)
+    )
+
+
+@pytest.mark.parametrize("sigma", [None, 0.5])
+def test_the_decoupled_losses_of_parts_of_the_rows_make_up_that_of_all(sigma: float | None) -> None:
+    z1, z2 = doubles(0, 6, 3), doubles(1, 6, 3)
+    parts = [dcl_loss(z1, z2, 0.2, sigma, own=own) for own in (slice(0, 2), slice(2, 6))]
+    torch.testing.assert_close(2 / 6 * parts[0] + 4 / 6 * parts[1], dcl_loss(z1, z2, 0.2, sigma))
+
+
+def test_one_row_alone_has_nothing_to_be_decoupled_from() -> None:
+    with pytest.raises(ValueError, match="dcl_loss was given one row"):
+        dcl_loss(torch.ones(1, 3), torch.ones(1, 3))

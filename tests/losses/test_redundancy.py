@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import batch_norm
 
-from fluxloop.losses import barlow_twins_loss, vicreg_loss
-from toys import assert_same_with_gradients, doubles
+from fluxloop.losses import barlow_twins_loss, mmcr_loss, tico_covariance, tico_loss, vicreg_loss, wmse_loss
+from toys import assert_recorded, assert_same_with_gradients, doubles, waves
 
 seeds = st.integers(0, 999)
 FEW = settings(max_examples=25, deadline=None)
@@ -161,3 +161,71 @@ def test_the_views_may_be_swapped_and_are_not_changed(loss: Callable[..., Tensor
     before = torch.get_rng_state(), z1.clone(), z2.clone()
     torch.testing.assert_close(loss(z1, z2), loss(z2, z1))
     assert all(map(torch.equal, (torch.get_rng_state(), z1, z2), before))
+
+
+# TiCo, W-MSE, MMCR: recorded values are those of lightly 1.6.0 in float64
+
+A, B = waves(0.3, 8, 6), waves(0.7, 8, 6)
+
+
+def test_tico_is_what_lightly_recorded_in_its_first_and_second_step() -> None:
+    assert_recorded(tico_loss, 1.31524643168, [0.184534077017, 0.198925209626], A, B)
+    past = tico_covariance(waves(0.11, 8, 6))
+    norms = [0.197238224521, 0.198925209626]
+    assert_recorded(lambda a, b: tico_loss(a, b, past), 1.43712281195, norms, A, B)
+
+
+def test_the_covariance_of_tico_is_a_moving_average_without_gradient() -> None:
+    z1, z2 = doubles(0, 5, 3).requires_grad_(), doubles(1, 5, 3)
+    u = [row / row.norm() for row in z1.detach()]
+    first = sum(torch.outer(row, row) for row in u) / 5 * 0.2
+    past = tico_covariance(z1, None, 0.8)
+    torch.testing.assert_close(past, first)
+    assert not past.requires_grad
+    torch.testing.assert_close(tico_covariance(z1, past, 0.8), 1.8 * first)
+    expected = 1 - sum((a @ b) / b.norm() for a, b in zip(u, z2, strict=True)) / 5
+    expected = expected + 3 * sum(a @ (1.8 * first) @ a for a in u) / 5
+    torch.testing.assert_close(tico_loss(z1, z2, past, weight=3, momentum=0.8), expected)
+
+
+@pytest.mark.parametrize(
+    ("eps", "value", "norm"), [(0.0, 2.20445688554, 0.626376032496), (0.1, 2.20756259105, 0.618431193564)]
+)
+def test_w_mse_is_what_lightly_recorded(eps: float, value: float, norm: float) -> None:
+    both = torch.cat([waves(0.3, 16, 3), waves(0.7, 16, 3)])  # WMSELoss(embedding_dim=3, w_size=16, eps=eps)(both)
+    assert_recorded(lambda z: wmse_loss(z[:16], z[16:], eps), value, [norm], both)
+
+
+def test_w_mse_compares_rows_whose_covariance_is_the_identity() -> None:
+    z1, z2 = doubles(0, 9, 3), doubles(1, 9, 3)
+    rows = []
+    for z in (z1, z2):
+        white = (z - z.mean(0)) @ torch.linalg.cholesky(torch.cov(z.T)).inverse().T
+        torch.testing.assert_close(torch.cov(white.T), torch.eye(3, dtype=torch.float64))
+        rows.append(white / white.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(wmse_loss(z1, z2), (rows[0] - rows[1]).square().sum(1).mean())
+
+
+def test_w_mse_of_too_few_rows_says_how_many_it_needs() -> None:
+    with pytest.raises(ValueError, match="4 rows of 4 dimensions, whose covariance has no inverse; expected more rows"):
+        wmse_loss(torch.zeros(4, 4), torch.zeros(4, 4))
+    assert wmse_loss(doubles(0, 4, 4), doubles(1, 4, 4), eps=0.1).isfinite()
+
+
+def test_mmcr_is_what_lightly_recorded_of_normalised_views() -> None:
+    assert_recorded(  # MMCRLoss()(normalize(online, dim=2), normalize(momentum, dim=2))
+        lambda a, b: mmcr_loss(torch.cat([a, b], dim=1)),
+        -2.63346036532,
+        [0.4585107518, 0.495299239002],
+        waves(0.3, 8, 2, 6),
+        waves(0.7, 8, 2, 6),
+    )
+
+
+def test_mmcr_sums_the_singular_values_of_centroids_and_views() -> None:
+    z = doubles(0, 5, 3, 4)
+    unit = torch.stack([torch.stack([v / v.norm() for v in row]) for row in z])
+    nuclear = [torch.linalg.eigvalsh(row @ row.T).clamp(min=0).sqrt().sum() for row in unit]
+    centroids = torch.stack([row.mean(0) for row in unit])
+    expected = 0.3 * sum(nuclear) / 5 - torch.linalg.eigvalsh(centroids.T @ centroids).clamp(min=0).sqrt().sum()
+    torch.testing.assert_close(mmcr_loss(z, 0.3), expected)

@@ -15,7 +15,7 @@ import copy
 import torch
 
 from fluxloop import Accelerator
-from fluxloop.losses import barlow_twins_loss, nt_xent, vicreg_loss
+from fluxloop.losses import barlow_twins_loss, msn_loss, nt_xent, sigreg, vicreg_loss
 from fluxloop.processes.gather import all_gather, join_rows
 from processes.launching import report
 
@@ -62,6 +62,18 @@ def deviation(counts, spare, loss, mine):
     return max(off)
 
 
+directions, prototypes = torch.eye(3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+
+
+def of_normal(z1, z2, group=None):
+    return sigreg(torch.stack([z1, z2]), directions, group=group)
+
+
+def of_codes(z1, z2, group=None):
+    return msn_loss(z1, z2, prototypes, group=group)
+
+
+group.all_reduce(prototypes)
 size = group.size
 kinds = {
     "even": ([4] * size, ()),
@@ -73,6 +85,8 @@ for kind, (counts, spare) in kinds.items():
     table[kind, "own rows"] = deviation(counts, spare, nt_xent, own_rows)
     for loss in (nt_xent, vicreg_loss, barlow_twins_loss):
         table[kind, loss.__name__] = deviation(counts, spare, loss, all_rows(loss))
+    for loss in (of_normal, of_codes):
+        table[kind, loss.__name__] = deviation(counts, spare, loss, lambda z: loss(*pair(z), group=group))
 
 xs = torch.randn(2 + group.rank, 3, dtype=torch.float64, requires_grad=True)
 (first,) = torch.autograd.grad((all_gather(xs, group) ** 3).sum(), xs, create_graph=True)
@@ -110,7 +124,7 @@ def ran(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.slow
 def test_gradients_and_losses_are_those_of_one_process_on_the_joined_batch(ran: Any) -> None:
     for report in ran.reports:
-        assert len(report["table"]) == 12
+        assert len(report["table"]) == 18
         assert max(report["table"].values()) < 1e-13, report["table"]
 
 
