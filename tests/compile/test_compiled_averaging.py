@@ -30,6 +30,7 @@ fluxloop.compile.graphs.lower = lambda graph, inputs, device: torch.no_grad()(gr
 SCRIPT = f"""
 {"" if BY_THE_COMPILER else AS_TRACED}
 import warnings
+import torch
 from attrs import evolve
 from fluxloop import AbstractTrainingPhase, Accelerator, Callback, CancelStepException, Learner, StepBegin
 from fluxloop import CompileError, SimCLRPhase, StopOnNaNLoss, TensorBatches, on
