@@ -52,51 +52,115 @@ PACKAGE = str(Path(__file__).parent)
 
 
 class FluxloopError(Exception):
-    """Base of every error that fluxloop raises."""
+    """Base of every error that fluxloop raises.
+
+    >>> issubclass(ModelError, FluxloopError), issubclass(ModelError, TypeError)  # except TypeError catches it, too
+    (True, True)
+    """
 
 
 class ModelError(FluxloopError, TypeError):
-    """The model is no module, or its names cannot be used."""
+    """The model is no module, or its names cannot be used.
+
+    >>> Learner("resnet18")
+    Traceback (most recent call last):
+    fluxloop.errors.ModelError: model is 'resnet18'; expected a torch.nn.Module
+    """
 
 
 class OptimizerError(FluxloopError, ValueError):
-    """The optimizers do not hold exactly the trainable parameters of the models, once each."""
+    """The optimizers do not hold exactly the trainable parameters of the models, once each.
+
+    >>> Learner(torch.nn.Linear(2, 1), optimizer=torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1))
+    Traceback (most recent call last):
+    fluxloop.errors.OptimizerError: the optimizer holds 2 parameters that belong to no model ...
+    """
 
 
 class LossError(FluxloopError, ValueError):
-    """There is no loss, it is no scalar, or no gradient can be computed from it."""
+    """There is no loss, it is no scalar, or no gradient can be computed from it.
+
+    >>> Learner(torch.nn.Linear(2, 1), data=((torch.zeros(4, 2), torch.zeros(4, 1)),)).fit(1)  # and no loss
+    Traceback (most recent call last):
+    fluxloop.errors.LossError: TrainingPhase needs a loss function, and the learner has none; give one: ...
+    """
 
 
 class DataError(FluxloopError, ValueError):
-    """The data of a phase is missing, empty or of a kind that cannot be iterated."""
+    """The data of a phase is missing, empty or of a kind that cannot be iterated.
+
+    >>> Learner(torch.nn.Linear(2, 1), torch.nn.functional.mse_loss).fit(1)
+    Traceback (most recent call last):
+    fluxloop.errors.DataError: TrainingPhase runs on the 'training' data, and there is no data; give it to ...
+    """
 
 
 class BatchError(DataError):
-    """A batch does not have the structure that the phase expects."""
+    """A batch does not have the structure that the phase expects.
+
+    >>> TrainingPhase().entries(torch.zeros(4, 1))  # as a fit does with each batch
+    Traceback (most recent call last):
+    fluxloop.errors.BatchError: TrainingPhase was given a Tensor of shape (4, 1) as a batch; expected a pair ...
+    """
 
 
 class PhaseError(FluxloopError, TypeError):
-    """Something that is no phase was given, or a phase was used where it cannot be."""
+    """Something that is no phase was given, or a phase was used where it cannot be.
+
+    >>> testing.toy_learner().fit(1, phases=[TrainingPhase])
+    Traceback (most recent call last):
+    fluxloop.errors.PhaseError: the class TrainingPhase was given as a phase; expected an instance: TrainingPhase()
+    """
 
 
 class MetricError(FluxloopError, ValueError):
-    """Two metrics share a name, or something given as a metric is none."""
+    """Two metrics share a name, or something given as a metric is none.
+
+    >>> Metrics(accuracy, accuracy)
+    Traceback (most recent call last):
+    fluxloop.errors.MetricError: two metrics are called 'accuracy'; give one another name: Metric(f, name='...')
+    """
 
 
 class SanityCheckError(FluxloopError, ValueError):
-    """A check of the `SanityCheck` callback failed before the first step."""
+    """A check of the `SanityCheck` callback failed before the first step.
+
+    >>> try:
+    ...     testing.toy_learner(SanityCheck(Check("the rate", lambda learner: 1 / 0))).fit(1)
+    ... except SanityCheckError as error:
+    ...     print(str(error).splitlines()[1])
+      error: the rate: division by zero.
+    """
 
 
 class CompileError(FluxloopError, RuntimeError):
-    """A step cannot be compiled as one graph: somebody needs a moment inside it, or it cannot be traced."""
+    """A step cannot be compiled as one graph: somebody needs a moment inside it, or it cannot be traced.
+
+    >>> testing.toy_learner(CustomCallback(print, BackwardEnd), accelerator=Accelerator("cpu", compile="step"))
+    Traceback (most recent call last):
+    fluxloop.errors.CompileError: Accelerator(compile="step") makes one graph of a step of TrainingPhase, and this ...
+    """
 
 
 class CheckpointError(FluxloopError, ValueError):
-    """A checkpoint cannot be written, is damaged, or belongs to another training."""
+    """A checkpoint cannot be written, is damaged, or belongs to another training.
+
+    >>> testing.toy_learner().load("missing.pt")
+    Traceback (most recent call last):
+    fluxloop.errors.CheckpointError: missing.pt was given as a checkpoint; expected a file that learner.save wrote
+    """
 
 
 class LogExistsError(FluxloopError, FileExistsError):
-    """A new run would write into another run's log, or two backends would write one."""
+    """A new run would write into another run's log, or two backends would write one.
+
+    >>> size = Path("log.csv").write_text("of another run")
+    >>> try:
+    ...     testing.toy_learner(Recorder(), Metrics(), CSVLogger("log.csv")).fit(1)
+    ... except LogExistsError as error:
+    ...     print(str(error).split(";")[0])
+    CSVLogger('log.csv') would write into an earlier run's log, log.csv
+    """
 
 
 class ProcessError(FluxloopError, RuntimeError):
@@ -105,6 +169,9 @@ class ProcessError(FluxloopError, RuntimeError):
     Args:
         message: What has happened.
         ranks: The numbers of the processes that have failed, as far as they are known.
+
+    >>> ProcessError("process 1 was killed", ranks=[1]).ranks  # as fit raises it in every other process
+    (1,)
     """
 
     def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
@@ -113,15 +180,32 @@ class ProcessError(FluxloopError, RuntimeError):
 
 
 class ReentrantFitError(FluxloopError, RuntimeError):
-    """``fit`` was called while the same learner was already fitting."""
+    """``fit`` was called while the same learner was already fitting.
+
+    >>> try:
+    ...     testing.toy_learner(CustomCallback(lambda learner: learner.fit(1), EpochEnd)).fit(1)
+    ... except ReentrantFitError as error:
+    ...     print(str(error).split(";")[0])
+    fit was called while this learner is fitting
+    """
 
 
 class AssignmentError(FluxloopError, AttributeError):
-    """An attribute was assigned that does not exist, or that cannot be replaced (now)."""
+    """An attribute was assigned that does not exist, or that cannot be replaced (now).
+
+    >>> testing.toy_learner().model = torch.nn.Linear(1, 1)
+    Traceback (most recent call last):
+    fluxloop.errors.AssignmentError: learner.model ...
+    """
 
 
 class MissingEntryError(FluxloopError, AttributeError):
-    """An entry of the step or of ``cbstate`` was read that nobody has stored."""
+    """An entry of the step or of ``cbstate`` was read that nobody has stored.
+
+    >>> testing.toy_learner().step.preds
+    Traceback (most recent call last):
+    fluxloop.errors.MissingEntryError: The step has no entry 'preds'; it has: nothing. ...
+    """
 
 
 class StateAccessError(FluxloopError):
@@ -134,6 +218,11 @@ class StateAccessError(FluxloopError):
         declared: What it declared, as ``(reads, writes)``.
 
     ``event`` is filled in where the event is known.
+
+    >>> print(StateAccessError("Look", "step.loss", "read"))  # as a handler of Look gets it
+    Look tried to read 'step.loss', but declares no such access.
+      declared: reads = (), writes = ()
+      to allow it, write in the class: reads = ('step.loss',)
     """
 
     def __init__(
@@ -166,35 +255,80 @@ class StateAccessError(FluxloopError):
 
 
 class CallbackError(FluxloopError):
-    """Base of the errors found when the callbacks of a learner are put in order."""
+    """Base of the errors found when the callbacks of a learner are put in order.
+
+    >>> issubclass(CallbackCycleError, CallbackError), issubclass(StateAccessError, CallbackError)  # not while training
+    (True, False)
+    """
 
 
 class CallbackTypeError(CallbackError, TypeError):
-    """A class was given where an instance belongs, or something that is no callback."""
+    """A class was given where an instance belongs, or something that is no callback.
+
+    >>> testing.toy_learner(EarlyStopping)
+    Traceback (most recent call last):
+    fluxloop.errors.CallbackTypeError: callbacks[0] is the class EarlyStopping; expected an instance: EarlyStopping(...)
+    """
 
 
 class HandlerError(CallbackError, TypeError):
-    """``@on`` was given something that is no event or phase, or a hook has no ``@on``."""
+    """``@on`` was given something that is no event or phase, or a hook has no ``@on``.
+
+    >>> on("StepEnd")
+    Traceback (most recent call last):
+    fluxloop.errors.HandlerError: @on was given 'StepEnd' as an event; expected an event type, e.g. @on(StepEnd)...
+    """
 
 
 class AmbiguousHandlerError(CallbackError):
-    """Two handlers of one callback fit an event and phase equally well."""
+    """Two handlers of one callback fit an event and phase equally well.
+
+    >>> class Both(Callback):
+    ...     any_event = on(Event, TrainingPhase)(lambda self, event, phase, learner: None)
+    ...     any_phase = on(StepEnd, Phase)(lambda self, event, phase, learner: None)
+    >>> testing.toy_learner(Both())
+    Traceback (most recent call last):
+    fluxloop.errors.AmbiguousHandlerError: Both has two handlers that fit (StepEnd, TrainingPhase) equally well: ...
+    """
 
 
 class DuplicateCallbackError(CallbackError, ValueError):
-    """The same callback was given twice, or two that nothing tells apart."""
+    """The same callback was given twice, or two that nothing tells apart.
+
+    >>> testing.toy_learner(Recorder(), Recorder())
+    Traceback (most recent call last):
+    fluxloop.errors.DuplicateCallbackError: two Recorder callbacks cannot be told apart: ...
+    """
 
 
 class CallbackConflictError(CallbackError):
-    """Two callbacks write the same path and nothing says which goes first."""
+    """Two callbacks write the same path and nothing says which goes first.
+
+    >>> scale, shift = (CustomCallback(print, StepBegin, writes=("step.xs",), name=name) for name in ("scale", "shift"))
+    >>> testing.toy_learner(scale, shift)
+    Traceback (most recent call last):
+    fluxloop.errors.CallbackConflictError: scale writes 'step.xs' and shift writes 'step.xs', and nothing says which ...
+    """
 
 
 class CallbackCycleError(CallbackError):
-    """The declared orders of some callbacks contradict each other."""
+    """The declared orders of some callbacks contradict each other.
+
+    >>> First, Second = type("First", (Callback,), {}), type("Second", (Callback,), {})
+    >>> First.run_after, Second.run_after = (Second,), (First,)
+    >>> testing.toy_learner(First(), Second())
+    Traceback (most recent call last):
+    fluxloop.errors.CallbackCycleError: the callbacks cannot be ordered, because these contradict each other: ...
+    """
 
 
 class MissingProducerError(CallbackError):
-    """A callback reads a ``cbstate`` entry that no callback writes."""
+    """A callback reads a ``cbstate`` entry that no callback writes.
+
+    >>> testing.toy_learner(EarlyStopping(3))  # without the default callbacks
+    Traceback (most recent call last):
+    fluxloop.errors.MissingProducerError: EarlyStopping reads 'cbstate.metrics', which no callback writes; ...
+    """
 
 
 class CancelSignal(Exception):  # noqa: N818 - a signal, not an error
@@ -205,6 +339,9 @@ class CancelSignal(Exception):  # noqa: N818 - a signal, not an error
 
     Attributes:
         agreed: Whether all processes that train together have raised it.
+
+    >>> [signal.__name__ for signal in CancelSignal.__subclasses__()], CancelSignal("the disk is full").reason
+    (['CancelStepException', 'CancelEpochException', 'CancelFittingException'], 'the disk is full')
     """
 
     def __init__(self, reason: str = "") -> None:
@@ -214,17 +351,31 @@ class CancelSignal(Exception):  # noqa: N818 - a signal, not an error
 
 
 class CancelStepException(CancelSignal):
-    """End the running step. ``StepEnd`` does not fire; the next step follows."""
+    """End the running step. ``StepEnd`` does not fire; the next step follows.
+
+    >>> def skip(learner): raise CancelStepException("such a batch teaches nothing")
+    >>> testing.toy_learner(Recorder(), CustomCallback(skip, StepBegin, TrainingPhase)).fit(1)[TrainingPhase].steps
+    0
+    """
 
 
 class CancelEpochException(CancelSignal):
-    """End the running epoch. ``EpochEnd`` still fires."""
+    """End the running epoch. ``EpochEnd`` still fires.
+
+    >>> def enough(learner): raise CancelEpochException("one step is enough")
+    >>> testing.toy_learner(Recorder(), CustomCallback(enough, StepEnd, TrainingPhase)).fit(3)[TrainingPhase].epochs
+    3
+    """
 
 
 class CancelFittingException(CancelSignal):
     """End the fit: ``fit`` returns normally and ``history.stop_reason`` holds the reason.
 
     Outside ``fit`` (``learner.epoch(...)``, ``evaluate``, ``predict``) it reaches the caller.
+
+    >>> def stop(learner): raise CancelFittingException("it has learned enough")
+    >>> testing.toy_learner(CustomCallback(stop, CycleEnd)).fit(100).stop_reason
+    'it has learned enough'
     """
 
 

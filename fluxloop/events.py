@@ -25,7 +25,16 @@ from attrs import field, frozen
 
 @frozen
 class Event:
-    """Base of all events. Subclass it for your own: an ``attrs.frozen`` class, or a plain one without fields."""
+    """Base of all events. Subclass it for your own: an ``attrs.frozen`` class, or a plain one without fields.
+
+    Example:
+        >>> from attrs import frozen
+        >>> @frozen
+        ... class LargeLoss(Event):
+        ...     value: float
+        >>> LargeLoss(3.5)
+        LargeLoss(value=3.5)
+    """
 
     ends_scope: ClassVar[bool] = False
     """A cancel raised by a handler of such an event waits until the other handlers have run."""
@@ -43,6 +52,12 @@ class FitBegin(Event):
 
     Args:
         resumed: Whether it began before and goes on from a checkpoint.
+
+    Example:
+        >>> from fluxloop.testing import toy_learner
+        >>> hello = CustomCallback(lambda learner: print("seed", learner.seed), FitBegin)
+        >>> history = toy_learner(hello, seed=3).fit(2)
+        seed 3
     """
 
     inside_step: ClassVar[bool] = False
@@ -59,6 +74,14 @@ class FitEnd(Event):
     Args:
         reason: Why the fit stopped early, or None.
         error: The exception that ends it, or None.
+
+    Example:
+        >>> class Report(Callback):
+        ...     @on(FitEnd)
+        ...     def report(self, event, phase, learner):
+        ...         print(type(event.error).__name__, event.reason)
+        >>> history = testing.toy_learner(Report()).fit(1)
+        NoneType None
     """
 
     ends_scope: ClassVar[bool] = True
@@ -74,6 +97,12 @@ class CycleBegin(Event):
 
     Args:
         resumed: Whether it began before and goes on from a checkpoint.
+
+    Example:
+        >>> count = CustomCallback(lambda learner: print("of", learner.num_epochs), CycleBegin)
+        >>> history = testing.toy_learner(count).fit(2)
+        of 2
+        of 2
     """
 
     inside_step: ClassVar[bool] = False
@@ -82,7 +111,13 @@ class CycleBegin(Event):
 
 
 class CycleEnd(Event):
-    """One pass through the phases of a fit is complete."""
+    """One pass through the phases of a fit is complete.
+
+    Example:
+        >>> done = CustomCallback(lambda learner: print("trained and validated"), CycleEnd)
+        >>> history = testing.toy_learner(done).fit(1)
+        trained and validated
+    """
 
     ends_scope: ClassVar[bool] = True
     inside_step: ClassVar[bool] = False
@@ -96,6 +131,11 @@ class EpochBegin(Event):
     Args:
         resumed: Whether it began before and goes on from a checkpoint.
         batches: How many of its batches were used before that.
+
+    Example:
+        >>> batches = CustomCallback(lambda learner: print(learner.num_batches, "batches"), EpochBegin, ValidationPhase)
+        >>> history = testing.toy_learner(batches, num_batches=4).fit(1)
+        4 batches
     """
 
     inside_step: ClassVar[bool] = False
@@ -105,7 +145,14 @@ class EpochBegin(Event):
 
 
 class EpochEnd(Event):
-    """One epoch of one phase ends, also when it was cancelled. Fired by ``runepoch``."""
+    """One epoch of one phase ends, also when it was cancelled. Fired by ``runepoch``.
+
+    Example:
+        >>> names = CustomCallback(lambda learner: print(learner.scope.phase.name), EpochEnd)
+        >>> history = testing.toy_learner(names).fit(1)
+        TrainingPhase
+        ValidationPhase
+    """
 
     ends_scope: ClassVar[bool] = True
     inside_step: ClassVar[bool] = False
@@ -113,28 +160,59 @@ class EpochEnd(Event):
 
 
 class StepBegin(Event):
-    """One step starts; the batch is on the device. Fired by ``runstep``."""
+    """One step starts; the batch is on the device. Fired by ``runstep``.
+
+    Example:
+        >>> rows = CustomCallback(lambda learner: print(len(learner.step.xs), "rows"), StepBegin, TrainingPhase)
+        >>> history = testing.toy_learner(rows, num_batches=2, batch_size=8).fit(1)
+        8 rows
+        8 rows
+    """
 
     inside_step: ClassVar[bool] = False
 
 
 class StepEnd(Event):
-    """One step is complete. Fired by ``runstep``, unless the step was cancelled or failed."""
+    """One step is complete. Fired by ``runstep``, unless the step was cancelled or failed.
+
+    Example:
+        >>> entries = CustomCallback(lambda learner: print(sorted(vars(learner.step))), StepEnd, ValidationPhase)
+        >>> history = testing.toy_learner(entries, num_batches=1).fit(1)
+        ['loss', 'preds', 'xs', 'ys']
+    """
 
     ends_scope: ClassVar[bool] = True
     inside_step: ClassVar[bool] = False
 
 
 class LossBegin(Event):
-    """The forward pass is done, the loss is not yet computed. Fired by the phase."""
+    """The forward pass is done, the loss is not yet computed. Fired by the phase.
+
+    Example:
+        >>> def look(learner): print("preds" in vars(learner.step), "loss" in vars(learner.step))
+        >>> history = testing.toy_learner(CustomCallback(look, LossBegin, TrainingPhase), num_batches=1).fit(1)
+        True False
+    """
 
 
 class BackwardBegin(Event):
-    """The loss is computed, its gradients are not. Fired by the phase or its update block."""
+    """The loss is computed, its gradients are not. Fired by the phase or its update block.
+
+    Example:
+        >>> def look(learner): print("loss" in vars(learner.step), learner.model.value.grad)
+        >>> history = testing.toy_learner(CustomCallback(look, BackwardBegin), num_batches=1).fit(1)
+        True None
+    """
 
 
 class BackwardEnd(Event):
-    """The gradients are computed. Fired by the phase or its update block."""
+    """The gradients are computed. Fired by the phase or its update block.
+
+    Example:
+        >>> def look(learner): print(list(learner.step.grads), learner.step.grads["value"].shape)
+        >>> history = testing.toy_learner(CustomCallback(look, BackwardEnd), num_batches=1).fit(1)
+        ['value'] torch.Size([1])
+    """
 
     ends_scope: ClassVar[bool] = True
 
@@ -147,6 +225,12 @@ class UpdateBegin(Event):
         name: Name of the optimizer, None for a learner with a single unnamed one.
         after_steps: Whether it is the update of the last batches of an epoch, made after its last step: where
             ``Accelerator(accumulate=k)`` waited for more batches of data that does not say how many it has.
+
+    Example:
+        >>> count = testing.EventRecorder()
+        >>> history = testing.toy_learner(count, num_batches=6, accelerator=Accelerator("cpu", accumulate=3)).fit(1)
+        >>> count.events.count("StepBegin"), count.events.count("UpdateBegin")  # 6 of training, 6 of validation
+        (12, 2)
     """
 
     name: str | None = None
@@ -161,6 +245,11 @@ class UpdateEnd(Event):
         name: Name of the optimizer, None for a learner with a single unnamed one.
         after_steps: Whether it is the update of the last batches of an epoch, made after its last step: where
             ``Accelerator(accumulate=k)`` waited for more batches of data that does not say how many it has.
+
+    Example:
+        >>> def look(learner): print(learner.model.value.item() > 0)  # it began with 0
+        >>> history = testing.toy_learner(CustomCallback(look, UpdateEnd), num_batches=1).fit(1)
+        True
     """
 
     ends_scope: ClassVar[bool] = True
