@@ -15,31 +15,31 @@ A test writes a script, in which `report` keeps what the test is to see, and sta
         first, second = run(SCRIPT, processes=2).reports
         assert torch.equal(first["weights"]["weight"], second["weights"]["weight"])
 
-A start costs some 3 s: let one script run all that a file wants to know (a fixture with ``scope="module"``). Where
-processes are to end in different ways, `run_cases` starts the script once for each case, and imports torch once.
+Processes are forked from one that has imported torch and fluxloop (``forking.py``), so that a start costs some 0.1 s;
+with ``torchrun``, or an environment of their own, some 4 s each. Where processes are to end in different ways,
+`run_cases` starts the script once for each case.
 """
 
 from __future__ import annotations
 
-import gc
-import json
 import os
-import runpy
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import dedent
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import torch
-from attrs import define
+from attrs import Factory, define
 from torch.distributed import TCPStore
+
+from processes.forking import Forked, fork, prepare
 
 ROOT = Path(__file__).parents[2]
 FOLDER = "FLUXLOOP_TEST_FOLDER"
@@ -47,6 +47,8 @@ SIZES = (2, 4) if os.environ.get("FLUXLOOP_PROCESSES") else (2,)
 """How many processes tests of several start: four as well, and what takes long, where ``FLUXLOOP_PROCESSES=4`` asks
 for it."""
 LEFT_OUT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+PREFIX = "fluxloop-launched-"
+SERVERS = f"servers of {os.getpid()}"  # in place of a folder, in the environment of those from which others are forked
 
 
 def report(**things: Any) -> None:
@@ -65,7 +67,6 @@ class Run:
         codes: The status of each process; minus the number of a signal that killed it. Of ``torchrun`` its own alone.
         outputs: What each wrote, standard output and errors together; of ``torchrun`` one more: its own.
         reports: What each has kept by `report`.
-        seconds: How long it took until all had ended.
         ends: Of each process, how many seconds after the start it had ended; none of ``torchrun``.
         left: Ids of the processes that were still there after the last one had ended, and are killed now.
     """
@@ -73,7 +74,6 @@ class Run:
     codes: list[int]
     outputs: list[str]
     reports: list[dict[str, Any]]
-    seconds: float
     ends: list[float]
     left: list[int]
 
@@ -97,6 +97,7 @@ def run(
     launcher: Literal["plain", "torchrun"] = "plain",
     options: Sequence[str] = (),
     check: bool = True,
+    whole_end: bool = False,
     **environment: str,
 ) -> Run:
     """Run a script in several processes, until all have ended.
@@ -106,55 +107,36 @@ def run(
         processes: How many.
         arguments: Given to the script.
         timeout: Seconds, after which all are killed, and the test fails with what they wrote.
-        launcher: ``"plain"``: the processes are started here, with the environment that ``torchrun`` gives them and a
-            store that outlives them, which is faster by 2 s and tells each one's status. ``"torchrun"``: by itself.
+        launcher: ``"plain"``: the processes are forked here, with the environment that ``torchrun`` gives them and a
+            store that outlives them, which saves 5 s and tells each one's status. ``"torchrun"``: by itself.
         options: Of ``torchrun``, such as ``"--max-restarts=1"``.
         check: Whether one that does not end well fails the test.
-        **environment: Added to the environment of all.
+        whole_end: Whether Python takes itself apart in processes that are forked, as they end; else it is left out
+            after the handlers of `atexit`, which saves 0.2 s.
+        **environment: Added to the environment of all; processes are then started anew, not forked.
     """
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="fluxloop-launched-")))
+    with TemporaryDirectory(prefix=PREFIX) as name:
+        folder = Path(name)
         path = script if isinstance(script, Path) else folder / "script.py"
         if isinstance(script, str):
             path.write_text(dedent(script))
-        env = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
-        paths = [str(ROOT), str(ROOT / "tests"), env.get("PYTHONPATH", "")]
-        env |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", FOLDER: str(folder)}
-        env |= environment
-        begun = time.monotonic()
-        if launcher == "plain":
-            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
-            own = [env | _rank(rank, processes, store.port) for rank in range(processes)]
-            commands = [[sys.executable, str(path), *arguments]] * processes
-        else:
-            own = [env]
-            command = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-            logs = ["--log-dir", str(folder / "logs"), "--redirects", "3"]
-            commands = [[sys.executable, "-m", *command, *logs, *options, str(path), *arguments]]
-        files = [stack.enter_context(open(folder / f"output-{number}", "w+b")) for number in range(len(own))]
-        started = [
-            subprocess.Popen(
-                command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=one, start_new_session=True
-            )
-            for command, file, one in zip(commands, files, own, strict=True)
-        ]
-        ends, late = _wait(started, begun + timeout)
-        seconds = time.monotonic() - begun
-        left = _kill_what_is_left(folder)
-        outputs = [*_logged(folder, processes), *map(_text, files)]
-        if late:
-            raise AssertionError(f"not ended after {timeout} s: {late}\n" + "\n--------\n".join(outputs))
-        reports = [_reported(folder, rank) for rank in range(processes)]
-        told = Run([one.returncode for one in started], outputs, reports, seconds, [end - begun for end in ends], left)
-        return told.check() if check else told
+        order = Order(
+            folder, path, arguments, processes, timeout, whole_end, environment, launcher=launcher, options=options
+        )
+        (told,) = carry_out([order], timeout)
+    return told.check() if check else told
 
 
 def run_cases(
-    script: str, cases: Sequence[Sequence[str]], processes: int = 2, *, timeout: float = 60, at_once: int = 4
+    script: str,
+    cases: Sequence[Sequence[str]],
+    processes: int = 2,
+    *,
+    timeout: float = 60,
+    at_once: int = 4,
+    whole_end: bool = False,
 ) -> list[Run]:
     """Run a script in several processes once for each case, some cases at a time; return what became of each.
-
-    The processes are forked from one that has imported fluxloop, so that a start costs some 50 ms.
 
     Args:
         script: The text of a script, which may be indented.
@@ -162,93 +144,194 @@ def run_cases(
         processes: How many run a case.
         timeout: Seconds for all cases together.
         at_once: How many cases are under way at a time.
+        whole_end: As of `run`.
     """
-    with TemporaryDirectory(prefix="fluxloop-launched-") as name:
-        folder = Path(name)
-        (folder / "script.py").write_text(dedent(script))
-        stores = [
-            TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
-            for _ in cases
+    with TemporaryDirectory(prefix=PREFIX) as name:
+        path = Path(name) / "script.py"
+        path.write_text(dedent(script))
+        orders = [
+            Order(Path(name) / str(number), path, case, processes, timeout, whole_end)
+            for number, case in enumerate(cases)
         ]
-        for number in range(len(cases)):
-            (folder / str(number)).mkdir()
-        order = {
-            "script": str(folder / "script.py"),
-            "cases": [list(case) for case in cases],
-            "ports": [store.port for store in stores],
-            "processes": processes,
-            "at_once": at_once,
-        }
-        (folder / "order.json").write_text(json.dumps(order))
-        env = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
-        paths = [str(ROOT), str(ROOT / "tests"), env.get("PYTHONPATH", "")]
-        env |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", FOLDER: str(folder)}
-        env["PYTHONUNBUFFERED"] = "1"  # so that what a killed one wrote is there
-        command = [sys.executable, __file__, str(folder)]
-        with open(folder / "output", "w+b") as file:
-            server = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
-            _, late = _wait([server], time.monotonic() + timeout)
-            left = _kill_what_is_left(folder)
-            outputs = [[(folder / str(n) / f"output-{r}") for r in range(processes)] for n in range(len(cases))]
-            texts = [[p.read_text(errors="replace") if p.exists() else "" for p in row] for row in outputs]
-            if late or server.returncode:
-                shown = "\n".join(f"{case}: {text}" for case, text in zip(cases, texts, strict=True))
-                raise AssertionError(f"not ended after {timeout} s, or failed: {_text(file)}\n{shown}")
-        told = json.loads((folder / "told.json").read_text())
-        return [
-            Run(
-                each["codes"],
-                text,
-                [_reported(folder / str(number), rank) for rank in range(processes)],
-                max(each["ends"]),
-                each["ends"],
-                left,
+        for order in orders:
+            order.folder.mkdir()
+        return carry_out(orders, timeout, at_once)
+
+
+class Fresh(subprocess.Popen[bytes]):
+    """A process that was started anew; it notes when it was found to have ended."""
+
+    ended = 0.0
+
+    def poll(self) -> int | None:
+        """Return the status; None while the process runs."""
+        status = super().poll()
+        if status is not None and not self.ended:
+            self.ended = time.monotonic()
+        return status
+
+
+@define
+class Started:
+    """A run that is under way.
+
+    Attributes:
+        processes: Those that were started; of ``torchrun`` itself alone.
+        begun: When, as `time.monotonic` counts.
+        store: Where the processes meet, as long as it is kept.
+    """
+
+    processes: Sequence[Forked | Fresh]
+    begun: float
+    store: TCPStore | None
+
+    @property
+    def running(self) -> bool:
+        return any(one.poll() is None for one in self.processes)
+
+    def kill(self) -> list[int]:
+        """Kill the processes that have not ended, each with its session; return their numbers."""
+        late = [number for number, one in enumerate(self.processes) if one.poll() is None]
+        for number in late:
+            os.killpg(self.processes[number].pid, signal.SIGKILL)
+        while self.running:
+            time.sleep(0.01)
+        return late
+
+
+@define
+class Order:
+    """A run that is to take place: what `run` was given, and the folder for what its processes report and write."""
+
+    folder: Path
+    script: Path
+    arguments: Sequence[str]
+    processes: int
+    timeout: float
+    whole_end: bool = False
+    environment: dict[str, str] = Factory(dict)
+    launcher: str = "plain"
+    options: Sequence[str] = ()
+
+    @property
+    def forks(self) -> bool:
+        """Whether the processes are forked: what is read from an environment as Python starts is the servers' then."""
+        return self.launcher == "plain" and not self.environment
+
+    def start(self) -> Started:
+        environment = surroundings(str(self.folder)) | self.environment
+        begun = time.monotonic()
+        if self.launcher == "torchrun":
+            command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
+            logs = ["--log-dir", str(self.folder / "logs"), "--redirects", "3"]
+            return Started([self._anew([*command, *logs, *self.options], environment, self._output(0))], begun, None)
+        store = TCPStore(
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self.timeout)
+        )
+        started: list[Forked | Fresh] = []
+        for rank in range(self.processes):
+            own = {**surroundings(str(self.folder)), **of_rank(rank, self.processes, store.port), **self.environment}
+            if self.forks:
+                started.append(fork(self.script, self.arguments, own, self._output(rank), rank, self.whole_end))
+            else:
+                started.append(self._anew([], own, self._output(rank)))
+        return Started(started, begun, store)
+
+    def _anew(self, launcher: list[str], environment: dict[str, str], output: Path) -> Fresh:
+        command = [sys.executable, *launcher, str(self.script), *self.arguments]
+        with open(output, "wb") as file:
+            return Fresh(
+                command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
             )
-            for number, (each, text) in enumerate(zip(told, texts, strict=True))
-        ]
+
+    def _output(self, number: int) -> Path:
+        return self.folder / f"output-{number}"
+
+    def outputs(self) -> list[str]:
+        """Return what each process has written; of ``torchrun``, in all attempts, and last what itself has."""
+        paths = [path for rank in range(self.processes) if (path := self._output(rank)).exists()]
+        texts = [path.read_text(errors="replace") for path in paths]
+        if self.launcher != "torchrun":
+            return texts
+        logged = [""] * self.processes
+        for path in sorted((self.folder / "logs").glob("*/attempt_*/*/std*.log")):
+            logged[int(path.parent.name)] += path.read_text(errors="replace")
+        return [*logged, *texts]
+
+    def reports(self) -> list[dict[str, Any]]:
+        """Return what each process has kept by `report`."""
+        paths = [self.folder / f"report-{rank}.pt" for rank in range(self.processes)]
+        return [torch.load(path, weights_only=False) if path.exists() else {} for path in paths]
 
 
-def _serve(folder: Path) -> None:
-    """Fork the processes of each case, and tell what became of them."""
-    from fluxloop.testing import toy_learner
+def carry_out(orders: Sequence[Order], timeout: float, at_once: int = 1) -> list[Run]:
+    """Start runs, some at a time, and wait until all have ended; return what became of each.
 
-    toy_learner().fit(1)  # what is imported for a fit is imported once for all of them
-    gc.freeze()  # else each of them looks through all of it as it ends, which takes a second
-
-    order = json.loads((folder / "order.json").read_text())
-    size, cases = order["processes"], order["cases"]
-    told: list[dict[str, Any]] = [{"codes": [0] * size, "ends": [0.0] * size} for _ in cases]
-    running: dict[int, tuple[int, int]] = {}
-    begun = [0.0] * len(cases)
-    waiting = list(range(len(cases)))
-    while waiting or running:
-        while waiting and len({case for case, _ in running.values()}) < order["at_once"]:
-            case = waiting.pop(0)
-            begun[case] = time.monotonic()
-            for rank in range(size):
-                pid = os.fork()
-                if not pid:
-                    _become(folder / str(case), rank, size, order["ports"][case])
-                    sys.argv = [order["script"], *cases[case]]
-                    runpy.run_path(order["script"], run_name="__main__")
-                    return
-                running[pid] = (case, rank)
-        pid, status = os.waitpid(-1, 0)
-        case, rank = running.pop(pid)
-        told[case]["codes"][rank] = os.waitstatus_to_exitcode(status)
-        told[case]["ends"][rank] = time.monotonic() - begun[case]
-    (folder / "told.json").write_text(json.dumps(told))
-
-
-def _become(folder: Path, rank: int, size: int, port: int) -> None:
-    """Make this process one of a case: its environment, and where it writes."""
-    os.environ.update({**_rank(rank, size, port), FOLDER: str(folder)})
-    with open(folder / f"output-{rank}", "wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    Raises:
+        AssertionError: Some have not ended in time, and were killed; shows what their processes wrote.
+    """
+    if any(order.forks for order in orders):
+        prepare(surroundings(SERVERS))
+    deadline = time.monotonic() + timeout
+    started: list[Started] = []
+    while time.monotonic() < deadline:
+        running = sum(run.running for run in started)
+        if len(started) < len(orders) and running < at_once:
+            started.append(orders[len(started)].start())
+        elif running:
+            time.sleep(0.01)
+        else:
+            break
+    late = [run.kill() for run in started]
+    left = kill_what_is_left(
+        {str(order.folder) for order in orders}, {one.pid for run in started for one in run.processes}
+    )
+    if any(late) or len(started) < len(orders):
+        shown = (f"{who}\n" + "\n--------\n".join(orders[number].outputs()) for number, who in enumerate(late) if who)
+        raise AssertionError(f"not ended after {timeout} s: " + "\n========\n".join(shown))
+    told = []
+    for order, run in zip(orders, started, strict=True):
+        codes = [one.returncode for one in run.processes]
+        ends = [one.ended - run.begun for one in run.processes]
+        told.append(Run(codes, order.outputs(), order.reports(), ends, left))
+    return told
 
 
-def _rank(rank: int, processes: int, port: int) -> dict[str, str]:
+def kill_what_is_left(folders: set[str], sessions: set[int]) -> list[int]:
+    """Kill processes that were started for runs and are still there; return their ids.
+
+    The environment in which a program was started names the folder of a run. A forked process has that of its server,
+    and is in a session that belongs to the run.
+    """
+    left = []
+    for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            told = re.search(rf"(?:^|\0){FOLDER}=([^\0]*)", (entry / "environ").read_text(errors="replace"))
+            state, _, _, session, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:  # another user's, or one that has just ended
+            continue
+        ours = told and (told[1] in folders or (told[1] == SERVERS and int(session) in sessions))
+        if ours and state != "Z":
+            left.append(int(entry.name))
+            os.kill(int(entry.name), signal.SIGKILL)
+    return left
+
+
+def surroundings(folder: str) -> dict[str, str]:
+    """Return the environment of a process that reports to a folder."""
+    env = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
+    paths = [str(ROOT), str(ROOT / "tests"), env.get("PYTHONPATH", "")]
+    return env | {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONUNBUFFERED": "1",  # so that what a killed one wrote is there
+        "OMP_NUM_THREADS": "1",
+        FOLDER: folder,
+    }
+
+
+def of_rank(rank: int, processes: int, port: int) -> dict[str, str]:
     """Return what ``torchrun`` would put into the environment of a process."""
     return {
         "RANK": str(rank),
@@ -263,61 +346,3 @@ def _rank(rank: int, processes: int, port: int) -> dict[str, str]:
         "TORCHELASTIC_MAX_RESTARTS": "0",
         "TORCHELASTIC_RUN_ID": "none",
     }
-
-
-def _wait(started: list[subprocess.Popen[bytes]], deadline: float) -> tuple[list[float], list[int]]:
-    """Wait until all have ended, and kill those that have not in time; return when each ended, and which were late."""
-    ends = [0.0] * len(started)
-    while True:
-        for number, process in enumerate(started):
-            if not ends[number] and process.poll() is not None:
-                ends[number] = time.monotonic()
-        late = [number for number, end in enumerate(ends) if not end]
-        if not late or time.monotonic() > deadline:
-            break
-        time.sleep(0.02)
-    for number in late:
-        os.killpg(started[number].pid, signal.SIGKILL)
-        started[number].wait()
-    return ends, late
-
-
-def _kill_what_is_left(folder: Path) -> list[int]:
-    """Kill processes that were started for a run and are still there; return their ids."""
-    left = []
-    for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        try:
-            told = f"{FOLDER}={folder}".encode() in (entry / "environ").read_bytes().split(b"\0")
-            zombie = (entry / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
-        except OSError:  # another user's, or one that has just ended
-            continue
-        if told and not zombie:
-            left.append(int(entry.name))
-            os.kill(int(entry.name), signal.SIGKILL)
-    return left
-
-
-def _logged(folder: Path, processes: int) -> list[str]:
-    """Return what ``torchrun`` has kept of each process, of all its attempts."""
-    if not (folder / "logs").is_dir():
-        return []
-    texts = [""] * processes
-    for path in sorted((folder / "logs").glob("*/attempt_*/*/std*.log")):
-        texts[int(path.parent.name)] += path.read_text(errors="replace")
-    return texts
-
-
-def _text(file: IO[bytes]) -> str:
-    file.seek(0)
-    return file.read().decode(errors="replace")
-
-
-def _reported(folder: Path, rank: int) -> dict[str, Any]:
-    path = folder / f"report-{rank}.pt"
-    return torch.load(path, weights_only=False) if path.exists() else {}
-
-
-if __name__ == "__main__":
-    _serve(Path(sys.argv[1]))

@@ -52,7 +52,9 @@ ENDINGS = {"returns": 0, "given": 0, "alone": 0, "exits": 3, "raises": 1, "destr
 
 @pytest.mark.slow
 def test_the_group_is_left_when_the_process_ends_whatever_way() -> None:
-    told = dict(zip(ENDINGS, run_cases(FIRST + ENDS, [[how] for how in ENDINGS], timeout=200), strict=True))
+    told = dict(
+        zip(ENDINGS, run_cases(FIRST + ENDS, [[how] for how in ENDINGS], timeout=200, whole_end=True), strict=True)
+    )
     for how, code in ENDINGS.items():
         assert told[how].codes == [code, code], (how, told[how].outputs)
         kept = how == "given"  # who has initialised it destroys it

@@ -103,7 +103,7 @@ CASES = [*itertools.product(HOW, WHERE)]
 
 @pytest.fixture(scope="module")
 def failures() -> dict[tuple[str, str], Run]:
-    return dict(zip(CASES, run_cases(TRAINS, CASES, timeout=300, at_once=6), strict=True))
+    return dict(zip(CASES, run_cases(TRAINS, CASES, timeout=300, at_once=6, whole_end=True), strict=True))
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ SPAWNS = """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        mp.spawn(work, (port,), nprocs=2)
+        mp.start_processes(work, (port,), nprocs=2, start_method="fork")
 """
 
 
