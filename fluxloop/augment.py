@@ -19,7 +19,12 @@ Transform = Callable[[Any], Any]
 
 
 def draws_once(transform: Any) -> bool:
-    """Return whether a transform draws once for all that it is called with: torchvision's do, and chains of them."""
+    """Return whether a transform draws once for all that it is called with: torchvision's do, and chains of them.
+
+    Example:
+        >>> draws_once(random_affine)  # it draws for each row
+        False
+    """
     if isinstance(transform, nn.Sequential):
         return any(map(draws_once, transform))
     return f"{type(transform).__module__}.".startswith("torchvision.")
@@ -52,6 +57,12 @@ class TwoViews:
 
     Raises:
         DataError: Row by row was asked for, and it is called with no tensor.
+
+    Example:
+        >>> views = TwoViews(lambda images: images + torch.randn_like(images))
+        >>> first, second = views(torch.zeros(8, 1, 4, 4))
+        >>> first.shape, torch.equal(first, second)
+        (torch.Size([8, 1, 4, 4]), False)
     """
 
     transform: Transform = field(validator=called("a function that makes a view"))
@@ -79,6 +90,12 @@ class MultiCrop:
 
     Raises:
         DataError: Row by row was asked for, and it is called with no tensor.
+
+    Example:
+        >>> from functools import partial
+        >>> large, small = (partial(random_affine, scale=(1.0, 3.0), size=size) for size in (8, 4))
+        >>> [tuple(crop.shape) for crop in MultiCrop(large, small, num_local=2)(torch.rand(16, 3, 12, 12))]
+        [(16, 3, 8, 8), (16, 3, 8, 8), (16, 3, 4, 4), (16, 3, 4, 4)]
     """
 
     global_crop: Transform = field(validator=called("a function that makes a crop"))
@@ -104,6 +121,13 @@ class ViewDataset(Dataset[Any]):
 
     Raises:
         DataError: The dataset has no rows to be asked for by number.
+
+    Example:
+        >>> images, labels = torch.rand(10, 1, 4, 4), torch.arange(10)
+        >>> rows = ViewDataset((images, labels), TwoViews(lambda image: image + torch.randn_like(image)))
+        >>> (first, second), label = rows[3]
+        >>> len(rows), first.shape, int(label)
+        (10, torch.Size([1, 4, 4]), 3)
     """
 
     def __init__(self, dataset: Any, views: Callable[[Any], tuple[Any, ...]]) -> None:
@@ -155,6 +179,11 @@ def random_affine(
 
     Raises:
         TypeError: The images are of whole numbers.
+
+    Example:
+        >>> images = torch.rand(8, 1, 12, 12)
+        >>> random_affine(images, degrees=15, translate=0.1, scale=(0.9, 1.2), size=6).shape
+        torch.Size([8, 1, 6, 6])
     """
     if images.ndim == 3:
         batch = images.unsqueeze(0)
@@ -181,5 +210,9 @@ def add_noise(images: Tensor, deviation: float) -> Tensor:
     Args:
         images: Any shape.
         deviation: Standard deviation, in the images' units.
+
+    Example:
+        >>> add_noise(torch.zeros(2, 1, 4, 4), 0.1).shape
+        torch.Size([2, 1, 4, 4])
     """
     return images + deviation * torch.randn_like(images)

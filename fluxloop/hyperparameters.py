@@ -48,6 +48,14 @@ class HyperParameter:
 
     A subclass without arguments may be given as the class: ``{LearningRate: schedule}``. In the
     class, ``writes`` says which paths of the learner are changed, as a callback's ``writes`` does.
+
+    Example:
+        >>> class Temperature(HyperParameter):
+        ...     writes = ("loss_fn",)
+        >>> @set_hyperparameter.register(Temperature)
+        ... def set_temperature(learner, hp, value):
+        ...     learner.loss_fn.temperature = value
+        >>> scheduler = Scheduler({Temperature: linear(total=100, start=1.0, end=0.1)})
     """
 
     writes: ClassVar[Sequence[str]] = ()
@@ -72,6 +80,14 @@ class OptimizerOption(HyperParameter):
 
     Raises:
         OptimizerError: The name is no text, or the index no whole number from 0 on.
+
+    Example:
+        >>> class Dampening(OptimizerOption):
+        ...     options = ("dampening",)
+        >>> model = torch.nn.Linear(2, 1)
+        >>> learner = Learner(model, optimizer=torch.optim.SGD(model.parameters(), momentum=0.9, dampening=0.2))
+        >>> get_hyperparameter(learner, Dampening)
+        0.2
     """
 
     optimizer: str | None = field(default=None)
@@ -192,7 +208,14 @@ class OptimizerOption(HyperParameter):
 
 @frozen
 class LearningRate(OptimizerOption):
-    """The learning rate: ``lr``."""
+    """The learning rate: ``lr``.
+
+    Example:
+        >>> learner = testing.toy_learner()
+        >>> set_hyperparameter(learner, LearningRate, 0.01)
+        >>> learner.optimizer.param_groups[0]["lr"]
+        0.01
+    """
 
     options = ("lr",)
     scales = True
@@ -200,7 +223,14 @@ class LearningRate(OptimizerOption):
 
 @frozen
 class WeightDecay(OptimizerOption):
-    """The weight decay: ``weight_decay``."""
+    """The weight decay: ``weight_decay``.
+
+    Example:
+        >>> learner = testing.toy_learner(Scheduler({WeightDecay: linear(total=16, start=0.0, end=0.1)}))
+        >>> history = learner.fit(2)
+        >>> get_hyperparameter(learner, WeightDecay)
+        0.1
+    """
 
     options = ("weight_decay",)
     scales = True
@@ -208,14 +238,28 @@ class WeightDecay(OptimizerOption):
 
 @frozen
 class Momentum(OptimizerOption):
-    """The momentum: ``momentum`` of SGD and RMSprop, the first of Adam's ``betas``."""
+    """The momentum: ``momentum`` of SGD and RMSprop, the first of Adam's ``betas``.
+
+    Example:
+        >>> learner = Learner(torch.nn.Linear(2, 1), optimizer=torch.optim.Adam)
+        >>> set_hyperparameter(learner, Momentum, 0.8)
+        >>> learner.optimizer.param_groups[0]["betas"]
+        (0.8, 0.999)
+    """
 
     options = ("momentum", "betas")
 
 
 @frozen
 class Betas(OptimizerOption):
-    """Adam's ``betas``, a pair: weights of the past in the averages of the gradient and of its square."""
+    """Adam's ``betas``, a pair: weights of the past in the averages of the gradient and of its square.
+
+    Example:
+        >>> learner = Learner(torch.nn.Linear(2, 1), optimizer=torch.optim.Adam)
+        >>> set_hyperparameter(learner, Betas, (0.5, 0.9))
+        >>> get_hyperparameter(learner, Betas)
+        (0.5, 0.9)
+    """
 
     options = ("betas",)
 
@@ -234,6 +278,13 @@ class Attribute(HyperParameter):
 
     Raises:
         AttributeError: There is no such attribute.
+
+    Example:
+        >>> gan = GANPhase(r1=1.0)
+        >>> learner = testing.toy_learner(Scheduler({Attribute(gan, "r1"): linear(total=16, start=1.0, end=0.0)}))
+        >>> history = learner.fit(2)
+        >>> gan.r1
+        0.0
     """
 
     thing: Any = field(eq=id)

@@ -64,6 +64,12 @@ def stream_seed(seed: int, owner: str, index: int = 0) -> int:
         seed: The run's seed (``learner.seed``).
         owner: Name of the stream, as listed in the module's docstring.
         index: Which start of that stream, from 0.
+
+    Example:
+        >>> stream_seed(0, "training/step", 1) == stream_seed(0, "training/step", 1)
+        True
+        >>> len({stream_seed(0, "training/step", index) for index in range(100)})
+        100
     """
     return _mix((_base(seed, owner) + index) & MASK)
 
@@ -76,7 +82,16 @@ def start_torch(number: int) -> None:
 
 
 def start_generators(number: int) -> None:
-    """Start the global generators of torch, NumPy (where it is loaded) and Python from `number`."""
+    """Start the global generators of torch, NumPy (where it is loaded) and Python from `number`.
+
+    Example:
+        >>> draws = []
+        >>> for _ in range(2):
+        ...     start_generators(7)
+        ...     draws.append(torch.rand(3))
+        >>> torch.equal(*draws)
+        True
+    """
     start_torch(number)
     _start_others(number)
 
@@ -130,6 +145,10 @@ def seed_everything(seed: int) -> int:
 
     Raises:
         ValueError: The seed is no whole number from 0 to 2**32 - 1.
+
+    Example:
+        >>> seed_everything(3), torch.rand(1).item() == torch.rand(1, generator=torch.Generator().manual_seed(3)).item()
+        (3, True)
     """
     seed = check_seed(seed)
     torch.manual_seed(seed)

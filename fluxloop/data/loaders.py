@@ -426,6 +426,11 @@ def overfit(data: Any, batches: int = 1) -> list[Any]:
     Raises:
         ValueError: `batches` is less than 1.
         DataError: There is no batch.
+
+    Example:
+        >>> batches = overfit((torch.zeros(100, 4), torch.zeros(100)), batches=2)
+        >>> len(batches), [tuple(part.shape) for part in batches[0]]
+        (2, [(32, 4), (32,)])
     """
     if batches < 1:
         raise ValueError(f"overfit(batches={batches!r}) was given; expected 1 or more")

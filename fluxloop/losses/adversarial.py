@@ -22,6 +22,11 @@ class AdversarialLoss:
         name: What `GANPhase` calls it.
         critic: ``(real_scores, fake_scores) -> scalar``.
         generator: ``(fake_scores) -> scalar``.
+
+    Example:
+        >>> loss = AdversarialLoss("plain", lambda real, fake: fake.mean() - real.mean(), lambda fake: -fake.mean())
+        >>> loss.critic(torch.ones(4), torch.zeros(4)).item(), loss.generator(torch.ones(4)).item()
+        (-1.0, -1.0)
     """
 
     name: str
@@ -90,6 +95,13 @@ def gradient_penalty(
 
     Raises:
         ValueError: `real` and `fake` have different shapes, or `epsilon` has another number of rows.
+
+    Example:
+        >>> critic = torch.nn.Linear(4, 1, bias=False)
+        >>> torch.nn.init.constant_(critic.weight, 1.5).norm().item()  # its gradient, everywhere
+        3.0
+        >>> gradient_penalty(critic, torch.randn(8, 4), torch.randn(8, 4)).item()  # (3 - 1)**2
+        4.0
     """
     if real.shape != fake.shape:
         raise ValueError(
@@ -121,5 +133,9 @@ def r1_penalty(critic: Critic, real: Tensor, *conditions: Tensor) -> Tensor:
 
     Returns:
         A scalar, differentiable with respect to the critic's parameters.
+
+    Example:
+        >>> r1_penalty(lambda rows: 3 * rows, torch.randn(8, 1)).item()  # half of 3**2
+        4.5
     """
     return _gradients(critic, real.detach().requires_grad_(), conditions).pow(2).sum(1).mean() / 2

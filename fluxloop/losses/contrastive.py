@@ -25,6 +25,11 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5, *, own: slice | No
 
     Returns:
         A scalar, a mean over the rows that are compared.
+
+    Example:
+        >>> views = torch.eye(8)
+        >>> (nt_xent(views, views) < nt_xent(views, views.roll(1, 0))).item()  # the less, the more views agree
+        True
     """
     z = normalize(torch.cat([z1, z2]), dim=1)
     rows = torch.arange(len(z), device=z.device)
@@ -50,6 +55,11 @@ def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: floa
 
     Returns:
         A scalar.
+
+    Example:
+        >>> queries, others = torch.eye(4)[:2], torch.eye(4)[2:]
+        >>> (info_nce(queries, queries, others) < info_nce(queries, -queries, others)).item()
+        True
     """
     positive = (queries * keys).sum(1, keepdim=True)
     logits = torch.cat([positive, queries @ negatives.T], dim=1) / temperature
@@ -77,6 +87,11 @@ def dcl_loss(
 
     Raises:
         ValueError: There is one row alone.
+
+    Example:
+        >>> views = torch.eye(8)
+        >>> round(dcl_loss(views, views).item(), 3)  # minus 1 / 0.1, plus the logarithm of 14 others
+        -7.361
     """
     if len(z1) < 2:
         raise ValueError("dcl_loss was given one row, which has no others; expected two or more: drop_last=True")
@@ -109,6 +124,12 @@ def supervised_contrastive(embeddings: Tensor, labels: Tensor, temperature: floa
 
     Returns:
         A scalar; 0 where every row is alone in its class.
+
+    Example:
+        >>> embeddings = torch.eye(2).repeat(2, 1)
+        >>> right, wrong = torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1])
+        >>> (supervised_contrastive(embeddings, right) < supervised_contrastive(embeddings, wrong)).item()
+        True
     """
     z = normalize(embeddings, dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)

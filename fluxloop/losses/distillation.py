@@ -20,6 +20,11 @@ def negative_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
 
     Returns:
         A scalar between -1 and 1.
+
+    Example:
+        >>> rows = torch.eye(4)
+        >>> negative_cosine(2 * rows, rows).item(), negative_cosine(-rows, rows).item()
+        (-1.0, 1.0)
     """
     return -cosine_similarity(predictions, targets.detach(), dim=1).mean()
 
@@ -49,6 +54,12 @@ def dino_loss(
 
     Raises:
         ValueError: There is no pair: one crop alone.
+
+    Example:
+        >>> crops = [torch.eye(4) for _ in range(6)]
+        >>> agreed = dino_loss(crops, crops[:2])
+        >>> (agreed < dino_loss([crop.roll(1, 0) for crop in crops], crops[:2])).item()
+        True
     """
     targets = [((output.detach() - center) / teacher_temperature).softmax(-1) for output in teacher]
     guesses = [log_softmax(output / student_temperature, dim=-1) for output in student]
@@ -82,6 +93,11 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0
 
     Returns:
         A scalar.
+
+    Example:
+        >>> logits = torch.eye(4)
+        >>> distillation_loss(logits + 1, logits).abs().item() < 1e-6  # of the same classes, whatever the temperature
+        True
     """
     target = log_softmax(teacher.detach() / temperature, dim=1)
     guess = log_softmax(student / temperature, dim=1)

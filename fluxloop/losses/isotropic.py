@@ -21,6 +21,11 @@ def draw_directions(dimensions: int, count: int, like: Tensor) -> Tensor:
 
     Returns:
         Shape (D, count), each column of length 1.
+
+    Example:
+        >>> directions = draw_directions(16, 64, like=torch.zeros(1))
+        >>> directions.shape, torch.allclose(directions.norm(dim=0), torch.ones(64))
+        (torch.Size([16, 64]), True)
     """
     return normalize(torch.randn(dimensions, count, device=like.device, dtype=like.dtype), dim=0)
 
@@ -45,6 +50,12 @@ def sigreg(
 
     Returns:
         A scalar.
+
+    Example:
+        >>> directions = torch.eye(2)
+        >>> normal, shrunken = torch.randn(256, 2), torch.zeros(256, 2)
+        >>> (sigreg(normal, directions) < sigreg(shrunken, directions)).item()
+        True
     """
     t = torch.linspace(0, largest, knots, dtype=embeddings.dtype, device=embeddings.device)
     normal = (-t.square() / 2).exp()  # its characteristic function, and the weight
@@ -84,6 +95,12 @@ def lejepa_loss(
 
     Returns:
         A scalar.
+
+    Example:
+        >>> view = torch.randn(64, 8)
+        >>> directions = draw_directions(8, 32, like=view)
+        >>> (lejepa_loss([view, view], directions) < lejepa_loss([view, view.roll(1, 0)], directions)).item()
+        True
     """
     stacked = torch.stack(views)
     distance = (stacked - stacked[:num_global].mean(0)).square().mean()

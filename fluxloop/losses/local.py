@@ -46,6 +46,13 @@ def vicregl_loss(
 
     Raises:
         ValueError: There is one row or one view alone, or lists of different length.
+
+    Example:
+        >>> embeddings = [torch.randn(4, 8) for _ in range(2)]  # of two global views of four images
+        >>> maps = [torch.randn(4, 9, 6) for _ in range(2)]  # of their nine patches
+        >>> grids = [torch.rand(4, 9, 2) for _ in range(2)]
+        >>> vicregl_loss(embeddings, maps, grids).shape
+        torch.Size([])
     """
     if len(embeddings) < 2 or not len(embeddings) == len(maps) == len(grids) or len(embeddings[0]) < 2:
         raise ValueError(

@@ -21,6 +21,11 @@ class MixedTargets:
         first: Targets, N rows.
         second: Those of the rows that were mixed in.
         weight: Shares of `first`, shape (N,), 0 to 1.
+
+    Example:
+        >>> targets = MixedTargets(torch.tensor([0, 1]), torch.tensor([2, 2]), weight=torch.tensor([1.0, 0.25]))
+        >>> [(a, b, w) for a, b, w in zip(targets.first.tolist(), targets.second.tolist(), targets.weight.tolist())]
+        [(0, 2, 1.0), (1, 2, 0.25)]
     """
 
     first: Any

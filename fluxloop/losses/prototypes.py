@@ -28,6 +28,11 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3, *, grou
 
     Returns:
         Codes, shape (N, K): each row sums to 1, each column to about N / K.
+
+    Example:
+        >>> codes = sinkhorn(torch.tensor([[2.0, 1.0], [3.0, 1.0]]))  # the first prototype is nearer to both
+        >>> codes.argmax(1)  # but each row has one of its own
+        tensor([1, 0])
     """
     logs = scores.detach() / epsilon
     for _ in range(iterations):
@@ -57,6 +62,12 @@ def swav_loss(scores: list[Tensor], codes: list[Tensor], temperature: float = 0.
 
     Raises:
         ValueError: There is no pair: one crop alone.
+
+    Example:
+        >>> scores = [torch.eye(4) for _ in range(3)]
+        >>> codes = [sinkhorn(each) for each in scores[:2]]
+        >>> (swav_loss(scores, codes) < swav_loss([each.roll(1, 0) for each in scores], codes)).item()
+        True
     """
     guesses = [log_softmax(each / temperature, dim=1) for each in scores]
     terms = [
@@ -91,6 +102,13 @@ def masked_code_loss(scores: Tensor, codes: Tensor, mask: Tensor, temperature: f
 
     Raises:
         ValueError: The shapes do not fit each other.
+
+    Example:
+        >>> codes = torch.eye(4).expand(2, 4, 4)  # two images of four patches
+        >>> mask = torch.tensor([[True, False, False, True], [False, True, False, False]])
+        >>> whole, hidden = masked_code_loss(codes, codes, mask), masked_code_loss(codes[mask], codes[mask], mask)
+        >>> torch.equal(whole, hidden)
+        True
     """
     hidden = mask.to(scores.dtype)
     weight = hidden / hidden.sum(1, keepdim=True).clamp(min=1) / len(mask)
@@ -131,6 +149,11 @@ def ibot_loss(
 
     Raises:
         ValueError: The shapes do not fit each other.
+
+    Example:
+        >>> scores, mask = torch.eye(4).expand(2, 4, 4), torch.ones(2, 4)
+        >>> (ibot_loss(scores, scores, mask) < ibot_loss(scores.roll(1, 1), scores, mask)).item()
+        True
     """
     codes = ((teacher.detach() - center) / teacher_temperature).softmax(-1)
     return masked_code_loss(student, codes, mask, student_temperature)
@@ -169,6 +192,12 @@ def msn_loss(
 
     Raises:
         ValueError: There is another number of anchors than some for each target.
+
+    Example:
+        >>> targets, prototypes = torch.eye(4), torch.eye(4)
+        >>> anchors = targets.repeat(2, 1)  # two masked views
+        >>> (msn_loss(anchors, targets, prototypes) < msn_loss(anchors.roll(1, 0), targets, prototypes)).item()
+        True
     """
     if not len(targets) or len(anchors) % len(targets):
         raise ValueError(

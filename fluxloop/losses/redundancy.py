@@ -29,6 +29,11 @@ def barlow_twins_loss(z1: Tensor, z2: Tensor, weight: float = 5e-3) -> Tensor:
 
     Returns:
         A scalar.
+
+    Example:
+        >>> views = torch.randn(64, 8)
+        >>> (barlow_twins_loss(views, views) < barlow_twins_loss(views, views.roll(1, 0))).item()
+        True
     """
     a, b = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in (z1, z2))
     correlation = a.T @ b / len(a)
@@ -57,6 +62,11 @@ def vicreg_loss(
 
     Raises:
         ValueError: There is one row alone.
+
+    Example:
+        >>> collapsed = torch.zeros(8, 4)
+        >>> round(vicreg_loss(collapsed, collapsed).item(), 2), vicreg_loss(collapsed, collapsed, variance=0).item()
+        (24.75, 0.0)
     """
     if len(z1) < 2:
         raise ValueError("vicreg_loss was given one row, which has no variance; expected two or more: drop_last=True")
@@ -90,6 +100,14 @@ def tico_loss(
 
     Returns:
         A scalar.
+
+    Example:
+        >>> views, past = torch.eye(4), None
+        >>> for _ in range(3):  # as a phase's steps
+        ...     loss = tico_loss(views, views, past)
+        ...     past = tico_covariance(views, past)
+        >>> past.shape, past.requires_grad
+        (torch.Size([4, 4]), False)
     """
     z1, z2 = normalize(z1, dim=1), normalize(z2, dim=1)
     average = tico_covariance(z1, past, momentum)
@@ -107,6 +125,10 @@ def tico_covariance(z1: Tensor, past: Tensor | None = None, momentum: float = 0.
 
     Returns:
         Shape (D, D), without gradient.
+
+    Example:
+        >>> torch.allclose(tico_covariance(torch.eye(4), momentum=0.0), torch.eye(4) / 4)  # of this step alone
+        True
     """
     z = normalize(z1.detach(), dim=1)
     now = (1 - momentum) * (z.T @ z) / len(z)
@@ -131,6 +153,11 @@ def wmse_loss(z1: Tensor, z2: Tensor, eps: float = 0.0) -> Tensor:
 
     Raises:
         ValueError: There are not more rows than dimensions, so that the covariance has no inverse.
+
+    Example:
+        >>> views = torch.randn(16, 4)
+        >>> wmse_loss(views, 2 * views + 1).item() < 1e-3  # whitening takes scale and shift away
+        True
     """
     rows, size = z1.shape
     if rows <= size and eps <= 0:
@@ -160,6 +187,12 @@ def mmcr_loss(embeddings: Tensor, weight: float = 5e-3) -> Tensor:
 
     Returns:
         A scalar.
+
+    Example:
+        >>> spread = mmcr_loss(torch.eye(4)[:, None].expand(4, 2, 4))  # four rows of two views, in four directions
+        >>> collapsed = mmcr_loss(torch.ones(4, 2, 4))
+        >>> (spread < collapsed).item()
+        True
     """
     z = normalize(embeddings, dim=2)
     loss: Tensor = -torch.linalg.svdvals(z.mean(1)).sum()

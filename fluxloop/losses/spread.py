@@ -25,6 +25,10 @@ def koleo_loss(embeddings: Tensor) -> Tensor:
 
     Raises:
         ValueError: There is one row alone.
+
+    Example:
+        >>> (koleo_loss(torch.eye(4)) < koleo_loss(torch.eye(4) + 1)).item()  # the less, the farther apart
+        True
     """
     if len(embeddings) < 2:
         raise ValueError("koleo_loss was given one row, which has no neighbour; expected two or more: drop_last=True")
@@ -46,6 +50,11 @@ def alignment(z1: Tensor, z2: Tensor, power: float = 2.0) -> Tensor:
 
     Returns:
         A scalar: the mean distance to the power, from 0 to ``2**power``.
+
+    Example:
+        >>> rows = torch.eye(4)
+        >>> alignment(rows, 2 * rows).item(), alignment(rows, -rows).item()
+        (0.0, 4.0)
     """
     distances: Tensor = torch.linalg.vector_norm(normalize(z1, dim=1) - normalize(z2, dim=1), dim=1)
     return distances.pow(power).mean()
@@ -64,6 +73,10 @@ def uniformity(embeddings: Tensor, t: float = 2.0) -> Tensor:
 
     Raises:
         ValueError: There is one row alone.
+
+    Example:
+        >>> uniformity(torch.ones(4, 2)).item(), uniformity(torch.eye(4)).item() < 0  # all rows as one; spread out
+        (0.0, True)
     """
     if len(embeddings) < 2:
         raise ValueError("uniformity was given one row, which makes no pair; expected two or more: drop_last=True")

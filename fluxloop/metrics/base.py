@@ -33,6 +33,11 @@ class Averaged:
         mean: Function ``(preds, ys) -> scalar``, a mean over rows.
         finish: Applied to the average.
         name: Its name.
+
+    Example:
+        >>> rmse = Averaged(mse, torch.sqrt, "rmse")
+        >>> rmse(torch.tensor([3.0, 5.0]), torch.tensor([1.0, 3.0])).item()
+        2.0
     """
 
     mean: Callable[..., Tensor]
@@ -364,6 +369,11 @@ class Loss:
 
     Args:
         phase: The phase type it is computed in.
+
+    Example:
+        >>> metrics = Metrics(accuracy)  # the loss comes first, and by itself
+        >>> [type(metric).__name__ for metric in metrics.metrics]
+        ['Loss', 'Metric']
     """
 
     name = "loss"
@@ -388,6 +398,12 @@ class SmoothLoss:
 
     Raises:
         MetricError: The decay does not lie in [0, 1).
+
+    Example:
+        >>> from fluxloop.testing import toy_learner
+        >>> history = toy_learner(Recorder(), Metrics(SmoothLoss(0.9)), num_batches=4).fit(2)
+        >>> len(history["training/smoothloss"])
+        2
     """
 
     name = "smoothloss"

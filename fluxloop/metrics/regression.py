@@ -30,6 +30,10 @@ def mae(preds: Tensor, ys: Tensor) -> Tensor:
 
     Raises:
         MetricError: The shapes differ.
+
+    Example:
+        >>> mae(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 5.0])).item()
+        1.5
     """
     return _difference(preds, ys).abs().mean()
 
@@ -46,6 +50,10 @@ def mse(preds: Tensor, ys: Tensor) -> Tensor:
 
     Raises:
         MetricError: The shapes differ.
+
+    Example:
+        >>> mse(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 5.0])).item()
+        2.5
     """
     return _difference(preds, ys).square().mean()
 
