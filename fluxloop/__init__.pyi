@@ -160,13 +160,17 @@ from fluxloop.phases import AutoencoderPhase as AutoencoderPhase
 from fluxloop.phases import AveragedValidationPhase as AveragedValidationPhase
 from fluxloop.phases import BarlowTwinsPhase as BarlowTwinsPhase
 from fluxloop.phases import BYOLPhase as BYOLPhase
+from fluxloop.phases import DiffusionPhase as DiffusionPhase
 from fluxloop.phases import DINOPhase as DINOPhase
 from fluxloop.phases import DistillationPhase as DistillationPhase
+from fluxloop.phases import FlowMatchingPhase as FlowMatchingPhase
 from fluxloop.phases import GANPhase as GANPhase
 from fluxloop.phases import GANValidationPhase as GANValidationPhase
 from fluxloop.phases import JointEmbeddingPhase as JointEmbeddingPhase
 from fluxloop.phases import MAEPhase as MAEPhase
 from fluxloop.phases import MoCoPhase as MoCoPhase
+from fluxloop.phases import NoisedPhase as NoisedPhase
+from fluxloop.phases import NoisedValidationPhase as NoisedValidationPhase
 from fluxloop.phases import ObjectivePhase as ObjectivePhase
 from fluxloop.phases import ObjectiveValidationPhase as ObjectiveValidationPhase
 from fluxloop.phases import PerOptimizerPhase as PerOptimizerPhase

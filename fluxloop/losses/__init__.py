@@ -15,6 +15,7 @@ from fluxloop.losses.adversarial import (
     wasserstein,
 )
 from fluxloop.losses.contrastive import dcl_loss, info_nce, nt_xent, supervised_contrastive
+from fluxloop.losses.denoising import row_errors
 from fluxloop.losses.distillation import dino_loss, distillation_loss, negative_cosine
 from fluxloop.losses.isotropic import draw_directions, lejepa_loss, sigreg
 from fluxloop.losses.local import vicregl_loss
@@ -59,6 +60,7 @@ __all__ = [
     "normalize_patches",
     "nt_xent",
     "r1_penalty",
+    "row_errors",
     "sigreg",
     "sinkhorn",
     "squared_error",

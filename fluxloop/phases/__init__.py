@@ -7,6 +7,7 @@
 - Labels: ``metric_learning``, ``distillation``.
 - Reconstruction: ``autoencoder``, ``vae``, ``mae``.
 - Adversaries: ``gan``.
+- Noise to data: ``noised`` (their base, and their validation phase), ``diffusion``, ``flow_matching``.
 """
 
 from fluxloop.lazy import lazily
@@ -17,13 +18,16 @@ __getattr__, __dir__, __all__ = lazily(
         "autoencoder": "AutoencoderPhase",
         "barlow_twins": "BarlowTwinsPhase",
         "byol": "BYOLPhase",
+        "diffusion": "DiffusionPhase",
         "dino": "DINOPhase",
         "distillation": "DistillationPhase",
+        "flow_matching": "FlowMatchingPhase",
         "gan": "GANPhase GANValidationPhase",
         "joint_embedding": "JointEmbeddingPhase TeacherPhase",
         "mae": "MAEPhase",
         "metric_learning": "SupConPhase TripletPhase",
         "moco": "MoCoPhase",
+        "noised": "NoisedPhase NoisedValidationPhase",
         "objective": "ObjectivePhase ObjectiveValidationPhase",
         "per_optimizer": "PerOptimizerPhase PerOptimizerValidationPhase",
         "simclr": "SimCLRPhase",

@@ -3,8 +3,10 @@
 from fluxloop.phases.autoencoder import AutoencoderPhase as AutoencoderPhase
 from fluxloop.phases.barlow_twins import BarlowTwinsPhase as BarlowTwinsPhase
 from fluxloop.phases.byol import BYOLPhase as BYOLPhase
+from fluxloop.phases.diffusion import DiffusionPhase as DiffusionPhase
 from fluxloop.phases.dino import DINOPhase as DINOPhase
 from fluxloop.phases.distillation import DistillationPhase as DistillationPhase
+from fluxloop.phases.flow_matching import FlowMatchingPhase as FlowMatchingPhase
 from fluxloop.phases.gan import GANPhase as GANPhase
 from fluxloop.phases.gan import GANValidationPhase as GANValidationPhase
 from fluxloop.phases.joint_embedding import JointEmbeddingPhase as JointEmbeddingPhase
@@ -13,6 +15,8 @@ from fluxloop.phases.mae import MAEPhase as MAEPhase
 from fluxloop.phases.metric_learning import SupConPhase as SupConPhase
 from fluxloop.phases.metric_learning import TripletPhase as TripletPhase
 from fluxloop.phases.moco import MoCoPhase as MoCoPhase
+from fluxloop.phases.noised import NoisedPhase as NoisedPhase
+from fluxloop.phases.noised import NoisedValidationPhase as NoisedValidationPhase
 from fluxloop.phases.objective import ObjectivePhase as ObjectivePhase
 from fluxloop.phases.objective import ObjectiveValidationPhase as ObjectiveValidationPhase
 from fluxloop.phases.per_optimizer import PerOptimizerPhase as PerOptimizerPhase

@@ -22,8 +22,10 @@ from fluxloop import (
     Callback,
     CompileError,
     CustomCallback,
+    DiffusionPhase,
     DINOPhase,
     DistillationPhase,
+    FlowMatchingPhase,
     GANPhase,
     GANValidationPhase,
     GradientClip,
@@ -35,6 +37,7 @@ from fluxloop import (
     Memory,
     MixUp,
     MoCoPhase,
+    NoisedValidationPhase,
     ObjectiveValidationPhase,
     PerOptimizerPhase,
     PerOptimizerValidationPhase,
@@ -168,6 +171,25 @@ def with_twin(phase: Any) -> list[Phase]:
     return [phase, ObjectiveValidationPhase(phase)]
 
 
+class Noised(nn.Module):
+    """A model of noised rows, their times, and their classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.classes = nn.Linear(16, 16), nn.Embedding(5, 16)
+
+    def forward(self, xs: Tensor, times: Tensor, ys: Tensor) -> Tensor:
+        out: Tensor = self.layer(xs + (times / 100).tanh().to(xs.dtype)[:, None] + self.classes(ys))
+        return out
+
+
+GUIDED: dict[str, Any] = {"conditional": True, "condition_dropout": 0.2, "null": 4}
+
+
+def with_fixed_noise(phase: Any) -> list[Phase]:
+    return [phase, NoisedValidationPhase(phase)]
+
+
 class Triplets(TripletPhase):
     """Makes triplets of the rows."""
 
@@ -231,11 +253,14 @@ class Patches(nn.Module):
         (lambda: with_twin(SupConPhase(VIEWS)), encoder, list),
         (lambda: [DistillationPhase()], student, list),
         (lambda: [Triplets()], mlp, list),
+        (lambda: with_fixed_noise(FlowMatchingPhase(**GUIDED)), Noised, list),
+        (lambda: with_fixed_noise(DiffusionPhase("velocity", **GUIDED)), Noised, list),
+        (lambda: with_fixed_noise(DiffusionPhase("edm", **GUIDED)), Noised, list),
         (lambda: [Images(2, normalize=True)], lambda: {"encoder": Tokens(), "decoder": Patches()}, list),
     ],
     ids=[
         *("SimCLR", "Barlow Twins", "VICReg", "SimSiam", "BYOL", "MoCo", "DINO", "VAE", "autoencoder", "SupCon"),
-        *("distillation", "triplets", "MAE"),
+        *("distillation", "triplets", "flow matching", "diffusion", "EDM", "MAE"),
     ],
 )
 def test_phases_of_one_loss_are_compiled(phases: Any, model: Any, callbacks: Any) -> None:

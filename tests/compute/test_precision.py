@@ -20,6 +20,7 @@ from fluxloop import (
     CheckpointError,
     CustomCallback,
     DINOPhase,
+    FlowMatchingPhase,
     GANPhase,
     GradientClip,
     Learner,
@@ -549,8 +550,21 @@ def phases() -> dict[str, Any]:
             {"student": encoder, "teacher": copied},
             [EMA("student", 0.9, into="teacher")],
         ),
+        "flow matching": (FlowMatchingPhase(), Flow(), []),
         "own": (OwnGAN(), {"G": nn.Linear(4, 6), "D": nn.Linear(6, 1)}, []),
     }
+
+
+class Flow(nn.Module):
+    """A model of noised rows and their times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, xs: Tensor, times: Tensor) -> Tensor:
+        out: Tensor = self.layer(xs * (1 + times[:, None]))
+        return out
 
 
 class OwnGAN(AbstractTrainingPhase):
@@ -567,7 +581,7 @@ class OwnGAN(AbstractTrainingPhase):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("name", ["GAN", "WGAN-GP", "BYOL", "DINO", "own"])
+@pytest.mark.parametrize("name", ["GAN", "WGAN-GP", "BYOL", "DINO", "flow matching", "own"])
 def test_a_phase_runs_unchanged_in_less_precision_near_what_it_is_in_full(name: str, precision: str) -> None:
     def run(chosen: str) -> Learner:
         torch.manual_seed(2)
@@ -632,6 +646,7 @@ def of_losses() -> dict[str, Any]:
         "negative_cosine": (losses.negative_cosine, z1, z2),
         "distillation_loss": (losses.distillation_loss, z1, z2),
         "masked_mse": (losses.masked_mse, z1[:, None], z2[:, None], torch.ones(300, 1)),
+        "row_errors": (losses.row_errors, z1, z2),
         "squared_error": (losses.squared_error, z1, z2),
         "kl_standard_normal": (losses.kl_standard_normal, z1, z2),
         **{f"{name} critic": (loss.critic, z1[:, 0], z2[:, 0]) for name, loss in losses.ADVERSARIAL_LOSSES.items()},

@@ -12,7 +12,7 @@ from fluxloop import AbstractTrainingPhase, losses, phases
 from fluxloop.phases.objective import ObjectivePhase
 
 PAGE = Path(__file__).parents[2] / "docs" / "research-phases.md"
-BASES = {"JointEmbeddingPhase", "ObjectivePhase", "PerOptimizerPhase", "TeacherPhase", "TrainingPhase"}
+BASES = {"JointEmbeddingPhase", "NoisedPhase", "ObjectivePhase", "PerOptimizerPhase", "TeacherPhase", "TrainingPhase"}
 ROWS = {
     cells[0].strip(" `"): cells[1:]
     for line in PAGE.read_text().splitlines()
