@@ -268,6 +268,16 @@ class Callback:
 
     Args:
         name: Tells two instances of one class apart.
+
+    >>> class CountRows(Callback):
+    ...     reads = ("step.xs",)
+    ...     rows = 0
+    ...     @on(StepEnd, TrainingPhase)
+    ...     def count(self, event, phase, learner):
+    ...         self.rows += len(learner.step.xs)
+    >>> count = CountRows()
+    >>> testing.toy_learner(count, num_batches=4, batch_size=8).fit(2), count.rows
+    (..., 64)
     """
 
     name: str | None = field(default=None, kw_only=True, repr=False)
@@ -377,24 +387,50 @@ Callback.name, Callback._adopted = None, False  # for subclasses whose own __ini
 
 @define(eq=False, slots=False)
 class UnsafeCallback(Callback):
-    """A callback that gets the learner itself instead of a view; what it declares still orders it."""
+    """A callback that gets the learner itself instead of a view; what it declares still orders it.
+
+    >>> class Zero(UnsafeCallback):
+    ...     zero = on(CycleEnd)(lambda self, event, phase, learner: learner.model.value.data.zero_())
+    >>> learner = testing.toy_learner(Zero())
+    >>> learner.fit(1), learner.model.value.item()
+    (..., 0.0)
+    """
 
 
 @frozen
 class RunFirst:
-    """A resolution: `callback` goes before the other one."""
+    """A resolution: `callback` goes before the other one.
+
+    >>> Scale, Shift = (type(name, (Callback,), {"writes": ("step.xs",)}) for name in ("Scale", "Shift"))
+    >>> rule = resolve_conflict.register(Shift, Scale)(lambda shift, scale: RunFirst(shift))
+    >>> testing.toy_learner(Scale(), Shift()).callbacks.order
+    ['Shift', 'Scale']
+    """
 
     callback: Callback
 
 
 @frozen
 class NoConflict:
-    """A resolution: the two may run in either order."""
+    """A resolution: the two may run in either order.
+
+    >>> Red, Blue = (type(name, (Callback,), {"writes": ("step.xs",)}) for name in ("Red", "Blue"))
+    >>> rule = resolve_conflict.register(Red, Blue)(lambda red, blue: NoConflict())
+    >>> testing.toy_learner(Red(), Blue()).callbacks.order  # by their names, as nothing else orders them
+    ['Blue', 'Red']
+    """
 
 
 @frozen
 class Unresolvable:
-    """A resolution: the two cannot be used together."""
+    """A resolution: the two cannot be used together.
+
+    >>> Grow, Prune = (type(name, (Callback,), {"writes": ("model",)}) for name in ("Grow", "Prune"))
+    >>> rule = resolve_conflict.register(Grow, Prune)(lambda grow, prune: Unresolvable())
+    >>> testing.toy_learner(Grow(), Prune())
+    Traceback (most recent call last):
+    fluxloop.errors.CallbackConflictError: ...
+    """
 
 
 Resolution = RunFirst | NoConflict | Unresolvable

@@ -51,6 +51,15 @@ class ActivationStats(Callback):
     Reads: model, cbstate.history
     Writes: cbstate.activations
     Runs after: Recorder
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+        >>> data = ((torch.randn(64, 4), torch.randn(64, 1)),)
+        >>> learner = Learner(model, torch.nn.functional.mse_loss, data=data, default_callbacks=False)
+        >>> learner.set_callbacks([Recorder(), ActivationStats("1", every=1)])
+        >>> history = learner.fit(1)
+        >>> [(step, zeros > 0) for step, mean, std, zeros in learner.cbstate.activations["1"]]
+        [(1, True), (2, True)]
     """
 
     pattern: str | Sequence[str] = field(default="*", validator=texts)

@@ -80,6 +80,13 @@ class Checkpointer(UnsafeCallback):
         last: The newest file, None before the first.
 
     Reads: (it is given the whole learner)
+
+    Example:
+        >>> from fluxloop.testing import toy_learner
+        >>> history = toy_learner(Recorder(), Checkpointer("runs/first")).fit(2)
+        >>> history = toy_learner(Recorder(), Checkpointer("runs/first")).fit(5, resume="runs/first")
+        >>> history[TrainingPhase].epochs
+        5
     """
 
     folder: Path = field(converter=_as_path)

@@ -30,6 +30,14 @@ class ConditionalCallback(Callback):
     Raises:
         CallbackTypeError: `callback` is no callback, or `condition` cannot be called.
         HandlerError: `condition` takes other arguments.
+
+    Example:
+        >>> seen = []
+        >>> note = CustomCallback(lambda learner: seen.append(learner.step.loss.item()), StepEnd)
+        >>> often = ConditionalCallback(note, lambda event, phase: isinstance(phase, ValidationPhase))
+        >>> history = testing.toy_learner(often, num_batches=4).fit(1)
+        >>> len(seen)  # of validation steps alone
+        4
     """
 
     def __init__(self, callback: Callback, condition: Condition) -> None:

@@ -118,6 +118,11 @@ class CSVLogger(Callback):
 
     Reads: cbstate.history, cbstate.metrics
     Runs after: Recorder, Metrics
+
+    Example:
+        >>> history = testing.toy_learner(Recorder(), Metrics(), CSVLogger("run/log.csv")).fit(2)
+        >>> [row.split(",")[:2] for row in open("run/log.csv").read().splitlines()]
+        [['epoch', 'set'], ['1', 'training'], ['1', 'validation'], ['2', 'training'], ['2', 'validation']]
     """
 
     path: Path = field(converter=_as_path, repr=lambda path: repr(str(path)))

@@ -47,6 +47,12 @@ class EarlyStopping(Callback):
         ValueError: A number out of range, or another mode.
 
     Reads: cbstate.metrics
+
+    Example:
+        >>> patient = EarlyStopping(Patience(3) | InvalidValue(), monitor="validation/loss")
+        >>> learner = testing.toy_learner(Recorder(), Metrics(), EarlyStopping(2, min_delta=1000.0), num_batches=1)
+        >>> learner.fit(100).cycles  # the first epoch, and two without an improvement by 1000
+        3
     """
 
     criterion: Criterion | int
@@ -240,6 +246,12 @@ class Timer(Callback):
 
     Attributes:
         elapsed: Seconds so far.
+
+    Example:
+        >>> timer = Timer(hours=2, minutes=30)
+        >>> history = testing.toy_learner(timer).fit(1)
+        >>> 0 < timer.elapsed < 9000, history.stop_reason
+        (True, None)
     """
 
     seconds: float | None = field(default=None, converter=_seconds)

@@ -62,6 +62,13 @@ class EMA(Callback):
 
     Reads: model, optimizer (only the model that is averaged)
     Writes: model (only the average: "model.G@ema", or the model `into`)
+
+    Example:
+        >>> learner = testing.toy_learner(EMA("model", 0.9))
+        >>> history = learner.fit(1)
+        >>> average, live = learner.weights["model@ema"].value.item(), learner.model.value.item()
+        >>> 0 < average < live  # it began at 0, and follows
+        True
     """
 
     model: str

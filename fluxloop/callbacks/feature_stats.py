@@ -56,6 +56,12 @@ class FeatureStats(MetricSource):
     Reads: step.features, cbstate.history (of the step, the entry)
     Writes: cbstate.metrics
     Runs after: Recorder, Metrics
+
+    Example:
+        >>> learner = testing.toy_learner(Recorder(), Metrics(), FeatureStats("preds"))
+        >>> history = learner.fit(2)
+        >>> len(history["training/preds_std"]), len(history["training/preds_rank"])
+        (2, 2)
     """
 
     entry: str = field(default="features", validator=named())

@@ -24,6 +24,9 @@ class GarbageCollect(Callback):
 
     Raises:
         ValueError: `every` is less than 1.
+
+    Example:
+        >>> history = testing.toy_learner(GarbageCollect(every=50)).fit(1)
     """
 
     every: int = field(default=100, validator=number(least=1, whole=True))

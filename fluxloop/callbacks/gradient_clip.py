@@ -51,6 +51,13 @@ class GradientClip(RecordsMetrics):
     Reads: optimizer, history
     Writes: step.grads, step.grad_norm, step.grad_norms, cbstate.metrics
     Runs after: Recorder, Metrics
+
+    Example:
+        >>> from functools import partial
+        >>> learner = testing.toy_learner(GradientClip(0.5), num_batches=1, optimizer=partial(torch.optim.SGD, lr=1.0))
+        >>> history = learner.fit(1)
+        >>> round(learner.model.value.item(), 4)  # moved from 0 by a gradient of norm 0.5
+        0.5
     """
 
     max_norm: float = 1.0

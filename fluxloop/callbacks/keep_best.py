@@ -59,6 +59,13 @@ class KeepBestModel(UnsafeCallback):
     Reads: cbstate.metrics
     Writes: model (when the fit has ended; a loss function that is a module, and averages that were measured, too)
     Runs after: Recorder, Metrics, RecordsMetrics
+
+    Example:
+        >>> learner = testing.toy_learner(Recorder(), Metrics(), KeepBestModel("validation/loss"))
+        >>> history = learner.fit(3)
+        >>> best = learner.get_callback(KeepBestModel)
+        >>> best.best == min(history["validation/loss"]), 1 <= best.epoch <= 3
+        (True, True)
     """
 
     monitor: str = "validation/loss"

@@ -116,6 +116,13 @@ class LogMetrics(LogCallback):
 
     Reads: cbstate.history, cbstate.metrics
     Runs after: Recorder, Metrics
+
+    Example:
+        >>> from fluxloop.logging import Memory
+        >>> memory = Memory()
+        >>> history = testing.toy_learner(Recorder(), Metrics(), LogMetrics(memory, every=16)).fit(1)
+        >>> [(record.step, *record.group, record.name) for record in memory.records]
+        [(16, 'step', 'training', 'loss'), (1, 'epoch', 'training', 'loss'), (1, 'epoch', 'validation', 'loss')]
     """
 
     reads = ("cbstate.history", "cbstate.metrics")
@@ -180,6 +187,14 @@ class LogHyperParams(LogCallback):
 
     Reads: cbstate
     Runs after: Recorder
+
+    Example:
+        >>> from fluxloop.logging import Memory
+        >>> memory = Memory()
+        >>> learner = testing.toy_learner(Recorder(), LogHyperParams(memory, params={"optimizer": {"lr": 0.001}}))
+        >>> history = learner.fit(1)
+        >>> memory.records[0].loggable
+        HyperParameters(values={'optimizer.lr': 0.001})
     """
 
     reads = ("cbstate",)  # the whole of it: nobody need write the entry
@@ -244,6 +259,14 @@ class LogTraces(LogCallback):
 
     Reads: cbstate.history, cbstate.traces
     Runs after: Recorder
+
+    Example:
+        >>> from fluxloop.logging import Memory
+        >>> memory = Memory()
+        >>> traces = Traces({"rows": lambda learner: len(learner.step.xs)}, phase=TrainingPhase)
+        >>> history = testing.toy_learner(Recorder(), traces, LogTraces(memory), num_batches=2).fit(1)
+        >>> [(record.step, record.name, record.loggable.value) for record in memory.records]
+        [(1, 'rows', 8.0), (2, 'rows', 8.0)]
     """
 
     reads = ("cbstate.history", "cbstate.traces")

@@ -47,6 +47,13 @@ class LogHistograms(LogCallback):
 
     Reads: model, cbstate.history
     Runs after: Recorder
+
+    Example:
+        >>> from fluxloop.logging import Memory
+        >>> memory = Memory()
+        >>> history = testing.toy_learner(Recorder(), LogHistograms(memory, of=["weights"], every=16)).fit(1)
+        >>> [(record.step, record.group, record.name) for record in memory.records]
+        [(16, ('step', 'weights'), 'value')]
     """
 
     reads = ("model", "cbstate.history")
@@ -159,6 +166,14 @@ class LogVisualization(LogCallback):
 
     Reads: step, cbstate.history
     Runs after: Recorder
+
+    Example:
+        >>> def errors(step): return (step.preds - step.ys).abs().reshape(1, 2, 4)  # eight rows as an image
+        >>> from fluxloop.logging import Memory
+        >>> memory = Memory()
+        >>> history = testing.toy_learner(Recorder(), LogVisualization(errors, memory, every=16)).fit(1)
+        >>> [(record.step, record.name) for record in memory.records]
+        [(16, 'errors')]
     """
 
     reads = ("step", "cbstate.history")
@@ -209,6 +224,14 @@ class LogImages(LogCallback):
 
     Reads: cbstate.history, cbstate.images
     Runs after: Recorder
+
+    Example:
+        >>> from fluxloop.logging import Memory
+        >>> memory = Memory()
+        >>> samples = SampleImages("model", shape=(1, 1, 1), folder=None)
+        >>> history = testing.toy_learner(Recorder(), samples, LogImages(memory)).fit(1)
+        >>> [(record.step, record.group, record.name) for record in memory.records]
+        [(1, ('epoch', 'images'), 'model')]
     """
 
     reads = ("cbstate.history", "cbstate.images")

@@ -77,6 +77,14 @@ class LRScheduler(Callback):
 
     Reads: (cbstate.metrics for a plateau)
     Writes: cbstate.hyperparameters, optimizer (only the one that is named)
+
+    Example:
+        >>> from torch.optim.lr_scheduler import StepLR
+        >>> halve = LRScheduler(partial(StepLR, step_size=1, gamma=0.5))
+        >>> learner = testing.toy_learner(Recorder(), halve, num_batches=1)
+        >>> history = learner.fit(3)
+        >>> learner.optimizer.param_groups[0]["lr"]  # 0.001, halved three times
+        0.000125
     """
 
     factory: Factory

@@ -220,6 +220,12 @@ class Metrics(Callback):
     Reads: step, batch_size, cbstate.history
     Writes: cbstate.metrics
     Runs after: Recorder
+
+    Example:
+        >>> learner = testing.toy_learner(Recorder(), Metrics(mae, Metric(mse, name="error")))
+        >>> history = learner.fit(2)
+        >>> {name: len(values) for name, values in history.metrics[ValidationPhase].items()}
+        {'loss': 2, 'mae': 2, 'error': 2}
     """
 
     reads = ("step", "batch_size", "cbstate.history")

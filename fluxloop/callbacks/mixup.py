@@ -186,6 +186,14 @@ class MixUp(Mixing):
 
     Reads: step.preds, loss_fn, seed
     Writes: step.xs, step.ys
+
+    Example:
+        >>> data = ((torch.randn(32, 4), torch.arange(32) % 3),)
+        >>> show = CustomCallback(lambda learner: print(tuple(learner.step.ys.shape)), LossBegin)
+        >>> learner = Learner(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), data=data, default_callbacks=False)
+        >>> learner.set_callbacks([MixUp(0.4), show])
+        >>> history = learner.fit(1)  # of classes the loss sees probabilities
+        (32, 3)
     """
 
     alpha: float = 0.4
@@ -224,6 +232,15 @@ class CutMix(Mixing):
 
     Reads: step.preds, loss_fn, seed
     Writes: step.xs, step.ys
+
+    Example:
+        >>> data = ((torch.zeros(32, 1, 8, 8), torch.arange(32) % 3),)
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+        >>> show = CustomCallback(lambda learner: print(learner.step.ys.sum(1).unique()), LossBegin)
+        >>> learner = Learner(model, torch.nn.CrossEntropyLoss(), data=data, default_callbacks=False)
+        >>> learner.set_callbacks([CutMix(), show])
+        >>> history = learner.fit(1)  # the shares of two classes
+        tensor([1.])
     """
 
     alpha: float = 1.0

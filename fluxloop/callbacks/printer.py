@@ -31,6 +31,12 @@ class MetricsPrinter(Callback):
 
     Reads: cbstate.history, cbstate.metrics
     Runs after: Recorder, Metrics, ProgressBar
+
+    Example:
+        >>> learner = testing.toy_learner(Recorder(), Metrics(), MetricsPrinter(), coefficient=0.0)
+        >>> history = learner.fit(1)  # the model is right from the start
+        TrainingPhase      epoch 1    loss 0
+        ValidationPhase    epoch 1    loss 0
     """
 
     digits: int = field(default=4, validator=number(least=0, whole=True))

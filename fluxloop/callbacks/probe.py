@@ -50,6 +50,15 @@ class MetricSource(RecordsMetrics):
     Reads: cbstate.history
     Writes: cbstate.metrics
     Runs after: Recorder, Metrics
+
+    Example:
+        >>> class Sparsity(MetricSource):
+        ...     reads = ("cbstate.history", "model")
+        ...     metric_names = ("zeros",)
+        ...     def measure(self, learner):
+        ...         return {"zeros": (learner.model.value == 0).float().mean()}
+        >>> testing.toy_learner(Recorder(), Metrics(), Sparsity()).fit(2)["validation/zeros"]
+        [0.0, 0.0]
     """
 
     every: int = field(default=1, kw_only=True, validator=number(least=1, whole=True))
@@ -245,6 +254,14 @@ class KNNProbe(HeldOut):
     Reads: model, data, cbstate.history (of the models, only the one it measures)
     Writes: cbstate.metrics
     Runs after: Recorder, Metrics
+
+    Example:
+        >>> rows, labels = torch.randn(64, 4), torch.arange(64) % 2
+        >>> data = ((rows, labels), (rows[:16], labels[:16]))
+        >>> learner = Learner(torch.nn.Linear(4, 2), torch.nn.CrossEntropyLoss(), data=data, default_callbacks=False)
+        >>> learner.set_callbacks([Recorder(), Metrics(), KNNProbe(k=5)])
+        >>> len(learner.fit(2)["validation/knn_model"])
+        2
     """
 
     bank: Any = field(default=None, kw_only=True, repr=False)
@@ -305,6 +322,15 @@ class LinearProbe(HeldOut):
     Reads: model, data, step.features, step.ys, seed, cbstate.history (of the models, only the one it measures)
     Writes: cbstate.metrics
     Runs after: Recorder, Metrics
+
+    Example:
+        >>> rows, labels = torch.randn(64, 4), torch.arange(64) % 3
+        >>> models = {"encoder": torch.nn.Linear(4, 8), "projector": torch.nn.Linear(8, 8)}
+        >>> learner = Learner(models, data=((rows, labels), (rows[:16], labels[:16])), default_callbacks=False)
+        >>> learner.set_callbacks([Recorder(), Metrics(), LinearProbe("encoder", num_classes=3)])
+        >>> history = learner.fit(2, phases=[SimCLRPhase(TwoViews(lambda rows: rows + torch.randn_like(rows)))])
+        >>> len(history["validation/linear_encoder"])
+        2
     """
 
     num_classes: int = field(default=10, validator=number(least=2, whole=True))

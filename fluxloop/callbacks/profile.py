@@ -52,6 +52,12 @@ class Profile(UnsafeCallback):
         handlers: By (phase, event, callback): how many calls, and their seconds.
 
     Reads: *
+
+    Example:
+        >>> profile = Profile()
+        >>> history = testing.toy_learner(Recorder(), profile).fit(2)  # then print(profile)
+        >>> len(profile.seconds["TrainingPhase"]), sorted(profile.parts["TrainingPhase"])
+        (2, ['callbacks', 'data', 'steps'])
     """
 
     trace: str | Path | None = None

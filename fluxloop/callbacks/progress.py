@@ -93,6 +93,14 @@ class ProgressBar(Callback):
         ValueError: `enabled` is not True, False or None, or `interval` is less than 0.
 
     Reads: num_batches, cbstate
+
+    Example:
+        >>> import io
+        >>> terminal = io.StringIO()
+        >>> bar = ProgressBar(enabled=True, interval=0, file=terminal)
+        >>> history = testing.toy_learner(Recorder(), Metrics(), bar).fit(1)
+        >>> "TrainingPhase" in terminal.getvalue(), "16/16" in terminal.getvalue()
+        (True, True)
     """
 
     enabled: bool | None = field(default=None, validator=yes_or_no(none=True))

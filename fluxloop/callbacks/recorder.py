@@ -22,6 +22,12 @@ class Recorder(Callback):
     Steps are counted when they end, so a cancelled step is not counted.
 
     Writes: cbstate.history
+
+    Example:
+        >>> learner = testing.toy_learner(Recorder(), num_batches=16)
+        >>> counts = learner.fit(2)[TrainingPhase]
+        >>> counts.epochs, counts.steps, counts.updates
+        (2, 32, {None: 32})
     """
 
     _cycle: tuple[Any, int | None] = field(default=(None, None), init=False, repr=False)

@@ -56,6 +56,16 @@ class SampleImages(Callback):
     Reads: model, seed, cbstate.history (of the models, only the one it samples)
     Writes: cbstate.images
     Runs after: Recorder
+
+    Example:
+        >>> generator = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.Unflatten(1, (1, 8, 8)))
+        >>> samples = SampleImages("generator", inputs=torch.randn(16, 2), count=16, folder="samples")
+        >>> models = {"generator": generator, "critic": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1))}
+        >>> learner = Learner(models, data=(torch.rand(64, 1, 8, 8),), default_callbacks=False)
+        >>> learner.set_callbacks([Recorder(), samples])
+        >>> history = learner.fit(1, phases=[GANPhase(noise=2)])
+        >>> [path.name for path in Path("samples").iterdir()]
+        ['generator-0001.png']
     """
 
     model: str = "model"

@@ -30,6 +30,11 @@ class Check:
         run: Called with the learner view of this callback; raises (anything) where the check fails.
         hint: What to do about a failure.
         severity: ``"error"`` ends the fit, ``"warning"`` only warns.
+
+    Example:
+        >>> check = Check("rows are scaled", lambda learner: 1 / 0, hint="divide by the deviation", severity="warning")
+        >>> check.name, check.severity
+        ('rows are scaled', 'warning')
     """
 
     name: str
@@ -61,6 +66,19 @@ class SanityCheck(Callback):
         name: Tells two of them apart.
 
     Reads: data, model, loss_fn
+
+    Example:
+        >>> def scaled(learner):
+        ...     rows, _ = next(iter(learner.data.training))
+        ...     if rows.abs().max() > 10:
+        ...         raise ValueError("a row has numbers above 10")
+        >>> learner = testing.toy_learner(SanityCheck(Check("scale", scaled, hint="divide by 100")))
+        >>> try:
+        ...     learner.fit(1)
+        ... except SanityCheckError as error:
+        ...     print(error)
+        sanity check before the first step:
+          error: scale: a row has numbers above 10. divide by 100
     """
 
     reads = ("data", "model", "loss_fn")

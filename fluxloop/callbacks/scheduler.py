@@ -149,6 +149,12 @@ class Scheduler(Callback):
 
     Reads: (cbstate.history and optimizer for ``unit="update"``)
     Writes: cbstate.hyperparameters, optimizer (or what its hyperparameters say)
+
+    Example:
+        >>> learner = testing.toy_learner(Scheduler({LearningRate: linear(total=4, start=1.0, end=0.0)}), num_batches=4)
+        >>> history = learner.fit(1)
+        >>> learner.cbstate.hyperparameters["learning_rate"]
+        [(1, 1.0), (2, 0.75), (3, 0.5), (4, 0.25)]
     """
 
     schedules: dict[HyperParameter, float | Schedule] = field(converter=_read)

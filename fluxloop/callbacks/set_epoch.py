@@ -18,6 +18,11 @@ class SetEpoch(Callback):
 
     Persistent workers hold a copy of the data set, made in their first epoch: they see no later number, unless
     the data set shares it with them.
+
+    Example:
+        >>> learner = testing.toy_learner(SetEpoch())  # the same as without it
+        >>> learner.callbacks.order
+        ['SetEpoch']
     """
 
     draws = False

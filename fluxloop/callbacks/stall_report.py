@@ -33,6 +33,14 @@ class StallReport(UnsafeCallback):
         ValueError: `seconds` is no number above 0.
 
     Reads: (it is given the whole learner)
+
+    Example:
+        >>> import io, time
+        >>> report = io.StringIO()
+        >>> slow = CustomCallback(lambda learner: time.sleep(0.3), StepEnd, TrainingPhase)
+        >>> history = testing.toy_learner(StallReport(0.05, file=report), slow, num_batches=1).fit(1)
+        >>> report.getvalue().split(" for ")[0]
+        'fluxloop: nothing has happened'
     """
 
     seconds: float = field(default=300.0)

@@ -41,6 +41,14 @@ class StopOnNaNLoss(Callback):
         ValueError: `wait` is not True or False.
 
     Reads: step.loss, step.losses, step.grads, step.grad_norm, step.grad_norms
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("ignore")
+        >>> learner = testing.toy_learner(StopOnNaNLoss(), coefficient=float("nan"))
+        >>> history = learner.fit(10)
+        >>> "nan" in history.stop_reason, learner.model.value.item()  # its weight is what it was
+        (True, 0.0)
     """
 
     wait: bool = field(default=False, validator=yes_or_no())

@@ -78,6 +78,13 @@ class StochasticWeightAveraging(Callback):
 
     Reads: model, data, seed (only the model that is averaged)
     Writes: model (only the average: "model@swa")
+
+    Example:
+        >>> averaging = StochasticWeightAveraging(start=1)
+        >>> learner = testing.toy_learner(Recorder(), averaging)
+        >>> history = learner.fit(4)
+        >>> averaging.num_averaged, "model@swa" in learner.weights
+        (3, True)
     """
 
     model: str = "model"

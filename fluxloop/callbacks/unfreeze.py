@@ -54,6 +54,17 @@ class Unfreeze(Callback):
 
     Reads: optimizer
     Writes: model (whether its parameters require gradients)
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))
+        >>> data = ((torch.randn(8, 4), torch.randn(8, 1)),)
+        >>> learner = Learner(model, torch.nn.functional.mse_loss, data=data, default_callbacks=False)
+        >>> learner.set_callbacks([Recorder(), Unfreeze({"0": 1})])
+        >>> for epoch in range(2):
+        ...     history = learner.fit(1)
+        ...     print(model[0].weight.requires_grad, model[1].weight.requires_grad)
+        False True
+        True True
     """
 
     when: dict[str, int] = field(converter=_copied)
