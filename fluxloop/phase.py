@@ -76,6 +76,16 @@ class Phase:
     seldom `epoch`. One that holds something between steps has ``state_dict()`` and
     ``load_state_dict(state)``, both or neither; in a second learner it begins as in the first. A class
     may say otherwise on these:
+
+    Example:
+        >>> class Regression(TrainingPhase):
+        ...     def body(self, learner, handle, state):
+        ...         state.loss = (learner.model(state.xs) - state.ys).abs().mean()
+        ...         learner.backward(state.loss)
+        ...         learner.update()
+        >>> history = testing.toy_learner(Recorder(), num_batches=4).fit(2, phases=[Regression()])
+        >>> history[Regression].updates
+        {None: 8}
     """
 
     data_key: ClassVar[str] = ""
@@ -307,7 +317,15 @@ def require_pair(cls: type, error: type[Exception]) -> None:
 
 
 class AbstractTrainingPhase(Phase):
-    """Base of the phases that train: data ``"training"``, train mode, gradients on."""
+    """Base of the phases that train: data ``"training"``, train mode, gradients on.
+
+    Example:
+        >>> AbstractTrainingPhase.data_key, issubclass(GANPhase, AbstractTrainingPhase)
+        ('training', True)
+        >>> learned = CustomCallback(lambda learner: print("an epoch of training"), EpochEnd, AbstractTrainingPhase)
+        >>> history = testing.toy_learner(learned).fit(1)  # the validation's epoch is none
+        an epoch of training
+    """
 
     data_key = "training"
     train_mode = True
@@ -323,6 +341,13 @@ class AbstractValidationPhase(Phase):
 
     Raises:
         PhaseError: `name` cannot stand before a metric's, or `every` is no whole number from 1.
+
+    Example:
+        >>> AbstractValidationPhase.data_key, issubclass(PredictionPhase, AbstractValidationPhase)
+        ('validation', True)
+        >>> history = testing.toy_learner(Recorder()).fit(4, phases=[TrainingPhase(), ValidationPhase(every=2)])
+        >>> history[ValidationPhase].epochs
+        2
     """
 
     data_key = "validation"
@@ -346,6 +371,15 @@ class ProbePhase(AbstractValidationPhase):
 
     It is the key under which they record it, at the epoch of the training phase that ended; it has
     no epochs of its own.
+
+    Example:
+        >>> class Zeros(MetricSource):
+        ...     metric_names = ("zeros",)
+        ...     def measure(self, learner):
+        ...         return {"zeros": 0.5}
+        >>> history = testing.toy_learner(Recorder(), Metrics(), Zeros()).fit(1)
+        >>> history.metrics[ProbePhase]["zeros"]
+        [0.5]
     """
 
     def check(self, learner: Any) -> None:
@@ -354,7 +388,14 @@ class ProbePhase(AbstractValidationPhase):
 
 
 class FittingPhase(Phase):
-    """The fit itself. `FitBegin`, `CycleBegin`, `CycleEnd` and `FitEnd` are fired with it."""
+    """The fit itself. `FitBegin`, `CycleBegin`, `CycleEnd` and `FitEnd` are fired with it.
+
+    Example:
+        >>> events = testing.EventRecorder()
+        >>> history = testing.toy_learner(events).fit(1)
+        >>> [event for event, phase in events.trace if phase == "FittingPhase"]
+        ['FitBegin', 'CycleBegin', 'CycleEnd', 'FitEnd']
+    """
 
     def check(self, learner: Any) -> None:
         """Raise: it has no epochs of its own."""

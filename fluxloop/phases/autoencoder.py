@@ -28,6 +28,13 @@ class AutoencoderPhase(ObjectivePhase):
     Models: ``encoder`` and ``decoder``. Batches: ``xs``, or ``(xs, ys)``. Entries: ``xs``, ``ys`` where
     there are labels, ``latents`` (also as ``features``) (N, D), ``preds``, of the shape of ``xs``,
     ``loss``. The events are those of `ObjectivePhase`.
+
+    Example:
+        >>> models = {"encoder": torch.nn.Linear(4, 2), "decoder": torch.nn.Linear(2, 4)}
+        >>> learner = Learner(models, data=(torch.randn(64, 4),), default_callbacks=False)
+        >>> history = learner.fit(1, phases=[AutoencoderPhase()])
+        >>> learner.step.latents.shape, learner.step.preds.shape
+        (torch.Size([32, 2]), torch.Size([32, 4]))
     """
 
     parts = ("encoder", "decoder")

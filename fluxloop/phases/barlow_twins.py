@@ -28,6 +28,14 @@ class BarlowTwinsPhase(ComparingPhase):
         gather: Whether the rows of other processes count, where several train; see `ComparingPhase`.
 
     Models, batches, entries and events are those of `JointEmbeddingPhase`.
+
+    Example:
+        >>> models = {"encoder": torch.nn.Linear(4, 8), "projector": torch.nn.Linear(8, 6)}
+        >>> learner = Learner(models, data=(torch.randn(64, 4),), default_callbacks=False)
+        >>> views = TwoViews(lambda rows: rows + 0.1 * torch.randn_like(rows))
+        >>> history = learner.fit(1, phases=[BarlowTwinsPhase(views)])
+        >>> learner.step.features.shape, learner.step.z1.shape
+        (torch.Size([32, 8]), torch.Size([32, 6]))
     """
 
     def __init__(self, views: Views | None = None, *, weight: float = 5e-3, gather: bool = True) -> None:

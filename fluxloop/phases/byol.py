@@ -29,6 +29,17 @@ class BYOLPhase(TeacherPhase):
     Models: ``student``, ``teacher`` and ``predictor``; see `TeacherPhase`. Batches and events are
     those of `JointEmbeddingPhase`. Entries: ``views``, ``features`` (N, F) of the student for the
     first view, ``p1`` and ``p2``, ``t1`` and ``t2`` (N, D), ``loss``.
+
+    Example:
+        >>> import copy
+        >>> student = torch.nn.Linear(4, 8)
+        >>> teacher = copy.deepcopy(student).requires_grad_(False)
+        >>> models = {"student": student, "teacher": teacher, "predictor": torch.nn.Linear(8, 8)}
+        >>> learner = Learner(models, data=(torch.randn(64, 4),), default_callbacks=False)
+        >>> learner.set_callbacks([EMA("student", 0.99, into="teacher")])
+        >>> history = learner.fit(1, phases=[BYOLPhase(TwoViews(lambda rows: rows + 0.1 * torch.randn_like(rows)))])
+        >>> learner.step.p1.shape, learner.step.t2.shape
+        (torch.Size([32, 8]), torch.Size([32, 8]))
     """
 
     parts = ("student", "teacher", "predictor")

@@ -49,6 +49,18 @@ class DINOPhase(TeacherPhase):
 
     Attributes:
         center: The centre, shape (K,); None before the first step.
+
+    Example:
+        >>> import copy
+        >>> student = torch.nn.Linear(4, 8)
+        >>> models = {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)}
+        >>> learner = Learner(models, data=(torch.randn(64, 4),), default_callbacks=False)
+        >>> learner.set_callbacks([EMA("student", 0.99, into="teacher")])
+        >>> noise = lambda rows: rows + 0.1 * torch.randn_like(rows)
+        >>> dino = DINOPhase(MultiCrop(noise, noise, num_local=3))
+        >>> history = learner.fit(1, phases=[dino])
+        >>> len(learner.step.student), len(learner.step.teacher), dino.center.shape
+        (5, 2, torch.Size([8]))
     """
 
     num_views = None

@@ -36,6 +36,14 @@ class DistillationPhase(ObjectivePhase):
     Raises:
         PhaseError: A model is missing, the teacher's parameters require gradients, or a number is out of range.
         BatchError: A batch is no pair.
+
+    Example:
+        >>> models = {"student": torch.nn.Linear(4, 3), "teacher": torch.nn.Linear(4, 3).requires_grad_(False)}
+        >>> data = ((torch.randn(64, 4), torch.arange(64) % 3),)
+        >>> learner = Learner(models, data=data, default_callbacks=False)
+        >>> history = learner.fit(1, phases=[DistillationPhase(temperature=2.0)])
+        >>> learner.step.preds.shape, learner.step.teacher_preds.requires_grad
+        (torch.Size([32, 3]), False)
     """
 
     parts = ("student", "teacher")

@@ -68,10 +68,14 @@ class GANPhase(AbstractTrainingPhase):
         PhaseError: There is no such loss, a number is out of range, or the learner's models or optimizers do not fit.
         BatchError: A batch is something else.
 
-    Example::
-
-        learner = Learner({"generator": G, "critic": D}, data=(images,), optimizer=adam)
-        learner.fit(20, phases=[GANPhase("wasserstein", gradient_penalty=10, critic_steps=5)])
+    Example:
+        >>> generator, critic = torch.nn.Linear(2, 4), torch.nn.Linear(4, 1)
+        >>> data = (torch.randn(128, 4),)
+        >>> learner = Learner({"generator": generator, "critic": critic}, data=data, default_callbacks=False)
+        >>> learner.set_callbacks([Recorder()])
+        >>> wgan_gp = GANPhase("wasserstein", noise=2, gradient_penalty=10, critic_steps=2)
+        >>> learner.fit(1, phases=[wgan_gp])[GANPhase].updates
+        {'critic': 4, 'generator': 2}
     """
 
     def __init__(
@@ -235,6 +239,15 @@ class GANValidationPhase(TwinPhase):
         PhaseError: `training` is no `GANPhase`.
 
     The arguments `name` and `every` are those of `TwinPhase`.
+
+    Example:
+        >>> gan = GANPhase("hinge", noise=2)
+        >>> models, rows = {"G": torch.nn.Linear(2, 4), "D": torch.nn.Linear(4, 1)}, torch.randn(64, 4)
+        >>> learner = Learner(models, data=(rows, rows), default_callbacks=False)
+        >>> learner.set_callbacks([Recorder(), Metrics()])
+        >>> history = learner.fit(1, phases=[gan, GANValidationPhase(gan)])
+        >>> sorted(history.metrics[GANValidationPhase])
+        ['loss_d', 'loss_g']
     """
 
     of = GANPhase

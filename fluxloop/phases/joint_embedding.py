@@ -38,6 +38,16 @@ class JointEmbeddingPhase(ObjectivePhase):
     Raises:
         BatchError: A batch holds something else.
         PhaseError: The learner has no ``encoder``, or `views` cannot be called.
+
+    Example:
+        >>> class Alike(JointEmbeddingPhase):
+        ...     def loss(self, learner, state):
+        ...         return torch.nn.functional.mse_loss(state.z1, state.z2)
+        >>> models = {"encoder": torch.nn.Linear(4, 8), "projector": torch.nn.Linear(8, 6)}
+        >>> learner = Learner(models, data=(torch.randn(64, 4),), default_callbacks=False)
+        >>> history = learner.fit(1, phases=[Alike(TwoViews(lambda rows: rows + torch.randn_like(rows)))])
+        >>> learner.step.z1.shape
+        torch.Size([32, 6])
     """
 
     num_views: int | None = 2
@@ -158,6 +168,18 @@ class TeacherPhase(JointEmbeddingPhase):
 
     Raises:
         PhaseError: A model is missing, or no callback moves the teacher.
+
+    Example:
+        >>> class Alike(TeacherPhase):
+        ...     def forward(self, learner, state):
+        ...         state.z1, state.z2 = learner.model.student(state.views[0]), learner.model.teacher(state.views[1])
+        ...     def loss(self, learner, state):
+        ...         return torch.nn.functional.mse_loss(state.z1, state.z2)
+        >>> student, teacher = torch.nn.Linear(4, 8), torch.nn.Linear(4, 8).requires_grad_(False)
+        >>> learner = Learner({"student": student, "teacher": teacher}, data=((torch.ones(8, 4), torch.ones(8, 4)),))
+        >>> learner.fit(1, phases=[Alike()])
+        Traceback (most recent call last):
+        fluxloop.errors.PhaseError: ...
     """
 
     parts: tuple[str, ...] = ("student", "teacher")

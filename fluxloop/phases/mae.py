@@ -86,6 +86,19 @@ class MAEPhase(ObjectivePhase):
     images (N, C, H, W), or ``(images, ys)``. Entries: ``xs``, ``ys`` where there are labels,
     ``patches`` (N, L, P), ``places`` (N, K), ``mask`` (N, L), True where hidden, ``features`` (N, D), the
     mean token, ``preds`` (N, L, P), ``loss``. The events are those of `ObjectivePhase`.
+
+    Example:
+        >>> class Encoder(torch.nn.Linear):
+        ...     def forward(self, patches, places):
+        ...         return super().forward(patches)
+        >>> class Decoder(torch.nn.Linear):
+        ...     def forward(self, tokens, places):
+        ...         return super().forward(tokens.mean(1)).reshape(-1, 4, 16)
+        >>> learner = Learner({"encoder": Encoder(16, 8), "decoder": Decoder(8, 64)}, data=(torch.rand(32, 1, 8, 8),))
+        >>> learner.set_callbacks([])
+        >>> history = learner.fit(1, phases=[MAEPhase(patch_size=4, mask_ratio=0.75)])
+        >>> learner.step.patches.shape, learner.step.places.shape, int(learner.step.mask.sum())
+        (torch.Size([32, 4, 16]), torch.Size([32, 1]), 96)
     """
 
     parts = ("encoder", "decoder")

@@ -34,6 +34,14 @@ class SupConPhase(ComparingPhase):
 
     Raises:
         BatchError: A batch has no labels.
+
+    Example:
+        >>> models = {"encoder": torch.nn.Linear(4, 8), "projector": torch.nn.Linear(8, 6)}
+        >>> learner = Learner(models, data=((torch.randn(64, 4), torch.arange(64) % 4),), default_callbacks=False)
+        >>> views = TwoViews(lambda rows: rows + 0.1 * torch.randn_like(rows))
+        >>> history = learner.fit(1, phases=[SupConPhase(views, temperature=0.1)])
+        >>> learner.step.z1.shape, learner.step.ys.shape
+        (torch.Size([32, 6]), torch.Size([32]))
     """
 
     def __init__(self, views: Views | None = None, *, temperature: float = 0.07, gather: bool = True) -> None:
@@ -78,6 +86,13 @@ class TripletPhase(ObjectivePhase):
     Raises:
         BatchError: A batch holds something else.
         PhaseError: There is no ``encoder``, or `margin` is less than 0.
+
+    Example:
+        >>> anchors, positives, negatives = torch.randn(3, 64, 4)
+        >>> learner = Learner(torch.nn.Linear(4, 8), data=((anchors, positives, negatives),), default_callbacks=False)
+        >>> history = learner.fit(1, phases=[TripletPhase(margin=0.5)])
+        >>> learner.step.features.shape, learner.step.z_negative.shape
+        (torch.Size([32, 8]), torch.Size([32, 8]))
     """
 
     def __init__(self, margin: float = 1.0) -> None:

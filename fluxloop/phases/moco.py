@@ -45,6 +45,17 @@ class MoCoPhase(TeacherPhase):
 
     Attributes:
         queue: The keys, shape (queue_size, D); None before the first step.
+
+    Example:
+        >>> import copy
+        >>> student = torch.nn.Linear(4, 8)
+        >>> models = {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)}
+        >>> learner = Learner(models, data=(torch.randn(64, 4),), default_callbacks=False)
+        >>> learner.set_callbacks([EMA("student", 0.99, into="teacher")])
+        >>> moco = MoCoPhase(TwoViews(lambda rows: rows + 0.1 * torch.randn_like(rows)), queue_size=128)
+        >>> history = learner.fit(1, phases=[moco])
+        >>> moco.queue.shape
+        torch.Size([128, 8])
     """
 
     def __init__(self, views: Views | None = None, *, queue_size: int = 4096, temperature: float = 0.07) -> None:

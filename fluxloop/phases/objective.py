@@ -87,10 +87,14 @@ class ObjectiveValidationPhase(TwinPhase):
 
     The arguments `name` and `every` are those of `TwinPhase`.
 
-    Example::
-
-        simclr = SimCLRPhase(views)
-        learner.fit(100, phases=[simclr, ObjectiveValidationPhase(simclr)])
+    Example:
+        >>> autoencoder = AutoencoderPhase()
+        >>> models = {"encoder": torch.nn.Linear(4, 2), "decoder": torch.nn.Linear(2, 4)}
+        >>> learner = Learner(models, data=(torch.randn(64, 4), torch.randn(32, 4)), default_callbacks=False)
+        >>> learner.set_callbacks([Recorder(), Metrics()])
+        >>> history = learner.fit(2, phases=[autoencoder, ObjectiveValidationPhase(autoencoder)])
+        >>> len(history["validation/loss"])
+        2
     """
 
     stores_loss = True

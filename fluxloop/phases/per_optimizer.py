@@ -76,6 +76,19 @@ class PerOptimizerValidationPhase(TwinPhase):
         PhaseError: `training` is no `PerOptimizerPhase`.
 
     The arguments `name` and `every` are those of `TwinPhase`.
+
+    Example:
+        >>> class Both(PerOptimizerPhase):
+        ...     def loss(self, learner, state, name):
+        ...         return learner.model._asdict()[name](state.xs).square().mean()
+        >>> both = Both()
+        >>> models = {"a": torch.nn.Linear(1, 1), "b": torch.nn.Linear(1, 1)}
+        >>> xs = torch.randn(64, 1)
+        >>> learner = Learner(models, data=((xs, xs), (xs, xs)), default_callbacks=False)
+        >>> learner.set_callbacks([Recorder(), Metrics()])
+        >>> history = learner.fit(1, phases=[both, PerOptimizerValidationPhase(both)])
+        >>> sorted(history.metrics[PerOptimizerValidationPhase])
+        ['loss_a', 'loss_b']
     """
 
     of = PerOptimizerPhase

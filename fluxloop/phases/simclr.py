@@ -28,6 +28,14 @@ class SimCLRPhase(ComparingPhase):
         gather: Whether the rows of other processes count, where several train; see `ComparingPhase`.
 
     Models, batches, entries and events are those of `JointEmbeddingPhase`.
+
+    Example:
+        >>> models = {"encoder": torch.nn.Linear(4, 8), "projector": torch.nn.Linear(8, 6)}
+        >>> learner = Learner(models, data=(torch.randn(64, 4),), default_callbacks=False)
+        >>> views = TwoViews(lambda rows: rows + 0.1 * torch.randn_like(rows))
+        >>> history = learner.fit(1, phases=[SimCLRPhase(views, temperature=0.2)])
+        >>> learner.step.features.shape, learner.step.z1.shape
+        (torch.Size([32, 8]), torch.Size([32, 6]))
     """
 
     def __init__(self, views: Views | None = None, *, temperature: float = 0.5, gather: bool = True) -> None:

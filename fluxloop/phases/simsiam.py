@@ -25,6 +25,14 @@ class SimSiamPhase(JointEmbeddingPhase):
 
     Models, batches and events are those of `JointEmbeddingPhase`, and a ``predictor``. Entries
     besides: ``p1`` and ``p2`` (N, D).
+
+    Example:
+        >>> models = {name: torch.nn.Linear(4, 4) for name in ("encoder", "projector", "predictor")}
+        >>> learner = Learner(models, data=(torch.randn(64, 4),), default_callbacks=False)
+        >>> views = TwoViews(lambda rows: rows + 0.1 * torch.randn_like(rows))
+        >>> history = learner.fit(1, phases=[SimSiamPhase(views)])
+        >>> learner.step.p1.shape, -1 <= learner.step.loss.item() <= 1
+        (torch.Size([32, 4]), True)
     """
 
     parts = ("encoder", "predictor")

@@ -75,6 +75,12 @@ class TrainingPhase(AbstractTrainingPhase):
         BatchError: A batch is no pair.
         PhaseError: The learner has several models.
         LossError: The learner has no loss function, or the loss is no scalar or has no gradient.
+
+    Example:
+        >>> learner = testing.toy_learner(Recorder(), num_batches=4)
+        >>> learner.epoch(TrainingPhase())
+        >>> sorted(vars(learner.step)), learner.history[TrainingPhase].steps
+        (['grads', 'loss', 'preds', 'xs', 'ys'], 4)
     """
 
     stores_loss = True
@@ -122,6 +128,12 @@ class ValidationPhase(AbstractValidationPhase):
         BatchError: A batch is no pair.
         PhaseError: The learner has several models.
         LossError: The learner has no loss function.
+
+    Example:
+        >>> learner = testing.toy_learner(Recorder(), num_batches=4)
+        >>> learner.epoch(ValidationPhase())
+        >>> learner.history[ValidationPhase].steps, learner.step.preds.requires_grad
+        (4, False)
     """
 
     stores_loss = True
@@ -149,6 +161,14 @@ class PredictionPhase(AbstractValidationPhase):
 
     Raises:
         PhaseError: The learner has several models.
+
+    Example:
+        >>> class Sums(PredictionPhase):
+        ...     def body(self, learner, handle, state):
+        ...         state.preds = state.xs.sum(1)
+        >>> learner, rows = testing.toy_learner(), torch.ones(2, 1)
+        >>> learner.predict(rows), learner.predict(rows, phase=Sums())
+        (tensor([[0.], [0.]]), tensor([1., 1.]))
     """
 
     def entries(self, batch: Any) -> dict[str, Any]:
@@ -174,6 +194,12 @@ class AveragedValidationPhase(ValidationPhase):
     ``learner.model`` is the averaged copy while it runs; the trained weights are not touched. Its
     metrics carry the name of the weights view: ``"validation/loss@ema"``. For another weights view, or
     another phase, write a subclass with ``model_view = "swa"``. The rest is as in `ValidationPhase`.
+
+    Example:
+        >>> learner = testing.toy_learner(Recorder(), Metrics(), EMA("model", 0.9))
+        >>> history = learner.fit(2, phases=[TrainingPhase(), ValidationPhase(), AveragedValidationPhase()])
+        >>> len(history["validation/loss"]), len(history["validation/loss@ema"])
+        (2, 2)
     """
 
     model_view = "ema"

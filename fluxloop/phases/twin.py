@@ -24,6 +24,12 @@ class TwinPhase(AbstractValidationPhase):
 
     Raises:
         PhaseError: `training` is of another type, or a name or number cannot be used.
+
+    Example:
+        >>> gan = GANPhase()
+        >>> twin = GANValidationPhase(gan)
+        >>> isinstance(twin, TwinPhase), twin.training is gan
+        (True, True)
     """
 
     of: ClassVar[type[AbstractTrainingPhase]] = AbstractTrainingPhase

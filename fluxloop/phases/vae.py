@@ -36,6 +36,13 @@ class VAEPhase(ObjectivePhase):
     and ``decoder``. Batches: ``xs``, or ``(xs, ys)``. Entries: ``xs``, ``ys`` where there are labels,
     ``mean`` (also as ``features``), ``logvar``, ``latents`` (N, D), ``preds``, of the shape of ``xs``,
     ``reconstruction``, ``divergence`` and ``loss``, scalars. The events are those of `ObjectivePhase`.
+
+    Example:
+        >>> models = {"encoder": torch.nn.Linear(4, 6), "decoder": torch.nn.Linear(3, 4)}  # 3 means, 3 variances
+        >>> learner = Learner(models, data=(torch.randn(64, 4),), default_callbacks=False)
+        >>> history = learner.fit(1, phases=[VAEPhase(beta=0.5)])
+        >>> learner.step.mean.shape, learner.step.latents.shape, learner.step.divergence.ndim
+        (torch.Size([32, 3]), torch.Size([32, 3]), 0)
     """
 
     parts = ("encoder", "decoder")

@@ -32,6 +32,14 @@ class VICRegPhase(ComparingPhase):
         BatchError: A batch has one row alone, which has no variance.
 
     Models, batches, entries and events are those of `JointEmbeddingPhase`.
+
+    Example:
+        >>> models = {"encoder": torch.nn.Linear(4, 8), "projector": torch.nn.Linear(8, 6)}
+        >>> learner = Learner(models, data=(torch.randn(64, 4),), default_callbacks=False)
+        >>> views = TwoViews(lambda rows: rows + 0.1 * torch.randn_like(rows))
+        >>> history = learner.fit(1, phases=[VICRegPhase(views, covariance=2.0)])
+        >>> learner.step.z1.shape, learner.step.loss.ndim
+        (torch.Size([32, 6]), 0)
     """
 
     def __init__(
