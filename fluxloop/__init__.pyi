@@ -167,8 +167,11 @@ from fluxloop.phases import FlowMatchingPhase as FlowMatchingPhase
 from fluxloop.phases import GANPhase as GANPhase
 from fluxloop.phases import GANValidationPhase as GANValidationPhase
 from fluxloop.phases import JointEmbeddingPhase as JointEmbeddingPhase
+from fluxloop.phases import LeJEPAPhase as LeJEPAPhase
 from fluxloop.phases import MAEPhase as MAEPhase
 from fluxloop.phases import MoCoPhase as MoCoPhase
+from fluxloop.phases import MoCoV3Phase as MoCoV3Phase
+from fluxloop.phases import NNCLRPhase as NNCLRPhase
 from fluxloop.phases import NoisedPhase as NoisedPhase
 from fluxloop.phases import NoisedValidationPhase as NoisedValidationPhase
 from fluxloop.phases import ObjectivePhase as ObjectivePhase
@@ -179,6 +182,7 @@ from fluxloop.phases import PredictionPhase as PredictionPhase
 from fluxloop.phases import SimCLRPhase as SimCLRPhase
 from fluxloop.phases import SimSiamPhase as SimSiamPhase
 from fluxloop.phases import SupConPhase as SupConPhase
+from fluxloop.phases import SwAVPhase as SwAVPhase
 from fluxloop.phases import TeacherPhase as TeacherPhase
 from fluxloop.phases import TrainingPhase as TrainingPhase
 from fluxloop.phases import TripletPhase as TripletPhase

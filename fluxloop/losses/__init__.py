@@ -14,7 +14,7 @@ from fluxloop.losses.adversarial import (
     r1_penalty,
     wasserstein,
 )
-from fluxloop.losses.contrastive import dcl_loss, info_nce, nt_xent, supervised_contrastive
+from fluxloop.losses.contrastive import batch_nce, dcl_loss, info_nce, nt_xent, supervised_contrastive
 from fluxloop.losses.denoising import row_errors
 from fluxloop.losses.distillation import dino_loss, distillation_loss, negative_cosine
 from fluxloop.losses.isotropic import draw_directions, lejepa_loss, sigreg
@@ -39,6 +39,7 @@ __all__ = [
     "MixedTargets",
     "alignment",
     "barlow_twins_loss",
+    "batch_nce",
     "dcl_loss",
     "dino_loss",
     "distillation_loss",

@@ -67,6 +67,31 @@ def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: floa
 
 
 @in_full_precision
+def batch_nce(queries: Tensor, keys: Tensor, temperature: float = 0.2, *, own: slice | None = None) -> Tensor:
+    """Have each query find its key among those of the batch: the loss of MoCo v3 and NNCLR (Chen et al., 2021).
+
+    MoCo v3 multiplies it by twice the temperature.
+
+    Args:
+        queries: Shape (N, D); need not be normalised.
+        keys: Shape (M, D), row by row those of the queries and perhaps others.
+        temperature: Divides the cosine similarities.
+        own: Which of the keys are those of the queries, such as one process's among several; left out, the first N.
+
+    Returns:
+        A scalar, a mean over queries.
+
+    Example:
+        >>> keys = torch.eye(4)
+        >>> (batch_nce(keys, keys) < batch_nce(keys, keys.roll(1, 0))).item()
+        True
+    """
+    logits = normalize(queries, dim=1) @ normalize(keys, dim=1).T / temperature
+    rows = torch.arange(len(keys), device=keys.device)
+    return cross_entropy(logits, rows[slice(len(queries)) if own is None else own])
+
+
+@in_full_precision
 def dcl_loss(
     z1: Tensor, z2: Tensor, temperature: float = 0.1, sigma: float | None = None, *, own: slice | None = None
 ) -> Tensor:
@@ -92,6 +117,11 @@ def dcl_loss(
         >>> views = torch.eye(8)
         >>> round(dcl_loss(views, views).item(), 3)  # minus 1 / 0.1, plus the logarithm of 14 others
         -7.361
+
+    Example:
+        >>> z = torch.eye(4)
+        >>> (dcl_loss(z, z) < dcl_loss(z, z.roll(1, 0))).item()
+        True
     """
     if len(z1) < 2:
         raise ValueError("dcl_loss was given one row, which has no others; expected two or more: drop_last=True")

@@ -26,6 +26,10 @@ def draw_directions(dimensions: int, count: int, like: Tensor) -> Tensor:
         >>> directions = draw_directions(16, 64, like=torch.zeros(1))
         >>> directions.shape, torch.allclose(directions.norm(dim=0), torch.ones(64))
         (torch.Size([16, 64]), True)
+
+    Example:
+        >>> draw_directions(8, 16, like=torch.zeros(1)).shape
+        torch.Size([8, 16])
     """
     return normalize(torch.randn(dimensions, count, device=like.device, dtype=like.dtype), dim=0)
 
@@ -55,6 +59,11 @@ def sigreg(
         >>> directions = torch.eye(2)
         >>> normal, shrunken = torch.randn(256, 2), torch.zeros(256, 2)
         >>> (sigreg(normal, directions) < sigreg(shrunken, directions)).item()
+        True
+
+    Example:
+        >>> directions = draw_directions(8, 64, like=torch.zeros(1))
+        >>> (sigreg(torch.randn(500, 8), directions) < sigreg(torch.zeros(500, 8), directions)).item()
         True
     """
     t = torch.linspace(0, largest, knots, dtype=embeddings.dtype, device=embeddings.device)
@@ -100,6 +109,12 @@ def lejepa_loss(
         >>> view = torch.randn(64, 8)
         >>> directions = draw_directions(8, 32, like=view)
         >>> (lejepa_loss([view, view], directions) < lejepa_loss([view, view.roll(1, 0)], directions)).item()
+        True
+
+    Example:
+        >>> directions, collapsed = draw_directions(8, 64, like=torch.zeros(1)), torch.zeros(500, 8)
+        >>> views = [torch.randn(500, 8)] * 3
+        >>> (lejepa_loss(views, directions) < lejepa_loss([collapsed] * 3, directions)).item()
         True
     """
     stacked = torch.stack(views)

@@ -53,6 +53,12 @@ def vicregl_loss(
         >>> grids = [torch.rand(4, 9, 2) for _ in range(2)]
         >>> vicregl_loss(embeddings, maps, grids).shape
         torch.Size([])
+
+    Example:
+        >>> whole, patches, places = torch.randn(8, 4), torch.randn(8, 9, 4), torch.rand(8, 9, 2)
+        >>> alike = vicregl_loss([whole, whole], [patches, patches], [places, places])
+        >>> (alike < vicregl_loss([whole, -whole], [patches, patches], [places, places])).item()
+        True
     """
     if len(embeddings) < 2 or not len(embeddings) == len(maps) == len(grids) or len(embeddings[0]) < 2:
         raise ValueError(

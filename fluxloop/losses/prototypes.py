@@ -33,6 +33,10 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3, *, grou
         >>> codes = sinkhorn(torch.tensor([[2.0, 1.0], [3.0, 1.0]]))  # the first prototype is nearer to both
         >>> codes.argmax(1)  # but each row has one of its own
         tensor([1, 0])
+
+    Example:
+        >>> sinkhorn(torch.zeros(4, 2))[0]
+        tensor([0.5000, 0.5000])
     """
     logs = scores.detach() / epsilon
     for _ in range(iterations):
@@ -67,6 +71,12 @@ def swav_loss(scores: list[Tensor], codes: list[Tensor], temperature: float = 0.
         >>> scores = [torch.eye(4) for _ in range(3)]
         >>> codes = [sinkhorn(each) for each in scores[:2]]
         >>> (swav_loss(scores, codes) < swav_loss([each.roll(1, 0) for each in scores], codes)).item()
+        True
+
+    Example:
+        >>> scores = torch.eye(4)
+        >>> codes = sinkhorn(scores)
+        >>> (swav_loss([scores, scores], [codes]) < swav_loss([scores, scores.roll(1, 0)], [codes])).item()
         True
     """
     guesses = [log_softmax(each / temperature, dim=1) for each in scores]
@@ -108,6 +118,11 @@ def masked_code_loss(scores: Tensor, codes: Tensor, mask: Tensor, temperature: f
         >>> mask = torch.tensor([[True, False, False, True], [False, True, False, False]])
         >>> whole, hidden = masked_code_loss(codes, codes, mask), masked_code_loss(codes[mask], codes[mask], mask)
         >>> torch.equal(whole, hidden)
+        True
+
+    Example:
+        >>> scores, mask = torch.eye(4)[None], torch.tensor([[True, True, False, False]])
+        >>> (masked_code_loss(scores, scores, mask) < masked_code_loss(scores.roll(1, 1), scores, mask)).item()
         True
     """
     hidden = mask.to(scores.dtype)
@@ -154,6 +169,11 @@ def ibot_loss(
         >>> scores, mask = torch.eye(4).expand(2, 4, 4), torch.ones(2, 4)
         >>> (ibot_loss(scores, scores, mask) < ibot_loss(scores.roll(1, 1), scores, mask)).item()
         True
+
+    Example:
+        >>> scores, mask = torch.eye(4)[None], torch.tensor([[True, True, False, False]])
+        >>> (ibot_loss(scores, scores, mask) < ibot_loss(scores.roll(1, 1), scores, mask)).item()
+        True
     """
     codes = ((teacher.detach() - center) / teacher_temperature).softmax(-1)
     return masked_code_loss(student, codes, mask, student_temperature)
@@ -197,6 +217,11 @@ def msn_loss(
         >>> targets, prototypes = torch.eye(4), torch.eye(4)
         >>> anchors = targets.repeat(2, 1)  # two masked views
         >>> (msn_loss(anchors, targets, prototypes) < msn_loss(anchors.roll(1, 0), targets, prototypes)).item()
+        True
+
+    Example:
+        >>> z = torch.eye(4)
+        >>> (msn_loss(z, z, prototypes=z) < msn_loss(z.roll(1, 0), z, prototypes=z)).item()
         True
     """
     if not len(targets) or len(anchors) % len(targets):

@@ -108,6 +108,11 @@ def tico_loss(
         ...     past = tico_covariance(views, past)
         >>> past.shape, past.requires_grad
         (torch.Size([4, 4]), False)
+
+    Example:
+        >>> z = torch.randn(16, 4)
+        >>> (tico_loss(z, z) < tico_loss(z, -z)).item()
+        True
     """
     z1, z2 = normalize(z1, dim=1), normalize(z2, dim=1)
     average = tico_covariance(z1, past, momentum)
@@ -129,6 +134,11 @@ def tico_covariance(z1: Tensor, past: Tensor | None = None, momentum: float = 0.
     Example:
         >>> torch.allclose(tico_covariance(torch.eye(4), momentum=0.0), torch.eye(4) / 4)  # of this step alone
         True
+
+    Example:
+        >>> tico_covariance(torch.eye(2), momentum=0.5)
+        tensor([[0.2500, 0.0000],
+                [0.0000, 0.2500]])
     """
     z = normalize(z1.detach(), dim=1)
     now = (1 - momentum) * (z.T @ z) / len(z)
@@ -157,6 +167,11 @@ def wmse_loss(z1: Tensor, z2: Tensor, eps: float = 0.0) -> Tensor:
     Example:
         >>> views = torch.randn(16, 4)
         >>> wmse_loss(views, 2 * views + 1).item() < 1e-3  # whitening takes scale and shift away
+        True
+
+    Example:
+        >>> z = torch.randn(16, 4)
+        >>> (wmse_loss(z, z) < wmse_loss(z, z.roll(1, 0))).item()
         True
     """
     rows, size = z1.shape
@@ -192,6 +207,10 @@ def mmcr_loss(embeddings: Tensor, weight: float = 5e-3) -> Tensor:
         >>> spread = mmcr_loss(torch.eye(4)[:, None].expand(4, 2, 4))  # four rows of two views, in four directions
         >>> collapsed = mmcr_loss(torch.ones(4, 2, 4))
         >>> (spread < collapsed).item()
+        True
+
+    Example:
+        >>> (mmcr_loss(torch.eye(4)[:, None]) < mmcr_loss(torch.ones(4, 1, 4))).item()
         True
     """
     z = normalize(embeddings, dim=2)

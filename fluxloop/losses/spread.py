@@ -29,6 +29,10 @@ def koleo_loss(embeddings: Tensor) -> Tensor:
     Example:
         >>> (koleo_loss(torch.eye(4)) < koleo_loss(torch.eye(4) + 1)).item()  # the less, the farther apart
         True
+
+    Example:
+        >>> (koleo_loss(torch.eye(4)) < koleo_loss(torch.ones(4, 4))).item()
+        True
     """
     if len(embeddings) < 2:
         raise ValueError("koleo_loss was given one row, which has no neighbour; expected two or more: drop_last=True")
@@ -55,6 +59,10 @@ def alignment(z1: Tensor, z2: Tensor, power: float = 2.0) -> Tensor:
         >>> rows = torch.eye(4)
         >>> alignment(rows, 2 * rows).item(), alignment(rows, -rows).item()
         (0.0, 4.0)
+
+    Example:
+        >>> alignment(torch.eye(4), 3 * torch.eye(4))
+        tensor(0.)
     """
     distances: Tensor = torch.linalg.vector_norm(normalize(z1, dim=1) - normalize(z2, dim=1), dim=1)
     return distances.pow(power).mean()
@@ -77,6 +85,10 @@ def uniformity(embeddings: Tensor, t: float = 2.0) -> Tensor:
     Example:
         >>> uniformity(torch.ones(4, 2)).item(), uniformity(torch.eye(4)).item() < 0  # all rows as one; spread out
         (0.0, True)
+
+    Example:
+        >>> uniformity(torch.eye(4))
+        tensor(-4.)
     """
     if len(embeddings) < 2:
         raise ValueError("uniformity was given one row, which makes no pair; expected two or more: drop_last=True")

@@ -17,6 +17,10 @@ def rankme(features: Tensor) -> Tensor:
 
     Returns:
         A scalar between 1 and min(N, F); 0 for features that are all zero, NaN where one is not finite.
+
+    Example:
+        >>> rankme(torch.eye(4))
+        tensor(4., dtype=torch.float64)
     """
     if not features.isfinite().all():
         return features.new_full((), float("nan"))
@@ -39,6 +43,11 @@ def lidar(embeddings: Tensor, delta: float = 1e-4) -> Tensor:
 
     Raises:
         ValueError: There are fewer than two rows or views.
+
+    Example:
+        >>> rows = torch.randn(100, 1, 8) * torch.tensor([9.0] * 3 + [0.0] * 5)
+        >>> 2.5 < lidar(rows + torch.randn(100, 10, 8)) < 3.5
+        tensor(True)
     """
     if embeddings.ndim != 3 or min(embeddings.shape[:2]) < 2:
         raise ValueError(

@@ -3,7 +3,8 @@
 - What ``fit`` and ``predict`` run by default: ``supervised``.
 - Bases: ``objective`` (one loss), ``per_optimizer`` (one loss for each optimizer), ``joint_embedding`` (views of each
   row; a student and its teacher), ``twin`` (a validation phase that does what a training phase does).
-- Views of each row: ``simclr``, ``barlow_twins``, ``vicreg``, ``simsiam``, ``byol``, ``moco``, ``dino``.
+- Views of each row: ``simclr``, ``barlow_twins``, ``vicreg``, ``simsiam``, ``byol``, ``moco``, ``moco_v3``, ``nnclr``,
+  ``swav``, ``dino``, ``lejepa``; with a queue of past rows: ``queue``.
 - Labels: ``metric_learning``, ``distillation``.
 - Reconstruction: ``autoencoder``, ``vae``, ``mae``.
 - Adversaries: ``gan``.
@@ -24,15 +25,19 @@ __getattr__, __dir__, __all__ = lazily(
         "flow_matching": "FlowMatchingPhase",
         "gan": "GANPhase GANValidationPhase",
         "joint_embedding": "JointEmbeddingPhase TeacherPhase",
+        "lejepa": "LeJEPAPhase",
         "mae": "MAEPhase",
         "metric_learning": "SupConPhase TripletPhase",
         "moco": "MoCoPhase",
         "noised": "NoisedPhase NoisedValidationPhase",
+        "moco_v3": "MoCoV3Phase",
+        "nnclr": "NNCLRPhase",
         "objective": "ObjectivePhase ObjectiveValidationPhase",
         "per_optimizer": "PerOptimizerPhase PerOptimizerValidationPhase",
         "simclr": "SimCLRPhase",
         "simsiam": "SimSiamPhase",
         "supervised": "AveragedValidationPhase PredictionPhase TrainingPhase ValidationPhase",
+        "swav": "SwAVPhase",
         "twin": "TwinPhase",
         "vae": "VAEPhase",
         "vicreg": "VICRegPhase",

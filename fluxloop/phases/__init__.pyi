@@ -11,10 +11,13 @@ from fluxloop.phases.gan import GANPhase as GANPhase
 from fluxloop.phases.gan import GANValidationPhase as GANValidationPhase
 from fluxloop.phases.joint_embedding import JointEmbeddingPhase as JointEmbeddingPhase
 from fluxloop.phases.joint_embedding import TeacherPhase as TeacherPhase
+from fluxloop.phases.lejepa import LeJEPAPhase as LeJEPAPhase
 from fluxloop.phases.mae import MAEPhase as MAEPhase
 from fluxloop.phases.metric_learning import SupConPhase as SupConPhase
 from fluxloop.phases.metric_learning import TripletPhase as TripletPhase
 from fluxloop.phases.moco import MoCoPhase as MoCoPhase
+from fluxloop.phases.moco_v3 import MoCoV3Phase as MoCoV3Phase
+from fluxloop.phases.nnclr import NNCLRPhase as NNCLRPhase
 from fluxloop.phases.noised import NoisedPhase as NoisedPhase
 from fluxloop.phases.noised import NoisedValidationPhase as NoisedValidationPhase
 from fluxloop.phases.objective import ObjectivePhase as ObjectivePhase
@@ -27,6 +30,7 @@ from fluxloop.phases.supervised import AveragedValidationPhase as AveragedValida
 from fluxloop.phases.supervised import PredictionPhase as PredictionPhase
 from fluxloop.phases.supervised import TrainingPhase as TrainingPhase
 from fluxloop.phases.supervised import ValidationPhase as ValidationPhase
+from fluxloop.phases.swav import SwAVPhase as SwAVPhase
 from fluxloop.phases.twin import TwinPhase as TwinPhase
 from fluxloop.phases.vae import VAEPhase as VAEPhase
 from fluxloop.phases.vicreg import VICRegPhase as VICRegPhase

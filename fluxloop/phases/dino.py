@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fluxloop.compute.precision import in_single
-from fluxloop.errors import BatchError, PhaseError, describe
+from fluxloop.errors import PhaseError
 from fluxloop.guard.given import check_number
 from fluxloop.losses.distillation import dino_loss
 from fluxloop.nested import tensors
-from fluxloop.phases.joint_embedding import TeacherPhase, Views
+from fluxloop.phases.joint_embedding import CropsPhase, TeacherPhase, Views
 from fluxloop.processes.gather import mean_of_rows, mean_of_sum
 from fluxloop.schedules import Schedule, value_at
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fluxloop.state import StepState
 
 
-class DINOPhase(TeacherPhase):
+class DINOPhase(CropsPhase, TeacherPhase):
     """DINO (Caron et al., 2021): self-distillation without labels, over global and local crops.
 
     1. Draw crops of each row, global ones first. 2. The student sees all, the teacher the global
@@ -63,9 +63,6 @@ class DINOPhase(TeacherPhase):
         (5, 2, torch.Size([8]))
     """
 
-    num_views = None
-    advice = "MultiCrop(global_crop, local_crop)"
-
     def __init__(
         self,
         views: Views | None = None,
@@ -75,13 +72,11 @@ class DINOPhase(TeacherPhase):
         teacher_temperature: float | Schedule = 0.04,
         center_momentum: float = 0.9,
     ) -> None:
-        super().__init__(views)
-        check_number("DINOPhase", "num_global", num_global, least=1, whole=True, error=PhaseError)
+        super().__init__(views, num_global=num_global)
         check_number("DINOPhase", "student_temperature", student_temperature, above=0, error=PhaseError)
         if not callable(teacher_temperature):
             check_number("DINOPhase", "teacher_temperature", teacher_temperature, above=0, error=PhaseError)
         check_number("DINOPhase", "center_momentum", center_momentum, least=0, most=1, error=PhaseError)
-        self.num_global = num_global
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
         self.center_momentum = center_momentum
@@ -89,15 +84,6 @@ class DINOPhase(TeacherPhase):
         self._steps = 0
         self._waiting: tuple[Tensor, int] | None = None
         """The sum, and the number, of the teacher's outputs for the batches of an update that is yet to come."""
-
-    def _checked(self, views: Any) -> tuple[Any, ...]:
-        checked = super()._checked(views)
-        if len(checked) < max(2, self.num_global):
-            raise BatchError(
-                f"{type(self).__name__} was given {describe(views)} as views; expected {self.num_global} global ones "
-                f"and any number of local ones: {type(self).__name__}(views={self.advice})"
-            )
-        return checked
 
     def entries(self, batch: Any) -> dict[str, Any]:
         """Return the views or ``xs``, and ``temperature``, the teacher's in this step, where it has a schedule."""

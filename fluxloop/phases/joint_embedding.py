@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fluxloop.errors import BatchError, PhaseError, describe
-from fluxloop.guard.given import check_called
+from fluxloop.guard.given import check_called, check_number
+from fluxloop.losses.contrastive import batch_nce
 from fluxloop.phase import inputs_and_labels
 from fluxloop.phases.objective import ObjectivePhase, can_run, require_parts
+from fluxloop.processes.gather import join_rows
 
 if TYPE_CHECKING:
     from fluxloop.processes.group import Group
@@ -131,6 +134,37 @@ def _have_same_rows(a: Tensor, b: Tensor) -> bool:
     return (a.shape[:1], a.ndim, a.dtype) == (b.shape[:1], b.ndim, b.dtype)
 
 
+class CropsPhase(JointEmbeddingPhase):
+    """Base of methods with any number of views of each row, of which the first ones are global and the others local.
+
+    Args:
+        views: What makes the crops of a batch, such as ``MultiCrop(globally, locally, 4)``; left out, batches hold
+            them.
+        num_global: How many of the crops, the first ones, are global.
+
+    Raises:
+        PhaseError: `num_global` is less than 1.
+        BatchError: There are fewer crops than `num_global`, or one alone.
+    """
+
+    num_views = None
+    advice = "MultiCrop(global_crop, local_crop)"
+
+    def __init__(self, views: Views | None = None, *, num_global: int = 2, **options: Any) -> None:
+        super().__init__(views, **options)
+        check_number(type(self).__name__, "num_global", num_global, least=1, whole=True, error=PhaseError)
+        self.num_global = num_global
+
+    def _checked(self, views: Any) -> tuple[Any, ...]:
+        checked = super()._checked(views)
+        if len(checked) < self.num_global:
+            raise BatchError(
+                f"{type(self).__name__} was given {describe(views)} as views; expected {self.num_global} global ones "
+                f"and any number of local ones: {type(self).__name__}(views={self.advice})"
+            )
+        return checked
+
+
 class ComparingPhase(JointEmbeddingPhase):
     """Base of methods whose loss compares the rows of a batch with each other, as contrastive ones do.
 
@@ -156,6 +190,17 @@ class ComparingPhase(JointEmbeddingPhase):
         """Return the processes whose rows are compared; None where this one's are alone."""
         group: Group | None = learner.accelerator.group if self.gather else None
         return group
+
+    def find_keys(self, learner: Any, queries: Sequence[Tensor], keys: Sequence[Tensor], temperature: float) -> Tensor:
+        """Return the sum of `batch_nce` over pairs of queries and keys (N, D), among the keys of all processes."""
+        group, own = self.group(learner), None
+        if group is not None:
+            keys, rows = join_rows(group, *keys)
+            own = rows.own
+            if not rows.counts[rows.rank]:  # what it finds weighs nothing; the others wait for it on the way back
+                queries, own = [each[:1] for each in queries], slice(1)
+        terms = [batch_nce(q, k, temperature, own=own) for q, k in zip(queries, keys, strict=True)]
+        return torch.stack(terms).sum()
 
 
 class TeacherPhase(JointEmbeddingPhase):

@@ -24,13 +24,17 @@ from fluxloop import (
     GANPhase,
     GradientClip,
     Learner,
+    LeJEPAPhase,
     LinearProbe,
     LossBegin,
     Metrics,
+    MoCoV3Phase,
+    NNCLRPhase,
     OptimizerError,
     SimCLRPhase,
     StepBegin,
     StepEnd,
+    SwAVPhase,
     TensorBatches,
     TrainingPhase,
     TwoViews,
@@ -551,6 +555,22 @@ def phases() -> dict[str, Any]:
             [EMA("student", 0.9, into="teacher")],
         ),
         "flow matching": (FlowMatchingPhase(), Flow(), []),
+        "MoCo v3": (
+            MoCoV3Phase(views),
+            {"student": encoder, "teacher": copied, "predictor": nn.Linear(8, 8)},
+            [EMA("student", 0.9, into="teacher")],
+        ),
+        "LeJEPA": (LeJEPAPhase(views, num_directions=16), {"encoder": encoder}, []),
+        "NNCLR": (
+            NNCLRPhase(views, queue_size=20),
+            {"encoder": encoder, "projector": nn.Linear(8, 8), "predictor": nn.Linear(8, 8)},
+            [],
+        ),
+        "SwAV": (
+            SwAVPhase(views, queue_size=16),
+            {"encoder": encoder, "projector": nn.Linear(8, 8), "prototypes": nn.Linear(8, 6, bias=False)},
+            [],
+        ),
         "own": (OwnGAN(), {"G": nn.Linear(4, 6), "D": nn.Linear(6, 1)}, []),
     }
 
@@ -581,7 +601,7 @@ class OwnGAN(AbstractTrainingPhase):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("name", ["GAN", "WGAN-GP", "BYOL", "DINO", "flow matching", "own"])
+@pytest.mark.parametrize("name", list(phases()))
 def test_a_phase_runs_unchanged_in_less_precision_near_what_it_is_in_full(name: str, precision: str) -> None:
     def run(chosen: str) -> Learner:
         torch.manual_seed(2)

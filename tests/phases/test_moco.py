@@ -260,7 +260,7 @@ def test_a_kept_state_goes_on_to_the_same_bits() -> None:
 def test_a_kept_queue_of_another_size_is_refused() -> None:
     phase, other = MoCoPhase(TwoViews(augment), queue_size=7), MoCoPhase(queue_size=9)
     train(models(), OPTIMIZERS["sgd"], batches()[:1], phase)
-    with pytest.raises(PhaseError, match=r"MoCoPhase\(queue_size=9\) was given a state of 7 keys; expected the same"):
+    with pytest.raises(PhaseError, match=r"MoCoPhase\(queue_size=9\) was given a state of 7 rows; expected the same"):
         other.load_state_dict(phase.state_dict())
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from fluxloop import (
-    EMA, Accelerator, BarlowTwinsPhase, DINOPhase, Learner, MoCoPhase, ObjectiveValidationPhase, SimCLRPhase,
-    SupConPhase, TensorBatches, TripletPhase, VICRegPhase,
+    EMA, Accelerator, BarlowTwinsPhase, DINOPhase, Learner, LeJEPAPhase, MoCoPhase, MoCoV3Phase,
+    NNCLRPhase, ObjectiveValidationPhase, SimCLRPhase, SupConPhase, SwAVPhase, TensorBatches, TripletPhase, VICRegPhase,
 )
 from processes.launching import report
 
@@ -44,7 +44,22 @@ def networks():
     return {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)}
 
 
+def with_part(make, name):
+    return lambda: {**make(), name: nn.Linear(4, 4, bias=False).double()}
+
+
+class Along(LeJEPAPhase):  # looks along the axes, as what processes draw differs from what one does
+    def draw_directions(self, learner, embeddings):
+        drawn = super().draw_directions(learner, embeddings)
+        torch.testing.assert_close(drawn.norm(dim=0), torch.ones(5).double())
+        return torch.eye(4, dtype=torch.float64)
+
+
 cases = {
+    "LeJEPA": (Along(crops, num_directions=5), models, 41),
+    "MoCo v3": (MoCoV3Phase(views), with_part(networks, "predictor"), 41),
+    "NNCLR": (NNCLRPhase(views, queue_size=20), with_part(models, "predictor"), 41),
+    "SwAV": (SwAVPhase(crops, queue_size=20, queue_from=2), with_part(models, "prototypes"), 41),
     "SimCLR": (SimCLRPhase(views), models, 41),
     "SupCon": (SupConPhase(views), models, 41),
     "VICReg": (VICRegPhase(views), models, 42),
@@ -79,7 +94,7 @@ for name, (phase, make, count) in cases.items():
 def test_weights_losses_queues_and_centres_are_those_of_one_process_also_with_ragged_rows_and_windows() -> None:
     (alone,) = run(SCRIPT, 1, timeout=120).reports
     first, *others = run(SCRIPT, SIZES[-1], timeout=240).reports
-    assert len(alone) == 16
+    assert len(alone) == 24
     for name, (weights, values, kept) in first.items():
         found: Any
         for other in others:
