@@ -88,7 +88,7 @@ def uniformity(embeddings: Tensor, t: float = 2.0) -> Tensor:
 
     Example:
         >>> uniformity(torch.eye(4))
-        tensor(-4.)
+        tensor(-4.0000)
     """
     if len(embeddings) < 2:
         raise ValueError("uniformity was given one row, which makes no pair; expected two or more: drop_last=True")
