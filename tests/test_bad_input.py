@@ -1369,7 +1369,7 @@ MALFORMED = [
         critic_steps=COUNTS[:-2],
         gradient_penalty=[-1, NAN, "a"],
     ),
-    *bad(GANPhase, r1=[-1, NAN, "a"], generator=[3], critic=[3]),
+    *bad(GANPhase, r1=[-1, NAN, "a"], r2=[-1, NAN, "a"], every=COUNTS, generator=[3], critic=[3]),
     *bad(DINOPhase, num_global=COUNTS[:3], student_temperature=[0, NAN, "a"], teacher_temperature=[0, NAN, "a"]),
     *bad(DINOPhase, center_momentum=[-1, 2, NAN, "a"]),
     *bad(ValidationPhase, every=COUNTS),

@@ -12,6 +12,8 @@ from fluxloop.losses.adversarial import (
     least_squares,
     non_saturating,
     r1_penalty,
+    relativistic,
+    relativistic_loss,
     wasserstein,
 )
 from fluxloop.losses.contrastive import batch_nce, dcl_loss, info_nce, nt_xent, supervised_contrastive
@@ -61,6 +63,8 @@ __all__ = [
     "normalize_patches",
     "nt_xent",
     "r1_penalty",
+    "relativistic",
+    "relativistic_loss",
     "row_errors",
     "sigreg",
     "sinkhorn",

@@ -21,7 +21,8 @@ class AdversarialLoss:
     Args:
         name: What `GANPhase` calls it.
         critic: ``(real_scores, fake_scores) -> scalar``.
-        generator: ``(fake_scores) -> scalar``.
+        generator: ``(fake_scores) -> scalar``; of a loss of pairs ``(real_scores, fake_scores) -> scalar``.
+        paired: Whether it compares each fake score with a real one, in the generator's turn too.
 
     Example:
         >>> loss = AdversarialLoss("plain", lambda real, fake: fake.mean() - real.mean(), lambda fake: -fake.mean())
@@ -31,38 +32,79 @@ class AdversarialLoss:
 
     name: str
     critic: Callable[[Tensor, Tensor], Tensor]
-    generator: Callable[[Tensor], Tensor]
+    generator: Callable[..., Tensor]
+    paired: bool = False
+
+
+def _of_fake(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return in_full_precision(loss)
 
 
 non_saturating = AdversarialLoss(
     "non-saturating",
     in_full_precision(lambda real, fake: softplus(-real).mean() + softplus(fake).mean()),
-    in_full_precision(lambda fake: softplus(-fake).mean()),
+    _of_fake(lambda fake: softplus(-fake).mean()),
 )
 """Binary cross entropy on scores as logits; the generator maximises log D (Goodfellow et al., 2014)."""
 
 hinge = AdversarialLoss(
     "hinge",
     in_full_precision(lambda real, fake: relu(1 - real).mean() + relu(1 + fake).mean()),
-    in_full_precision(lambda fake: -fake.mean()),
+    _of_fake(lambda fake: -fake.mean()),
 )
 """The hinge loss of Lim and Ye (2017) and SAGAN (Zhang et al., 2019)."""
 
 wasserstein = AdversarialLoss(
     "wasserstein",
     in_full_precision(lambda real, fake: fake.mean() - real.mean()),
-    in_full_precision(lambda fake: -fake.mean()),
+    _of_fake(lambda fake: -fake.mean()),
 )
 """The difference of mean scores (Arjovsky et al., 2017); needs a Lipschitz critic: `gradient_penalty`."""
 
 least_squares = AdversarialLoss(
     "least-squares",
     in_full_precision(lambda real, fake: ((real - 1) ** 2).mean() / 2 + (fake**2).mean() / 2),
-    in_full_precision(lambda fake: ((fake - 1) ** 2).mean() / 2),
+    _of_fake(lambda fake: ((fake - 1) ** 2).mean() / 2),
 )
 """Squared distance of scores to 1 (real) and 0 (fake), halved as in LSGAN (Mao et al., 2017)."""
 
-ADVERSARIAL_LOSSES = {loss.name: loss for loss in (non_saturating, hinge, wasserstein, least_squares)}
+
+@in_full_precision
+def relativistic_loss(higher: Tensor, lower: Tensor) -> Tensor:
+    """Return the logistic loss of pairs of scores, of which one is to be higher than the other.
+
+    The relativistic pairing loss (Jolicoeur-Martineau, 2019) of R3GAN (Huang et al., 2024). For the critic real
+    scores are to be higher than fake ones, ``relativistic_loss(real, fake)``; for the generator it is the other way
+    round.
+
+    Args:
+        higher: Scores of any shape.
+        lower: The same shape; each is compared with the one in its place.
+
+    Returns:
+        A scalar, a mean over pairs.
+
+    Raises:
+        ValueError: The shapes differ.
+
+    Example:
+        >>> round(relativistic_loss(torch.ones(3), torch.ones(3)).item(), 4)  # the logarithm of 2
+        0.6931
+    """
+    if higher.shape != lower.shape:
+        raise ValueError(
+            f"relativistic_loss was given scores of shapes {tuple(higher.shape)} and {tuple(lower.shape)}; expected "
+            "the same: as many fake rows as real ones"
+        )
+    return softplus(lower - higher).mean()
+
+
+relativistic = AdversarialLoss(
+    "relativistic", relativistic_loss, lambda real, fake: relativistic_loss(fake, real), paired=True
+)
+"""Each fake score is compared with a real one; needs a penalty on the critic's gradients (`relativistic_loss`)."""
+
+ADVERSARIAL_LOSSES = {loss.name: loss for loss in (non_saturating, hinge, wasserstein, least_squares, relativistic)}
 """By the names that `GANPhase` takes."""
 
 Critic = Callable[..., Tensor]
@@ -124,11 +166,11 @@ def gradient_penalty(
 def r1_penalty(critic: Critic, real: Tensor, *conditions: Tensor) -> Tensor:
     """Penalise the critic's gradient at real inputs: half the mean of its squared norm.
 
-    R1 (Mescheder et al., 2018); their weight is gamma, 0.1 to 10.
+    R1 (Mescheder et al., 2018); their weight is gamma, 0.1 to 10. At fake inputs it is their R2.
 
     Args:
         critic: ``(inputs, *conditions) -> scores``.
-        real: Shape (N, ...).
+        real: Real rows for R1, fake ones for R2, shape (N, ...).
         conditions: Further inputs of the critic, such as labels.
 
     Returns:

@@ -20,6 +20,10 @@ def row_errors(preds: Tensor, targets: Tensor) -> Tensor:
 
     Raises:
         ValueError: The shapes differ, and torch would broadcast them.
+
+    Example:
+        >>> row_errors(torch.zeros(2, 3), torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 3.0]]))
+        tensor([1., 3.])
     """
     if preds.shape != targets.shape:
         raise ValueError(

@@ -15,6 +15,7 @@ from fluxloop.guard.given import check_number
 from fluxloop.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss, gradient_penalty, r1_penalty
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.phases.twin import TwinPhase
+from fluxloop.schedules import Schedule, value_at
 
 if TYPE_CHECKING:
     from fluxloop.loop import Handle
@@ -30,19 +31,24 @@ class GANPhase(AbstractTrainingPhase):
     """A GAN (Goodfellow et al., 2014): the critic learns to tell real from fake, the generator to pass.
 
     1. ``fake = generator(noise)``. 2. The critic's update: its loss on the real rows and the fake
-    ones, detached, plus `gradient_penalty` and `r1`. 3. In every `critic_steps`-th step the
+    ones, detached, plus `gradient_penalty`, `r1` and `r2`. 3. In every `critic_steps`-th step the
     generator's update: its loss on the same fake rows, judged by the critic just updated (as DCGAN
     does; the paper of WGAN draws new ones, which costs another forward). Within an update block the
     other model's parameters take no gradient and cost none.
 
     Args:
-        loss: ``"non-saturating"``, ``"hinge"``, ``"wasserstein"``, ``"least-squares"``, or an
+        loss: ``"non-saturating"``, ``"hinge"``, ``"wasserstein"``, ``"least-squares"``, ``"relativistic"``, or an
             `AdversarialLoss`.
         noise: The generator's input: a size, the shape of a row, or a function of the number of
             rows and the device.
         critic_steps: Critic updates per generator update, each on a batch of its own.
         gradient_penalty: Weight of WGAN-GP's penalty (10 in the paper).
-        r1: Weight of the R1 penalty (its gamma).
+        r1: Weight of the R1 penalty, its gamma: the critic's loss gets ``r1 / 2`` times the mean squared norm of its
+            gradient at real rows. A number, or a schedule over critic updates.
+        r2: The same at fake rows. R3GAN is ``GANPhase("relativistic", r1=gamma, r2=gamma)``.
+        every: In which critic updates the penalties are computed: the first, and each so many-th after it, with so
+            many times their weight (lazy regularisation; Karras et al., 2020: 16). StyleGAN2's code makes an update
+            of its own for them, for which it changes Adam's rate and betas; here they are part of the critic's.
         conditional: Whether both models take labels too, ``generator(noise, ys)`` and
             ``critic(xs, ys)``; batches are then pairs.
         generator: Name of the generator and its optimizer; left out, found by name
@@ -59,7 +65,7 @@ class GANPhase(AbstractTrainingPhase):
     `LossBegin`                     ``noise``, ``fake``, ``real_scores``, ``fake_scores``
     `BackwardBegin`, `BackwardEnd`  ``losses[critic]``, ``penalty`` where there is one
     `UpdateBegin`, `UpdateEnd`      of the critic
-    `LossBegin`                     ``fake_scores``, with a graph to the generator
+    `LossBegin`                     ``fake_scores``, with a graph to the generator; of pairs ``real_scores`` too
     `BackwardBegin` … `UpdateEnd`   of the generator, ``losses[generator]``
     `StepEnd`
     ==============================  ===================================================
@@ -85,7 +91,9 @@ class GANPhase(AbstractTrainingPhase):
         noise: Noise = 64,
         critic_steps: int = 1,
         gradient_penalty: float = 0.0,
-        r1: float = 0.0,
+        r1: float | Schedule = 0.0,
+        r2: float | Schedule = 0.0,
+        every: int = 1,
         conditional: bool = False,
         generator: str | None = None,
         critic: str | None = None,
@@ -96,9 +104,11 @@ class GANPhase(AbstractTrainingPhase):
                 f"GANPhase(loss={loss!r}) was given; expected one of {list(ADVERSARIAL_LOSSES)}, or an AdversarialLoss"
                 f"{hint}"
             )
-        check_number("GANPhase", "critic_steps", critic_steps, least=1, whole=True, error=PhaseError)
-        for name, given in (("gradient_penalty", gradient_penalty), ("r1", r1)):
-            check_number("GANPhase", name, given, least=0, error=PhaseError)
+        for name, count in (("critic_steps", critic_steps), ("every", every)):
+            check_number("GANPhase", name, count, least=1, whole=True, error=PhaseError)
+        for name, weight in (("gradient_penalty", gradient_penalty), ("r1", r1), ("r2", r2)):
+            if name == "gradient_penalty" or not callable(weight):
+                check_number("GANPhase", name, weight, least=0, error=PhaseError)
         if not (callable(noise) or isinstance(noise, (tuple, list))):
             check_number("GANPhase", "noise", noise, least=1, whole=True, error=PhaseError)
         for role, model in (("generator", generator), ("critic", critic)):
@@ -111,23 +121,30 @@ class GANPhase(AbstractTrainingPhase):
         self.critic_steps = critic_steps
         self.gradient_penalty = gradient_penalty
         self.r1 = r1
+        self.r2 = r2
+        self.every = every
         self.conditional = conditional
         self.roles = {"generator": generator, "critic": critic}
         self._count(0)
 
     def entries(self, batch: Any) -> dict[str, Any]:
-        """Return ``real``, and ``ys`` where both models take labels."""
+        """Return ``real``, ``ys`` where both models take labels, and ``r1`` and ``r2`` where they have schedules."""
         pair = isinstance(batch, (tuple, list))
         if not pair and not isinstance(batch, Tensor):
             raise BatchError(
                 f"GANPhase was given {describe(batch)} as a batch; expected real rows, (real,) or (real, ys). For "
                 "others say what is real in the phase's entries(batch)"
             )
-        if not self.conditional:
-            return {"real": batch[0] if pair else batch}
-        if not pair or len(batch) != 2:
+        if self.conditional and (not pair or len(batch) != 2):
             raise BatchError(f"GANPhase(conditional=True) was given {describe(batch)} as a batch; expected (real, ys)")
-        return {"real": batch[0], "ys": batch[1]}
+        entries = {"real": batch[0] if pair else batch}
+        if self.conditional:
+            entries["ys"] = batch[1]
+        for name, weight in (("r1", self.r1), ("r2", self.r2)):
+            if callable(weight):
+                dtype = torch.float64 if getattr(entries["real"], "dtype", None) == torch.float64 else torch.float32
+                entries[name] = torch.tensor(value_at(weight, self._critic_updates), dtype=dtype)
+        return entries
 
     def draw_noise(self, state: StepState) -> Tensor:
         """Draw the generator's input for a batch."""
@@ -159,8 +176,12 @@ class GANPhase(AbstractTrainingPhase):
         if self._generator_too:
             with learner.optimizing(generator_name) as block:
                 state.fake_scores = critic(state.fake, *labels)
+                paired = self.adversarial.paired
+                if paired:
+                    with torch.no_grad():  # by the critic just updated
+                        state.real_scores = critic(state.real, *labels)
                 handle(LossBegin())
-                block.loss = self.adversarial.generator(state.fake_scores)
+                block.loss = self.adversarial.generator(*([state.real_scores] if paired else []), state.fake_scores)
 
     def finish(self, learner: Any, state: StepState) -> None:
         """Count the critic's update; where it is one of several batches, with the last of them."""
@@ -176,24 +197,33 @@ class GANPhase(AbstractTrainingPhase):
             self._count(self._critic_updates + 1)
 
     def _count(self, critic_updates: int) -> None:
-        """Note how often the critic was updated, and whether the generator is, too, in the next step."""
+        """Note how often the critic was updated, and what else the next step does."""
         self._waits = False
         self._critic_updates: int = critic_updates
         self._generator_too = (critic_updates + 1) % self.critic_steps == 0
+        self._penalized = critic_updates % self.every == 0
 
     def penalized(
         self, loss: Tensor, critic: nn.Module, state: StepState, fake: Tensor, labels: tuple[Tensor, ...]
     ) -> Tensor:
         """Add the penalties on the critic's gradient, and store them as ``penalty``."""
         penalty: Tensor | float = 0.0
+        if not self._penalized:
+            return loss
         if self.gradient_penalty:
             epsilon = self.draw_epsilon(state)
             between = gradient_penalty(critic, state.real, fake, *labels, epsilon=epsilon)
             penalty = penalty + self.gradient_penalty * between
         if self.r1:
-            penalty = penalty + self.r1 * r1_penalty(critic, state.real, *labels)
+            weight = state.r1 if callable(self.r1) else self.r1
+            penalty = penalty + weight * r1_penalty(critic, state.real, *labels)
+        if self.r2:
+            weight = state.r2 if callable(self.r2) else self.r2
+            penalty = penalty + weight * r1_penalty(critic, fake, *labels)
         if not isinstance(penalty, Tensor):
             return loss
+        if self.every > 1:
+            penalty = penalty * self.every
         state.penalty = penalty.detach()
         return loss + penalty
 
@@ -260,10 +290,10 @@ class GANValidationPhase(TwinPhase):
         state.fake = generator(state.noise, *labels)
         state.real_scores, state.fake_scores = critic(state.real, *labels), critic(state.fake, *labels)
         handle(LossBegin())
-        adversarial = self.training.adversarial
+        adversarial, pair = self.training.adversarial, (state.real_scores, state.fake_scores)
         state.losses = {
             critic_name: adversarial.critic(state.real_scores, state.fake_scores),
-            generator_name: adversarial.generator(state.fake_scores),
+            generator_name: adversarial.generator(*pair[not adversarial.paired :]),
         }
 
     def check(self, learner: Any) -> None:

@@ -292,6 +292,15 @@ def test_a_gan_is_compiled_with_a_graph_for_each_kind_of_step() -> None:
     assert compiled.history[GANPhase].updates == eager.history[GANPhase].updates == {"D": 12, "G": 6}
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("plain")
+def test_a_relativistic_gan_with_lazy_penalties_is_compiled_with_a_graph_for_each_kind_of_step() -> None:
+    models = lambda: {"G": nn.Linear(8, 16), "D": nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 1))}  # noqa: E731
+    phases = lambda: [GANPhase("relativistic", noise=8, r1=linear(9, 1.0, 0.1), r2=0.5, every=2)]  # noqa: E731
+    _, compiled = both(4, phases=phases, model=models, loss_fn=None, optimizer=ADAM)
+    assert graphs(compiled, GANPhase) == 4  # with penalties and without, full batches and the ragged one
+
+
 class TwoRates(PerOptimizerPhase):
     def loss(self, learner: Any, state: Any, name: str | None) -> Tensor:
         loss: Tensor = learner.loss_fn(state.preds, state.ys)

@@ -670,7 +670,10 @@ def of_losses() -> dict[str, Any]:
         "squared_error": (losses.squared_error, z1, z2),
         "kl_standard_normal": (losses.kl_standard_normal, z1, z2),
         **{f"{name} critic": (loss.critic, z1[:, 0], z2[:, 0]) for name, loss in losses.ADVERSARIAL_LOSSES.items()},
-        **{f"{name} generator": (loss.generator, z1[:, 0]) for name, loss in losses.ADVERSARIAL_LOSSES.items()},
+        **{
+            f"{name} generator": (loss.generator, *(z1[:, 0], z2[:, 0])[: 1 + loss.paired])
+            for name, loss in losses.ADVERSARIAL_LOSSES.items()
+        },
     }
 
 

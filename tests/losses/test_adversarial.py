@@ -14,6 +14,8 @@ from fluxloop.losses import ADVERSARIAL_LOSSES, AdversarialLoss, gradient_penalt
 
 Score = Callable[[float], float]
 
+UNPAIRED = {name: loss for name, loss in ADVERSARIAL_LOSSES.items() if not loss.paired}
+
 by_score: dict[str, tuple[Score, Score, Score]] = {
     "non-saturating": (
         lambda r: -math.log(1 / (1 + math.exp(-r))),
@@ -62,7 +64,7 @@ def test_the_losses_are_means_of_what_the_papers_say_of_each_score(
     of_real, of_fake, of_generated = by_score[name]
     critic = math.fsum(map(of_real, real.tolist())) / reals + math.fsum(map(of_fake, fake.tolist())) / fakes
     generator = math.fsum(map(of_generated, fake.tolist())) / fakes
-    loss = ADVERSARIAL_LOSSES[name]
+    loss = UNPAIRED[name]
     assert loss.critic(real, fake).item() == pytest.approx(critic, rel=1e-12)
     assert loss.generator(fake).item() == pytest.approx(generator, rel=1e-12)
 
@@ -89,7 +91,7 @@ def test_the_non_saturating_loss_is_binary_cross_entropy_with_logits() -> None:
     torch.testing.assert_close(loss.generator(fake), bce(fake, torch.ones_like(fake)))
 
 
-@pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES.values(), ids=list(ADVERSARIAL_LOSSES))
+@pytest.mark.parametrize("loss", UNPAIRED.values(), ids=list(UNPAIRED))
 def test_the_shape_of_the_scores_does_not_matter(loss: AdversarialLoss) -> None:
     real, fake = scores(0, 12), scores(1, 12)
     expected = loss.critic(real, fake), loss.generator(fake)
@@ -99,7 +101,7 @@ def test_the_shape_of_the_scores_does_not_matter(loss: AdversarialLoss) -> None:
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES.values(), ids=list(ADVERSARIAL_LOSSES))
+@pytest.mark.parametrize("loss", UNPAIRED.values(), ids=list(UNPAIRED))
 def test_extreme_scores_give_finite_losses_and_gradients(loss: AdversarialLoss) -> None:
     real = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4], requires_grad=True)
     fake = real.detach().flip(0).requires_grad_()
@@ -109,7 +111,7 @@ def test_extreme_scores_give_finite_losses_and_gradients(loss: AdversarialLoss) 
     torch.testing.assert_close(critic, loss.critic(real.double(), fake.double()).float())
 
 
-@pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES.values(), ids=list(ADVERSARIAL_LOSSES))
+@pytest.mark.parametrize("loss", UNPAIRED.values(), ids=list(UNPAIRED))
 def test_the_critic_tells_real_from_fake_and_the_generator_works_against_it(loss: AdversarialLoss) -> None:
     real, fake = torch.zeros(4, requires_grad=True), torch.zeros(4, requires_grad=True)
     to_real, to_fake = torch.autograd.grad(loss.critic(real, fake), (real, fake), allow_unused=True)
@@ -120,10 +122,37 @@ def test_the_critic_tells_real_from_fake_and_the_generator_works_against_it(loss
 
 
 def test_every_adversarial_loss_is_found_by_its_name() -> None:
-    assert set(ADVERSARIAL_LOSSES) == {"non-saturating", "hinge", "wasserstein", "least-squares"}
+    assert set(ADVERSARIAL_LOSSES) == {"non-saturating", "hinge", "wasserstein", "least-squares", "relativistic"}
     assert all(loss.name == name for name, loss in ADVERSARIAL_LOSSES.items())
     offered = [value for value in vars(losses).values() if isinstance(value, AdversarialLoss)]
     assert {id(loss) for loss in offered} == {id(loss) for loss in ADVERSARIAL_LOSSES.values()}
+
+
+def test_the_relativistic_loss_is_a_logistic_loss_of_each_pair_also_in_its_gradient() -> None:
+    real, fake = scores(0, 5).requires_grad_(), scores(1, 5).requires_grad_()
+    pairs = list(zip(real.tolist(), fake.tolist(), strict=True))
+    critic, generator = losses.relativistic.critic(real, fake), losses.relativistic.generator(real, fake)
+    assert critic.item() == pytest.approx(math.fsum(math.log(1 + math.exp(f - r)) for r, f in pairs) / 5, rel=1e-12)
+    assert generator.item() == pytest.approx(math.fsum(math.log(1 + math.exp(r - f)) for r, f in pairs) / 5, rel=1e-12)
+    to_real, to_fake = torch.autograd.grad(critic, (real, fake))
+    slopes = [1 / (1 + math.exp(r - f)) / 5 for r, f in pairs]
+    assert to_fake.tolist() == pytest.approx(slopes, rel=1e-9)
+    assert to_real.tolist() == pytest.approx([-each for each in slopes], rel=1e-9)
+    assert torch.autograd.grad(generator, fake)[0].tolist() == pytest.approx(
+        [-1 / (1 + math.exp(f - r)) / 5 for r, f in pairs], rel=1e-9
+    )
+
+
+def test_scores_that_are_no_pairs_are_an_error_and_not_broadcast() -> None:
+    with pytest.raises(ValueError, match=r"shapes \(4, 1\) and \(4,\); expected the same"):
+        losses.relativistic_loss(torch.zeros(4, 1), torch.zeros(4))
+
+
+def test_extreme_pairs_have_finite_losses_and_gradients() -> None:
+    real = torch.tensor([-1e4, 0.0, 1e4], requires_grad=True)
+    loss = losses.relativistic_loss(real, real.detach().flip(0))
+    assert loss.isfinite()
+    assert torch.autograd.grad(loss, real)[0].isfinite().all()
 
 
 # Gradient penalty

@@ -30,6 +30,7 @@ from fluxloop import (
     TensorBatches,
     TrainingPhase,
     UnsafeCallback,
+    linear,
     on,
     runstep,
     stream_seed,
@@ -113,6 +114,8 @@ def critic_loss(name: str, real: Tensor, fake: Tensor) -> Tensor:
         return relu(1 - real).mean() + relu(1 + fake).mean()
     if name == "wasserstein":
         return fake.mean() - real.mean()
+    if name == "relativistic":
+        return softplus(-(real - fake)).mean()
     return ((real - 1) ** 2).mean() / 2 + (fake**2).mean() / 2
 
 
@@ -137,6 +140,8 @@ class ByHand:
     critic_steps: int = 1
     gradient_penalty: float = 0.0
     r1: float = 0.0
+    r2: float = 0.0
+    every: int = 1
     norm: bool = True
     conditional: bool = False
     noise: Callable[[int], Tensor] = lambda count: torch.randn(count, NOISE)
@@ -152,8 +157,10 @@ class ByHand:
             fake = gen(self.noise(len(real)), *labels)
             step_dis.zero_grad()
             loss = critic_loss(self.loss, dis(real, *labels), dis(fake.detach(), *labels))
-            penalty = self.penalty(dis, real, fake.detach(), labels)
+            due = len(losses) % self.every == 0
+            penalty = self.penalty(dis, real, fake.detach(), labels) if due else None
             if penalty is not None:
+                penalty = penalty if self.every == 1 else penalty * self.every
                 loss = loss + penalty
                 penalties.append(penalty.detach())
             loss.backward()
@@ -161,7 +168,11 @@ class ByHand:
             losses.append({"critic": loss.detach()})
             if len(losses) % self.critic_steps == 0:
                 step_gen.zero_grad()
-                loss = generator_loss(self.loss, dis(fake, *labels))
+                if self.loss == "relativistic":
+                    judged = dis(fake, *labels)
+                    loss = softplus(-(judged - dis(real, *labels).detach())).mean()
+                else:
+                    loss = generator_loss(self.loss, dis(fake, *labels))
                 loss.backward()
                 step_gen.step()
                 losses[-1]["generator"] = loss.detach()
@@ -177,6 +188,9 @@ class ByHand:
         if self.r1:
             gradient = input_gradient(dis, real.detach().requires_grad_(), labels)
             terms.append(self.r1 * ((gradient**2).sum(1).mean() / 2))
+        if self.r2:
+            gradient = input_gradient(dis, fake.requires_grad_(), labels)
+            terms.append(self.r2 * ((gradient**2).sum(1).mean() / 2))
         return sum(terms[1:], terms[0]) if terms else None
 
 
@@ -226,6 +240,46 @@ def test_losses_weights_and_batch_norm_statistics_equal_those_of_a_hand_written_
 ) -> None:
     said: dict[str, Any] = {"critic_steps": critic_steps, "conditional": conditional, **PENALTIES[penalty]}
     assert_trains_as_by_hand(GANPhase(loss, noise=NOISE, **said), ByHand(loss, **said), steps)
+
+
+R3GAN: dict[str, Any] = {"r1": 0.5, "r2": 0.3}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{}, R3GAN, {**R3GAN, "every": 3}, {**R3GAN, "critic_steps": 2, "conditional": True}],
+    ids=["no penalty", "R3GAN", "lazy", "conditional"],
+)
+def test_a_relativistic_gan_with_penalties_at_real_and_fake_rows_equals_a_hand_written_loop(said: Any) -> None:
+    steps = 7
+    assert_trains_as_by_hand(GANPhase("relativistic", noise=NOISE, **said), ByHand("relativistic", **said), steps)
+
+
+def test_lazy_penalties_come_in_every_so_many_critic_updates_with_so_many_times_their_weight() -> None:
+    log = LossLog()
+    phase = GANPhase(noise=NOISE, r1=0.5, every=3, critic_steps=2)
+    learner_of(log, steps=7, norm=False).fit(1, phases=[phase])
+    once = LossLog()
+    learner_of(once, steps=7, norm=False).fit(1, phases=[GANPhase(noise=NOISE, r1=0.5)])
+    assert len(log.penalties) == 3  # at the updates 0, 3 and 6
+    assert torch.equal(log.penalties[0], 3 * once.penalties[0])
+    other = GANPhase(noise=NOISE, r1=0.5, every=3, critic_steps=2)
+    other.load_state_dict(phase.state_dict())
+    learner_of(more := LossLog(), steps=3, norm=False).fit(1, phases=[other])
+    assert len(more.penalties) == 1  # the update 9 alone, of 7, 8 and 9
+
+
+def test_the_weight_of_a_penalty_may_fall_over_critic_updates() -> None:
+    log, constant = LossLog(), LossLog()
+    learner_of(log, norm=False).fit(1, phases=[GANPhase("relativistic", noise=NOISE, r1=lambda t: 0.5 / (1 + t))])
+    learner_of(constant, norm=False).fit(1, phases=[GANPhase("relativistic", noise=NOISE, r1=0.5)])
+    assert torch.equal(log.penalties[0], constant.penalties[0])
+    rising = LossLog()
+    learner = learner_of(rising, norm=False, optimizer=partial(torch.optim.SGD, lr=0.0))
+    learner.fit(1, phases=[GANPhase(noise=NOISE, r2=linear(4, 0.0, 4.0), critic_steps=9)])
+    assert learner.step.r2.item() == 4.0
+    assert rising.penalties[0] == 0
+    assert all(penalty / number > 0.5 for number, penalty in enumerate(rising.penalties) if number and penalty > 0.5)
 
 
 NOISES: dict[str, tuple[Any, Callable[[int], Tensor]]] = {
@@ -560,7 +614,7 @@ def test_an_unknown_loss_is_an_error_that_lists_those_there_are(loss: str, hint:
     with pytest.raises(PhaseError, match=hint) as raised:
         GANPhase(loss)
     assert f"GANPhase(loss={loss!r})" in str(raised.value)
-    assert str(list(LOSSES)) in str(raised.value)
+    assert str([*LOSSES, "relativistic"]) in str(raised.value)
 
 
 @pytest.mark.parametrize("critic_steps", [0, -1])
