@@ -440,11 +440,14 @@ resolve_conflict = Dispatcher(
     doc="""Return how two callbacks that touch the same path get along.
 
 Register a function for two callback types; it is looked up in both directions and returns
-`RunFirst(callback)`, `NoConflict()` or `Unresolvable()`::
+`RunFirst(callback)`, `NoConflict()` or `Unresolvable()`:
 
-    @resolve_conflict.register(Scheduler, WarmRestarts)
-    def _(a, b):
-        return RunFirst(a)
+>>> Scale, Shift = (type(name, (Callback,), {"writes": ("step.xs",)}) for name in ("Scale", "Shift"))
+>>> @resolve_conflict.register(Shift, Scale)
+... def _(shift, scale):
+...     return RunFirst(scale)
+>>> resolve_conflict(Shift(), Scale())
+RunFirst(callback=Scale(...))
 """,
 )
 

@@ -56,6 +56,11 @@ class Counts(Container):
             the phase's own epoch, or that of the training before it.
         label: What logs call it: the data key of the phase that was alone on the data when it first ran, of another one
             its name.
+
+    Example:
+        >>> counts = testing.toy_learner(Recorder(), num_batches=4).fit(3)[TrainingPhase]
+        >>> counts.epochs, counts.steps, counts.steps_epoch, counts.updates
+        (3, 12, 4, {None: 12})
     """
 
     epochs: int = 0
@@ -86,6 +91,11 @@ class History(Container):
         seed: The seed that decides the run's random numbers.
         cycles: Passes through the phases of a fit that were completed.
         stop_reason: Why the last fit stopped early, or None.
+
+    Example:
+        >>> history = testing.toy_learner(Recorder(), Metrics(mae)).fit(2)
+        >>> history.cycles, history.stop_reason, history[TrainingPhase].epochs, len(history["validation/mae"])
+        (2, None, 2, 2)
     """
 
     def __init__(self, shared: SharedState, seed: int) -> None:

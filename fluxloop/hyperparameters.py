@@ -367,6 +367,9 @@ get_hyperparameter = _OnHyperParameter(
     doc="""Return the present value of a hyperparameter: ``get_hyperparameter(learner, LearningRate)``.
 
 Of an optimizer's option in several parameter groups with different values it is a tuple of them.
+
+>>> get_hyperparameter(testing.toy_learner(), LearningRate)
+0.001
 """,
 )
 
@@ -375,6 +378,11 @@ set_hyperparameter = _OnHyperParameter(
     doc="""Set a hyperparameter: ``set_hyperparameter(learner, LearningRate("G"), 1e-4)``.
 
 It is in use from the optimizer's next step on. Where an optimizer holds a tensor, it is filled in place.
+
+>>> learner = testing.toy_learner()
+>>> set_hyperparameter(learner, LearningRate, 0.01)
+>>> get_hyperparameter(learner, LearningRate)
+0.01
 """,
 )
 

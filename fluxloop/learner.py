@@ -57,28 +57,26 @@ class Learner(KeepsState, HasCallbacks, Generic[M]):
 
     Args:
         model: A module; or several as a mapping of names, a named tuple, or a tuple.
-        loss_fn: ``(preds, ys) -> scalar``, a function or a module. A phase with losses of its own
-            needs none.
-        data: ``(train,)``, ``(train, valid)``, a mapping with any names, or nothing: then give it
-            to `fit` or `epoch`. Any iterable of batches; tensors, arrays and datasets become
-            loaders with batches of 32 rows (see `as_dataloader`), shuffled for training.
-        optimizer: A factory that takes parameters (a class, a ``functools.partial``), an
-            optimizer, or a mapping of names to either. A factory makes one optimizer per model. An
-            `Adam` or `AdamW` that it makes is fused where that is possible: results agree with the
-            plain loop's to float tolerance. ``fused=False`` in the factory gives its bits; so does
-            an optimizer made beforehand, which is left as it is.
+        loss_fn: ``(preds, ys) -> scalar``, a function or a module. A phase with losses of its own needs none.
+        data: ``(train,)``, ``(train, valid)``, a mapping with any names, or nothing: then give it to `fit` or `epoch`.
+            Any iterable of batches; tensors, arrays and datasets become loaders with batches of 32 rows (see
+            `as_dataloader`), shuffled for training.
+        optimizer: A factory that takes parameters (a class, a ``functools.partial``), an optimizer, or a mapping of
+            names to either. A factory makes one optimizer per model. An `Adam` or `AdamW` that it makes is fused where
+            that is possible: results agree with the plain loop's to float tolerance. ``fused=False`` in the factory
+            gives its bits; so does an optimizer made beforehand, which is left as it is.
         callbacks: In any order.
         default_callbacks: Whether to add `Recorder`, `Metrics`, `ProgressBar`, `MetricsPrinter` and
             `StopOnNaNLoss`; one passed in `callbacks` replaces the default of its type.
         accelerator: Where tensors are computed; left out, the fastest device of the machine.
-        seed: Decides all random numbers of the run, 0 … 2**32 - 1. Left out, it is drawn from
-            torch's global generator, so that ``torch.manual_seed`` decides.
+        seed: Decides all random numbers of the run, 0 … 2**32 - 1. Left out, it is drawn from torch's global generator,
+            so that ``torch.manual_seed`` decides.
 
     Attributes:
-        model: The module, or a named tuple (tuple) of modules: ``learner.model.generator``. A
-            `NamedTuple` of the user's keeps its type, for type checkers too.
-        weights: Every module by name: ``weights["generator"]``, ``weights["encoder.0"]``, and
-            averaged copies as ``weights["generator@ema"]``.
+        model: The module, or a named tuple (tuple) of modules: ``learner.model.generator``. A `NamedTuple` of the
+            user's keeps its type, for type checkers too.
+        weights: Every module by name: ``weights["generator"]``, ``weights["encoder.0"]``, and averaged copies as
+            ``weights["generator@ema"]``.
         params: Their parameters, in the same structure.
         optimizer: The optimizer, or a named tuple of them.
         data: What each kind of phase runs on: ``learner.data.training``.
@@ -105,6 +103,10 @@ class Learner(KeepsState, HasCallbacks, Generic[M]):
         DataError: Data that cannot be loaded.
         CallbackError: The callbacks have no order (one of its kinds).
         CompileError: Steps are to be compiled whole, and a callback needs a moment inside them.
+
+    >>> model, rows = nn.Linear(4, 1), torch.randn(64, 4)
+    >>> history = Learner(model, nn.functional.mse_loss, data=((rows, rows[:, :1]),)).fit(1)
+    TrainingPhase      epoch 1    loss ...
     """
 
     def __init__(
@@ -311,9 +313,8 @@ class Learner(KeepsState, HasCallbacks, Generic[M]):
     def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
         """Compute the gradients of a scalar loss.
 
-        Inside an update block these are the gradients of its optimizer's parameters, elsewhere of all
-        parameters that the loss reaches. Gradients that an update has used are released first; to
-        others the new ones are added.
+        Inside an update block these are the gradients of its optimizer's parameters, elsewhere of all parameters that
+        the loss reaches. Gradients that an update has used are released first; to others the new ones are added.
 
         Raises:
             LossError: No scalar, no gradient, or it is unclear whose loss it is.
@@ -323,11 +324,10 @@ class Learner(KeepsState, HasCallbacks, Generic[M]):
     def update(self, name: str | int | None = None, *, closure: Callable[[], Any] | None = None) -> None:
         """Step the optimizer `name`, the open block's, or all in order; fires `UpdateBegin` and `UpdateEnd`.
 
-        A closure is for optimizers that compute gradients several times in a step (`LBFGS`,
-        sharpness-aware minimization). `UpdateBegin` is then fired for all gradients: for those that
-        wait when this is called, if any do, and for those of each call of the closure, so that each is
-        clipped and looked at. It is one update, with one `UpdateEnd`. If anything is raised on the
-        way, the parameters and the optimizer's state are put back.
+        A closure is for optimizers that compute gradients several times in a step (`LBFGS`, sharpness-aware
+        minimization). `UpdateBegin` is then fired for all gradients: for those that wait when this is called, if any
+        do, and for those of each call of the closure, so that each is clipped and looked at. It is one update, with one
+        `UpdateEnd`. If anything is raised on the way, the parameters and the optimizer's state are put back.
 
         Args:
             name: Of the optimizer.
@@ -364,8 +364,7 @@ class Learner(KeepsState, HasCallbacks, Generic[M]):
     def host(self, tensor: Tensor, then: Callable[[Any], object]) -> None:
         """Call ``then(number)`` when a scalar is on the host, without waiting for the device.
 
-        On the CPU that is at once; elsewhere at the end of a later step, at the latest before the
-        epoch ends.
+        On the CPU that is at once; elsewhere at the end of a later step, at the latest before the epoch ends.
         """
         self._host_queue.request(tensor, then)
 

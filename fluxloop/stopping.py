@@ -197,7 +197,10 @@ class AllOf(_Pair):
 
 @define
 class Never(Criterion):
-    """Never stop."""
+    """Never stop.
+
+    >>> Never().start().update(float("nan"))  # None: go on
+    """
 
     needs_mode = False
 
@@ -208,7 +211,11 @@ class Never(Criterion):
 
 @define
 class InvalidValue(Criterion):
-    """Stop when a value or a training loss is NaN or infinite, and at every value after it."""
+    """Stop when a value or a training loss is NaN or infinite, and at every value after it.
+
+    >>> InvalidValue().start().update(float("nan")) is None, InvalidValue().start().update(0.5) is None
+    (False, True)
+    """
 
     needs_mode = False
 
@@ -229,6 +236,8 @@ class TimeLimit(Criterion):
 
     Args:
         seconds: Above 0.
+
+    >>> TimeLimit(3600).start().update(0.5)  # None: an hour has not passed
     """
 
     needs_mode = False
@@ -258,6 +267,10 @@ class GL(Criterion):
 
     Args:
         alpha: Per cent, above 0.
+
+    >>> running = GL(alpha=10.0).start()
+    >>> [running.update(value) is not None for value in (1.0, 0.5, 0.52, 0.6)]  # 4 and 20 per cent worse than 0.5
+    [False, False, False, True]
     """
 
     alpha: float = field(default=2.0, validator=_positive)
@@ -292,6 +305,10 @@ class PQ(GL):
         alpha: Largest quotient of the two, above 0.
         k: Number of training losses, 2 or more.
         tol: Least progress, above 0.
+
+    >>> running = PQ(alpha=0.75, k=2).start()
+    >>> [running.update(0.5, (1.0, 0.9)) is None, running.update(0.9, (0.9, 0.9)) is None]  # worse, without progress
+    [True, False]
     """
 
     alpha: float = field(default=0.75, validator=_positive)
@@ -330,6 +347,10 @@ class Patience(Criterion):
 
     Args:
         n: How many, 1 or more.
+
+    >>> running = Patience(2).start()
+    >>> [running.update(value) for value in (1.0, 1.1, 1.2)]
+    [None, None, '2 increases in a row, to 1.2']
     """
 
     n: int = field(default=5, validator=_count)
@@ -354,6 +375,10 @@ class NoImprovement(Criterion):
     Args:
         n: How many, 1 or more.
         min_delta: An improvement is by more than this, in the value's unit, 0 or more.
+
+    >>> running = NoImprovement(2).start()
+    >>> [running.update(value) is not None for value in (1.0, 1.2, 0.9, 1.1, 1.0)]
+    [False, False, False, False, True]
     """
 
     n: int = field(default=6, validator=_count)
@@ -389,6 +414,10 @@ class NumberLimit(Criterion):
 
     Args:
         n: 1 or more.
+
+    >>> running = NumberLimit(2).start()
+    >>> [running.update(value) is not None for value in (0.5, 0.4)]
+    [False, True]
     """
 
     needs_mode = False
@@ -408,6 +437,10 @@ class Threshold(Criterion):
 
     Args:
         value: In the value's unit.
+
+    >>> running = Threshold(0.9).start("max")
+    >>> [running.update(accuracy) is not None for accuracy in (0.5, 0.95)]
+    [False, True]
     """
 
     value: float = field(default=0.0, validator=_number)
@@ -426,6 +459,10 @@ class Warmup(Criterion):
     Args:
         criterion: Any.
         n: How many values it does not see, 1 or more.
+
+    >>> running = Warmup(Threshold(0.1), n=2).start()
+    >>> [running.update(value) is not None for value in (0.0, 0.0, 0.0)]
+    [False, False, True]
     """
 
     criterion: Criterion = field(validator=_criterion)

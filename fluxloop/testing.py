@@ -36,18 +36,18 @@ from fluxloop.state import Container, State
 
 
 class Coefficient(nn.Module):
-    """The model with one weight: ``preds = xs * value``."""
+    """The model with one weight: ``preds = xs * value``.
+
+    >>> Coefficient(3.0)(torch.ones(2, 1)).flatten().tolist()
+    [3.0, 3.0]
+    """
 
     def __init__(self, value: float = 0.0) -> None:
         super().__init__()
         self.value = nn.Parameter(torch.tensor([value]))
 
     def forward(self, xs: Tensor) -> Tensor:
-        """Multiply.
-
-        Args:
-            xs: Shape (N, 1).
-        """
+        """Multiply inputs of shape (N, 1)."""
         return xs * self.value
 
 
@@ -78,11 +78,10 @@ def toy_learner(
         seed: Decides the data and the run.
         options: Further arguments of `Learner`.
 
-    Example:
-        >>> learner = toy_learner()
-        >>> history = learner.fit(5)
-        >>> abs(learner.model.value.item() - 3) < 0.1
-        True
+    >>> learner = toy_learner()
+    >>> history = learner.fit(5)
+    >>> abs(learner.model.value.item() - 3) < 0.1
+    True
     """
     generator = torch.Generator().manual_seed(seed)
     xs = 1 + 99 * torch.rand(num_batches * batch_size, 1, generator=generator)
@@ -100,10 +99,11 @@ def toy_learner(
 
 @define
 class EventRecorder(Callback):
-    """Record every event that is fired, in order, with its phase.
+    """Record every event that is fired, in order, with its phase, in ``trace``.
 
-    Attributes:
-        trace: ``[("FitBegin", "FittingPhase"), …]``.
+    >>> recorder = EventRecorder()
+    >>> toy_learner(recorder).fit(1), recorder.trace[0]
+    (..., ('FitBegin', 'FittingPhase'))
     """
 
     trace: list[tuple[str, str]] = field(factory=list, init=False)
@@ -132,6 +132,8 @@ def assert_order(learner: Learner, *callbacks: type[Callback] | str) -> None:
 
     Raises:
         AssertionError: One is missing, or no chain of edges orders two neighbours.
+
+    >>> assert_order(toy_learner(Metrics(), Recorder()), Recorder, Metrics)
     """
     ids = [callback if isinstance(callback, str) else _id_of(learner, callback) for callback in callbacks]
     for id in ids:
@@ -151,7 +153,11 @@ def _id_of(learner: Learner, cls: type[Callback]) -> str:
 
 
 def bits(learner: Learner) -> dict[str, Tensor]:
-    """Return a copy of every parameter, buffer and optimizer tensor by name, to compare with another's."""
+    """Return a copy of every parameter, buffer and optimizer tensor by name, to compare with another's.
+
+    >>> bits(toy_learner())
+    {'model..value': tensor([0.])}
+    """
     found: dict[str, Tensor] = {}
     for model_name, model in learner.models.items():
         for name, tensor in model.state_dict().items():
@@ -174,6 +180,8 @@ def assert_same_bits(first: Learner, second: Learner) -> None:
 
     Raises:
         AssertionError: Names the first tensor that differs, and by how much.
+
+    >>> assert_same_bits(toy_learner(seed=1), toy_learner(seed=1))
     """
     a, b = bits(first), bits(second)
     if a.keys() != b.keys():
@@ -200,10 +208,8 @@ def assert_observer(observer: Callback | Phase, make_learner: Callable[[], Learn
         AssertionError: A weight or an optimizer state differs.
         TypeError: `observer` is neither.
 
-    Example:
-        >>> from fluxloop import ValidationPhase
-        >>> assert_observer(EventRecorder(), toy_learner)
-        >>> assert_observer(ValidationPhase(), toy_learner)
+    >>> assert_observer(EventRecorder(), toy_learner)
+    >>> assert_observer(ValidationPhase(), toy_learner)
     """
     plain, watched = make_learner(), make_learner()
     phases: list[Phase] = [TrainingPhase()]
@@ -232,10 +238,9 @@ def assert_resumes_exactly(
 ) -> None:
     """Assert that a run that is killed and resumed ends as one that is not, to the bit.
 
-    Trains to the end; then, for each moment between two steps at which a checkpoint can be written,
-    trains up to it, writes a file, and has a new learner go on from that. At the end everything a
-    checkpoint keeps is compared: weights, optimizers, metrics, counts, random streams, and the states of
-    callbacks and phases.
+    Trains to the end; then, for each moment between two steps at which a checkpoint can be written, trains up to it,
+    writes a file, and has a new learner go on from that. At the end everything a checkpoint keeps is compared: weights,
+    optimizers, metrics, counts, random streams, and the states of callbacks and phases.
 
     Args:
         make_learner: Makes the same learner each time, as a new process would: seed what it draws, and
@@ -248,8 +253,7 @@ def assert_resumes_exactly(
     Raises:
         AssertionError: Something differs; names the moment and the first part.
 
-    Example:
-        >>> assert_resumes_exactly(toy_learner, epochs=1, at=[1, 7, 16])
+    >>> assert_resumes_exactly(toy_learner, epochs=1, at=[1, 7, 16])
     """
 
     def run(learner: Learner, resume: Path | None = None) -> Learner:
@@ -351,12 +355,10 @@ def infer_access(callback: Callback, learner: Learner, *, phases: Iterable[Phase
     Returns:
         ``(reads, writes)``, tuples of paths.
 
-    Example:
-        >>> from fluxloop import Recorder
-        >>> infer_access(Recorder(), toy_learner())
-        reads = ()
-        writes = ('cbstate.history',)
-        ((), ('cbstate.history',))
+    >>> infer_access(Recorder(), toy_learner())
+    reads = ()
+    writes = ('cbstate.history',)
+    ((), ('cbstate.history',))
     """
     trial = copy.deepcopy(learner, {id(learner.data): State(_first_batches(learner))})
     others = [c for c in trial.callbacks.given() if type(c.unwrapped) is not type(callback.unwrapped)]

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import doctest
 import importlib
+import importlib.util
 import io
 import json
 import os
@@ -67,6 +68,16 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(
             function()
 
 
+def reference() -> ModuleType:
+    """Load what makes the site's reference: it knows every public name."""
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "site" / "reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def docstring(thing: Any) -> str:
     """Return what a thing says of itself; a dispatcher's ``__doc__`` would list what is registered with it."""
     return (thing.doc if isinstance(thing, Dispatcher) else "") or thing.__doc__ or ""
@@ -90,6 +101,16 @@ def test_the_examples_in_docstrings_run(name: str, tmp_path: Path, monkeypatch: 
     names = {key: getattr(fluxloop, key) for key in fluxloop.__all__}
     globs = {**names, **vars(module), "torch": torch}
     assert doctest.testmod(module, globs=globs, optionflags=FLAGS).failed == 0
+
+
+def test_every_public_name_has_an_example_that_runs() -> None:
+    """Those of other classes' objects, such as ``rmse``, are what their class says."""
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    run = set()
+    for module in map(importlib.import_module, MODULES):
+        run |= {test.docstring for test in finder.find(module) if test.examples}
+        run |= {text for text in not_found_by_doctest(module).values() if ">>> " in text}
+    assert [name for name, thing in reference().public().items() if docstring(thing) not in run] == []
 
 
 TWO_EPOCHS = ["digits.py", "plain_digits.py"]

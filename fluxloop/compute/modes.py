@@ -43,6 +43,13 @@ def watching(*models: nn.Module) -> Iterator[None]:
     """Run models in eval mode and without gradients for a while; every submodule gets its own mode back.
 
     An optimizer with modes of its own that trains one of them is in eval mode meanwhile, too.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Dropout())
+        >>> with watching(model):
+        ...     preds = model(torch.ones(1, 4))
+        >>> preds.requires_grad, model.training
+        (False, True)
     """
     put_back = [switch_modes(models, False), *_in_eval(models)]
     try:

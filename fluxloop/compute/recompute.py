@@ -113,7 +113,16 @@ _depth = 0
 
 
 def is_recomputing() -> bool:
-    """Return whether a forward that runs now is one that is computed again: for hooks that count or record calls."""
+    """Return whether a forward that runs now is one that is computed again: for hooks that count or record calls.
+
+    Example:
+        >>> calls = []
+        >>> model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.nn.Linear(4, 1))
+        >>> hook = model[0][0].register_forward_hook(lambda *_: calls.append(is_recomputing()))
+        >>> recompute_activations(model, "0")(torch.ones(2, 4)).sum().backward()
+        >>> calls
+        [False, True]
+    """
     # Not by thread: on a GPU torch's engine computes in a thread of its own, for which the calling one waits
     return _depth > 0
 

@@ -34,6 +34,12 @@ class Shard:
 
     Raises:
         ValueError: Something else was given.
+
+    Example:
+        >>> block = torch.nn.TransformerEncoderLayer
+        >>> accelerator = Accelerator("cpu", strategy=Shard(units=block, replicas="nodes"))
+        >>> accelerator.strategy.units[0].__name__
+        'TransformerEncoderLayer'
     """
 
     units: tuple[type[nn.Module] | str, ...] = field(default=(), converter=_as_tuple)

@@ -209,6 +209,13 @@ class LogTo(Dispatcher):  # type: ignore[misc]  # multipledispatch has no types
             backend.writer.add_mesh("/".join((*group, name)), cloud.points, global_step=step)
 
     What a backend cannot hold is left out, with one warning.
+
+    Example:
+        >>> from fluxloop.logging import Memory, Text
+        >>> memory = Memory()
+        >>> log_to(memory, Text("the rate was halved"), "notes", step=10)
+        >>> memory.records[0].name, memory.records[0].step
+        ('notes', 10)
     """
 
     def register(self, *types: type) -> Callable[[F], F]:

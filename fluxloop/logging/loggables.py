@@ -19,7 +19,14 @@ from fluxloop.nested import init_fields
 
 
 class Loggable:
-    """Base of what can be logged; a subclass of your own is logged by the function that you register with `log_to`."""
+    """Base of what can be logged; a subclass of your own is logged by the function that you register with `log_to`.
+
+    Example:
+        >>> from fluxloop.logging import Memory, log_to
+        >>> class PointCloud(Loggable):
+        ...     points = torch.zeros(8, 3)
+        >>> log_to(Memory(), PointCloud(), "points", 1)  # a Memory holds everything
+    """
 
 
 @frozen
@@ -28,6 +35,10 @@ class Scalar(Loggable):
 
     Args:
         value: A number, or a tensor of one element.
+
+    Example:
+        >>> Scalar(torch.tensor(0.5))
+        Scalar(value=0.5)
     """
 
     value: float = field(converter=float)
@@ -54,6 +65,10 @@ class Image(Loggable):
 
     Raises:
         ValueError: Another shape.
+
+    Example:
+        >>> Image(torch.rand(8, 8)), Image(torch.rand(3, 8, 8)).pixels.dtype
+        (Image(pixels=(1, 8, 8)), torch.uint8)
     """
 
     pixels: Tensor = field(converter=_pixels, repr=lambda pixels: str(tuple(pixels.shape)))
@@ -70,6 +85,11 @@ class Histogram(Loggable):
 
     Args:
         values: A tensor of any shape, or a list of numbers.
+
+    Example:
+        >>> values = Histogram([0.0, 1.0, float("nan")]).values
+        >>> sorted(values.tolist())
+        [0.0, 1.0]
     """
 
     values: Tensor = field(converter=_values, repr=lambda values: f"{len(values)} values")
@@ -92,6 +112,10 @@ class Text(Loggable):
 
     Args:
         text: Markdown where the backend shows it.
+
+    Example:
+        >>> Text("**three** rows were left out")
+        Text(text='**three** rows were left out')
     """
 
     text: str
@@ -103,6 +127,13 @@ class Figure(Loggable):
 
     Args:
         figure: A ``matplotlib.figure.Figure``; it is drawn when it is logged.
+
+    Example:
+        >>> from matplotlib.figure import Figure as Drawing
+        >>> drawing = Drawing()
+        >>> lines = drawing.subplots().plot([1.0, 0.5])
+        >>> Figure(drawing).figure is drawing
+        True
     """
 
     figure: Any
@@ -129,6 +160,10 @@ class Audio(Loggable):
     Args:
         waveform: Values -1 … 1 of shape (samples,) or (channels, samples).
         rate: Samples per second.
+
+    Example:
+        >>> Audio(torch.sin(torch.arange(8000) / 10), rate=8000).rate  # a second
+        8000
     """
 
     waveform: Tensor = field(converter=_waveform, repr=lambda waveform: str(tuple(waveform.shape)))
@@ -150,6 +185,11 @@ class File(Loggable):
 
     Args:
         path: Where it is.
+
+    Example:
+        >>> written = Path("notes.txt").write_text("what was tried")
+        >>> File("notes.txt").path.name
+        'notes.txt'
     """
 
     path: Path = field(converter=Path)
@@ -202,6 +242,10 @@ class HyperParameters(Loggable):
 
     Raises:
         TypeError: It is neither.
+
+    Example:
+        >>> HyperParameters({"optimizer": {"lr": 0.1, "betas": "default"}, "epochs": 3})
+        HyperParameters(values={'optimizer.lr': 0.1, 'optimizer.betas': 'default', 'epochs': 3})
     """
 
     values: dict[str, Any] = field(converter=_by_name)

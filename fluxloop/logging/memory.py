@@ -36,6 +36,13 @@ class Memory(Backend):
 
     Attributes:
         records: In the order in which they were logged.
+
+    Example:
+        >>> from fluxloop.logging import Scalar, log_to
+        >>> memory = Memory()
+        >>> log_to(memory, Scalar(0.5), "loss", step=1, group=("epoch", "validation"))
+        >>> memory.records
+        [Record(step=1, group=('epoch', 'validation'), name='loss', loggable=Scalar(value=0.5))]
     """
 
     records: list[Record] = field(factory=list, init=False, repr=False)

@@ -65,6 +65,12 @@ class MLflow(Backend):
 
     Attributes:
         run_id: The run's id, once it has begun.
+
+    Example:
+        >>> backend = MLflow("digits", run_name="first", tracking_uri="mlruns")  # nothing is written before the fit
+        >>> logger = LogMetrics(backend)
+        >>> backend.run_id is None
+        True
     """
 
     experiment: str = "Default"

@@ -44,6 +44,12 @@ class TensorBoard(Backend):
 
     Attributes:
         writer: The ``SummaryWriter``, while it is open.
+
+    Example:
+        >>> backend = TensorBoard("runs/first")
+        >>> history = testing.toy_learner(Recorder(), Metrics(), LogMetrics(backend)).fit(1)
+        >>> [path.name.split(".")[0] for path in Path("runs/first").iterdir()]
+        ['events']
     """
 
     folder: Path = field(converter=_as_path)

@@ -107,6 +107,13 @@ class CSV(TextFile):
 
     Raises:
         LogExistsError: When a new run begins and the file is there and not empty.
+
+    Example:
+        >>> from fluxloop.logging import CSV
+        >>> logger = LogMetrics(CSV("log.csv"), every=100)
+        >>> history = testing.toy_learner(Recorder(), Metrics(), logger).fit(1)
+        >>> [line.rpartition(",")[0] for line in Path("log.csv").read_text().splitlines()]  # without the numbers
+        ['step,group,name', '1,epoch/training,loss', '1,epoch/validation,loss']
     """
 
     def line(self, step: int, group: Sequence[str], name: str, value: Any) -> str:
@@ -130,6 +137,13 @@ class JSONL(TextFile):
 
     Raises:
         LogExistsError: When a new run begins and the file is there and not empty.
+
+    Example:
+        >>> from fluxloop.logging import JSONL
+        >>> logger = LogMetrics(JSONL("log.jsonl"), every=100)
+        >>> history = testing.toy_learner(Recorder(), Metrics(), logger).fit(1)
+        >>> [json.loads(line)["group"] for line in Path("log.jsonl").read_text().splitlines()]
+        [['epoch', 'training'], ['epoch', 'validation']]
     """
 
     def line(self, step: int, group: Sequence[str], name: str, value: Any) -> str:

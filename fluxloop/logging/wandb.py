@@ -38,6 +38,12 @@ class WandB(Backend):
     Attributes:
         run: The ``wandb.Run``, while it is open.
         run_id: The run's id, once it has begun.
+
+    Example:
+        >>> backend = WandB("digits", mode="offline", name="first")  # no run is begun before the fit
+        >>> logger = LogMetrics(backend)
+        >>> backend.run is None
+        True
     """
 
     def __init__(self, project: str, **options: Any) -> None:

@@ -89,11 +89,15 @@ class DiffusionPhase(NoisedPhase):
     Raises:
         PhaseError: There is no such prediction or schedule, or a number is out of range.
 
-    Example::
-
-        phase = DiffusionPhase("velocity", conditional=True, condition_dropout=0.1, null=10)
-        learner.fit(100, phases=[phase, NoisedValidationPhase(phase)])
-        digits = phase.sample(learner.model, torch.randn(10, 1, 28, 28), torch.arange(10), guidance=2.0)
+    Example:
+        >>> class Denoiser(torch.nn.Linear):
+        ...     def forward(self, noised, times):
+        ...         return super().forward(torch.cat([noised, times[:, None]], dim=1))
+        >>> learner = Learner(Denoiser(5, 4), data=(torch.randn(64, 4),), default_callbacks=False)
+        >>> phase = DiffusionPhase()
+        >>> history = learner.fit(1, phases=[phase])
+        >>> phase.sample(learner.model, torch.randn(3, 4), steps=4).shape
+        torch.Size([3, 4])
     """
 
     transient = ("_left",)

@@ -37,11 +37,15 @@ class FlowMatchingPhase(NoisedPhase):
     Raises:
         PhaseError: There are no such times, or a number is out of range.
 
-    Example::
-
-        phase = FlowMatchingPhase()
-        learner.fit(100, phases=[phase, NoisedValidationPhase(phase)])
-        images = phase.sample(learner.model, torch.randn(16, 1, 28, 28))
+    Example:
+        >>> class Velocity(torch.nn.Linear):
+        ...     def forward(self, noised, times):
+        ...         return super().forward(torch.cat([noised, times[:, None]], dim=1))
+        >>> learner = Learner(Velocity(5, 4), data=(torch.randn(64, 4),), default_callbacks=False)
+        >>> phase = FlowMatchingPhase()
+        >>> history = learner.fit(1, phases=[phase])
+        >>> phase.sample(learner.model, torch.randn(3, 4), steps=4).shape
+        torch.Size([3, 4])
     """
 
     def __init__(

@@ -49,6 +49,21 @@ class NoisedPhase(ObjectivePhase):
     Raises:
         PhaseError: A number is out of range, `null` is missing, or the learner has several models.
         BatchError: A batch is something else, or its rows are whole numbers.
+
+    Example:
+        >>> class Denoising(NoisedPhase):
+        ...     def draw_times(self, xs, generator=None):
+        ...         return torch.rand(len(xs), generator=generator)
+        ...     def mix(self, state):
+        ...         times = state.times[:, None]
+        ...         return (1 - times) * state.xs + times * state.noise, state.times, state.xs
+        >>> class Model(torch.nn.Linear):
+        ...     def forward(self, noised, times):
+        ...         return super().forward(noised)
+        >>> learner = Learner(Model(4, 4), data=(torch.randn(64, 4),), default_callbacks=False)
+        >>> history = learner.fit(1, phases=[Denoising()])
+        >>> learner.step.noised.shape, learner.step.errors.shape
+        (torch.Size([32, 4]), torch.Size([32]))
     """
 
     def __init__(self, *, conditional: bool = False, condition_dropout: float = 0.0, null: float | None = None) -> None:
@@ -193,6 +208,16 @@ class NoisedValidationPhase(TwinPhase):
         PhaseError: `training` is no `NoisedPhase`.
 
     The arguments `name` and `every` are those of `TwinPhase`.
+
+    Example:
+        >>> class Velocity(torch.nn.Linear):
+        ...     def forward(self, noised, times):
+        ...         return super().forward(noised)
+        >>> rows, phase = torch.randn(64, 4), FlowMatchingPhase()
+        >>> learner = Learner(Velocity(4, 4), data=(rows, rows), default_callbacks=False)
+        >>> evaluate = NoisedValidationPhase(phase)
+        >>> learner.evaluate(phase=evaluate) == learner.evaluate(phase=evaluate)  # the noise is the same each time
+        True
     """
 
     of = NoisedPhase

@@ -40,6 +40,11 @@ class SynchronisedBatchNorm(Base):
     may have another number, and so are gradients, second derivatives too: what one process computes on the joined
     batch. Running statistics are the same in all processes. In eval mode, and where one process trains alone, it is the
     class that it was.
+
+    Example:
+        >>> norm = synchronise_batch_norm(torch.nn.BatchNorm2d(8))
+        >>> isinstance(norm, SynchronisedBatchNorm), isinstance(norm, torch.nn.BatchNorm2d)
+        (True, True)
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -153,9 +158,10 @@ def synchronise_batch_norm(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: It has no batch norm, or one that cannot be changed: lazy, or with a `forward` of its own.
 
-    Example::
-
-        model = synchronise_batch_norm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> synchronise_batch_norm(model) is model, isinstance(model[1], SynchronisedBatchNorm)
+        (True, True)
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"synchronise_batch_norm was given {describe(model)}; expected a module: a model of yours")

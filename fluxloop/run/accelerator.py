@@ -42,6 +42,16 @@ class Accelerator(base.Accelerator):
 
     Raises:
         ValueError: The device is not available on this machine, or an argument is none of these.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> accelerator = Accelerator("cpu", accumulate=2)  # a learner is given one; here is a loop of one's own
+        >>> model, optimizer, batches = accelerator.prepare(model, optimizer, list(torch.ones(4, 8, 4)))
+        >>> for xs in batches:
+        ...     optimizer.zero_grad()
+        ...     accelerator.backward(model(xs).mean())
+        ...     optimizer.step()  # in every second batch
     """
 
     _loop: RawLoop | None = None

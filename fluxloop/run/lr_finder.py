@@ -46,6 +46,13 @@ class LRSweep:
         losses: The loss of each step, before its update.
         smoothed: Their moving averages.
         stop_reason: Why the sweep ended early, or None.
+
+    Example:
+        >>> sweep = find_lr(testing.toy_learner())
+        >>> len(sweep.learning_rates) == len(sweep.losses)
+        True
+        >>> sweep.learning_rates[0] < sweep.suggestion < sweep.learning_rates[-1]
+        True
     """
 
     learning_rates: tuple[float, ...]
