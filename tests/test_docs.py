@@ -6,7 +6,6 @@ import ast
 import contextlib
 import doctest
 import importlib
-import importlib.util
 import io
 import json
 import os
@@ -30,6 +29,7 @@ import fluxloop
 import fluxloop.compile.graphs
 from fluxloop import Accelerator, CompileError, Learner, Phase, TrainingPhase, ValidationPhase
 from fluxloop.testing import assert_same_bits, toy_learner
+from test_reference import load
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -68,16 +68,6 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(
             function()
 
 
-def reference() -> ModuleType:
-    """Load what makes the site's reference: it knows every public name."""
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "site" / "reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def docstring(thing: Any) -> str:
     """Return what a thing says of itself; a dispatcher's ``__doc__`` would list what is registered with it."""
     return (thing.doc if isinstance(thing, Dispatcher) else "") or thing.__doc__ or ""
@@ -110,7 +100,7 @@ def test_every_public_name_has_an_example_that_runs() -> None:
     for module in map(importlib.import_module, MODULES):
         run |= {test.docstring for test in finder.find(module) if test.examples}
         run |= {text for text in not_found_by_doctest(module).values() if ">>> " in text}
-    assert [name for name, thing in reference().public().items() if docstring(thing) not in run] == []
+    assert [name for name, thing in load().public().items() if docstring(thing) not in run] == []
 
 
 TWO_EPOCHS = ["digits.py", "plain_digits.py"]

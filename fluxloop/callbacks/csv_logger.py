@@ -121,7 +121,7 @@ class CSVLogger(Callback):
 
     Example:
         >>> history = testing.toy_learner(Recorder(), Metrics(), CSVLogger("run/log.csv")).fit(2)
-        >>> [row.split(",")[:2] for row in open("run/log.csv").read().splitlines()]
+        >>> [row.split(",")[:2] for row in Path("run/log.csv").read_text().splitlines()]
         [['epoch', 'set'], ['1', 'training'], ['1', 'validation'], ['2', 'training'], ['2', 'validation']]
     """
 

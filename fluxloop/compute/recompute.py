@@ -117,8 +117,9 @@ def is_recomputing() -> bool:
 
     Example:
         >>> calls = []
-        >>> model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.nn.Linear(4, 1))
-        >>> hook = model[0][0].register_forward_hook(lambda *_: calls.append(is_recomputing()))
+        >>> block = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
+        >>> model = torch.nn.Sequential(block, torch.nn.Linear(4, 1))
+        >>> hook = block[0].register_forward_hook(lambda *_: calls.append(is_recomputing()))
         >>> recompute_activations(model, "0")(torch.ones(2, 4)).sum().backward()
         >>> calls
         [False, True]

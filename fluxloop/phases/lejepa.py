@@ -38,6 +38,14 @@ class LeJEPAPhase(CropsPhase, ComparingPhase):
     Raises:
         PhaseError: A number is out of range.
         BatchError: There are fewer views than `num_global`, or one alone.
+
+    Example:
+        >>> models = {"encoder": torch.nn.Linear(4, 8), "projector": torch.nn.Linear(8, 6)}
+        >>> learner = Learner(models, data=(torch.randn(64, 4),), default_callbacks=False)
+        >>> noise = lambda rows: rows + 0.1 * torch.randn_like(rows)
+        >>> history = learner.fit(1, phases=[LeJEPAPhase(MultiCrop(noise, noise, num_local=3), num_directions=16)])
+        >>> len(learner.step.z), learner.step.z[0].shape
+        (5, torch.Size([32, 6]))
     """
 
     def __init__(

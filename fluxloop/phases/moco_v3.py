@@ -36,6 +36,17 @@ class MoCoV3Phase(TeacherPhase, ComparingPhase):
 
     Raises:
         PhaseError: `temperature` is not above 0.
+
+    Example:
+        >>> import copy
+        >>> student = torch.nn.Linear(4, 8)
+        >>> teacher = copy.deepcopy(student).requires_grad_(False)
+        >>> models = {"student": student, "teacher": teacher, "predictor": torch.nn.Linear(8, 8)}
+        >>> learner = Learner(models, data=(torch.randn(64, 4),), default_callbacks=False)
+        >>> learner.set_callbacks([EMA("student", 0.99, into="teacher")])
+        >>> history = learner.fit(1, phases=[MoCoV3Phase(TwoViews(lambda rows: rows + 0.1 * torch.randn_like(rows)))])
+        >>> learner.step.q1.shape, learner.step.k2.requires_grad
+        (torch.Size([32, 8]), False)
     """
 
     parts = ("student", "teacher", "predictor")

@@ -42,6 +42,14 @@ class NNCLRPhase(QueuePhase, ComparingPhase):
 
     Attributes:
         queue: The embeddings, normalised, shape (queue_size, D); None before the first step.
+
+    Example:
+        >>> models = {name: torch.nn.Linear(4, 4) for name in ("encoder", "projector", "predictor")}
+        >>> learner = Learner(models, data=(torch.randn(64, 4),), default_callbacks=False)
+        >>> nnclr = NNCLRPhase(TwoViews(lambda rows: rows + 0.1 * torch.randn_like(rows)), queue_size=128)
+        >>> history = learner.fit(1, phases=[nnclr])
+        >>> learner.step.neighbors1.shape, nnclr.queue.shape
+        (torch.Size([32, 4]), torch.Size([128, 4]))
     """
 
     parts = ("encoder", "projector", "predictor")

@@ -52,6 +52,15 @@ class SwAVPhase(QueuePhase, CropsPhase, ComparingPhase):
 
     Attributes:
         queue: The embeddings of past rows, shape (queue_size, num_global, D); None before the first step.
+
+    Example:
+        >>> models = {"encoder": torch.nn.Linear(4, 8), "projector": torch.nn.Linear(8, 6)}
+        >>> models["prototypes"] = torch.nn.Linear(6, 10, bias=False)
+        >>> learner = Learner(models, data=(torch.randn(64, 4),), default_callbacks=False)
+        >>> noise = lambda rows: rows + 0.1 * torch.randn_like(rows)
+        >>> history = learner.fit(1, phases=[SwAVPhase(MultiCrop(noise, noise, num_local=3))])
+        >>> len(learner.step.scores), len(learner.step.codes), learner.step.codes[0].shape
+        (5, 2, torch.Size([32, 10]))
     """
 
     parts = ("encoder", "projector", "prototypes")
