@@ -103,6 +103,16 @@ def test_every_public_name_has_an_example_that_runs() -> None:
     assert [name for name, thing in load().public().items() if docstring(thing) not in run] == []
 
 
+def test_every_error_is_shown_on_the_page_of_errors() -> None:
+    page = (ROOT / "docs" / "when-it-goes-wrong.md").read_text()
+    found = {name: cls for name, cls in vars(fluxloop.errors).items() if isinstance(cls, type)}
+    bases = {"FluxloopError", "CallbackError", "CancelSignal"}  # nobody raises these themselves
+    errors = {name for name, cls in found.items() if issubclass(cls, fluxloop.FluxloopError)} - bases
+    signals = {name for name, cls in found.items() if issubclass(cls, fluxloop.CancelSignal)}
+    assert [name for name in errors if f"\n### {name}\n" not in page or f"\n{name}: " not in page] == []
+    assert [name for name in bases | signals if f"`{name}`" not in page] == []
+
+
 TWO_EPOCHS = ["digits.py", "plain_digits.py"]
 ONE_EPOCH = sorted({path.name for path in EXAMPLES.glob("*.py")} - ELSEWHERE)
 
