@@ -31,6 +31,7 @@ from fluxloop.errors import AmbiguousHandlerError, HandlerError, arguments_misfi
 from fluxloop.events import Event, event_types
 from fluxloop.guard.assign import put, set_option
 from fluxloop.monitor import Expected, Monitor
+from fluxloop.order.averages import StepAverage
 from fluxloop.phase import Phase, phase_types, require_pair
 
 Handler = Callable[[Event, Phase, Any], None]
@@ -361,6 +362,10 @@ class Callback:
     def identity(self) -> str:
         """What tells this callback from unnamed others of its class: its fields, without addresses."""
         return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self))
+
+    def _step_average(self) -> StepAverage | None:
+        """Return the average of weights that it moves after updates, where a compiled step may move it instead."""
+        return None
 
     def handles(self) -> list[tuple[type[Event], type[Phase]]]:
         """List the (event, phase) types it has handlers for.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from attrs import define, field
@@ -15,11 +15,10 @@ from fluxloop.compute.optimizers import owned_parameters
 from fluxloop.errors import CallbackConflictError, ModelError, describe
 from fluxloop.events import StepBegin, StepEnd, UpdateEnd
 from fluxloop.order.access import overlap, parse, weights_path
+from fluxloop.order.averages import Buffers, StepAverage
 from fluxloop.order.view import look_up
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.schedules import Schedule, value_at
-
-Buffers = Literal["copy", "average", "keep"]
 
 
 @define
@@ -198,6 +197,21 @@ class EMA(Callback):
                 return
             learner.defer(partial(self._end, phase, learner), early=True)
 
+    def _weight(self) -> float:
+        """Return how far the average moves next.
+
+        Raises:
+            ValueError: The decay does not lie between 0 and 1.
+        """
+        decay = value_at(self.decay, self.num_averaged)
+        _check_decay(decay)
+        return 1 - decay
+
+    @property
+    def _buffers(self) -> Buffers:
+        """What happens to buffers."""
+        return self.buffers or ("copy" if self.into is None else "keep")
+
     @on(StepEnd, AbstractTrainingPhase)
     def end_step(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Take an average where the weights were updated."""
@@ -211,15 +225,25 @@ class EMA(Callback):
                 return
             self._counted[name] = False
         self._pending, self._before = False, None
-        decay = value_at(self.decay, self.num_averaged)
-        _check_decay(decay)
-        buffers = self.buffers or ("copy" if self.into is None else "keep")
-        of_buffers = {"copy": 1.0, "average": 1 - decay, "keep": 0.0}[buffers]
+        weight = self._weight()
+        of_buffers = {"copy": 1.0, "average": weight, "keep": 0.0}[self._buffers]
         live = learner.weights[self.model]
-        move_towards(learner.weights[self.average], live, 1 - decay, of_buffers, "EMA")
+        move_towards(learner.weights[self.average], live, weight, of_buffers, "EMA")
         self.num_averaged += 1
         if self._counted.get(name) is not True:
             self._look(learner)  # a step around this one may go on
+
+    def _step_average(self) -> StepAverage | None:
+        """Return the average, for a compiled step to move; a subclass may move it otherwise."""
+        if type(self) is not EMA:
+            return None
+        return StepAverage(self.model, self.average, self._weight, self._buffers, self._note_moved)
+
+    def _note_moved(self, phase: AbstractTrainingPhase) -> None:
+        """Note that a compiled step has moved the average."""
+        self._pending, self._before = False, None
+        self._counted[type(phase).__qualname__] = True
+        self.num_averaged += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the counts, the updates noted, and the average where no model holds it."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
+from fluxloop.compile.step_averages import averaged_modules
 from fluxloop.errors import CompileError, describe
 from fluxloop.events import StepBegin, StepEnd
 from fluxloop.nested import init_fields
@@ -112,10 +113,11 @@ def holders_of(phase: Phase) -> list[Phase]:
 
 
 def modules_of(learner: RunLearner, phase: Phase) -> list[nn.Module]:
-    """List the models, the loss function where it is a module, a phase's own, and the copies of weights it runs."""
+    """List the models, the loss function where it is a module, a phase's own, and copies that it runs or moves."""
     copies = learner.weights.copies(phase.model_view).values() if phase.model_view else ()
     own = [value for holder in holders_of(phase) for value in attributes(holder).values()]
-    return [*learner.modules(), *copies, *(value for value in own if isinstance(value, nn.Module))]
+    held = (value for value in own if isinstance(value, nn.Module))
+    return [*learner.modules(), *copies, *held, *averaged_modules(learner, phase)]
 
 
 def has_hooks(thing: Any) -> bool:

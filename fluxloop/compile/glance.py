@@ -55,7 +55,7 @@ class Glance:
             raise NotPlainError
         self._learner, self._phase, self._gradients = learner, phase, phase.gradients
         self._models, self._loss_fn, self._slots = learner.models, learner.loss_fn, learner.updates.slots
-        self._dicts: list[Any] = [learner.models]
+        self._dicts: list[Any] = [learner.models, learner.weights.views]
         self._lists: list[list[Any]] = []
         self._partials: list[Any] = []
         self._tensors: list[Tensor] = []

@@ -18,6 +18,7 @@ from fluxloop.compile.conditions import form_of, holders_of
 from fluxloop.compile.refusals import first_line
 from fluxloop.compile.replay import Replayed, can_replay
 from fluxloop.compile.stand_ins import Look
+from fluxloop.compile.step_averages import averages_of
 from fluxloop.compile.tracing import Traced
 from fluxloop.compute.finite import bad_gradients
 from fluxloop.compute.fused import count_changes
@@ -112,9 +113,9 @@ class Graph:
         self._consumed = traced.consumed
         self._looks = traced.looks
         self._events = traced.fired
-        ends = [event.name for event in traced.fired if isinstance(event, UpdateEnd)]
-        self._num_updates = len(ends)
-        self._updated = [p for slot in self._slots if slot.name in ends for p in slot.parameters if p.requires_grad]
+        self._moved = traced.moved
+        self._num_updates = sum(isinstance(event, UpdateEnd) for event in traced.fired)
+        self._updated = self._changed_by(traced)
         self._callbacks = -1
         self._after: list[tuple[tuple[Bound, ...], Event]] = []
         try:
@@ -128,6 +129,12 @@ class Graph:
         if can_replay(traced.example):
             self._compiled = Replayed(self._compiled, len(inputs.fixed), traced.changed)
         self._call: Compiled = self._call_first
+
+    def _changed_by(self, traced: Traced) -> list[Tensor]:
+        """List the weights and averages that the graph changes."""
+        ends = [event.name for event in traced.fired if isinstance(event, UpdateEnd)]
+        weights = [p for slot in self._slots if slot.name in ends for p in slot.parameters if p.requires_grad]
+        return [*weights, *(tensor for moved in traced.moved for tensor in moved.tensors(self._learner))]
 
     def calls_the_same(self, phase: Phase) -> bool:
         """Return whether the functions and objects that a step calls, such as what makes views, are as they were."""
@@ -210,13 +217,19 @@ class Graph:
             waiting.store(state, phase.name, given)
         for slot in self._consumed:
             slot.consumed = True
-        if self._updated:
-            learner.updates.count += self._num_updates
-            count_changes(self._updated)  # so that autograd knows that what was computed before is out of date
+        self._note_changes(phase)
         if self._callbacks != learner.callbacks.version:
             self._callbacks, self._after = learner.callbacks.version, listeners(learner, phase, self._events)
         for bound, event in self._after:
             deliver(bound, event, phase, learner)
+
+    def _note_changes(self, phase: Phase) -> None:
+        """Note which weights and averages the graph has changed."""
+        if self._updated:
+            self._learner.updates.count += self._num_updates
+            count_changes(self._updated)  # so that autograd knows that what was computed before is out of date
+        for moved in self._moved:
+            moved.of.note(phase)
 
     def _call_first(self, *inputs: Tensor) -> list[Tensor]:
         """Run the graph for the first time; where it cannot run, set everything as it was.
@@ -298,6 +311,9 @@ class Graph:
         ended = [slot for slot in self._slots if slot.end in events]
         for slot in ended:
             slot.end_gradients()
+        for moved in self._moved:
+            if moved.num_events < num_events:
+                moved.of.note(phase)
         for bound, event in listeners(self._learner, phase, events):
             deliver(bound, event, phase, self._learner)
         return len(ended)
@@ -306,6 +322,7 @@ class Graph:
 def listeners(learner: RunLearner, phase: Phase, events: list[Event]) -> list[tuple[tuple[Bound, ...], Event]]:
     """Return the handlers that are called once a step's graph has run, with their events, in order."""
     noting = {node.id for node in learner.callbacks.graph.nodes if node.callback.in_compiled_step == "after"}
+    noting -= averages_of(learner, type(phase)).keys()  # they are told what the graph has done
     table = learner.callbacks.table(type(phase))
     found = [(tuple(bound for bound in table[type(event)] if bound[2] in noting), event) for event in events]
     return [(bound, event) for bound, event in found if bound]

@@ -13,10 +13,12 @@ from fluxloop.callback import Callback
 from fluxloop.compile.conditions import HOOKS, has_hooks, holders_of
 from fluxloop.compile.optimizer_stand_in import DECAY, as_tensor, is_input
 from fluxloop.compile.refusals import changes_python, refusal
+from fluxloop.compile.step_averages import averages_of, numbers_of
 from fluxloop.compile.windows import Number, carried
 from fluxloop.compute.recompute import recomputed_parts
 from fluxloop.compute.slots import Slot
 from fluxloop.nested import tensors
+from fluxloop.order.averages import StepAverage
 from fluxloop.persist.attributes import attributes
 from fluxloop.phase import Phase
 from fluxloop.state import StepState
@@ -44,7 +46,8 @@ class Inputs:
         held: Tensors that the holders hold, as (number of the holder, attribute).
         entries: Of the step, before its body runs.
         waiting: Parameters whose gradients wait for an update when the step begins.
-        numbers: That the updates of several batches or processes rest on.
+        numbers: That the updates of several batches or processes rest on, and averages of weights.
+        averages: That the graph moves.
     """
 
     learner: RunLearner
@@ -59,6 +62,7 @@ class Inputs:
     entries: dict[str, Any]
     waiting: list[nn.Parameter]
     numbers: list[Number]
+    averages: list[StepAverage]
 
     def tensors(self) -> list[Any]:
         """Return the inputs in the order of the graph: fixed ones first, then what changes from step to step."""
@@ -92,6 +96,7 @@ def inputs_of(
     ]
     states = [entries for slot in slots for entries in slot.optimizer.state.values()]
     holders: list[Any] = [*holders_of(phase), *callbacks]
+    averages = list(averages_of(learner, type(phase)).values())
     inputs = Inputs(
         learner=learner,
         phase=phase,
@@ -121,7 +126,8 @@ def inputs_of(
         ],
         entries=dict(vars(state)),
         waiting=[parameter for slot in slots for parameter in slot.waiting],
-        numbers=carried(learner) if phase.gradients else [],
+        numbers=[*carried(learner), *numbers_of(averages, learner.accelerator.device)] if phase.gradients else [],
+        averages=averages,
     )
     check(inputs)
     return inputs

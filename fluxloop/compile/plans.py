@@ -33,6 +33,7 @@ from fluxloop.compile.glance import Glance, NotPlainError
 from fluxloop.compile.graphs import Graph
 from fluxloop.compile.optimizer_stand_in import differing
 from fluxloop.compile.refusals import require_accelerator
+from fluxloop.compile.step_averages import averages_of
 from fluxloop.compile.tracing import trace
 from fluxloop.compile.windows import form_of_window
 from fluxloop.errors import CompileError, warn_user
@@ -135,6 +136,7 @@ class Plan:
         self._callbacks = -1
         self._is_watched = False
         self._inside: list[Callback] = []
+        self._callbacks_key: tuple[Any, ...] = ()
         self._rests_on: dict[str, Any] = {}
         self._states: dict[str, Any] = {}
         self._glance: Glance | None = None
@@ -154,6 +156,9 @@ class Plan:
             self._callbacks = learner.callbacks.version
             self._is_watched = changes_between_steps(learner, type(phase))
             self._inside = inside(learner, type(phase))
+            averages = averages_of(learner, type(phase))
+            self._callbacks_key = (*map(Same, self._inside), *averages)
+            self._epoch = None
         epoch = None if learner.scope is None else learner.scope.parent
         # in an epoch of fluxloop's own nobody's code runs between the steps, so that its first step stands for all
         runs_alone = learner._running.phase is phase and type(phase).epoch is Phase.epoch
@@ -165,7 +170,7 @@ class Plan:
                     if graph.calls and not graph.calls_the_same(phase):
                         graphs.remove(graph)
             self._epoch = epoch
-        key = (*map(Same, self._inside), *form_of_entries(state, learner.accelerator.device))
+        key = (*self._callbacks_key, *form_of_entries(state, learner.accelerator.device))
         if phase.gradients:
             for number, slot in enumerate(learner.updates.slots):
                 if slot.first_step is not None:

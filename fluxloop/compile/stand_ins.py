@@ -77,6 +77,8 @@ class StandIn:
         self.backward = self.updates.backward
         self.fired: list[Event] = []
         """Events, in order."""
+        self.skips: list[Tensor | None] = []
+        """For each of them, what says by then whether updates are left out."""
         self._asked: Tensor | None = None
         """Where a handler has asked to leave updates out."""
         self.finite = FiniteStandIn(self)
@@ -96,6 +98,7 @@ class StandIn:
     def _handle(self, event: Event) -> None:
         """Call the handlers that are part of the graph; note the event for the others."""
         self.fired.append(event)
+        self.skips.append(self.accelerator.skips)
         for node in self._learner.callbacks.graph.nodes:
             handler = node.callback.handler(type(event), type(self._phase))
             if handler is not None and node.callback.in_compiled_step == "inside":
@@ -191,6 +194,11 @@ class AcceleratorStandIn:
         return tensor
 
     all_gather = gather
+
+    @property
+    def skips(self) -> Tensor | None:
+        """What says whether updates are left out from here on; None where nothing has been asked."""
+        return self._skip
 
     def end_casting(self) -> None:
         """Switch autocast off: the phase's own part is over."""

@@ -29,6 +29,7 @@ from fluxloop.compile.inputs import Inputs, inputs_of
 from fluxloop.compile.optimizer_stand_in import differing, note_steps, seen_of, stand_in_of
 from fluxloop.compile.refusals import changes_python, first_line, hint, refusal, where, writes_options
 from fluxloop.compile.stand_ins import Look, StandIn
+from fluxloop.compile.step_averages import Moved, move
 from fluxloop.compile.unchanged import attributes_unchanged, functions_of, noting_reads, options_unchanged
 from fluxloop.compile.windows import Fit, Place, WaitingGradients, fits, window_after
 from fluxloop.compute.slots import Slot
@@ -63,6 +64,7 @@ class Traced:
         consumed: The optimizers whose last gradients an update has used.
         removed: Names of the entries that it removed.
         fired: The events that it fired.
+        moved: The averages of weights that it moves.
         makes_state: Whether an optimizer makes its state in this step, or processes agree on what they send, so that it
             has to run as it is.
     """
@@ -81,6 +83,7 @@ class Traced:
     consumed: list[Slot]
     removed: list[str]
     fired: list[Event]
+    moved: list[Moved]
     makes_state: bool
 
 
@@ -119,6 +122,7 @@ def trace(
         consumed=run.consumed,
         removed=run.removed,
         fired=run.fired,
+        moved=run.moved,
         makes_state=run.makes_state,
     )
 
@@ -239,6 +243,7 @@ class Run:
         self.consumed: list[Slot] = []
         self.removed: list[str] = []
         self.fired: list[Event] = []
+        self.moved: list[Moved] = []
         self.makes_state = False
 
     def body(self, *flat: Any) -> list[Tensor]:
@@ -265,6 +270,7 @@ class Run:
         with noting_reads(inputs.holders) as self.reads:
             inputs.phase.body(learner, learner.scope.handle, state)
         learner.accelerator.end_casting()
+        self.moved = move(learner, inputs.averages, placed.numbers)
         self.fired, self.fits = learner.fired, fits(inputs.slots, learner.updates)
         self._note_gradients(learner, placed, stepped)
         if any(leaf.untyped_storage()._cdata != before for leaf, before in memory.items()):

@@ -188,13 +188,16 @@ def copied_weights(module: nn.Module, whose: str) -> nn.Module:
 
 
 @torch.no_grad()
-def move_towards(average: nn.Module, live: nn.Module, weight: float, buffers: float, whose: str) -> None:
+def move_towards(
+    average: nn.Module, live: nn.Module, weight: float | Tensor, buffers: float | Tensor, whose: str
+) -> None:
     """Move an average of weights towards the live ones, in place, as ``torch.optim.swa_utils`` does.
 
     Args:
         average: The module that holds the average.
         live: A module with the same parameters and buffers by name.
         weight: How far its parameters move, 0 to 1; 1 copies the live ones. Whole numbers are always copied.
+            A scalar tensor is not looked at, so that a graph can have it as an input.
         buffers: The same for its buffers; 0 leaves all of them.
         whose: What computes the average, for the message.
 
@@ -202,26 +205,38 @@ def move_towards(average: nn.Module, live: nn.Module, weight: float, buffers: fl
         ModelError: Only one of the two modules has one of the parameters or buffers.
     """
     _lerp(dict(average.named_parameters()), dict(live.named_parameters()), weight, whose)
-    if buffers:
+    if isinstance(buffers, Tensor) or buffers:
         _lerp(dict(average.named_buffers()), dict(live.named_buffers()), buffers, whose)
 
 
-def _lerp(averages: dict[str, Tensor], live: dict[str, Tensor], weight: float, whose: str) -> None:
+def _lerp(averages: dict[str, Tensor], live: dict[str, Tensor], weight: float | Tensor, whose: str) -> None:
     if averages.keys() != live.keys():
         raise ModelError(
             f"{whose} cannot average {sorted(averages.keys() ^ live.keys())}: only one of the two, the model and its "
             "average, has them; expected parameters and buffers that stay those of the first step"
         )
+    is_one = not isinstance(weight, Tensor) and weight == 1
     moved: list[Tensor] = []
     towards: list[Tensor] = []
     for name, average in averages.items():
-        if weight == 1 or not (average.is_floating_point() or average.is_complex()):
+        if is_one or not (average.is_floating_point() or average.is_complex()):
             average.copy_(live[name])
         else:
             moved.append(average)
             towards.append(live[name].to(average.dtype))
-    if moved:
+    if isinstance(weight, Tensor):
+        for average, towards_it in zip(moved, towards, strict=True):
+            _lerp_by_tensor(average, towards_it, weight)
+    elif moved:
         torch._foreach_lerp_(moved, towards, weight)  # one kernel for all, and the bits of swa_utils
+
+
+def _lerp_by_tensor(average: Tensor, live: Tensor, weight: Tensor) -> None:
+    """Move an average as torch does by a number: a weight is never rounded to 16 bits."""
+    if average.is_floating_point() and average.itemsize < 4:
+        average.copy_(torch.lerp(average.float(), live.float(), weight.float()))
+    else:
+        average.lerp_(live, weight.to(average.dtype))
 
 
 def not_copied(whose: str, error: RuntimeError) -> ModelError:
