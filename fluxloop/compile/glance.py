@@ -9,7 +9,7 @@ It may see a change where there is none, and then everything is described again;
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import chain, repeat
 from operator import attrgetter, is_, itemgetter
@@ -39,7 +39,82 @@ PARAMETERS, GROUPS, STATE = attrgetter("parameters"), attrgetter("param_groups")
 PARAMS = itemgetter("params")
 
 
-class Glance:
+class Remembered:
+    """What stands in values, as deep as `seen` describes them.
+
+    Args:
+        values: What to remember.
+    """
+
+    def __init__(self, values: Iterable[Any] = ()) -> None:
+        self._dicts: list[Any] = []
+        self._lists: list[list[Any]] = []
+        self._partials: list[Any] = []
+        self._described: list[tuple[Any, int, Any]] = []
+        for value in values:
+            self._add(value, 4)
+        self._take_note()
+
+    def _add(self, value: Any, depth: int) -> None:
+        """Remember what a value holds, as deep as `seen` describes it."""
+        if depth == 0 or isinstance(value, IS_ITSELF):
+            return
+        inner: Any = ()
+        if type(value) in (dict, OrderedDict, defaultdict):
+            self._dicts.append(value)
+            inner = value.values()
+        elif type(value) is list:
+            self._lists.append(value)
+            inner = value
+        elif isinstance(value, tuple):
+            inner = value
+        elif isinstance(value, partial):
+            self._partials.append(value)
+            inner = PARTS_OF_A_PARTIAL(value)
+        elif isinstance(value, MethodType):
+            inner = (value.__self__,)
+        elif isinstance(value, (Mapping, list, set, frozenset)) or hasattr(type(value), "tobytes"):
+            self._described.append((value, depth, seen(value, depth)))
+        elif attributes(value):
+            try:
+                own = plain_attributes(value)
+            except NotPlainError:
+                self._described.append((value, depth, seen(value, depth)))
+            else:
+                self._dicts.append(own)
+                inner = own.values()
+        elif isinstance(getattr(value, "__dict__", None), dict):
+            self._dicts.append(vars(value))  # empty, as a function's is
+        for item in inner:
+            self._add(item, depth - 1)
+
+    def _take_note(self) -> None:
+        """Note what stands now in everything that was added."""
+        self._lengths = [*map(len, self._dicts)]
+        self._names = [*chain.from_iterable(self._dicts)]
+        self._values = [*chain.from_iterable(map(dict.values, self._dicts))]
+        self._list_lengths = [*map(len, self._lists)]
+        self._items = [*chain.from_iterable(self._lists)]
+        self._parts_of_partials = [*chain.from_iterable(map(PARTS_OF_A_PARTIAL, self._partials))]
+
+    def is_as_it_was(self) -> bool:
+        """Return whether the same objects stand in dicts, lists and partials, and under the same names.
+
+        Lengths are compared first, since `map` ends with the shorter one.
+        """
+        return (
+            [*map(len, self._dicts)] == self._lengths
+            and [*map(len, self._lists)] == self._list_lengths
+            and all(map(is_, chain.from_iterable(map(dict.values, self._dicts)), self._values))
+            and all(map(is_, chain.from_iterable(self._dicts), self._names))
+            and all(map(is_, chain.from_iterable(self._lists), self._items))
+            and all(map(is_, chain.from_iterable(map(PARTS_OF_A_PARTIAL, self._partials)), self._parts_of_partials))
+            # what only a description shows
+            and (not self._described or all(seen(value, depth) == old for value, depth, old in self._described))
+        )
+
+
+class Glance(Remembered):
     """Who stood where when a phase's step was last compared.
 
     Args:
@@ -55,11 +130,9 @@ class Glance:
             raise NotPlainError
         self._learner, self._phase, self._gradients = learner, phase, phase.gradients
         self._models, self._loss_fn, self._slots = learner.models, learner.loss_fn, learner.updates.slots
-        self._dicts: list[Any] = [learner.models, learner.weights.views]
-        self._lists: list[list[Any]] = []
-        self._partials: list[Any] = []
+        super().__init__()
+        self._dicts += [learner.models, learner.weights.views]
         self._tensors: list[Tensor] = []
-        self._described: list[tuple[Any, int, Any]] = []
         self._holders = [plain_attributes(holder) for holder in holders_of(phase)]
         self._parts = list({part: None for module in modules_of(learner, phase) for part in module.modules()})
         for part in self._parts:
@@ -70,15 +143,10 @@ class Glance:
         for slot in self._slots if phase.gradients else ():
             self._add_optimizer(slot.optimizer)
         # all objects are found: what stands in them now
+        self._take_note()
         self._kinds = [*map(type, self._parts)]
         self._hooks = [hooks for part in self._parts for hooks in map(vars(part).get, HOOKS) if hooks is not None]
         self._held = [value for own in self._holders for value in own.values() if isinstance(value, MODULES)]
-        self._lengths = [*map(len, self._dicts)]
-        self._names = [*chain.from_iterable(self._dicts)]
-        self._values = [*chain.from_iterable(map(dict.values, self._dicts))]
-        self._list_lengths = [*map(len, self._lists)]
-        self._items = [*chain.from_iterable(self._lists)]
-        self._parts_of_partials = [*chain.from_iterable(map(PARTS_OF_A_PARTIAL, self._partials))]
         self._forms = [*map(FORM, self._tensors)]
         self._strides = [*map(Tensor.stride, self._tensors)]
         self._slot_lengths = [*map(len, map(PARAMETERS, self._slots))]
@@ -121,44 +189,11 @@ class Glance:
             self._dicts.append(entries)
             self._tensors += [value for value in entries.values() if isinstance(value, Tensor)]
 
-    def _add(self, value: Any, depth: int) -> None:
-        """Remember what a value holds, as deep as `seen` describes it."""
-        if depth == 0 or isinstance(value, IS_ITSELF):
-            return
-        inner: Any = ()
-        if type(value) in (dict, OrderedDict, defaultdict):
-            self._dicts.append(value)
-            inner = value.values()
-        elif type(value) is list:
-            self._lists.append(value)
-            inner = value
-        elif isinstance(value, tuple):
-            inner = value
-        elif isinstance(value, partial):
-            self._partials.append(value)
-            inner = PARTS_OF_A_PARTIAL(value)
-        elif isinstance(value, MethodType):
-            inner = (value.__self__,)
-        elif isinstance(value, (Mapping, list, set, frozenset)) or hasattr(type(value), "tobytes"):
-            self._described.append((value, depth, seen(value, depth)))
-        elif attributes(value):
-            try:
-                own = plain_attributes(value)
-            except NotPlainError:
-                self._described.append((value, depth, seen(value, depth)))
-            else:
-                self._dicts.append(own)
-                inner = own.values()
-        elif isinstance(getattr(value, "__dict__", None), dict):
-            self._dicts.append(vars(value))  # empty, as a function's is
-        for item in inner:
-            self._add(item, depth - 1)
-
     def shows_no_change(self, phase: Phase) -> bool:
         """Return whether everything is where it was.
 
-        One expression whose loops run in C: it is evaluated at every step of a loop of the user's own. Measured, it
-        takes 20 us where a description takes 51 (an MLP of two layers, Adam), and 92 where it takes 264 (thirteen
+        Expressions whose loops run in C: they are evaluated at every step of a loop of the user's own. Measured, they
+        take 20 us where a description takes 51 (an MLP of two layers, Adam), and 92 where it takes 264 (thirteen
         layers). Lengths are compared first, since `map` ends with the shorter one.
         """
         learner, slots = self._learner, self._slots
@@ -169,13 +204,7 @@ class Glance:
             and learner.models is self._models
             and learner.loss_fn is self._loss_fn
             and learner.updates.slots is slots
-            # what stands in dicts, lists and partials, and under which names
-            and [*map(len, self._dicts)] == self._lengths
-            and [*map(len, self._lists)] == self._list_lengths
-            and all(map(is_, chain.from_iterable(map(dict.values, self._dicts)), self._values))
-            and all(map(is_, chain.from_iterable(self._dicts), self._names))
-            and all(map(is_, chain.from_iterable(self._lists), self._items))
-            and all(map(is_, chain.from_iterable(map(PARTS_OF_A_PARTIAL, self._partials)), self._parts_of_partials))
+            and self.is_as_it_was()
             and len(held := [v for own in self._holders for v in own.values() if isinstance(v, MODULES)])
             == len(self._held)
             and all(map(is_, held, self._held))
@@ -194,8 +223,6 @@ class Glance:
             and all(map(is_, map(dict.get, self._optimizers_own, repeat("step")), self._steps))
             and all(map(is_, map(PARAMS, self._groups), self._params))
             and not any(map(getattr, self._stepped, self._hook_names, repeat(None)))
-            # what only a description shows
-            and (not self._described or all(seen(value, depth) == old for value, depth, old in self._described))
         )
 
 

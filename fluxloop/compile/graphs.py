@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from fluxloop.callback import Callback
 from fluxloop.compile.averaging import check_told
 from fluxloop.compile.conditions import form_of, holders_of
+from fluxloop.compile.glance import Remembered
 from fluxloop.compile.refusals import first_line
 from fluxloop.compile.replay import Replayed, can_replay
 from fluxloop.compile.stand_ins import Look
@@ -96,6 +97,7 @@ class Graph:
         self._held = inputs.held
         self._forms = [form_of(getattr(inputs.holders[number], name)) for number, name in inputs.held]
         self._reads = [(n, name, value, seen(value)) for (n, name), value in traced.reads.items()]
+        self._read = Remembered(value for *_, value, _ in self._reads)
         self.calls = any(callable(value) for value in traced.reads.values())
         """Whether it rests on functions or objects that a phase or a callback holds: see `calls_the_same`."""
         self._slots = learner.updates.slots if phase.gradients else ()
@@ -149,7 +151,8 @@ class Graph:
         """Return what of a phase, or of the optimizers' options, is not as it was when the step was traced."""
         if self._reads or self._held:
             holders = [*holders_of(phase), *self._inside]
-            for number, name, before, as_seen in self._reads:
+            same = all(getattr(holders[n], name, None) is before for n, name, before, _ in self._reads)
+            for number, name, before, as_seen in () if same and self._read.is_as_it_was() else self._reads:
                 now = getattr(holders[number], name, None)
                 if now is before and (type(now) in SCALARS or callable(now)):  # what is called: see calls_the_same
                     continue

@@ -12,7 +12,7 @@ from torch.nn.functional import relu, softplus
 from fluxloop.compute.precision import in_full_precision
 
 
-@frozen
+@frozen(slots=False)  # compiled steps see at a glance that an object without slots has not changed
 class AdversarialLoss:
     """What a critic and a generator minimise, given the critic's scores.
 
