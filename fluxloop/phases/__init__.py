@@ -7,7 +7,7 @@
   ``swav``, ``dino``, ``lejepa``; with a queue of past rows: ``queue``.
 - Labels: ``metric_learning``, ``distillation``.
 - Reconstruction: ``autoencoder``, ``vae``, ``mae``.
-- Adversaries: ``gan``.
+- Adversaries: ``gan``, ``cycle_gan``.
 - Noise to data: ``noised`` (their base, and their validation phase), ``diffusion``, ``flow_matching``.
 """
 
@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = lazily(
         "autoencoder": "AutoencoderPhase",
         "barlow_twins": "BarlowTwinsPhase",
         "byol": "BYOLPhase",
+        "cycle_gan": "CycleGANPhase CycleGANValidationPhase",
         "diffusion": "DiffusionPhase",
         "dino": "DINOPhase",
         "distillation": "DistillationPhase",

@@ -22,6 +22,7 @@ from fluxloop import (
     Callback,
     CompileError,
     CustomCallback,
+    CycleGANPhase,
     DiffusionPhase,
     DINOPhase,
     DistillationPhase,
@@ -299,6 +300,24 @@ def test_a_relativistic_gan_with_lazy_penalties_is_compiled_with_a_graph_for_eac
     phases = lambda: [GANPhase("relativistic", noise=8, r1=linear(9, 1.0, 0.1), r2=0.5, every=2)]  # noqa: E731
     _, compiled = both(4, phases=phases, model=models, loss_fn=None, optimizer=ADAM)
     assert graphs(compiled, GANPhase) == 4  # with penalties and without, full batches and the ragged one
+
+
+class BothKinds(CycleGANPhase):
+    """Makes two kinds of the rows."""
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        return super().entries((batch[0], batch[0].flip(1)))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("plain")
+def test_a_cycle_gan_is_compiled_with_its_pools() -> None:
+    models = lambda: {  # noqa: E731
+        "generators": nn.ModuleDict({"ab": nn.Linear(16, 16), "ba": nn.Linear(16, 16)}),
+        "critics": nn.ModuleDict({"a": nn.Linear(16, 1), "b": nn.Linear(16, 1)}),
+    }
+    _, compiled = both(4, phases=lambda: [BothKinds(pool_size=50)], model=models, loss_fn=None, optimizer=ADAM)
+    assert graphs(compiled, BothKinds) <= 4
 
 
 class TwoRates(PerOptimizerPhase):
