@@ -160,6 +160,8 @@ from fluxloop.phases import AutoencoderPhase as AutoencoderPhase
 from fluxloop.phases import AveragedValidationPhase as AveragedValidationPhase
 from fluxloop.phases import BarlowTwinsPhase as BarlowTwinsPhase
 from fluxloop.phases import BYOLPhase as BYOLPhase
+from fluxloop.phases import CycleGANPhase as CycleGANPhase
+from fluxloop.phases import CycleGANValidationPhase as CycleGANValidationPhase
 from fluxloop.phases import DiffusionPhase as DiffusionPhase
 from fluxloop.phases import DINOPhase as DINOPhase
 from fluxloop.phases import DistillationPhase as DistillationPhase

@@ -3,6 +3,8 @@
 from fluxloop.phases.autoencoder import AutoencoderPhase as AutoencoderPhase
 from fluxloop.phases.barlow_twins import BarlowTwinsPhase as BarlowTwinsPhase
 from fluxloop.phases.byol import BYOLPhase as BYOLPhase
+from fluxloop.phases.cycle_gan import CycleGANPhase as CycleGANPhase
+from fluxloop.phases.cycle_gan import CycleGANValidationPhase as CycleGANValidationPhase
 from fluxloop.phases.diffusion import DiffusionPhase as DiffusionPhase
 from fluxloop.phases.dino import DINOPhase as DINOPhase
 from fluxloop.phases.distillation import DistillationPhase as DistillationPhase
