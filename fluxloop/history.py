@@ -38,6 +38,39 @@ def numbers_in(name: str, value: Any) -> dict[str, float]:
     return {f"{name}/{index}": part for index, part in enumerate(parts)}
 
 
+Points = list[tuple[int, float]]
+"""Numbers by the epoch that they belong to."""
+
+
+def draw_panels(who: str, panels: Mapping[str, Mapping[str, Points]]) -> Figure:
+    """Draw a panel for each metric, with a line for each phase or run.
+
+    Args:
+        who: Who draws, for messages.
+        panels: Lines by the metric's name, then by what the legend calls them.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        MetricError: There is none.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise ImportError(f"{who} needs matplotlib: pip install 'torch-fluxloop[plot]'") from error
+    if not panels:
+        raise MetricError("no metric was recorded; fit with the Metrics callback (a default one) first")
+    figure = Figure(figsize=(5 * len(panels), 3.5), layout="constrained")
+    for axes, (name, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for label, points in lines.items():
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+        axes.set(title=name, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
 def shown_as(number: float, digits: int) -> str:
     """Return a number as people read it: whole numbers whole, others with so many significant digits."""
     return str(number) if isinstance(number, int) else f"{number:.{digits}g}"
@@ -165,29 +198,11 @@ class History(Container):
             ImportError: matplotlib is not installed.
             MetricError: Nothing has been recorded.
         """
-        try:
-            from matplotlib.figure import Figure
-            from matplotlib.ticker import MaxNLocator
-        except ImportError as error:
-            raise ImportError("history.plot() needs matplotlib: pip install 'torch-fluxloop[plot]'") from error
-        rows = [
-            {**row, "metric": name, "value": number}
-            for row in self.rows()
-            for name, number in numbers_in(row["metric"], row["value"]).items()
-        ]
-        names = list(dict.fromkeys(row["metric"] for row in rows))
-        if not names:
-            raise MetricError("no metric was recorded; fit with the Metrics callback (a default one) first")
-        figure = Figure(figsize=(5 * len(names), 3.5), layout="constrained")
-        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-            for phase in dict.fromkeys(row["phase"] for row in rows if row["metric"] == name):
-                points = [(r["epoch"], r["value"]) for r in rows if (r["metric"], r["phase"]) == (name, phase)]
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=phase)
-            axes.set(title=name, xlabel="epoch")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.grid(alpha=0.3)
-            axes.legend()
-        return figure
+        panels: dict[str, dict[str, Points]] = {}
+        for row in self.rows():
+            for name, number in numbers_in(row["metric"], row["value"]).items():
+                panels.setdefault(name, {}).setdefault(row["phase"], []).append((row["epoch"], number))
+        return draw_panels("history.plot()", panels)
 
     def __repr__(self) -> str:
         counts = vars(self._shared).get("history", {})
