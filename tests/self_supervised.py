@@ -142,3 +142,40 @@ def assert_same_state(found: Any, expected: Any) -> None:
     for name, value in expected.items():
         same = torch.equal(found[name], value) if isinstance(value, Tensor) else found[name] == value
         assert same, name
+
+
+class Tokens(nn.Module):
+    """A transformer of one layer over patches of 2 x 2 pixels, for images of any size, with a token for hidden ones."""
+
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(1, size, 2, 2)
+        self.places = nn.Parameter(0.1 * torch.randn(16, size))
+        self.cls, self.hidden = (nn.Parameter(0.1 * torch.randn(size)) for _ in range(2))
+        self.first, self.second = (nn.TransformerEncoderLayer(size, 2, 12, batch_first=True) for _ in range(2))
+
+    def layers(self, images: Tensor, mask: Tensor | None) -> list[Tensor]:
+        patches = self.embed(images).flatten(2).transpose(1, 2)
+        if mask is not None:
+            patches = torch.where(mask[:, :, None], self.hidden, patches)
+        patches = patches + self.places[: patches.shape[1]]
+        tokens = torch.cat([self.cls.expand(len(images), 1, -1), patches], dim=1)
+        first = self.first(tokens)
+        return [first, self.second(first)]
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        tokens = self.layers(images, mask)[-1]
+        return tokens[:, 0], tokens[:, 1:]
+
+
+def network_and_teacher(make: Callable[[], nn.Module], **more: Callable[[], nn.Module]) -> dict[str, nn.Module]:
+    """Make a student, its frozen copy, and more models."""
+    torch.manual_seed(1)
+    student = make()
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    return {"student": student, "teacher": teacher, **{name: made() for name, made in more.items()}}
+
+
+def heads(*names: str) -> nn.ModuleDict:
+    """Make a transformer with heads of five prototypes."""
+    return nn.ModuleDict({"encoder": Tokens(), **{name: nn.Linear(8, 5) for name in names}})

@@ -42,9 +42,11 @@ from fluxloop import (
     CustomCallback,
     CutMix,
     CycleGANPhase,
+    Data2VecPhase,
     DataError,
     DiffusionPhase,
     DINOPhase,
+    DINOv2Phase,
     DistillationPhase,
     DuplicateCallbackError,
     EarlyStopping,
@@ -56,6 +58,8 @@ from fluxloop import (
     GarbageCollect,
     GradientClip,
     HandlerError,
+    IBOTPhase,
+    IJEPAPhase,
     KeepBestModel,
     KNNProbe,
     Learner,
@@ -80,6 +84,7 @@ from fluxloop import (
     MoCoV3Phase,
     ModelError,
     Momentum,
+    MSNPhase,
     MultiCrop,
     NNCLRPhase,
     NoImprovement,
@@ -145,6 +150,7 @@ from fluxloop import (
     triangle,
     warmup,
 )
+from fluxloop.augment import BlockMasks, MultiBlock, RandomMasks
 from fluxloop.testing import Coefficient, EventRecorder, toy_learner
 
 XS = torch.rand(8, 4, generator=torch.Generator().manual_seed(0))
@@ -1347,6 +1353,14 @@ MALFORMED = [
     *bad(MoCoPhase, queue_size=COUNTS[:-1], temperature=[0, NAN, "a"]),
     *bad(LeJEPAPhase, weight=[-0.1, 1.1, NAN, "a"], num_directions=COUNTS[:3], num_global=COUNTS[:3], gather=[1]),
     *bad(MoCoV3Phase, temperature=[0, NAN, "a"], gather=[None]),
+    *bad(MSNPhase, temperature=[0, "a"], sharpening=[0, 1.1, NAN], iterations=[-1, 1.5], entropy=[-1, NAN], masks=[3]),
+    *bad(IBOTPhase, {"patch_size": 2}, patch_size=COUNTS[:-1], patch_weight=[-1, NAN, "a"], masks=[3, "a"]),
+    *bad(DINOv2Phase, {"patch_size": 2}, koleo=[-1, NAN], iterations=COUNTS[:3], center_momentum=[2, "a"]),
+    *bad(IJEPAPhase, {"patch_size": 2}, patch_size=COUNTS[:-1], masks=[3, "a"]),
+    *bad(Data2VecPhase, {"patch_size": 2}, layers=COUNTS[:3], beta=[0, NAN, "a"], masks=[3]),
+    *bad(RandomMasks, share=[-0.1, 1.1, (0.5, 0.1), (0.1,), "a", None], unmasked=[-1, 2, "a"]),
+    *bad(BlockMasks, blocks=COUNTS[:3], share=[2, "a"], ratio=[0, (2, 1), "a"]),
+    *bad(MultiBlock, blocks=COUNTS[:3], share=[2, "a"], context=[-1, "a"], least=COUNTS[:3]),
     *bad(NNCLRPhase, queue_size=COUNTS[:-1], temperature=[0, NAN, "a"]),
     *bad(SwAVPhase, queue_size=[-1, 1.5, NAN], temperature=[0, "a"], epsilon=[0, NAN], iterations=COUNTS[:3]),
     *bad(SwAVPhase, queue_from=[-1, 1.5, "a"], num_global=COUNTS[:3]),

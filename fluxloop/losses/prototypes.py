@@ -14,7 +14,14 @@ from fluxloop.processes.group import Group
 
 
 @in_full_precision
-def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3, *, group: Group | None = None) -> Tensor:
+def sinkhorn(
+    scores: Tensor,
+    epsilon: float = 0.05,
+    iterations: int = 3,
+    *,
+    mask: Tensor | None = None,
+    group: Group | None = None,
+) -> Tensor:
     """Assign rows to prototypes so that all prototypes are used alike: Sinkhorn's and Knopp's algorithm.
 
     Begins with ``exp(scores / epsilon)``, and divides in turns by the sums over rows and by the sums over prototypes
@@ -24,6 +31,7 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3, *, grou
         scores: Of each row with each prototype, shape (N, K); no gradient goes there.
         epsilon: Divides the scores: the smaller, the harder the codes. DINOv2 gives the teacher's temperature.
         iterations: How often; 0 leaves a softmax.
+        mask: True for the rows that count, shape (N,), such as hidden patches; left out, all do.
         group: The processes whose rows are assigned together; left out, this one's alone.
 
     Returns:
@@ -40,12 +48,13 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3, *, grou
     """
     logs = scores.detach() / epsilon
     for _ in range(iterations):
-        columns = logs.logsumexp(0, keepdim=True)
+        counted = logs if mask is None else logs.masked_fill(~mask.bool()[:, None], float("-inf"))
+        columns = counted.logsumexp(0, keepdim=True)
         if group is not None:
             if group.spare:
                 columns = torch.full_like(columns, float("-inf"))
             columns = gather_equal(columns, group).logsumexp(0, keepdim=True)
-        logs = logs - columns
+        logs = logs - columns.masked_fill(columns.isneginf(), 0.0)  # where no row counts
         logs = logs - logs.logsumexp(1, keepdim=True)
     return logs.softmax(1)
 

@@ -4,9 +4,9 @@
 - Bases: ``objective`` (one loss), ``per_optimizer`` (one loss for each optimizer), ``joint_embedding`` (views of each
   row; a student and its teacher), ``twin`` (a validation phase that does what a training phase does).
 - Views of each row: ``simclr``, ``barlow_twins``, ``vicreg``, ``simsiam``, ``byol``, ``moco``, ``moco_v3``, ``nnclr``,
-  ``swav``, ``dino``, ``lejepa``; with a queue of past rows: ``queue``.
+  ``swav``, ``dino``, ``ibot``, ``msn``, ``lejepa``; with a queue of past rows: ``queue``.
 - Labels: ``metric_learning``, ``distillation``.
-- Reconstruction: ``autoencoder``, ``vae``, ``mae``.
+- Reconstruction: ``autoencoder``, ``vae``, ``mae``; of what a teacher has of hidden patches: ``predicting``.
 - Adversaries: ``gan``, ``cycle_gan``.
 - Noise to data: ``noised`` (their base, and their validation phase), ``diffusion``, ``flow_matching``.
 """
@@ -25,6 +25,7 @@ __getattr__, __dir__, __all__ = lazily(
         "distillation": "DistillationPhase",
         "flow_matching": "FlowMatchingPhase",
         "gan": "GANPhase GANValidationPhase",
+        "ibot": "DINOv2Phase IBOTPhase",
         "joint_embedding": "JointEmbeddingPhase TeacherPhase",
         "lejepa": "LeJEPAPhase",
         "mae": "MAEPhase",
@@ -32,9 +33,11 @@ __getattr__, __dir__, __all__ = lazily(
         "moco": "MoCoPhase",
         "noised": "NoisedPhase NoisedValidationPhase",
         "moco_v3": "MoCoV3Phase",
+        "msn": "MSNPhase",
         "nnclr": "NNCLRPhase",
         "objective": "ObjectivePhase ObjectiveValidationPhase",
         "per_optimizer": "PerOptimizerPhase PerOptimizerValidationPhase",
+        "predicting": "Data2VecPhase IJEPAPhase",
         "simclr": "SimCLRPhase",
         "simsiam": "SimSiamPhase",
         "supervised": "AveragedValidationPhase PredictionPhase TrainingPhase ValidationPhase",

@@ -11,6 +11,8 @@ from fluxloop.phases.distillation import DistillationPhase as DistillationPhase
 from fluxloop.phases.flow_matching import FlowMatchingPhase as FlowMatchingPhase
 from fluxloop.phases.gan import GANPhase as GANPhase
 from fluxloop.phases.gan import GANValidationPhase as GANValidationPhase
+from fluxloop.phases.ibot import DINOv2Phase as DINOv2Phase
+from fluxloop.phases.ibot import IBOTPhase as IBOTPhase
 from fluxloop.phases.joint_embedding import JointEmbeddingPhase as JointEmbeddingPhase
 from fluxloop.phases.joint_embedding import TeacherPhase as TeacherPhase
 from fluxloop.phases.lejepa import LeJEPAPhase as LeJEPAPhase
@@ -19,6 +21,7 @@ from fluxloop.phases.metric_learning import SupConPhase as SupConPhase
 from fluxloop.phases.metric_learning import TripletPhase as TripletPhase
 from fluxloop.phases.moco import MoCoPhase as MoCoPhase
 from fluxloop.phases.moco_v3 import MoCoV3Phase as MoCoV3Phase
+from fluxloop.phases.msn import MSNPhase as MSNPhase
 from fluxloop.phases.nnclr import NNCLRPhase as NNCLRPhase
 from fluxloop.phases.noised import NoisedPhase as NoisedPhase
 from fluxloop.phases.noised import NoisedValidationPhase as NoisedValidationPhase
@@ -26,6 +29,8 @@ from fluxloop.phases.objective import ObjectivePhase as ObjectivePhase
 from fluxloop.phases.objective import ObjectiveValidationPhase as ObjectiveValidationPhase
 from fluxloop.phases.per_optimizer import PerOptimizerPhase as PerOptimizerPhase
 from fluxloop.phases.per_optimizer import PerOptimizerValidationPhase as PerOptimizerValidationPhase
+from fluxloop.phases.predicting import Data2VecPhase as Data2VecPhase
+from fluxloop.phases.predicting import IJEPAPhase as IJEPAPhase
 from fluxloop.phases.simclr import SimCLRPhase as SimCLRPhase
 from fluxloop.phases.simsiam import SimSiamPhase as SimSiamPhase
 from fluxloop.phases.supervised import AveragedValidationPhase as AveragedValidationPhase

@@ -73,10 +73,10 @@ class DINOPhase(CropsPhase, TeacherPhase):
         center_momentum: float = 0.9,
     ) -> None:
         super().__init__(views, num_global=num_global)
-        check_number("DINOPhase", "student_temperature", student_temperature, above=0, error=PhaseError)
+        check_number(type(self).__name__, "student_temperature", student_temperature, above=0, error=PhaseError)
         if not callable(teacher_temperature):
-            check_number("DINOPhase", "teacher_temperature", teacher_temperature, above=0, error=PhaseError)
-        check_number("DINOPhase", "center_momentum", center_momentum, least=0, most=1, error=PhaseError)
+            check_number(type(self).__name__, "teacher_temperature", teacher_temperature, above=0, error=PhaseError)
+        check_number(type(self).__name__, "center_momentum", center_momentum, least=0, most=1, error=PhaseError)
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
         self.center_momentum = center_momentum
@@ -104,13 +104,21 @@ class DINOPhase(CropsPhase, TeacherPhase):
 
     def loss(self, learner: Any, state: StepState) -> Tensor:
         """Compare the student's crops with the teacher's."""
-        temperature = state.temperature if callable(self.teacher_temperature) else self.teacher_temperature
+        temperature = self.sharpness(state)
         center = 0.0 if self.center is None else self.center.to(state.student[0].device)
         return dino_loss(state.student, state.teacher, center, self.student_temperature, temperature)
 
+    def sharpness(self, state: StepState) -> Any:
+        """Return the teacher's temperature in a step."""
+        return state.temperature if callable(self.teacher_temperature) else self.teacher_temperature
+
+    def outputs(self, state: StepState) -> Tensor:
+        """Return the teacher's outputs of a step, whose mean the centre moves towards, shape (rows, K)."""
+        return torch.cat(state.teacher)
+
     def finish(self, learner: Any, state: StepState) -> None:
         """Move the centre towards the mean of the batch, or of the batches that make an update, with the last one."""
-        group, outputs = learner.accelerator.group, in_single(torch.cat(state.teacher))
+        group, outputs = learner.accelerator.group, in_single(self.outputs(state))
         waits = learner.updates.has_open(None)
         if not waits and self._waiting is None:
             self._move(mean_of_rows(outputs, group))
@@ -129,10 +137,14 @@ class DINOPhase(CropsPhase, TeacherPhase):
 
     def _move(self, mean: Tensor) -> None:
         """Move the centre towards a mean, at the end of a step."""
-        old = torch.zeros_like(mean) if self.center is None else self.center.to(mean)
-        self.center = old * self.center_momentum + mean * (1 - self.center_momentum)
+        self.center = self._moved(self.center, mean)
         self._steps += 1
         self._waiting = None
+
+    def _moved(self, center: Tensor | None, mean: Tensor) -> Tensor:
+        """Return a centre, or zeros, moved towards a mean."""
+        old = torch.zeros_like(mean) if center is None else center.to(mean)
+        return old * self.center_momentum + mean * (1 - self.center_momentum)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the centre, the number of steps, and what waits to move the centre."""

@@ -16,6 +16,7 @@ from fluxloop.phases.objective import ObjectivePhase, can_run, require_parts
 from fluxloop.processes.gather import join_rows
 
 if TYPE_CHECKING:
+    from fluxloop.phase import Phase
     from fluxloop.processes.group import Group
     from fluxloop.state import StepState
 
@@ -236,10 +237,19 @@ class TeacherPhase(JointEmbeddingPhase):
         super().check(learner)
         if self.moves_teacher:
             return
-        for name, _ in learner.model.teacher.named_parameters():
-            if not learner.callbacks.writers(f"model.teacher.{name}"):
-                raise PhaseError(
-                    f"{type(self).__name__} learns from learner.model.teacher, of which no callback moves {name!r}; "
-                    "add EMA('student', 0.99, into='teacher') to the callbacks (a phase that moves it itself has "
-                    "moves_teacher = True)"
-                )
+        require_moving_teacher(self, learner)
+
+
+def require_moving_teacher(phase: Phase, learner: Any) -> None:
+    """Raise for a teacher that no callback moves.
+
+    Raises:
+        PhaseError: Names the phase, a parameter, and what to add.
+    """
+    for name, _ in learner.model.teacher.named_parameters():
+        if not learner.callbacks.writers(f"model.teacher.{name}"):
+            raise PhaseError(
+                f"{type(phase).__name__} learns from learner.model.teacher, of which no callback moves {name!r}; "
+                "add EMA('student', 0.99, into='teacher') to the callbacks (a phase that moves it itself has "
+                "moves_teacher = True)"
+            )

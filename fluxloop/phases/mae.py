@@ -16,6 +16,28 @@ if TYPE_CHECKING:
     from fluxloop.state import StepState
 
 
+def grid_of(images: Tensor, size: int) -> tuple[int, int]:
+    """Return how many patches images have, in height and width.
+
+    Args:
+        images: Shape (N, C, H, W).
+        size: Height and width of a patch, a divisor of H and W.
+
+    Raises:
+        BatchError: `images` is not (N, C, H, W), or `size` does not divide H and W.
+
+    Example:
+        >>> grid_of(torch.zeros(2, 3, 8, 12), 4)
+        (2, 3)
+    """
+    if images.ndim != 4 or images.shape[2] % size or images.shape[3] % size:
+        raise BatchError(
+            f"patches of {size} x {size} were asked for from {describe(images)}; expected images of shape "
+            f"(N, C, H, W), H and W multiples of {size}"
+        )
+    return images.shape[2] // size, images.shape[3] // size
+
+
 def patchify(images: Tensor, size: int, *, channels_last: bool = False) -> Tensor:
     """Cut images into square patches, row by row.
 
@@ -32,13 +54,9 @@ def patchify(images: Tensor, size: int, *, channels_last: bool = False) -> Tenso
     Raises:
         BatchError: `images` is not (N, C, H, W), or `size` does not divide H and W.
     """
-    if images.ndim != 4 or images.shape[2] % size or images.shape[3] % size:
-        raise BatchError(
-            f"patches of {size} x {size} were asked for from {describe(images)}; expected images of shape "
-            f"(N, C, H, W), H and W multiples of {size}"
-        )
-    n, c, h, w = images.shape
-    grid = images.reshape(n, c, h // size, size, w // size, size)
+    tall, wide = grid_of(images, size)
+    n, c = images.shape[:2]
+    grid = images.reshape(n, c, tall, size, wide, size)
     order = (0, 2, 4, 3, 5, 1) if channels_last else (0, 2, 4, 1, 3, 5)
     return grid.permute(order).reshape(n, -1, c * size * size)
 

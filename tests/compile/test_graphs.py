@@ -23,8 +23,10 @@ from fluxloop import (
     CompileError,
     CustomCallback,
     CycleGANPhase,
+    Data2VecPhase,
     DiffusionPhase,
     DINOPhase,
+    DINOv2Phase,
     DistillationPhase,
     FlowMatchingPhase,
     GANPhase,
@@ -40,6 +42,7 @@ from fluxloop import (
     MixUp,
     MoCoPhase,
     MoCoV3Phase,
+    MSNPhase,
     NNCLRPhase,
     NoisedValidationPhase,
     ObjectiveValidationPhase,
@@ -65,6 +68,7 @@ from fluxloop import (
     on,
     one_cycle,
 )
+from fluxloop.augment import RandomMasks
 
 pytestmark = pytest.mark.usefixtures("imported")
 
@@ -209,6 +213,52 @@ class Images(MAEPhase):
         return super().entries(batch[0].reshape(-1, 1, 4, 4))
 
 
+class HiddenPatches(DINOv2Phase):
+    """Makes images of the rows."""
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        return super().entries(batch[0].reshape(-1, 1, 4, 4))
+
+
+class HiddenLayers(Data2VecPhase):
+    """Makes images of the rows."""
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        return super().entries(batch[0].reshape(-1, 1, 4, 4))
+
+
+class Seeing(nn.Module):
+    """Gives the mean of an image's patches, and the patches; or a list of layers."""
+
+    def __init__(self, layers: bool = False) -> None:
+        super().__init__()
+        self.embed, self.hidden, self.layers = nn.Conv2d(1, 8, 2, 2), nn.Parameter(torch.randn(8)), layers
+
+    def forward(self, images: Tensor, mask: Tensor | None) -> Any:
+        tokens = self.embed(images).flatten(2).transpose(1, 2)
+        if mask is not None:
+            tokens = torch.where(mask[:, :, None], self.hidden, tokens)
+        return [tokens, tokens.tanh()] if self.layers else (tokens.mean(1), tokens)
+
+
+def seeing_patches() -> dict[str, nn.Module]:
+    network = nn.ModuleDict({"encoder": Seeing(), "projector": nn.Linear(8, 6), "patch_projector": nn.Linear(8, 5)})
+    return {"student": network, "teacher": copy.deepcopy(network).requires_grad_(False)}
+
+
+def seeing_layers() -> dict[str, nn.Module]:
+    network = Seeing(layers=True)
+    return {
+        "student": network,
+        "teacher": copy.deepcopy(network).requires_grad_(False),
+        "predictor": nn.Linear(8, 8),
+    }
+
+
+def teacher_moves() -> list[Callback]:
+    return [EMA("student", 0.9, into="teacher")]
+
+
 class Tokens(nn.Module):
     """An encoder of patches."""
 
@@ -259,6 +309,13 @@ class Patches(nn.Module):
             lambda: student("predictor"),
             lambda: [EMA("student", 0.9, into="teacher")],
         ),
+        (
+            lambda: [MSNPhase(VIEWS)],
+            lambda: {**student(), "prototypes": nn.Linear(6, 5, bias=False)},
+            lambda: [EMA("student", 0.9, into="teacher")],
+        ),
+        (lambda: with_twin(HiddenPatches(VIEWS, patch_size=2)), seeing_patches, teacher_moves),
+        (lambda: [HiddenLayers(2, masks=RandomMasks(0.5))], seeing_layers, teacher_moves),
         (lambda: [NNCLRPhase(VIEWS, queue_size=20)], lambda: {**encoder(), "predictor": nn.Linear(6, 6)}, list),
         (lambda: with_twin(SwAVPhase(VIEWS)), lambda: {**encoder(), "prototypes": nn.Linear(6, 5, bias=False)}, list),
         (lambda: [VAEPhase()], lambda: {"encoder": nn.Linear(16, 8), "decoder": nn.Linear(4, 16)}, list),
@@ -272,7 +329,8 @@ class Patches(nn.Module):
         (lambda: [Images(2, normalize=True)], lambda: {"encoder": Tokens(), "decoder": Patches()}, list),
     ],
     ids=[
-        *("SimCLR", "Barlow Twins", "VICReg", "SimSiam", "BYOL", "MoCo", "DINO", "LeJEPA", "MoCo v3", "NNCLR", "SwAV"),
+        *("SimCLR", "Barlow Twins", "VICReg", "SimSiam", "BYOL", "MoCo", "DINO", "LeJEPA", "MoCo v3", "MSN", "DINOv2"),
+        *("data2vec", "NNCLR", "SwAV"),
         *("VAE", "autoencoder", "SupCon", "distillation", "triplets", "flow matching", "diffusion", "EDM", "MAE"),
     ],
 )

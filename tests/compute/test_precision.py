@@ -29,6 +29,7 @@ from fluxloop import (
     LossBegin,
     Metrics,
     MoCoV3Phase,
+    MSNPhase,
     NNCLRPhase,
     OptimizerError,
     SimCLRPhase,
@@ -558,6 +559,11 @@ def phases() -> dict[str, Any]:
         "MoCo v3": (
             MoCoV3Phase(views),
             {"student": encoder, "teacher": copied, "predictor": nn.Linear(8, 8)},
+            [EMA("student", 0.9, into="teacher")],
+        ),
+        "MSN": (
+            MSNPhase(views, temperature=0.5, sharpening=0.5),
+            {"student": encoder, "teacher": copied, "prototypes": nn.Linear(8, 6, bias=False)},
             [EMA("student", 0.9, into="teacher")],
         ),
         "LeJEPA": (LeJEPAPhase(views, num_directions=16), {"encoder": encoder}, []),

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from fluxloop import (
-    EMA, Accelerator, BarlowTwinsPhase, DINOPhase, Learner, LeJEPAPhase, MoCoPhase, MoCoV3Phase,
-    NNCLRPhase, ObjectiveValidationPhase, SimCLRPhase, SupConPhase, SwAVPhase, TensorBatches, TripletPhase, VICRegPhase,
+    Accelerator, BarlowTwinsPhase, DINOPhase, DINOv2Phase, EMA, IBOTPhase, LeJEPAPhase, Learner, MSNPhase,
+    MoCoPhase, MoCoV3Phase, NNCLRPhase, ObjectiveValidationPhase, SimCLRPhase, SupConPhase, SwAVPhase,
+    TensorBatches, TripletPhase, VICRegPhase,
 )
 from processes.launching import report
 
@@ -55,9 +56,38 @@ class Along(LeJEPAPhase):  # looks along the axes, as what processes draw differ
         return torch.eye(4, dtype=torch.float64)
 
 
+def images(xs):
+    return tuple(view.reshape(-1, 1, 2, 3) for view in views(xs))
+
+
+def first(n, grid, device):  # hides two patches of six
+    return torch.arange(6).expand(n, -1) < 2
+
+
+class Patches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix = nn.Conv2d(1, 4, 1).double(), nn.Linear(4, 4).double()
+
+    def forward(self, images, mask):
+        tokens = self.embed(images).flatten(2).transpose(1, 2)
+        if mask is not None:
+            tokens = tokens.masked_fill(mask[:, :, None], 0.0)
+        token = self.mix(tokens.mean(1)).tanh()
+        return token, tokens + token[:, None]
+
+
+def patched():
+    student = nn.ModuleDict({"encoder": Patches(), "projector": nn.Linear(4, 5).double()})
+    return {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)}
+
+
 cases = {
     "LeJEPA": (Along(crops, num_directions=5), models, 41),
     "MoCo v3": (MoCoV3Phase(views), with_part(networks, "predictor"), 41),
+    "MSN": (MSNPhase(crops), with_part(networks, "prototypes"), 41),
+    "iBOT": (IBOTPhase(images, patch_size=1, masks=first), patched, 41),
+    "DINOv2": (DINOv2Phase(images, patch_size=1, masks=first, koleo=0.2), patched, 42),
     "NNCLR": (NNCLRPhase(views, queue_size=20), with_part(models, "predictor"), 41),
     "SwAV": (SwAVPhase(crops, queue_size=20, queue_from=2), with_part(models, "prototypes"), 41),
     "SimCLR": (SimCLRPhase(views), models, 41),
@@ -94,7 +124,7 @@ for name, (phase, make, count) in cases.items():
 def test_weights_losses_queues_and_centres_are_those_of_one_process_also_with_ragged_rows_and_windows() -> None:
     (alone,) = run(SCRIPT, 1, timeout=120).reports
     first, *others = run(SCRIPT, SIZES[-1], timeout=240).reports
-    assert len(alone) == 24
+    assert len(alone) == 30
     for name, (weights, values, kept) in first.items():
         found: Any
         for other in others:

@@ -1,0 +1,155 @@
+"""I-JEPA and data2vec: predict what a teacher's network has of the patches that are hidden."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, smooth_l1_loss
+
+from fluxloop.augment import BlockMasks, Masks, MultiBlock
+from fluxloop.errors import PhaseError
+from fluxloop.guard.given import check_called, check_number
+from fluxloop.phases.joint_embedding import require_moving_teacher
+from fluxloop.phases.mae import grid_of, patchify
+from fluxloop.phases.objective import ObjectivePhase
+
+if TYPE_CHECKING:
+    from fluxloop.state import StepState
+
+
+class HiddenPatchesPhase(ObjectivePhase):
+    """Base of methods in which a ``student`` predicts what a ``teacher``, its moving average, has of hidden patches.
+
+    Args:
+        patch_size: Height and width of a patch in pixels.
+        masks: Draws what is hidden.
+
+    Raises:
+        PhaseError: A model is missing, no callback moves the teacher, or an argument is malformed.
+    """
+
+    parts: tuple[str, ...] = ("student", "teacher", "predictor")
+
+    def __init__(self, patch_size: int, masks: Any) -> None:
+        name = type(self).__name__
+        check_number(name, "patch_size", patch_size, least=1, whole=True, error=PhaseError)
+        check_called(name, "masks", masks, "what draws masks", PhaseError)
+        self.patch_size, self.masks = patch_size, masks
+
+    def check(self, learner: Any) -> None:
+        """Raise for missing models, and for a teacher that no callback moves."""
+        super().check(learner)
+        require_moving_teacher(self, learner)
+
+
+class IJEPAPhase(HiddenPatchesPhase):
+    """I-JEPA (Assran et al., 2023): predict the embeddings of some blocks of an image from those of the rest.
+
+    1. Cut the images into patches. 2. Draw blocks to be predicted, and a context without them. 3. The teacher sees all
+    patches, without gradients; each token is normalised over its dimensions. 4. The student sees the context.
+    5. The ``predictor`` says what stands in each block. 6. The smooth L1 distance. After the update, `EMA` moves the
+    teacher, with a decay from 0.996 to 1 in the paper.
+
+    Contexts differ in size from step to step, so its steps are not compiled; ``compile="model"`` is.
+
+    Args:
+        patch_size: Height and width of a patch in pixels.
+        masks: Draws blocks and contexts: a function ``(rows, (height, width), device)`` that returns the places of the
+            contexts (N, K) and of the blocks (N, B, T). Left out: `MultiBlock`, the paper's.
+
+    Models: ``student(patches, places) -> tokens`` and the ``teacher``, its frozen copy, with patches (N, K, P), their
+    places (N, K), whole numbers from 0, and tokens (N, K, D); ``predictor(tokens, places, wanted) -> predictions`` of
+    the places wanted (N, T), (N, T, D). It is called once, with all blocks of an image one after the other as rows,
+    B * N of them. Batches: images (N, C, H, W), or ``(images, ys)``. Entries: ``xs``, ``ys`` where there are labels,
+    ``patches`` (N, L, P), ``places`` (N, K), ``wanted`` (N, B, T), ``features`` (N, D), the student's mean token,
+    ``targets`` and ``preds`` (B * N, T, D), ``loss``. The events are those of `ObjectivePhase`.
+
+    Raises:
+        PhaseError: `patch_size` is less than 1, `masks` cannot be called, or what `HiddenPatchesPhase` says.
+        BatchError: Images are not (N, C, H, W), or `patch_size` does not divide H and W.
+    """
+
+    compiled = False
+
+    def __init__(self, patch_size: int, *, masks: Any = None) -> None:
+        super().__init__(patch_size, MultiBlock() if masks is None else masks)
+
+    def forward(self, learner: Any, state: StepState) -> None:
+        """Hide blocks, embed both, and predict."""
+        state.patches = patchify(state.xs, self.patch_size)
+        n, count = state.patches.shape[:2]
+        state.places, state.wanted = self.masks(n, grid_of(state.xs, self.patch_size), state.xs.device)
+        blocks = state.wanted.transpose(0, 1)  # as rows: the first block of all images, then the second
+        with torch.no_grad():
+            everywhere = torch.arange(count, device=state.xs.device).expand(n, -1)
+            tokens = learner.model.teacher(state.patches, everywhere)
+            tokens = layer_norm(tokens, tokens.shape[-1:])
+            state.targets = torch.cat([_taken(tokens, block) for block in blocks])
+        tokens = learner.model.student(_taken(state.patches, state.places), state.places)
+        state.features = tokens.mean(1)
+        times = len(blocks)
+        repeated = tokens.repeat(times, 1, 1), state.places.repeat(times, 1)
+        state.preds = learner.model.predictor(*repeated, blocks.flatten(0, 1))
+
+    def loss(self, learner: Any, state: StepState) -> Tensor:
+        """Compare predictions with the teacher's tokens."""
+        return smooth_l1_loss(state.preds.to(state.targets.dtype), state.targets)
+
+
+class Data2VecPhase(HiddenPatchesPhase):
+    """data2vec (Baevski et al., 2022): predict the mean of a teacher's last layers at hidden patches.
+
+    1. Draw what is hidden. 2. The teacher sees the whole image, without gradients; the targets are the mean of its last
+    layers, each token of each layer normalised, and normalised again. 3. The student sees the image with a learned
+    token in place of hidden patches, and the ``predictor`` turns its last layer into predictions. 4. The smooth L1
+    distance at hidden patches, a mean over all of the batch. After the update, `EMA` moves the teacher.
+
+    Args:
+        patch_size: Height and width of a patch in pixels.
+        masks: Draws what is hidden, a function ``(rows, (height, width), device)`` that returns True where hidden,
+            (rows, L). Left out: `BlockMasks`, blocks that cover about 60 % of an image.
+        layers: How many of the teacher's last layers are averaged; the paper's K.
+        beta: Below this distance it is squared, above absolute.
+
+    Models: ``student(images, mask) -> layers``, a list of the tokens (N, L, D) after each block, the first one first,
+    ``mask`` (N, L) or None where all is seen; the ``teacher``, its frozen copy; ``predictor(tokens)``, (N, L, D).
+    Batches: images (N, C, H, W), or ``(images, ys)``. Entries: ``xs``, ``ys`` where there are labels, ``mask`` (N, L),
+    ``features`` (N, D), the student's mean token, ``targets`` and ``preds`` (N, L, D), ``loss``. The events are those
+    of `ObjectivePhase`.
+
+    Raises:
+        PhaseError: A number is out of range, `masks` cannot be called, or what `HiddenPatchesPhase` says.
+        BatchError: Images are not (N, C, H, W), or `patch_size` does not divide H and W.
+    """
+
+    def __init__(self, patch_size: int, *, masks: Masks | None = None, layers: int = 6, beta: float = 2.0) -> None:
+        super().__init__(patch_size, BlockMasks() if masks is None else masks)
+        check_number("Data2VecPhase", "layers", layers, least=1, whole=True, error=PhaseError)
+        check_number("Data2VecPhase", "beta", beta, above=0, error=PhaseError)
+        self.layers, self.beta = layers, beta
+
+    def forward(self, learner: Any, state: StepState) -> None:
+        """Hide patches, run both networks, and predict."""
+        state.mask = self.masks(len(state.xs), grid_of(state.xs, self.patch_size), state.xs.device)
+        with torch.no_grad():
+            layers = learner.model.teacher(state.xs, None)[-self.layers :]
+            normal = [layer_norm(tokens.float(), tokens.shape[-1:]) for tokens in layers]
+            mean = torch.stack(normal).mean(0)
+            state.targets = layer_norm(mean, mean.shape[-1:])
+        tokens = learner.model.student(state.xs, state.mask)[-1]
+        state.features = tokens.mean(1)
+        state.preds = learner.model.predictor(tokens)
+
+    def loss(self, learner: Any, state: StepState) -> Tensor:
+        """Compare predictions with the teacher's layers at hidden patches."""
+        preds = state.preds.to(state.targets.dtype)
+        errors = smooth_l1_loss(preds, state.targets, beta=self.beta, reduction="none").mean(-1)
+        mean: Tensor = (errors * state.mask).sum() / state.mask.sum().clamp(min=1)
+        return mean
+
+
+def _taken(rows: Tensor, places: Tensor) -> Tensor:
+    """Return what stands at places, (N, L, D) and (N, K) to (N, K, D)."""
+    return rows.gather(1, places[:, :, None].expand(-1, -1, rows.shape[2]))
