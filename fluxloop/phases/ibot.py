@@ -53,6 +53,27 @@ class IBOTPhase(DINOPhase):
     Attributes:
         center: The centre of class tokens, shape (K,); None before the first step.
         patch_center: That of patches.
+
+    Example:
+        >>> import copy
+        >>> class Patches(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.embed = torch.nn.Conv2d(1, 8, 2, 2)
+        ...
+        ...     def forward(self, images, mask):
+        ...         patches = self.embed(images).flatten(2).transpose(1, 2)
+        ...         if mask is not None:
+        ...             patches = patches.masked_fill(mask[:, :, None], 0.0)
+        ...         return patches.mean(1), patches
+        >>> student = torch.nn.ModuleDict({"encoder": Patches(), "projector": torch.nn.Linear(8, 5)})
+        >>> models = {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)}
+        >>> learner = Learner(models, data=(torch.rand(64, 1, 8, 8),), default_callbacks=False)
+        >>> learner.set_callbacks([EMA("student", 0.99, into="teacher")])
+        >>> noise = lambda images: images + 0.1 * torch.randn_like(images)
+        >>> history = learner.fit(1, phases=[IBOTPhase(TwoViews(noise), patch_size=2)])
+        >>> learner.step.student_patches[0].shape, learner.step.masks[0].shape
+        (torch.Size([32, 16, 5]), torch.Size([32, 16]))
     """
 
     def __init__(
@@ -168,6 +189,28 @@ class DINOv2Phase(IBOTPhase):
 
     Models, batches, entries and errors are those of `IBOTPhase`, with ``codes`` and ``patch_codes``, lists with one for
     each global crop; the heads are untied where each network has a ``patch_projector``.
+
+    Example:
+        >>> import copy
+        >>> class Patches(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.embed = torch.nn.Conv2d(1, 8, 2, 2)
+        ...
+        ...     def forward(self, images, mask):
+        ...         patches = self.embed(images).flatten(2).transpose(1, 2)
+        ...         if mask is not None:
+        ...             patches = patches.masked_fill(mask[:, :, None], 0.0)
+        ...         return patches.mean(1), patches
+        >>> student = torch.nn.ModuleDict({"encoder": Patches(), "projector": torch.nn.Linear(8, 5)})
+        >>> student["patch_projector"] = torch.nn.Linear(8, 6)
+        >>> models = {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)}
+        >>> learner = Learner(models, data=(torch.rand(64, 1, 8, 8),), default_callbacks=False)
+        >>> learner.set_callbacks([EMA("student", 0.99, into="teacher")])
+        >>> noise = lambda images: images + 0.1 * torch.randn_like(images)
+        >>> history = learner.fit(1, phases=[DINOv2Phase(TwoViews(noise), patch_size=2)])
+        >>> learner.step.codes[0].shape, learner.step.patch_codes[0].shape
+        (torch.Size([32, 5]), torch.Size([32, 16, 6]))
     """
 
     def __init__(

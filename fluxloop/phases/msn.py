@@ -47,6 +47,18 @@ class MSNPhase(CropsPhase, TeacherPhase, ComparingPhase):
     Raises:
         PhaseError: A number is out of range, or there are `masks` without a `patch_size`.
         BatchError: There are too few views, or `patch_size` does not divide their height and width.
+
+    Example:
+        >>> import copy
+        >>> student = torch.nn.Linear(4, 8)
+        >>> models = {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)}
+        >>> models["prototypes"] = torch.nn.Linear(8, 10, bias=False)
+        >>> learner = Learner(models, data=(torch.randn(64, 4),), default_callbacks=False)
+        >>> learner.set_callbacks([EMA("student", 0.99, into="teacher")])
+        >>> noise = lambda rows: rows + 0.1 * torch.randn_like(rows)
+        >>> history = learner.fit(1, phases=[MSNPhase(MultiCrop(noise, noise, num_local=3))])
+        >>> learner.step.targets.shape, learner.step.anchors.shape
+        (torch.Size([32, 8]), torch.Size([128, 8]))
     """
 
     parts = ("student", "teacher", "prototypes")

@@ -69,6 +69,30 @@ class IJEPAPhase(HiddenPatchesPhase):
     Raises:
         PhaseError: `patch_size` is less than 1, `masks` cannot be called, or what `HiddenPatchesPhase` says.
         BatchError: Images are not (N, C, H, W), or `patch_size` does not divide H and W.
+
+    Example:
+        >>> import copy
+        >>> class Encoder(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.embed, self.places = torch.nn.Linear(4, 8), torch.nn.Embedding(64, 8)
+        ...
+        ...     def forward(self, patches, places):
+        ...         return self.embed(patches) + self.places(places)
+        >>> class Predictor(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.places = torch.nn.Embedding(64, 8)
+        ...
+        ...     def forward(self, tokens, places, wanted):
+        ...         return tokens.mean(1, keepdim=True) + self.places(wanted)
+        >>> student = Encoder()
+        >>> models = {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)}
+        >>> learner = Learner({**models, "predictor": Predictor()}, data=(torch.rand(64, 1, 16, 16),))
+        >>> learner.set_callbacks([EMA("student", 0.996, into="teacher")])
+        >>> history = learner.fit(1, phases=[IJEPAPhase(patch_size=2)])
+        >>> learner.step.patches.shape, learner.step.wanted.shape[:2]
+        (torch.Size([32, 64, 4]), torch.Size([32, 4]))
     """
 
     compiled = False
@@ -122,6 +146,26 @@ class Data2VecPhase(HiddenPatchesPhase):
     Raises:
         PhaseError: A number is out of range, `masks` cannot be called, or what `HiddenPatchesPhase` says.
         BatchError: Images are not (N, C, H, W), or `patch_size` does not divide H and W.
+
+    Example:
+        >>> import copy
+        >>> class Layers(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.embed, self.layer = torch.nn.Conv2d(1, 8, 2, 2), torch.nn.Linear(8, 8)
+        ...
+        ...     def forward(self, images, mask):
+        ...         tokens = self.embed(images).flatten(2).transpose(1, 2)
+        ...         if mask is not None:
+        ...             tokens = tokens.masked_fill(mask[:, :, None], 0.0)
+        ...         return [tokens, self.layer(tokens).tanh()]
+        >>> student = Layers()
+        >>> models = {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)}
+        >>> learner = Learner({**models, "predictor": torch.nn.Linear(8, 8)}, data=(torch.rand(64, 1, 8, 8),))
+        >>> learner.set_callbacks([EMA("student", 0.999, into="teacher")])
+        >>> history = learner.fit(1, phases=[Data2VecPhase(patch_size=2, layers=2)])
+        >>> learner.step.targets.shape
+        torch.Size([32, 16, 8])
     """
 
     def __init__(self, patch_size: int, *, masks: Masks | None = None, layers: int = 6, beta: float = 2.0) -> None:
