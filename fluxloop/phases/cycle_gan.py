@@ -113,13 +113,14 @@ class CycleGANPhase(AbstractTrainingPhase):
         stored_a: How many there are, a tensor.
         stored_b: The same of kind B.
 
-    Example::
-
-        models = {"generators": nn.ModuleDict({"ab": G, "ba": F}), "critics": nn.ModuleDict({"a": D_A, "b": D_B})}
-        data = CombinedLoader({"a": horses, "b": zebras})
-        learner = Learner(models, data=(data,), optimizer=partial(torch.optim.Adam, lr=2e-4, betas=(0.5, 0.999)),
-                          callbacks=[Scheduler({LearningRate: halves_of_the_paper}, unit="epoch")])
-        learner.fit(200, phases=[CycleGANPhase()])
+    Example:
+        >>> generators = torch.nn.ModuleDict({"ab": torch.nn.Linear(4, 4), "ba": torch.nn.Linear(4, 4)})
+        >>> critics = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 1), "b": torch.nn.Linear(4, 1)})
+        >>> data = ((torch.randn(64, 4), torch.randn(64, 4)),)  # pairs of rows that have nothing to do with each other
+        >>> learner = Learner({"generators": generators, "critics": critics}, data=data, default_callbacks=False)
+        >>> history = learner.fit(1, phases=[CycleGANPhase(identity=0.0)])
+        >>> sorted(learner.step.losses), learner.step.cycle_a.shape
+        (['critics', 'generators'], torch.Size([32, 4]))
     """
 
     def __init__(
@@ -258,6 +259,15 @@ class CycleGANValidationPhase(TwinPhase):
         PhaseError: `training` is no `CycleGANPhase`.
 
     The arguments `name` and `every` are those of `TwinPhase`.
+
+    Example:
+        >>> generators = torch.nn.ModuleDict({"ab": torch.nn.Linear(4, 4), "ba": torch.nn.Linear(4, 4)})
+        >>> critics = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 1), "b": torch.nn.Linear(4, 1)})
+        >>> pairs, phase = (torch.randn(64, 4), torch.randn(64, 4)), CycleGANPhase()
+        >>> models = {"generators": generators, "critics": critics}
+        >>> learner = Learner(models, data=(pairs, pairs), default_callbacks=False)
+        >>> sorted(learner.evaluate(phase=CycleGANValidationPhase(phase)))
+        ['loss_critics', 'loss_generators']
     """
 
     of = CycleGANPhase
