@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     {
-        "": "augment errors events losses schedules testing",
+        "": "augment errors events heads losses schedules testing",
         "compute.shard": "Shard",
         "run.accelerator": "Accelerator",
         "compute.recompute": "is_recomputing recompute_activations",

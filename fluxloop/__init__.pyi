@@ -3,6 +3,7 @@
 from fluxloop import augment as augment
 from fluxloop import errors as errors
 from fluxloop import events as events
+from fluxloop import heads as heads
 from fluxloop import losses as losses
 from fluxloop import schedules as schedules
 from fluxloop import testing as testing
