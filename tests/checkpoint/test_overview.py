@@ -107,3 +107,12 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match=r"weights\.pt is no checkpoint of fluxloop's"):
         peek(tmp_path / "weights.pt")
+
+
+def test_the_parts_of_sharded_checkpoints_count_in_their_size_and_are_no_checkpoints(tmp_path: Path) -> None:
+    train(tmp_path)
+    (before,) = runs_below(tmp_path)
+    newest = max(tmp_path.glob("epoch-*.pt"))
+    newest.with_name(f"{newest.stem}.parts-0123abcd-1-of-2.pt").write_bytes(b"a part")
+    (run,) = runs_below(tmp_path)
+    assert (run.files, run.size, run.problem) == (2, before.size + 6, None)
