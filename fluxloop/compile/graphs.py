@@ -54,8 +54,12 @@ def lower(graph: GraphModule, inputs: list[Any], device: torch.device) -> Compil
     """
     import torch._inductor
 
+    from fluxloop.compile.layouts import layout_options  # only here: it imports the compiler
+
     is_complex = any(tensor.is_complex() for tensor in inputs)  # the wrapper in C++ knows no such operations
-    options = {"cpp_wrapper": True} if device.type == "cpu" and not is_complex else {}
+    options: dict[str, Any] = layout_options() if device.type == "cpu" else {}
+    if device.type == "cpu" and not is_complex:
+        options["cpp_wrapper"] = True
     with torch.no_grad(), warnings.catch_warnings():
         for torchs_own in (DeprecationWarning, FutureWarning):  # about how torch uses torch
             warnings.simplefilter("ignore", torchs_own)
