@@ -7,12 +7,11 @@ import contextlib
 import doctest
 import importlib
 import io
+import itertools
 import json
 import os
 import pkgutil
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -29,12 +28,15 @@ import fluxloop
 import fluxloop.compile.graphs
 from fluxloop import Accelerator, CompileError, Learner, Phase, TrainingPhase, ValidationPhase
 from fluxloop.testing import assert_same_bits, toy_learner
+from processes.launching import run
 from test_reference import load
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 EXAMPLES = ROOT / "docs" / "examples"
 ELSEWHERE = {"common.py", "digits.py", "plain_digits.py"}
+IMPORTED = ("matplotlib.figure", "sklearn.datasets", "sklearn.linear_model", "sklearn.manifold", "sklearn.pipeline")
+"""What takes seconds to import, and most examples do."""
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 MODULES = sorted(module.name for module in pkgutil.walk_packages(fluxloop.__path__, "fluxloop."))
@@ -46,12 +48,24 @@ def run_block(page: Path, match: re.Match[str], namespace: dict[str, Any]) -> No
     exec(compile("\n" * line + match[2], str(page), "exec"), namespace)
 
 
+def lower_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the first graph compiled, and later ones run as they were traced: each takes the compiler some seconds."""
+    lower, count = fluxloop.compile.graphs.lower, itertools.count()
+
+    def lower_first(graph: Any, inputs: Any, device: Any) -> Any:
+        return torch.no_grad()(graph) if next(count) else lower(graph, inputs, device)
+
+    if "FLUXLOOP_COMPILER" not in os.environ:
+        monkeypatch.setattr(fluxloop.compile.graphs, "lower", lower_first)
+
+
 @pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs_and_prints_what_it_says(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # some write files
+    lower_the_first(monkeypatch)
     namespace: dict[str, Any] = {"__name__": "docs"}
     printed = ""
     for match in FENCE.finditer(page.read_text()):
@@ -118,9 +132,8 @@ ONE_EPOCH = sorted({path.name for path in EXAMPLES.glob("*.py")} - ELSEWHERE)
 
 
 def run_example(script: str, out: Path, epochs: int) -> dict[str, Any]:
-    command = [sys.executable, str(EXAMPLES / script), "--epochs", str(epochs), "--seed", "1", "--out", str(out)]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, capture_output=True, timeout=600, env=alone)
+    arguments = ["--epochs", str(epochs), "--seed", "1", "--out", str(out)]
+    run(EXAMPLES / script, None, arguments=arguments, timeout=600, imports=IMPORTED)
     result: dict[str, Any] = json.loads((out / "result.json").read_text())
     assert result["epochs"] == epochs
     assert result["seed"] == 1

@@ -3,8 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,7 @@ import fluxloop
 from fluxloop import Checkpointer, Recorder, StepBegin, TrainingPhase, UnsafeCallback, on
 from fluxloop.checkpoint.folder import Folder
 from fluxloop.testing import EventRecorder, assert_same_bits, toy_learner
-
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join(
-        filter(None, [str(Path(fluxloop.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    ),
-}
+from processes import launching
 
 
 class Signal(UnsafeCallback):
@@ -126,35 +119,29 @@ print(json.dumps([learner.model[1].weight.item(), learner.history[TrainingPhase]
 """
 
 
-def run(folder: Path, how: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", HANGS, str(folder), how],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-    )
-
-
 @pytest.mark.slow
 def test_sigterm_ends_a_process_whose_next_batch_never_comes_and_loses_no_step(tmp_path: Path) -> None:
-    process = run(tmp_path / "killed", "hangs")
-    assert process.stdout is not None
-    try:
-        assert process.stdout.readline().strip() == "hangs"
-        while not any(progress[1] == 0 for progress, _ in Folder(tmp_path / "killed").files()):
-            pass  # the run has begun
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 143, errors
-    (left, *_) = reversed(Folder(tmp_path / "killed").files())
+    script = tmp_path / "script.py"
+    script.write_text(HANGS)
+    folder = tmp_path / "killed"
+    order = launching.Order(tmp_path, script, [str(folder), "hangs"], 1, timeout=60, whole_end=True, launcher="alone")
+    order.prepare()
+    process = order.start()
+    deadline = time.monotonic() + 60
+    while process.running and time.monotonic() < deadline:
+        if "hangs" in "".join(order.outputs()) and any(progress[1] == 0 for progress, _ in Folder(folder).files()):
+            os.kill(process.processes[0].pid, signal.SIGTERM)  # the run has begun
+            break
+        time.sleep(0.01)
+    while process.running and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    assert process.processes[0].returncode == 143, order.outputs()
+    (left, *_) = reversed(Folder(folder).files())
     assert left[0][1] > 0, "the last complete step was not kept"
     ends = []
-    for folder in ("killed", "whole"):
-        out, errors = run(tmp_path / folder, "mended").communicate(timeout=60)
-        ends.append(json.loads(out))
+    for name in ("killed", "whole"):
+        ends.append(json.loads(launching.run(HANGS, None, arguments=[str(tmp_path / name), "mended"]).outputs[0]))
     assert ends[0] == ends[1]
     assert ends[0][1] == 6
 
@@ -193,10 +180,7 @@ def test_streams_that_are_gone_do_not_end_a_training(tmp_path: Path) -> None:
     results = {}
     for how in ("untouched", "none", "closed", "descriptors", "pipe"):
         path = tmp_path / how
-        done = subprocess.run(
-            [sys.executable, "-u", "-c", STREAMS, how, str(path)], capture_output=True, text=True, env=ENVIRONMENT
-        )
-        assert done.returncode == 0, done.stderr
+        launching.run(STREAMS, None, arguments=[how, str(path)], whole_end=True)
         results[how] = json.loads(path.read_text())
     weights = [result["weights"] for result in results.values()]
     assert all(other == weights[0] for other in weights)

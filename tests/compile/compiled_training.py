@@ -32,6 +32,12 @@ def rows() -> tuple[Tensor, Tensor]:
     return torch.randn(ROWS, 16, generator=generator), torch.randint(4, (ROWS,), generator=generator)
 
 
+def full() -> tuple[Tensor, Tensor]:
+    """Two full batches: for each other shape the compiler takes seconds."""
+    xs, ys = rows()
+    return xs[:64], ys[:64]
+
+
 def learner(
     compile: Any = "step", model: Callable[[], Any] = mlp, how: dict[str, Any] | None = None, **options: Any
 ) -> Learner[Any]:

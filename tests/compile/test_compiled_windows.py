@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_training import SGD, Every, both, gradients, graphs, learner, mlp, rows, weights
+from compiled_training import SGD, Every, both, full, gradients, graphs, learner, mlp, rows, weights
 from torch import Tensor, nn
 
 from fluxloop import (
@@ -291,7 +291,8 @@ def test_layers_that_are_frozen_and_unfrozen_in_an_open_window() -> None:
 
 
 def test_windows_in_graphs_of_inductor() -> None:
-    windows(2, callbacks=lambda: [GradientClip(0.1)])
+    xs, ys = doubled()
+    windows(2, data=((xs[:64], ys[:64]),), callbacks=lambda: [GradientClip(0.1)])
 
 
 # bf16
@@ -371,4 +372,4 @@ def single_rows() -> list[Tensor]:
 
 
 def test_with_bf16_in_graphs_of_inductor() -> None:
-    halved(tolerance=2e-3)
+    halved(tolerance=2e-3, data=(full(),))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_training import ADAM, ROWS, SGD, both, graphs, learner, mlp, rows, weights
+from compiled_training import ADAM, ROWS, SGD, both, full, graphs, learner, mlp, rows, weights
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -532,7 +532,7 @@ def test_events_outside_and_counts_of_updates_are_as_ever() -> None:
 @pytest.mark.parametrize("optimizer", [SGD, ADAM])
 def test_a_graph_made_before_a_step_cannot_be_differentiated_after_it(optimizer: Any) -> None:
     for compile in (False, "step"):
-        made = learner(compile, optimizer=optimizer)
+        made = learner(compile, optimizer=optimizer, data=(full(),))
         made.fit(2)
         late = made.model(rows()[0]).sum()
         made.fit(1)

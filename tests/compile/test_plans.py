@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_training import ADAM, Every, Scale, both, graphs, learner, learner_of, rows, weights
+from compiled_training import ADAM, Every, Scale, both, full, graphs, learner, learner_of, rows, weights
 from torch import Tensor, nn
 
 from fluxloop import (
@@ -215,7 +215,7 @@ def test_a_model_is_compiled_by_torch_and_stays_what_it_is() -> None:
     from torch._dynamo.utils import counters
 
     counters.clear()
-    eager, made = learner(False), learner("model")
+    eager, made = learner(False, data=(full(),)), learner("model", data=(full(),))
     kind, names = type(made.model), list(made.model.state_dict())
     assert (type(eager.model), list(eager.model.state_dict())) == (kind, names)
     for each in (eager, made):

@@ -74,12 +74,23 @@ class Server:
         self._running: dict[int, Forked] = {}
         self._new: list[int] = []  # ids of processes of which `fork` has not told yet
         self.ready = False
+        self.imported: set[str] = set()
         atexit.register(self.close)
+
+    def _order(self, **order: Any) -> None:
+        self._orders.write(json.dumps(order).encode() + b"\n")
+        self._orders.flush()
+
+    def prepare(self, modules: set[str]) -> None:
+        """Wait until the server has imported all, these modules too."""
+        if not modules <= self.imported:
+            self._order(imports=sorted(modules - self.imported))
+        while not self.ready or not modules <= self.imported:
+            self.hear(wait=True)
 
     def fork(self, **order: Any) -> Forked:
         """Have a process forked; what is ordered is the module's `fork` to say."""
-        self._orders.write(json.dumps(order).encode() + b"\n")
-        self._orders.flush()
+        self._order(**order)
         while not self._new:
             self.hear(wait=True)
         return self._running[self._new.pop()]
@@ -103,6 +114,8 @@ class Server:
     def _note(self, told: dict[str, Any]) -> None:
         if "ready" in told:
             self.ready = True
+        elif "imported" in told:
+            self.imported |= {*told["imported"]}
         elif "forked" in told:
             self._new.append(told["forked"])
             self._running[told["forked"]] = Forked(told["forked"], self)
@@ -121,17 +134,19 @@ class Server:
 _servers: list[Server] = []
 
 
-def prepare(environment: dict[str, str]) -> None:
-    """Start the servers, unless they are there, and wait until they have imported all.
+def prepare(environment: dict[str, str], processes: int, modules: Sequence[str] = ()) -> None:
+    """Start the servers that so many processes need, and wait until they have imported all.
 
     Args:
         environment: That of the servers.
+        processes: How many processes are to be forked.
+        modules: What the servers import besides.
     """
-    if not _servers:
-        _servers.extend(Server(environment) for _ in range(2))
-    for server in _servers:
-        while not server.ready:
-            server.hear(wait=True)
+    number = min(processes, 2)
+    while len(_servers) < number:
+        _servers.append(Server(environment))
+    for server in _servers[:number]:
+        server.prepare({*modules})
 
 
 def fork(
@@ -148,7 +163,7 @@ def fork(
         whole_end: Whether Python takes all modules apart as the process ends; else it only runs the handlers of
             `atexit`, which saves 0.2 s.
     """
-    return _servers[rank % len(_servers)].fork(
+    return _servers[rank % 2].fork(
         script=str(script),
         arguments=list(arguments),
         environment=environment,
@@ -207,6 +222,12 @@ def _serve() -> dict[str, Any] | None:
         *lines, orders = (orders + text).split(b"\n")
         for line in lines:
             order: dict[str, Any] = json.loads(line)
+            if "imports" in order:
+                for name in order["imports"]:
+                    import_module(name)
+                gc.freeze()
+                _tell(imported=order["imports"])
+                continue
             pid = os.fork()
             if not pid:
                 signal.set_wakeup_fd(-1)

@@ -90,7 +90,7 @@ class Run:
 
 def run(
     script: str | Path,
-    processes: int = 2,
+    processes: int | None = 2,
     *,
     arguments: Sequence[str] = (),
     timeout: float = 60,
@@ -98,13 +98,14 @@ def run(
     options: Sequence[str] = (),
     check: bool = True,
     whole_end: bool = False,
+    imports: Sequence[str] = (),
     **environment: str,
 ) -> Run:
     """Run a script in several processes, until all have ended.
 
     Args:
         script: A file, or the text of one, which may be indented.
-        processes: How many.
+        processes: How many; None: one, that is told nothing of others.
         arguments: Given to the script.
         timeout: Seconds, after which all are killed, and the test fails with what they wrote.
         launcher: ``"plain"``: the processes are forked here, with the environment that ``torchrun`` gives them and a
@@ -113,6 +114,7 @@ def run(
         check: Whether one that does not end well fails the test.
         whole_end: Whether Python takes itself apart in processes that are forked, as they end; else it is left out
             after the handlers of `atexit`, which saves 0.2 s.
+        imports: Modules that later processes are to find imported as well.
         **environment: Added to the environment of all; processes are then started anew, not forked.
     """
     with TemporaryDirectory(prefix=PREFIX) as name:
@@ -120,8 +122,9 @@ def run(
         path = script if isinstance(script, Path) else folder / "script.py"
         if isinstance(script, str):
             path.write_text(dedent(script))
+        way = "alone" if processes is None else launcher
         order = Order(
-            folder, path, arguments, processes, timeout, whole_end, environment, launcher=launcher, options=options
+            folder, path, arguments, processes or 1, timeout, whole_end, way, imports, environment, options=options
         )
         (told,) = carry_out([order], timeout)
     return told.check() if check else told
@@ -130,7 +133,7 @@ def run(
 def run_cases(
     script: str,
     cases: Sequence[Sequence[str]],
-    processes: int = 2,
+    processes: int | None = 2,
     *,
     timeout: float = 60,
     at_once: int = 4,
@@ -141,7 +144,7 @@ def run_cases(
     Args:
         script: The text of a script, which may be indented.
         cases: The arguments of the script in each case.
-        processes: How many run a case.
+        processes: How many run a case; None: one, that is told nothing of others.
         timeout: Seconds for all cases together.
         at_once: How many cases are under way at a time.
         whole_end: As of `run`.
@@ -149,8 +152,9 @@ def run_cases(
     with TemporaryDirectory(prefix=PREFIX) as name:
         path = Path(name) / "script.py"
         path.write_text(dedent(script))
+        way = "alone" if processes is None else "plain"
         orders = [
-            Order(Path(name) / str(number), path, case, processes, timeout, whole_end)
+            Order(Path(name) / str(number), path, case, processes or 1, timeout, whole_end, way)
             for number, case in enumerate(cases)
         ]
         for order in orders:
@@ -209,32 +213,38 @@ class Order:
     processes: int
     timeout: float
     whole_end: bool = False
-    environment: dict[str, str] = Factory(dict)
     launcher: str = "plain"
+    imports: Sequence[str] = ()
+    environment: dict[str, str] = Factory(dict)
     options: Sequence[str] = ()
 
     @property
     def forks(self) -> bool:
         """Whether the processes are forked: what is read from an environment as Python starts is the servers' then."""
-        return self.launcher == "plain" and not self.environment
+        return self.launcher != "torchrun" and not self.environment
+
+    def prepare(self) -> None:
+        """Have what forks the processes ready, and what they are to find imported."""
+        if self.forks:
+            prepare(surroundings(SERVERS), self.processes, self.imports)
 
     def start(self) -> Started:
-        environment = surroundings(str(self.folder)) | self.environment
-        begun = time.monotonic()
+        environment, begun = surroundings(str(self.folder)), time.monotonic()
         if self.launcher == "torchrun":
             command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
             logs = ["--log-dir", str(self.folder / "logs"), "--redirects", "3"]
-            return Started([self._anew([*command, *logs, *self.options], environment, self._output(0))], begun, None)
-        store = TCPStore(
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self.timeout)
-        )
+            whole = [*command, *logs, *self.options]
+            return Started([self._anew(whole, environment | self.environment, self._output(0))], begun, None)
+        seconds = timedelta(seconds=self.timeout)
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=seconds)
         started: list[Forked | Fresh] = []
         for rank in range(self.processes):
-            own = {**surroundings(str(self.folder)), **of_rank(rank, self.processes, store.port), **self.environment}
+            told = {} if self.launcher == "alone" else of_rank(rank, self.processes, store.port)
+            own, output = environment | told | self.environment, self._output(rank)
             if self.forks:
-                started.append(fork(self.script, self.arguments, own, self._output(rank), rank, self.whole_end))
+                started.append(fork(self.script, self.arguments, own, output, rank, self.whole_end))
             else:
-                started.append(self._anew([], own, self._output(rank)))
+                started.append(self._anew([], own, output))
         return Started(started, begun, store)
 
     def _anew(self, launcher: list[str], environment: dict[str, str], output: Path) -> Fresh:
@@ -270,8 +280,8 @@ def carry_out(orders: Sequence[Order], timeout: float, at_once: int = 1) -> list
     Raises:
         AssertionError: Some have not ended in time, and were killed; shows what their processes wrote.
     """
-    if any(order.forks for order in orders):
-        prepare(surroundings(SERVERS))
+    for order in orders:
+        order.prepare()
     deadline = time.monotonic() + timeout
     started: list[Started] = []
     while time.monotonic() < deadline:
