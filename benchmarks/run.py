@@ -30,6 +30,7 @@ SCRIPTS = (
     "event_overhead",
     "data",
     "memory",
+    "in_backward",
     "scaling",
     "import_time",
     "peers",

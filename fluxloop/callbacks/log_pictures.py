@@ -84,6 +84,18 @@ class LogHistograms(LogCallback):
         """Whether a compiled step leaves what is logged: it leaves neither gradients nor activations."""
         return "after" if set(self.of) <= {"weights"} else "never"
 
+    def init(self, learner: Any) -> None:
+        """Refuse to log gradients that are used and dropped before a step ends.
+
+        Raises:
+            CallbackTypeError: Says what can be logged.
+        """
+        if "gradients" in self.of and learner.accelerator.optimizer_in_backward:
+            raise CallbackTypeError(
+                f"LogHistograms(of={self.of!r}) is to log gradients, and Accelerator(optimizer_in_backward=True) drops "
+                "each as soon as it is used; expected of=('weights', 'activations'), or optimizer_in_backward=False"
+            )
+
     @on(FitBegin)
     def begin(self, event: FitBegin, phase: Phase, learner: Any) -> None:
         """Refuse to write into another run's log, and to log what no process has as a whole.

@@ -30,7 +30,9 @@ class StopOnNaNLoss(Callback):
     two later, and the fit ends then. A fused `Adam` or `AdamW`, which fluxloop chooses there where
     it can, leaves out its updates from the bad step on, without waiting; other optimizers
     have stepped with the bad gradients by then. With ``wait=True`` each step waits for the numbers. A compiled
-    step leaves everything as it was, and the fit ends when it has run.
+    step leaves everything as it was, and the fit ends when it has run. With
+    ``Accelerator(optimizer_in_backward=True)`` each gradient is looked at before its parameter is stepped; those
+    stepped before it have been by then, and the warning says how many.
 
     The gradients of an optimizer that a phase steps by hand are not looked at, but the loss is, when the step ends.
 
@@ -56,6 +58,7 @@ class StopOnNaNLoss(Callback):
     reads = ("step.loss", "step.losses", "step.grads", "step.grad_norm", "step.grad_norms")
     draws = False
     in_compiled_step = "inside"
+    _looks_before_use = True  # where gradients are used in the backward pass, ``learner.finite`` looks before that
 
     # learner.finite reads the entries, not this class: going through the learner view for each of them
     # took a third of the check's time.
@@ -63,7 +66,7 @@ class StopOnNaNLoss(Callback):
     @on(StepBegin, AbstractTrainingPhase)
     def start(self, event: StepBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Begin a step: its loss has not been looked at, and the buffers are those of a good step."""
-        learner.finite.begin_step()
+        learner.finite.begin_step(self.wait)
 
     @on(BackwardBegin)
     def look_before(self, event: BackwardBegin, phase: Phase, learner: Any) -> None:

@@ -24,6 +24,7 @@ USUAL: dict[str, Any] = {
     "accumulate": 1,
     "strategy": "auto",
     "compile": False,
+    "optimizer_in_backward": False,
     "seed_per_process": True,
     "tf32": None,
 }
@@ -49,6 +50,9 @@ class Accelerator:
         compile: ``"step"``: forward, loss, backward and update of a step are one compiled graph for
             each shape of batch (`docs/speed.md`); a callback that has to run inside the step is an error.
             ``"model"``: each model's forward is compiled by ``torch.compile``. False: neither.
+        optimizer_in_backward: Whether each parameter is stepped as soon as its gradient is complete, and the gradient
+            dropped: the same bits, with a fifth to a third less memory for parameters, states and gradients
+            (`docs/memory.md`). What needs the gradients after the backward pass is an error.
         seed_per_process: Whether what steps draw differs between processes; the order of the data never does.
         tf32: Whether CUDA multiplies matrices of float32 in TF32, in the whole process; None leaves torch's
             setting. Elsewhere it changes nothing.
@@ -65,6 +69,7 @@ class Accelerator:
         accumulate: int | Mapping[str, int] = 1,
         strategy: Literal["auto", "replicate", "shard", "none"] | Shard = "auto",
         compile: Literal[False, "model", "step"] = False,
+        optimizer_in_backward: bool = False,
         seed_per_process: bool = True,
         tf32: bool | None = None,
     ) -> None:
@@ -76,23 +81,21 @@ class Accelerator:
                 f"{did_you_mean(str(precision), TYPES)}"
             )
         _check_accumulate(accumulate)
-        for name, value in (("seed_per_process", seed_per_process), ("tf32", tf32)):
-            if type(value) is not bool and (value is not None or name != "tf32"):
-                raise ValueError(f"Accelerator({name}={value!r}) was given; expected True or False")
-        if strategy not in STRATEGIES and not isinstance(strategy, Shard):
-            raise ValueError(
-                f"Accelerator(strategy={strategy!r}) was given; expected "
-                f"{', '.join(map(repr, STRATEGIES))} or a Shard: strategy=Shard(units=Block)"
-            )
+        _check_flags(optimizer_in_backward=optimizer_in_backward, seed_per_process=seed_per_process, tf32=tf32)
+        _check_strategy(strategy)
         self.device = _choose(device)
         self.compile = compile
         self.precision = precision
         self.accumulate = accumulate
         self.strategy = strategy
+        self.optimizer_in_backward = optimizer_in_backward
         self.seed_per_process = seed_per_process
         self.tf32 = tf32
         if tf32 is not None:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        if optimizer_in_backward:
+            _check_in_backward(self)
+            self.backward = _backward_of_learner  # type: ignore[method-assign]  # so that the usual one has no branch
         self.group = _join(self.device, strategy)
         dtype = TYPES[precision]
         self.casting = None if dtype is None else Casting(self.device.type, dtype)
@@ -283,6 +286,17 @@ class Accelerator:
         return f"Accelerator({', '.join([f'device={str(self.device)!r}', *other])})"
 
 
+def _check_flags(**flags: Any) -> None:
+    """Raise for something that is neither True nor False; None stands for torch's own setting of tf32.
+
+    Raises:
+        ValueError: Says what was given.
+    """
+    for name, value in flags.items():
+        if type(value) is not bool and (value is not None or name != "tf32"):
+            raise ValueError(f"Accelerator({name}={value!r}) was given; expected True or False")
+
+
 def _check_accumulate(accumulate: Any) -> None:
     """Raise for something that is no number of batches.
 
@@ -296,6 +310,59 @@ def _check_accumulate(accumulate: Any) -> None:
                 f"Accelerator(accumulate={accumulate!r}) was given; expected how many batches make one update, a whole "
                 "number from 1, or one for each optimizer: accumulate={'G': 4, 'D': 1}"
             )
+
+
+def _check_strategy(strategy: object) -> None:
+    """Raise for something that does not say how processes share the work.
+
+    Raises:
+        ValueError: Says what was given.
+    """
+    if strategy not in STRATEGIES and not isinstance(strategy, Shard):
+        raise ValueError(
+            f"Accelerator(strategy={strategy!r}) was given; expected "
+            f"{', '.join(map(repr, STRATEGIES))} or a Shard: strategy=Shard(units=Block)"
+        )
+
+
+def _check_in_backward(accelerator: Accelerator) -> None:
+    """Raise for an accelerator whose gradients are not those of an update yet when a backward pass has computed them.
+
+    Raises:
+        ValueError: Says what was given with ``optimizer_in_backward=True``.
+    """
+    accumulate = accelerator.accumulate
+    each = set(accumulate.values()) if isinstance(accumulate, Mapping) else {accumulate}
+    if each - {1}:
+        given, why = f"accumulate={accumulate!r}", "gradients of several batches are added up; expected accumulate=1"
+    elif accelerator.precision == "fp16":
+        given, why = "precision='fp16'", "all gradients are looked at before an update; expected precision='bf16'"
+    elif accelerator.compile:
+        given = f"compile={accelerator.compile!r}"
+        why = "a graph computes the gradients of a model in one piece; expected compile=False"
+    elif accelerator.strategy != "none" and are_several():
+        given, why = "several processes", "gradients are added up over them; expected strategy='none'"
+    else:
+        return
+    raise ValueError(
+        f"Accelerator(optimizer_in_backward=True) was given with {given}: {why}, or optimizer_in_backward=False"
+    )
+
+
+def _backward_of_learner(
+    loss: Tensor, parameters: Sequence[nn.Parameter] | None = None, *, alone: bool = False, retain_graph: bool = False
+) -> None:
+    """Add the gradients of a scalar loss to ``grad`` of `parameters`, which the optimizers of a learner step meanwhile.
+
+    Raises:
+        ValueError: It is called in a loop of one's own.
+    """
+    if parameters is None:
+        raise ValueError(
+            "accelerator.backward was called with Accelerator(optimizer_in_backward=True), which a learner alone does; "
+            "expected optimizer_in_backward=False"
+        )
+    add_gradients(loss, None if alone else parameters, retain_graph)
 
 
 def _backward_through_all(

@@ -1,4 +1,4 @@
-"""Which updates a learner makes: plain ones, those of windows, or those of sharded parameters."""
+"""Which updates a learner makes: plain ones, those of windows, of sharded parameters, or inside the backward pass."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ def updates_of(learner: StepLearner, names: dict[nn.Parameter, str], optimizers:
         from fluxloop.compute.sharded_updates import ShardedUpdates  # takes a while, and most learners need none of it
 
         return ShardedUpdates(learner, names, optimizers)
+    if learner.accelerator.optimizer_in_backward:
+        from fluxloop.compute.in_backward import UpdatesInBackward  # as above
+
+        return UpdatesInBackward(learner, names, optimizers)
     if learner.accelerator.is_plain:
         return Updates(learner, names, optimizers)
     from fluxloop.compute.windows import WindowedUpdates  # as above

@@ -57,8 +57,12 @@ class Finite:
         """Return a new one for a copied learner: the saved buffers are those of the original."""
         return type(self)(copy.deepcopy(self._learner, memo))
 
-    def begin_step(self) -> None:
-        """Save the buffers of the models, so that a step that is not finite leaves them as they were."""
+    def begin_step(self, wait: bool = False) -> None:
+        """Save the buffers of the models, so that a step that is not finite leaves them as they were.
+
+        Args:
+            wait: Whether to wait for the device where gradients are looked at before `require_gradients` is called.
+        """
         self.looked = False
         scope = self._learner.scope
         if scope is None or scope.parent is not self._epoch:
@@ -119,9 +123,13 @@ class Finite:
         """
         slot = self._learner.updates.find(name)
         self._learner.updates.take_given(slot)
+        self._look_at_each(slot, slot.parameters, norm_before_clipping(self._learner.step, name), wait)
+
+    def _look_at_each(self, slot: Slot, parameters: Sequence[nn.Parameter], norm: Tensor | None, wait: bool) -> None:
+        """Stop the fit unless the gradients of some parameters are finite, and their norm, where there is one."""
         later: list[nn.Parameter] = []
         total: complex = 0.0
-        for parameter in slot.parameters:
+        for parameter in parameters:
             gradient = parameter.grad
             if gradient is None:
                 continue
@@ -132,7 +140,6 @@ class Finite:
             else:
                 later.append(parameter)
         norm_later: list[Tensor] = []
-        norm = norm_before_clipping(self._learner.step, name)
         if norm is not None:
             if norm.is_cpu or wait:
                 total += norm.item()
@@ -143,9 +150,13 @@ class Finite:
         if not isfinite(total):
             reason = self._describe(slot, norm)
             if reason:
-                self.stop(reason)
+                self.stop(reason, advice=self._advice())
         if later or norm_later:
             self._require_later(slot, later, norm_later)
+
+    def _advice(self) -> str:
+        """Say what became of the weights, and what can be done, where a gradient was looked at before it was used."""
+        return HOW_TO
 
     def _describe(self, slot: Slot, norm: Tensor | None) -> str:
         """Say which gradients are not finite; nothing where all are."""

@@ -28,6 +28,9 @@ SAID = (
 
 NOTE = "fluxloop: out of memory"
 
+IN_PART = "fluxloop: a part of the weights has moved"
+"""Begins the note of an error that was raised while a backward pass stepped parameters."""
+
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Return whether an error says that there is not enough memory, on whatever device.
@@ -65,8 +68,9 @@ def release_step(error: BaseException, learner: StepLearner, state: StepState, t
     """
     if not is_out_of_memory(error):
         return
-    stepping = _was_stepping(error)
-    if not any(note.startswith(NOTE) for note in getattr(error, "__notes__", ())):
+    notes: list[str] = getattr(error, "__notes__", [])
+    stepping = _was_stepping(error) or any(note.startswith(IN_PART) for note in notes)
+    if not any(note.startswith(NOTE) for note in notes):
         annotate(error, f"{NOTE} {_told(learner.accelerator, batch_size(vars(state)), trains, stepping)}")
     state.drop_graphs()
     for slot in learner.updates.slots:

@@ -107,6 +107,8 @@ class Callbacks:
                     self._init(node)
             if self._learner._compiled is not None:
                 self._learner._compiled.require(self._learner.phases_in_use())
+            if self._learner.accelerator.optimizer_in_backward:
+                self.require_in_backward(self._learner.phases_in_use())
             for node in graph.nodes:
                 node.callback.unwrapped._adopted = True
             # what was watched before stays so: a second look would take the present state for the first one
@@ -269,6 +271,16 @@ class Callbacks:
                     f"{node.id} reads 'step.grads' at {handled[-1].__name__}, which a compiled step does not keep"
                 )
         return found
+
+    def require_in_backward(self, phases: Iterable[type[Phase]]) -> None:
+        """Raise for callbacks that need gradients which a backward pass has used and dropped.
+
+        Raises:
+            CallbackError: Names them, with event and path.
+        """
+        from fluxloop.order.too_late import require_in_backward  # most learners need none of it
+
+        require_in_backward(self._graph, phases)
 
     # Explaining
 

@@ -36,6 +36,9 @@ class Accelerator(base.Accelerator):
         compile: ``"step"``: forward, loss, backward and update of a step are one compiled graph for
             each shape of batch (`docs/speed.md`); a callback that has to run inside the step is an error.
             ``"model"``: each model's forward is compiled by ``torch.compile``. False: neither.
+        optimizer_in_backward: Whether each parameter is stepped as soon as its gradient is complete, and the gradient
+            dropped: the same bits, with a fifth to a third less memory for parameters, states and gradients
+            (`docs/memory.md`). What needs the gradients after the backward pass is an error.
         seed_per_process: Whether each process draws random numbers of its own in its steps.
         tf32: Whether CUDA multiplies matrices of float32 in TF32, in the whole process; None leaves torch's
             setting. Elsewhere it changes nothing.
@@ -58,7 +61,11 @@ class Accelerator(base.Accelerator):
 
     def _bind(self) -> None:
         # Else it is the plain function, without a question more in each step; or a subclass's own
-        if not self.is_plain and self.sharding is None and type(self).backward is Accelerator.backward:
+        if (
+            not (self.is_plain or self.optimizer_in_backward)
+            and self.sharding is None
+            and type(self).backward is Accelerator.backward
+        ):
             vars(self)["backward"] = self._backward
 
     def prepare(self, *objects: Any) -> Any:
@@ -154,6 +161,11 @@ class Accelerator(base.Accelerator):
             raise ValueError(
                 f"prepare was called for strategy={self.strategy!r}, which a learner alone does; expected "
                 "strategy='replicate'"
+            )
+        if self.optimizer_in_backward:
+            raise ValueError(
+                "prepare was called for optimizer_in_backward=True, which a learner alone does; expected "
+                "optimizer_in_backward=False"
             )
         if self.compile == "step":
             raise ValueError(

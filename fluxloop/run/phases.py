@@ -113,11 +113,14 @@ def check_runs(learner: RunLearner, phase: Phase) -> None:
     Raises:
         PhaseError: It is no phase, or cannot run this model.
         CompileError: Steps are to be compiled whole, and a callback stands in the way.
+        CallbackError: A callback needs gradients that are used in the backward pass.
     """
     check_phase(phase)
     check_view(learner, phase)
     phase.check(learner)
     if learner._compiled is not None:
         learner._compiled.require([type(phase)])
+    if learner.accelerator.optimizer_in_backward:
+        learner.callbacks.require_in_backward([type(phase)])
     if isinstance(phase, Stateful):  # after the checks: this changes the phase
         load_own_state(learner, phase)
