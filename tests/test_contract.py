@@ -34,6 +34,7 @@ from fluxloop import (
     DataError,
     EarlyStopping,
     FeatureStats,
+    FrechetDistance,
     GANPhase,
     GarbageCollect,
     GradientClip,
@@ -317,6 +318,9 @@ def picture(step: Any) -> Any:
     return torch.zeros(1, 2, len(list(step)))
 
 
+rows_of_3 = torch.rand(9, 3, generator=torch.Generator().manual_seed(4))
+"""What an encoder's outputs are compared with."""
+
 MAKE: dict[str, Callable[[Setting], Callback]] = {
     "ActivationStats": lambda s: ActivationStats(every=2),
     "BatchLimit": lambda s: BatchLimit(50),
@@ -329,6 +333,12 @@ MAKE: dict[str, Callable[[Setting], Callback]] = {
     "EarlyStopping": lambda s: EarlyStopping(99, monitor="training/loss"),
     "EventRecorder": lambda s: EventRecorder(),
     "FeatureStats": lambda s: FeatureStats(),
+    "FrechetDistance": lambda s: FrechetDistance(
+        s.main,
+        nn.Flatten(),
+        inputs=torch.ones(4, 6) if s.main == "G" else xs(),
+        real=xs() if s.main == "G" else rows_of_3,
+    ),
     "GarbageCollect": lambda s: GarbageCollect(every=3),
     "GradientClip": lambda s: GradientClip(1e9),
     "KNNProbe": lambda s: KNNProbe(s.main, k=3),
@@ -517,12 +527,19 @@ def unfrozen(setting: Setting, learner: Learner, inner: Any, phase: type[Phase])
     assert all(parameter.requires_grad for model in learner.modules() for parameter in model.parameters())
 
 
+def compared(setting: Setting, learner: Learner, inner: Any, phase: type[Phase]) -> None:
+    found = learner.history[f"validation/{inner.metric}"]
+    assert len(found) == EPOCHS
+    assert all(value > 0 for value in found)
+
+
 WORKS: dict[str, Works] = {
     "ActivationStats": activations,
     "BatchLimit": ran_to_the_end,
     "CSVLogger": wrote_rows,
     "Checkpointer": wrote_a_checkpoint,
     "EarlyStopping": ran_to_the_end,
+    "FrechetDistance": compared,
     "GradientClip": noted_norms,
     "KeepBestModel": kept_the_best,
     "LRScheduler": scheduled("learning_rate", EPOCHS),

@@ -1,7 +1,7 @@
 """The built-in callbacks; each handles events as a user's callback would.
 
-- Counting and measuring: ``recorder``, ``metrics``, ``traces``, ``probe``, ``feature_stats``, ``activation_stats``,
-  ``profile``.
+- Counting and measuring: ``recorder``, ``metrics``, ``traces``, ``probe``, ``frechet``, ``feature_stats``,
+  ``activation_stats``, ``profile``.
 - Showing and logging: ``progress``, ``printer``, ``csv_logger``, ``log``, ``log_pictures``, ``sample_images``,
   ``stall_report``.
 - What a step uses: ``mixup`` (inputs), ``gradient_clip``, ``scheduler`` and ``lr_scheduler`` (with
@@ -26,6 +26,7 @@ __getattr__, __dir__, __all__ = lazily(
         "early_stopping": "EarlyStopping Timer",
         "ema": "EMA",
         "feature_stats": "FeatureStats",
+        "frechet": "FrechetDistance",
         "garbage_collect": "GarbageCollect",
         "gradient_clip": "GradientClip",
         "keep_best": "KeepBestModel",

@@ -5,6 +5,7 @@ from fluxloop.metrics.classification import accuracy, binary_accuracy, top_k
 from fluxloop.metrics.neighbors import knn_predict
 from fluxloop.metrics.regression import mae, mse, rmse
 from fluxloop.metrics.representation import lidar, rankme
+from fluxloop.metrics.samples import frechet_distance, kernel_distance, precision_recall
 
 __all__ = [
     "Averaged",
@@ -13,10 +14,13 @@ __all__ = [
     "SmoothLoss",
     "accuracy",
     "binary_accuracy",
+    "frechet_distance",
+    "kernel_distance",
     "knn_predict",
     "lidar",
     "mae",
     "mse",
+    "precision_recall",
     "rankme",
     "rmse",
     "top_k",
