@@ -28,6 +28,7 @@ from fluxloop.callbacks import CustomCallback as CustomCallback
 from fluxloop.callbacks import CutMix as CutMix
 from fluxloop.callbacks import EarlyStopping as EarlyStopping
 from fluxloop.callbacks import FeatureStats as FeatureStats
+from fluxloop.callbacks import FrechetDistance as FrechetDistance
 from fluxloop.callbacks import GarbageCollect as GarbageCollect
 from fluxloop.callbacks import GradientClip as GradientClip
 from fluxloop.callbacks import KeepBestModel as KeepBestModel

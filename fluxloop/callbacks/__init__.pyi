@@ -12,6 +12,7 @@ from fluxloop.callbacks.early_stopping import EarlyStopping as EarlyStopping
 from fluxloop.callbacks.early_stopping import Timer as Timer
 from fluxloop.callbacks.ema import EMA as EMA
 from fluxloop.callbacks.feature_stats import FeatureStats as FeatureStats
+from fluxloop.callbacks.frechet import FrechetDistance as FrechetDistance
 from fluxloop.callbacks.garbage_collect import GarbageCollect as GarbageCollect
 from fluxloop.callbacks.gradient_clip import GradientClip as GradientClip
 from fluxloop.callbacks.keep_best import KeepBestModel as KeepBestModel

@@ -59,10 +59,15 @@ class FrechetDistance(MetricSource):
     Writes: cbstate.metrics
     Runs after: Recorder, Metrics
 
-    Example::
-
-        fid = FrechetDistance("G@ema", inception, inputs=torch.randn(10_000, 64), real=images, every=5)
-        learner = Learner({"G": G, "D": D}, data=(images,), callbacks=[EMA("G", 0.999), fid, KeepBestModel(...)])
+    Example:
+        >>> models = {"G": torch.nn.Linear(2, 4), "D": torch.nn.Linear(4, 1)}
+        >>> noise, real = torch.randn(50, 2), torch.randn(60, 4)
+        >>> distance = FrechetDistance("G", lambda rows: rows[:, :2], inputs=noise, real=real)
+        >>> learner = Learner(models, data=(torch.randn(64, 4),), default_callbacks=False)
+        >>> learner.set_callbacks([Recorder(), distance])
+        >>> history = learner.fit(3, phases=[GANPhase(noise=2)])
+        >>> len(history["validation/frechet_g"])
+        3
     """
 
     model: str = "model"

@@ -23,8 +23,9 @@ def frechet_distance(fake: Tensor, real: Tensor) -> Tensor:
         ValueError: They have other shapes, or there are fewer than two rows.
 
     Example:
-        >>> round(frechet_distance(torch.randn(1000, 2), 3 + torch.randn(1000, 2)).item())  # 3**2 in each dimension
-        18
+        >>> rows = torch.randn(100, 2)
+        >>> round(frechet_distance(rows, rows + 3).item(), 4)  # 3**2 in each dimension
+        18.0
     """
     fake, real = _checked("frechet_distance", fake, real)
     if not (fake.isfinite().all() and real.isfinite().all()):
