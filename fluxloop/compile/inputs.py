@@ -10,7 +10,8 @@ from attrs import define
 from torch import Tensor, nn
 
 from fluxloop.callback import Callback
-from fluxloop.compile.conditions import HOOKS, has_hooks, holders_of
+from fluxloop.compile.conditions import holders_of
+from fluxloop.compile.hooks import places, why_not
 from fluxloop.compile.optimizer_stand_in import DECAY, as_tensor, is_input
 from fluxloop.compile.refusals import changes_python, refusal
 from fluxloop.compile.step_averages import averages_of, numbers_of
@@ -169,19 +170,11 @@ def check_hooks(inputs: Inputs) -> None:
     """Raise for hooks, which a graph would call while it is traced and never again.
 
     Raises:
-        CompileError: Names what they are on.
+        CompileError: Names what they are on, and the hooks.
     """
-    hooked = [type(part).__name__ for part in inputs.parts if any(getattr(part, hooks) for hooks in HOOKS)]
-    hooked += [name for parameter, name in inputs.learner.updates.names.items() if has_hooks(parameter)]
-    hooked += [slot.label for slot in inputs.slots if has_hooks(slot.optimizer)]
-    if hooked:
-        raise refusal(
-            inputs.phase,
-            f"there are hooks on {', '.join(dict.fromkeys(hooked))}, and nobody can look into a graph while it "
-            "runs; remove the hooks, or the callback that registers them",
-        )
-    if any(getattr(nn.modules.module, f"_global{hooks}", None) for hooks in HOOKS):
-        raise refusal(inputs.phase, "there are hooks on all modules (register_module_forward_hook, …); remove them")
+    why = why_not(places(inputs.parts, inputs.learner.updates.names, inputs.slots))
+    if why is not None:
+        raise refusal(inputs.phase, why)
 
 
 def check_optimizers(inputs: Inputs) -> None:

@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from fluxloop.callback import Callback
 from fluxloop.compile.conditions import (
+    HOOKS,
     changes_between_steps,
     entries_of_other_form,
     form_of_entries,
@@ -31,6 +32,7 @@ from fluxloop.compile.conditions import (
 from fluxloop.compile.fx import require_torch
 from fluxloop.compile.glance import Glance, NotPlainError
 from fluxloop.compile.graphs import Graph
+from fluxloop.compile.hooks import hooks_of, is_own, require_no_hooks
 from fluxloop.compile.optimizer_stand_in import differing
 from fluxloop.compile.refusals import require_accelerator
 from fluxloop.compile.step_averages import averages_of
@@ -86,8 +88,11 @@ class CompiledSteps:
         self._plans: dict[type[Phase], Plan] = {}
 
     def require(self, phases: Iterable[type[Phase]]) -> None:
-        """Raise for phases whose steps cannot be one graph; see `require`."""
+        """Raise for phases whose steps cannot be one graph: see `require`; and for hooks of others on what they run."""
+        phases = [phase for phase in phases if phase.data_key and phase.compiled]
         require(self._learner, phases)
+        if phases:
+            require_no_hooks(self._learner)
 
     def run(self, phase: Phase, handle: Handle, state: StepState) -> None:
         """Do what a phase's body does, in one graph unless the phase says otherwise.
@@ -216,6 +221,10 @@ class Plan:
                 # the first step makes what the others find: optimizers' states, a phase's queue. It runs as it is:
                 # a tensor that is made inside a graph is not there for the next step
                 return None
+        if any(
+            map(is_own, (hook for module in modules for part in module.modules() for hook in hooks_of(part, HOOKS)))
+        ):
+            return None  # a callback looks at what a module is given in this one step, as `SampleImages` does once
         graphs = self._graphs.setdefault(key, [])
         self._why = next((why for graph in graphs if (why := graph.misfit(phase))), self._why)
         if not self._why and self._last_key is not None:

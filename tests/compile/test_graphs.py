@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fluxloop.compile.graphs
+import fluxloop.phases
 from fluxloop import (
     EMA,
     AbstractTrainingPhase,
@@ -283,51 +284,55 @@ class Patches(nn.Module):
         return out
 
 
+ONE_LOSS = [
+    (lambda: with_twin(SimCLRPhase(VIEWS)), encoder, list),
+    (lambda: [BarlowTwinsPhase(VIEWS)], encoder, list),
+    (lambda: [VICRegPhase(VIEWS)], encoder, list),
+    (lambda: [SimSiamPhase(VIEWS)], lambda: {**encoder(), "predictor": nn.Linear(6, 6)}, list),
+    (
+        lambda: with_twin(BYOLPhase(VIEWS)),
+        lambda: student("predictor"),
+        lambda: [EMA("student", cosine(total=9, start=0.9, end=1.0), into="teacher")],
+    ),
+    (lambda: with_twin(MoCoPhase(VIEWS, queue_size=64)), student, lambda: [EMA("student", 0.9, into="teacher")]),
+    (
+        lambda: [DINOPhase(VIEWS, teacher_temperature=linear(9, 0.04, 0.07))],
+        student,
+        lambda: [EMA("student", 0.9, into="teacher")],
+    ),
+    (lambda: with_twin(LeJEPAPhase(VIEWS, num_directions=16)), encoder, list),
+    (
+        lambda: [MoCoV3Phase(VIEWS)],
+        lambda: student("predictor"),
+        lambda: [EMA("student", 0.9, into="teacher")],
+    ),
+    (
+        lambda: [MSNPhase(VIEWS)],
+        lambda: {**student(), "prototypes": nn.Linear(6, 5, bias=False)},
+        lambda: [EMA("student", 0.9, into="teacher")],
+    ),
+    (lambda: with_twin(HiddenPatches(VIEWS, patch_size=2)), seeing_patches, teacher_moves),
+    (lambda: [HiddenLayers(2, masks=RandomMasks(0.5))], seeing_layers, teacher_moves),
+    (lambda: [NNCLRPhase(VIEWS, queue_size=20)], lambda: {**encoder(), "predictor": nn.Linear(6, 6)}, list),
+    (lambda: with_twin(SwAVPhase(VIEWS)), lambda: {**encoder(), "prototypes": nn.Linear(6, 5, bias=False)}, list),
+    (lambda: [VAEPhase()], lambda: {"encoder": nn.Linear(16, 8), "decoder": nn.Linear(4, 16)}, list),
+    (lambda: [AutoencoderPhase()], lambda: {"encoder": nn.Linear(16, 8), "decoder": nn.Linear(8, 16)}, list),
+    (lambda: with_twin(SupConPhase(VIEWS)), encoder, list),
+    (lambda: [DistillationPhase()], student, list),
+    (lambda: [Triplets()], mlp, list),
+    (lambda: with_fixed_noise(FlowMatchingPhase(**GUIDED)), Noised, list),
+    (lambda: with_fixed_noise(DiffusionPhase("velocity", **GUIDED)), Noised, list),
+    (lambda: with_fixed_noise(DiffusionPhase("edm", **GUIDED)), Noised, list),
+    (lambda: [Images(2, normalize=True)], lambda: {"encoder": Tokens(), "decoder": Patches()}, list),
+]
+"""Phases of one loss, each with what makes its models and callbacks."""
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize(
     ("phases", "model", "callbacks"),
-    [
-        (lambda: with_twin(SimCLRPhase(VIEWS)), encoder, list),
-        (lambda: [BarlowTwinsPhase(VIEWS)], encoder, list),
-        (lambda: [VICRegPhase(VIEWS)], encoder, list),
-        (lambda: [SimSiamPhase(VIEWS)], lambda: {**encoder(), "predictor": nn.Linear(6, 6)}, list),
-        (
-            lambda: with_twin(BYOLPhase(VIEWS)),
-            lambda: student("predictor"),
-            lambda: [EMA("student", cosine(total=9, start=0.9, end=1.0), into="teacher")],
-        ),
-        (lambda: with_twin(MoCoPhase(VIEWS, queue_size=64)), student, lambda: [EMA("student", 0.9, into="teacher")]),
-        (
-            lambda: [DINOPhase(VIEWS, teacher_temperature=linear(9, 0.04, 0.07))],
-            student,
-            lambda: [EMA("student", 0.9, into="teacher")],
-        ),
-        (lambda: with_twin(LeJEPAPhase(VIEWS, num_directions=16)), encoder, list),
-        (
-            lambda: [MoCoV3Phase(VIEWS)],
-            lambda: student("predictor"),
-            lambda: [EMA("student", 0.9, into="teacher")],
-        ),
-        (
-            lambda: [MSNPhase(VIEWS)],
-            lambda: {**student(), "prototypes": nn.Linear(6, 5, bias=False)},
-            lambda: [EMA("student", 0.9, into="teacher")],
-        ),
-        (lambda: with_twin(HiddenPatches(VIEWS, patch_size=2)), seeing_patches, teacher_moves),
-        (lambda: [HiddenLayers(2, masks=RandomMasks(0.5))], seeing_layers, teacher_moves),
-        (lambda: [NNCLRPhase(VIEWS, queue_size=20)], lambda: {**encoder(), "predictor": nn.Linear(6, 6)}, list),
-        (lambda: with_twin(SwAVPhase(VIEWS)), lambda: {**encoder(), "prototypes": nn.Linear(6, 5, bias=False)}, list),
-        (lambda: [VAEPhase()], lambda: {"encoder": nn.Linear(16, 8), "decoder": nn.Linear(4, 16)}, list),
-        (lambda: [AutoencoderPhase()], lambda: {"encoder": nn.Linear(16, 8), "decoder": nn.Linear(8, 16)}, list),
-        (lambda: with_twin(SupConPhase(VIEWS)), encoder, list),
-        (lambda: [DistillationPhase()], student, list),
-        (lambda: [Triplets()], mlp, list),
-        (lambda: with_fixed_noise(FlowMatchingPhase(**GUIDED)), Noised, list),
-        (lambda: with_fixed_noise(DiffusionPhase("velocity", **GUIDED)), Noised, list),
-        (lambda: with_fixed_noise(DiffusionPhase("edm", **GUIDED)), Noised, list),
-        (lambda: [Images(2, normalize=True)], lambda: {"encoder": Tokens(), "decoder": Patches()}, list),
-    ],
+    ONE_LOSS,
     ids=[
         *("SimCLR", "Barlow Twins", "VICReg", "SimSiam", "BYOL", "MoCo", "DINO", "LeJEPA", "MoCo v3", "MSN", "DINOv2"),
         *("data2vec", "NNCLR", "SwAV"),
@@ -338,6 +343,14 @@ def test_phases_of_one_loss_are_compiled(phases: Any, model: Any, callbacks: Any
     loss_fn = None if type(phases()[0]) is DistillationPhase else functional.mse_loss
     _, compiled = both(phases=phases, model=model, callbacks=callbacks, loss_fn=loss_fn)
     assert graphs(compiled, type(phases()[0])) == 2
+
+
+def test_every_built_in_training_phase_is_compiled_by_a_test() -> None:
+    found = {kind for row in ONE_LOSS for kind in type(row[0]()[0]).__mro__}
+    found |= {TrainingPhase, GANPhase, CycleGANPhase, PerOptimizerPhase}  # of tests below
+    every = [getattr(fluxloop.phases, name) for name in fluxloop.phases.__all__]
+    training = [kind for kind in every if issubclass(kind, AbstractTrainingPhase) and kind.compiled]
+    assert [kind for kind in training if kind not in found] == []
 
 
 @pytest.mark.slow

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from compiled_training import Every, Model, Scale, learner, learner_of
+from compiled_training import Every, Scale, learner, learner_of
 from torch import Tensor, nn
 
 from fluxloop import CompileError, recompute_activations
@@ -24,34 +23,6 @@ def test_sparse_gradients_that_wait_are_refused() -> None:
     made = learner(model=lambda: nn.Embedding(4, 2, sparse=True), optimizer=partial(torch.optim.SGD, lr=0.1))
     with pytest.raises(CompileError, match="sparse gradients wait for an update"):
         made.fit(1, phases=[Embeds()])
-
-
-@pytest.mark.usefixtures("uncompiled")
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-@pytest.mark.parametrize(
-    "register",
-    [
-        lambda model: model.layer.register_forward_hook(lambda *_: None),
-        lambda model: model.register_forward_pre_hook(lambda *_: None),
-        lambda model: model.layer.register_full_backward_pre_hook(lambda module, gradients: gradients),
-        lambda model: model.layer.weight.register_hook(lambda gradient: gradient * 2),
-        lambda model: model.layer.weight.register_post_accumulate_grad_hook(lambda parameter: None),
-    ],
-    ids=["forward", "before forward", "backward", "gradient", "accumulated"],
-)
-def test_hooks_are_refused(register: Callable[[Any], Any]) -> None:
-    model = Model(lambda model, out: out)
-    register(model)
-    with pytest.raises(CompileError, match="there are hooks on"):
-        learner_of(model).fit(1)
-
-
-@pytest.mark.usefixtures("uncompiled")
-def test_hooks_of_an_optimizer_are_refused() -> None:
-    made = learner_of(Model(lambda model, out: out))
-    made.optimizer.register_step_post_hook(lambda *_: None)
-    with pytest.raises(CompileError, match="there are hooks on the optimizer"):
-        made.fit(1)
 
 
 @pytest.mark.usefixtures("uncompiled")
