@@ -596,6 +596,13 @@ def test_an_accelerator_says_what_it_cannot_be_given_with(options: dict[str, Any
         Accelerator("cpu", **{"optimizer_in_backward": True, **options})
 
 
+def test_several_processes_are_refused_unless_each_trains_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fluxloop.compute.accelerator.are_several", lambda: True)
+    with pytest.raises(ValueError, match="several processes: gradients are added up over them; expected strategy="):
+        Accelerator("cpu", optimizer_in_backward=True)
+    assert Accelerator("cpu", strategy="none", optimizer_in_backward=True).group is None
+
+
 def test_an_update_of_one_batch_by_name_is_no_hindrance() -> None:
     assert "optimizer_in_backward=True" in repr(Accelerator("cpu", accumulate={"G": 1}, optimizer_in_backward=True))
 
