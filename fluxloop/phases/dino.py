@@ -89,10 +89,13 @@ class DINOPhase(CropsPhase, TeacherPhase):
         """Return the views or ``xs``, and ``temperature``, the teacher's in this step, where it has a schedule."""
         entries = super().entries(batch)
         if callable(self.teacher_temperature):
-            double = any(tensor.dtype == torch.float64 for tensor in tensors(entries))
-            temperature = value_at(self.teacher_temperature, self._steps)
-            entries["temperature"] = torch.tensor(temperature, dtype=torch.float64 if double else torch.float32)
+            entries["temperature"] = self._now(self.teacher_temperature, entries)
         return entries
+
+    def _now(self, schedule: Schedule, entries: dict[str, Any]) -> Tensor:
+        """Return what a schedule says in this step, as a tensor: a compiled step is given it, and stays what it is."""
+        double = any(tensor.dtype == torch.float64 for tensor in tensors(entries))
+        return torch.tensor(value_at(schedule, self._steps), dtype=torch.float64 if double else torch.float32)
 
     def forward(self, learner: Any, state: StepState) -> None:
         """Run both networks on their crops."""

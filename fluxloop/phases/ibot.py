@@ -16,6 +16,7 @@ from fluxloop.phases.dino import DINOPhase
 from fluxloop.phases.joint_embedding import Views
 from fluxloop.phases.mae import grid_of
 from fluxloop.processes.gather import all_gather
+from fluxloop.schedules import Schedule
 
 if TYPE_CHECKING:
     from fluxloop.state import StepState
@@ -36,6 +37,8 @@ class IBOTPhase(DINOPhase):
         masks: Draws what is hidden; by default a share from 0.1 to 0.5 of the patches, and nothing of half of the
             images. A function ``(rows, (height, width), device)`` that returns True where hidden, (rows, L).
         patch_weight: Of the patches' loss.
+        patch_temperature: Divides the teacher's scores of patches, a number or a schedule over training steps; left
+            out, it is ``teacher_temperature``.
         options: Those of `DINOPhase`: ``num_global``, ``student_temperature``, ``teacher_temperature``,
             ``center_momentum``.
 
@@ -83,6 +86,7 @@ class IBOTPhase(DINOPhase):
         patch_size: int,
         masks: Masks | None = None,
         patch_weight: float = 1.0,
+        patch_temperature: float | Schedule | None = None,
         **options: Any,
     ) -> None:
         super().__init__(views, **options)
@@ -91,10 +95,25 @@ class IBOTPhase(DINOPhase):
         check_number(name, "patch_weight", patch_weight, least=0, error=PhaseError)
         self.masks: Masks = RandomMasks((0.1, 0.5), unmasked=0.5) if masks is None else masks
         check_called(name, "masks", self.masks, "what draws masks: RandomMasks(0.3)", PhaseError)
-        self.patch_size, self.patch_weight = patch_size, patch_weight
+        if patch_temperature is not None and not callable(patch_temperature):
+            check_number(name, "patch_temperature", patch_temperature, above=0, error=PhaseError)
+        self.patch_size, self.patch_weight, self.patch_temperature = patch_size, patch_weight, patch_temperature
         self.patch_center: Tensor | None = None
         self._sizes: tuple[int, int] | None = None
         """The numbers of scores of a class token and of a patch."""
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        """Return the views or ``xs``, and the teacher's temperatures in this step where they have schedules."""
+        entries = super().entries(batch)
+        if callable(self.patch_temperature):
+            entries["patch_temperature"] = self._now(self.patch_temperature, entries)
+        return entries
+
+    def patch_sharpness(self, state: StepState) -> Any:
+        """Return the teacher's temperature of patches in a step."""
+        if self.patch_temperature is None:
+            return self.sharpness(state)
+        return state.patch_temperature if callable(self.patch_temperature) else self.patch_temperature
 
     def forward(self, learner: Any, state: StepState) -> None:
         """Draw masks, and run both networks on their crops."""
@@ -126,7 +145,7 @@ class IBOTPhase(DINOPhase):
         """Compare class tokens between crops, and patches within them."""
         whole = super().loss(learner, state)
         center = 0.0 if self.patch_center is None else self.patch_center.to(whole.device)
-        temperatures = self.student_temperature, self.sharpness(state)
+        temperatures = self.student_temperature, self.patch_sharpness(state)
         triples = zip(state.student_patches, state.teacher_patches, state.masks, strict=True)
         terms = [ibot_loss(guess, said, mask, center, *temperatures) for guess, said, mask in triples]
         return whole + self.patch_weight * torch.stack(terms).mean()
@@ -184,7 +203,8 @@ class DINOv2Phase(IBOTPhase):
         patch_size: Height and width of a patch in pixels.
         koleo: Weight of KoLeo.
         iterations: Of `sinkhorn`.
-        options: Those of `IBOTPhase` and `DINOPhase`: ``masks``, ``patch_weight``, ``num_global``,
+        options: Those of `IBOTPhase` and `DINOPhase`: ``masks``, ``patch_weight``,
+            ``patch_temperature``, ``num_global``,
             ``student_temperature``, ``teacher_temperature``, by which `sinkhorn` divides scores.
 
     Models, batches, entries and errors are those of `IBOTPhase`, with ``codes`` and ``patch_codes``, lists with one for
@@ -234,7 +254,7 @@ class DINOv2Phase(IBOTPhase):
         hidden = torch.cat([mask.flatten() for mask in state.masks])
         patches = torch.cat([scores.flatten(0, 1) for scores in state.teacher_patches])
         codes = sinkhorn(torch.cat(state.teacher), temperature, self.iterations, group=group)
-        patch_codes = sinkhorn(patches, temperature, self.iterations, mask=hidden, group=group)
+        patch_codes = sinkhorn(patches, self.patch_sharpness(state), self.iterations, mask=hidden, group=group)
         state.codes = list(codes.chunk(count))
         state.patch_codes = [
             part.view_as(scores) for part, scores in zip(patch_codes.chunk(count), state.teacher_patches, strict=True)

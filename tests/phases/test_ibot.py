@@ -29,7 +29,7 @@ def untied() -> dict[str, nn.Module]:
 
 
 class ByHand:
-    """Write iBOT's loop: masked global crops, two centres, and the same temperature for both."""
+    """Write iBOT's loop: masked global crops, two centres and two temperatures."""
 
     def __init__(self, temperature: Any) -> None:
         self.centers = [torch.zeros(5), torch.zeros(5)]
@@ -56,7 +56,8 @@ class ByHand:
         temperature = torch.tensor(self.temperature(step))
         whole = dino_loss(self.cls, self.said, self.centers[0], 0.1, temperature)
         triples = zip(self.patches, self.said_patches, self.masks, strict=True)
-        terms = [ibot_loss(guess, said, mask, self.centers[1], 0.1, temperature) for guess, said, mask in triples]
+        warm = torch.tensor(linear(5, 0.2, 0.3)(step))
+        terms = [ibot_loss(guess, said, mask, self.centers[1], 0.1, warm) for guess, said, mask in triples]
         return whole + 0.5 * torch.stack(terms).mean()
 
     def after(self) -> None:
@@ -69,6 +70,7 @@ class ByHand:
 def ibot() -> IBOTPhase:
     temperature = linear(5, 0.05, 0.1)
     options = {"teacher_temperature": temperature, "center_momentum": 0.8, "patch_weight": 0.5}
+    options["patch_temperature"] = linear(5, 0.2, 0.3)
     return IBOTPhase(crops, patch_size=2, masks=MASKS, **options)
 
 

@@ -53,6 +53,8 @@ class Along(LeJEPAPhase):  # looks along the axes, as what processes draw differ
     def draw_directions(self, learner, embeddings):
         drawn = super().draw_directions(learner, embeddings)
         torch.testing.assert_close(drawn.norm(dim=0), torch.ones(5).double())
+        if learner.accelerator.group is not None:
+            assert all(torch.equal(drawn, other) for other in learner.accelerator.group.gather_objects(drawn))
         return torch.eye(4, dtype=torch.float64)
 
 
