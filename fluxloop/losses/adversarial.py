@@ -181,3 +181,27 @@ def r1_penalty(critic: Critic, real: Tensor, *conditions: Tensor) -> Tensor:
         4.5
     """
     return _gradients(critic, real.detach().requires_grad_(), conditions).pow(2).sum(1).mean() / 2
+
+
+def path_lengths(images: Tensor, latents: Tensor, directions: Tensor | None = None) -> Tensor:
+    """Return how far images move, in a random direction, with their latents (Karras et al., 2020, section 3.2).
+
+    The norm of the Jacobian's transpose times a normal vector, divided by the root of the number of pixels.
+
+    Args:
+        images: Made of the latents, with a graph to them, shape (N, C, H, W) or (N, D).
+        latents: Shape (N, F), or (N, L, F) for one for each of L layers: the squared norms are averaged over these.
+        directions: Standard normal, of the shape of the images; left out, they are drawn from torch's generator.
+
+    Returns:
+        Shape (N,), differentiable with respect to the generator's parameters.
+
+    Example:
+        >>> latents = torch.ones(2, 3, requires_grad=True)
+        >>> path_lengths(5 * latents, latents, torch.tensor([[1.0, 0.0, 0.0], [0.0, 3.0, 4.0]]))
+        tensor([ 5., 25.])
+    """
+    directions = torch.randn_like(images) if directions is None else directions
+    moved = (images * directions).sum() / images.shape[2:].numel() ** 0.5
+    (gradient,) = torch.autograd.grad(moved, latents, create_graph=True)
+    return gradient.square().sum(-1).reshape(len(latents), -1).mean(1).sqrt()

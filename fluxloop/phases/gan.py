@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from fluxloop.errors import BatchError, PhaseError, describe, did_you_mean
 from fluxloop.events import LossBegin
 from fluxloop.guard.given import check_number
-from fluxloop.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss, gradient_penalty, r1_penalty
+from fluxloop.losses.adversarial import (
+    ADVERSARIAL_LOSSES,
+    AdversarialLoss,
+    gradient_penalty,
+    path_lengths,
+    r1_penalty,
+)
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.phases.twin import TwinPhase
 from fluxloop.schedules import Schedule, value_at
@@ -49,6 +55,10 @@ class GANPhase(AbstractTrainingPhase):
         every: In which critic updates the penalties are computed: the first, and each so many-th after it, with so
             many times their weight (lazy regularisation; Karras et al., 2020: 16). StyleGAN2's code makes an update
             of its own for them, for which it changes Adam's rate and betas; here they are part of the critic's.
+        path_length: Weight of the generator's path length penalty (StyleGAN2: 2): the mean squared distance of
+            `path_lengths` of new noise from their running mean, which is kept in checkpoints. A generator with the
+            parts ``mapping`` and ``synthesis`` is looked at between the two. Computed in every fourth of its updates,
+            with four times the weight: ``path_every = 2`` in a subclass says another number.
         conditional: Whether both models take labels too, ``generator(noise, ys)`` and
             ``critic(xs, ys)``; batches are then pairs.
         generator: Name of the generator and its optimizer; left out, found by name
@@ -84,6 +94,9 @@ class GANPhase(AbstractTrainingPhase):
         {'critic': 4, 'generator': 2}
     """
 
+    path_every: ClassVar[int] = 4
+    """In which of the generator's updates the path length penalty is computed: the first, and each so many-th."""
+
     def __init__(
         self,
         loss: str | AdversarialLoss = "non-saturating",
@@ -94,6 +107,7 @@ class GANPhase(AbstractTrainingPhase):
         r1: float | Schedule = 0.0,
         r2: float | Schedule = 0.0,
         every: int = 1,
+        path_length: float = 0.0,
         conditional: bool = False,
         generator: str | None = None,
         critic: str | None = None,
@@ -104,6 +118,7 @@ class GANPhase(AbstractTrainingPhase):
                 f"GANPhase(loss={loss!r}) was given; expected one of {list(ADVERSARIAL_LOSSES)}, or an AdversarialLoss"
                 f"{hint}"
             )
+        check_number("GANPhase", "path_length", path_length, least=0, error=PhaseError)
         for name, count in (("critic_steps", critic_steps), ("every", every)):
             check_number("GANPhase", name, count, least=1, whole=True, error=PhaseError)
         for name, weight in (("gradient_penalty", gradient_penalty), ("r1", r1), ("r2", r2)):
@@ -123,6 +138,11 @@ class GANPhase(AbstractTrainingPhase):
         self.r1 = r1
         self.r2 = r2
         self.every = every
+        self.path_length = path_length
+        self.path_mean: Tensor | None = None
+        """The running mean of the path lengths; None before the first."""
+        self._path_next: Tensor | None = None
+        """What it is once the update is made that is yet to come."""
         self.conditional = conditional
         self.roles = {"generator": generator, "critic": critic}
         self._count(0)
@@ -182,9 +202,27 @@ class GANPhase(AbstractTrainingPhase):
                         state.real_scores = critic(state.real, *labels)
                 handle(LossBegin())
                 block.loss = self.adversarial.generator(*([state.real_scores] if paired else []), state.fake_scores)
+                if self._path_due:
+                    block.loss = block.loss + self.path_penalty(generator, state, labels)
+
+    def path_penalty(self, generator: Any, state: StepState, labels: tuple[Tensor, ...]) -> Tensor:
+        """Return the path length penalty of new noise; store ``path_mean``, and the penalty without gradient."""
+        latents = self.draw_noise(state)
+        if hasattr(generator, "mapping"):
+            latents = generator.mapping(latents, *labels)
+            images = generator.synthesis(latents)
+        else:
+            images = generator(latents.requires_grad_(), *labels)
+        lengths = path_lengths(images, latents)
+        mean = (0.0 if self.path_mean is None else 0.99 * self.path_mean.to(lengths)) + 0.01 * lengths.mean()
+        penalty = (lengths - mean).square().mean()
+        state.path_mean, state.path_penalty = mean.detach(), penalty.detach()
+        return penalty * (self.path_length * self.path_every)
 
     def finish(self, learner: Any, state: StepState) -> None:
         """Count the critic's update; where it is one of several batches, with the last of them."""
+        if self._path_due:
+            self._path_next = state.path_mean
         updates = learner.updates
         if not updates.is_windowed or not updates.has_open(self.models(learner)[1][0]):
             self._count(self._critic_updates + 1)
@@ -202,6 +240,10 @@ class GANPhase(AbstractTrainingPhase):
         self._critic_updates: int = critic_updates
         self._generator_too = (critic_updates + 1) % self.critic_steps == 0
         self._penalized = critic_updates % self.every == 0
+        generator_updates = (critic_updates + 1) // self.critic_steps - 1
+        self._path_due: bool = self.path_length > 0 and self._generator_too and generator_updates % self.path_every == 0
+        if self._path_next is not None:
+            self.path_mean, self._path_next = self._path_next, None
 
     def penalized(
         self, loss: Tensor, critic: nn.Module, state: StepState, fake: Tensor, labels: tuple[Tensor, ...]
@@ -248,12 +290,15 @@ class GANPhase(AbstractTrainingPhase):
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: the number of critic updates."""
-        return {"critic_updates": self._critic_updates}
+        """Return what a checkpoint keeps: the number of critic updates, and the running mean of path lengths."""
+        means = {"path_mean": self.path_mean, "path_next": self._path_next}
+        return {"critic_updates": self._critic_updates, **{k: v for k, v in means.items() if v is not None}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what a checkpoint keeps."""
+        self._path_next = None
         self._count(state["critic_updates"])
+        self.path_mean, self._path_next = state.get("path_mean"), state.get("path_next")
 
 
 class GANValidationPhase(TwinPhase):

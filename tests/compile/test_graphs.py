@@ -373,6 +373,15 @@ def test_a_relativistic_gan_with_lazy_penalties_is_compiled_with_a_graph_for_eac
     assert graphs(compiled, GANPhase) == 4  # with penalties and without, full batches and the ragged one
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("plain")
+def test_a_path_length_penalty_is_compiled_with_its_running_mean() -> None:
+    models = lambda: {"G": nn.Sequential(nn.Linear(8, 16), nn.Tanh()), "D": nn.Linear(16, 1)}  # noqa: E731
+    phases = lambda: [GANPhase(noise=8, path_length=2.0)]  # noqa: E731
+    _, compiled = both(4, phases=phases, model=models, loss_fn=None, optimizer=ADAM)
+    assert graphs(compiled, GANPhase) <= 6
+
+
 class BothKinds(CycleGANPhase):
     """Makes two kinds of the rows."""
 

@@ -273,6 +273,27 @@ def test_a_critic_gets_its_conditions() -> None:
     assert r1_penalty(critic, real, labels, scale).item() == pytest.approx((10**2 + 2 * 4**2) / 3 / 2)
 
 
+# Path lengths
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5)], ids=["one latent", "one for each layer"])
+def test_path_lengths_are_norms_of_the_jacobian_times_a_direction(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 12), nn.Tanh(), nn.Unflatten(1, (3, 2, 2))).double()
+    latents, directions = scores(0, 4, *shape).requires_grad_(), scores(1, 4, 3, 2, 2)
+    found = losses.path_lengths(net(latents), latents, directions)
+    for row in range(4):
+        jacobian = torch.autograd.functional.jacobian(lambda z: net(z[None])[0].flatten(), latents[row].detach())
+        moved = torch.einsum("p,p...->...", directions[row].flatten(), jacobian) / math.sqrt(4)
+        expected = moved.square().sum(-1).mean().sqrt()
+        torch.testing.assert_close(found[row], expected)
+    assert all(gradient.abs().sum() > 0 for gradient in gradients(found.sum(), net)[:1])
+    torch.manual_seed(3)
+    drawn = losses.path_lengths(net(latents), latents)
+    torch.manual_seed(3)
+    torch.testing.assert_close(drawn, losses.path_lengths(net(latents), latents, torch.randn_like(directions)))
+
+
 # R1
 
 

@@ -12,6 +12,7 @@ from torch.nn.functional import relu, softplus
 
 from fluxloop import (
     EMA,
+    Accelerator,
     BackwardBegin,
     BackwardEnd,
     BatchError,
@@ -36,7 +37,7 @@ from fluxloop import (
     stream_seed,
 )
 from fluxloop.losses import AdversarialLoss
-from fluxloop.testing import EventRecorder, assert_same_bits, bits
+from fluxloop.testing import EventRecorder, assert_resumes_exactly, assert_same_bits, bits
 
 SEED = 3
 BATCH, NOISE, SIZE, CLASSES = 4, 6, 5, 3
@@ -267,6 +268,75 @@ def test_lazy_penalties_come_in_every_so_many_critic_updates_with_so_many_times_
     other.load_state_dict(phase.state_dict())
     learner_of(more := LossLog(), steps=3, norm=False).fit(1, phases=[other])
     assert len(more.penalties) == 1  # the update 9 alone, of 7, 8 and 9
+
+
+class EverySecond(GANPhase):
+    """Looks at paths in every second update of the generator."""
+
+    path_every = 2
+
+
+class Styled(nn.Module):
+    """A generator in two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mapping, self.synthesis = (
+            nn.Sequential(nn.Linear(NOISE, 4), nn.Tanh()),
+            nn.Sequential(nn.Linear(4, SIZE), nn.Tanh()),
+        )
+
+    def forward(self, noise: Tensor) -> Tensor:
+        made: Tensor = self.synthesis(self.mapping(noise))
+        return made
+
+
+def test_the_path_length_penalty_and_its_running_mean_equal_those_of_a_hand_written_loop() -> None:
+    def styled() -> tuple[nn.Module, nn.Module]:
+        torch.manual_seed(1)
+        return Styled(), nn.Linear(SIZE, 1)
+
+    phase = EverySecond(noise=NOISE, path_length=2.0, critic_steps=2)
+    learner = learner_of(model=dict(zip(("generator", "critic"), styled(), strict=True)), steps=7)
+    learner.fit(1, phases=[phase])
+    gen, dis = styled()
+    step_gen, step_dis = ADAM(gen.parameters()), ADAM(dis.parameters())
+    mean, turn = torch.tensor(0.0), 0
+    for number, real in enumerate(batches(7)):
+        torch.manual_seed(stream_seed(SEED, "training/step", number))
+        fake = gen(torch.randn(len(real), NOISE))
+        step_dis.zero_grad()
+        critic_loss("non-saturating", dis(real), dis(fake.detach())).backward()
+        step_dis.step()
+        if number % 2 == 0:
+            continue
+        loss = generator_loss("non-saturating", dis(fake))
+        if turn % 2 == 0:
+            latents = gen.mapping(torch.randn(len(real), NOISE))
+            images = gen.synthesis(latents)
+            moved = (images * torch.randn_like(images)).sum()
+            lengths = torch.autograd.grad(moved, latents, create_graph=True)[0].square().sum(1).sqrt()
+            mean = 0.99 * mean + 0.01 * lengths.mean()
+            loss = loss + (lengths - mean).square().mean() * 4.0  # weight 2, in every second update
+            mean = mean.detach()
+        step_gen.zero_grad()
+        loss.backward()
+        step_gen.step()
+        turn += 1
+    assert_equal(learner.model.generator, gen)
+    assert_equal(learner.model.critic, dis)
+    assert phase.path_mean is not None
+    assert torch.equal(phase.path_mean, mean)
+    assert mean > 0
+
+
+def test_the_running_mean_of_path_lengths_is_found_again_after_a_kill() -> None:
+    for how in ({}, {"accumulate": 2}):
+        assert_resumes_exactly(
+            lambda how=how: learner_of(Recorder(), norm=False, accelerator=Accelerator("cpu", **how)),
+            phases=lambda: [EverySecond(noise=NOISE, path_length=2.0)],
+            at=[2, 3, 6],
+        )
 
 
 def test_the_weight_of_a_penalty_may_fall_over_critic_updates() -> None:
