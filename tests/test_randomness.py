@@ -1,71 +1,24 @@
 from __future__ import annotations
 
+import copy
+import pickle
 import random
-from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.random import MT19937, Generator, RandomState
 
-from fluxloop import (
-    AbstractTrainingPhase,
-    Callback,
-    ConditionalCallback,
-    CustomCallback,
-    Event,
-    FitBegin,
-    LossBegin,
-    Phase,
-    StepBegin,
-    StepEnd,
-    on,
-    seed_everything,
-    start_generators,
-    stream_seed,
-)
-from fluxloop.randomness import (
-    NOTICED,
-    Stream,
-    Streams,
-    between_steps,
-    preserved,
-    putting_back,
-    start_step,
-    with_own_stream,
-)
-from fluxloop.testing import toy_learner
+from drawn import draw, draw_odd, same, states
+from fluxloop import randomness, seed_everything, start_generators, stream_seed
+from fluxloop.randomness import Stream, Streams, preserved, python_memory, quick_bits, start_step
 
 SEEDS = st.integers(0, 2**32 - 1)
 OWNERS = st.text(max_size=12)
 INDICES = st.integers(0, 2**32 - 1)
-
-
-def draw() -> tuple[float, ...]:
-    return torch.rand(()).item(), float(np.random.randn()), float(np.random.rand()), random.random(), random.gauss(0, 1)
-
-
-def draw_odd() -> None:
-    """Leave every generator elsewhere, with a normal number in store in NumPy's and Python's."""
-    torch.rand(3)
-    np.random.randn()
-    random.gauss(0, 1)
-
-
-def same(first: Any, second: Any) -> bool:
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, np.ndarray):
-        return np.array_equal(first, second)
-    if isinstance(first, tuple):
-        return len(first) == len(second) and all(map(same, first, second))
-    return bool(first == second)
-
-
-def states() -> tuple[Any, ...]:
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()
 
 
 @given(seed=SEEDS, owner=OWNERS, first=INDICES, second=INDICES)
@@ -205,166 +158,151 @@ def test_what_is_drawn_after_preserved_is_what_would_have_been_drawn() -> None:
     assert draw() == expected
 
 
-WRAPPERS: dict[str, Callable[[Callable[..., None]], Callable[..., None]]] = {
-    "putting_back": putting_back,
-    "between_steps": lambda call: between_steps(call, lambda: Stream(5, "callback")),
-    "with_own_stream": lambda call: with_own_stream(call, lambda: Stream(5, "callback/Probe")),
-}
-
-
-@pytest.mark.parametrize("wrapper", ["putting_back", "with_own_stream"])
-@pytest.mark.parametrize("in_store", [False, True], ids=["nothing in store", "a normal number in store"])
-def test_a_wrapped_function_that_draws_leaves_the_generators_as_they_were(wrapper: str, in_store: bool) -> None:
-    if in_store:
-        draw_odd()
+def test_what_is_preserved_inside_of_it_is_put_back_to_the_last_bit_too() -> None:
+    draw_odd()
     before = states()
-    WRAPPERS[wrapper](draw_odd)()
+    with preserved():
+        start_generators(4)
+        draw_odd()
+        inside = states()
+        with preserved():
+            start_generators(1)
+            draw_odd()
+        assert same(states(), inside)
+        numbers = draw()
+        start_generators(4)
+        draw_odd()
+        assert draw() == numbers
     assert same(states(), before)
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("draws", [False, True], ids=["draws nothing", "draws"])
-def test_the_next_step_draws_the_same_whether_the_wrapped_function_drew_or_not(wrapper: str, draws: bool) -> None:
-    draw_odd()
-    start_step(9)
-    with preserved():
-        expected = draw()
-    WRAPPERS[wrapper](lambda: draw_odd() if draws else None)()
-    start_step(9)
-    assert draw() == expected
-
-
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_wrapped_function_gets_its_arguments(wrapper: str) -> None:
-    got: list[tuple[Any, ...]] = []
-    WRAPPERS[wrapper](lambda *args: got.append(args))(1, "two")
-    assert got == [(1, "two")]
-
-
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_wrapped_function_that_fails_after_drawing_changes_no_number(wrapper: str) -> None:
-    def fail() -> None:
-        draw_odd()
-        raise KeyError("inside")
-
-    start_step(9)
-    with preserved():
-        expected = draw()
-    with pytest.raises(KeyError, match="inside"):
-        WRAPPERS[wrapper](fail)()
-    start_step(9)
-    assert draw() == expected
-
-
-def test_numpys_bit_generator_is_the_same_object_after_a_handler_between_two_steps() -> None:
+def test_inside_numpys_numbers_are_those_that_its_own_generator_gives() -> None:
+    np.random.seed(3)
+    expected = np.random.randn(1000).tolist()
+    np.random.seed(3)
     own = np.random.get_bit_generator()
-    inside: list[object] = []
-    between_steps(lambda: inside.append(np.random.get_bit_generator()), lambda: Stream(5, "callback"))()
+    with preserved():
+        assert np.random.get_bit_generator() is not own
+        assert np.random.randn(1000).tolist() == expected
     assert np.random.get_bit_generator() is own
-    assert inside[0] is not own
+    assert np.random.randn(1000).tolist() == expected
 
 
-def test_an_own_stream_gives_other_numbers_at_each_call_and_the_same_in_each_run() -> None:
-    def numbers() -> list[tuple[float, ...]]:
-        found: list[tuple[float, ...]] = []
-        stream = Stream(5, "callback/Probe")
-        call = with_own_stream(lambda: found.append(draw()), lambda: stream)
-        for _ in range(3):
-            draw_odd()
-            call()
-        return found
-
-    first = numbers()
-    assert len(set(first)) == 3
-    assert numbers() == first
-
-
-# Handlers that draw
-
-
-DRAWING: dict[str, Callable[[], float]] = {
-    "torch": lambda: torch.rand(()).item(),
-    "NumPy": lambda: float(np.random.rand()),
-    "Python": random.random,
-}
+def test_another_bit_generator_of_numpys_is_put_back_with_its_state() -> None:
+    own = np.random.get_bit_generator()
+    other = np.random.PCG64(5)
+    try:
+        np.random.set_bit_generator(other)
+        before = other.state
+        with preserved():
+            np.random.rand(7)
+        assert np.random.get_bit_generator() is other
+        assert other.state == before
+        with preserved():
+            np.random.set_bit_generator(own)
+        assert np.random.get_bit_generator() is other
+    finally:
+        np.random.set_bit_generator(own)
 
 
-def noise(draw: Callable[[], float], event: type[Event], from_call: int = 0, **declared: Any) -> CustomCallback:
-    calls: list[int] = []
-
-    def add(learner: Any) -> None:
-        calls.append(1)
-        if len(calls) > from_call:
-            draw()
-
-    return CustomCallback(add, event, AbstractTrainingPhase, **{"reads": (), "writes": ("step.noise",), **declared})
-
-
-@pytest.mark.parametrize("event", [StepBegin, LossBegin, StepEnd], ids=lambda event: event.__name__)
-@pytest.mark.parametrize("kind", ["torch", "Python"])
-def test_a_handler_that_writes_and_draws_is_told_once_to_say_so(kind: str, event: type[Event]) -> None:
-    learner = toy_learner(noise(DRAWING[kind], event))
-    words = (
-        rf"CustomCallback draws random numbers at {event.__name__} and writes step.noise: .*CustomCallback\(..., draws="
-    )
-    with pytest.warns(UserWarning, match=words) as told:
-        learner.fit(2)
-    assert len(told) == 1
+@pytest.mark.parametrize("numpy_too", [True, False])
+def test_it_does_the_same_where_states_are_not_copied_in_one_piece(
+    numpy_too: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(randomness, "python_memory", lambda: None)
+    monkeypatch.setattr(randomness, "quick_bits", lambda: None)
+    monkeypatch.setattr(randomness, "_spare_bits", [])
+    draw_odd()
+    before = states()
+    with preserved(numpy_too):
+        torch.rand(3)
+        random.gauss(0, 1)
+        if numpy_too:
+            np.random.randn()
+        with preserved(numpy_too):
+            random.random()
+    assert same(states(), before)
 
 
-def test_numpys_numbers_in_the_middle_of_a_step_are_told_and_between_two_steps_they_are_ones_own() -> None:
-    with pytest.warns(UserWarning, match="draws random numbers at LossBegin"):
-        toy_learner(noise(DRAWING["NumPy"], LossBegin)).fit(1)
-    toy_learner(noise(DRAWING["NumPy"], StepBegin)).fit(1)  # warnings are errors here
+def test_the_state_of_pythons_generator_is_where_it_is_looked_for() -> None:
+    python = python_memory()
+    assert python is not None, "else every handler costs 12 µs more in this Python"
+    for _ in range(700):
+        random.random()
+        *key, place = random.getstate()[1]
+        assert (place, key[0], key[-1]) == (python.words[0], python.words[1], python.words[-1])
 
 
-def test_a_class_is_told_the_line_to_add_and_with_it_two_of_them_draw_different_numbers() -> None:
-    class Noise(Callback):
-        def __init__(self, entry: str) -> None:
-            super().__init__(name=entry)
-            self.writes = (f"step.{entry}",)  # type: ignore[misc]  # of this one
-            self.seen: list[float] = []
-
-        @on(StepBegin, AbstractTrainingPhase)
-        def add(self, event: Event, phase: Phase, learner: Any) -> None:
-            self.seen.append(torch.rand(()).item())
-
-    class OwnNoise(Noise):
-        draws = True
-
-    first, second = Noise("a"), Noise("b")
-    with pytest.warns(UserWarning, match="write draws = True in the class Noise") as told:
-        toy_learner(first, second).fit(2)
-    assert len(told) == 2
-    assert first.seen == second.seen
-    first, second = OwnNoise("a"), OwnNoise("b")
-    toy_learner(first, second).fit(1)
-    assert not set(first.seen) & set(second.seen)
+def test_the_generators_of_every_device_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)  # stand for those of two GPUs
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "default_generators", devices)
+    before = [device.get_state() for device in devices]
+    with preserved():
+        for device in devices:
+            torch.rand(3, generator=device)
+    assert all(map(torch.equal, before, [device.get_state() for device in devices]))
 
 
-def test_whoever_draws_and_only_watches_has_a_stream_or_promises_not_to_draw_is_told_nothing() -> None:
-    torchs = DRAWING["torch"]
-    toy_learner(
-        noise(torchs, StepEnd, writes=(), name="watches"),
-        noise(torchs, LossBegin, draws=True, name="owns"),
-        noise(torchs, LossBegin, writes=("cbstate.noise",), name="records"),
-        noise(lambda: 0.0, LossBegin, writes=("step.more",), name="draws nothing"),
-    ).fit(1)
+# NumPy's bit generator
 
 
-def test_a_condition_that_draws_is_not_taken_for_its_callback() -> None:
-    quiet = noise(lambda: 0.0, StepEnd, draws=False)
-    toy_learner(ConditionalCallback(quiet, lambda event, phase: random.random() < 0.5)).fit(1)
+def test_this_release_of_numpy_has_the_state_where_it_is_looked_for() -> None:
+    assert quick_bits() is not None, "else every handler that may draw costs 90 µs more"
 
 
-def test_the_first_calls_alone_are_looked_at() -> None:
-    batches = len(list(toy_learner().data.training))
-    toy_learner(noise(DRAWING["torch"], StepEnd, from_call=NOTICED)).fit(NOTICED // batches + 2)
-    with pytest.warns(UserWarning, match="draws random numbers at StepEnd"):
-        toy_learner(noise(DRAWING["torch"], StepEnd, from_call=NOTICED - 1)).fit(NOTICED // batches + 2)
+def test_a_release_that_keeps_its_state_elsewhere_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Elsewhere(MT19937):
+        ctypes = SimpleNamespace(state_address=12345)  # type: ignore[assignment]  # an address in no object
+
+    monkeypatch.setattr(np.random, "MT19937", Elsewhere)
+    assert quick_bits.__wrapped__() is None
 
 
-def test_a_handler_of_the_fits_own_events_is_told_too() -> None:
-    draw = CustomCallback(lambda learner: torch.rand(()), FitBegin, reads=(), writes=("model",))
-    with pytest.warns(UserWarning, match="draws random numbers at FitBegin and writes model"):
-        toy_learner(draw).fit(1)
+@pytest.mark.parametrize("drawn", [0, 1, 623, 624, 625, 1999])
+def test_it_draws_what_numpys_own_does_and_gives_the_same_state(drawn: int) -> None:
+    ours, theirs = quick_bits()(7), MT19937(7)
+    assert ours.random_raw(drawn).tolist() == theirs.random_raw(drawn).tolist()
+    state, expected = ours.state, theirs.state
+    assert np.array_equal(state["state"]["key"], expected["state"]["key"])
+    assert state["state"]["pos"] == expected["state"]["pos"]
+    assert type(state["state"]["pos"]) is int
+    fresh = MT19937()
+    fresh.state = state
+    assert fresh.random_raw(1300).tolist() == theirs.random_raw(1300).tolist()
+
+
+def test_a_state_that_was_read_is_no_view_of_the_next_one() -> None:
+    bits = quick_bits()(1)
+    before = bits.state
+    kept = before["state"]["key"].copy()
+    bits.random_raw(1000)
+    assert np.array_equal(before["state"]["key"], kept)
+    before["state"]["key"][0] += 1  # as whoever reads it may
+    bits.state = before
+
+
+def test_it_takes_the_states_that_numpys_own_takes_and_refuses_others_as_that_does() -> None:
+    theirs = MT19937(5)
+    theirs.random_raw(3)
+    state = theirs.state["state"]
+    for form in (theirs.state, ("MT19937", state["key"], state["pos"])):
+        ours = quick_bits()(1)
+        ours.state = form
+        assert ours.random_raw(9).tolist() == copy.deepcopy(theirs).random_raw(9).tolist()
+    with pytest.raises(ValueError, match="state must be for a MT19937"):
+        quick_bits()(1).state = np.random.PCG64(1).state
+
+
+def test_a_copy_and_what_is_pickled_need_nothing_of_fluxloops() -> None:
+    ours = quick_bits()(3)
+    ours.random_raw(5)
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(copied) is MT19937
+        assert copied.random_raw(9).tolist() == copy.deepcopy(ours).random_raw(9).tolist()
+    assert b"fluxloop" not in pickle.dumps(RandomState(ours))
+
+
+def test_numpys_other_generators_draw_from_it() -> None:
+    assert Generator(quick_bits()(3)).normal(size=3).tolist() == Generator(MT19937(3)).normal(size=3).tolist()
+    assert RandomState(quick_bits()(3)).randn(3).tolist() == RandomState(MT19937(3)).randn(3).tolist()

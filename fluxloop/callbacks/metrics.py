@@ -19,6 +19,7 @@ from fluxloop.metrics.base import Loss, Metric, SmoothLoss, Tracker
 from fluxloop.metrics.expected import expected_of
 from fluxloop.monitor import Expected, Mode
 from fluxloop.nested import map_tensors, weight_of
+from fluxloop.order.view import behind
 from fluxloop.persist.series import Series
 from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase
 from fluxloop.state import Container, PhaseDict
@@ -281,18 +282,21 @@ class Metrics(Callback):
     @on(StepEnd)
     def update(self, event: StepEnd, phase: Phase, learner: Any) -> None:
         """Update the metrics with a step."""
-        metrics = learner.cbstate.metrics[phase]
+        running = behind(learner)
+        metrics = running.cbstate.metrics[phase]
         if metrics.group is not None and metrics.group.spare:  # of rows that count elsewhere
             return
-        step = learner.step
-        # Rows are counted once per step, for all who ask; a weight of the user's has to be checked each time.
-        weight = learner.batch_size if type(phase).weight is Phase.weight else checked_weight(phase, step)
-        for metric, tracker in metrics.trackers:
-            try:
+        # A weight of the user's has to be checked each time
+        weight = running.batch_size if type(phase).weight is Phase.weight else checked_weight(phase, learner.step)
+        step, metric = running.step, None
+        try:
+            for each, tracker in metrics.trackers:
+                metric = each
                 tracker.update(step, weight)
-            except Exception as error:
+        except Exception as error:
+            if metric is not None:
                 annotate(error, f"fluxloop: while updating the metric {metric.name!r}")
-                raise
+            raise
 
     @on(EpochEnd)
     def publish(self, event: EpochEnd, phase: Phase, learner: Any) -> None:

@@ -11,6 +11,7 @@ from attrs import define, field
 from fluxloop.callback import Callback, on
 from fluxloop.events import EpochBegin, EpochEnd, StepEnd, UpdateEnd
 from fluxloop.history import Counts, trained_epochs
+from fluxloop.order.view import behind
 from fluxloop.phase import Phase
 from fluxloop.state import PhaseDict, name_of
 
@@ -62,14 +63,14 @@ class Recorder(Callback):
     @on(StepEnd)
     def count_step(self, event: StepEnd, phase: Phase, learner: Any) -> None:
         """Count a step."""
-        counts = learner.cbstate.history[phase]
+        counts = behind(learner).cbstate.history[phase]
         counts.steps += 1
         counts.steps_epoch += 1
 
     @on(UpdateEnd)
     def count_update(self, event: UpdateEnd, phase: Phase, learner: Any) -> None:
         """Count an optimizer's step under its name."""
-        updates = learner.cbstate.history[phase].updates
+        updates = behind(learner).cbstate.history[phase].updates
         updates[event.name] = updates.get(event.name, 0) + 1
 
     @on(EpochEnd)

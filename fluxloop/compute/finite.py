@@ -92,7 +92,13 @@ class Finite:
             CancelFittingException: One is NaN or infinite.
         """
         self.looked = True
-        for what, loss in stored_losses(self._learner.step):
+        step = self._learner.step
+        entries = vars(step)
+        loss = entries.get("loss")
+        if type(loss) is Tensor and loss.is_cpu and "losses" not in entries and loss.numel() == 1:  # as nearly always
+            self._look("the loss", loss.item())
+            return
+        for what, loss in stored_losses(step):
             if not isinstance(loss, Tensor):
                 self._look(what, float(loss))
             elif loss.numel() == 1:  # a tensor with more elements is no loss: nothing is known of it

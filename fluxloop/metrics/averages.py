@@ -17,7 +17,10 @@ LEAST = 1e-17
 
 
 class Mean:
-    """A weighted mean of scalars that stays on their device; nothing is computed per step."""
+    """A weighted mean of scalars that stays on their device; hardly anything is computed per step.
+
+    One kernel adds up many of them, and one counts what is true in many tensors.
+    """
 
     __slots__ = ("_last", "_over", "_pending", "_total", "_weight", "_weights")
 
@@ -32,7 +35,7 @@ class Mean:
         """Add a value, which must not be changed in place afterwards.
 
         Args:
-            value: A scalar.
+            value: A scalar; or truth values, with a dimension or more, which stand for how many of them are true.
             weight: Of the value in the mean, 0 or more; a value that weighs nothing may be NaN.
             over: What the value is to be divided by: many are divided at once.
         """
@@ -51,10 +54,10 @@ class Mean:
         """Return the sum so far. Asking for it at one time or another changes no bit of later sums."""
         if not self._pending:
             return self._total
-        values = torch.stack(self._pending)
+        values = stacked(self._pending)
         # in 64 bits, so that the sum of a long epoch loses no digits; Apple's GPUs have none
         exact = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
-        if any(over != 1 for over in self._over):
+        if self._over.count(1) != len(self._over):
             exact = exact / torch.tensor(self._over, dtype=exact.dtype, device=exact.device)
         first = self._weights[0]  # nearly all batches weigh the same, and need no tensor of weights
         if not isinstance(first, Tensor) and first > 0 and self._weights.count(first) == len(self._weights):
@@ -93,7 +96,8 @@ class Mean:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
-        return {name.lstrip("_"): getattr(self, name, None) for name in self.__slots__}
+        kept = {name.lstrip("_"): getattr(self, name, None) for name in self.__slots__}
+        return kept | {"pending": [counted(value) for value in self._pending]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what a checkpoint keeps."""
@@ -101,6 +105,18 @@ class Mean:
             setattr(self, f"_{name}", value)
         if "over" not in state:  # of a checkpoint written before there was one
             self._over = [1] * len(self._pending)
+
+
+def counted(value: Tensor) -> Tensor:
+    """Return a scalar: the value, or how many of its truth values are true."""
+    return value.count_nonzero() if value.ndim else value
+
+
+def stacked(values: list[Tensor]) -> Tensor:
+    """Return scalars as one tensor; of truth values the counts, in one kernel where all have one shape, as most do."""
+    if values[0].ndim and len({value.shape for value in values}) == 1:
+        return torch.stack(values).flatten(1).sum(1)
+    return torch.stack([counted(value) for value in values])
 
 
 class MovingAverage:

@@ -13,7 +13,7 @@ from attrs import define, field, frozen
 from torch import Tensor, nn
 
 from fluxloop.errors import MetricError, annotate, describe
-from fluxloop.metrics.averages import Mean, MovingAverage
+from fluxloop.metrics.averages import Mean, MovingAverage, counted
 from fluxloop.metrics.classification import HITS
 from fluxloop.metrics.joining import keep_apart, merged, tell_apart
 from fluxloop.nested import map_tensors
@@ -184,6 +184,10 @@ class Tracker:
         raise NotImplementedError
 
 
+MOST_HITS = 4096
+"""How many truth values of a step are kept to be counted with those of other steps: half a megabyte in all."""
+
+
 class MeanTracker(Tracker):
     """Averages a function of the step's entries, weighted by batch size."""
 
@@ -200,14 +204,16 @@ class MeanTracker(Tracker):
 
     def update(self, step: Any, weight: float | Tensor) -> None:
         """Compute the function on this step's entries."""
-        if self.metric.is_left_out(step):
+        if self.metric.optional and self.metric.is_left_out(step):
             return
-        inputs = without_graph(inputs_of(self.metric, step))
-        if self._hits is not None:  # a count now, one division for many steps later
+        inputs = inputs_of(self.metric, step)
+        if self._hits is not None:  # what is true is counted, and divided, for many steps at once; it has no graph
             hits = self._hits(*inputs)
-            self._last, self._over = hits.count_nonzero(), hits.numel()
+            self._over = hits.numel()
+            self._last = hits if self._over <= MOST_HITS else hits.count_nonzero()
             self._mean.add(self._last, weight, self._over)
             return
+        inputs = without_graph(inputs)
         if self._is_known:  # computes with nothing that has a gradient but its inputs
             value = self._fn(*inputs)
         else:
@@ -251,7 +257,7 @@ class MeanTracker(Tracker):
         """Return the last step's value."""
         if self._last is None:
             return {}
-        last = self._last if self._hits is None else self._last / self._over
+        last = self._last if self._hits is None else counted(self._last) / self._over
         return {self.metric.name: self._finish(last) if self._finish else last}
 
     def state_dict(self) -> dict[str, Any]:
@@ -431,8 +437,9 @@ class LossTracker(Tracker):
         """Add the loss of a step."""
         if "loss" in step:
             self._add(self._name, step.loss, weight)
-        if "losses" in step and isinstance(step.losses, Mapping):
-            for key, loss in step.losses.items():
+        losses = step.losses if "losses" in step else None
+        if isinstance(losses, Mapping):
+            for key, loss in losses.items():
                 name = (key if self._name == "loss" and isinstance(key, LossName) else f"{self._name}_{key}").lower()
                 if isinstance(key, LossName) and self._is_taken(name, key, step):
                     raise MetricError(f"two losses of a step are recorded as {name!r}; name the block's otherwise")
@@ -448,7 +455,7 @@ class LossTracker(Tracker):
         average = self._averages.get(name)
         if average is None:
             average = self._averages[name] = self._average()
-        average.add(value if value.ndim == 0 else value.mean(), weight)
+        average.add(value.mean() if value.ndim else value, weight)
 
     def compute(self) -> dict[str, Any]:
         """Return the average losses so far."""

@@ -17,6 +17,8 @@ def _classes(ys: Tensor, preds: Tensor) -> Tensor:
         MetricError: The shapes do not match, or there is one class only.
     """
     shape = preds.shape
+    if len(shape) == 2 and shape[1] > 1 and ys.shape == shape[:1]:  # as nearly always
+        return ys
     if len(shape) < 2 or shape[1] < 2:
         raise MetricError(
             f"preds of shape {tuple(shape)} were given; expected scores of shape (N, C) with two classes or "

@@ -21,6 +21,7 @@ from fluxloop.events import FIT_EVENTS, Event, FitEnd
 from fluxloop.guard.assign import adopt
 from fluxloop.loop import Handle, locate
 from fluxloop.order.access import covers, dotted, parse, view_of
+from fluxloop.order.draws import drawing_apart, noticing, putting_back, with_own_stream
 from fluxloop.order.graph import CallbackGraph, Node
 from fluxloop.order.outlook import note_directions
 from fluxloop.order.owners import owners_of
@@ -28,7 +29,7 @@ from fluxloop.order.view import make_view
 from fluxloop.persist.owners import Owners
 from fluxloop.persist.watched import Watched
 from fluxloop.phase import FittingPhase, Phase, check_phase_type
-from fluxloop.randomness import Stream, between_steps, noticing, putting_back, with_own_stream
+from fluxloop.randomness import Stream
 
 if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner
@@ -221,15 +222,13 @@ class Callbacks:
         draws = node.callback.draws
         if draws:  # from a stream of its own, so that it moves nobody else's numbers
             return with_own_stream(call, lambda: self._learner.streams[f"callback/{node.id}"])
-        inside = event.inside_step or event in FIT_EVENTS
-        if node.callback.unwrapped.draws is None and changes_training(node) and (inside or event.inside_epoch):
-            call = noticing(call, lambda: self._tell_drawing(node, event), numpy_too=inside)
-        # None: nobody said whether it draws. Within a step all generators are put back to the bit. Between two steps
-        # NumPy draws from one of the handler's own, which costs less than to copy a state.
-        if draws is None and inside:
-            return putting_back(call)
-        if draws is None and event.inside_epoch:
-            return between_steps(call, lambda: self._learner.streams[f"callback/{node.id}/apart"])
+        in_step = event.inside_step or event in FIT_EVENTS
+        if not (in_step or event.inside_epoch):
+            return call
+        if node.callback.unwrapped.draws is None and changes_training(node):
+            call = noticing(call, lambda: self._tell_drawing(node, event))
+        if draws is None:  # nobody said whether it draws
+            call = drawing_apart(call, lambda: self._learner.streams[f"callback/{node.id}/apart"], in_step)
         return call
 
     def _tell_drawing(self, node: Node, event: type[Event]) -> None:
