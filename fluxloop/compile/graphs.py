@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from fluxloop.callback import Callback
 from fluxloop.compile.averaging import check_told
+from fluxloop.compile.comparison import Comparison
 from fluxloop.compile.conditions import form_of, holders_of
 from fluxloop.compile.glance import Remembered
 from fluxloop.compile.refusals import first_line
@@ -132,6 +133,7 @@ class Graph:
                 "C++ compiler (g++ or clang++) on the CPU, Triton on CUDA; where there is one, an operation of the "
                 f"step stands in the way. {WAYS_OUT}"
             ) from error
+        self._comparison = Comparison(traced, self._whose) if learner.accelerator.check_compiled else None
         if can_replay(traced.example):
             self._compiled = Replayed(self._compiled, len(inputs.fixed), traced.changed)
         self._call: Compiled = self._call_first
@@ -248,6 +250,8 @@ class Graph:
         """
         before = [tensor.detach().to("cpu", copy=True) for tensor in inputs]
         generators = generator_states()
+        if self._comparison is not None:
+            self._comparison.run(inputs)
         try:
             outputs = list(self._compiled(*inputs))
         except Exception as error:
@@ -263,6 +267,9 @@ class Graph:
                 f"{WAYS_OUT}"
             ) from error
         self._call = self._compiled
+        if self._comparison is not None:
+            self._comparison.tell(inputs, outputs)
+            self._comparison = None  # it holds copies of the inputs
         return outputs
 
     def _hear(self, phase: Phase, told: list[list[float]], bad: Tensor | None, found: list[Tensor]) -> None:

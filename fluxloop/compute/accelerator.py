@@ -27,6 +27,7 @@ USUAL: dict[str, Any] = {
     "optimizer_in_backward": False,
     "seed_per_process": True,
     "tf32": None,
+    "check_compiled": False,
 }
 """What an accelerator is made with where nothing is said."""
 
@@ -56,6 +57,8 @@ class Accelerator:
         seed_per_process: Whether what steps draw differs between processes; the order of the data never does.
         tf32: Whether CUDA multiplies matrices of float32 in TF32, in the whole process; None leaves torch's
             setting. Elsewhere it changes nothing.
+        check_compiled: Whether each graph of ``compile="step"`` is compared at its first call with the same operations
+            run eagerly on copies; a warning tells the largest difference.
 
     Raises:
         ValueError: The device is not available on this machine, or another argument is none of these.
@@ -72,6 +75,7 @@ class Accelerator:
         optimizer_in_backward: bool = False,
         seed_per_process: bool = True,
         tf32: bool | None = None,
+        check_compiled: bool = False,
     ) -> None:
         if compile not in (False, "model", "step"):
             raise ValueError(f"Accelerator(compile={compile!r}) was given; expected False, 'model' or 'step'")
@@ -81,8 +85,14 @@ class Accelerator:
                 f"{did_you_mean(str(precision), TYPES)}"
             )
         _check_accumulate(accumulate)
-        _check_flags(optimizer_in_backward=optimizer_in_backward, seed_per_process=seed_per_process, tf32=tf32)
+        flags = {"optimizer_in_backward": optimizer_in_backward, "seed_per_process": seed_per_process, "tf32": tf32}
+        _check_flags(**flags, check_compiled=check_compiled)
         _check_strategy(strategy)
+        if check_compiled and compile != "step":
+            raise ValueError(
+                f"Accelerator(check_compiled=True, compile={compile!r}) was given; expected compile='step', whose "
+                "graphs are what it compares"
+            )
         self.device = _choose(device)
         self.compile = compile
         self.precision = precision
@@ -91,6 +101,7 @@ class Accelerator:
         self.optimizer_in_backward = optimizer_in_backward
         self.seed_per_process = seed_per_process
         self.tf32 = tf32
+        self.check_compiled = check_compiled
         if tf32 is not None:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         if optimizer_in_backward:

@@ -42,6 +42,8 @@ class Accelerator(base.Accelerator):
         seed_per_process: Whether each process draws random numbers of its own in its steps.
         tf32: Whether CUDA multiplies matrices of float32 in TF32, in the whole process; None leaves torch's
             setting. Elsewhere it changes nothing.
+        check_compiled: Whether each graph of ``compile="step"`` is compared at its first call with the same operations
+            run eagerly on copies; a warning tells the largest difference.
 
     Raises:
         ValueError: The device is not available on this machine, or an argument is none of these.

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from compiled_training import learner, mlp, rows, weights
+from torch import Tensor, nn
+
+import fluxloop.compile.graphs
+from fluxloop import Accelerator
+from fluxloop.compile.comparison import apart
+
+pytestmark = pytest.mark.usefixtures("imported")
+
+
+def told(how: dict[str, Any] | None = None, **options: Any) -> tuple[list[str], list[Tensor]]:
+    """Train for one epoch; return the warnings about comparisons, and the weights."""
+    made = learner("step", how={"check_compiled": True} if how is None else how, data=(rows(),), **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made.fit(1)
+    return [str(w.message) for w in caught if "compared with" in str(w.message)], weights(made)
+
+
+def test_each_graph_is_compared_once_and_training_is_as_without(uncompiled: None) -> None:
+    texts, checked = told()
+    assert len(texts) == 2  # of full batches, and of the smaller last one
+    assert all("TrainingPhase()" in text and "0.0e+00" in text and "which is rounding" in text for text in texts)
+    silent, plain = told(how={})
+    assert silent == []
+    assert all(map(torch.equal, checked, plain))
+
+
+def test_a_fault_of_the_compiler_is_told_by_the_name_of_what_it_falsified(monkeypatch: pytest.MonkeyPatch) -> None:
+    def faulty(graph: Any, inputs: list[Tensor], device: torch.device) -> Any:
+        def run(*inputs: Tensor) -> list[Tensor]:
+            before = inputs[0].clone()
+            outputs = list(torch.no_grad()(graph)(*inputs))
+            with torch.no_grad():
+                inputs[0].copy_(before + 0.5 * (inputs[0] - before))  # half of the way
+            return outputs
+
+        return run
+
+    monkeypatch.setattr(fluxloop.compile.graphs, "lower", faulty)
+    texts, _ = told()
+    assert "5.0e-01 of what the step computes or changes, in 0.weight, which is no rounding" in texts[0]
+
+
+def test_steps_that_draw_random_numbers_are_said_not_to_be_compared(uncompiled: None) -> None:
+    texts, _ = told(model=lambda: nn.Sequential(mlp(), nn.Dropout()))
+    assert texts
+    assert all("was not compared" in text and "draws random numbers" in text for text in texts)
+
+
+def test_the_compilers_own_step_is_within_rounding() -> None:
+    texts, _ = told()
+    assert texts
+    assert all("which is rounding" in text for text in texts)
+
+
+@pytest.mark.parametrize("compile", [False, "model"])
+def test_there_has_to_be_a_graph_to_compare(compile: Any) -> None:
+    with pytest.raises(ValueError, match="expected compile='step'"):
+        Accelerator("cpu", compile=compile, check_compiled=True)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "before", "expected"),
+    [
+        ([2.0], [2.0], [0.0], 0.0),
+        ([1.0], [2.0], [0.0], 0.5),
+        ([1.0], [1.0], [1.0], 0.0),
+        ([2.0], [1.0], [1.0], math.inf),
+        ([math.nan], [math.nan], [0.0], 0.0),
+        ([math.nan], [1.0], [0.0], math.inf),
+        ([math.inf], [1.0], [0.0], math.inf),
+        ([], [], [], 0.0),
+    ],
+)
+def test_a_difference_is_a_share_of_the_way(
+    ours: list[float], theirs: list[float], before: list[float], expected: float
+) -> None:
+    assert apart(torch.tensor(ours), torch.tensor(theirs), torch.tensor(before)) == expected
