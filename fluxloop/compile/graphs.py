@@ -125,17 +125,8 @@ class Graph:
         self._updated = self._changed_by(traced)
         self._callbacks = -1
         self._after: list[tuple[tuple[Bound, ...], Event]] = []
-        try:
-            self._compiled = lower(traced.graph, traced.example, learner.accelerator.device)
-        except Exception as error:
-            raise CompileError(
-                f"the step of {phase!r} was traced, but could not be compiled: {first_line(error)}. Compiling needs a "
-                "C++ compiler (g++ or clang++) on the CPU, Triton on CUDA; where there is one, an operation of the "
-                f"step stands in the way. {WAYS_OUT}"
-            ) from error
+        self._compiled = self._lower(traced)
         self._comparison = Comparison(traced, self._whose) if learner.accelerator.check_compiled else None
-        if can_replay(traced.example):
-            self._compiled = Replayed(self._compiled, len(inputs.fixed), traced.changed)
         self._call: Compiled = self._call_first
 
     def _changed_by(self, traced: Traced) -> list[Tensor]:
@@ -143,6 +134,24 @@ class Graph:
         ends = [event.name for event in traced.fired if isinstance(event, UpdateEnd)]
         weights = [p for slot in self._slots if slot.name in ends for p in slot.parameters if p.requires_grad]
         return [*weights, *(tensor for moved in traced.moved for tensor in moved.tensors(self._learner))]
+
+    def _lower(self, traced: Traced) -> Compiled:
+        """Compile a step.
+
+        Raises:
+            CompileError: It cannot be compiled.
+        """
+        try:
+            compiled = lower(traced.graph, traced.example, self._learner.accelerator.device)
+        except Exception as error:
+            raise CompileError(
+                f"the step of {self._whose} was traced, but could not be compiled: {first_line(error)}. Compiling "
+                "needs a C++ compiler (g++ or clang++) on the CPU, Triton on CUDA; where there is one, an operation "
+                f"of the step stands in the way. {WAYS_OUT}"
+            ) from error
+        if can_replay(traced.example):
+            return Replayed(compiled, len(traced.inputs.fixed), traced.changed)
+        return compiled
 
     def calls_the_same(self, phase: Phase) -> bool:
         """Return whether the functions and objects that a step calls, such as what makes views, are as they were."""

@@ -77,31 +77,22 @@ class Accelerator:
         tf32: bool | None = None,
         check_compiled: bool = False,
     ) -> None:
-        if compile not in (False, "model", "step"):
-            raise ValueError(f"Accelerator(compile={compile!r}) was given; expected False, 'model' or 'step'")
+        _check_compile(compile, check_compiled)
         if precision not in TYPES:
             raise ValueError(
                 f"Accelerator(precision={precision!r}) was given; expected 'fp32', 'bf16' or 'fp16'"
                 f"{did_you_mean(str(precision), TYPES)}"
             )
         _check_accumulate(accumulate)
-        flags = {"optimizer_in_backward": optimizer_in_backward, "seed_per_process": seed_per_process, "tf32": tf32}
-        _check_flags(**flags, check_compiled=check_compiled)
+        _check_flags(optimizer_in_backward=optimizer_in_backward, seed_per_process=seed_per_process, tf32=tf32)
         _check_strategy(strategy)
-        if check_compiled and compile != "step":
-            raise ValueError(
-                f"Accelerator(check_compiled=True, compile={compile!r}) was given; expected compile='step', whose "
-                "graphs are what it compares"
-            )
         self.device = _choose(device)
         self.compile = compile
         self.precision = precision
         self.accumulate = accumulate
         self.strategy = strategy
         self.optimizer_in_backward = optimizer_in_backward
-        self.seed_per_process = seed_per_process
-        self.tf32 = tf32
-        self.check_compiled = check_compiled
+        self.seed_per_process, self.tf32, self.check_compiled = seed_per_process, tf32, check_compiled
         if tf32 is not None:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         if optimizer_in_backward:
@@ -306,6 +297,22 @@ def _check_flags(**flags: Any) -> None:
     for name, value in flags.items():
         if type(value) is not bool and (value is not None or name != "tf32"):
             raise ValueError(f"Accelerator({name}={value!r}) was given; expected True or False")
+
+
+def _check_compile(compile: Any, check_compiled: bool) -> None:
+    """Raise for an unknown way to compile, and for a comparison of graphs where there are none.
+
+    Raises:
+        ValueError: Says what was given.
+    """
+    if compile not in (False, "model", "step"):
+        raise ValueError(f"Accelerator(compile={compile!r}) was given; expected False, 'model' or 'step'")
+    _check_flags(check_compiled=check_compiled)
+    if check_compiled and compile != "step":
+        raise ValueError(
+            f"Accelerator(check_compiled={check_compiled!r}, compile={compile!r}) was given; expected compile='step', "
+            "whose graphs are what it compares"
+        )
 
 
 def _check_accumulate(accumulate: Any) -> None:
