@@ -21,6 +21,7 @@ from fluxloop.losses.adversarial import (
 )
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.phases.twin import TwinPhase
+from fluxloop.processes.gather import mean_of_rows
 from fluxloop.schedules import Schedule, value_at
 
 if TYPE_CHECKING:
@@ -118,19 +119,13 @@ class GANPhase(AbstractTrainingPhase):
                 f"GANPhase(loss={loss!r}) was given; expected one of {list(ADVERSARIAL_LOSSES)}, or an AdversarialLoss"
                 f"{hint}"
             )
-        check_number("GANPhase", "path_length", path_length, least=0, error=PhaseError)
         for name, count in (("critic_steps", critic_steps), ("every", every)):
             check_number("GANPhase", name, count, least=1, whole=True, error=PhaseError)
-        for name, weight in (("gradient_penalty", gradient_penalty), ("r1", r1), ("r2", r2)):
-            if name == "gradient_penalty" or not callable(weight):
-                check_number("GANPhase", name, weight, least=0, error=PhaseError)
+        fixed = {"gradient_penalty": gradient_penalty, "path_length": path_length}
+        _check_weights(fixed | {name: weight for name, weight in (("r1", r1), ("r2", r2)) if not callable(weight)})
         if not (callable(noise) or isinstance(noise, (tuple, list))):
             check_number("GANPhase", "noise", noise, least=1, whole=True, error=PhaseError)
-        for role, model in (("generator", generator), ("critic", critic)):
-            if model is not None and not isinstance(model, str):
-                raise PhaseError(
-                    f"GANPhase({role}={describe(model)}) was given; expected the name of a model: {role}='G'"
-                )
+        _check_names({"generator": generator, "critic": critic})
         self.adversarial = loss if isinstance(loss, AdversarialLoss) else ADVERSARIAL_LOSSES[loss]
         self.noise = noise
         self.critic_steps = critic_steps
@@ -206,7 +201,7 @@ class GANPhase(AbstractTrainingPhase):
                     block.loss = block.loss + self.path_penalty(generator, state, labels)
 
     def path_penalty(self, generator: Any, state: StepState, labels: tuple[Tensor, ...]) -> Tensor:
-        """Return the path length penalty of new noise; store ``path_mean``, and the penalty without gradient."""
+        """Return the path length penalty of new noise; store it and ``path_lengths`` (N,), without gradient."""
         latents = self.draw_noise(state)
         if hasattr(generator, "mapping"):
             latents = generator.mapping(latents, *labels)
@@ -214,15 +209,18 @@ class GANPhase(AbstractTrainingPhase):
         else:
             images = generator(latents.requires_grad_(), *labels)
         lengths = path_lengths(images, latents)
-        mean = (0.0 if self.path_mean is None else 0.99 * self.path_mean.to(lengths)) + 0.01 * lengths.mean()
-        penalty = (lengths - mean).square().mean()
-        state.path_mean, state.path_penalty = mean.detach(), penalty.detach()
+        penalty = (lengths - self.path_mean_with(lengths.mean())).square().mean()
+        state.path_lengths, state.path_penalty = lengths.detach(), penalty.detach()
         return penalty * (self.path_length * self.path_every)
+
+    def path_mean_with(self, new: Tensor) -> Tensor:
+        """Return the running mean of path lengths, moved by 1/100 towards a new mean; it begins at 0."""
+        return 0.01 * new if self.path_mean is None else 0.99 * self.path_mean.to(new) + 0.01 * new
 
     def finish(self, learner: Any, state: StepState) -> None:
         """Count the critic's update; where it is one of several batches, with the last of them."""
-        if self._path_due:
-            self._path_next = state.path_mean
+        if self._path_due:  # the lengths of all processes, so that each has the same mean
+            self._path_next = self.path_mean_with(mean_of_rows(state.path_lengths, learner.accelerator.group))
         updates = learner.updates
         if not updates.is_windowed or not updates.has_open(self.models(learner)[1][0]):
             self._count(self._critic_updates + 1)
@@ -344,6 +342,19 @@ class GANValidationPhase(TwinPhase):
     def check(self, learner: Any) -> None:
         """Raise for missing models."""
         self.training.models(learner)
+
+
+def _check_weights(given: dict[str, Any]) -> None:
+    """Raise `PhaseError` for a weight that is no number from 0 on."""
+    for name, weight in given.items():
+        check_number("GANPhase", name, weight, least=0, error=PhaseError)
+
+
+def _check_names(given: dict[str, Any]) -> None:
+    """Raise `PhaseError` for what is no name of a model."""
+    for role, model in given.items():
+        if model is not None and not isinstance(model, str):
+            raise PhaseError(f"GANPhase({role}={describe(model)}) was given; expected the name of a model: {role}='G'")
 
 
 @cache  # asked in each step
