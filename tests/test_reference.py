@@ -30,7 +30,7 @@ def test_every_public_name_stands_on_one_page() -> None:
         if line.startswith("::: ")
     )
     not_listed = {name for name in fluxloop.__all__ if name not in listed}
-    assert not_listed == {"augment", "errors", "events", "losses", "schedules", "testing", "NumberSinceBest"}
+    assert not_listed == {"augment", "errors", "events", "heads", "losses", "schedules", "testing", "NumberSinceBest"}
     assert fluxloop.NumberSinceBest is fluxloop.NoImprovement
     assert {*fluxloop.losses.__all__} - {"ADVERSARIAL_LOSSES"} <= listed.keys()
     assert {"assert_observer", "toy_learner", "random_affine"} <= listed.keys()

@@ -9,7 +9,11 @@ from typing import Any
 
 GROUPS = {
     "learner": ("Learner", "What trains, and what it has recorded.", "learner run.accelerator compute.shard history"),
-    "phases": ("Phases", "What a step does. The abstract ones come first.", "phase loop phases"),
+    "phases": (
+        "Phases",
+        "What a step does, and the heads that papers put on encoders. The abstract phases come first.",
+        "phase loop phases heads",
+    ),
     "events": ("Events", "The moments at which handlers act.", "events"),
     "callbacks": ("Callbacks", "What acts at events, and how to write one.", "callback callbacks multipledispatch"),
     "stopping": ("Stopping", "When a fit has learned enough.", "stopping"),
@@ -35,7 +39,12 @@ def public() -> dict[str, Any]:
 
     found = {name: getattr(fluxloop, name) for name in fluxloop.__all__}
     things = {named(thing, name): thing for name, thing in found.items() if not inspect.ismodule(thing)}
-    for module in (fluxloop.losses, fluxloop.augment, fluxloop.testing):  # what is used by its module's name as well
+    for module in (
+        fluxloop.losses,
+        fluxloop.augment,
+        fluxloop.heads,
+        fluxloop.testing,
+    ):  # what is used by its module's name as well
         made_here = [
             name for name, thing in vars(module).items() if getattr(thing, "__module__", "") == module.__name__
         ]
