@@ -265,7 +265,7 @@ def adversarial(noise: int, compile: Any) -> Learner[Any]:
     [
         (TUTORIAL, "NoisyStart", (6,), supervised, 2),
         (TUTORIAL, "GAN", (), partial(adversarial, 4), 1),
-        (TUTORIAL, "NoisyGAN", (), partial(adversarial, 4), 1),
+        (TUTORIAL, "SignGAN", (), partial(adversarial, 4), 1),
         (TUTORIAL, "LazyR1", (4,), partial(adversarial, 4), 2),
         (ROOT / "README.md", "GAN", (), partial(adversarial, 16), 1),
     ],

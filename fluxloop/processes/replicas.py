@@ -156,8 +156,27 @@ def check_asked_alike(group: Group, asked: dict[str, Any]) -> None:
             )
 
 
-def check_alike(group: Group, named: Named) -> None:
-    """Raise where the processes do not have the same weights, to the bit, as a fit begins.
+BEGIN = (
+    "the processes are about to train different weights: {}. Were they loaded or changed on some of them alone? "
+    "Expected learner.load(file), and any change by hand, on every process"
+)
+"""What is said of weights that differ as a fit begins."""
+APART = (
+    "the weights of the processes have come apart in the epoch that has just ended: {}. Something in a step changes "
+    "gradients or weights by random numbers, or by rows, of which each process has its own. Expected the same change "
+    "on all: draws = True in a callback's class, a generator seeded alike in a phase, accelerator.all_gather, or "
+    "Accelerator(seed_per_process=False)"
+)
+"""What is said of weights that differ as an epoch ends."""
+
+
+def check_alike(group: Group, named: Named, said: str = BEGIN) -> None:
+    """Raise where the processes do not have the same weights, to the bit.
+
+    Args:
+        group: The processes.
+        named: Parameters.
+        said: The message, with a place for names.
 
     Raises:
         ProcessError: Names some that differ.
@@ -170,11 +189,7 @@ def check_alike(group: Group, named: Named) -> None:
     bad = (most[: len(sums)] != -most[len(sums) :]).tolist()
     if any(bad):
         names = [name for (name, _), differs in zip(named, bad, strict=True) if differs]
-        raise ProcessError(
-            f"the processes are about to train different weights: {', '.join(names[:3])}{', …' * (len(names) > 3)}. "
-            "Were they loaded or changed on some of them alone? Expected learner.load(file), and any change by hand, "
-            "on every process"
-        )
+        raise ProcessError(said.format(f"{', '.join(names[:3])}{', …' * (len(names) > 3)}"))
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:
@@ -184,9 +199,13 @@ def _sum_of_bits(tensor: Tensor) -> Tensor:
         tensor = tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    bits = tensor.contiguous().view(-1).view(INTEGERS[tensor.element_size()]).long()
-    places = torch.arange(1, len(bits) + 1, device=bits.device) % 65521  # so that what is exchanged is seen
-    return (bits * places).sum() & (2**62 - 1)
+    bits = tensor.contiguous().view(-1).view(INTEGERS[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.long, device=bits.device)
+    for begin in range(0, len(bits), CHUNK):
+        part = bits[begin : begin + CHUNK].long()
+        places = torch.arange(begin + 1, begin + len(part) + 1, device=bits.device) % 65521  # an exchange is seen
+        total = (total + (part * places).sum()) & (2**62 - 1)
+    return total
 
 
 def _digest(said: Any) -> str:

@@ -171,7 +171,8 @@ class Watcher:
         self._wake.set()
         self._closed.set()
         if self._thread is not None:
-            self._thread.join(GRACE)  # no longer: the store may not answer any more
+            # No longer: the store may not answer any more. Where nothing has failed, it is a busy machine that is slow
+            self._thread.join(5 * GRACE if self.failure is None else GRACE)
 
     def announce(self, text: str, ranks: list[int] | None = None) -> None:
         """Tell all processes of a failure, unless another one was told before.

@@ -116,10 +116,19 @@ class Accelerator(base.Accelerator):
             max_norm: What their norm is at most.
             norm_type: Which norm.
 
+        Raises:
+            OptimizerError: In a learner's step, where an update is of several batches or made in the backward pass.
+
         Returns:
             The norm before; None where the batch is not the last one of an update, whose gradients are not
             complete: then nothing is done.
         """
+        if self._loop is None and (self.optimizer_in_backward or self.accumulate != 1):
+            raise OptimizerError(
+                f"accelerator.clip_grad_norm_ was called for {self!r} in a learner's step, whose gradients are not "
+                "complete there; expected GradientClip(max_norm) among the callbacks"
+                f"{', without optimizer_in_backward' * self.optimizer_in_backward}"
+            )
         parameters = list(parameters)
         for slot in () if self._loop is None else self._loop.slots:
             if not set(parameters).isdisjoint(owned_parameters(slot.optimizer)):

@@ -264,6 +264,8 @@ def _end() -> None:
     if _status is not None:
         sys.stdout.flush()
         sys.stderr.flush()
+        if _status:
+            time.sleep(0.3)  # as long as Python's own end takes: the others get what was sent last
         os._exit(_status)
 
 

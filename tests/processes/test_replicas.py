@@ -132,6 +132,14 @@ REFUSED = """
             learner.model.weight += rank
     elif case == "history" and rank:
         learner.history.cycles += 1
+    class Adds(TrainingPhase):
+        def body(self, learner, handle, state):
+            super().body(learner, handle, state)
+            with torch.no_grad():
+                learner.model.weight += 0.1 * torch.randn(1)  # of this process's own stream
+
+    if case == "apart":
+        learner.epoch(Adds(), data)
     learner.fit(
         1 + (case == "epochs" and rank),
         steps_per_epoch=1 if case == "steps" and rank else None,
@@ -152,6 +160,7 @@ def test_processes_that_differ_are_told_what_differs() -> None:
         "history": "complete epochs: 0 on process 0, 1 on process 1; epochs in all: 1 on process 0, 2 on process 1)",
         "steps": "different fits (steps_per_epoch: None on process 0, 1 on process 1)",
         "phases": "'ValidationPhase, every=1'] on process 0, ['TrainingPhase, every=1', 'ValidationPhase, every=3'] on",
+        "apart": "the weights of the processes have come apart in the epoch that has just ended: weight. Something in",
         "weights": "the processes are about to train different weights: weight. Were they loaded",
     }
     for (case, text), told in zip(

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss, softplus
 from torch.utils.data import DataLoader, TensorDataset
 
-from fluxloop import Accelerator, Learner, LossError, OptimizerError, TensorBatches, recompute_activations
+from fluxloop import (
+    Accelerator,
+    Learner,
+    LossError,
+    OptimizerError,
+    TensorBatches,
+    TrainingPhase,
+    recompute_activations,
+)
 from fluxloop.compute.raw import rows_of
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -313,6 +321,21 @@ def test_sparse_gradients_are_unscaled_and_used_with_fp16_as_with_fp32() -> None
         return table.weight.detach()
 
     torch.testing.assert_close(trained("fp16"), trained("fp32"), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"accumulate": 2}, {"accumulate": {"A": 2}}, {"optimizer_in_backward": True}], ids=str
+)
+def test_clipping_in_the_step_of_a_learner_whose_gradients_are_not_complete_there_is_refused(options: Any) -> None:
+    class Clips(TrainingPhase):
+        def body(self, learner: Any, handle: Any, state: Any) -> None:
+            learner.backward(mse_loss(learner.model.A(state.xs), state.ys))
+            learner.accelerator.clip_grad_norm_(learner.model.A.parameters(), 1.0)
+            learner.update()
+
+    learner = Learner({"A": net()}, data=(data(),), accelerator=Accelerator("cpu", **options), default_callbacks=False)
+    with pytest.raises(OptimizerError, match=r"not complete there; expected GradientClip\(max_norm\)"):
+        learner.fit(1, phases=[Clips()])
 
 
 def test_with_fp16_scales_the_loss_unscales_before_clipping_and_leaves_out_what_is_not_finite() -> None:
