@@ -184,7 +184,7 @@ def check_alike(group: Group, named: Named, said: str = BEGIN) -> None:
     named = [(name, tensor) for name, tensor in named if whole([tensor])]
     if not named:
         return
-    sums = torch.stack([_sum_of_bits(tensor).to(group.device) for _, tensor in named])
+    sums = torch.stack([_sum_of_bits(tensor, said is BEGIN).to(group.device) for _, tensor in named])
     most = group.all_reduce(torch.cat([sums, -sums]), "max")
     bad = (most[: len(sums)] != -most[len(sums) :]).tolist()
     if any(bad):
@@ -192,19 +192,30 @@ def check_alike(group: Group, named: Named, said: str = BEGIN) -> None:
         raise ProcessError(said.format(f"{', '.join(names[:3])}{', …' * (len(names) > 3)}"))
 
 
-def _sum_of_bits(tensor: Tensor) -> Tensor:
-    """Return a number that depends on each bit of a tensor, and not on the order in which a device adds up."""
+def _sum_of_bits(tensor: Tensor, places: bool) -> Tensor:
+    """Return a number that depends on each bit of a tensor, and not on the order in which a device adds up.
+
+    Args:
+        tensor: The tensor.
+        places: Whether it depends on where they stand too, which takes much longer.
+    """
     tensor = tensor.detach()
     if tensor.layout is not torch.strided:
         tensor = tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    bits = tensor.contiguous().view(-1).view(INTEGERS[tensor.element_size()])
+    flat = tensor.contiguous().view(-1)
+    if not places:
+        octets = flat.view(torch.uint8)
+        octets = octets.clone() if octets.storage_offset() % 8 else octets
+        most = len(octets) // 8 * 8  # those of 64 bits are added up 50 times as fast as others
+        return (octets[:most].view(torch.int64).sum() + octets[most:].long().sum()) & (2**62 - 1)
+    bits = flat.view(INTEGERS[tensor.element_size()])
     total = torch.zeros((), dtype=torch.long, device=bits.device)
     for begin in range(0, len(bits), CHUNK):
         part = bits[begin : begin + CHUNK].long()
-        places = torch.arange(begin + 1, begin + len(part) + 1, device=bits.device) % 65521  # an exchange is seen
-        total = (total + (part * places).sum()) & (2**62 - 1)
+        factors = torch.arange(begin + 1, begin + len(part) + 1, device=bits.device) % 65521  # an exchange is seen
+        total = (total + (part * factors).sum()) & (2**62 - 1)
     return total
 
 
