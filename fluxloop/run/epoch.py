@@ -6,11 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from fluxloop.checkpoint.restoring import meet_phases
 from fluxloop.compute.memory import drop_frames, is_out_of_memory
-from fluxloop.compute.models import state_of_models
 from fluxloop.data.feed import Feed
 from fluxloop.data.loaders import load
 from fluxloop.data.loading import is_workers_death, worker_died
@@ -20,7 +17,6 @@ from fluxloop.errors import CancelEpochException, DataError, did_you_mean, warn_
 from fluxloop.events import UpdateBegin, UpdateEnd
 from fluxloop.guard.assign import put
 from fluxloop.phase import Phase
-from fluxloop.processes.replicas import APART, check_alike
 from fluxloop.randomness import preserved
 from fluxloop.run.phases import check_names, check_runs
 from fluxloop.state import State
@@ -68,7 +64,6 @@ def run_epoch(learner: RunLearner, phase: Phase, data: Any = None, scope: FitSco
         steps = None if goes_on else learner.streams[phase.step_stream].index
         with _watched(learner), preserved(), _left_alone(learner, phase, batches.source):
             phase.epoch(learner, batches)
-            _check_together(learner, phase)
         if stood is not None:
             _warn_of_updates_by_hand(learner, phase, stood)
         if batches.count and steps == learner.streams[phase.step_stream].index and not learner.streams.prefix:
@@ -84,18 +79,6 @@ def run_epoch(learner: RunLearner, phase: Phase, data: Any = None, scope: FitSco
     finally:
         put(learner, "data", saved)
         learner.num_batches, running.phase, running.feed = outer
-
-
-def _check_together(learner: RunLearner, phase: Phase) -> None:
-    """Raise where processes that train together have come apart in an epoch: one of them alone would be saved.
-
-    Raises:
-        ProcessError: Names weights that differ.
-    """
-    group = learner.accelerator.group
-    if group is not None and phase.gradients:
-        named = state_of_models(learner.models, learner.loss_fn)
-        check_alike(group, [(name, each) for name, each in named if isinstance(each, nn.Parameter)], APART)
 
 
 @contextmanager

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fluxloop.checkpoint.restoring import apply_or_undo
+from fluxloop.compute.models import state_of_models
 from fluxloop.data.feed import Feed
 from fluxloop.errors import CancelFittingException, CheckpointError
 from fluxloop.loop import Scope, StepScope, runepoch
 from fluxloop.persist.plain import from_plain, phase_id, to_plain
 from fluxloop.phase import FittingPhase, Phase
-from fluxloop.processes.replicas import send, whole
+from fluxloop.processes.replicas import APART, check_alike, send, whole
 from fluxloop.randomness import generator_states, put_generators
 
 if TYPE_CHECKING:
@@ -41,13 +42,19 @@ def is_under_way(place: Place | None) -> TypeIs[Place]:
     return place is not None and bool(place["index"] or place["feed"] is not None)
 
 
-def share_buffers(learner: RunLearner, phase: Phase) -> None:
-    """Give all processes the buffers of the first one after an epoch that trains, where there are several.
+def bring_together(learner: RunLearner, phase: Phase) -> None:
+    """Compare the weights of the processes after an epoch that trains, and give all the buffers of the first one.
 
-    The running statistics of batch norm are those of a process's own rows.
+    The running statistics of batch norm are those of a process's own rows. Of weights that have come apart, those of
+    the first process alone would be saved.
+
+    Raises:
+        ProcessError: Names weights that have come apart.
     """
     group = learner.accelerator.group
     if group is not None and phase.gradients:
+        named = state_of_models(learner.models, learner.loss_fn)
+        check_alike(group, [(name, each) for name, each in named if isinstance(each, nn.Parameter)], APART)
         own = [value for value in vars(phase).values() if isinstance(value, nn.Module)]  # a teacher, or a head
         modules = {id(module): module for module in [*learner.modules(), *learner.weights.views.values(), *own]}
         send(group, whole(buffer for module in modules.values() for buffer in module.buffers()))
@@ -209,7 +216,7 @@ class FitScope(Scope):
     def ended(self) -> None:
         """Count a complete phase."""
         if self.feed is not None:
-            share_buffers(self._learner, self.phases[self.index])
+            bring_together(self._learner, self.phases[self.index])
             self.feed = None
             self.index += 1
 

@@ -138,12 +138,13 @@ REFUSED = """
             with torch.no_grad():
                 learner.model.weight += 0.1 * torch.randn(1)  # of this process's own stream
 
-    if case == "apart":
-        learner.epoch(Adds(), data)
     learner.fit(
         1 + (case == "epochs" and rank),
         steps_per_epoch=1 if case == "steps" and rank else None,
-        phases=[TrainingPhase(), ValidationPhase(every=3 if case == "phases" and rank else 1)],
+        phases=[
+            Adds() if case == "apart" else TrainingPhase(),
+            ValidationPhase(every=3 if case == "phases" and rank else 1),
+        ],
     )
 """
 
