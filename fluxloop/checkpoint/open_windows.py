@@ -38,6 +38,7 @@ def take_apart(learner: RunLearner, kept: State) -> None:
     own = {slot.name or "": slot for slot in learner.updates.slots}
     # One that has cancelled the batches of a window has no gradients there, and takes part all the same
     of_processes = group.gather_objects((slots, sorted(kept["gradients"])))
+    used = set().union(*(names for _, names in of_processes))
     windows: dict[str, list[State]] = {}
     stacked: dict[str, Tensor] = {}
     for name, slot in own.items():
@@ -49,10 +50,9 @@ def take_apart(learner: RunLearner, kept: State) -> None:
         slots[name] = {**waits, "window": _summed(waits["window"], windows[name])}
         if learner.accelerator.sharding is not None:  # torch has added up the gradients
             continue
-        used = set().union(*(names for _, names in of_processes))
         for parameter in slot.parameters:
             gradient = learner.updates.names[parameter]
-            if gradient in used:
+            if gradient in used and gradient not in stacked:  # two optimizers may have one parameter
                 held = kept["gradients"].pop(gradient, None)
                 stacked[gradient] = _stack(torch.zeros_like(parameter) if held is None else held, group)
     if windows:
