@@ -189,9 +189,13 @@ class Finite:
         self, slot: Slot, parameters: list[nn.Parameter], each: Tensor, place: str, found: float
     ) -> None:
         if found:
-            names = self._learner.updates.names
-            bad = [names[parameter] for parameter, fine in zip(parameters, each.tolist(), strict=False) if not fine]
-            self.stop(bad_gradients(slot, bad), place, HOW_TO if can_skip(slot.optimizer) else BEYOND)
+            self.stop(self._bad_of(slot, parameters, each), place, HOW_TO if can_skip(slot.optimizer) else BEYOND)
+
+    def _bad_of(self, slot: Slot, parameters: list[nn.Parameter], each: Tensor) -> str:
+        """Say which gradients are not finite, once what was noted of each has come to the host."""
+        names = self._learner.updates.names
+        bad = [names[parameter] for parameter, fine in zip(parameters, each.tolist(), strict=False) if not fine]
+        return bad_gradients(slot, bad)
 
     def stop(self, what: str, place: str = "", advice: str = HOW_TO) -> NoReturn:
         """Set the models' buffers again, warn, and end the fit.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fluxloop.compute.apart import Apart, require_apart
-from fluxloop.compute.finite import HOW_TO, Finite, NotFinite, bad_gradients
+from fluxloop.compute.finite import HOW_TO, Finite, NotFinite
 from fluxloop.compute.fused import skipping
 from fluxloop.compute.memory import IN_PART
 from fluxloop.compute.optimizers import Optimizers
@@ -156,9 +156,7 @@ class FiniteInBackward(Finite):
         self, slot: Slot, parameters: list[nn.Parameter], each: Tensor, place: str, found: float
     ) -> None:
         if found:
-            names = self._learner.updates.names
-            bad = [names[parameter] for parameter, fine in zip(parameters, each.tolist(), strict=False) if not fine]
-            reason = f"{bad_gradients(slot, bad)}, when others of its parameters had been stepped"
+            reason = f"{self._bad_of(slot, parameters, each)}, when others of its parameters had been stepped"
             self.stop(reason, place, GO_BACK)
 
 
