@@ -69,7 +69,15 @@ from fluxloop import (
     on,
     one_cycle,
 )
-from fluxloop.augment import RandomMasks
+from fluxloop.augment import (
+    RandomMasks,
+    color_jitter,
+    gaussian_blur,
+    random_affine,
+    random_flip,
+    random_grayscale,
+    random_resized_crop,
+)
 
 pytestmark = pytest.mark.usefixtures("imported")
 
@@ -326,6 +334,20 @@ ONE_LOSS = [
     (lambda: [Images(2, normalize=True)], lambda: {"encoder": Tokens(), "decoder": Patches()}, list),
 ]
 """Phases of one loss, each with what makes its models and callbacks."""
+
+
+def changed(xs: Tensor) -> Tensor:
+    """Change each row of a batch as an image."""
+    colours = xs.reshape(-1, 1, 4, 4).expand(-1, 3, -1, -1)
+    jittered = color_jitter(colours, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1, probability=0.8)
+    blurred = gaussian_blur(random_grayscale(random_flip(jittered, vertical=0.5)), (0.5, 1.0))
+    return random_affine(random_resized_crop(blurred), degrees=20)[:, 0].flatten(1)
+
+
+@pytest.mark.usefixtures("plain")
+def test_changes_that_are_drawn_for_each_row_are_part_of_a_graph() -> None:
+    _, compiled = both(phases=lambda: [SimCLRPhase(TwoViews(changed))], model=encoder, loss_fn=functional.mse_loss)
+    assert graphs(compiled, SimCLRPhase) == 2
 
 
 @pytest.mark.slow

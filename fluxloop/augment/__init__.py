@@ -1,0 +1,36 @@
+"""Views of rows, random changes of images, and masks, drawn for each row of a batch.
+
+- ``views``: several views of each row, for a phase or a dataset.
+- ``per_row``: crops, flips, colours and blur, each drawn for each image of a batch, on its device.
+- ``masks``: what is hidden from a network.
+"""
+
+from fluxloop.augment.masks import BlockMasks, Masks, MultiBlock, RandomMasks
+from fluxloop.augment.per_row import (
+    add_noise,
+    color_jitter,
+    gaussian_blur,
+    random_affine,
+    random_flip,
+    random_grayscale,
+    random_resized_crop,
+)
+from fluxloop.augment.views import MultiCrop, TwoViews, ViewDataset, draws_once
+
+__all__ = [
+    "BlockMasks",
+    "Masks",
+    "MultiBlock",
+    "MultiCrop",
+    "RandomMasks",
+    "TwoViews",
+    "ViewDataset",
+    "add_noise",
+    "color_jitter",
+    "draws_once",
+    "gaussian_blur",
+    "random_affine",
+    "random_flip",
+    "random_grayscale",
+    "random_resized_crop",
+]
