@@ -5,7 +5,7 @@
 - ``masks``: what is hidden from a network.
 """
 
-from fluxloop.augment.masks import BlockMasks, Masks, MultiBlock, RandomMasks
+from fluxloop.augment.masks import BlockMasks, MultiBlock, RandomMasks
 from fluxloop.augment.per_row import (
     add_noise,
     color_jitter,
@@ -19,7 +19,6 @@ from fluxloop.augment.views import MultiCrop, TwoViews, ViewDataset, draws_once
 
 __all__ = [
     "BlockMasks",
-    "Masks",
     "MultiBlock",
     "MultiCrop",
     "RandomMasks",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fluxloop.augment import Masks, RandomMasks
+from fluxloop.augment.masks import Masks, RandomMasks
 from fluxloop.errors import PhaseError
 from fluxloop.guard.given import check_called, check_number
 from fluxloop.losses.prototypes import ibot_loss, masked_code_loss, sinkhorn, swav_loss

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fluxloop.augment import Masks
+from fluxloop.augment.masks import Masks
 from fluxloop.errors import PhaseError
 from fluxloop.guard.given import check_called, check_number
 from fluxloop.losses.prototypes import msn_loss

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, smooth_l1_loss
 
-from fluxloop.augment import BlockMasks, Masks, MultiBlock
+from fluxloop.augment.masks import BlockMasks, Masks, MultiBlock
 from fluxloop.errors import PhaseError
 from fluxloop.guard.given import check_called, check_number
 from fluxloop.phases.joint_embedding import require_moving_teacher
