@@ -1278,7 +1278,17 @@ MALFORMED = [
     ),
     *bad(SampleImages, {"model": "model"}, count=COUNTS[:-1], every=COUNTS[:-1], columns=COUNTS[:-1], folder=["a\0b"]),
     *bad(KNNProbe, model=[None, 3], k=[*COUNTS], temperature=[0, -1, NAN, "a"], every=COUNTS[:-1]),
-    *bad(LinearProbe, {"model": "model", "num_classes": 2}, num_classes=[1, 0, 1.5, "a", None], every=COUNTS[:-1]),
+    *bad(
+        LinearProbe,
+        {"model": "model", "num_classes": 2},
+        num_classes=[1, 0, 1.5, "a", None],
+        every=COUNTS[:-1],
+        head=[3, "linear"],
+        optimizer=[None, 3],
+        loss=[3, "mse"],
+        schedule=["fast", {"lr": 0.1}],
+        metrics=[3, []],
+    ),
     *bad(
         FrechetDistance,
         {"model": "model", "extractor": mean, "inputs": torch.zeros(3, 2)},

@@ -11,7 +11,8 @@ from attrs import define, field
 from torch import Tensor, nn
 
 from fluxloop.callback import on
-from fluxloop.callbacks.probe import MetricSource, loader
+from fluxloop.callbacks.features import loader
+from fluxloop.callbacks.probe import MetricSource
 from fluxloop.compute.models import to_device_of
 from fluxloop.compute.modes import watching
 from fluxloop.compute.precision import in_single

@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from attrs import define, field
+from attrs import define, evolve, field
+from attrs.validators import optional
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fluxloop.callback import on
+from fluxloop.callbacks.features import (
+    Features,
+    encode,
+    features_at_hand,
+    flat,
+    loader,
+    row_at_hand,
+    rows_for,
+)
 from fluxloop.callbacks.metrics import RecordsMetrics
-from fluxloop.compute.models import to_device_of
+from fluxloop.callbacks.probe_parts import as_metrics, as_schedules, measured, set_by_schedules
 from fluxloop.compute.modes import watching
 from fluxloop.compute.precision import in_single
-from fluxloop.data.loaders import as_dataloader, holds_rows
-from fluxloop.data.passes import untouched
-from fluxloop.data.sources import complete
 from fluxloop.errors import DataError, describe
 from fluxloop.events import EpochBegin, EpochEnd, StepEnd
-from fluxloop.guard.given import check_name, number
+from fluxloop.guard.given import called, check_name, number
+from fluxloop.metrics.expected import expected_of
 from fluxloop.metrics.neighbors import knn_predict
+from fluxloop.monitor import Expected
 from fluxloop.nested import map_tensors
 from fluxloop.order.access import weights_path
 from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase
 from fluxloop.processes.gather import average_gradients
 from fluxloop.randomness import drawing, stream_seed
-
-Features = Callable[[nn.Module, Any], Tensor]
 
 
 @define
@@ -84,70 +92,6 @@ class MetricSource(RecordsMetrics):
                 metrics.record(name, counts.epoch, value, type(self).__name__)
 
 
-def flat(module: nn.Module, xs: Any) -> Tensor:
-    """Return the output of a module, flattened to a row of numbers for each input."""
-    features = module(xs)
-    if not isinstance(features, Tensor):
-        raise DataError(
-            f"a probe got {describe(features)} from {type(module).__name__}; expected a tensor: say what the features "
-            "are, KNNProbe(..., features=lambda module, xs: module(xs)[0])"
-        )
-    return features.flatten(1)
-
-
-def extract(module: nn.Module, source: Any, features: Features = flat) -> tuple[Tensor, Tensor]:
-    """Run a module over labelled data in eval mode, without gradients and without a trace.
-
-    The module's modes are put back, and so are a loader's own generators.
-
-    Args:
-        module: Whose features.
-        source: A loader of batches ``(xs, ys)``.
-        features: ``(module, xs) -> (N, F)``.
-
-    Returns:
-        Features (N, F) and labels (N,), on the module's device.
-
-    Raises:
-        DataError: Its batches are no pairs of rows and labels.
-    """
-    rows, labels = [], []
-    with watching(module), untouched(source):
-        for batch in complete(source):
-            _check_labelled(batch, features)
-            xs, ys = to_device_of(module, (batch[0], batch[1]))
-            rows.append(features(module, xs))
-            labels.append(ys)
-    if not rows:
-        raise DataError(f"{describe(source)} gave a probe no batch; expected labelled rows, (xs, ys)")
-    return torch.cat(rows), torch.cat(labels)
-
-
-def loader(given: Any) -> Any:
-    """Make a loader of rows with batches of 256; a loader stays as it is."""
-    return as_dataloader(given, batch_size=256) if holds_rows(given) else as_dataloader(given)
-
-
-def _check_labelled(batch: Any, features: Features) -> None:
-    """Raise `DataError` for a batch that is not rows with their classes."""
-    data = "data of its own, KNNProbe('encoder', bank=(xs, ys), queries=(xs, ys))"
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-        raise DataError(
-            f"a probe was given {describe(batch)} as a batch; expected labelled rows, (xs, ys): give it {data}"
-        )
-    xs, ys = batch
-    if features is flat and not isinstance(xs, Tensor):
-        raise DataError(
-            f"a probe was given rows that are {describe(xs)}, such as several views; expected tensors in "
-            f"labelled rows, (xs, ys). Give it {data}, or features=..."
-        )
-    if ys.ndim != 1 or ys.is_floating_point() or ys.is_complex():
-        raise DataError(
-            f"a probe was given labels {describe(ys)} of {ys.dtype}; expected classes, whole numbers from 0 of "
-            f"shape (N,), in labelled rows, (xs, ys). Give it {data}"
-        )
-
-
 @define
 class HeldOut(MetricSource):
     """Base of probes, which look at a model's features of held-out rows.
@@ -166,6 +110,7 @@ class HeldOut(MetricSource):
     features: Features = field(default=flat, kw_only=True, repr=False)
     metric: str = field(default="", kw_only=True)
 
+    draws = False  # what rows and features draw is put back
     prefix: ClassVar[str] = "probe"
     rename_hint = "give one another name: {}(..., metric='...')"
     higher_is_better = True
@@ -182,8 +127,8 @@ class HeldOut(MetricSource):
 
     @property
     def reads(self) -> tuple[str, ...]:  # type: ignore[override]  # the model's
-        """The weights, the learner's data, and the epoch."""
-        return (weights_path(self.model), "data", "cbstate.history")
+        """The weights, the learner's data, the seed, and the epoch."""
+        return (weights_path(self.model), "data", "seed", "cbstate.history")
 
     def init(self, learner: Any) -> None:
         """Look for the weights and the data, and publish the metrics' container."""
@@ -193,23 +138,8 @@ class HeldOut(MetricSource):
             loader(self.queries)
 
     def data(self, learner: Any, given: Any, key: str) -> Any:
-        """Return a loader of what was given, or of the learner's data.
-
-        Raises:
-            DataError: Neither is there.
-        """
-        if given is not None:
-            source = loader(given)
-        elif key in learner.data:
-            source = learner.data[key]
-        else:
-            raise DataError(
-                f"{type(self).__name__} measures on the {key} data, and the learner has none; give it some: "
-                f"{type(self).__name__}({self.model!r}, queries=(xs, ys), ...)"
-            )
-        if hasattr(source, "__next__"):
-            raise DataError(f"{describe(source)} can be iterated once only, and a probe runs over its data every epoch")
-        return source
+        """Return a loader of what was given, or of the learner's data; see `rows_for`."""
+        return rows_for(f"{type(self).__name__}({self.model!r}, queries=(xs, ys), ...)", learner, given, key)[1]
 
     def sources(self, learner: Any) -> list[Any]:
         """Return the loaders it runs over.
@@ -218,6 +148,11 @@ class HeldOut(MetricSource):
             DataError: One is missing, or can be iterated once only.
         """
         return [self.data(learner, self.queries, "validation")]
+
+    def encode(self, learner: Any, given: Any, key: str, *, classes: bool = True) -> tuple[Tensor, Tensor]:
+        """Return the features and the labels of what was given, or of the learner's data; see `features.encode`."""
+        advice = f"{type(self).__name__}({self.model!r}, queries=(xs, ys), ...)"
+        return encode(learner, self.model, *rows_for(advice, learner, given, key), self.features, classes=classes)
 
     @on(EpochBegin, AbstractTrainingPhase)
     def look_for_data(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
@@ -251,7 +186,7 @@ class KNNProbe(HeldOut):
         DataError: There is no labelled data.
         ValueError: `k`, `temperature` or `every` is out of range.
 
-    Reads: model, data, cbstate.history (of the models, only the one it measures)
+    Reads: model, data, seed, cbstate.history (of the models, only the one it measures)
     Writes: cbstate.metrics
     Runs after: Recorder, Metrics
 
@@ -282,10 +217,8 @@ class KNNProbe(HeldOut):
 
     def measure(self, learner: Any) -> Mapping[str, Any]:
         """Return the share of held-out rows classified rightly."""
-        module = learner.weights[self.model]
-        (bank, labels), (queries, answers) = (
-            extract(module, source, self.features) for source in self.sources(learner)
-        )
+        bank, labels = self.encode(learner, self.bank, "training")
+        queries, answers = self.encode(learner, self.queries, "validation")
         predicted = knn_predict(bank, labels, queries, k=min(self.k, len(bank)), temperature=self.temperature)
         if not (bank.isfinite().all() and queries.isfinite().all()):
             return {self.metric: float("nan")}  # nothing is near to a NaN
@@ -294,30 +227,43 @@ class KNNProbe(HeldOut):
 
 @define
 class LinearProbe(HeldOut):
-    """Train a linear classifier on the side, on the features of each training step, detached.
+    """Train a classifier on the side, on the features of each training step, detached.
 
     It has its own weights and optimizer, so it needs no forward of its own while training, and no
     gradient reaches the model. Where several processes train, it learns from the rows of all. After an
     epoch it classifies held-out rows by their features from the named weights, in eval mode. Neither
     weights, modes, data order nor random numbers of the training are touched. Recorded as
-    ``history["validation/linear_encoder"]``.
+    ``history["validation/linear_encoder"]``; with `metrics`, as ``"validation/linear_encoder_<metric>"``.
+
+    The head is one linear map, or a network of your own. Where held-out rows lie in memory, one of them is run when the
+    learner is built, so that a head that does not fit the features is said before anything is trained.
 
     Args:
         model: Name of the weights whose features the phase stores: ``"encoder"``,
             ``"student.encoder"``, ``"model"`` for a single model, or averaged ones, ``"encoder@ema"``.
-        num_classes: Number of classes.
+        num_classes: Number of classes; the numbers that the head gives for each row.
+        head: A module from features (N, F) to (N, num_classes), of which a copy is trained, or what makes one of F:
+            ``lambda width: nn.Sequential(nn.BatchNorm1d(width), nn.Linear(width, 10))``. Left out, ``nn.Linear``.
         queries: Labelled rows to classify; left out, the learner's validation data.
         optimizer: A factory that takes parameters.
+        schedule: The learning rate by the head's steps, from 0, such as ``cosine(total=1000, start=0.1)``; or schedules
+            by hyperparameter, as `Scheduler` takes them: ``{LearningRate: ..., WeightDecay: ...}``. Left out, what the
+            optimizer was made with.
+        loss: ``(outputs, ys) -> scalar`` to train the head with; left out, the cross entropy of classes.
+        metrics: What is measured of the head's outputs and the labels of all held-out rows, by name or in a list:
+            functions ``(outputs, ys) -> scalar``, or objects of torchmetrics. Left out, the accuracy.
         entries: The step's entries of features (N, F) and labels (N,).
         features: ``(module, xs) -> (N, F)`` for held-out rows; left out, the module's output, flattened.
-        metric: Name of the metric; left out, ``"linear_<model>"``.
+        metric: Name of the metric, or what names begin with; left out, ``"linear_<model>"``.
         every: Measure after every so many training epochs.
 
     Raises:
         ModelError: There are no such weights.
         MissingEntryError: The phase stores no features, or its batches have no labels.
-        DataError: There is no labelled data.
-        ValueError: `num_classes` is less than 2, or `every` less than 1.
+        DataError: There is no labelled data, or features do not fit the head.
+        ValueError: `num_classes` is less than 2 (1 with a `loss`), or `every` less than 1.
+        TypeError: `head`, `optimizer`, `schedule` or `loss` is of another kind.
+        MetricError: One of `metrics` is of another kind, or two have one name.
 
     Reads: model, data, step.features, step.ys, seed, cbstate.history (of the models, only the one it measures)
     Writes: cbstate.metrics
@@ -327,26 +273,67 @@ class LinearProbe(HeldOut):
         >>> rows, labels = torch.randn(64, 4), torch.arange(64) % 3
         >>> models = {"encoder": torch.nn.Linear(4, 8), "projector": torch.nn.Linear(8, 8)}
         >>> learner = Learner(models, data=((rows, labels), (rows[:16], labels[:16])), default_callbacks=False)
-        >>> learner.set_callbacks([Recorder(), Metrics(), LinearProbe("encoder", num_classes=3)])
+        >>> probe = LinearProbe("encoder", num_classes=3)
+        >>> def two_layers(width):
+        ...     return torch.nn.Sequential(torch.nn.Linear(width, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+        >>> deep = LinearProbe("encoder", 3, head=two_layers, schedule=cosine(total=4, start=0.1), metric="mlp")
+        >>> learner.set_callbacks([Recorder(), Metrics(), probe, deep])
         >>> history = learner.fit(2, phases=[SimCLRPhase(TwoViews(lambda rows: rows + torch.randn_like(rows)))])
-        >>> len(history["validation/linear_encoder"])
-        2
+        >>> len(history["validation/linear_encoder"]), len(history["validation/mlp"])
+        (2, 2)
     """
 
-    num_classes: int = field(default=10, validator=number(least=2, whole=True))
-    optimizer: Callable[..., torch.optim.Optimizer] = field(
-        default=partial(torch.optim.Adam, lr=1e-2), kw_only=True, repr=False
+    num_classes: int = field(default=10, validator=number(least=1, whole=True))
+    head: nn.Module | Callable[[int], nn.Module] | None = field(
+        default=None, kw_only=True, repr=False, validator=optional(called("a module, or what makes one of a width"))
     )
+    optimizer: Callable[..., torch.optim.Optimizer] = field(
+        default=partial(torch.optim.Adam, lr=1e-2),
+        kw_only=True,
+        repr=False,
+        validator=called("a factory: torch.optim.SGD"),
+    )
+    schedule: Any = field(default=None, kw_only=True, repr=False)
+    loss: Callable[[Tensor, Tensor], Tensor] | None = field(
+        default=None, kw_only=True, repr=False, validator=optional(called("a function (outputs, ys) -> scalar"))
+    )
+    metrics: Any = field(default=None, kw_only=True, repr=False)
     entries: tuple[str, str] = field(default=("features", "ys"), kw_only=True)
-    _probe: nn.Linear | None = field(default=None, init=False, repr=False)
+    _probe: nn.Module | None = field(default=None, init=False, repr=False)
     _stepper: torch.optim.Optimizer | None = field(default=None, init=False, repr=False)
     """The classifier's optimizer."""
+    _steps: int = field(default=0, init=False, repr=False)
+    """How many steps it has made."""
+    _width: int | None = field(default=None, init=False, repr=False)
+    """How many numbers a held-out row's features have, where that is known before the first step."""
     _loaded: dict[str, Any] = field(factory=dict, init=False, repr=False)
     """A state that was loaded before the first features."""
 
     prefix = "linear"
-    draws = False  # what its beginning and its measuring draw is put back
-    _fixed = ("model", "metric", "num_classes", "optimizer", "entries")
+    _fixed = ("model", "metric", "num_classes", "head", "optimizer", "schedule", "loss", "metrics", "entries")
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        if self.num_classes < 2 and self.loss is None:
+            raise ValueError(
+                f"LinearProbe(num_classes={self.num_classes}) was given; expected a whole number, 2 or more, or the "
+                "loss of what is no classes: loss=lambda outputs, ys: ..."
+            )
+        self.schedule = as_schedules(self.schedule)
+        self.metrics = as_metrics("LinearProbe", self.metrics)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The metrics it records: one, or those it was given."""
+        return tuple(f"{self.metric}_{each.name}" for each in self.metrics) or (self.metric,)
+
+    def records(self, phase: Phase | None) -> Sequence[Expected] | None:
+        """Return the metrics that it records, each with its own better way."""
+        found = super().records(phase)
+        if not self.metrics or not found:
+            return found
+        said = [each for metric in self.metrics for each in expected_of(metric, None)]
+        return [evolve(each, name=each.name if each.name == "*" else f"{self.metric}_{each.name}") for each in said]
 
     @property
     def reads(self) -> tuple[str, ...]:  # type: ignore[override]  # the model's and the step's
@@ -355,55 +342,135 @@ class LinearProbe(HeldOut):
         return (weights_path(self.model), "data", *steps, "seed", "cbstate.history")
 
     def init(self, learner: Any) -> None:
-        """Look for the weights, publish the metrics' container, and begin anew."""
+        """Look for the weights, publish the metrics' container, begin anew, and look whether the head fits."""
         super().init(learner)
         self._probe = self._stepper = None  # what was loaded before waits until the first features come
+        self._steps = 0
+        self._width = self._look_at_a_row(learner)
+
+    def _look_at_a_row(self, learner: Any) -> int | None:
+        """Return how wide the features of a held-out row are; None where none lies at hand.
+
+        Raises:
+            DataError: The head does not take them, or gives something else than it should.
+        """
+        if self.queries is None and "validation" not in learner.data:
+            return None
+        row = row_at_hand(learner.data["validation"] if self.queries is None else loader(self.queries))
+        module = learner.weights[self.model]
+        with drawing(stream_seed(learner.seed, f"LinearProbe/{self.metric}")):
+            features = None if row is None else features_at_hand(module, row, self.features)
+            if features is None:
+                return None
+            head = self._make_head(in_single(features))
+            with watching(head):
+                self._run(head, in_single(features))
+        return features.shape[1]
+
+    def _make_head(self, features: Tensor) -> nn.Module:
+        width = features.shape[1]
+        if self.head is None:
+            made: Any = nn.Linear(width, self.num_classes)
+        else:
+            made = copy.deepcopy(self.head) if isinstance(self.head, nn.Module) else self.head(width)
+        if not isinstance(made, nn.Module):
+            raise DataError(
+                f"LinearProbe({self.model!r}): head gave {describe(made)} for features of {width} numbers; expected a module: "
+                "head=lambda width: nn.Linear(width, 10)"
+            )
+        return made.to(features).train()
+
+    def _run(self, head: nn.Module, features: Tensor) -> Tensor:
+        """Return the outputs of the head, the first time that it sees features.
+
+        Raises:
+            DataError: It does not take them, or gives something else than a row of `num_classes` numbers for each.
+        """
+        given = f"LinearProbe({self.model!r}) was given features of {features.shape[1]} numbers for each row"
+        advice = f"head=lambda width: nn.Linear(width, {self.num_classes})"
+        try:
+            outputs = head(features)
+        except Exception as error:
+            raise DataError(
+                f"{given}, which its head does not take ({error}); expected a head of {features.shape[1]} "
+                f"inputs: {advice}"
+            ) from error
+        if not isinstance(outputs, Tensor) or len(outputs) != len(features):
+            raise DataError(f"{given}, of which its head made {describe(outputs)}; expected a row for each: {advice}")
+        if self.loss is None and outputs.shape[1:] != (self.num_classes,):
+            raise DataError(
+                f"{given}, of which its head made {describe(outputs)}; expected num_classes={self.num_classes} numbers "
+                f"for each: {advice}"
+            )
+        return outputs
 
     @on(StepEnd, AbstractTrainingPhase)
     def train(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Train the classifier on this step's features."""
         features, labels = (learner.step[entry] for entry in self.entries)
         features = in_single(features.detach().flatten(1))
-        with torch.enable_grad():
-            probe, stepper = self._classifier(features, learner.seed)
-            loss, group = cross_entropy(probe(features), labels.long()), learner.accelerator.group
+        if self._probe is None:
+            self._compare(features)
+        probe, stepper = self._classifier(features, learner.seed)
+        set_by_schedules(self.schedule, stepper, self._steps)
+        own = self.head is not None or self.loss is not None  # these may draw, as dropout does
+        stream = partial(stream_seed, learner.seed, f"LinearProbe/{self.metric}/step", self._steps)
+        with torch.enable_grad(), drawing(stream()) if own else nullcontext():
+            outputs, group = probe(features), learner.accelerator.group
+            loss = cross_entropy(outputs, labels.long()) if self.loss is None else self.loss(outputs, labels)
             loss.backward()  # type: ignore[no-untyped-call]  # torch's
             if group is not None:
                 average_gradients(list(probe.parameters()), len(features), group)
         stepper.step()
         stepper.zero_grad()
+        self._steps += 1
 
-    def _classifier(self, features: Tensor, seed: int) -> tuple[nn.Linear, torch.optim.Optimizer]:
+    def _compare(self, features: Tensor) -> None:
+        """Raise where a step's features are of another width than those of held-out rows."""
+        if self._width not in (None, features.shape[1]):
+            raise DataError(
+                f"LinearProbe({self.model!r}): the step's {self.entries[0]!r} has {features.shape[1]} numbers for each row, and "
+                f"{self.model!r} gives {self._width} for a held-out one; expected as many: say what the features are, "
+                "features=lambda module, xs: ..., or which entry of the step has them, entries=('features', 'ys')"
+            )
+
+    def _classifier(self, features: Tensor, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Return the classifier and its optimizer, made for the first features and loaded where a state waits."""
         if self._probe is None or self._stepper is None:
             with drawing(stream_seed(seed, f"LinearProbe/{self.metric}")):
-                self._probe = nn.Linear(features.shape[1], self.num_classes).to(features)
-            self._stepper = self.optimizer(self._probe.parameters())
+                probe = self._make_head(features)
+                with watching(probe):
+                    self._run(probe, features[:1])  # lazy parts of it get their weights
+            self._probe, self._stepper = probe, self.optimizer(probe.parameters())
             if self._loaded:
                 self._probe.load_state_dict(self._loaded["probe"])
                 self._stepper.load_state_dict(self._loaded["optimizer"])
+                self._steps = self._loaded.get("steps", 0)
                 self._loaded = {}
         return self._probe, self._stepper
 
     def measure(self, learner: Any) -> Mapping[str, Any]:
-        """Return the share of held-out rows classified rightly; nothing before the first step."""
+        """Return what is measured of the held-out rows; nothing before the first step."""
         if self._probe is None and not self._loaded:
             return {}
-        module = learner.weights[self.model]
-        with drawing(stream_seed(learner.seed, f"LinearProbe/{self.metric}/measure")):
-            queries, answers = extract(module, self.sources(learner)[0], self.features)
-        queries = in_single(queries)
-        probe, _ = self._classifier(queries, learner.seed)
-        with torch.no_grad():
-            return {self.metric: (probe(queries).argmax(1) == answers).float().mean()}
+        own = self.loss is not None or bool(self.metrics)
+        queries, answers = self.encode(learner, self.queries, "validation", classes=not own)
+        probe, _ = self._classifier(in_single(queries), learner.seed)
+        with drawing(stream_seed(learner.seed, f"LinearProbe/{self.metric}/measure")), watching(probe):
+            outputs = probe(in_single(queries))
+            if self.metrics:
+                found = measured(self.metrics, outputs, answers)
+                return {f"{self.metric}_{name}": value for name, value in found.items()}
+            return {self.metric: (outputs.argmax(1) == answers).float().mean()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: the classifier and its optimizer's state."""
+        """Return what a checkpoint keeps: the classifier, its optimizer's state, and the steps made."""
         if self._probe is None or self._stepper is None:
             return self._loaded
-        return {"probe": self._probe.state_dict(), "optimizer": self._stepper.state_dict()}
+        return {"probe": self._probe.state_dict(), "optimizer": self._stepper.state_dict(), "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what a checkpoint keeps."""
         self._probe = self._stepper = None
+        self._steps = 0
         self._loaded = copy.deepcopy(state)

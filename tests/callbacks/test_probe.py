@@ -51,7 +51,7 @@ from fluxloop import (
     start_generators,
     stream_seed,
 )
-from fluxloop.callbacks.probe import extract
+from fluxloop.callbacks.features import extract
 from fluxloop.testing import assert_observer, assert_order, assert_same_bits, bits
 from toys import through_a_file
 
