@@ -375,8 +375,8 @@ class LinearProbe(HeldOut):
             made = copy.deepcopy(self.head) if isinstance(self.head, nn.Module) else self.head(width)
         if not isinstance(made, nn.Module):
             raise DataError(
-                f"LinearProbe({self.model!r}): head gave {describe(made)} for features of {width} numbers; expected a module: "
-                "head=lambda width: nn.Linear(width, 10)"
+                f"LinearProbe({self.model!r}): head gave {describe(made)} for features of {width} numbers; expected a "
+                "module: head=lambda width: nn.Linear(width, 10)"
             )
         return made.to(features).train()
 
@@ -429,9 +429,10 @@ class LinearProbe(HeldOut):
         """Raise where a step's features are of another width than those of held-out rows."""
         if self._width not in (None, features.shape[1]):
             raise DataError(
-                f"LinearProbe({self.model!r}): the step's {self.entries[0]!r} has {features.shape[1]} numbers for each row, and "
-                f"{self.model!r} gives {self._width} for a held-out one; expected as many: say what the features are, "
-                "features=lambda module, xs: ..., or which entry of the step has them, entries=('features', 'ys')"
+                f"LinearProbe({self.model!r}): the step's {self.entries[0]!r} has {features.shape[1]} numbers for each "
+                f"row, and {self.model!r} gives {self._width} for a held-out one; expected as many: say what the "
+                "features are, features=lambda module, xs: ..., or which entry of the step has them, "
+                "entries=('features', 'ys')"
             )
 
     def _classifier(self, features: Tensor, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
