@@ -61,10 +61,10 @@ class Learner(KeepsState, HasCallbacks, Generic[M]):
         data: ``(train,)``, ``(train, valid)``, a mapping with any names, or nothing: then give it to `fit` or `epoch`.
             Any iterable of batches; tensors, arrays and datasets become loaders with batches of 32 rows (see
             `as_dataloader`), shuffled for training.
-        optimizer: A factory that takes parameters (a class, a ``functools.partial``), an optimizer, or a mapping of
-            names to either. A factory makes one optimizer per model. An `Adam` or `AdamW` that it makes is fused where
-            that is possible: results agree with the plain loop's to float tolerance. ``fused=False`` in the factory
-            gives its bits; so does an optimizer made beforehand, which is left as it is.
+        optimizer: A factory that takes parameters (or ``named`` ones, or the ``model``; see docs/schedules.md), an
+            optimizer, or a mapping of names to either. A factory makes one per model. An `Adam` or `AdamW` that it
+            makes is fused where that is possible: results agree with the plain loop's to float tolerance.
+            ``fused=False`` gives its bits; so does an optimizer made beforehand, which is left as it is.
         callbacks: In any order.
         default_callbacks: Whether to add `Recorder`, `Metrics`, `ProgressBar`, `MetricsPrinter` and
             `StopOnNaNLoss`; one passed in `callbacks` replaces the default of its type.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,7 +15,8 @@ from torch.optim import Optimizer
 from fluxloop.compute.fused import choose_fused
 from fluxloop.errors import OptimizerError, describe, did_you_mean
 
-Factory = Callable[[Iterable[nn.Parameter]], Optimizer]
+Factory = Callable[[Any], Any]
+Made = Optimizer | Mapping[str, Optimizer]
 Models = Mapping[str | None, nn.Module]
 Optimizers = dict[str | None, Optimizer]
 
@@ -44,8 +46,10 @@ def parameters_by_name(models: Models, loss_fn: object = None) -> dict[str, nn.P
 def build_optimizers(models: Models, optimizer: Any, loss_fn: object = None) -> Optimizers:
     """Make one optimizer per name from a factory, an optimizer, or a mapping of names to either.
 
-    A factory makes one optimizer per model with trainable parameters. In a mapping, a factory's
-    name says whose parameters it gets: a model's, or a submodule's (``"encoder"``, ``"G.head"``).
+    A factory makes one optimizer per model with trainable parameters, or a mapping of names to several. In a
+    mapping, a factory's name says whose parameters it gets: a model's, or a submodule's (``"encoder"``, ``"G.head"``).
+    Its first argument says in which form: pairs of names and parameters where it is called ``named``, the module
+    where it is called ``model``, else the parameters.
 
     Args:
         models: By name; None names the only model of a learner with one.
@@ -57,15 +61,18 @@ def build_optimizers(models: Models, optimizer: Any, loss_fn: object = None) -> 
             two, or belongs to no model.
     """
     if isinstance(optimizer, Mapping):
-        built: Optimizers = {name: _build(models, name, value) for name, value in optimizer.items()}
+        made_of = {name: _build(models, name, value) for name, value in optimizer.items()}
+        built: Optimizers = _by_one_name(made_of)
     elif isinstance(optimizer, Optimizer):
         built = {None: optimizer}
     elif _is_factory(optimizer):
-        built = {
-            name: _call(optimizer, model, name)
-            for name, model in models.items()
-            if any(parameter.requires_grad for parameter in model.parameters())
-        }
+        built = _by_one_name(
+            {
+                name: _call(optimizer, model, name)
+                for name, model in models.items()
+                if any(parameter.requires_grad for parameter in model.parameters())
+            }
+        )
     else:
         raise OptimizerError(
             f"optimizer={describe(optimizer)} was given; expected a factory that takes parameters "
@@ -93,7 +100,20 @@ def options_given(optimizer: Optimizer, group: int) -> dict[str, Any]:
     return groups[group] if group < len(groups) else {}
 
 
-def _build(models: Models, name: Any, value: Any) -> Optimizer:
+def _by_one_name(made: Mapping[str | None, Made]) -> Optimizers:
+    """Name each optimizer: as its factory is named, or where that has made several, by their names behind its own."""
+    built: Optimizers = {}
+    for name, value in made.items():
+        several = value.items() if isinstance(value, Mapping) else [(None, value)]
+        for own, each in several:
+            full = ".".join(part for part in (name, own) if part is not None) or None
+            if full in built:
+                raise OptimizerError(f"two optimizers are named {full!r}; expected each name once")
+            built[full] = each
+    return built
+
+
+def _build(models: Models, name: Any, value: Any) -> Made:
     if not isinstance(name, str) or not name:
         raise OptimizerError(f"an optimizer is named {name!r}; expected a name such as 'generator'")
     if isinstance(value, Optimizer):
@@ -125,7 +145,7 @@ def _is_factory(value: object) -> bool:
     return callable(value) and not isinstance(value, nn.Module)
 
 
-def _call(factory: Factory, model: nn.Module, name: str | None) -> Optimizer:
+def _call(factory: Factory, model: nn.Module, name: str | None) -> Made:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     label = "" if name is None else f"[{name!r}]"
     if not parameters:
@@ -133,23 +153,66 @@ def _call(factory: Factory, model: nn.Module, name: str | None) -> Optimizer:
             f"optimizer{label} would get no parameter: none of {type(model).__name__} requires a gradient; "
             "leave it out, or unfreeze the model first"
         )
+    form = _form(factory)
     try:
-        made = factory(parameters)
+        made: Made = factory(_in_form(form, model))
     except (TypeError, ValueError) as error:
         raise OptimizerError(
-            f"the factory optimizer{label} made no optimizer of the parameters: "
-            f"{str(error).removesuffix('.')}; expected one that takes "
-            "parameters alone: partial(torch.optim.SGD, lr=0.1)"
+            f"the factory optimizer{label} made no optimizer of the {form}: "
+            f"{str(error).removesuffix('.')}; expected {_EXPECTED[form]}"
         ) from error
-    if not isinstance(made, Optimizer):
-        raise OptimizerError(f"the factory optimizer{label} made {describe(made)}; expected a torch.optim.Optimizer")
+    several = made if isinstance(made, Mapping) and made else {None: made}
+    for own, each in several.items():
+        if not isinstance(each, Optimizer):
+            raise OptimizerError(
+                f"the factory optimizer{label} made {describe(made if own is None else each)}"
+                f"{'' if own is None else f' as {own!r}'}; expected a torch.optim.Optimizer, or a dict of names to them"
+            )
+        if own is not None and not (isinstance(own, str) and own):
+            raise OptimizerError(f"the factory optimizer{label} names an optimizer {own!r}; expected a text")
+        _prepare(each)
+    return made
+
+
+PARAMETERS, NAMED, MODEL = "parameters", "parameters with their names", "model"
+_EXPECTED = {
+    PARAMETERS: "one that takes parameters alone: partial(torch.optim.SGD, lr=0.1)",
+    NAMED: "one that takes a list of pairs (name, parameter): "
+    "lambda named: torch.optim.SGD([parameter for name, parameter in named])",
+    MODEL: "one that takes the module: lambda model: torch.optim.SGD(model.parameters())",
+}
+"""What a factory may be called with, and an example of one that takes it."""
+
+
+def _form(factory: Factory) -> str:
+    """Return what a factory is called with, as its first argument says by its name: a key of `_EXPECTED`."""
+    try:
+        first = next(iter(signature(factory).parameters.values()))
+    except (TypeError, ValueError, StopIteration):  # it says nothing of its arguments
+        return PARAMETERS
+    if first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
+        return PARAMETERS
+    if first.name in ("named", "named_parameters"):
+        return NAMED
+    return MODEL if first.name in ("model", "model_or_params") else PARAMETERS
+
+
+def _in_form(form: str, model: nn.Module) -> Any:
+    """Return a model's trainable parameters in the form that a factory takes; frozen ones are in the model alone."""
+    if form == MODEL:
+        return model
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return named if form == NAMED else [parameter for _, parameter in named]
+
+
+def _prepare(made: Optimizer) -> None:
+    """Choose the kernels of an optimizer that a factory has made, and give it options of its own."""
     choose_fused(made)
     for options in (
         *made.param_groups,
         made.defaults,
     ):  # the factory keeps what it was given, for whatever it makes next
         options.update({name: _apart(value, set(), copy=True) for name, value in options.items() if name != "params"})
-    return made
 
 
 def _check_options(optimizer: Optimizer, label: str) -> None:

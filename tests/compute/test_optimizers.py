@@ -14,6 +14,7 @@ from fluxloop import (
     LearningRate,
     Momentum,
     OptimizerError,
+    Recorder,
     Scheduler,
     TensorBatches,
     TrainingPhase,
@@ -24,6 +25,7 @@ from fluxloop import (
 from fluxloop import linear as linear_schedule
 from fluxloop.compute.fused import step_optimizer
 from fluxloop.compute.optimizers import build_optimizers, owned_parameters, parameter_names
+from fluxloop.testing import assert_resumes_exactly
 from small_models import Two
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -479,3 +481,156 @@ def test_tensor_rates_under_a_schedule_are_trained_with_as_numbers_are_also_copi
         for mine, theirs in zip(each.model.parameters(), plain.model.parameters(), strict=True):
             assert torch.allclose(mine, theirs, atol=1e-6)
         assert all(map(torch.equal, each.model.parameters(), learner.model.parameters()))
+
+
+# A factory that gets names, or the model
+
+
+def matrices_and_the_rest(named: Any) -> dict[str, torch.optim.Optimizer]:
+    matrices = [parameter for _, parameter in named if parameter.ndim == 2]
+    rest = [parameter for _, parameter in named if parameter.ndim != 2]
+    return {
+        "matrices": torch.optim.SGD(matrices, lr=0.1, momentum=0.9),
+        "rest": torch.optim.AdamW(rest, lr=0.01, fused=False),
+    }
+
+
+def decay_of_matrices(named: Any, lr: float = 0.1) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [each for _, each in named if each.ndim > 1], "weight_decay": 0.1},
+        {"params": [each for _, each in named if each.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, fused=False)
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 1))
+
+
+def trained(optimizer: Any, model: nn.Module | None = None, **options: Any) -> Learner:
+    torch.manual_seed(1)
+    data = TensorBatches(torch.randn(24, 3), torch.randn(24, 1), batch_size=8, shuffle=True, seed=0)
+    return Learner(
+        small() if model is None else model,
+        mse_loss,
+        data=(data,),
+        optimizer=optimizer,
+        default_callbacks=False,
+        seed=0,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("argument", ["named", "named_parameters"])
+def test_a_factory_whose_first_argument_is_called_named_gets_names_and_trainable_parameters(argument: str) -> None:
+    model, seen = Two(), []
+    model.encoder.requires_grad_(False)
+
+    def make(pairs: Any) -> torch.optim.Optimizer:
+        seen.extend(pairs)
+        return SGD([parameter for _, parameter in pairs])
+
+    Learner(model, optimizer=eval(f"lambda {argument}: make({argument})", {"make": make}))
+    assert [name for name, _ in seen] == [name for name, _ in model.named_parameters() if name.startswith("head")]
+    assert [id(parameter) for _, parameter in seen] == ids(model.head)
+
+
+def test_a_partial_of_such_a_factory_gets_names_too() -> None:
+    learner = Learner(small(), optimizer=partial(decay_of_matrices, lr=0.5))
+    assert [(len(group["params"]), group["weight_decay"]) for group in learner.optimizer.param_groups] == [
+        (2, 0.1),
+        (4, 0.0),
+    ]
+    assert learner.optimizer.defaults["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        lambda model: SGD([{"params": model.head.parameters(), "lr": 0.5}, {"params": model.encoder.parameters()}]),
+        lambda model_or_params, lr=0.5: SGD(model_or_params.parameters(), lr=lr),
+    ],
+    ids=["model", "model_or_params"],
+)
+def test_a_factory_whose_first_argument_is_called_model_gets_the_module(factory: Any) -> None:
+    model = Two()
+    learner = Learner(model, optimizer=factory)
+    assert sorted(held(learner.optimizer)) == sorted(ids(model))
+    assert learner.optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_a_factory_may_make_several_optimizers_of_one_model() -> None:
+    learner = Learner(small(), optimizer=matrices_and_the_rest)
+    assert learner.optimizer_names == ("matrices", "rest")
+    assert [type(each).__name__ for each in learner.optimizer] == ["SGD", "AdamW"]
+
+
+def test_several_optimizers_of_several_models_are_named_behind_their_models() -> None:
+    models = {"G": small(), "D": small()}
+    learner = Learner(models, optimizer={"G": matrices_and_the_rest, "D": SGD})
+    assert learner.optimizer_names == ("G.matrices", "G.rest", "D")
+    assert Learner(models, optimizer=matrices_and_the_rest).optimizer_names == (
+        *("G.matrices", "G.rest"),
+        *("D.matrices", "D.rest"),
+    )
+
+
+def test_several_optimizers_from_one_factory_train_as_a_loop_by_hand() -> None:
+    learner = trained(matrices_and_the_rest, callbacks=[Recorder()])
+    model = small()
+    optimizers = matrices_and_the_rest(list(model.named_parameters()))
+    batches = trained(matrices_and_the_rest)
+    taken: list[tuple[Tensor, Tensor]] = []
+
+    class Kept(TrainingPhase):
+        def finish(self, learner: Any, state: Any) -> None:
+            taken.append((state.xs.clone(), state.ys.clone()))
+
+    batches.fit(2, phases=[Kept()])
+    learner.fit(2)
+    for xs, ys in taken:
+        mse_loss(model(xs), ys).backward()
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(learner.model.parameters(), model.parameters(), strict=True))
+    assert learner.history[TrainingPhase].updates == {"matrices": 6, "rest": 6}
+
+
+def test_a_schedule_keeps_the_ratios_of_groups_that_a_factory_made() -> None:
+    def by_layer(named: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": [each], "lr": 0.5 ** (3 - int(name[0]))} for name, each in named])
+
+    learner = trained(by_layer, callbacks=[Scheduler({LearningRate: linear_schedule(6, 1.0, 0.0)})])
+    learner.fit(1)
+    rates = [group["lr"] for group in learner.optimizer.param_groups]
+    assert rates == pytest.approx([rates[-1] * 0.5 ** (3 - place) for place in (0, 0, 2, 2, 3, 3)])
+    assert rates[-1] == pytest.approx(1 - 2 / 6)
+
+
+def test_a_run_with_several_optimizers_from_one_factory_resumes_to_the_bit() -> None:
+    assert_resumes_exactly(lambda: trained(matrices_and_the_rest), at=[2, 4])
+
+
+@pytest.mark.parametrize(
+    ("factory", "expected"),
+    [
+        (lambda named: SGD(named.parameters()), AttributeError),
+        (lambda named: "nothing", "made 'nothing'; expected a torch.optim.Optimizer"),
+        (lambda named: {"a": 3}, "made 3 as 'a'; expected a torch.optim.Optimizer, or a dict of names to them"),
+        (lambda named: {3: SGD(dict(named).values())}, "names an optimizer 3; expected a text"),
+        (lambda named: {}, "made a dict of length 0; expected"),
+        (lambda named: SGD(named, 3, 4, 5, 6, 7, 8), "parameters with their names: .* list of pairs"),
+        (lambda model: SGD(model), "of the model: .* takes the module"),
+        (lambda named: {"a": SGD([named[0][1]])}, "trainable parameters are in no optimizer: 0.bias"),
+    ],
+    ids=["raises", "no optimizer", "no optimizer by name", "no name", "empty", "arguments", "model", "left out"],
+)
+def test_a_factory_that_gets_names_and_makes_something_else_is_told(factory: Any, expected: Any) -> None:
+    if isinstance(expected, str):
+        with pytest.raises(OptimizerError, match=expected):
+            Learner(small(), optimizer=factory)
+    else:
+        with pytest.raises(expected):
+            Learner(small(), optimizer=factory)
