@@ -8,6 +8,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,7 +45,9 @@ def clean_surroundings() -> Iterator[None]:
     torch.set_num_threads(1)
     start_generators(0)  # as seed_everything, which notes a traceback for each GPU to come, as torch does: 0.8 ms
     interrupt = signal.getsignal(signal.SIGINT)
+    bits = np.random.get_bit_generator()
     yield
     assert torch.is_grad_enabled(), "a test left gradients off"
     assert signal.getsignal(signal.SIGINT) is interrupt, "a test left a signal handler"
+    assert np.random.get_bit_generator() is bits, "a test left another bit generator to NumPy"
     assert not multiprocessing.active_children(), "a test left a process"

@@ -241,6 +241,8 @@ def test_events_phases_and_callbacks_of_fluxloop_are_where_those_who_look_for_th
     assert [cls for cls in event_types() if cls.__module__.startswith("fluxloop.")] == list(STANDARD_EVENTS)
     for base, homes in ((Phase, ("phase", "phases")), (Callback, ("callback", "callbacks"))):
         for cls in every(base):
+            if getattr(sys.modules.get(cls.__module__), cls.__name__, None) is not cls:
+                continue  # of an example in a docstring, which nobody has thrown away yet
             package, _, place = cls.__module__.partition(".")
             if package == "fluxloop" and not cls.__name__.startswith("_") and place != "testing":
                 assert place.split(".")[0] in homes, f"{cls} would be overlooked"

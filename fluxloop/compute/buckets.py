@@ -27,6 +27,20 @@ if hasattr(torch._C._nn, "flatten_dense_tensors"):  # private names: the same, i
 _DENSE = torch.strided
 _NOTHING = torch.empty(0)
 
+KEPT = 1 << 18
+"""From how many bytes on a CPU's message is written where the last one was: new memory of that size costs the system as
+much time as filling it twice."""
+
+_holders: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)  # no public name
+
+
+def _held(tensor: Tensor) -> int:
+    """Return how many hold the memory of a tensor, among them the object by which it is asked."""
+    return 0 if _holders is None else _holders(tensor.untyped_storage()._cdata)
+
+
+_HELD_ONCE = _held(_NOTHING)
+
 
 class BucketSizes(NamedTuple):
     """How many bytes are sent in one message.
@@ -73,6 +87,9 @@ class Bucket:
         self._complex = bool(parameters) and parameters[0].is_complex()
         self.orders = [_order(parameter) for parameter in self.parameters]
         self._plain = not self._complex and not any(self.orders)
+        size = sum(parameter.nbytes for parameter in self.parameters)
+        self._keeps = size >= KEPT and self.parameters[0].is_cpu and _holders is not None
+        self._kept = _NOTHING
 
     # ---------------------------------------------------------------- while a backward pass runs
 
@@ -138,12 +155,22 @@ class Bucket:
             tail: What is sent after them.
         """
         self._pieces += tail
-        # Of a single tensor torch's operator returns the tensor itself, and the sums would overwrite it.
-        flat = _flatten(self._pieces) if len(self._pieces) > 1 else self._pieces[0].reshape(-1).clone()
+        flat = self._joined()
         if flat.dtype != self.dtype or flat.requires_grad:  # as gradients do that were computed with create_graph
             flat = flat.detach().to(self.dtype)
         self.flat = flat
+        if self._keeps:
+            self._kept = flat
         self._work = sums.begin(flat, waits=bool(tail))
+
+    def _joined(self) -> Tensor:
+        """Return the pieces one after the other: in the memory of the last message, where nobody holds a part of it."""
+        pieces, kept = self._pieces, self._kept
+        if self._keeps and _held(kept) == _HELD_ONCE and kept.numel() == sum(piece.numel() for piece in pieces):
+            with torch.no_grad():
+                return torch.cat([piece.reshape(-1) for piece in pieces], out=kept)
+        # Of a single tensor torch's operator returns the tensor itself, and the sums would overwrite it.
+        return _flatten(pieces) if len(pieces) > 1 else pieces[0].reshape(-1).clone()
 
     def receive(self) -> None:
         """Wait for the sums."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from threading import Barrier, BrokenBarrierError, Thread
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,10 +75,12 @@ def together(size: int, function: Callable[[Threaded], Any]) -> list[Any]:
             barrier.abort()  # or they would wait for this one at the next
 
     threads = [Thread(target=call, args=(rank,)) for rank in range(size)]
+    bits = np.random.get_bit_generator()  # threads that preserve it at once leave one another's
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
+    np.random.set_bit_generator(bits)
     broken = [result for result in results if isinstance(result, BaseException)]
     others = [error for error in broken if not isinstance(error, BrokenBarrierError)]
     if others and len(others) < size:
