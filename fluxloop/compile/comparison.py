@@ -34,7 +34,7 @@ class Comparison:
             known.setdefault(id(tensor), name)
         self._names = [known.get(id(tensor), f"an input of shape {tuple(tensor.shape)}") for tensor in inputs.tensors()]
         stored = [f"state.{name}" for name, value in traced.stored.items() for _ in tensors(value)]
-        num_looks = len(traced.looks) + bool(traced.looks) + bool(traced.messages)
+        num_looks = len(traced.looks) + bool(traced.looks) + bool(traced.messages) + traced.asks
         self._outputs = [*["a look at numbers"] * num_looks, *stored]
         self._obstacle = ""
         if any(draws(node) for node in traced.graph.graph.nodes):

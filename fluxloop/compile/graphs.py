@@ -25,7 +25,7 @@ from fluxloop.compile.tracing import Traced
 from fluxloop.compute.finite import bad_gradients
 from fluxloop.compute.fused import count_changes
 from fluxloop.errors import CancelSignal, CompileError
-from fluxloop.events import Event, UpdateEnd
+from fluxloop.events import Event, UpdateBegin, UpdateEnd
 from fluxloop.nested import map_tensors, tensors
 from fluxloop.order.runner import Bound, deliver
 from fluxloop.persist.seen import seen
@@ -120,11 +120,11 @@ class Graph:
         self._consumed = traced.consumed
         self._looks = traced.looks
         self._events = traced.fired
-        self._moved = traced.moved
+        self._moved, self._asks = traced.moved, traced.asks
         self._num_updates = sum(isinstance(event, UpdateEnd) for event in traced.fired)
         self._updated = self._changed_by(traced)
         self._callbacks = -1
-        self._after: list[tuple[tuple[Bound, ...], Event]] = []
+        self._after: list[tuple[int, tuple[Bound, ...], Event]] = []
         self._compiled = self._lower(traced)
         self._comparison = Comparison(traced, self._whose) if learner.accelerator.check_compiled else None
         self._call: Compiled = self._call_first
@@ -222,6 +222,7 @@ class Graph:
         found = [next(given) for _ in self._looks]
         if self._messages:
             self._hear(phase, next(given).tolist(), bad, found)
+        left_out = self._left_out(next(given).tolist()) if self._asks else frozenset()
         for name, value in self._stored:
             entries[name] = next(given) if isinstance(value, Tensor) else map_tensors(lambda _: next(given), value)
         for name in self._removed:
@@ -235,19 +236,33 @@ class Graph:
             waiting.store(state, phase.name, given)
         for slot in self._consumed:
             slot.consumed = True
-        self._note_changes(phase)
+        self._note_changes(phase, left_out)
         if self._callbacks != learner.callbacks.version:
             self._callbacks, self._after = learner.callbacks.version, listeners(learner, phase, self._events)
-        for bound, event in self._after:
-            deliver(bound, event, phase, learner)
+        for number, bound, event in self._after:
+            if number not in left_out:
+                deliver(bound, event, phase, learner)
 
-    def _note_changes(self, phase: Phase) -> None:
-        """Note which weights and averages the graph has changed."""
+    def _left_out(self, by_event: list[bool]) -> frozenset[int]:
+        """Return the numbers of the events of updates that a handler has left out, of what was told of each event."""
+        found: set[int] = set()
+        begun: dict[str | None, int] = {}
+        for number, event in enumerate(self._events):
+            if isinstance(event, UpdateBegin):
+                begun[event.name] = number
+            elif isinstance(event, UpdateEnd) and by_event[number]:
+                found |= {number, begun.get(event.name, number)}
+        return frozenset(found)
+
+    def _note_changes(self, phase: Phase, left_out: frozenset[int]) -> None:
+        """Note which weights and averages the graph has changed; an update that is left out is none."""
         if self._updated:
-            self._learner.updates.count += self._num_updates
+            num_left_out = sum(isinstance(self._events[number], UpdateEnd) for number in left_out)
+            self._learner.updates.count += self._num_updates - num_left_out
             count_changes(self._updated)  # so that autograd knows that what was computed before is out of date
         for moved in self._moved:
-            moved.of.note(phase)
+            if moved.num_events not in left_out:
+                moved.of.note(phase)
 
     def _call_first(self, *inputs: Tensor) -> list[Tensor]:
         """Run the graph for the first time; where it cannot run, set everything as it was.
@@ -337,15 +352,18 @@ class Graph:
         for moved in self._moved:
             if moved.num_events < num_events:
                 moved.of.note(phase)
-        for bound, event in listeners(self._learner, phase, events):
+        for _, bound, event in listeners(self._learner, phase, events):
             deliver(bound, event, phase, self._learner)
         return len(ended)
 
 
-def listeners(learner: RunLearner, phase: Phase, events: list[Event]) -> list[tuple[tuple[Bound, ...], Event]]:
-    """Return the handlers that are called once a step's graph has run, with their events, in order."""
+def listeners(learner: RunLearner, phase: Phase, events: list[Event]) -> list[tuple[int, tuple[Bound, ...], Event]]:
+    """Return the handlers that are called once a step's graph has run, with their events and the numbers of these."""
     noting = {node.id for node in learner.callbacks.graph.nodes if node.callback.in_compiled_step == "after"}
     noting -= averages_of(learner, type(phase)).keys()  # they are told what the graph has done
     table = learner.callbacks.table(type(phase))
-    found = [(tuple(bound for bound in table[type(event)] if bound[2] in noting), event) for event in events]
-    return [(bound, event) for bound, event in found if bound]
+    found = [
+        (number, tuple(bound for bound in table[type(event)] if bound[2] in noting), event)
+        for number, event in enumerate(events)
+    ]
+    return [(number, bound, event) for number, bound, event in found if bound]

@@ -126,6 +126,13 @@ class StandIn:
         self._asked = when if self._asked is None else self._asked | when
         self.accelerator.skip_update(when)
 
+    def left_out(self) -> list[Tensor]:
+        """Return whether updates were left out by each event; one tensor, or none where no handler has asked for it."""
+        if self._asked is None:
+            return []
+        no = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
+        return [torch.stack([no if skip is None else skip.reshape(()) for skip in self.skips])]
+
     def votes(self, numbers: dict[Place, Tensor]) -> list[float | Tensor]:
         """Return what this process tells the others: whether to stop, to cancel, and to leave updates out."""
         bad = self.finite.bad_so_far()

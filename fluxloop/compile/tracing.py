@@ -65,6 +65,7 @@ class Traced:
         removed: Names of the entries that it removed.
         fired: The events that it fired.
         moved: The averages of weights that it moves.
+        asks: Whether a handler asks to leave updates out; the output after the messages' tells by which events it did.
         makes_state: Whether an optimizer makes its state in this step, or processes agree on what they send, so that it
             has to run as it is.
     """
@@ -84,6 +85,7 @@ class Traced:
     removed: list[str]
     fired: list[Event]
     moved: list[Moved]
+    asks: bool
     makes_state: bool
 
 
@@ -123,6 +125,7 @@ def trace(
         removed=run.removed,
         fired=run.fired,
         moved=run.moved,
+        asks=run.asks,
         makes_state=run.makes_state,
     )
 
@@ -244,6 +247,7 @@ class Run:
         self.removed: list[str] = []
         self.fired: list[Event] = []
         self.moved: list[Moved] = []
+        self.asks = False
         self.makes_state = False
 
     def body(self, *flat: Any) -> list[Tensor]:
@@ -288,7 +292,9 @@ class Run:
         for each in buffers:
             learner.accelerator.restore(*each)
         self.looks = learner.finite.looks
-        found = [*learner.finite.found(), *learner.told()]
+        left_out = learner.left_out()
+        self.asks = bool(left_out)
+        found = [*learner.finite.found(), *learner.told(), *left_out]
         self.messages = learner.messages()
         stored = [tensor for value in self.stored.values() for tensor in tensors(value)]
         waiting = self._waiting(learner, placed)

@@ -143,6 +143,9 @@ def test_transforms_that_were_tried_compute_as_they_do_elsewhere(compute: Callab
 
 @pytest.mark.slow(quick=5)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own use of it
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is deprecated:FutureWarning"
+)  # of torch 2.14's own decompositions
 @pytest.mark.parametrize(
     ("compute", "words"),
     [

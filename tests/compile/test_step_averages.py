@@ -16,10 +16,13 @@ from torch import Tensor, nn
 import fluxloop.callbacks.ema
 from fluxloop import (
     EMA,
+    BackwardEnd,
     Callback,
+    CancelStepException,
     CustomCallback,
     GANPhase,
     Learner,
+    LRScheduler,
     Phase,
     StepEnd,
     StopOnNaNLoss,
@@ -218,6 +221,43 @@ def test_an_update_that_is_left_out_moves_no_average() -> None:
             each.fit(1, phases=[Spoiled(noise=noise)])
         made.append(each)
     assert counts(made[1]) == [5, 4]  # the critic had stepped
+    same(*made)
+    for a, b in zip(*map(weights, made), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+
+
+class LeavesOut(Callback):
+    """Leaves out the updates of a batch whose first number is negative: in a graph, and without one."""
+
+    in_compiled_step = "inside"
+    reads = ("step.xs",)
+
+    @on(BackwardEnd, TrainingPhase)
+    def leave_out(self, event: Any, phase: Any, learner: Any) -> None:
+        negative = learner.step.xs[0, 0] < 0
+        if torch.compiler.is_compiling():
+            learner.skip_update(negative)
+        elif negative:
+            raise CancelStepException
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("decay", [0.9, warm_up], ids=["number", "schedule"])
+def test_an_update_that_a_handler_leaves_out_counts_nowhere(decay: Any) -> None:
+    xs, ys = rows()
+    batches = [(xs[n : n + 8].abs(), ys[n : n + 8]) for n in range(0, 64, 8)]
+    for number in (2, 5, 6):
+        batches[number][0][0, 0] *= -1
+    made = []
+    for compile in (False, "step"):
+        rates = LRScheduler(lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.7), unit="update")
+        each = learner(compile, data=(batches,), callbacks=[LeavesOut(), EMA("model", decay), rates])
+        each.fit(2)
+        made.append(each)
+    eager, compiled = made
+    assert counts(eager) == counts(compiled) == [10]
+    assert eager.history[TrainingPhase].updates == compiled.history[TrainingPhase].updates == {None: 10}
+    assert eager.optimizer.param_groups[0]["lr"] == compiled.optimizer.param_groups[0]["lr"]
     same(*made)
     for a, b in zip(*map(weights, made), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
