@@ -50,6 +50,11 @@ def form_of(value: Any, whose: str = "it") -> Any:
         CompileError: There is something else in it than tensors, numbers, texts and containers of them.
     """
     if isinstance(value, Tensor):
+        if value.layout is not torch.strided or value.is_nested:
+            raise CompileError(
+                f"{whose} holds a {'nested' if value.is_nested else 'sparse'} tensor, which a compiled step cannot "
+                "take; expected a dense one (.to_dense(), or padded), or compiled = False in the phase's class"
+            )
         return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
     if isinstance(value, float):
         return float, repr(value)  # NaN is NaN
@@ -77,7 +82,9 @@ def form_of_entries(state: StepState, device: torch.device) -> Any:
     entries = vars(state)
     found: list[Any] = []
     for name, value in entries.items():
-        if type(value) is Tensor:  # as `form_of` does, without a call: this runs at every step
+        if (
+            type(value) is Tensor and value.layout is torch.strided and not value.is_nested
+        ):  # as `form_of` does, without a call: this runs at every step
             found.append((name, value.shape, value.stride(), value.dtype, value.device, value.requires_grad))
         else:
             found.append((name, form_of(value, f"the entry {name!r}")))
@@ -178,8 +185,8 @@ def tensor_or_seen(value: Any) -> Any:
 def changes_between_steps(learner: RunLearner, phase: type[Phase]) -> bool:
     """Return whether somebody may change between two steps what a graph rests on: modes, attributes, hooks.
 
-    That is a user's own `finish`, and callbacks that write to models or loss function, or read them when a step
-    begins.
+    That is a user's own `finish`, and callbacks that write to models, loss function or, in a class of the user's,
+    optimizers, or read models when a step begins.
     """
     if not phase.finish.__module__.startswith("fluxloop."):
         return True
@@ -190,7 +197,9 @@ def changes_between_steps(learner: RunLearner, phase: type[Phase]) -> bool:
         if node.callback.in_compiled_step is not None:
             continue
         begins, ends = (node.callback.handler(event, phase) is not None for event in (StepBegin, StepEnd))
-        writes = not node.is_safe or any(path[0] in roots for path in node.access.writes)
+        kind = type(node.callback)
+        written = roots if kind.__module__.startswith("fluxloop.") else {*roots, "optimizer"}
+        writes = not node.is_safe or any(not path or path[0] in written for path in node.access.writes)
         reads = any(not path or path[0] in roots for path in node.access.reads)  # and may register hooks
         if (begins and (reads or writes)) or (ends and writes):
             return True

@@ -1,32 +1,27 @@
 """Notice what a step does while it is traced that a graph would do once, or that nobody has tried in one.
 
 Random numbers of Python's and NumPy's generators would be constants of the graph, wherever the
-generator lives; so all generators of the process are looked at before and after. So are lists and
-dicts that the step's functions reach by name, which would be left with stand-ins in them. Function
-transforms (``torch.func``) change what operations mean; those that were compared with eager steps
-are let through, and the others are refused.
+generator lives; so all generators of the process are looked at before and after. Function transforms
+(``torch.func``) change what operations mean; those that were compared with eager steps are let through,
+and the others are refused.
 """
 
 from __future__ import annotations
 
-import copy
 import gc
-import inspect
 import pickle
 import random
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
-from types import CellType, CodeType, FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from fluxloop.errors import CompileError
-from fluxloop.persist.seen import seen
 
 # Random numbers
 
@@ -113,7 +108,8 @@ def noting_draws(held: Iterable[Any] = ()) -> Iterator[list[str]]:
     before = [(generator, state_of(generator)) for generator in generators(held)]
     with noting_entropy(noted):
         yield noted
-    noted += [place_of(generator) for generator, state in before if state_of(generator) != state]
+    drawn = [place_of(generator) for generator, state in before if state_of(generator) != state]
+    noted += [place for place in drawn if not place.startswith("sympy.")]  # torch's arithmetic of unknown sizes
 
 
 @contextmanager
@@ -135,57 +131,6 @@ def noting_entropy(noted: list[str]) -> Iterator[None]:
         yield
     finally:
         module._urandom = own
-
-
-# Containers outside of the learner
-
-
-def containers_of(functions: Iterable[Any]) -> dict[str, Any]:
-    """Return the lists, dicts, sets and deques that functions reach by name, as global variables or closed over.
-
-    Args:
-        functions: Functions and methods; others are left out.
-    """
-    found: dict[str, Any] = {}
-    for each in functions:
-        function = inspect.unwrap(getattr(each, "__func__", each))
-        if isinstance(function, FunctionType):
-            reached = {name: function.__globals__.get(name) for name in names_in(function.__code__)}
-            cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-            for name, cell in cells:
-                try:
-                    reached[name] = cell.cell_contents
-                except ValueError:  # not assigned yet
-                    continue
-            found |= {name: value for name, value in reached.items() if type(value) in (list, dict, set, deque)}
-    return found
-
-
-def names_in(code: CodeType) -> set[str]:
-    """Return the names of global variables and attributes in a function's code, and in functions inside it."""
-    inner = (names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
-    return set(code.co_names).union(*inner)
-
-
-@contextmanager
-def noting_containers(functions: Iterable[Any]) -> Iterator[list[str]]:
-    """Note which containers outside of the learner functions change meanwhile, and set them as they were.
-
-    The list is complete once the context is left.
-
-    Args:
-        functions: Those that run.
-    """
-    noted: list[str] = []
-    held = containers_of(functions)
-    before = {name: (copy.copy(value), seen(value)) for name, value in held.items()}
-    yield noted
-    for name, value in held.items():
-        old, as_seen = before[name]
-        if seen(value) != as_seen:
-            noted.append(name)
-            value.clear()
-            value.extend(old) if hasattr(value, "extend") else value.update(old)
 
 
 # Function transforms
@@ -227,6 +172,8 @@ class AsTried(TorchFunctionMode):
             and hasattr(torch.Tensor, name.removeprefix("_foreach_"))
         ):
             return one_by_one(getattr(torch.Tensor, name.removeprefix("_foreach_")), args, kwargs)
+        if name == "_foreach_pow" and isinstance(args[0], torch.Tensor):  # of a beta: else it is asked for as a number
+            return [args[0] ** exponent for exponent in args[1]]
         found = untried(func, kwargs)
         if found is not None:
             raise self._refuse(
@@ -253,11 +200,19 @@ def one_by_one(change: Callable[..., Any], args: Sequence[Any], kwargs: dict[str
     if factor is not None:  # of addcmul_ and addcdiv_, where it has to be named
         kwargs = {**kwargs, "value": factor}
     given = [[each] * len(args[0]) if not isinstance(each, (list, tuple)) else each for each in args]
+    if change is torch.Tensor.lerp_:  # which takes no weight of another precision, as others take numbers
+        given[2:] = [[as_precise(w, to) for w, to in zip(weights, args[0], strict=True)] for weights in given[2:]]
+        kwargs = {name: [as_precise(value, to) for to in args[0]] for name, value in kwargs.items()}
     options = {n: [v] * len(args[0]) if not isinstance(v, (list, tuple)) else v for n, v in kwargs.items()}
     return [
         change(*items, **{name: values[number] for name, values in options.items()})
         for number, items in enumerate(zip(*given, strict=True))
     ]
+
+
+def as_precise(number: Any, to: torch.Tensor) -> Any:
+    """Return a tensor in the precision of another one, or a number as it is."""
+    return number.to(to.dtype) if isinstance(number, torch.Tensor) else number
 
 
 def untried(function: Any, options: dict[str, Any]) -> str | None:

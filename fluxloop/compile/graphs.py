@@ -17,7 +17,7 @@ from fluxloop.compile.averaging import check_told
 from fluxloop.compile.comparison import Comparison
 from fluxloop.compile.conditions import form_of, holders_of
 from fluxloop.compile.glance import Remembered
-from fluxloop.compile.refusals import first_line
+from fluxloop.compile.refusals import WAYS_OUT, first_line
 from fluxloop.compile.replay import Replayed, can_replay
 from fluxloop.compile.stand_ins import Look
 from fluxloop.compile.step_averages import averages_of
@@ -38,11 +38,6 @@ if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner
 
 Compiled = Callable[..., Any]
-
-WAYS_OUT = (
-    "Have steps of this phase run as they are, compiled = False in its class, or have torch compile the model alone, "
-    'Accelerator(compile="model")'
-)
 
 SCALARS = frozenset((type(None), bool, int, float, str))
 """Types whose values are as they were where they are the same object."""
@@ -200,7 +195,7 @@ class Graph:
                 option.copy_(value.reshape(()))
             elif value != last.value:
                 last.value = value
-                option.fill_(value)
+                option.copy_(torch.as_tensor(value, dtype=option.dtype))
             changing.append(option)
         if self._held:
             holders = [*holders_of(phase), *self._inside]

@@ -66,9 +66,11 @@ def why_not(found: Iterable[tuple[str, list[Any]]]) -> str | None:
     }
     if not named:
         return None
+    olds = (".utils.spectral_norm.", ".utils.weight_norm.")
+    instead = ": those of torch.nn.utils.parametrizations compile" if any(o in n for o in olds for n in named) else ""
     return (
         f"there are hooks on {', '.join(named)}, and nobody can look into a graph while it runs; remove the hooks, or "
-        "what registers them"
+        f"what registers them{instead}"
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fluxloop.callback import Callback
 from fluxloop.compile.conditions import holders_of
 from fluxloop.compile.hooks import places, why_not
-from fluxloop.compile.optimizer_stand_in import DECAY, as_tensor, is_input
+from fluxloop.compile.optimizer_stand_in import OPTIONS, as_tensor, is_input
 from fluxloop.compile.refusals import changes_python, refusal
 from fluxloop.compile.step_averages import averages_of, numbers_of
 from fluxloop.compile.windows import Number, carried
@@ -115,7 +115,7 @@ def inputs_of(
             (group, name, as_tensor(group, name))
             for slot in slots
             for group in slot.optimizer.param_groups
-            for name in ("lr", DECAY)
+            for name in OPTIONS
             if is_input(slot.optimizer, group, name)
         ],
         holders=holders,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.adam import adam
 
 from fluxloop.nested import tensors
 from fluxloop.persist.seen import seen
 
-DECAY = "weight_decay"
+DECAY, MOMENTUM, BETAS = "weight_decay", "momentum", "betas"
+OPTIONS = ("lr", DECAY, MOMENTUM, BETAS)
+"""Options of a group that may be inputs of a graph: those that schedules change."""
 
 
 def is_input(optimizer: Optimizer, group: dict[str, Any], name: str) -> bool:
@@ -22,17 +26,33 @@ def is_input(optimizer: Optimizer, group: dict[str, Any], name: str) -> bool:
 
     What a graph computes has to follow from the numbers of the step alone: a resumed run makes it anew.
     """
+    value = group.get(name)
+    if not group["params"]:
+        return False
+    if name == MOMENTUM:
+        return type(optimizer) is torch.optim.SGD and isinstance(value, (float, int)) and bool(value)
+    if name == BETAS:
+        return takes_betas(optimizer) and all(isinstance(beta, float) for beta in value or (None,))
     if name == DECAY and not type(optimizer).__module__.startswith("torch.optim."):
         return False  # nobody knows what it does with it
-    value = group.get(name)
-    return bool(group["params"]) and isinstance(value, (float, int, Tensor)) and (name == "lr" or bool(value))
+    return isinstance(value, (float, int, Tensor)) and (name == "lr" or bool(value))
+
+
+def takes_betas(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer of torch's computes with betas that are tensors; in older ones none does."""
+    takes = inspect.signature(adam).parameters["beta1"].annotation
+    return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and (
+        isinstance(optimizer, torch.optim.Adam) and "Tensor" in str(takes)
+    )
 
 
 def as_tensor(group: dict[str, Any], name: str) -> Tensor:
-    """Return a number of a parameter group as a tensor of its own on its parameters' device."""
+    """Return a number of a parameter group, or two, as a tensor of its own on its parameters' device."""
     parameter = group["params"][0]
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return torch.as_tensor(group[name], dtype=dtype).detach().reshape(()).to(parameter.device, copy=True)
+    # what is left of 1 when a beta is taken away would have three digits in float32
+    is_double = parameter.dtype == torch.float64 or (name == BETAS and parameter.device.type != "mps")
+    made = torch.as_tensor(group[name], dtype=torch.float64 if is_double else torch.float32).detach()
+    return made.reshape((2,) if name == BETAS else ()).to(parameter.device, copy=True)
 
 
 def stand_in_of(
@@ -54,14 +74,25 @@ def stand_in_of(
     ways = {"foreach": True, "fused": False, "capturable": True}
     made.param_groups = []
     for group in optimizer.param_groups:
-        given = {name: options[id(group), name] for name in group if (id(group), name) in options}
+        given: dict[str, Any] = {name: options[id(group), name] for name in group if (id(group), name) in options}
+        if BETAS in given:
+            given[BETAS] = tuple(given[BETAS].unbind())
         as_tensors = {name: value for name, value in ways.items() if name in group}
         parameters = [leaves[parameter] for parameter in group["params"]]
         made.param_groups.append({**group, **as_tensors, **given, "params": parameters})
     made.state = defaultdict(dict)
+    is_torchs = type(optimizer).__module__.startswith("torch.optim.")
     for parameter, entries in optimizer.state.items():
-        made.state[leaves[parameter]] = {name: stand_ins.get(id(value), value) for name, value in entries.items()}
+        found = {name: stand_ins.get(id(value), value) for name, value in entries.items()}
+        if is_torchs and isinstance(found.get("step"), Tensor):
+            found["step"] = in_double(found["step"])
+        made.state[leaves[parameter]] = found
     return made
+
+
+def in_double(step: Tensor) -> Tensor:
+    """Return a count of steps in float64, where there are such: corrections follow from it, in eager steps a float."""
+    return step if step.device.type == "mps" or not step.is_floating_point() else step.double()
 
 
 def seen_of(optimizer: Optimizer) -> dict[str, Any]:
@@ -103,9 +134,10 @@ def decayed(optimizer: Optimizer) -> Iterator[None]:
     """Decay weights by a tensor, as torch's optimizers do by a number, and leave an optimizer none to decay by.
 
     torch's optimizers ask whether the decay is zero, which no graph can, and pass it on as a number (``alpha=``).
-    Done here, a decay that a schedule changes stays an input and costs no new graph.
+    Done here, a decay that a schedule changes stays an input and costs no new graph. So it is with a momentum.
     """
     weights = [(group, group[DECAY]) for group in optimizer.param_groups if isinstance(group.get(DECAY), Tensor)]
+    momenta = [(group, group[MOMENTUM]) for group in optimizer.param_groups if isinstance(group.get(MOMENTUM), Tensor)]
     for group, weight in weights:
         for leaf in group["params"]:
             if leaf.grad is not None and group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)):
@@ -113,6 +145,31 @@ def decayed(optimizer: Optimizer) -> Iterator[None]:
             elif leaf.grad is not None:
                 leaf.grad = leaf.grad + leaf * (-weight if group.get("maximize") else weight)
         group[DECAY] = 0.0
+    for group, momentum in momenta:
+        for leaf in group["params"]:
+            if leaf.grad is not None:
+                leaf.grad = gathered(optimizer.state[leaf], leaf.grad, momentum, group)
+        group[MOMENTUM] = 0.0
     yield
     for group, weight in weights:
         group[DECAY] = weight
+    for group, momentum in momenta:
+        group[MOMENTUM] = momentum
+
+
+def gathered(state: dict[str, Any], gradient: Tensor, momentum: Tensor, group: dict[str, Any]) -> Tensor:
+    """Return what SGD steps by, and move a parameter's buffer, as it does with a momentum that is a number.
+
+    Args:
+        state: The parameter's.
+        gradient: Its gradient.
+        momentum: The momentum.
+        group: The options of its group.
+    """
+    sign = -1 if group["maximize"] else 1  # turned before it enters the buffer, and by the optimizer once more
+    buffer = state.get("momentum_buffer")
+    if buffer is None:
+        state["momentum_buffer"] = buffer = sign * gradient.clone()
+    else:
+        buffer.mul_(momentum).add_(gradient, alpha=sign * (1 - group["dampening"]))
+    return gradient + sign * momentum * buffer if group["nesterov"] else sign * buffer

@@ -7,7 +7,7 @@ where the callbacks' declarations say that nobody needs to.
 A compiled step is a function of tensors. What Python saw while it was traced is part of it: models'
 attributes and modes, frozen parameters and the optimizers' options are compared, and the step is
 traced anew where they have changed; what a body reads of its phase is compared at every step. What
-cannot be seen (global variables, what functions close over) is what it was.
+functions reach by name, global variables and what they close over, is compared when an epoch begins.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fluxloop.compile.conditions import (
     entries_of_other_form,
     form_of_entries,
     form_of_gradient,
+    holders_of,
     modules_of,
     rests_on,
     states_of,
@@ -34,7 +35,8 @@ from fluxloop.compile.glance import Glance, NotPlainError
 from fluxloop.compile.graphs import Graph
 from fluxloop.compile.hooks import hooks_of, is_own, require_no_hooks
 from fluxloop.compile.optimizer_stand_in import differing
-from fluxloop.compile.refusals import require_accelerator
+from fluxloop.compile.reach import reach_of
+from fluxloop.compile.refusals import advice, require_accelerator, require_parts
 from fluxloop.compile.step_averages import averages_of
 from fluxloop.compile.tracing import trace
 from fluxloop.compile.windows import form_of_window
@@ -88,11 +90,13 @@ class CompiledSteps:
         self._plans: dict[type[Phase], Plan] = {}
 
     def require(self, phases: Iterable[type[Phase]]) -> None:
-        """Raise for phases whose steps cannot be one graph: see `require`; and for hooks of others on what they run."""
+        """Raise for phases whose steps cannot be one graph: see `require`; also for hooks, optimizers and parts."""
         phases = [phase for phase in phases if phase.data_key and phase.compiled]
         require(self._learner, phases)
         if phases:
             require_no_hooks(self._learner)
+        if any(phase.gradients for phase in phases):
+            require_parts(self._learner)
 
     def run(self, phase: Phase, handle: Handle, state: StepState) -> None:
         """Do what a phase's body does, in one graph unless the phase says otherwise.
@@ -143,6 +147,8 @@ class Plan:
         self._inside: list[Callback] = []
         self._callbacks_key: tuple[Any, ...] = ()
         self._rests_on: dict[str, Any] = {}
+        self._said: dict[str, Any] = {}
+        self._told_strange = False
         self._states: dict[str, Any] = {}
         self._glance: Glance | None = None
         self._count = 0
@@ -170,11 +176,15 @@ class Plan:
         if self._is_watched or not runs_alone or epoch is not self._epoch:
             if self._glance is None or not self._glance.shows_no_change(phase):
                 self._compare(phase, again=epoch is self._epoch)
+            if epoch is not self._epoch:
+                self._look_around(phase)
             for graphs in self._graphs.values():
                 for graph in tuple(graphs):
                     if graph.calls and not graph.calls_the_same(phase):
                         graphs.remove(graph)
             self._epoch = epoch
+            if phase.gradients and self._has_strange_gradients(phase):
+                return None
         key = (*self._callbacks_key, *form_of_entries(state, learner.accelerator.device))
         if phase.gradients:
             for number, slot in enumerate(learner.updates.slots):
@@ -212,6 +222,29 @@ class Plan:
             except NotPlainError:
                 pass  # it is described at each step
 
+    def _has_strange_gradients(self, phase: Phase) -> bool:
+        """Return whether there are gradients that no window waits for: eager steps add to them, and graphs do not."""
+        slots = [slot for slot in self._learner.updates.slots if slot.first_step is None and not slot.consumed]
+        found = [p for slot in slots for p in slot.parameters if p.grad is not None]
+        if found and not self._told_strange:
+            self._told_strange = True
+            warn_user(
+                f"{self._learner.updates.names[found[0]]} has a gradient that learner.backward did not compute when a "
+                f"step of {phase!r} begins, which the step adds to: such steps are not compiled. Set it to None before "
+                "the step (zero_grad), or compute it in the step"
+            )
+        return bool(found)
+
+    def _look_around(self, phase: Phase) -> None:
+        """Drop the graphs where a global variable, a closure or a class says something else than it did."""
+        parts = [part for module in modules_of(self._learner, phase) for part in module.modules()]
+        said = reach_of([*holders_of(phase), *self._inside], parts, self._learner.loss_fn).said()
+        changed = [name.rpartition(" (")[0] for name in differing(self._said, said)]
+        if changed and self._said:
+            self._why = ", ".join(changed[:3])
+            self._graphs.clear()
+        self._said = said
+
     def _make(self, key: Any, phase: Phase, state: StepState) -> Graph | None:
         learner = self._learner
         modules = modules_of(learner, phase)
@@ -238,11 +271,10 @@ class Plan:
         graphs.append(graph)
         del graphs[:-MANY]  # numbers that change at every step do not fill the memory
         self._count += 1
-        if self._count == MANY:
+        if self._count >= MANY and (self._count & (self._count - 1)) == 0:  # then of twice as many
             warn_user(
-                f"the step of {type(phase).__name__} has been compiled {MANY} times, which takes seconds each, the "
-                f"last time for {self._why or 'another batch'}; expected batches of few shapes (drop_last=True, "
-                "padding), and numbers and texts that stay, or compile=False"
+                f"the step of {type(phase).__name__} has been compiled {self._count} times, which takes seconds each, "
+                f"the last time for {self._why or 'another batch'}; expected {advice(self._why)}, or compile=False"
             )
         self._why = ""
         return graph

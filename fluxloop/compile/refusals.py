@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fluxloop.compute.slots import Slot
 from fluxloop.errors import PACKAGE, CompileError
@@ -16,9 +18,15 @@ from fluxloop.phase import Phase
 
 if TYPE_CHECKING:
     from fluxloop.compute.accelerator import Accelerator
+    from fluxloop.interfaces import RunLearner
 
 LIBRARIES = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, PACKAGE))
 """Folders whose code is not the user's."""
+
+WAYS_OUT = (
+    "Have steps of this phase run as they are, compiled = False in its class, or have torch compile the model alone, "
+    'Accelerator(compile="model")'
+)
 
 
 def require_accelerator(accelerator: Accelerator) -> None:
@@ -77,14 +85,107 @@ def where(error: Exception) -> str:
     return "".join(f" (in {f.filename}, line {f.lineno}: {f.line})" for f in last)
 
 
-def hint(error: Exception) -> str:
-    """Return what to do about an error of torch's tracing; empty where nothing is known of it."""
-    asked = any(
-        word in f"{type(error).__name__}{error}" for word in ("DataDependent", "data-dependent", "DynamicOutput")
-    )
-    if asked:
+def advice(why: str) -> str:
+    """Return what is expected of a step instead of a graph for each value of what has changed.
+
+    Args:
+        why: What has changed: an entry, an option of an optimizer, or an attribute; empty where it is not known.
+    """
+    if why.startswith("the entry") or not why:
+        return "batches of few shapes (drop_last=True, padding), and numbers in them as tensors"
+    if "optimizer" in why.partition(":")[0]:
         return (
-            ": ask for no number in the middle of a step (.item(), float(), if tensor: ..., boolean masks that choose "
-            "rows); torch.where chooses without asking"
+            "schedules of what a graph is given (rates, weight decay, the betas of Adam and AdamW, the momentum of "
+            "SGD), and other options that stay (OneCycleLR(cycle_momentum=False))"
         )
-    return ""
+    return (
+        "numbers and texts that stay: decide in the phase's finish(learner, state) and keep a bool, or keep the "
+        "number in a tensor"
+    )
+
+
+AS_THEY_ARE = "or have steps of this phase run as they are, compiled = False in its class"
+
+HINTS = (
+    (
+        ("ctc_loss", "lstsq"),
+        f"torch tells the shapes of what it gives from its numbers alone; compute it elsewhere, {AS_THEY_ARE}",
+    ),
+    (
+        (".numpy()", "numpy array"),
+        "compute with torch; what needs NumPy belongs into the data, or the phase's finish(learner, state)",
+    ),
+    (("__format__",), "write texts of numbers in the phase's finish(learner, state)"),
+    (
+        ("DataDependent", "data-dependent", "DynamicOutput"),
+        "ask for no number in the middle of a step (.item(), float(), if tensor: ..., an index that is a tensor); "
+        "torch.where, index_select and gather choose without asking",
+    ),
+    (("SparseTensorImpl", "sparse"), f"give it dense tensors (.to_dense()), {AS_THEY_ARE}"),
+)
+"""Words in errors of torch's tracing, and what to do about them."""
+
+FOLDER_HINTS = (
+    (("torch", "distributions"), "a distribution checks its arguments by their numbers: say validate_args=False"),
+    (
+        ("torch", "nn", "utils", "rnn.py"),
+        f"sequences are packed by lengths that are numbers: pad them, and mask what the loss sees, {AS_THEY_ARE}",
+    ),
+)
+"""Files of torch's, and what to do about an error in them."""
+
+
+def hint(error: Exception) -> str:
+    """Return what to do about an error of torch's tracing."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    text = f"{type(error).__name__}{error}"
+    if "PackedSequence" in text or (type(error) is TypeError and "zeros(): argument 'size'" in text):
+        return f": {FOLDER_HINTS[1][1]}"
+    for path, advice in FOLDER_HINTS:
+        if any(os.path.join("", *path) in file for file in files):
+            return f": {advice}"
+    return next((f": {advice}" for words, advice in HINTS if any(word in text for word in words)), f"; {AS_THEY_ARE}")
+
+
+# Known before a step runs
+
+OPTIMIZERS = {
+    "Adafactor": "asks for numbers of its state",
+    "Muon": "takes its rate as a number of Python's",
+    "LBFGS": "computes gradients as often as it likes",
+    "SparseAdam": "takes sparse gradients",
+}
+"""torch's optimizers that no graph can step, and why."""
+
+
+def require_parts(learner: RunLearner) -> None:
+    """Raise for optimizers and modules that no graph can hold, before a step runs.
+
+    Raises:
+        CompileError: Names them, and what to type.
+    """
+    why = next(why_not_parts(learner), None)
+    if why is not None:
+        raise CompileError(
+            f'Accelerator(compile="step") makes one graph of a step, and {why}. Or have steps run as they are: '
+            'compile=False or compile="model", or compiled = False in the phase\'s class'
+        )
+
+
+def why_not_parts(learner: RunLearner) -> Iterator[str]:
+    """List what of a learner no graph can hold, with what to do about it."""
+    for slot in learner.updates.slots:
+        for name, why in OPTIMIZERS.items():
+            kind = getattr(torch.optim, name, None)
+            if kind is not None and isinstance(slot.optimizer, kind):
+                yield f"{slot.label} is {name}, which {why}; expected another of torch.optim, such as AdamW"
+    for module in learner.modules():
+        for path, part in module.named_modules():
+            named = f"{type(part).__name__}{f' at {path!r}' if path else ''}"
+            if isinstance(part, _BatchNorm) and part.momentum is None and part.track_running_stats:
+                yield (
+                    f"{named} has momentum=None: it weighs a batch by how many it has seen, a number of Python's; give "
+                    "it momentum=0.1"
+                )
+            if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse and part.weight.requires_grad:
+                yield f"the gradients of {named} are sparse; expected {type(part).__name__}(sparse=False)"

@@ -23,14 +23,15 @@ from torch.optim import Optimizer
 from fluxloop.callback import Callback
 from fluxloop.compile.averaging import Agreed, Message
 from fluxloop.compile.conditions import form_of
-from fluxloop.compile.forbidden import AsTried, noting_containers, noting_draws
+from fluxloop.compile.forbidden import AsTried, noting_draws
 from fluxloop.compile.fx import as_compilers_trace, asks_for_a_float, draws, lift_constants, noting_seeds
 from fluxloop.compile.inputs import Inputs, inputs_of
 from fluxloop.compile.optimizer_stand_in import differing, note_steps, seen_of, stand_in_of
+from fluxloop.compile.reach import reach_of
 from fluxloop.compile.refusals import changes_python, first_line, hint, refusal, where, writes_options
 from fluxloop.compile.stand_ins import Look, StandIn
 from fluxloop.compile.step_averages import Moved, move
-from fluxloop.compile.unchanged import attributes_unchanged, functions_of, noting_reads, options_unchanged
+from fluxloop.compile.unchanged import attributes_unchanged, noting_reads, options_unchanged
 from fluxloop.compile.windows import Fit, Place, WaitingGradients, fits, window_after
 from fluxloop.compute.slots import Slot
 from fluxloop.data.generators import generators_of
@@ -147,7 +148,8 @@ def record(run: Run, example: list[Any]) -> GraphModule:
         # what is entered first is left last: generators and containers are compared once all else is as it was
         known = generators_of([*inputs.holders, *inputs.parts, inputs.learner.loss_fn])
         drawn = undone.enter_context(noting_draws(known))
-        appended = undone.enter_context(noting_containers(functions_of(inputs)))
+        around = reach_of(inputs.holders, inputs.parts, inputs.learner.loss_fn)
+        changed = undone.enter_context(around.unchanged())
         undone.enter_context(as_compilers_trace(phase.gradients))
         undone.enter_context(AsTried(partial(refusal, phase)))
         undone.enter_context(attributes_unchanged(inputs))
@@ -167,8 +169,8 @@ def record(run: Run, example: list[Any]) -> GraphModule:
         except Exception as error:
             why = f"{first_line(error)}{where(error)}. A graph holds tensors alone{hint(error)}"
             raise refusal(phase, why) from error
-    if appended:
-        raise changes_python(phase, (f"{name}, a variable of a function or of its module" for name in appended))
+    if changed:
+        raise changes_python(phase, (f"{name} (reached by name)" for name in dict.fromkeys(changed)))
     if drawn:
         raise refusal(
             phase,

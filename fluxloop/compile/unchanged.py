@@ -11,6 +11,7 @@ from torch import Tensor
 from fluxloop.compile.conditions import MODULE_INTERNALS
 from fluxloop.compile.inputs import Inputs
 from fluxloop.compile.optimizer_stand_in import differing, seen_of
+from fluxloop.compile.reach import CONTAINERS, Contents
 from fluxloop.compile.refusals import changes_python, writes_options
 from fluxloop.persist.attributes import attributes
 from fluxloop.persist.seen import seen
@@ -31,6 +32,7 @@ def attributes_unchanged(inputs: Inputs) -> Iterator[None]:
     saved_tensors: list[tuple[Any, Any]] = [
         (where, dict(where)) for part in inputs.parts for where in (part._parameters, part._buffers)
     ]
+    contents = [Contents(value) for own in saved for value in own.values() if isinstance(value, CONTAINERS)]
     changed: dict[str, None] = {}
     try:
         yield
@@ -49,6 +51,8 @@ def attributes_unchanged(inputs: Inputs) -> Iterator[None]:
         for where, tensors_before in saved_tensors:
             where.clear()
             where.update(tensors_before)
+        for held in contents:
+            held.restore()
     if changed:
         raise changes_python(inputs.phase, changed)
 
@@ -99,15 +103,6 @@ def options_unchanged(inputs: Inputs) -> Iterator[None]:
     for slot, old, new in zip(inputs.slots, before, now, strict=True):
         if old != new:
             raise writes_options(inputs.phase, slot, differing(old, new))
-
-
-def functions_of(inputs: Inputs) -> list[Any]:
-    """Return the users' functions that a step may run, as far as they are found by name."""
-    loss_fn = inputs.learner.loss_fn
-    kinds = {kind for thing in (*inputs.holders, *inputs.parts, loss_fn) for kind in type(thing).__mro__}
-    own = [kind for kind in kinds if not kind.__module__.startswith(("torch.", "fluxloop.", "builtins"))]
-    held = [value for thing in (*inputs.holders, *inputs.parts) for value in attributes(thing).values()]
-    return [loss_fn, *held, *(value for kind in own for value in vars(kind).values())]
 
 
 @contextmanager

@@ -10,7 +10,18 @@ from compiled_training import Scale, both, learner, learner_of, rows, weights
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fluxloop import Accelerator, Attribute, Callback, Scheduler, StepBegin, TrainingPhase, linear, on, runepoch
+from fluxloop import (
+    Accelerator,
+    Attribute,
+    Callback,
+    Scheduler,
+    StepBegin,
+    StepEnd,
+    TrainingPhase,
+    linear,
+    on,
+    runepoch,
+)
 
 pytestmark = pytest.mark.usefixtures("imported")
 
@@ -174,3 +185,38 @@ def test_an_attribute_that_a_schedule_sets_is_noticed_although_nobody_says_what_
         found.append(list(model.parameters()))
     for eager, compiled in zip(*found, strict=True):
         torch.testing.assert_close(eager, compiled, rtol=1e-5, atol=1e-6)
+
+
+class Resets(Callback):
+    """Puts other tensors in the place of an optimizer's state."""
+
+    reads = writes = ("optimizer",)
+
+    @on(StepEnd, TrainingPhase)
+    def reset(self, event: Any, phase: Any, learner: Any) -> None:
+        for state in learner.optimizer.state.values():
+            state["momentum_buffer"] = torch.zeros_like(state["momentum_buffer"])
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_state_that_a_callback_replaces_after_a_step_is_the_next_steps() -> None:
+    both(2, callbacks=lambda: [Resets()])
+
+
+class Gives(Callback):
+    """Puts a gradient there that nobody computed, before some steps."""
+
+    reads = writes = ("model",)
+    count = 0
+
+    @on(StepBegin, TrainingPhase)
+    def give(self, event: Any, phase: Any, learner: Any) -> None:
+        self.count += 1
+        if self.count % 3 == 0:
+            learner.model[0].weight.grad = torch.ones_like(learner.model[0].weight)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_gradient_that_nobody_computed_is_added_to_and_told() -> None:
+    with pytest.warns(UserWarning, match=r"0.weight has a gradient that learner.backward did not compute.*zero_grad"):
+        both(3, callbacks=lambda: [Gives()])

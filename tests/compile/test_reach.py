@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from compiled_training import SGD, graphs, learner, learner_of
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fluxloop import CompileError, Learner, TrainingPhase
+from fluxloop.compile.reach import Reach
+
+pytestmark = pytest.mark.usefixtures("imported", "uncompiled")
+
+KEPT: list[Any] = []
+TABLE = {"a": 1}
+SCALE = 1.0
+LAST: Any = None
+SETTINGS = SimpleNamespace(scale=1.0, others=5, items=[], last=None)
+
+
+def test_what_functions_change_is_named_and_put_back() -> None:
+    mine: set[int] = {1}
+    inner: dict[str, Any] = {"a": {"b": [1]}}
+
+    def helper() -> None:
+        global LAST
+        LAST = 3
+        SETTINGS.items.append(3)
+        SETTINGS.last = SETTINGS.new = 3
+        inner["a"]["b"].append(2)
+
+    def changes() -> None:
+        KEPT.append(1)
+        TABLE["b"] = 2
+        mine.add(2)
+        helper()
+
+    def reads() -> int:
+        return len(KEPT) + TABLE["a"] + len(mine)
+
+    with Reach([reads, len], []).unchanged() as noted:
+        reads()
+    assert noted == []
+    with Reach([changes], []).unchanged() as noted:
+        changes()
+    named = ["KEPT", "LAST", "SETTINGS.items", "SETTINGS.last", "SETTINGS.new", "TABLE", "inner", "mine"]
+    assert sorted(noted) == named
+    assert (KEPT, TABLE, mine, LAST, inner) == ([], {"a": 1}, {1}, None, {"a": {"b": [1]}})
+    assert SimpleNamespace(scale=1.0, others=5, items=[], last=None) == SETTINGS
+
+
+class Sees(nn.Module):
+    """Keeps what it has seen in its class, in a helper's list, or in itself."""
+
+    seen: ClassVar[list[Any]] = []
+    last: Any = None
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layer, self.how, self.own = nn.Linear(6, 3), how, {"deep": [[]]}
+
+    def forward(self, xs: Tensor) -> Tensor:
+        out: Tensor = self.layer(xs)
+        if self.how == "list":
+            self.seen.append(out)
+        elif self.how == "class":
+            type(self).last = out
+        elif self.how == "helper":
+            keeps(out)
+        elif self.how == "own":
+            self.own["deep"][0].append(out)
+        return out
+
+
+def keeps(out: Tensor) -> None:
+    KEPT.append(out)
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [("list", "Sees.seen"), ("class", "Sees.last"), ("helper", "KEPT"), ("own", "Sees.own")],
+)
+def test_no_stand_in_stays_where_a_step_was_refused(how: str, name: str) -> None:
+    made = learner_of(Sees(how))
+    with pytest.raises(CompileError, match=rf"it changes {name}.*finish\(learner, state\)"):
+        made.fit(1)
+    found = [*Sees.seen, Sees.last, *KEPT, *made.model.own["deep"][0]]
+    assert {type(each) for each in found} <= {Tensor, type(None)}  # of the first step, which runs as it is
+    Sees.seen.clear()
+    KEPT.clear()
+    Sees.last = None
+
+
+def scaled(preds: Tensor, ys: Tensor) -> Tensor:
+    return cross_entropy(preds, ys) * factor()
+
+
+def factor() -> float:
+    return SCALE * SETTINGS.scale
+
+
+class Scaled(TrainingPhase):
+    """Multiplies its loss by what its class says."""
+
+    scale = 1.0
+
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        state.preds = learner.model(state.xs)
+        state.loss = learner.loss_fn(state.preds, state.ys) * self.scale
+        learner.backward(state.loss)
+        learner.update()
+
+
+def change(name: str, value: float) -> None:
+    global SCALE
+    if name == "global":
+        SCALE = value
+    elif name == "object":
+        SETTINGS.scale = value
+    elif name == "class":
+        Scaled.scale = value
+
+
+@pytest.mark.parametrize("name", ["global", "object", "class", "closure"])
+def test_what_a_step_reaches_by_name_is_looked_at_when_an_epoch_begins(name: str) -> None:
+    found = []
+    for compile in (False, "step"):
+        weight = 1.0
+
+        def closed(preds: Tensor, ys: Tensor) -> Tensor:
+            return scaled(preds, ys) * weight  # noqa: B023 - that is the test
+
+        change(name, 1.0)
+        made: Learner[Any] = learner(compile, optimizer=SGD, loss_fn=closed, default_callbacks=False)
+        made.fit(2, phases=[Scaled()])
+        if compile:
+            assert graphs(made, Scaled) == 2
+        change(name, 0.25)
+        weight = 0.25 if name == "closure" else 1.0
+        made.fit(1, phases=[Scaled()])
+        change(name, 1.0)
+        found.append(made.model[0].weight.detach())
+    torch.testing.assert_close(*found, rtol=2e-6, atol=2e-6)
