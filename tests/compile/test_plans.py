@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_training import ADAM, Every, Scale, both, full, graphs, learner, learner_of, rows, weights
+from compiled_training import ADAM, RMSPROP, SGD, Every, Scale, both, full, graphs, learner, learner_of, rows, weights
 from torch import Tensor, nn
 
 from fluxloop import (
@@ -258,9 +258,13 @@ def test_a_number_of_the_phase_that_changes_is_seen_and_said_when_it_changes_oft
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("plain")
-def test_a_momentum_that_changes_at_every_step_is_right_and_said() -> None:
-    with pytest.warns(UserWarning, match=r"compiled 8 times.*the optimizer: momentum"):
-        both(5, callbacks=lambda: [Scheduler({Momentum: linear(15, 0.5, 0.9)})])
+def test_an_option_that_changes_at_every_step_is_right_and_said_where_it_is_no_input() -> None:
+    schedule = linear(15, 0.5, 0.9)
+    with pytest.warns(UserWarning, match=r"compiled 8 times.*the optimizer: momentum.*cycle_momentum=False"):
+        both(5, callbacks=lambda: [Scheduler({Momentum: schedule})], optimizer=partial(RMSPROP, momentum=0.9))
+    for optimizer in (SGD, ADAM):
+        _, compiled = both(5, callbacks=lambda: [Scheduler({Momentum: schedule})], optimizer=optimizer)
+        assert graphs(compiled) == 2
 
 
 @pytest.mark.slow

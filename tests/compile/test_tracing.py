@@ -72,7 +72,7 @@ def append(model: Any, out: Tensor) -> Tensor:
         (lambda model, out: out * random.random(), ("draws from Python's or NumPy's random numbers",)),
         (lambda model, out: out * float(numpy.random.rand()), ("draws from Python's or NumPy's random numbers",)),
         (scaled, ("asks for a number in the middle", "alpha=")),
-        (collect, ("it changes COLLECTED, a variable",)),
+        (collect, ("it changes COLLECTED (reached by name)",)),
         (lambda model, out: out * RNG.random(), ("draws from Python's or NumPy's random numbers (test_tracing.RNG)",)),
         (lambda model, out: torch.func.jvp(torch.sin, (out,), (out,))[1], ("forward-mode differentiation",)),
     ],
