@@ -17,9 +17,9 @@ StepEnd), or, where that is not enough, its own `step`; callbacks that handle an
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import update_wrapper
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, NoneType
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet
 
@@ -206,9 +206,45 @@ class Phase:
     def check(self, learner: Any) -> None:
         """Raise what is wrong with the learner for this phase, before anything has begun."""
 
+    kept_as: ClassVar[Mapping[str, str]] = {}
+    """Under which attributes arguments are kept whose own names are others'; for `repr`."""
+
     def __repr__(self) -> str:
-        name = name_of(self)
-        return f"{type(self).__name__}({'' if name == name_of(type(self)) else f'name={name!r}'})"
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in options_of(self).items())})"
+
+
+def options_of(phase: Phase) -> dict[str, Any]:
+    """Return what a phase was made with: arguments that are numbers, texts, or tuples of these, and no defaults.
+
+    They are read from its attributes: an argument that is kept under no attribute of its name, or of the name that
+    `kept_as` says, is left out.
+    """
+    cls = type(phase)
+    found: dict[str, Any] = {}
+    for name, parameter in _arguments(cls).items():
+        usual = name_of(cls) if name == "name" else parameter.default
+        kept = cls.kept_as.get(name, name)
+        value = name_of(phase) if name == "name" else getattr(phase, kept, usual)
+        parts = value if isinstance(value, tuple) else (value,)
+        if all(isinstance(part, (bool, int, float, str, NoneType)) for part in parts) and value != usual:
+            found[name] = value
+    return found
+
+
+def _arguments(cls: type[Phase]) -> dict[str, inspect.Parameter]:
+    """Return the named arguments of a class, with those of its bases where it passes on what it does not name."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        own = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]  # without self
+        found |= {each.name: each for each in own if each.kind in _NAMED and each.name not in found}
+        if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in own):
+            break
+    return found
+
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def check_name(phase: Phase) -> None:
@@ -359,11 +395,6 @@ class AbstractValidationPhase(Phase):
         if type(every) is not int or every != 1:
             self.every = every
             check_every(self)
-
-    def __repr__(self) -> str:
-        options = {"name": name_of(self), "every": self.every}
-        usual = {"name": name_of(type(self)), "every": 1}
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in options.items() if v != usual[k])})"
 
 
 class ProbePhase(AbstractValidationPhase):

@@ -16,8 +16,11 @@ from fluxloop import (
     Callback,
     CancelStepException,
     DataError,
+    DiffusionPhase,
     Event,
     FittingPhase,
+    GANPhase,
+    GANValidationPhase,
     Learner,
     LossBegin,
     Metrics,
@@ -111,6 +114,23 @@ def test_the_phase_types_say_their_data_mode_and_gradients():
     assert all(issubclass(cls, Phase) for cls in (*said, FittingPhase))
     assert not issubclass(TrainingPhase, AbstractValidationPhase)
     assert repr(TrainingPhase()) == "TrainingPhase()"
+
+
+class Kept(TrainingPhase):
+    """Has arguments of all kinds, and passes on others."""
+
+    def __init__(self, size: int, views: Any = None, *, rate: float = 0.5, lost: int = 3, **options: Any) -> None:
+        super().__init__(**options)
+        self.size, self.views, self.rate = size, views, rate
+
+
+def test_a_phase_shows_the_plain_arguments_that_are_no_defaults() -> None:
+    assert repr(Kept(3, len, lost=4)) == "Kept(size=3)"
+    assert repr(Kept(3, rate=0.1, name="fast")) == "Kept(size=3, rate=0.1, name='fast')"
+    assert repr(DiffusionPhase("edm", log_sigma=(0, 1))) == "DiffusionPhase(predict='edm', log_sigma=(0, 1))"
+    assert repr(DiffusionPhase()) == "DiffusionPhase()"
+    assert repr(GANPhase("hinge", r1=0.5)) == "GANPhase(loss='hinge', r1=0.5)"
+    assert repr(GANValidationPhase(GANPhase(every=4))) == "GANValidationPhase(GANPhase(every=4))"
 
 
 @pytest.mark.parametrize("phase", [AbstractTrainingPhase(), AbstractValidationPhase()], ids=repr)

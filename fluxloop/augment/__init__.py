@@ -3,8 +3,10 @@
 - ``views``: several views of each row, for a phase or a dataset.
 - ``per_row``: crops, flips, colours and blur, each drawn for each image of a batch, on its device.
 - ``masks``: what is hidden from a network.
+- ``adaptive``: changes of what a critic sees, with a probability that follows its scores.
 """
 
+from fluxloop.augment.adaptive import AdaptiveAugment
 from fluxloop.augment.masks import BlockMasks, MultiBlock, RandomMasks
 from fluxloop.augment.per_row import (
     add_noise,
@@ -18,6 +20,7 @@ from fluxloop.augment.per_row import (
 from fluxloop.augment.views import MultiCrop, TwoViews, ViewDataset, draws_once
 
 __all__ = [
+    "AdaptiveAugment",
     "BlockMasks",
     "MultiBlock",
     "MultiCrop",

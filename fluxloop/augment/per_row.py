@@ -53,7 +53,8 @@ def rows_of(values: Tensor) -> Tensor:
 
 def apply_to_some(images: Tensor, changed: Tensor, drawn: Tensor, probability: float | Tensor) -> Tensor:
     """Return the changed images where the number drawn is less than the probability, else those as they were."""
-    return torch.where(rows_of(drawn < probability), changed.to(images.dtype), images)
+    chosen = (drawn < probability).reshape(-1, *[1] * (images.ndim - 1))
+    return torch.where(chosen, changed.to(images.dtype), images)
 
 
 def sample_images(images: Tensor, grid: Tensor, padding_mode: str = "zeros") -> Tensor:

@@ -23,7 +23,7 @@ def draws_once(transform: Any) -> bool:
     """Return whether a transform draws once for all that it is called with: torchvision's do, and chains of them.
 
     Example:
-        >>> draws_once(random_affine)  # it draws for each row
+        >>> draws_once(lambda images: images.flip(-1))
         False
     """
     if isinstance(transform, nn.Sequential):
@@ -136,6 +136,7 @@ class MultiCrop:
 
     Example:
         >>> from functools import partial
+        >>> from fluxloop.augment import random_affine
         >>> large, small = (partial(random_affine, scale=(1.0, 3.0), size=size) for size in (8, 4))
         >>> [tuple(crop.shape) for crop in MultiCrop(large, small, num_local=2)(torch.rand(16, 3, 12, 12))]
         [(16, 3, 8, 8), (16, 3, 8, 8), (16, 3, 4, 4), (16, 3, 4, 4)]

@@ -17,9 +17,11 @@ from fluxloop.losses.adversarial import AdversarialLoss, least_squares
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.phases.objective import require_parts
 from fluxloop.phases.twin import TwinPhase
+from fluxloop.processes.gather import all_gather, compare_rows, gather_equal
 
 if TYPE_CHECKING:
     from fluxloop.loop import Handle
+    from fluxloop.processes.group import Group
     from fluxloop.state import StepState
 
 POOLS = ("pool_a", "stored_a", "pool_b", "stored_b")
@@ -39,16 +41,21 @@ Pool = tuple[Tensor, Tensor]
 """Images (size, ...), and how many there are: a tensor with a whole number, so that nobody has to wait for it."""
 
 
-def draw_from_pool(pool: Pool, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def draw_numbers(pool: Pool, new: Tensor) -> Tensor:
+    """Draw what decides an exchange from torch's global generator: numbers for each place, then for each image."""
+    return torch.cat([torch.rand(len(rows), device=new.device) for rows in (pool[0], new)])
+
+
+def draw_from_pool(pool: Pool, new: Tensor, numbers: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Choose past fake images, which a critic sees in place of new ones (Shrivastava et al., 2017).
 
     A pool stores images until it is full. From then on each new one is exchanged, with probability 1/2, for a stored
-    one, which is seen in its place; the images of a batch are exchanged for different ones. What is drawn comes from
-    torch's global generator.
+    one, which is seen in its place; the images of a batch are exchanged for different ones.
 
     Args:
         pool: The pool, which stays as it is: `put_into_pool` changes it.
         new: Images (N, ...).
+        numbers: What `draw_numbers` drew; left out, they are drawn.
 
     Returns:
         What a critic sees (N, ...), the places that the images may take (N,), and which of them do (N,).
@@ -63,8 +70,8 @@ def draw_from_pool(pool: Pool, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             f"a pool of {size} images was given {count} at once; expected at most as many as it holds: "
             f"CycleGANPhase(pool_size={count})"
         )
-    order = torch.rand(size, device=new.device).argsort()[:count]
-    exchanged = torch.rand(count, device=new.device) < 0.5
+    numbers = draw_numbers(pool, new) if numbers is None else numbers
+    order, exchanged = numbers[:size].argsort()[:count], numbers[size:] < 0.5
     following = stored + torch.arange(count, device=new.device)
     full = stored >= size
     places = torch.where(full, order, following % size)
@@ -101,7 +108,8 @@ class CycleGANPhase(AbstractTrainingPhase):
     `UpdateEnd`; `LossBegin` (``seen_a``, ``seen_b``, what the critics see of fakes), `BackwardBegin`
     (``losses["critics"]``), `BackwardEnd`, `UpdateBegin`, `UpdateEnd`; `StepEnd`.
 
-    Where several processes train, each has pools of its own, and a checkpoint keeps the first one's.
+    Where several processes train, they have the same pools, into which the fakes of all go: all is as with one process
+    on the joined batch, which has to fit into a pool.
 
     Raises:
         PhaseError: A number is out of range, or the learner has other models or optimizers.
@@ -192,17 +200,36 @@ class CycleGANPhase(AbstractTrainingPhase):
         with learner.optimizing("critics") as block:
             state.seen_a, state.seen_b = state.fake_a.detach(), state.fake_b.detach()
             if self.pool_size:
-                state.seen_a, *state.exchange_a = draw_from_pool(self.pool("a", state.seen_a), state.seen_a)
-                state.seen_b, *state.exchange_b = draw_from_pool(self.pool("b", state.seen_b), state.seen_b)
+                group = learner.accelerator.group
+                state.seen_a, *state.exchange_a = self.exchange("a", state.seen_a, group)
+                state.seen_b, *state.exchange_b = self.exchange("b", state.seen_b, group)
             handle(LossBegin())
             block.loss = self.critics_loss(critics, state)
+
+    def exchange(self, kind: str, new: Tensor, group: Group | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Choose what a critic sees of fakes (N, ...), and which of the fakes of all processes go where in the pool.
+
+        The numbers that decide it are those that the first process has drawn.
+
+        Returns:
+            What is seen (N, ...), the fakes of all, and of these their places and whether they take them.
+        """
+        pool = self.pool(kind, new)
+        if group is None:
+            seen, places, taken = draw_from_pool(pool, new)
+            return seen, new, places, taken
+        rows = compare_rows(new, group)
+        fakes = all_gather(new, group, rows)
+        numbers = gather_equal(draw_numbers(pool, fakes)[None], group)[0]
+        seen, places, taken = draw_from_pool(pool, fakes, numbers)
+        return (seen[rows.own] if rows.counts[rows.rank] else new), fakes, places, taken
 
     def finish(self, learner: Any, state: StepState) -> None:
         """Put the fakes into the pools."""
         if self.pool_size:
-            a, b = state.fake_a.detach(), state.fake_b.detach()
-            self.pool_a, self.stored_a = put_into_pool(self.pool("a", a), a, *state.exchange_a)
-            self.pool_b, self.stored_b = put_into_pool(self.pool("b", b), b, *state.exchange_b)
+            (a, *of_a), (b, *of_b) = state.exchange_a, state.exchange_b
+            self.pool_a, self.stored_a = put_into_pool(self.pool("a", a), a, *of_a)
+            self.pool_b, self.stored_b = put_into_pool(self.pool("b", b), b, *of_b)
 
     def require(self, learner: Any) -> None:
         """Raise for missing models or parts."""

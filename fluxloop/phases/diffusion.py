@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -101,6 +102,7 @@ class DiffusionPhase(NoisedPhase):
     """
 
     transient = ("_left",)
+    kept_as: ClassVar[Mapping[str, str]] = {"predict": "predicts"}
 
     def __init__(
         self,

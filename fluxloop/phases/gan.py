@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from fluxloop.augment.adaptive import AdaptiveAugment, apply_changes
 from fluxloop.errors import BatchError, PhaseError, describe, did_you_mean
 from fluxloop.events import LossBegin
-from fluxloop.guard.given import check_number
+from fluxloop.guard.given import check_called, check_number
 from fluxloop.losses.adversarial import (
     ADVERSARIAL_LOSSES,
     AdversarialLoss,
+    Critic,
     gradient_penalty,
     path_lengths,
     r1_penalty,
 )
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.phases.twin import TwinPhase
-from fluxloop.processes.gather import mean_of_rows
+from fluxloop.processes.gather import mean_of_rows, sum_over
 from fluxloop.schedules import Schedule, value_at
 
 if TYPE_CHECKING:
     from fluxloop.loop import Handle
+    from fluxloop.processes.group import Group
     from fluxloop.state import StepState
 
 Noise = int | Sequence[int] | Callable[[int, torch.device], Tensor]
@@ -60,6 +63,9 @@ class GANPhase(AbstractTrainingPhase):
             `path_lengths` of new noise from their running mean, which is kept in checkpoints. A generator with the
             parts ``mapping`` and ``synthesis`` is looked at between the two. Computed in every fourth of its updates,
             with four times the weight: ``path_every = 2`` in a subclass says another number.
+        augment: Changes what the critic sees, real rows and fake ones alike: a function of a batch that draws for each
+            row and that gradients pass through, or an `AdaptiveAugment`, whose probability the phase moves. Each time
+            that the critic is called it draws anew. Validation sees rows as they are.
         conditional: Whether both models take labels too, ``generator(noise, ys)`` and
             ``critic(xs, ys)``; batches are then pairs.
         generator: Name of the generator and its optimizer; left out, found by name
@@ -72,7 +78,7 @@ class GANPhase(AbstractTrainingPhase):
     events in order, and what the step stores by then:
 
     ==============================  ===================================================
-    `StepBegin`                     ``real`` (N, ...), ``ys`` where conditional
+    `StepBegin`                     ``real`` (N, ...), ``ys`` where conditional, ``augment_probability`` where adaptive
     `LossBegin`                     ``noise``, ``fake``, ``real_scores``, ``fake_scores``
     `BackwardBegin`, `BackwardEnd`  ``losses[critic]``, ``penalty`` where there is one
     `UpdateBegin`, `UpdateEnd`      of the critic
@@ -97,8 +103,9 @@ class GANPhase(AbstractTrainingPhase):
 
     path_every: ClassVar[int] = 4
     """In which of the generator's updates the path length penalty is computed: the first, and each so many-th."""
+    kept_as: ClassVar[Mapping[str, str]] = {"loss": "loss_name", "generator": "_", "critic": "_"}
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what papers vary
         self,
         loss: str | AdversarialLoss = "non-saturating",
         *,
@@ -109,6 +116,7 @@ class GANPhase(AbstractTrainingPhase):
         r2: float | Schedule = 0.0,
         every: int = 1,
         path_length: float = 0.0,
+        augment: Callable[[Tensor], Tensor] | None = None,
         conditional: bool = False,
         generator: str | None = None,
         critic: str | None = None,
@@ -126,6 +134,8 @@ class GANPhase(AbstractTrainingPhase):
         if not (callable(noise) or isinstance(noise, (tuple, list))):
             check_number("GANPhase", "noise", noise, least=1, whole=True, error=PhaseError)
         _check_names({"generator": generator, "critic": critic})
+        if augment is not None:
+            check_called("GANPhase", "augment", augment, "what changes rows: AdaptiveAugment(random_flip)", PhaseError)
         self.adversarial = loss if isinstance(loss, AdversarialLoss) else ADVERSARIAL_LOSSES[loss]
         self.noise = noise
         self.critic_steps = critic_steps
@@ -138,9 +148,18 @@ class GANPhase(AbstractTrainingPhase):
         """The running mean of the path lengths; None before the first."""
         self._path_next: Tensor | None = None
         """What it is once the update is made that is yet to come."""
+        self.augment = augment
+        # What a compiled step reads of its phase has to stay what it is, and the probability does not
+        self._adapts = isinstance(augment, AdaptiveAugment)
+        self._changes = augment.changes if isinstance(augment, AdaptiveAugment) else ()
         self.conditional = conditional
         self.roles = {"generator": generator, "critic": critic}
         self._count(0)
+
+    @property
+    def loss_name(self) -> str:
+        """The name of its loss."""
+        return self.adversarial.name
 
     def entries(self, batch: Any) -> dict[str, Any]:
         """Return ``real``, ``ys`` where both models take labels, and ``r1`` and ``r2`` where they have schedules."""
@@ -155,6 +174,8 @@ class GANPhase(AbstractTrainingPhase):
         entries = {"real": batch[0] if pair else batch}
         if self.conditional:
             entries["ys"] = batch[1]
+        if isinstance(self.augment, AdaptiveAugment):
+            entries["augment_probability"] = torch.as_tensor(self.augment.probability, dtype=torch.float32)
         for name, weight in (("r1", self.r1), ("r2", self.r2)):
             if callable(weight):
                 dtype = torch.float64 if getattr(entries["real"], "dtype", None) == torch.float64 else torch.float32
@@ -177,7 +198,8 @@ class GANPhase(AbstractTrainingPhase):
 
     def body(self, learner: Any, handle: Handle, state: StepState) -> None:
         """Train the critic on one batch, and the generator when it is its turn."""
-        (generator_name, generator), (critic_name, critic) = self.models(learner)
+        (generator_name, generator), (critic_name, judge) = self.models(learner)
+        critic = self.judging(judge, state)
         labels = (state.ys,) if self.conditional else ()
         state.noise = self.draw_noise(state)
         with torch.set_grad_enabled(self._generator_too):
@@ -185,6 +207,8 @@ class GANPhase(AbstractTrainingPhase):
         with learner.optimizing(critic_name) as block:
             fake = state.fake.detach()
             state.real_scores, state.fake_scores = critic(state.real, *labels), critic(fake, *labels)
+            if self._adapts:
+                state.signs = state.real_scores.detach().float().sign().reshape(len(state.real), -1).mean(1)
             handle(LossBegin())
             block.loss = self.adversarial.critic(state.real_scores, state.fake_scores)
             block.loss = self.penalized(block.loss, critic, state, fake, labels)
@@ -198,9 +222,24 @@ class GANPhase(AbstractTrainingPhase):
                 handle(LossBegin())
                 block.loss = self.adversarial.generator(*([state.real_scores] if paired else []), state.fake_scores)
                 if self._path_due:
-                    block.loss = block.loss + self.path_penalty(generator, state, labels)
+                    group = learner.accelerator.group
+                    block.loss = block.loss + self.path_penalty(generator, state, labels, group)
 
-    def path_penalty(self, generator: Any, state: StepState, labels: tuple[Tensor, ...]) -> Tensor:
+    def judging(self, critic: Critic, state: StepState) -> Critic:
+        """Return what scores rows: the critic, of the rows as `augment` has changed them."""
+        if self._adapts:
+            changes, probability = self._changes, state.augment_probability
+            return lambda rows, *labels: critic(apply_changes(changes, rows, probability), *labels)
+        augment = self.augment
+        return critic if augment is None else lambda rows, *labels: critic(augment(rows), *labels)
+
+    def draw_directions(self, images: Tensor) -> Tensor:
+        """Draw in which direction each image is to move with its latents, of the images' shape."""
+        return torch.randn_like(images)
+
+    def path_penalty(
+        self, generator: Any, state: StepState, labels: tuple[Tensor, ...], group: Group | None = None
+    ) -> Tensor:
         """Return the path length penalty of new noise; store it and ``path_lengths`` (N,), without gradient."""
         latents = self.draw_noise(state)
         if hasattr(generator, "mapping"):
@@ -208,8 +247,12 @@ class GANPhase(AbstractTrainingPhase):
             images = generator.synthesis(latents)
         else:
             images = generator(latents.requires_grad_(), *labels)
-        lengths = path_lengths(images, latents)
-        penalty = (lengths - self.path_mean_with(lengths.mean())).square().mean()
+        lengths = path_lengths(images, latents, self.draw_directions(images))
+        mean = lengths.mean()
+        if group is not None:  # the penalty, and its gradient, is that of one process on the joined batch
+            total, rows = sum_over(torch.stack([lengths.sum(), lengths.new_tensor(len(lengths))]), group).unbind()
+            mean = total / rows
+        penalty = (lengths - self.path_mean_with(mean)).square().mean()
         state.path_lengths, state.path_penalty = lengths.detach(), penalty.detach()
         return penalty * (self.path_length * self.path_every)
 
@@ -222,7 +265,12 @@ class GANPhase(AbstractTrainingPhase):
         if self._path_due:  # the lengths of all processes, so that each has the same mean
             self._path_next = self.path_mean_with(mean_of_rows(state.path_lengths, learner.accelerator.group))
         updates = learner.updates
-        if not updates.is_windowed or not updates.has_open(self.models(learner)[1][0]):
+        updated = not updates.is_windowed or not updates.has_open(self.models(learner)[1][0])
+        if isinstance(self.augment, AdaptiveAugment):
+            signs, group = state.signs, learner.accelerator.group
+            seen = torch.stack([signs.sum(), signs.new_tensor(len(signs))])
+            self.augment.observe(seen if group is None else sum_over(seen, group), updated)
+        if updated:
             self._count(self._critic_updates + 1)
         else:
             self._waits = True
@@ -230,6 +278,8 @@ class GANPhase(AbstractTrainingPhase):
     def _follow_update(self, learner: Any) -> None:
         """Count the critic's update where that of an epoch's last batches has been made after its last step."""
         if self._waits:
+            if isinstance(self.augment, AdaptiveAugment):
+                self.augment.count_update()
             self._count(self._critic_updates + 1)
 
     def _count(self, critic_updates: int) -> None:
@@ -244,7 +294,7 @@ class GANPhase(AbstractTrainingPhase):
             self.path_mean, self._path_next = self._path_next, None
 
     def penalized(
-        self, loss: Tensor, critic: nn.Module, state: StepState, fake: Tensor, labels: tuple[Tensor, ...]
+        self, loss: Tensor, critic: Critic, state: StepState, fake: Tensor, labels: tuple[Tensor, ...]
     ) -> Tensor:
         """Add the penalties on the critic's gradient, and store them as ``penalty``."""
         penalty: Tensor | float = 0.0
@@ -288,15 +338,18 @@ class GANPhase(AbstractTrainingPhase):
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: the number of critic updates, and the running mean of path lengths."""
-        means = {"path_mean": self.path_mean, "path_next": self._path_next}
-        return {"critic_updates": self._critic_updates, **{k: v for k, v in means.items() if v is not None}}
+        """Return what a checkpoint keeps: critic updates, the running mean of path lengths, and `augment`'s state."""
+        adaptive = self.augment.state_dict() if isinstance(self.augment, AdaptiveAugment) else None
+        kept = {"path_mean": self.path_mean, "path_next": self._path_next, "augment": adaptive}
+        return {"critic_updates": self._critic_updates, **{k: v for k, v in kept.items() if v is not None}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what a checkpoint keeps."""
         self._path_next = None
         self._count(state["critic_updates"])
         self.path_mean, self._path_next = state.get("path_mean"), state.get("path_next")
+        if isinstance(self.augment, AdaptiveAugment):
+            self.augment.load_state_dict(state.get("augment", {}))
 
 
 class GANValidationPhase(TwinPhase):

@@ -15,6 +15,7 @@ from fluxloop.losses.spread import koleo_loss
 from fluxloop.phases.dino import DINOPhase
 from fluxloop.phases.joint_embedding import Views
 from fluxloop.phases.mae import grid_of
+from fluxloop.phases.objective import require_call
 from fluxloop.processes.gather import all_gather
 from fluxloop.schedules import Schedule
 
@@ -184,6 +185,7 @@ class IBOTPhase(DINOPhase):
                     f"{type(self).__name__} calls learner.model.{name}.{missing[0]}, which there is not; expected an "
                     "encoder(images, mask) and a projector: nn.ModuleDict({'encoder': ..., 'projector': ...})"
                 )
+            require_call(self, network.encoder, f"{name}.encoder", "images", "mask")
 
 
 class DINOv2Phase(IBOTPhase):

@@ -15,7 +15,7 @@ from fluxloop.guard.given import check_number
 from fluxloop.loop import runepoch
 from fluxloop.losses.denoising import row_errors
 from fluxloop.phase import inputs_and_labels
-from fluxloop.phases.objective import ObjectivePhase, can_run
+from fluxloop.phases.objective import ObjectivePhase, can_run, require_call
 from fluxloop.phases.twin import TwinPhase
 from fluxloop.randomness import stream_seed
 
@@ -47,7 +47,8 @@ class NoisedPhase(ObjectivePhase):
     ``noised``, ``preds``, ``target``, ``errors`` (N,), ``loss``. The events are those of `ObjectivePhase`.
 
     Raises:
-        PhaseError: A number is out of range, `null` is missing, or the learner has several models.
+        PhaseError: A number is out of range, `null` is missing, the learner has several models, or one that takes other
+            arguments.
         BatchError: A batch is something else, or its rows are whole numbers.
 
     Example:
@@ -145,12 +146,15 @@ class NoisedPhase(ObjectivePhase):
         return loss
 
     def require(self, learner: Any) -> None:
-        """Raise for several models."""
+        """Raise for several models, and for one that takes other arguments."""
         if not can_run(learner.model):
             raise PhaseError(
                 f"{type(self).__name__} runs one model, and the learner has {sorted(map(str, learner.models))}; say "
                 "what is run with them in a subclass's predict(learner, state)"
             )
+        if type(self).predict is NoisedPhase.predict:
+            given = ("noised", "times", "ys") if self.conditional else ("noised", "times")
+            require_call(self, learner.model, "model", *given)
 
     # Sampling
 

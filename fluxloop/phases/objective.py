@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fluxloop.errors import PhaseError
+from fluxloop.errors import PhaseError, arguments_misfit
 from fluxloop.events import BackwardBegin, BackwardEnd, LossBegin
 from fluxloop.phase import AbstractTrainingPhase, Phase
 from fluxloop.phases.twin import TwinPhase
@@ -132,6 +132,27 @@ def require_parts(phase: Phase, model: Any, *parts: str) -> None:
         raise PhaseError(
             f"{type(phase).__name__} calls learner.model.{missing[0]}, and the models are {have}; expected "
             f"{', '.join(parts)}: Learner({{{names}}}), or one module with these attributes"
+        )
+
+
+def require_call(phase: Phase, model: Any, called: str, *arguments: str) -> None:
+    """Raise for a module that cannot be called with so many arguments, before anything runs.
+
+    Args:
+        phase: The phase that calls it.
+        model: A module; what is none, and what does not say what it takes, is taken to fit.
+        called: What it is called by, for the message: ``"learner.model"``.
+        arguments: The names of what it is given.
+
+    Raises:
+        PhaseError: Says what it takes, and what it is given.
+    """
+    misfit = arguments_misfit(model.forward, len(arguments)) if can_run(model) else None
+    if misfit is not None:
+        given = ", ".join(arguments)
+        raise PhaseError(
+            f"{type(phase).__name__} calls {called}({given}), and the forward of {type(model).__name__} has the "
+            f"arguments {misfit[0]} ({misfit[1]}); expected a module with\n    def forward(self, {given}):"
         )
 
 

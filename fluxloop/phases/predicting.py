@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, smooth_l1_loss
 
 from fluxloop.augment.masks import BlockMasks, Masks, MultiBlock
+from fluxloop.compute.precision import in_single
 from fluxloop.errors import PhaseError
 from fluxloop.guard.given import check_called, check_number
 from fluxloop.phases.joint_embedding import require_moving_teacher
 from fluxloop.phases.mae import grid_of, patchify
-from fluxloop.phases.objective import ObjectivePhase
+from fluxloop.phases.objective import ObjectivePhase, require_call, require_parts
 
 if TYPE_CHECKING:
     from fluxloop.state import StepState
@@ -31,6 +33,8 @@ class HiddenPatchesPhase(ObjectivePhase):
     """
 
     parts: tuple[str, ...] = ("student", "teacher", "predictor")
+    calls: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """With what each model is called, by its name."""
 
     def __init__(self, patch_size: int, masks: Any) -> None:
         name = type(self).__name__
@@ -40,8 +44,15 @@ class HiddenPatchesPhase(ObjectivePhase):
 
     def check(self, learner: Any) -> None:
         """Raise for missing models, and for a teacher that no callback moves."""
-        super().check(learner)
+        require_parts(self, learner.model, *self.parts)
         require_moving_teacher(self, learner)
+        self.require(learner)
+
+    def require(self, learner: Any) -> None:
+        """Raise for missing models, and for those that take other arguments."""
+        super().require(learner)
+        for name, arguments in self.calls.items():
+            require_call(self, getattr(learner.model, name), name, *arguments)
 
 
 class IJEPAPhase(HiddenPatchesPhase):
@@ -96,6 +107,11 @@ class IJEPAPhase(HiddenPatchesPhase):
     """
 
     compiled = False
+    calls: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "student": ("patches", "places"),
+        "teacher": ("patches", "places"),
+        "predictor": ("tokens", "places", "wanted"),
+    }
 
     def __init__(self, patch_size: int, *, masks: Any = None) -> None:
         super().__init__(patch_size, MultiBlock() if masks is None else masks)
@@ -109,7 +125,7 @@ class IJEPAPhase(HiddenPatchesPhase):
         with torch.no_grad():
             everywhere = torch.arange(count, device=state.xs.device).expand(n, -1)
             tokens = learner.model.teacher(state.patches, everywhere)
-            tokens = layer_norm(tokens, tokens.shape[-1:])
+            tokens = layer_norm(in_single(tokens), tokens.shape[-1:])
             state.targets = torch.cat([_taken(tokens, block) for block in blocks])
         tokens = learner.model.student(_taken(state.patches, state.places), state.places)
         state.features = tokens.mean(1)
@@ -168,6 +184,12 @@ class Data2VecPhase(HiddenPatchesPhase):
         torch.Size([32, 16, 8])
     """
 
+    calls: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "student": ("images", "mask"),
+        "teacher": ("images", "mask"),
+        "predictor": ("tokens",),
+    }
+
     def __init__(self, patch_size: int, *, masks: Masks | None = None, layers: int = 6, beta: float = 2.0) -> None:
         super().__init__(patch_size, BlockMasks() if masks is None else masks)
         check_number("Data2VecPhase", "layers", layers, least=1, whole=True, error=PhaseError)
@@ -179,12 +201,17 @@ class Data2VecPhase(HiddenPatchesPhase):
         state.mask = self.masks(len(state.xs), grid_of(state.xs, self.patch_size), state.xs.device)
         with torch.no_grad():
             layers = learner.model.teacher(state.xs, None)[-self.layers :]
-            normal = [layer_norm(tokens.float(), tokens.shape[-1:]) for tokens in layers]
+            normal = [layer_norm(in_single(tokens), tokens.shape[-1:]) for tokens in layers]
             mean = torch.stack(normal).mean(0)
             state.targets = layer_norm(mean, mean.shape[-1:])
         tokens = learner.model.student(state.xs, state.mask)[-1]
         state.features = tokens.mean(1)
         state.preds = learner.model.predictor(tokens)
+
+    def weight(self, state: StepState) -> Tensor:
+        """Return how many patches are hidden, over which the loss is a mean."""
+        hidden: Tensor = state.mask.sum()  # in each process another number: so the gradient is that of all together
+        return hidden
 
     def loss(self, learner: Any, state: StepState) -> Tensor:
         """Compare predictions with the teacher's layers at hidden patches."""

@@ -70,6 +70,7 @@ from fluxloop import (
     one_cycle,
 )
 from fluxloop.augment import (
+    AdaptiveAugment,
     RandomMasks,
     color_jitter,
     gaussian_blur,
@@ -402,6 +403,23 @@ def test_a_path_length_penalty_is_compiled_with_its_running_mean() -> None:
     phases = lambda: [GANPhase(noise=8, path_length=2.0)]  # noqa: E731
     _, compiled = both(4, phases=phases, model=models, loss_fn=None, optimizer=ADAM)
     assert graphs(compiled, GANPhase) <= 6
+
+
+@pytest.mark.usefixtures("plain")
+def test_adaptive_changes_are_part_of_a_graph_and_their_probability_is_no_constant_of_it() -> None:
+    models = lambda: {"G": nn.Linear(8, 16), "D": nn.Linear(16, 1)}  # noqa: E731
+    made: list[AdaptiveAugment] = []
+
+    def phases() -> list[Phase]:
+        made.append(AdaptiveAugment(changed, target=0.0, every=1, images=200, probability=0.3))
+        return [GANPhase(noise=8, r1=0.1, augment=made[-1])]
+
+    _, compiled = both(4, phases=phases, model=models, loss_fn=None, optimizer=ADAM)
+    assert graphs(compiled, GANPhase) == 2
+    probabilities = [float(each.probability) for each in made if each.state_dict()["updates"]]
+    assert len(probabilities) == 2
+    assert probabilities[0] == pytest.approx(probabilities[1])
+    assert probabilities[0] != pytest.approx(0.3)
 
 
 class BothKinds(CycleGANPhase):

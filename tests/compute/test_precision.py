@@ -19,10 +19,15 @@ from fluxloop import (
     CancelStepException,
     CheckpointError,
     CustomCallback,
+    Data2VecPhase,
+    DiffusionPhase,
     DINOPhase,
+    DINOv2Phase,
     FlowMatchingPhase,
     GANPhase,
     GradientClip,
+    IBOTPhase,
+    IJEPAPhase,
     Learner,
     LeJEPAPhase,
     LinearProbe,
@@ -538,6 +543,7 @@ def phases() -> dict[str, Any]:
     views = TwoViews(lambda xs: xs + 0.1 * torch.randn_like(xs))
     encoder = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8))
     copied = copy.deepcopy(encoder).requires_grad_(False)
+    teacher_moves = [EMA("student", 0.9, into="teacher")]
     return {
         "GAN": (GANPhase(noise=4), {"G": nn.Linear(4, 6), "D": nn.Linear(6, 1)}, []),
         "WGAN-GP": (
@@ -577,8 +583,96 @@ def phases() -> dict[str, Any]:
             {"encoder": encoder, "projector": nn.Linear(8, 8), "prototypes": nn.Linear(8, 6, bias=False)},
             [],
         ),
+        "iBOT": (IBOTPhase(images, patch_size=1, masks=hidden), seeing(), teacher_moves),
+        "DINOv2": (DINOv2Phase(images, patch_size=1, masks=hidden, **SOFT), seeing(), teacher_moves),
+        "I-JEPA": (SeenJEPA(1, masks=blocks), of_places(), teacher_moves),
+        "data2vec": (SeenLayers(1, masks=hidden, layers=1), of_layers(), teacher_moves),
+        "diffusion": (DiffusionPhase("edm"), Flow(), []),
         "own": (OwnGAN(), {"G": nn.Linear(4, 6), "D": nn.Linear(6, 1)}, []),
     }
+
+
+def images(xs: Tensor) -> tuple[Tensor, Tensor]:
+    """Make two views of rows, as images of 2 x 3 pixels."""
+    first, second = (xs + 0.1 * torch.randn_like(xs) for _ in range(2))
+    return first.reshape(-1, 1, 2, 3), second.reshape(-1, 1, 2, 3)
+
+
+SOFT = {"teacher_temperature": 0.5, "student_temperature": 0.5}
+
+
+def hidden(n: int, grid: Any, device: Any) -> Tensor:
+    return torch.arange(6).expand(n, -1) < 2
+
+
+def blocks(n: int, grid: Any, device: Any) -> tuple[Tensor, Tensor]:
+    return torch.arange(3).expand(n, -1), torch.arange(3, 6).expand(n, 1, -1)
+
+
+class Seeing(nn.Module):
+    """Sees patches of one pixel, with a number in place of hidden ones; gives a class token and patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Linear(1, 8), nn.Linear(8, 8)
+
+    def patches(self, xs: Tensor, mask: Tensor | None) -> Tensor:
+        pixels = xs.flatten(1)
+        out: Tensor = self.embed((pixels if mask is None else pixels.masked_fill(mask, 0.0))[..., None])
+        return out
+
+    def forward(self, xs: Tensor, mask: Tensor | None) -> Any:
+        patches = self.patches(xs, mask)
+        token = self.mix(patches.mean(1)).tanh()
+        return token, patches + token[:, None]
+
+
+class SeeingLayers(Seeing):
+    """Gives its layers."""
+
+    def forward(self, xs: Tensor, mask: Tensor | None) -> Any:
+        return [super().forward(xs, mask)[1]]
+
+
+class Placed(Seeing):
+    """Sees patches at places; and says what stands at others."""
+
+    def forward(self, xs: Tensor, places: Tensor, wanted: Tensor | None = None) -> Tensor:
+        if wanted is not None:
+            mean: Tensor = self.mix(xs.mean(1, keepdim=True) + self.embed(wanted[..., None] / 6))
+            return mean
+        out: Tensor = self.mix(self.embed(xs) + self.embed(places[..., None] / 6))
+        return out
+
+
+class SeenJEPA(IJEPAPhase):
+    """Makes images of rows."""
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        return super().entries(batch.reshape(-1, 1, 2, 3))
+
+
+class SeenLayers(Data2VecPhase):
+    """Makes images of rows."""
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        return super().entries(batch.reshape(-1, 1, 2, 3))
+
+
+def with_teacher(student: nn.Module, **more: nn.Module) -> dict[str, nn.Module]:
+    return {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False), **more}
+
+
+def seeing() -> dict[str, nn.Module]:
+    return with_teacher(nn.ModuleDict({"encoder": Seeing(), "projector": nn.Linear(8, 5)}))
+
+
+def of_layers() -> dict[str, nn.Module]:
+    return with_teacher(SeeingLayers(), predictor=nn.Linear(8, 8))
+
+
+def of_places() -> dict[str, nn.Module]:
+    return with_teacher(Placed(), predictor=Placed())
 
 
 class Flow(nn.Module):

@@ -377,3 +377,37 @@ def test_errors_by_time_are_metrics_of_entries() -> None:
     learner = learner_of(Recorder(), Metrics(early))
     learner.fit(1, phases=[FlowMatchingPhase()])
     assert len(learner.history["training/early"]) == 1
+
+
+@pytest.mark.parametrize("phase", [DiffusionPhase(), FlowMatchingPhase()], ids=["diffusion", "flow"])
+def test_a_model_that_takes_other_arguments_is_refused_before_anything_runs(phase: NoisedPhase) -> None:
+    words = (
+        r"calls model\(noised, times\), and the forward of Linear has the arguments \(input\).*forward\(self, noised"
+    )
+    for given in (phase, NoisedValidationPhase(phase)):
+        with pytest.raises(PhaseError, match=f"(?s)Phase {words}"):
+            Learner(nn.Linear(4, 4), data=(torch.randn(8, 4), torch.randn(8, 4))).fit(1, phases=[given])
+    conditional = type(phase)(conditional=True)
+    with pytest.raises(PhaseError, match=r"model\(noised, times, ys\), and the forward of Two has"):
+        Learner(Two(), data=((torch.randn(8, 4), torch.arange(8)),)).fit(1, phases=[conditional])
+
+
+class Two(nn.Module):
+    """Takes no condition."""
+
+    def forward(self, xs: Tensor, times: Tensor) -> Tensor:
+        return xs
+
+
+class OfOne(FlowMatchingPhase):
+    """Runs a model of rows alone."""
+
+    def predict(self, learner: Any, state: Any) -> None:
+        state.noised, _, state.target = self.mix(state)
+        state.preds = learner.model(state.noised)
+
+
+def test_a_subclass_that_runs_the_model_itself_may_give_it_what_it_likes() -> None:
+    learner = Learner(nn.Linear(4, 4), data=(torch.randn(8, 4),), default_callbacks=False)
+    learner.fit(1, phases=[OfOne()])
+    assert learner.step.loss.isfinite()

@@ -18,9 +18,14 @@ from fluxloop import (
     AbstractTrainingPhase,
     Accelerator,
     BYOLPhase,
+    CycleGANPhase,
+    Data2VecPhase,
+    DiffusionPhase,
     DINOPhase,
+    FlowMatchingPhase,
     GANPhase,
     GradientClip,
+    IJEPAPhase,
     Learner,
     MAEPhase,
     SimCLRPhase,
@@ -29,6 +34,7 @@ from fluxloop import (
     VICRegPhase,
     runstep,
 )
+from fluxloop.augment import AdaptiveAugment
 from fluxloop.nested import whole
 
 JOINED = 12
@@ -272,6 +278,154 @@ def vicreg(strategy: Any = "auto") -> Learner:
     return made
 
 
+class SharedPaths(GANPhase):
+    """Moves images in directions that are drawn for the joined batch."""
+
+    def draw_directions(self, images: Tensor) -> Tensor:
+        return self.noise(len(images), None) @ torch.ones(3, images.shape[1], dtype=torch.float64)  # type: ignore[operator]  # it is a `Noise`
+
+
+class ByProbability(SharedPaths):
+    """Changes each row by as much as the probability is, without a draw."""
+
+    def judging(self, critic: Any, state: Any) -> Any:
+        factor = 1 + state.augment_probability.double()
+        return lambda rows: critic(rows * factor)
+
+
+def style_gan(strategy: Any = "auto", make: Any = SharedPaths, **options: Any) -> Learner:
+    torch.manual_seed(1)
+    made = learner({"G": mlp(3, 8, 6), "D": mlp(6, 8, 1)}, rows(116), strategy=strategy)
+    made.fit(2, phases=[make(**{"loss": "non-saturating", "noise": Noise(), **options})])
+    return made
+
+
+def adaptive_gan(strategy: Any = "auto") -> Learner:
+    augment = AdaptiveAugment(Tensor.neg, target=0.0, every=2, images=100, probability=0.2)
+    made = style_gan(strategy, ByProbability, augment=augment, r1=0.1)
+    assert abs(float(augment.probability) - 0.2) > 0.01
+    return made
+
+
+class Timed(nn.Module):
+    """A network of noised rows and times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = mlp(7, 12, 6)
+
+    def forward(self, noised: Tensor, times: Tensor) -> Tensor:
+        return self.network(torch.cat([noised, times[:, None].to(noised) / 10], 1))
+
+
+class SharedNoise:
+    """Draws noise and times for the joined batch."""
+
+    def draw_noise(self, xs: Tensor, generator: Any = None) -> Tensor:
+        self.numbers = getattr(self, "numbers", Noise(7))
+        return self.numbers(len(xs))[:, :6] * 2 - 1
+
+    def draw_times(self, xs: Tensor, generator: Any = None) -> Tensor:
+        times = self.numbers(len(xs))[:, 6]
+        return times if isinstance(self, FlowMatchingPhase) else (10 * times).long()
+
+
+class SharedFlow(SharedNoise, FlowMatchingPhase):
+    """A flow."""
+
+
+class SharedDiffusion(SharedNoise, DiffusionPhase):
+    """A diffusion."""
+
+
+def noised(make: Any, strategy: Any = "auto") -> Learner:
+    torch.manual_seed(1)
+    made = learner(Timed(), rows(44), strategy=strategy, callbacks=[EMA("model", 0.9)])
+    made.fit(2, phases=[make()])
+    return made
+
+
+def cycle_gan(strategy: Any = "auto", accumulate: int = 1) -> Learner:
+    """Two kinds, with pools that are full after the first batch and a half."""
+    torch.manual_seed(1)
+    models = {
+        "generators": nn.ModuleDict({"ab": mlp(6, 8, 6), "ba": mlp(6, 8, 6)}),
+        "critics": nn.ModuleDict({"a": mlp(6, 8, 1), "b": mlp(6, 8, 1)}),
+    }
+    made = learner(models, rows(56), rows(56).sin(), strategy=strategy, accumulate=accumulate)
+    made.fit(2, phases=[CycleGANPhase(pool_size=18)])
+    return made
+
+
+class HiddenPlaces:
+    """Hides of each image as many of its four patches as are drawn for the joined batch."""
+
+    def __init__(self) -> None:
+        self.numbers = Noise(5)
+
+    def __call__(self, count: int, grid: Any, device: Any) -> Tensor:
+        drawn = self.numbers(count)
+        return drawn[:, :4].argsort(1).argsort(1) < (4 * drawn[:, 4:]).floor()
+
+
+class Blocks(HiddenPlaces):
+    """Two places of each image are the context, the others two blocks of one."""
+
+    def __call__(self, count: int, grid: Any, device: Any) -> Any:
+        order = self.numbers(count)[:, :4].argsort(1)
+        return order[:, :2], order[:, 2:, None]
+
+
+class OfLayers(nn.Module):
+    """Two layers of the patches of images of 4 x 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.first, self.second = nn.Conv2d(1, 5, 2, 2).double(), mlp(5, 5), mlp(5, 5)
+        self.hidden = nn.Parameter(torch.randn(5, dtype=torch.float64))
+
+    def forward(self, images: Tensor, mask: Tensor | None) -> list[Tensor]:
+        tokens = self.embed(images).flatten(2).transpose(1, 2)
+        if mask is not None:
+            tokens = torch.where(mask[:, :, None], self.hidden, tokens)
+        first = self.first(tokens + tokens.mean(1, keepdim=True)).tanh()
+        return [first, self.second(first)]
+
+
+class Wanted(nn.Module):
+    """Tells what stands at the places wanted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = mlp(9, 8)
+
+    def forward(self, tokens: Tensor, places: Tensor, wanted: Tensor) -> Tensor:
+        mean = (tokens * (1 + places[..., None])).mean(1, keepdim=True).expand(-1, wanted.shape[1], -1)
+        return self.network(torch.cat([mean, wanted[..., None].to(mean)], -1))
+
+
+def hidden_patches(make: Any, student: Any, predictor: Any, strategy: Any = "auto", accumulate: int = 1) -> Learner:
+    torch.manual_seed(1)
+    images = rows(44)[:, :4, None, None].repeat(1, 1, 4, 4).sum(1, keepdim=True)
+    images = (images + torch.linspace(0, 3, 16, dtype=torch.float64).view(4, 4)).sin()
+    network = student()
+    models = {"student": network, "teacher": copy.deepcopy(network).requires_grad_(False), "predictor": predictor()}
+    options: Any = {"strategy": strategy, "accumulate": accumulate, "callbacks": [EMA("student", 0.9, into="teacher")]}
+    made = learner(models, images, optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9), **options)
+    made.fit(2, phases=[make()])
+    return made
+
+
+def i_jepa(strategy: Any = "auto") -> Learner:
+    make = partial(IJEPAPhase, 2, masks=Blocks())
+    return hidden_patches(make, lambda: OnPatches(mlp(5, 8)), Wanted, strategy)
+
+
+def data2vec(strategy: Any = "auto", accumulate: int = 1) -> Learner:
+    make = partial(Data2VecPhase, 2, masks=HiddenPlaces(), layers=2)
+    return hidden_patches(make, OfLayers, lambda: mlp(5, 5), strategy, accumulate)
+
+
 def penalised(strategy: Any = "auto") -> Learner:
     made = regression(strategy, optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9))
     made.fit(2, phases=[Penalised()])
@@ -285,6 +439,17 @@ TRAININGS: dict[str, Callable[..., Learner]] = {
     "Wasserstein, 5 critic steps": gan,
     "Wasserstein, R1": partial(gan, r1=0.5),
     "Wasserstein, gradient penalty": partial(gan, gradient_penalty=10.0),
+    "lazy R1": partial(gan, r1=0.5, every=3),
+    "relativistic, lazy R1 and R2": partial(style_gan, loss="relativistic", r1=0.3, r2=0.2, every=2),
+    "path length": partial(style_gan, path_length=2.0),
+    "adaptive augmentation": adaptive_gan,
+    "CycleGAN": cycle_gan,
+    "CycleGAN, accumulated": partial(cycle_gan, accumulate=2),
+    "flow matching": partial(noised, SharedFlow),
+    "diffusion": partial(noised, partial(SharedDiffusion, "velocity", steps=10)),
+    "I-JEPA": i_jepa,
+    "data2vec": data2vec,
+    "data2vec, accumulated": partial(data2vec, accumulate=2),
     "a GAN's own step": written_gan,
     "a GAN's own step, accumulated": partial(written_gan, accumulate=3),
     "BYOL, two averages": byol,
