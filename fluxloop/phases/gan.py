@@ -121,12 +121,7 @@ class GANPhase(AbstractTrainingPhase):
         generator: str | None = None,
         critic: str | None = None,
     ) -> None:
-        if not isinstance(loss, AdversarialLoss) and loss not in ADVERSARIAL_LOSSES:
-            hint = did_you_mean(str(loss), ADVERSARIAL_LOSSES)
-            raise PhaseError(
-                f"GANPhase(loss={loss!r}) was given; expected one of {list(ADVERSARIAL_LOSSES)}, or an AdversarialLoss"
-                f"{hint}"
-            )
+        self.adversarial = _found_loss(loss)
         for name, count in (("critic_steps", critic_steps), ("every", every)):
             check_number("GANPhase", name, count, least=1, whole=True, error=PhaseError)
         fixed = {"gradient_penalty": gradient_penalty, "path_length": path_length}
@@ -136,7 +131,6 @@ class GANPhase(AbstractTrainingPhase):
         _check_names({"generator": generator, "critic": critic})
         if augment is not None:
             check_called("GANPhase", "augment", augment, "what changes rows: AdaptiveAugment(random_flip)", PhaseError)
-        self.adversarial = loss if isinstance(loss, AdversarialLoss) else ADVERSARIAL_LOSSES[loss]
         self.noise = noise
         self.critic_steps = critic_steps
         self.gradient_penalty = gradient_penalty
@@ -395,6 +389,19 @@ class GANValidationPhase(TwinPhase):
     def check(self, learner: Any) -> None:
         """Raise for missing models."""
         self.training.models(learner)
+
+
+def _found_loss(loss: str | AdversarialLoss) -> AdversarialLoss:
+    """Return a loss by its name; raise `PhaseError` where there is none."""
+    if isinstance(loss, AdversarialLoss):
+        return loss
+    if loss not in ADVERSARIAL_LOSSES:
+        hint = did_you_mean(str(loss), ADVERSARIAL_LOSSES)
+        raise PhaseError(
+            f"GANPhase(loss={loss!r}) was given; expected one of {list(ADVERSARIAL_LOSSES)}, or an AdversarialLoss"
+            f"{hint}"
+        )
+    return ADVERSARIAL_LOSSES[loss]
 
 
 def _check_weights(given: dict[str, Any]) -> None:
