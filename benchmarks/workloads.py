@@ -67,6 +67,7 @@ class Workload:
         classes: How many.
         steps: In a block that is timed as one.
         tokens: How many there are.
+        pixels: Whether each pixel has a class, not each image.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Workload:
     classes: int
     steps: int
     tokens: int = 0
+    pixels: bool = False
 
     def batches(self, count: int, device: str = "cpu") -> Batches:
         """Make the same batches in every call."""
@@ -86,7 +88,8 @@ class Workload:
             return torch.randn(self.shape, generator=generator)
 
         def pair() -> tuple[Tensor, Tensor]:
-            return inputs().to(device), torch.randint(self.classes, self.shape[:1], generator=generator).to(device)
+            labels = (self.shape[0], *self.shape[2:]) if self.pixels else self.shape[:1]
+            return inputs().to(device), torch.randint(self.classes, labels, generator=generator).to(device)
 
         return [pair() for _ in range(count)]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from time import monotonic
@@ -83,9 +85,11 @@ class ProgressBar(Callback):
     its epoch ends, in whatever way. Its title tells the phase, the epoch and, from the second cycle of a
     fit on, how long the fit has run and about how long it still will:
     ``TrainingPhase 3/10 (0:12, 0:42 left)``. Steps look at the clock; only a refresh computes metrics.
+    While ``Accelerator(compile="step")`` compiles a step, a line below the bar counts the seconds; where no bars
+    are shown because the output is no terminal, a line says afterwards how many it took.
 
     Args:
-        enabled: None shows bars in a terminal and in a notebook only.
+        enabled: None shows bars in a terminal and in a notebook only; False shows nothing at all.
         interval: Seconds between refreshes.
         file: Where a terminal's bar is written; None: standard error.
 
@@ -160,6 +164,45 @@ class ProgressBar(Callback):
         if self._shows(show):
             self._open.append(bar)
             learner.defer(partial(self._take_away, bar))
+
+    @contextmanager
+    def _compiling(self, learner: Any, phase: Phase, took: list[float]) -> Iterator[None]:
+        """Show how long a step has been compiled; where no bars are shown, say afterwards how long it took."""
+        what = f"a step of {name_of(phase)}"
+        if self.enabled is False or self._is_silent or not learner.accelerator.is_main:
+            yield
+        elif self.is_shown():
+            with self._counting(f"compiling {what}"):
+                yield
+        else:
+            yield
+            stream = self.file or sys.stderr
+            if took and stream is not None and not getattr(stream, "closed", False):
+                self._shows(lambda: print(f"compiled {what} in {took[0]:.1f} s", file=stream))
+
+    @contextmanager
+    def _counting(self, title: str) -> Iterator[None]:
+        """Show the seconds that go by below the bars, in a thread of its own: who is waited for writes nothing."""
+        over, lines = threading.Event(), list[Any]()
+
+        def show() -> None:
+            lines.append(tqdm(desc=title, bar_format="{desc} ({elapsed})", leave=False, file=self.file or sys.stderr))
+
+        def count() -> None:
+            while not over.wait(1) and self._shows(lines[0].refresh):
+                pass
+
+        if not self._shows(show):
+            yield
+            return
+        counting = threading.Thread(target=count, daemon=True)
+        counting.start()
+        try:
+            yield
+        finally:
+            over.set()
+            counting.join()
+            self._shows(lines[0].close)
 
     def _shows(self, show: Callable[[], object]) -> bool:
         """Write something of a bar; where that cannot be written, show none from now on."""

@@ -14,8 +14,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from contextlib import ExitStack
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from attrs import define
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fluxloop.callback import Callback
@@ -40,12 +44,12 @@ from fluxloop.compile.refusals import advice, require_accelerator, require_parts
 from fluxloop.compile.step_averages import averages_of
 from fluxloop.compile.tracing import trace
 from fluxloop.compile.windows import form_of_window
-from fluxloop.errors import CompileError, warn_user
+from fluxloop.errors import CompileError, counted, warn_user
 from fluxloop.order.explain import fired_with
 from fluxloop.persist.seen import Same
 from fluxloop.phase import Phase
 from fluxloop.randomness import preserved
-from fluxloop.state import StepState
+from fluxloop.state import StepState, name_of
 
 if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner
@@ -73,11 +77,33 @@ def require(learner: RunLearner, phases: Iterable[type[Phase]]) -> None:
             )
 
 
+@define
+class Built:
+    """What the graphs of a phase have taken.
+
+    Args:
+        graphs: How many there have been.
+        traced: Seconds in which bodies were traced.
+        compiled: Seconds in which torch compiled what was traced, or found it again among what it keeps on disk.
+    """
+
+    graphs: int = 0
+    traced: float = 0.0
+    compiled: float = 0.0
+
+    def __str__(self) -> str:
+        """Tell it in a line."""
+        return f"{counted(self.graphs, 'graph')}, traced in {self.traced:.1f} s, compiled in {self.compiled:.1f} s"
+
+
 class CompiledSteps:
     """The compiled steps of a learner, by phase class: ``learner._compiled``.
 
     Args:
         learner: Whose steps they are.
+
+    Attributes:
+        built: What the graphs of each phase have taken, by the phase's name.
 
     Raises:
         CompileError: This torch cannot trace steps, or the learner's accelerator asks for what no graph can hold.
@@ -88,6 +114,7 @@ class CompiledSteps:
         require_accelerator(learner.accelerator)
         self._learner = learner
         self._plans: dict[type[Phase], Plan] = {}
+        self.built: dict[str, Built] = {}
 
     def require(self, phases: Iterable[type[Phase]]) -> None:
         """Raise for phases whose steps cannot be one graph: see `require`; also for hooks, optimizers and parts."""
@@ -111,7 +138,8 @@ class CompiledSteps:
                 learner.updates.drop_waiting(f"{phase.name} begins", phase.name)
             plan = self._plans.get(type(phase))
             if plan is None:
-                plan = self._plans[type(phase)] = Plan(learner)
+                built = self.built.setdefault(name_of(type(phase)), Built())
+                plan = self._plans[type(phase)] = Plan(learner, built)
             graph = plan.graph(phase, state)
         if graph is None:
             phase.body(learner, handle, state)
@@ -120,6 +148,10 @@ class CompiledSteps:
         else:  # the casts are operations of the graph; and handlers that follow it are not of the phase
             with learner.accelerator.casting.off():
                 graph.run(phase, state)
+
+    def told(self) -> dict[str, str]:
+        """Return in words what the graphs of each phase have taken, by the phase's name."""
+        return {phase: str(built) for phase, built in self.built.items() if built.graphs}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledSteps:
         """Return an empty one for a copied learner: graphs are bound to the tensors of the original."""
@@ -136,10 +168,12 @@ class Plan:
 
     Args:
         learner: Whose steps they are.
+        built: Where it is noted what its graphs have taken.
     """
 
-    def __init__(self, learner: RunLearner) -> None:
+    def __init__(self, learner: RunLearner, built: Built) -> None:
         self._learner = learner
+        self._built = built
         self._graphs: dict[Any, list[Graph]] = {}
         self._epoch: Scope | None = None
         self._callbacks = -1
@@ -151,7 +185,6 @@ class Plan:
         self._told_strange = False
         self._states: dict[str, Any] = {}
         self._glance: Glance | None = None
-        self._count = 0
         self._last_key: Any = None
         self._why = ""
 
@@ -262,21 +295,37 @@ class Plan:
         self._why = next((why for graph in graphs if (why := graph.misfit(phase))), self._why)
         if not self._why and self._last_key is not None:
             self._why = ", ".join(f"the entry {name!r}" for name in entries_of_other_form(self._last_key, key))
-        with preserved():
-            traced = trace(learner, phase, modules, self._inside, state)
-            if traced.makes_state:  # an optimizer's, of parameters that were frozen, or wait for their first update
-                return None
-            graph = Graph(learner, phase, self._inside, traced)
+        graph = self._build(phase, modules, state)
+        if graph is None:
+            return None
         self._last_key = key
         graphs.append(graph)
         del graphs[:-MANY]  # numbers that change at every step do not fill the memory
-        self._count += 1
-        if self._count >= MANY and (self._count & (self._count - 1)) == 0:  # then of twice as many
+        count = self._built.graphs
+        if count >= MANY and (count & (count - 1)) == 0:  # then of twice as many
             warn_user(
-                f"the step of {type(phase).__name__} has been compiled {self._count} times, which takes seconds each, "
+                f"the step of {type(phase).__name__} has been compiled {count} times, which takes seconds each, "
                 f"the last time for {self._why or 'another batch'}; expected {advice(self._why)}, or compile=False"
             )
         self._why = ""
+        return graph
+
+    def _build(self, phase: Phase, modules: list[nn.Module], state: StepState) -> Graph | None:
+        """Trace a step and compile it, while callbacks tell so; return None where this step has to run as it is."""
+        learner, built, took = self._learner, self._built, list[float]()
+        with preserved(), ExitStack() as told:
+            for node in learner.callbacks.graph.nodes:
+                told.enter_context(node.callback.unwrapped._compiling(learner, phase, took))
+            began = perf_counter()
+            traced = trace(learner, phase, modules, self._inside, state)
+            middle = perf_counter()
+            built.traced += middle - began
+            if traced.makes_state:  # an optimizer's, of parameters that were frozen, or wait for their first update
+                return None
+            graph = Graph(learner, phase, self._inside, traced)
+            built.compiled += perf_counter() - middle
+            built.graphs += 1
+            took.append(perf_counter() - began)
         return graph
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,8 @@ class Summary:
         trainable: How many of them require gradients.
         megabytes: Of all parameters and buffers, in units of 10**6 bytes.
         note: Why shapes are unknown, or "".
+        compiled: With ``Accelerator(compile="step")``, how many graphs each phase has had by now, and the seconds
+            that tracing and compiling them took; by the phase's name.
     """
 
     rows: tuple[Row, ...]
@@ -83,6 +85,7 @@ class Summary:
     trainable: int
     megabytes: float
     note: str = ""
+    compiled: Mapping[str, str] = {}
 
     def __str__(self) -> str:
         """Lay out the table."""
@@ -113,6 +116,7 @@ class Summary:
             yield from (f"  {settings}" for settings in optimizer.settings)
         if self.note:
             yield f"output shapes are unknown: {self.note}"
+        yield from (f"compiled steps of {phase}: {told}" for phase, told in self.compiled.items())
 
 
 def summary(learner: RunLearner, batch: Any = None, depth: int | None = None) -> Summary:
@@ -135,6 +139,7 @@ def summary(learner: RunLearner, batch: Any = None, depth: int | None = None) ->
         sum(p.numel() for p in known if p.requires_grad),
         sum(t.numel() * t.element_size() for t in held if not is_lazy(t)) / 1e6,
         note,
+        {} if learner._compiled is None else learner._compiled.told(),
     )
 
 

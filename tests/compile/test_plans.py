@@ -305,10 +305,10 @@ def test_an_optimizer_that_takes_its_first_step_late_costs_no_graph_of_a_later_e
     made = learner(optimizer=ADAM, data=((rows()[0][:64], rows()[1][:64]),))
     made.fit(4, phases=[phase := Every(2)])
     plan = made._compiled._plans[Every]  # type: ignore[union-attr]  # it is compiled
-    assert plan._count == 2
+    assert plan._built.graphs == 2
     made.load_state_dict(copy.deepcopy(made.state_dict()))
     made.fit(2, phases=[phase])
-    assert plan._count == 4  # the states are other tensors now
+    assert plan._built.graphs == 4  # the states are other tensors now
 
 
 @pytest.mark.slow
