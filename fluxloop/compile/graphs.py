@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fluxloop.callback import Callback
+from fluxloop.compile import kept
 from fluxloop.compile.averaging import check_told
 from fluxloop.compile.comparison import Comparison
 from fluxloop.compile.conditions import form_of, holders_of
@@ -44,18 +45,34 @@ SCALARS = frozenset((type(None), bool, int, float, str))
 
 
 def lower(graph: GraphModule, inputs: list[Any], device: torch.device) -> Compiled:
-    """Compile a graph of tensor operations into a function of the same inputs.
+    """Compile a graph of tensor operations into a function of the same inputs, or find what was compiled before.
 
     On the CPU with inductor's wrapper in C++, which calls its kernels without Python in between.
     """
+    if device.type != "cpu":
+        return by_torch(graph, inputs, {})
+    if any(tensor.is_complex() for tensor in inputs):  # the wrapper in C++ knows no such operations
+        return by_torch(graph, inputs, layout_options())
+    name = kept.name_of(graph, inputs, ("cpp_wrapper", "layouts"))
+    found = None if name is None else kept.find(name)
+    if found is not None:
+        return found
+    before = kept.modules_made()
+    compiled = by_torch(graph, inputs, {"cpp_wrapper": True, **layout_options()})
+    return compiled if name is None else kept.fresh(compiled, name, before)
+
+
+def layout_options() -> dict[str, Any]:
+    """Return the options for layouts: see `layouts`, which imports the compiler."""
+    from fluxloop.compile.layouts import layout_options
+
+    return layout_options()
+
+
+def by_torch(graph: GraphModule, inputs: list[Any], options: dict[str, Any]) -> Compiled:
+    """Have torch compile a graph, or find it among what it keeps on disk."""
     import torch._inductor
 
-    from fluxloop.compile.layouts import layout_options  # only here: it imports the compiler
-
-    is_complex = any(tensor.is_complex() for tensor in inputs)  # the wrapper in C++ knows no such operations
-    options: dict[str, Any] = layout_options() if device.type == "cpu" else {}
-    if device.type == "cpu" and not is_complex:
-        options["cpp_wrapper"] = True
     with torch.no_grad(), warnings.catch_warnings():
         for torchs_own in (DeprecationWarning, FutureWarning):  # about how torch uses torch
             warnings.simplefilter("ignore", torchs_own)
@@ -285,6 +302,8 @@ class Graph:
                 f"the step of {self._whose} was compiled, but cannot be run: {first_line(error)}. Nothing was changed. "
                 f"{WAYS_OUT}"
             ) from error
+        if isinstance(self._compiled, kept.Fresh):
+            self._compiled = self._compiled.compiled
         self._call = self._compiled
         if self._comparison is not None:
             self._comparison.tell(inputs, outputs)
