@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import combinations
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -367,16 +366,6 @@ class Callback:
     def _step_average(self) -> StepAverage | None:
         """Return the average of weights that it moves after updates, where a compiled step may move it instead."""
         return None
-
-    def _compiling(self, learner: Any, phase: Phase, took: list[float]) -> AbstractContextManager[None]:
-        """Return what is open while a step of a phase is traced and compiled, which takes seconds.
-
-        Args:
-            learner: Whose step it is.
-            phase: The running phase.
-            took: Gets the seconds, if a graph comes of it.
-        """
-        return nullcontext()
 
     def handles(self) -> list[tuple[type[Event], type[Phase]]]:
         """List the (event, phase) types it has handlers for.

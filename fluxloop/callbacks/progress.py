@@ -167,7 +167,13 @@ class ProgressBar(Callback):
 
     @contextmanager
     def _compiling(self, learner: Any, phase: Phase, took: list[float]) -> Iterator[None]:
-        """Show how long a step has been compiled; where no bars are shown, say afterwards how long it took."""
+        """Show how long a step has been compiled; where no bars are shown, say afterwards how long it took.
+
+        Args:
+            learner: Whose step it is.
+            phase: The running phase.
+            took: Gets the seconds, if a graph comes of it.
+        """
         what = f"a step of {name_of(phase)}"
         if self.enabled is False or self._is_silent or not learner.accelerator.is_main:
             yield

@@ -163,18 +163,23 @@ def of_process() -> Iterator[str]:
     """Describe what else a compiled step rests on: versions, the processor, and what was set for all of torch."""
     yield f"{FORMAT} {torch.__version__} {torch.version.git_version} {sys.version} {platform.platform()} {processor()}"
     yield str(torch.get_num_threads())
-    yield f"{torch.backends.mkldnn.is_available()} {torch.backends.mkldnn.enabled}"  # type: ignore[attr-defined]  # torch's
-    yield f"{torch.are_deterministic_algorithms_enabled()} {torch.utils.deterministic.fill_uninitialized_memory}"
+    backend, filling = attrgetter("backends.mkldnn", "utils.deterministic.fill_uninitialized_memory")(torch)
+    yield f"{backend.is_available()} {backend.enabled} {torch.are_deterministic_algorithms_enabled()} {filling}"
     yield f"{torch.get_float32_matmul_precision()} {torch.get_default_dtype()}"
     yield from (
         f"{k}={v}" for k, v in sorted(os.environ.items()) if OF_ENVIRONMENT.match(k) and k != "TORCHINDUCTOR_CACHE_DIR"
     )
     for module in ("torch._inductor.config", "torch._functorch.config"):
-        config: Any = sys.modules.get(module)
-        options = {} if config is None else config.get_config_copy()
-        yield f"{module} {plain({name: v for name, v in sorted(options.items()) if not config._is_default(name)})}"
+        yield f"{module} {plain(changed_options(sys.modules.get(module)))}"
     for file in (Path(__file__), Path(__file__).with_name("layouts.py")):
         yield sha256(file.read_bytes()).hexdigest()
+
+
+def changed_options(config: Any) -> dict[str, Any]:
+    """Return the options of a part of torch that have been set; those that were put back are as they were."""
+    options = {} if config is None else config.get_config_copy()
+    own = {} if config is None else config._config
+    return {k: v for k, v in sorted(options.items()) if not config._is_default(k) and v != own[k].default}
 
 
 @cache

@@ -13,8 +13,8 @@ functions reach by name, global variables and what they close over, is compared 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -310,12 +310,18 @@ class Plan:
         self._why = ""
         return graph
 
+    def _shown_by(self) -> Iterator[Callable[..., AbstractContextManager[None]]]:
+        """Give what callbacks open while a step is compiled, as `ProgressBar` does."""
+        for node in self._learner.callbacks.graph.nodes:
+            if hasattr(node.callback.unwrapped, "_compiling"):
+                yield node.callback.unwrapped._compiling
+
     def _build(self, phase: Phase, modules: list[nn.Module], state: StepState) -> Graph | None:
         """Trace a step and compile it, while callbacks tell so; return None where this step has to run as it is."""
         learner, built, took = self._learner, self._built, list[float]()
         with preserved(), ExitStack() as told:
-            for node in learner.callbacks.graph.nodes:
-                told.enter_context(node.callback.unwrapped._compiling(learner, phase, took))
+            for shows in self._shown_by():
+                told.enter_context(shows(learner, phase, took))
             began = perf_counter()
             traced = trace(learner, phase, modules, self._inside, state)
             middle = perf_counter()
