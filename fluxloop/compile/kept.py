@@ -347,6 +347,6 @@ def fresh(compiled: Compiled, name: str, before: Sequence[ModuleType]) -> Compil
     made = [module for module in modules_made() if all(module is not known for known in before)]
     entry = getattr(made[0], "inductor_entry", None) if len(made) == 1 else None
     library = getattr(getattr(entry, "__self__", None), "__file__", None)
-    if library is None or "PyImport_ImportModule" in Path(made[0].__file__ or "").read_text(encoding="utf-8"):
-        return compiled  # it calls back into Python, or there are several
+    if library is None or "custom_op_wrapper" in Path(made[0].__file__ or "").read_text(encoding="utf-8"):
+        return compiled  # there are several, or it calls back into Python
     return Fresh(compiled, name, made[0])

@@ -165,8 +165,9 @@ def test_the_next_process_finds_a_step_again_without_the_compiler_and_never_that
     assert second.pop("imported")["compiler"]
     found = {name for name, of in second.items() if not of["compiled"]}
     assert found == {"first", "another input option"}
-    third = train(tmp_path)
+    # torch copies a tensor of one number that is closed over, by a function that is called back in Python
+    third = train(tmp_path, *(name for name in second if name != "another tensor closed over"))
     assert not third.pop("imported")["compiler"]
-    assert not any(of["compiled"] for of in third.values())
+    assert not any(of["compiled"] for of in third.values()), third
     assert all(of["apart"] < 1e-6 for of in (*second.values(), *third.values())), (second, third)
     assert train(tmp_path, "first", TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")["first"]["compiled"] == 1
