@@ -179,6 +179,7 @@ from fluxloop.phases import LeJEPAPhase as LeJEPAPhase
 from fluxloop.phases import MAEPhase as MAEPhase
 from fluxloop.phases import MoCoPhase as MoCoPhase
 from fluxloop.phases import MoCoV3Phase as MoCoV3Phase
+from fluxloop.phases import ModelLossPhase as ModelLossPhase
 from fluxloop.phases import MSNPhase as MSNPhase
 from fluxloop.phases import NNCLRPhase as NNCLRPhase
 from fluxloop.phases import NoisedPhase as NoisedPhase

@@ -29,7 +29,7 @@ from multipledispatch.conflict import supercedes
 
 from fluxloop.errors import AmbiguousHandlerError, HandlerError, arguments_misfit, describe, did_you_mean
 from fluxloop.events import Event, event_types
-from fluxloop.guard.assign import put, set_option
+from fluxloop.guard.assign import fields_of_the_class, put, set_option
 from fluxloop.monitor import Expected, Monitor
 from fluxloop.order.averages import StepAverage
 from fluxloop.phase import Phase, phase_types, require_pair
@@ -305,6 +305,7 @@ class Callback:
             if isinstance(member, FunctionType) and hasattr(member, REGISTRATIONS):
                 require_call(member, 4, EXPECTED, f"the handler {cls.__name__}.{name}")
         require_pair(cls, HandlerError)
+        fields_of_the_class(cls)
         if cls.__module__.startswith("fluxloop."):
             cls._built_in = cls
             if "__attrs_attrs__" in vars(cls):  # attrs has made it anew, with slots
@@ -368,11 +369,7 @@ class Callback:
         return None
 
     def handles(self) -> list[tuple[type[Event], type[Phase]]]:
-        """List the (event, phase) types it has handlers for.
-
-        Raises:
-            AmbiguousHandlerError: Two of its handlers fit some event and phase equally well.
-        """
+        """List the (event, phase) types it has handlers for; raises `AmbiguousHandlerError`."""
         return handlers_of(type(self)).signatures
 
     def handler(self, event: type[Event], phase: type[Phase]) -> Handler | None:
@@ -388,6 +385,7 @@ class Callback:
 
 
 Callback.name, Callback._adopted = None, False  # for subclasses whose own __init__ does not call ours
+fields_of_the_class(Callback)
 
 
 @define(eq=False, slots=False)

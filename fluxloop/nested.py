@@ -227,6 +227,7 @@ def batch_size(entries: Mapping[str, Any]) -> int:
     images of a batch that differ in size. Where another entry has as many rows as each tensor in
     the list, the list holds several views of these rows instead, as a tuple of tensors does. Of
     the items of a mapping, or the fields of a dataclass, the number that most of them have counts.
+    An object of another class, such as a batch of graphs, says its rows by an attribute ``batch_size``.
 
     Returns 1 where no entry has rows.
 
@@ -260,8 +261,10 @@ def _rows(value: Any) -> int | None:
         return len(value) or None
     if isinstance(value, tuple):
         return next((rows for item in value if (rows := _rows(item)) is not None), None)
-    parts = (
-        value.values() if isinstance(value, Mapping) else (getattr(value, name) for name in init_fields(value) or ())
-    )
+    names = () if isinstance(value, Mapping) else init_fields(value)
+    if names is None:
+        said = None if isinstance(value, (nn.Module, type)) else getattr(value, "batch_size", None)
+        return said if isinstance(said, int) and not isinstance(said, bool) and said > 0 else None
+    parts = value.values() if isinstance(value, Mapping) else (getattr(value, name) for name in names)
     numbers = [rows for part in parts if (rows := _rows(part)) is not None]
     return max(numbers, key=numbers.count) if numbers else None

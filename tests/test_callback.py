@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from fluxloop import (
     FitBegin,
     FitEnd,
     FittingPhase,
+    GradientClip,
     HandlerError,
     Learner,
     NoConflict,
@@ -1022,3 +1024,29 @@ def test_a_handler_that_is_no_plain_function_is_looked_at_when_the_learner_is_ma
         HandlerError, match=r"the handler Wrong\.end, at FitEnd, .*expected \(self, event, phase, learner"
     ):
         toy_learner(Wrong())
+
+
+def test_the_fields_of_a_callback_are_its_classs_and_it_is_no_record_of_configuration_libraries() -> None:
+    @define
+    class Mine(Callback):
+        rate: float = 0.5
+
+    for made in (Mine(0.25), GradientClip(0.5), CustomCallback(print, StepEnd)):
+        assert attrs.has(type(made))
+        assert not attrs.has(made)  # type: ignore[arg-type]  # what omegaconf asks, and then copies the fields alone
+        assert not hasattr(made, "__attrs_attrs__")
+    assert attrs.evolve(Mine(0.25)).rate == 0.25
+    assert [each.name for each in attrs.fields(Mine)][-1] == "rate"
+    assert copy.deepcopy(Mine(0.125)).rate == 0.125
+
+
+def test_callbacks_made_by_hydra_are_callbacks() -> None:
+    hydra = pytest.importorskip("hydra.utils")
+    parts = [
+        {"_target_": "fluxloop.GradientClip", "max_norm": 0.5},
+        {"_target_": "fluxloop.EMA", "model": "model", "decay": 0.9},
+    ]
+    learner = toy_learner(*hydra.instantiate(parts))
+    learner.fit(1)
+    assert learner.get_callback(GradientClip).max_norm == 0.5
+    assert "model@ema" in learner.weights

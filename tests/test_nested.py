@@ -277,3 +277,17 @@ def test_a_container_that_gives_no_copy_is_an_error_that_names_its_class() -> No
 
     with pytest.raises(TypeError, match="a Closed gives no copy with other tensors in it"):
         map_tensors(lambda tensor: tensor + 1, Closed())
+
+
+class Graphs:
+    """A batch of a class of its own that says how many graphs it has, as those of torch_geometric and DGL do."""
+
+    def __init__(self, rows: Any) -> None:
+        self.batch_size = rows
+        self.x = torch.zeros(12, 2)
+
+
+@pytest.mark.parametrize(("said", "rows"), [(3, 3), (torch.Size([3]), 1), (True, 1), (0, 1), (None, 1)])
+def test_a_batch_of_another_class_says_its_rows_by_its_batch_size(said: Any, rows: int) -> None:
+    assert batch_size({"batch": Graphs(said)}) == rows
+    assert batch_size({"batch": Graphs(said), "preds": torch.zeros(5)}) == (3 if said == 3 else 5)

@@ -91,6 +91,7 @@ class OptimizerMode:
 
     def set(self, train: bool) -> None:
         """Put the optimizer into a mode, and the weights of that mode in place."""
+        self._join_groups()
         if train:
             self.optimizer.train()
             _training.add(self)
@@ -99,6 +100,16 @@ class OptimizerMode:
                 self.optimizer.eval()
             _training.discard(self)
         self._noted = train
+
+    def _join_groups(self) -> None:
+        """Have parameter groups that joined later be in the mode of the first one, in which they have been stepped.
+
+        Such a group (`add_param_group`, in the middle of training) comes with the mode of a new optimizer, which would
+        leave its weights where they are as the others go into eval mode, and move them wrongly on the way back.
+        """
+        for group in self.optimizer.param_groups:
+            if isinstance(group.get("train_mode"), bool):
+                group["train_mode"] = self.is_train
 
     def switch(self, train: bool) -> Callable[[], None]:
         """Put the optimizer into a mode for a while; return what puts it and its weights back, to the bit."""

@@ -128,3 +128,26 @@ def adopt(callback: Any) -> None:
     for name, option in callback._options.items():
         put(callback, name, setters.validate(callback, option, getattr(callback, name)))
     derive(callback)
+
+
+class FieldsOfTheClass:
+    """The fields that attrs notes in a class, which an instance does not show: it is a thing, not a record.
+
+    Configuration libraries (omegaconf, and hydra with it) ask an object for them, and copy one that has them into a
+    dict of theirs, where a callback is lost.
+    """
+
+    def __init__(self, fields: Any) -> None:
+        self.fields = fields
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        if instance is None:
+            return self.fields
+        raise AttributeError(f"{owner.__name__} has fields, by attrs.fields({owner.__name__}); none of its instances")
+
+
+def fields_of_the_class(cls: type) -> None:
+    """Have a class that attrs has made show its fields, and its instances not."""
+    name = "__attrs_attrs__"
+    if name in vars(cls) and not isinstance(vars(cls)[name], FieldsOfTheClass):
+        setattr(cls, name, FieldsOfTheClass(getattr(cls, name)))

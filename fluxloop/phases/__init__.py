@@ -1,6 +1,7 @@
 """The phases that come with fluxloop; each uses nothing that a user's phase could not use.
 
 - What ``fit`` and ``predict`` run by default: ``supervised``.
+- A model that computes its own loss, as those of transformers: ``model_loss``.
 - Bases: ``objective`` (one loss), ``per_optimizer`` (one loss for each optimizer), ``joint_embedding`` (views of each
   row; a student and its teacher), ``twin`` (a validation phase that does what a training phase does).
 - Views of each row: ``simclr``, ``barlow_twins``, ``vicreg``, ``simsiam``, ``byol``, ``moco``, ``moco_v3``, ``nnclr``,
@@ -30,6 +31,7 @@ __getattr__, __dir__, __all__ = lazily(
         "lejepa": "LeJEPAPhase",
         "mae": "MAEPhase",
         "metric_learning": "SupConPhase TripletPhase",
+        "model_loss": "ModelLossPhase",
         "moco": "MoCoPhase",
         "noised": "NoisedPhase NoisedValidationPhase",
         "moco_v3": "MoCoV3Phase",

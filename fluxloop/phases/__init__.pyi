@@ -21,6 +21,7 @@ from fluxloop.phases.metric_learning import SupConPhase as SupConPhase
 from fluxloop.phases.metric_learning import TripletPhase as TripletPhase
 from fluxloop.phases.moco import MoCoPhase as MoCoPhase
 from fluxloop.phases.moco_v3 import MoCoV3Phase as MoCoV3Phase
+from fluxloop.phases.model_loss import ModelLossPhase as ModelLossPhase
 from fluxloop.phases.msn import MSNPhase as MSNPhase
 from fluxloop.phases.nnclr import NNCLRPhase as NNCLRPhase
 from fluxloop.phases.noised import NoisedPhase as NoisedPhase

@@ -22,6 +22,7 @@ from fluxloop import (
     EpochBegin,
     EpochEnd,
     Event,
+    FitBegin,
     GANPhase,
     KeepBestModel,
     KNNProbe,
@@ -523,3 +524,48 @@ def test_what_is_held_in_eval_mode_is_frozen_as_a_whole_and_in_eval_mode() -> No
     partly = body()
     partly[0].weight.requires_grad = True
     assert not is_held_in_eval(partly)
+
+
+@pytest.mark.parametrize("joined_in_train_mode", [True, False])
+def test_a_group_that_joins_in_train_mode_is_evaluated_with_the_weights_of_eval_mode(
+    joined_in_train_mode: bool,
+) -> None:
+    def trained(joining: type[Event]) -> Learner:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+        model[0].requires_grad_(False)
+
+        def join(learner: Any) -> None:
+            if len(learner.optimizer.param_groups) == 1:
+                learner.model[0].requires_grad_(True)
+                learner.optimizer.add_param_group({"params": list(learner.model[0].parameters())})
+
+        xs = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
+        batches = TensorBatches(xs, xs.sum(1, keepdim=True), batch_size=4)
+        hook = CustomCallback(join, joining, reads=("model", "optimizer"), writes=("model", "optimizer"))
+        learner = Learner(
+            model, mse_loss, data=(batches,), optimizer=ByMode, callbacks=[hook], default_callbacks=False, seed=0
+        )
+        learner.fit(1)
+        return learner
+
+    learner = trained(StepEnd if joined_in_train_mode else FitBegin)
+    for group in learner.optimizer.param_groups:
+        assert group["train_mode"] is False
+        assert all(torch.equal(each, learner.optimizer.state[each]["x"]) for each in group["params"])
+
+
+class ByMode(ScheduleFree):
+    """One that steps a group that has another mode as well, as those of schedulefree do, and notes its average."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        modes = [group["train_mode"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["train_mode"] = True
+        super().step(closure)
+        for group, mode in zip(self.param_groups, modes, strict=True):
+            for each in group["params"]:
+                if "z" in self.state[each]:
+                    self.state[each]["x"] = each.lerp(self.state[each]["z"], 1 - 1 / group["beta"])
+            group["train_mode"] = mode
