@@ -45,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "another number closed over": {"loss_fn": scaled(3.0)},
     "another tensor closed over": {"loss_fn": scaled(torch.tensor(3.0))},
     "another shape": {"rows": 6},
-    "another option": {"optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.5)},
+    "another option": {"optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)},
     "another input option": {"optimizer": partial(torch.optim.SGD, lr=0.3, momentum=0.9)},
     "another dtype": {"dtype": torch.float64},
     "another constant in a model": {"power": 3},
