@@ -14,7 +14,6 @@ from common import digits, parse, write_result
 from gan_digits import make_critic, measure, train_judge
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss, relu
-from torch.nn.utils import parametrize
 
 from fluxloop import AbstractTrainingPhase, Learner, LossBegin, TensorBatches
 from fluxloop.images import image_grid, save_image
@@ -23,10 +22,10 @@ from fluxloop.images import image_grid, save_image
 class Codebook(nn.Module):
     """Vectors, of which the nearest stands for what it is given; each follows the mean of what it stands for."""
 
-    def __init__(self, codes: int = 32, size: int = 16, decay: float = 0.98) -> None:
+    def __init__(self, codes: int = 32, size: int = 16, decay: float = 0.95) -> None:
         super().__init__()
         self.decay = decay
-        self.register_buffer("vectors", torch.randn(codes, size))
+        self.register_buffer("vectors", 0.1 * torch.randn(codes, size))
         self.register_buffer("counts", torch.ones(codes))
         self.register_buffer("sums", self.vectors.clone())
 
@@ -44,7 +43,7 @@ class Codebook(nn.Module):
         chosen = nn.functional.one_hot(numbers, len(self.vectors)).to(rows)
         self.counts.lerp_(chosen.sum(0), 1 - self.decay)
         self.sums.lerp_(chosen.T @ rows, 1 - self.decay)
-        idle = (self.counts < 0.1)[:, None]
+        idle = (self.counts < 0.3)[:, None]
         others = rows[torch.randint(len(rows), (len(self.vectors),), device=rows.device)]
         self.sums.copy_(torch.where(idle, others, self.sums))
         self.counts.copy_(torch.where(idle[:, 0], 1.0, self.counts))
