@@ -34,7 +34,7 @@ from test_reference import load
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 EXAMPLES = ROOT / "docs" / "examples"
-ELSEWHERE = {"common.py", "digits.py", "plain_digits.py"}
+ELSEWHERE = {"common.py", "digits.py", "gallery.py", "plain_digits.py"}
 IMPORTED = ("matplotlib.figure", "sklearn.datasets", "sklearn.linear_model", "sklearn.manifold", "sklearn.pipeline")
 """What takes seconds to import, and most examples do."""
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -155,6 +155,20 @@ def test_an_example_runs_and_writes_its_results_and_pictures(script: str, tmp_pa
     assert pictures
     for picture in pictures:
         assert matplotlib.image.imread(picture).std() > 0
+
+
+@pytest.mark.slow
+def test_the_gallery_measures_methods_and_generators_and_adds_to_what_there_is(tmp_path: Path) -> None:
+    for only in (["I-JEPA"], ["VAE", "hinge, R1, ADA"]):
+        chosen = [argument for name in only for argument in ("--only", name)]
+        arguments = ["--epochs", "1", "--seed", "1", "--out", str(tmp_path), *chosen]
+        run(EXAMPLES / "gallery.py", None, arguments=arguments, timeout=600, imports=IMPORTED)
+    result = json.loads((tmp_path / "result.json").read_text())
+    untrained = {"pixels", "untrained convolutions", "untrained transformer"}
+    assert result["methods"].keys() == {"I-JEPA", *untrained}
+    assert result["generators"].keys() == {"real training images", "VAE", "hinge, R1, ADA"}
+    assert 0.1 < result["methods"]["I-JEPA"]["knn"] <= 1
+    assert result["generators"]["VAE"]["frechet"] > result["generators"]["real training images"]["frechet"]
 
 
 def test_the_file_tree_in_the_readme_names_the_modules_and_folders_of_the_root() -> None:

@@ -86,7 +86,7 @@ class VQGANPhase(AbstractTrainingPhase):
         commitment: Weight of the distance of what the encoder says to its code.
     """
 
-    def __init__(self, critic_from: int | None = 0, *, weight: float = 0.8, commitment: float = 0.25) -> None:
+    def __init__(self, critic_from: int | None = 0, *, weight: float = 0.1, commitment: float = 0.25) -> None:
         self.critic_from, self.weight_of_critic, self.commitment = critic_from, weight, commitment
         self.steps = 0
 

@@ -119,9 +119,10 @@ class IBOTPhase(DINOPhase):
     def forward(self, learner: Any, state: StepState) -> None:
         """Draw masks, and run both networks on their crops."""
         views = self.seen(state)
-        state.masks = [
-            self.masks(len(view), grid_of(view, self.patch_size), view.device) for view in views[: self.num_global]
-        ]
+        if "masks" not in state:  # they may be entries, drawn where the views are
+            state.masks = [
+                self.masks(len(view), grid_of(view, self.patch_size), view.device) for view in views[: self.num_global]
+            ]
         student, teacher = learner.model.student, learner.model.teacher
         state.tokens, state.student, state.student_patches = [], [], []
         for number, view in enumerate(views):

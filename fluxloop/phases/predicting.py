@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 class HiddenPatchesPhase(ObjectivePhase):
     """Base of methods in which a ``student`` predicts what a ``teacher``, its moving average, has of hidden patches.
 
+    Masks that are drawn elsewhere, such as in the workers of a loader by its ``collate_fn``, are entries: a subclass's
+    `entries` returns what `masks` would draw under the names below, and nothing is drawn in the step.
+
     Args:
         patch_size: Height and width of a patch in pixels.
         masks: Draws what is hidden.
@@ -120,7 +123,8 @@ class IJEPAPhase(HiddenPatchesPhase):
         """Hide blocks, embed both, and predict."""
         state.patches = patchify(state.xs, self.patch_size)
         n, count = state.patches.shape[:2]
-        state.places, state.wanted = self.masks(n, grid_of(state.xs, self.patch_size), state.xs.device)
+        if "wanted" not in state:
+            state.places, state.wanted = self.masks(n, grid_of(state.xs, self.patch_size), state.xs.device)
         blocks = state.wanted.transpose(0, 1)  # as rows: the first block of all images, then the second
         with torch.no_grad():
             everywhere = torch.arange(count, device=state.xs.device).expand(n, -1)
@@ -198,7 +202,8 @@ class Data2VecPhase(HiddenPatchesPhase):
 
     def forward(self, learner: Any, state: StepState) -> None:
         """Hide patches, run both networks, and predict."""
-        state.mask = self.masks(len(state.xs), grid_of(state.xs, self.patch_size), state.xs.device)
+        if "mask" not in state:
+            state.mask = self.masks(len(state.xs), grid_of(state.xs, self.patch_size), state.xs.device)
         with torch.no_grad():
             layers = learner.model.teacher(state.xs, None)[-self.layers :]
             normal = [layer_norm(in_single(tokens), tokens.shape[-1:]) for tokens in layers]

@@ -26,6 +26,7 @@ from fluxloop import (
 from fluxloop.losses import hinge, relativistic
 from fluxloop.phases.cycle_gan import draw_from_pool, put_into_pool
 from fluxloop.testing import assert_resumes_exactly, assert_same_bits
+from processes.launching import run
 
 SEED, BATCH, STEPS = 3, 2, 5
 ADAM = partial(torch.optim.Adam, lr=0.01, betas=(0.5, 0.999), fused=False)
@@ -199,6 +200,43 @@ def test_a_killed_run_goes_on_to_the_bit_with_its_pools() -> None:
     assert_resumes_exactly(
         partial(learner_of, Recorder(), Metrics()), phases=lambda: [CycleGANPhase(pool_size=3)], at=[1, 4, 7]
     )
+
+
+TOGETHER = """
+import os
+import sys
+
+from fluxloop import Accelerator, Checkpointer, CycleGANPhase, Recorder
+from processes.launching import report
+from phases.test_cycle_gan import data, learner_of
+
+folder = os.environ["FLUXLOOP_TEST_FOLDER"] + "/run"
+
+
+def make(*callbacks):
+    return learner_of(Recorder(), *callbacks, accelerator=Accelerator("cpu"), data=(data(),))
+
+
+whole, first, second = (CycleGANPhase(pool_size=5) for _ in range(3))
+expected = make()
+expected.fit(4, phases=[whole])
+make(Checkpointer(folder)).fit(2, phases=[first])
+resumed = make(Checkpointer(folder))
+resumed.fit(4, phases=[second], resume=folder)
+of = lambda learner: [p.detach() for model in learner.models.values() for p in model.parameters()]
+report(whole=[of(expected), whole.state_dict()], resumed=[of(resumed), second.state_dict()])
+"""
+
+
+@pytest.mark.slow
+def test_pools_of_several_processes_are_the_same_and_are_found_again() -> None:
+    first, second = run(TOGETHER, 2, timeout=120).reports
+    for report in (first, second):
+        for found in (report["whole"], report["resumed"]):
+            assert all(map(torch.equal, found[0], first["whole"][0]))
+            for name, kept in first["whole"][1].items():
+                assert torch.equal(found[1][name], kept), name
+    assert first["whole"][1]["stored_a"] == 5
 
 
 def test_a_state_of_another_size_is_an_error_that_changes_nothing() -> None:

@@ -9,8 +9,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from fluxloop import Accelerator, BatchError, DINOv2Phase, IBOTPhase, MultiCrop, PhaseError, linear, stream_seed
+from fluxloop import (
+    EMA,
+    Accelerator,
+    BatchError,
+    DINOv2Phase,
+    IBOTPhase,
+    LearningRate,
+    MultiCrop,
+    PhaseError,
+    Scheduler,
+    Unfreeze,
+    cosine,
+    linear,
+    one_cycle,
+    stream_seed,
+)
 from fluxloop.augment import RandomMasks
+from fluxloop.hyperparameters import WeightDecay
 from fluxloop.losses import dino_loss, ibot_loss, koleo_loss, masked_code_loss, sinkhorn, swav_loss
 from fluxloop.testing import assert_resumes_exactly
 from self_supervised import SEED, assert_goes_on, assert_same_training, globally, heads, learner_of, network_and_teacher
@@ -177,3 +193,14 @@ def test_the_student_predicts_hidden_patches_alone() -> None:
     assert not student.grad[mask == 0].any()
     expected = -((teacher[0, 1] / 0.04).softmax(0) * log_softmax(student[0, 1] / 0.1, 0)).sum() / 2
     torch.testing.assert_close(ibot_loss(student, teacher, mask), expected)
+
+
+def test_a_killed_run_of_dinov2_goes_on_with_all_its_schedules() -> None:
+    def learner() -> Any:
+        decay = Scheduler({WeightDecay: cosine(10, 0.04, 0.4), LearningRate: one_cycle(10, 0.01)})
+        made = learner_of(untied(), None, decay, Unfreeze({"student.patch_projector": 3}, unit="step"))
+        made.replace_callback(EMA("student", cosine(10, 0.9, 1.0), into="teacher"))
+        return made
+
+    phase = lambda: DINOv2Phase(crops, patch_size=2, masks=MASKS, teacher_temperature=linear(10, 0.04, 0.2))  # noqa: E731
+    assert_resumes_exactly(learner, phases=lambda: [phase()], at=[2, 4, 7])

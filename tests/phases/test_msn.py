@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fluxloop import BatchError, MSNPhase, PhaseError
+from fluxloop import Accelerator, BatchError, MSNPhase, PhaseError
 from fluxloop.augment import RandomMasks
 from fluxloop.losses import msn_loss
+from fluxloop.testing import assert_resumes_exactly
 from self_supervised import (
     Tokens,
     assert_same_training,
@@ -84,3 +85,12 @@ def test_masks_without_a_size_of_patches_and_numbers_out_of_range_are_refused() 
             MSNPhase(**options)
     with pytest.raises(BatchError, match="expected 3 global ones"):
         learner_of(models(), None).fit(1, phases=[MSNPhase(two_views, num_global=3)])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_killed_run_with_masks_goes_on_to_the_bit(accumulate: int) -> None:
+    assert_resumes_exactly(
+        lambda: learner_of(masked_models(), None, accelerator=Accelerator("cpu", accumulate=accumulate)),
+        phases=lambda: [MSNPhase(two_views, patch_size=2, masks=RandomMasks(0.5))],
+        at=[1, 4, 8],
+    )

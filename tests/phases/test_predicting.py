@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, smooth_l1_loss
+from torch.utils.data import DataLoader, TensorDataset
 
 from fluxloop import Accelerator, BatchError, Data2VecPhase, IJEPAPhase, PhaseError, stream_seed
 from fluxloop.augment import BlockMasks, MultiBlock
 from fluxloop.phases.mae import patchify
+from fluxloop.testing import assert_resumes_exactly
 from self_supervised import SEED, Tokens, assert_same_training, learner_of, network_and_teacher
 from toys import image_batches
 
@@ -161,3 +163,58 @@ def test_what_cannot_be_used_is_refused_with_what_to_type() -> None:
         Data2VecPhase(2, beta=0)
     with pytest.raises(BatchError, match=r"H and W multiples of 3"):
         learner_of(data2vec_models(), None).fit(1, phases=[Data2VecPhase(3)])
+
+
+# Masks that are drawn by the workers of a loader
+
+
+def with_blocks(rows: list[tuple[Tensor]]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    images = torch.stack([row for (row,) in rows])
+    return images, BLOCKS(len(images), (4, 4), images.device)
+
+
+def with_mask(rows: list[tuple[Tensor]]) -> tuple[Tensor, Tensor]:
+    images = torch.stack([row for (row,) in rows])
+    return images, MASKS(len(images), (4, 4), images.device)
+
+
+class Given(IJEPAPhase):
+    """Is given blocks and contexts."""
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        images, (places, wanted) = batch
+        return {**super().entries(images), "places": places, "wanted": wanted}
+
+
+class GivenMask(Data2VecPhase):
+    """Is given masks."""
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        return {**super().entries(batch[0]), "mask": batch[1]}
+
+
+def never(*given: Any) -> Any:
+    raise AssertionError("masks were drawn in the step")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "models", "collate"),
+    [
+        (lambda: Given(2, masks=never), ijepa_models, with_blocks),
+        (lambda: GivenMask(2, masks=never, layers=2), data2vec_models, with_mask),
+    ],
+    ids=["I-JEPA", "data2vec"],
+)
+def test_a_killed_run_goes_on_with_the_masks_that_workers_draw(make: Any, models: Any, collate: Any) -> None:
+    def learner() -> Any:
+        data = DataLoader(TensorDataset(torch.cat(image_batches())), 4, True, num_workers=1, collate_fn=collate)
+        return learner_of(models(), None, data=(data,))
+
+    assert_resumes_exactly(learner, phases=lambda: [make()], at=[7])
+
+
+def test_i_jepa_draws_its_masks_anew_where_a_killed_run_goes_on() -> None:
+    assert_resumes_exactly(
+        lambda: learner_of(ijepa_models(), None), phases=lambda: [IJEPAPhase(2, masks=BLOCKS)], at=[3, 6]
+    )
