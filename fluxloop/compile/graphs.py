@@ -283,6 +283,7 @@ class Graph:
 
         Raises:
             CompileError: An operation in it cannot be run as it was compiled.
+            UserWarning: It was compared with eager operations, and warnings are errors.
         """
         before = [tensor.detach().to("cpu", copy=True) for tensor in inputs]
         generators = generator_states()
@@ -290,24 +291,23 @@ class Graph:
             self._comparison.run(inputs)
         try:
             outputs = list(self._compiled(*inputs))
+            if self._comparison is not None:
+                self._comparison.tell(inputs, outputs)
         except Exception as error:
             with torch.no_grad():
                 for tensor, old in zip(inputs, before, strict=True):
                     if not torch.equal(tensor, old.to(tensor.device)):  # what overlaps itself cannot be copied to
                         tensor.copy_(old)
             put_generators(generators)
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise  # the graph can run, and callers know what this is
+            if isinstance(error, (torch.cuda.OutOfMemoryError, Warning)):
+                raise  # the graph can run, and callers know what this is, or have warnings be errors
             raise CompileError(
                 f"the step of {self._whose} was compiled, but cannot be run: {first_line(error)}. Nothing was changed. "
                 f"{WAYS_OUT}"
             ) from error
         if isinstance(self._compiled, kept.Fresh):
             self._compiled = self._compiled.compiled
-        self._call = self._compiled
-        if self._comparison is not None:
-            self._comparison.tell(inputs, outputs)
-            self._comparison = None  # it holds copies of the inputs
+        self._call, self._comparison = self._compiled, None  # which holds copies of the inputs
         return outputs
 
     def _hear(self, phase: Phase, told: list[list[float]], bad: Tensor | None, found: list[Tensor]) -> None:

@@ -66,7 +66,8 @@ class IJEPAPhase(HiddenPatchesPhase):
     5. The ``predictor`` says what stands in each block. 6. The smooth L1 distance. After the update, `EMA` moves the
     teacher, with a decay from 0.996 to 1 in the paper.
 
-    Contexts differ in size from step to step, so its steps are not compiled; ``compile="model"`` is.
+    Contexts of `MultiBlock` differ in size from step to step, so its steps are not compiled; ``compile="model"`` is. A
+    subclass says ``compiled = True`` where its masks hide as much in each step.
 
     Args:
         patch_size: Height and width of a patch in pixels.

@@ -33,6 +33,7 @@ from fluxloop import (
     GANPhase,
     GANValidationPhase,
     GradientClip,
+    IJEPAPhase,
     LearningRate,
     LeJEPAPhase,
     LogHistograms,
@@ -265,6 +266,39 @@ def seeing_layers() -> dict[str, nn.Module]:
     }
 
 
+class HiddenBlocks(IJEPAPhase):
+    """Makes images of the rows, and hides as much of each."""
+
+    compiled = True
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        return super().entries(batch[0].reshape(-1, 1, 4, 4))
+
+
+def halves(rows: int, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """See a half of each image's patches, and predict the other patches one by one."""
+    places = torch.rand(rows, grid[0] * grid[1], device=device).argsort(1)
+    return places[:, :2], places[:, 2:, None]
+
+
+class Predictor(nn.Module):
+    """Predicts tokens of places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.places = nn.Linear(8, 8), nn.Embedding(4, 8)
+
+    def forward(self, tokens: Tensor, places: Tensor, wanted: Tensor) -> Tensor:
+        out: Tensor = self.layer(tokens.mean(1, keepdim=True)) + self.places(wanted)
+        return out
+
+
+def seeing_blocks() -> dict[str, nn.Module]:
+    encoder = Tokens()
+    teacher = copy.deepcopy(encoder).requires_grad_(False)
+    return {"student": encoder, "teacher": teacher, "predictor": Predictor()}
+
+
 def teacher_moves() -> list[Callback]:
     return [EMA("student", 0.9, into="teacher")]
 
@@ -321,6 +355,7 @@ ONE_LOSS = [
         lambda: [EMA("student", 0.9, into="teacher")],
     ),
     (lambda: with_twin(HiddenPatches(VIEWS, patch_size=2)), seeing_patches, teacher_moves),
+    (lambda: [HiddenBlocks(2, masks=halves)], seeing_blocks, teacher_moves),
     (lambda: [HiddenLayers(2, masks=RandomMasks(0.5))], seeing_layers, teacher_moves),
     (lambda: [NNCLRPhase(VIEWS, queue_size=20)], lambda: {**encoder(), "predictor": nn.Linear(6, 6)}, list),
     (lambda: with_twin(SwAVPhase(VIEWS)), lambda: {**encoder(), "prototypes": nn.Linear(6, 5, bias=False)}, list),
@@ -358,7 +393,7 @@ def test_changes_that_are_drawn_for_each_row_are_part_of_a_graph() -> None:
     ONE_LOSS,
     ids=[
         *("SimCLR", "Barlow Twins", "VICReg", "SimSiam", "BYOL", "MoCo", "DINO", "LeJEPA", "MoCo v3", "MSN", "DINOv2"),
-        *("data2vec", "NNCLR", "SwAV"),
+        *("I-JEPA", "data2vec", "NNCLR", "SwAV"),
         *("VAE", "autoencoder", "SupCon", "distillation", "triplets", "flow matching", "diffusion", "EDM", "MAE"),
     ],
 )
@@ -366,6 +401,9 @@ def test_phases_of_one_loss_are_compiled(phases: Any, model: Any, callbacks: Any
     loss_fn = None if type(phases()[0]) is DistillationPhase else functional.mse_loss
     _, compiled = both(phases=phases, model=model, callbacks=callbacks, loss_fn=loss_fn)
     assert graphs(compiled, type(phases()[0])) == 2
+    assert compiled._compiled is not None
+    made = [graph for each in compiled._compiled._plans[type(phases()[0])]._graphs.values() for graph in each]
+    assert all(len(graph._moved) == len(callbacks()) for graph in made)  # teachers move with the update
 
 
 def test_every_built_in_training_phase_is_compiled_by_a_test() -> None:
