@@ -17,6 +17,7 @@ from typing import Any
 from attrs import define
 from torch import Tensor, nn
 
+from fluxloop.nested import tensors
 from fluxloop.persist.attributes import attributes
 from fluxloop.persist.seen import seen
 
@@ -198,14 +199,22 @@ class Contents:
                 self._save(item, depth - 1)
 
     def restore(self) -> bool:
-        """Set all as it was; return whether something was not."""
+        """Set all as it was; return whether something was not. What a dict has more of without tensors is a cache."""
         found = False
         for value, old in self._saved:
+            if isinstance(value, dict) and is_cache(value, old):
+                continue
             if len(value) != len(old) or not all(map(same_items, pairs(value), pairs(old))):
                 found = True
                 value.clear()
                 value.extend(old) if hasattr(value, "extend") else value.update(old)
         return found
+
+
+def is_cache(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
+    """Return whether a dict has all that it had, and more that holds no tensor."""
+    kept = all(key in now and now[key] is value for key, value in before.items())
+    return kept and not any(True for key, value in now.items() if key not in before for _ in tensors(value))
 
 
 def pairs(value: Any) -> Iterable[Any]:

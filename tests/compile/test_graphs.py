@@ -44,6 +44,7 @@ from fluxloop import (
     MixUp,
     MoCoPhase,
     MoCoV3Phase,
+    ModelLossPhase,
     MSNPhase,
     NNCLRPhase,
     NoisedValidationPhase,
@@ -266,6 +267,18 @@ def seeing_layers() -> dict[str, nn.Module]:
     }
 
 
+class Tagger(nn.Module):
+    """Computes its own loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 4)
+
+    def forward(self, xs: Tensor, ys: Tensor) -> dict[str, Tensor]:
+        logits = self.layer(xs)
+        return {"loss": functional.cross_entropy(logits, ys), "logits": logits}
+
+
 class HiddenBlocks(IJEPAPhase):
     """Makes images of the rows, and hides as much of each."""
 
@@ -364,6 +377,7 @@ ONE_LOSS = [
     (lambda: with_twin(SupConPhase(VIEWS)), encoder, list),
     (lambda: [DistillationPhase()], student, list),
     (lambda: [Triplets()], mlp, list),
+    (lambda: [ModelLossPhase()], Tagger, list),
     (lambda: with_fixed_noise(FlowMatchingPhase(**GUIDED)), Noised, list),
     (lambda: with_fixed_noise(DiffusionPhase("velocity", **GUIDED)), Noised, list),
     (lambda: with_fixed_noise(DiffusionPhase("edm", **GUIDED)), Noised, list),
@@ -394,7 +408,18 @@ def test_changes_that_are_drawn_for_each_row_are_part_of_a_graph() -> None:
     ids=[
         *("SimCLR", "Barlow Twins", "VICReg", "SimSiam", "BYOL", "MoCo", "DINO", "LeJEPA", "MoCo v3", "MSN", "DINOv2"),
         *("I-JEPA", "data2vec", "NNCLR", "SwAV"),
-        *("VAE", "autoencoder", "SupCon", "distillation", "triplets", "flow matching", "diffusion", "EDM", "MAE"),
+        *(
+            "VAE",
+            "autoencoder",
+            "SupCon",
+            "distillation",
+            "triplets",
+            "own loss",
+            "flow matching",
+            "diffusion",
+            "EDM",
+            "MAE",
+        ),
     ],
 )
 def test_phases_of_one_loss_are_compiled(phases: Any, model: Any, callbacks: Any) -> None:

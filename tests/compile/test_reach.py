@@ -34,7 +34,7 @@ def test_what_functions_change_is_named_and_put_back() -> None:
 
     def changes() -> None:
         KEPT.append(1)
-        TABLE["b"] = 2
+        TABLE["a"] = 2
         mine.add(2)
         helper()
 
@@ -50,6 +50,21 @@ def test_what_functions_change_is_named_and_put_back() -> None:
     assert sorted(noted) == named
     assert (KEPT, TABLE, mine, LAST, inner) == ([], {"a": 1}, {1}, None, {"a": {"b": [1]}})
     assert SimpleNamespace(scale=1.0, others=5, items=[], last=None) == SETTINGS
+
+
+def test_a_dict_that_gains_something_without_tensors_is_a_cache_and_keeps_it() -> None:
+    sizes: dict[int, Any] = {1: (1,)}
+    masks: dict[int, Any] = {1: torch.ones(1)}
+
+    def fills() -> None:
+        sizes[2] = (2, [3])
+        masks[2] = [torch.ones(2)]
+
+    with Reach([fills], []).unchanged() as noted:
+        fills()
+    assert noted == ["masks"]
+    assert sizes == {1: (1,), 2: (2, [3])}
+    assert list(masks) == [1]
 
 
 class Sees(nn.Module):
