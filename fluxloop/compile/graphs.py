@@ -212,7 +212,10 @@ class Graph:
                 option.copy_(value.reshape(()))
             elif value != last.value:
                 last.value = value
-                option.copy_(torch.as_tensor(value, dtype=option.dtype))
+                if isinstance(value, (tuple, list)):  # betas
+                    option.copy_(torch.tensor(value, dtype=option.dtype))
+                else:
+                    option.fill_(value)
             changing.append(option)
         if self._held:
             holders = [*holders_of(phase), *self._inside]
