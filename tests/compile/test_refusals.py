@@ -74,7 +74,10 @@ def by_ctc(model: Any, out: Tensor) -> Tensor:
         ),
         (lambda model, out: out * len(f"{out.sum():.2f}"), r"write texts of numbers in the phase's finish"),
         (lambda model, out: torch.distributions.Normal(out, 1.0).log_prob(out), r"say validate_args=False"),
-        (lambda model, out: out[out.sum(1).argmax()].expand(8, 3), r"index_select and gather choose without asking"),
+        (
+            lambda model, out: out[int(out.sum(1).argmax())].expand(8, 3),
+            r"index_select and gather choose without asking",
+        ),
         (lambda model, out: out * 2 if out.sum() > 0 else out, r"torch.where"),
         (by_lstsq, r"its numbers alone.*compiled = False in its class"),
         (by_ctc, r"ctc_loss.*compiled = False in its class"),

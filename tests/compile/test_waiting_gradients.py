@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_leaves_gradients_that_waited_as_they_are() ->
     for compile in (False, "step"):
         made = learner(compile, data=(batches,))
         history = made.fit(1, phases=[Every(5)])
-        assert history.stop_reason == "the loss became nan in Every(), epoch 1, step 3 of the run"
+        assert history.stop_reason == "the loss became nan in Every(every=5), epoch 1, step 3 of the run"
         found.append(gradients(made))
     for a, b in zip(*found, strict=True):
         assert a is not None
@@ -174,7 +174,10 @@ def test_a_gradient_that_is_new_in_a_step_whose_loss_is_not_finite_is_not_kept()
     xs = rows()[0]
     batches = [(xs[:8], 0), (xs[8:16], 0), (xs[16:24] * float("nan"), 0)]
     made = learner(data=(batches,), model=lambda: nn.ModuleList([nn.Linear(16, 2), nn.Linear(16, 2)]))
-    assert made.fit(1, phases=[InTurn(9)]).stop_reason == "the loss became nan in InTurn(), epoch 1, step 3 of the run"
+    assert (
+        made.fit(1, phases=[InTurn(9)]).stop_reason
+        == "the loss became nan in InTurn(every=9), epoch 1, step 3 of the run"
+    )
     first, second = gradients(made)[0], gradients(made)[2]
     assert first is not None
     assert first.isfinite().all()
