@@ -208,14 +208,9 @@ class Graph:
         changing: list[Any] = []
         for group, name, option, last in self._options:
             value = group[name]
-            if isinstance(value, Tensor):
-                option.copy_(value.reshape(()))
-            elif value != last.value:
+            if isinstance(value, Tensor) or value != last.value:
                 last.value = value
-                if isinstance(value, (tuple, list)):  # betas
-                    option.copy_(torch.tensor(value, dtype=option.dtype))
-                else:
-                    option.fill_(value)
+                put(option, value)
             changing.append(option)
         if self._held:
             holders = [*holders_of(phase), *self._inside]
@@ -372,6 +367,16 @@ class Graph:
         for _, bound, event in listeners(self._learner, phase, events):
             deliver(bound, event, phase, self._learner)
         return len(ended)
+
+
+def put(option: Tensor, value: Any) -> None:
+    """Put the value of an option, a number, a tensor or two betas, into the graph's input."""
+    if isinstance(value, Tensor):
+        option.copy_(value.reshape(()))
+    elif isinstance(value, (tuple, list)):
+        option.copy_(torch.tensor(value, dtype=option.dtype))
+    else:
+        option.fill_(value)
 
 
 def listeners(learner: RunLearner, phase: Phase, events: list[Event]) -> list[tuple[int, tuple[Bound, ...], Event]]:
