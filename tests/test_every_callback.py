@@ -521,7 +521,7 @@ IN_FILES: dict[type[Callback], set[str]] = {
     EarlyStopping: {"criterion", "pair"},
     FeatureStats: {"_count", "_kept", "std"},
     GarbageCollect: {"_steps"},
-    GradientClip: {"_counts", "_totals"},
+    GradientClip: {"_counts", "_waiting"},
     MixUp: {"_count"},
     SampleImages: {"grid", "pair"},
     SanityCheck: {"_done"},

@@ -248,7 +248,6 @@ LONG_FUNCTIONS = {
     "learner.Learner.__init__": "twelve lines are arguments; the others make its parts, each after what it needs",
     "run.fit.fit": "what may refuse a fit stands before any change, and one finally puts all back",
     "compile.inputs.inputs_of": "one list of a graph's inputs, in the order in which the graph takes them",
-    "compile.graphs.Graph.run": "a function more would be a frame more in each step",
 }
 """What is longer than 500 lines, or than 45 lines of code, and why."""
 

@@ -14,6 +14,7 @@ from fluxloop.compute.models import by_name, check_not_lazy, copied_weights, mov
 from fluxloop.compute.optimizers import owned_parameters
 from fluxloop.errors import CallbackConflictError, ModelError, describe
 from fluxloop.events import StepBegin, StepEnd, UpdateEnd
+from fluxloop.guard.assign import put
 from fluxloop.order.access import overlap, parse, weights_path
 from fluxloop.order.averages import Buffers, StepAverage
 from fluxloop.order.view import look_up
@@ -241,9 +242,10 @@ class EMA(Callback):
 
     def _note_moved(self, phase: AbstractTrainingPhase) -> None:
         """Note that a compiled step has moved the average."""
-        self._pending, self._before = False, None
+        if self._pending or self._before is not None:
+            self._pending, self._before = False, None
         self._counted[type(phase).__qualname__] = True
-        self.num_averaged += 1
+        put(self, "num_averaged", self.num_averaged + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the counts, the updates noted, and the average where no model holds it."""

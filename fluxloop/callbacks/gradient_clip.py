@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from math import isnan
 from typing import Any
 
@@ -18,8 +19,9 @@ from fluxloop.compute.models import by_name
 from fluxloop.compute.optimizers import owned_parameters
 from fluxloop.errors import CallbackConflictError, OptimizerError, did_you_mean
 from fluxloop.events import EpochBegin, EpochEnd, StepEnd, UpdateBegin
+from fluxloop.metrics.averages import FOLD_AFTER
 from fluxloop.monitor import Expected
-from fluxloop.order.view import look_up
+from fluxloop.order.view import behind, look_up
 from fluxloop.phase import AbstractTrainingPhase, Phase
 
 
@@ -66,6 +68,7 @@ class GradientClip(RecordsMetrics):
     optimizer: str | int | None = field(default=None, kw_only=True)
     _totals: dict[str, Tensor] = field(factory=dict, init=False, repr=False)
     _counts: dict[str, int] = field(factory=dict, init=False, repr=False)
+    _waiting: dict[str, list[Tensor]] = field(factory=dict, init=False, repr=False)
 
     reads = ("optimizer", "history")
     draws = False
@@ -102,7 +105,7 @@ class GradientClip(RecordsMetrics):
     def init(self, learner: Any) -> None:
         """Look for the optimizer, and publish the metrics' container."""
         super().init(learner)
-        self._totals, self._counts = {}, {}
+        self._totals, self._counts, self._waiting = {}, {}, {}
         if self.optimizer is not None:
             names = [name for name, _ in by_name(learner.optimizer) if name is not None]
             if str(self.optimizer) not in names:
@@ -115,7 +118,7 @@ class GradientClip(RecordsMetrics):
     @on(EpochBegin, AbstractTrainingPhase)
     def start(self, event: EpochBegin, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Begin the averages of an epoch."""
-        self._totals, self._counts = {}, {}
+        self._totals, self._counts, self._waiting = {}, {}, {}
 
     @on(UpdateBegin)
     def clip(self, event: UpdateBegin, phase: Any, learner: Any) -> None:
@@ -142,18 +145,32 @@ class GradientClip(RecordsMetrics):
     @on(StepEnd, AbstractTrainingPhase)
     def add(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Add the norms of a step's updates to the averages."""
-        step = learner.step
-        norms = {None: step.grad_norm} if "grad_norm" in step else {}
-        for name, norm in (norms | (step.grad_norms if "grad_norms" in step else {})).items():
+        step = vars(behind(learner).step)
+        if "grad_norm" in step:
+            self._add(None, step["grad_norm"])
+        for name, norm in step["grad_norms"].items() if "grad_norms" in step else ():
             self._add(name, norm)
 
     def _add(self, name: str | int | None, norm: Tensor) -> None:
         metric = _metric(name)
-        if metric in self._totals:
-            self._totals[metric] = self._totals[metric] + norm
-        else:
-            self._totals[metric] = norm.to(torch.float32 if norm.device.type == "mps" else torch.float64)
+        waiting = self._waiting.get(metric)
+        if waiting is None:
+            waiting = self._waiting[metric] = []
+        waiting.append(norm)
         self._counts[metric] = self._counts.get(metric, 0) + 1
+        if len(waiting) >= FOLD_AFTER:  # one kernel for many steps, always after as many
+            self._totals[metric] = self._total(metric)
+            waiting.clear()
+
+    @torch.no_grad()
+    def _total(self, metric: str) -> Tensor:
+        """Return the sum of the norms that a metric was given, of which some wait to be added up."""
+        waiting = self._waiting.get(metric)
+        total = self._totals.get(metric, 0.0)
+        if not waiting:
+            return torch.as_tensor(total)
+        norms = torch.stack(waiting)
+        return total + norms.to(torch.float32 if norms.device.type == "mps" else torch.float64).sum()
 
     @on(EpochEnd, AbstractTrainingPhase)
     def record(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
@@ -161,8 +178,8 @@ class GradientClip(RecordsMetrics):
         epoch = learner.history[phase].epoch
         if epoch:
             metrics = learner.cbstate.metrics[phase]
-            for name, total in self._totals.items():
-                metrics.record(name, epoch, total / self._counts[name], type(self).__name__)
+            for name, count in self._counts.items():
+                metrics.record(name, epoch, self._total(name) / count, type(self).__name__)
 
 
 @resolve_conflict.register(GradientClip, Metrics)  # type: ignore[untyped-decorator]  # multipledispatch has no types
@@ -186,5 +203,6 @@ def _one_optimizer_each(a: GradientClip, b: GradientClip) -> NoConflict:
     return NoConflict()
 
 
+@cache
 def _metric(name: str | int | None) -> str:
     return "grad_norm" if name is None else f"grad_norm_{name}".lower()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,7 +51,7 @@ class Comparison:
         self._after: list[Tensor] = []
         self._returned: list[Tensor] = []
 
-    def run(self, inputs: tuple[Tensor, ...]) -> None:
+    def run(self, inputs: Sequence[Tensor]) -> None:
         """Run the operations on copies of the inputs, before the compiled step changes these."""
         if self._obstacle:
             return
@@ -62,7 +63,7 @@ class Comparison:
         with torch.no_grad():
             return list(self._graph(*inputs))
 
-    def tell(self, inputs: tuple[Tensor, ...], outputs: list[Tensor]) -> None:
+    def tell(self, inputs: Sequence[Tensor], outputs: list[Tensor]) -> None:
         """Warn with the largest difference between what both have returned and changed."""
         if self._obstacle:
             warn_user(f"the compiled step of {self._whose} was not compared with eager operations: {self._obstacle}")

@@ -96,6 +96,26 @@ def form_of_entries(state: StepState, device: torch.device) -> Any:
     return tuple(found)
 
 
+def has_form(entries: dict[str, Any], form: Any, device: torch.device) -> bool:
+    """Return whether a step's entries have a form that `form_of_entries` gave.
+
+    It is asked at every step, and finds it out for tensors alone; of anything else it says False.
+    """
+    if len(entries) != len(form) or torch.is_autocast_enabled(device.type):
+        return False
+    for (name, value), expected in zip(entries.items(), form, strict=True):
+        if type(value) is not Tensor or expected != (
+            name,
+            value.shape,
+            value.stride(),
+            value.dtype,
+            value.device,
+            value.requires_grad,
+        ):
+            return False
+    return len({*map(id, entries.values())}) == len(entries)  # two that are one tensor are another form
+
+
 def form_of_gradient(parameter: nn.Parameter) -> Any:
     """Return the form of a parameter's gradient: whether there is one, and how it lies in memory."""
     gradient = parameter.grad

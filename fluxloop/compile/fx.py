@@ -106,3 +106,9 @@ def asks_for_a_float(node: Any) -> bool:
 def draws(node: Any) -> bool:
     """Return whether an operation draws random numbers."""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def draws_normal(node: Any) -> bool:
+    """Return whether an operation draws normal random numbers."""
+    name = getattr(node.target, "__name__", "")
+    return draws(node) and ("randn" in name or "normal" in name)

@@ -96,13 +96,14 @@ class Remembered:
         self._list_lengths = [*map(len, self._lists)]
         self._items = [*chain.from_iterable(self._lists)]
         self._parts_of_partials = [*chain.from_iterable(map(PARTS_OF_A_PARTIAL, self._partials))]
+        self._is_empty = not (self._dicts or self._lists or self._partials or self._described)
 
     def is_as_it_was(self) -> bool:
         """Return whether the same objects stand in dicts, lists and partials, and under the same names.
 
         Lengths are compared first, since `map` ends with the shorter one.
         """
-        return (
+        return self._is_empty or (
             [*map(len, self._dicts)] == self._lengths
             and [*map(len, self._lists)] == self._list_lengths
             and all(map(is_, chain.from_iterable(map(dict.values, self._dicts)), self._values))

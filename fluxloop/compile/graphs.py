@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -16,20 +16,19 @@ from fluxloop.callback import Callback
 from fluxloop.compile import kept
 from fluxloop.compile.averaging import check_told
 from fluxloop.compile.comparison import Comparison
-from fluxloop.compile.conditions import form_of, holders_of
-from fluxloop.compile.glance import Remembered
+from fluxloop.compile.direct import Call, Compiled
+from fluxloop.compile.fx import draws_normal
+from fluxloop.compile.misfit import Holders, Options, Reads
 from fluxloop.compile.refusals import WAYS_OUT, first_line
 from fluxloop.compile.replay import Replayed, can_replay
 from fluxloop.compile.stand_ins import Look
 from fluxloop.compile.step_averages import averages_of
 from fluxloop.compile.tracing import Traced
 from fluxloop.compute.finite import bad_gradients
-from fluxloop.compute.fused import count_changes
 from fluxloop.errors import CancelSignal, CompileError
 from fluxloop.events import Event, UpdateBegin, UpdateEnd
 from fluxloop.nested import map_tensors, tensors
 from fluxloop.order.runner import Bound, deliver
-from fluxloop.persist.seen import seen
 from fluxloop.phase import Phase
 from fluxloop.processes.agree import CANCEL
 from fluxloop.randomness import generator_states, put_generators
@@ -37,11 +36,6 @@ from fluxloop.state import StepState
 
 if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner
-
-Compiled = Callable[..., Any]
-
-SCALARS = frozenset((type(None), bool, int, float, str))
-"""Types whose values are as they were where they are the same object."""
 
 
 def lower(graph: GraphModule, inputs: list[Any], device: torch.device) -> Compiled:
@@ -53,12 +47,16 @@ def lower(graph: GraphModule, inputs: list[Any], device: torch.device) -> Compil
         return by_torch(graph, inputs, {})
     if any(tensor.is_complex() for tensor in inputs):  # the wrapper in C++ knows no such operations
         return by_torch(graph, inputs, layout_options())
-    name = kept.name_of(graph, inputs, ("cpp_wrapper", "layouts"))
+    options = {"cpp_wrapper": True}
+    if any(map(draws_normal, graph.graph.nodes)):
+        # by torch's own kernels, which take a fifth of the time; uniform ones are drawn quicker by the compiler's
+        options["fallback_random"] = True
+    name = kept.name_of(graph, inputs, (*options, "layouts"))
     found = None if name is None else kept.find(name)
     if found is not None:
         return found
     before = kept.modules_made()
-    compiled = by_torch(graph, inputs, {"cpp_wrapper": True, **layout_options()})
+    compiled = by_torch(graph, inputs, {**options, **layout_options()})
     return compiled if name is None else kept.fresh(compiled, name, before)
 
 
@@ -107,24 +105,16 @@ class Graph:
         inputs = traced.inputs
         self._learner = learner
         self._whose = repr(phase)
-        self._inside = callbacks
+        self._holders = Holders(callbacks)
         self._fixed = inputs.fixed
         self._constants = traced.constants
         self._options = [(group, name, option, Last(group[name])) for group, name, option in inputs.options]
         self._held = inputs.held
-        self._forms = [form_of(getattr(inputs.holders[number], name)) for number, name in inputs.held]
-        self._reads = [(n, name, value, seen(value)) for (n, name), value in traced.reads.items()]
-        self._read = Remembered(value for *_, value, _ in self._reads)
-        self.calls = any(callable(value) for value in traced.reads.values())
-        """Whether it rests on functions or objects that a phase or a callback holds: see `calls_the_same`."""
+        self._reads = Reads(traced.reads, inputs.held, inputs.holders)
+        self.calls = self._reads.calls
         self._slots = learner.updates.slots if phase.gradients else ()
-        self._groups = [(s, n, group) for s in self._slots for n, group in enumerate(s.optimizer.param_groups)]
-        changing = {(id(group), name) for group, name, _ in inputs.options}
-        self._names = [[n for n in g if n != "params" and (id(g), n) not in changing] for *_, g in self._groups]
-        self._values = [
-            self._options_of(group, names) for (*_, group), names in zip(self._groups, self._names, strict=True)
-        ]
-        self._stored = list(traced.stored.items())
+        self._settings = Options(self._slots, {(id(group), name) for group, name, _ in inputs.options})
+        self._stored = [(name, value, plain_keys(value)) for name, value in traced.stored.items()]
         self._removed = traced.removed
         self._waiting, self._waiting_after = inputs.waiting, traced.waiting_after
         self._numbers, self._fits = inputs.numbers, traced.fits
@@ -134,12 +124,12 @@ class Graph:
         self._events = traced.fired
         self._moved, self._asks = traced.moved, traced.asks
         self._num_updates = sum(isinstance(event, UpdateEnd) for event in traced.fired)
-        self._updated = self._changed_by(traced)
+        self._changes = bool(changed := self._changed_by(traced))
         self._callbacks = -1
         self._after: list[tuple[int, tuple[Bound, ...], Event]] = []
-        self._compiled = self._lower(traced)
+        self._compiled = Call(self._lower(traced), changed)
         self._comparison = Comparison(traced, self._whose) if learner.accelerator.check_compiled else None
-        self._call: Compiled = self._call_first
+        self._call: Callable[[list[Tensor]], Sequence[Tensor]] = self._call_first
 
     def _changed_by(self, traced: Traced) -> list[Tensor]:
         """List the weights and averages that the graph changes."""
@@ -167,64 +157,47 @@ class Graph:
 
     def calls_the_same(self, phase: Phase) -> bool:
         """Return whether the functions and objects that a step calls, such as what makes views, are as they were."""
-        holders = [*holders_of(phase), *self._inside]
-        return all(
-            seen(getattr(holders[number], name, None)) == as_seen
-            for number, name, before, as_seen in self._reads
-            if callable(before)
-        )
+        return self._reads.calls_the_same(self._holders.of(phase))
 
     def misfit(self, phase: Phase) -> str | None:
         """Return what of a phase, or of the optimizers' options, is not as it was when the step was traced."""
-        if self._reads or self._held:
-            holders = [*holders_of(phase), *self._inside]
-            same = all(getattr(holders[n], name, None) is before for n, name, before, _ in self._reads)
-            for number, name, before, as_seen in () if same and self._read.is_as_it_was() else self._reads:
-                now = getattr(holders[number], name, None)
-                if now is before and (type(now) in SCALARS or callable(now)):  # what is called: see calls_the_same
-                    continue
-                if seen(now) != as_seen:
-                    return f"{type(holders[number]).__name__}.{name} = {now!r}, which was {before!r}"
-            for (number, name), expected in zip(self._held, self._forms, strict=True):
-                tensor = getattr(holders[number], name, None)
-                if not isinstance(tensor, Tensor) or form_of(tensor) != expected:
-                    return f"the shape of {type(holders[number]).__name__}.{name}"
-        for (slot, number, group), names, values in zip(self._groups, self._names, self._values, strict=True):
-            if slot.optimizer.param_groups[number] is not group:
-                return f"the groups of {slot.label}"
-            if self._options_of(group, names) != values:
-                changed = [name for name, value in zip(names, values[1:], strict=True) if group.get(name) != value]
-                return f"{slot.label}: {', '.join(f'{name} = {group.get(name)!r}' for name in changed)}"
-        return next((why for fit in self._fits if (why := fit.misfit())), None)
+        why = None if self._reads.is_empty else self._reads.misfit(self._holders.of(phase))
+        why = why or self._settings.misfit()
+        if why is None and self._fits:
+            why = next((why for fit in self._fits if (why := fit.misfit())), None)
+        return why
 
-    @staticmethod
-    def _options_of(group: dict[str, Any], names: list[str]) -> list[Any]:
-        """Return how many options a group has, and those that are part of the graph."""
-        return [len(group), *map(group.get, names)]
-
-    def run(self, phase: Phase, state: StepState) -> None:
-        """Run the step: change what it changes, and store its entries."""
-        learner, entries = self._learner, vars(state)
-        changing: list[Any] = []
+    def _inputs(self, phase: Phase, entries: dict[str, Any]) -> list[Any]:
+        """Return the inputs for a step."""
+        inputs: list[Any] = [*self._fixed]
         for group, name, option, last in self._options:
             value = group[name]
             if isinstance(value, Tensor) or value != last.value:
                 last.value = value
                 put(option, value)
-            changing.append(option)
+            inputs.append(option)
         if self._held:
-            holders = [*holders_of(phase), *self._inside]
-            changing += [getattr(holders[number], name) for number, name in self._held]
+            holders = self._holders.of(phase)
+            inputs += [getattr(holders[number], name) for number, name in self._held]
         for value in entries.values():
             if type(value) is Tensor:
-                changing.append(value)
+                inputs.append(value)
             else:
-                changing.extend(tensors(value))
-        changing += [parameter.grad for parameter in self._waiting]
-        changing += [number.now() for number in self._numbers]
+                inputs.extend(tensors(value))
+        if self._waiting:
+            inputs += [parameter.grad for parameter in self._waiting]
+        if self._numbers:
+            inputs += [number.now() for number in self._numbers]
+        inputs += self._constants
+        return inputs
+
+    def run(self, phase: Phase, state: StepState) -> None:
+        """Run the step: change what it changes, and store its entries."""
+        learner, entries = self._learner, vars(state)
+        inputs = self._inputs(phase, entries)
         if self._messages:
             learner.accelerator.group.agreement.before_graph(learner, [message.places for message in self._messages])
-        given = iter(self._call(*self._fixed, *changing, *self._constants))
+        given = iter(self._call(inputs))
         for slot in self._slots:
             if "step" in vars(slot.optimizer):  # wrapped by a scheduler of torch's, which notes that there was one
                 slot.optimizer._opt_called = True  # where torch looks
@@ -233,8 +206,13 @@ class Graph:
         if self._messages:
             self._hear(phase, next(given).tolist(), bad, found)
         left_out = self._left_out(next(given).tolist()) if self._asks else frozenset()
-        for name, value in self._stored:
-            entries[name] = next(given) if isinstance(value, Tensor) else map_tensors(lambda _: next(given), value)
+        for name, value, keys in self._stored:
+            if isinstance(value, Tensor):
+                entries[name] = next(given)
+            elif keys is not None:
+                entries[name] = {key: next(given) for key in keys}
+            else:
+                entries[name] = map_tensors(lambda _: next(given), value)
         for name in self._removed:
             del entries[name]
         if bad is not None and bad.is_cpu and bad.item():
@@ -266,15 +244,14 @@ class Graph:
 
     def _note_changes(self, phase: Phase, left_out: frozenset[int]) -> None:
         """Note which weights and averages the graph has changed; an update that is left out is none."""
-        if self._updated:
+        if self._changes:
             num_left_out = sum(isinstance(self._events[number], UpdateEnd) for number in left_out)
             self._learner.updates.count += self._num_updates - num_left_out
-            count_changes(self._updated)  # so that autograd knows that what was computed before is out of date
         for moved in self._moved:
             if moved.num_events not in left_out:
                 moved.of.note(phase)
 
-    def _call_first(self, *inputs: Tensor) -> list[Tensor]:
+    def _call_first(self, inputs: list[Tensor]) -> list[Tensor]:
         """Run the graph for the first time; where it cannot run, set everything as it was.
 
         Its inputs are copied to the host for this one call: a graph does not tell all that it changes.
@@ -288,7 +265,7 @@ class Graph:
         if self._comparison is not None:
             self._comparison.run(inputs)
         try:
-            outputs = list(self._compiled(*inputs))
+            outputs = self._compiled.first(inputs, len(self._fixed))
             if self._comparison is not None:
                 self._comparison.tell(inputs, outputs)
         except Exception as error:
@@ -303,8 +280,6 @@ class Graph:
                 f"the step of {self._whose} was compiled, but cannot be run: {first_line(error)}. Nothing was changed. "
                 f"{WAYS_OUT}"
             ) from error
-        if isinstance(self._compiled, kept.Fresh):
-            self._compiled = self._compiled.compiled
         self._call, self._comparison = self._compiled, None  # which holds copies of the inputs
         return outputs
 
@@ -377,6 +352,11 @@ def put(option: Tensor, value: Any) -> None:
         option.copy_(torch.tensor(value, dtype=option.dtype))
     else:
         option.fill_(value)
+
+
+def plain_keys(value: Any) -> list[Any] | None:
+    """Return the keys of a dict of tensors, as the losses of several optimizers are; None for anything else."""
+    return list(value) if type(value) is dict and all(isinstance(item, Tensor) for item in value.values()) else None
 
 
 def listeners(learner: RunLearner, phase: Phase, events: list[Event]) -> list[tuple[int, tuple[Bound, ...], Event]]:

@@ -212,7 +212,7 @@ def find(name: str) -> Compiled | None:
         found = json.loads(told.read_text(encoding="utf-8"))
         if library.stat().st_uid != os.getuid() or sha256(library.read_bytes()).hexdigest() != found["sha256"]:
             return None
-        compiled = direct(load(name, library), found["changed"])
+        compiled = Direct(load(name, library), found["changed"])
     except (OSError, ValueError, KeyError, ImportError):
         return None  # it is compiled anew
     _loaded[name] = compiled
@@ -233,23 +233,29 @@ def load(name: str, library: Path) -> Compiled:
     return entry
 
 
-def direct(entry: Compiled, changed: Sequence[int]) -> Compiled:
-    """Return what calls a library's function as torch's wrapper around it does.
+class Direct:
+    """A library's function, called as torch's wrapper around it does.
 
     Args:
         entry: The function.
         changed: Which of its inputs it changes in place, as autograd has to know.
     """
-    to_handles, to_tensors = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors, tensors_of_handles
-    note = torch.autograd.graph.increment_version
 
-    def call(*inputs: Tensor) -> list[Tensor]:
-        with torch.no_grad():
-            outputs = to_tensors(entry(to_handles(list(inputs))))
-            note([inputs[number] for number in changed])
+    def __init__(self, entry: Compiled, changed: Sequence[int]) -> None:
+        self.changed = changed
+        self._entry = entry
+        self._to_handles = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors
+
+    def run(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Call the function, where gradients are off; count no change."""
+        return tensors_of_handles(self._entry(self._to_handles(inputs)))
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """Call the function, and count what it changes."""
+        outputs = self.run(list(inputs))
+        torch.autograd.graph.increment_version([inputs[number] for number in self.changed])
         return outputs
-
-    return call
 
 
 def tensors_of_handles(handles: Any) -> list[Tensor]:
@@ -271,7 +277,9 @@ class Fresh:
     """
 
     def __init__(self, compiled: Compiled, name: str, module: ModuleType) -> None:
-        self.compiled = compiled
+        self.compiled = self.__wrapped__ = compiled
+        self.direct: Direct | None = None
+        """The same without torch's wrapper, once it is kept."""
         self._name = name
         self._module = module
 
@@ -297,7 +305,7 @@ class Fresh:
                 os.replace(file.name, folder() / f"{self._name}{ending}")
         except OSError:
             return  # a full disk, or a folder that is not ours: torch compiles, or finds, the step next time
-        _loaded[self._name] = direct(entry, changed)
+        self.direct = _loaded[self._name] = Direct(entry, changed)
 
 
 def same(some: list[Any], others: Sequence[Any]) -> bool:

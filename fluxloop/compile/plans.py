@@ -29,6 +29,7 @@ from fluxloop.compile.conditions import (
     entries_of_other_form,
     form_of_entries,
     form_of_gradient,
+    has_form,
     holders_of,
     modules_of,
     rests_on,
@@ -185,6 +186,9 @@ class Plan:
         self._told_strange = False
         self._states: dict[str, Any] = {}
         self._glance: Glance | None = None
+        self._last_used: tuple[Any, list[Graph]] = ((), [])
+        """The form of the entries for which a graph was found last, and the graphs for that form, where no gradients
+        wait."""
         self._last_key: Any = None
         self._why = ""
 
@@ -202,7 +206,7 @@ class Plan:
             self._inside = inside(learner, type(phase))
             averages = averages_of(learner, type(phase))
             self._callbacks_key = (*map(Same, self._inside), *averages)
-            self._epoch = None
+            self._epoch, self._last_used = None, ((), [])
         epoch = None if learner.scope is None else learner.scope.parent
         # in an epoch of fluxloop's own nobody's code runs between the steps, so that its first step stands for all
         runs_alone = learner._running.phase is phase and type(phase).epoch is Phase.epoch
@@ -218,14 +222,22 @@ class Plan:
             self._epoch = epoch
             if phase.gradients and self._has_strange_gradients(phase):
                 return None
-        key = (*self._callbacks_key, *form_of_entries(state, learner.accelerator.device))
-        if phase.gradients:
-            for number, slot in enumerate(learner.updates.slots):
-                if slot.first_step is not None:
-                    gradients = map(form_of_gradient, slot.parameters)
-                    key = (*key, (number, slot.in_block, form_of_window(slot), *gradients))
-        for graph in self._graphs.get(key, ()):
+        waits = phase.gradients and any([slot.first_step is not None for slot in learner.updates.slots])
+        form, graphs = self._last_used
+        if graphs and not waits and has_form(vars(state), form, learner.accelerator.device):
+            for graph in graphs:
+                if graph.misfit(phase) is None:
+                    return graph
+        form = form_of_entries(state, learner.accelerator.device)
+        key = (*self._callbacks_key, *form)
+        for number, slot in enumerate(learner.updates.slots if waits else ()):
+            if slot.first_step is not None:
+                gradients = map(form_of_gradient, slot.parameters)
+                key = (*key, (number, slot.in_block, form_of_window(slot), *gradients))
+        graphs = self._graphs.get(key, [])
+        for graph in graphs:
             if graph.misfit(phase) is None:
+                self._last_used = (form, [] if waits else graphs)
                 return graph
         made = self._make(key, phase, state)
         if made is None:
@@ -247,6 +259,7 @@ class Plan:
         if changed:
             self._why = ", ".join(changed[:3]) if before else ""
             self._graphs.clear()
+            self._last_used = (), []
         self._rests_on, self._states = now, states
         self._glance = None
         if again and not changed:

@@ -98,6 +98,11 @@ class Finite:
         if type(loss) is Tensor and loss.is_cpu and "losses" not in entries and loss.numel() == 1:  # as nearly always
             self._look("the loss", loss.item())
             return
+        each = entries.get("losses")
+        if type(each) is dict and "loss" not in entries:  # as nearly always where there are several
+            numbers = [loss.item() for loss in each.values() if type(loss) is Tensor and loss.is_cpu and not loss.ndim]
+            if len(numbers) == len(each) and all(map(isfinite, numbers)):
+                return
         for what, loss in stored_losses(step):
             if not isinstance(loss, Tensor):
                 self._look(what, float(loss))

@@ -17,6 +17,17 @@ FusedCall = tuple[dict[str, Any], list[Tensor], list[list[Tensor]], list[Tensor]
 """A group of Adam's; its parameters; their gradients and averages, as the kernel takes them; their step counts."""
 
 
+def _takes_several() -> bool:
+    """Return whether autograd counts changes of several tensors in one call, as newer versions of torch do."""
+    try:
+        increment_version(())
+    except TypeError:
+        return False
+    return True
+
+
+_TAKES_SEVERAL = _takes_several()
+
 ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 
 
@@ -184,8 +195,7 @@ def step_fused(calls: list[FusedCall]) -> None:
                 amsgrad=group["amsgrad"],
                 maximize=group["maximize"],
             )
-            for parameter in params:
-                increment_version(parameter)
+            count_changes(params)
 
 
 def count_changes(params: Sequence[Tensor]) -> None:
@@ -193,6 +203,9 @@ def count_changes(params: Sequence[Tensor]) -> None:
 
     Without that a graph made before the step, and differentiated after it, would give wrong gradients in silence.
     """
+    if _TAKES_SEVERAL:
+        increment_version(params)
+        return
     for parameter in params:
         increment_version(parameter)
 

@@ -432,6 +432,7 @@ class LossTracker(Tracker):
         self._average = average
         self._name = name
         self._averages: dict[str, Mean | MovingAverage] = {}
+        self._names: dict[Any, str] = {}
 
     def update(self, step: Any, weight: float | Tensor) -> None:
         """Add the loss of a step."""
@@ -440,10 +441,16 @@ class LossTracker(Tracker):
         losses = step.losses if "losses" in step else None
         if isinstance(losses, Mapping):
             for key, loss in losses.items():
-                name = (key if self._name == "loss" and isinstance(key, LossName) else f"{self._name}_{key}").lower()
+                name = self._names.get(key) if type(key) is str else self._named(key)
+                if name is None:
+                    name = self._names[key] = self._named(key)
                 if isinstance(key, LossName) and self._is_taken(name, key, step):
                     raise MetricError(f"two losses of a step are recorded as {name!r}; name the block's otherwise")
                 self._add(name, loss, weight)
+
+    def _named(self, key: Any) -> str:
+        """Return what the loss under a key is recorded as."""
+        return (key if self._name == "loss" and isinstance(key, LossName) else f"{self._name}_{key}").lower()
 
     def _is_taken(self, name: str, key: LossName, step: Any) -> bool:
         """Return whether another loss of the step is recorded under the name that a block gave to its own."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from attrs import define
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
@@ -28,6 +29,7 @@ from fluxloop import (
     PerOptimizerPhase,
     Recorder,
     StepBegin,
+    StepEnd,
     StopOnNaNLoss,
     TensorBatches,
     Traces,
@@ -38,6 +40,7 @@ from fluxloop import (
     on,
     runstep,
 )
+from fluxloop.callbacks import gradient_clip
 from fluxloop.callbacks.checkpointer import Checkpointer
 from fluxloop.callbacks.gradient_clip import GradientClip
 from fluxloop.testing import assert_observer, assert_same_bits, bits, toy_learner
@@ -368,6 +371,42 @@ def test_the_average_of_an_epoch_in_whose_middle_a_run_was_killed_is_that_of_the
     resumed.fit(3, resume=tmp_path)
     assert resumed.history["training/grad_norm"] == whole.history["training/grad_norm"]
     assert_same_bits(resumed, whole)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 128])
+def test_an_epochs_average_is_that_of_its_steps_however_many_norms_are_added_up_at_once(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradient_clip, "FOLD_AFTER", at_once)
+    _, norms = train_by_hand(lambda parameters: clip_grad_norm_(parameters, 0.5), 2)
+    learner = learner_of(GradientClip(0.5), Recorder())
+    learner.fit(2)
+    wanted = [sum(norms[:BATCHES]) / BATCHES, sum(norms[BATCHES:]) / BATCHES]
+    assert learner.history["training/grad_norm"] == pytest.approx(wanted, rel=1e-12)
+
+
+def test_a_sum_of_an_older_checkpoint_goes_on() -> None:
+    _, norms = train_by_hand(lambda parameters: clip_grad_norm_(parameters, 0.5), 1)
+    clip = GradientClip(0.5)
+    learner = learner_of(clip, Recorder())
+
+    def as_it_was(step: int) -> None:
+        if step == 2:  # all norms so far in one sum, as they were kept before
+            total = sum(clip._waiting.pop("grad_norm"), torch.zeros((), dtype=torch.float64))
+            clip._totals["grad_norm"] = total
+
+    @define
+    class Older(Callback):
+        reads = ("cbstate.history",)
+        run_after = (GradientClip, Recorder)
+
+        @on(StepEnd, TrainingPhase)
+        def change(self, event: StepEnd, phase: Any, learner: Any) -> None:
+            as_it_was(learner.cbstate.history[phase].steps)
+
+    learner.add_callback(Older())
+    learner.fit(1)
+    assert learner.history["training/grad_norm"] == pytest.approx([sum(norms) / BATCHES], rel=1e-12)
 
 
 def test_a_clip_that_clips_nothing_changes_nothing() -> None:
