@@ -1,0 +1,54 @@
+"""The libraries of docs/libraries.md that are installed: each trains, and goes on to the bit where it is killed."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluxloop.testing import assert_resumes_exactly
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "compare" / "libraries.py"
+PAGE = (ROOT / "docs" / "libraries.md").read_text()
+
+
+def load() -> Any:
+    spec = importlib.util.spec_from_file_location("libraries", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+libraries = load()
+SMALL = ["hydra", "schedulefree", "tensordict", "webdataset", "torchmetrics", "torchdata", "muon"]
+"""Those of the tested set; the others are run by the script, as they take long to install or to import."""
+
+
+def test_the_code_of_the_page_is_the_code_that_runs() -> None:
+    blocks = re.findall(r"^```py\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    source = SCRIPT.read_text()
+    assert all(block in source for block in blocks)
+    shown = [re.findall(r"^def (\w+)", block)[0] for block in blocks]
+    assert sorted(shown) == sorted(each.__name__ for each in libraries.EACH)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries, and of data that cannot be resumed in the middle of an epoch
+@pytest.mark.parametrize("name", SMALL)
+def test_a_library_trains_and_a_killed_run_goes_on_to_the_bit(name: str) -> None:
+    if name != "muon":
+        pytest.importorskip(name)
+    library = getattr(libraries, name)
+    learner, phases = libraries.made(library)
+    before = [parameter.detach().clone() for parameter in learner.model.parameters()]
+    learner.fit(1, phases=phases)
+    assert any(not each.equal(now) for each, now in zip(before, learner.model.parameters(), strict=True))
+    assert_resumes_exactly(
+        lambda: libraries.made(library)[0], epochs=2, phases=lambda: libraries.made(library)[1], at=[1, 2]
+    )
+    assert libraries.can_be_kept_in_the_middle(library) is (name != "webdataset")
