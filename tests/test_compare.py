@@ -190,7 +190,7 @@ def test_the_page_states_the_lines_that_are_counted() -> None:
 
 def test_every_block_of_the_page_is_the_counted_part_of_its_file() -> None:
     blocks = re.findall(r"\[`(\w+\.py)`\][^\n]*\n\n```(\w+)\n(.*?)\n```", PAGE, re.DOTALL)
-    assert len(blocks) == len(re.findall("^```py", PAGE, re.MULTILINE))
+    assert len(blocks) == len(re.findall("^```py$", PAGE, re.MULTILINE))
     for name, language, code in blocks:
         assert language == "py"  # run.py and these tests run the file itself
         assert code == run.region((COMPARE / name).read_text()), name
@@ -218,3 +218,12 @@ def test_the_checkpoint_of_plain_pytorch_holds_all_that_trains(task: str, parts:
     copying = f'\n(FOLDER / "last.pt").rename({str(copied)!r})\nresult.pop("checkpoint")\n'
     run.run_version(task, "torch", epochs=1, source=run.path_of(task, "torch").read_text() + copying)
     assert " ".join(torch.load(copied)) == parts
+
+
+def test_the_lines_stated_for_newer_methods_are_those_of_their_blocks() -> None:
+    blocks = re.findall(r"^### ([^\n]*), (\d+) lines\n.*?^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 7
+    for name, stated, code in blocks:
+        lines = [line for line in code.splitlines() if line.strip() and not re.match(r"(import|from) ", line)]
+        assert len(lines) == int(stated), name
+        assert len(lines) <= (12 if "own" not in name and "plain" not in name else 30), name
