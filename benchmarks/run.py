@@ -26,6 +26,7 @@ RESULTS = FOLDER / "results.md"
 SCRIPTS = (
     "step_overhead",
     "compile",
+    "convolutions",
     "research",
     "event_overhead",
     "data",

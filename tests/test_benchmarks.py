@@ -26,6 +26,7 @@ NAMES = (
     "run",
     "step_overhead",
     "compile",
+    "convolutions",
     "event_overhead",
     "memory",
     "scaling",
