@@ -199,8 +199,13 @@ def processor() -> str:
 def folder() -> Path:
     """Return where compiled steps are kept: beside torch's own, which its variable names."""
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    return Path(given or Path(tempfile.gettempdir()) / f"torchinductor_{user}").absolute() / "fluxloop"
+    if given is None:
+        try:
+            user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+        except (KeyError, ImportError, OSError):  # in a container a user may have no name
+            user = f"uid_{os.getuid()}"
+        given = str(Path(tempfile.gettempdir()) / f"torchinductor_{user}")
+    return Path(given).absolute() / "fluxloop"
 
 
 def find(name: str) -> Compiled | None:

@@ -144,6 +144,20 @@ def test_what_is_not_whole_is_not_loaded(tmp_path: Path, monkeypatch: pytest.Mon
         assert kept.find("step") is None
 
 
+def test_a_user_without_a_name_has_a_folder_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    assert str(kept.folder().parent) == default_cache_dir()
+
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 4242")
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+    assert str(kept.folder().parent) == default_cache_dir()
+    assert "uid_" in kept.folder().parent.name
+
+
 def train(folder: Path, *variants: str, **environment: str) -> dict[str, dict[str, Any]]:
     """Train in a process of its own, with a folder for what is compiled."""
     given = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
