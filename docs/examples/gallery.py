@@ -23,6 +23,7 @@ import torch
 from common import Rows, conv_encoder, digits, mlp, scores
 from gan_digits import NOISE, make_critic, make_generator, measure, train_judge
 from torch import Tensor, nn
+from torch.distributions import Binomial
 
 import fluxloop
 from fluxloop import EMA, Learner, MultiCrop, TensorBatches, TwoViews, cosine, seed_everything
@@ -227,8 +228,13 @@ def adversaries() -> dict[str, nn.Module]:
 
 
 def autoencoder() -> dict[str, nn.Module]:
-    decoder = nn.Sequential(mlp(16, 128, 256), nn.ReLU(), nn.Linear(256, 64), nn.Sigmoid(), nn.Unflatten(1, (1, 8, 8)))
+    decoder = nn.Sequential(mlp(16, 128, 256), nn.ReLU(), nn.Linear(256, 64), nn.Unflatten(1, (1, 8, 8)))
     return {"encoder": nn.Sequential(nn.Flatten(), mlp(64, 256, 128, 32)), "decoder": decoder}
+
+
+def binomial(preds: Tensor, images: Tensor) -> Tensor:
+    """Give minus the log-likelihood of pixels of 17 shades, a mean over images."""
+    return -Binomial(16, logits=preds).log_prob(16 * images).flatten(1).sum(1).mean()
 
 
 def moved() -> AdaptiveAugment:
@@ -242,7 +248,7 @@ GENERATORS: dict[str, Callable[[], Made]] = {
     "hinge, R1": lambda: (gan("hinge", r1=0.1), adversaries()),
     "hinge, R1, ADA": lambda: (gan("hinge", r1=0.1, augment=moved()), adversaries()),
     "R3GAN": lambda: (gan("relativistic", r1=0.2, r2=0.2), adversaries()),
-    "VAE": lambda: (fluxloop.VAEPhase(), autoencoder()),
+    "VAE": lambda: (fluxloop.VAEPhase(compare=binomial), autoencoder()),
     "flow matching": lambda: (fluxloop.FlowMatchingPhase(), {"model": Denoiser()}),
     "diffusion (velocity)": lambda: (fluxloop.DiffusionPhase("velocity"), {"model": Denoiser(1000)}),
     "diffusion (EDM)": lambda: (fluxloop.DiffusionPhase("edm"), {"model": Denoiser()}),
@@ -273,6 +279,7 @@ def train_generator(name: str, train: Rows, test: Rows, judge: Any, arguments: a
             samples = (phase.sample(averaged, torch.randn(images.shape), steps=30).clamp(-1, 1) + 1) / 2
         else:
             samples = averaged(torch.randn(len(images), NOISE if is_gan else 16))
+            samples = samples if is_gan else samples.sigmoid()
     return {"lines": lines_of(type(phase)), **measure(judge, samples, test[0]), "seconds": seconds}
 
 
