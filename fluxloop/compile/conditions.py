@@ -55,7 +55,22 @@ def form_of(value: Any, whose: str = "it") -> Any:
                 f"{whose} holds a {'nested' if value.is_nested else 'sparse'} tensor, which a compiled step cannot "
                 "take; expected a dense one (.to_dense(), or padded), or compiled = False in the phase's class"
             )
-        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+        if value.is_neg() or value.is_conj():  # a compiled step reads memory, where the sign is another one
+            raise CompileError(
+                f"{whose} holds a view of conjugated numbers, which a compiled step would read without their sign; "
+                "expected numbers of its own (.resolve_conj().resolve_neg())"
+            )
+        form = value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+        kind = type(value)
+        if kind in (Tensor, nn.Parameter):
+            return form
+        if computes_otherwise(kind):
+            raise CompileError(
+                f"{whose} holds a {kind.__name__}, which says by __torch_function__ what functions of torch's compute, "
+                "and a compiled step would not ask it; expected a plain tensor (.as_subclass(torch.Tensor)), or "
+                "compiled = False in the phase's class"
+            )
+        return *form, kind
     if isinstance(value, float):
         return float, repr(value)  # NaN is NaN
     if value is None or isinstance(value, (bool, int, str, bytes, torch.dtype, torch.device)):
@@ -73,6 +88,13 @@ def form_of(value: Any, whose: str = "it") -> Any:
     )
 
 
+def computes_otherwise(kind: type[Tensor]) -> bool:
+    """Return whether a subclass of tensors has a word in what functions of torch's compute with it."""
+    own = kind.__mro__[: kind.__mro__.index(Tensor)]
+    says = [vars(each)["__torch_function__"] for each in own if "__torch_function__" in vars(each)]
+    return bool(says) and says[0] is not torch._C._disabled_torch_function_impl
+
+
 def form_of_entries(state: StepState, device: torch.device) -> Any:
     """Return the form of a step's entries and of what autocast does; steps of equal forms share a graph.
 
@@ -83,7 +105,9 @@ def form_of_entries(state: StepState, device: torch.device) -> Any:
     found: list[Any] = []
     for name, value in entries.items():
         if (
-            type(value) is Tensor and value.layout is torch.strided and not value.is_nested
+            type(value) is Tensor
+            and value.layout is torch.strided
+            and not (value.is_nested or value.is_neg() or value.is_conj())
         ):  # as `form_of` does, without a call: this runs at every step
             found.append((name, value.shape, value.stride(), value.dtype, value.device, value.requires_grad))
         else:
@@ -112,6 +136,8 @@ def has_form(entries: dict[str, Any], form: Any, device: torch.device) -> bool:
             value.device,
             value.requires_grad,
         ):
+            return False
+        if value.is_neg() or value.is_conj():  # refused by `form_of`
             return False
     return len({*map(id, entries.values())}) == len(entries)  # two that are one tensor are another form
 

@@ -18,8 +18,9 @@ from fluxloop.compile.averaging import check_told
 from fluxloop.compile.comparison import Comparison
 from fluxloop.compile.direct import Call, Compiled
 from fluxloop.compile.fx import draws_normal
-from fluxloop.compile.misfit import Holders, Options, Reads
-from fluxloop.compile.refusals import WAYS_OUT, first_line
+from fluxloop.compile.misfit import Holders, Options, Reads, as_now
+from fluxloop.compile.places import PLACE, STORAGE, Memory
+from fluxloop.compile.refusals import WAYS_OUT, first_line, refusal
 from fluxloop.compile.replay import Replayed, can_replay
 from fluxloop.compile.stand_ins import Look
 from fluxloop.compile.step_averages import averages_of
@@ -108,7 +109,7 @@ class Graph:
         self._holders = Holders(callbacks)
         self._fixed = inputs.fixed
         self._constants = traced.constants
-        self._options = [(group, name, option, Last(group[name])) for group, name, option in inputs.options]
+        self._options = [(group, name, option, Last(as_now(group[name]))) for group, name, option in inputs.options]
         self._held = inputs.held
         self._reads = Reads(traced.reads, inputs.held, inputs.holders)
         self.calls = self._reads.calls
@@ -127,6 +128,7 @@ class Graph:
         self._changes = bool(changed := self._changed_by(traced))
         self._callbacks = -1
         self._after: list[tuple[int, tuple[Bound, ...], Event]] = []
+        self._memory = Memory(traced)
         self._compiled = Call(self._lower(traced), changed)
         self._comparison = Comparison(traced, self._whose) if learner.accelerator.check_compiled else None
         self._call: Callable[[list[Tensor]], Sequence[Tensor]] = self._call_first
@@ -173,7 +175,7 @@ class Graph:
         for group, name, option, last in self._options:
             value = group[name]
             if isinstance(value, Tensor) or value != last.value:
-                last.value = value
+                last.value = as_now(value)
                 put(option, value)
             inputs.append(option)
         if self._held:
@@ -195,6 +197,11 @@ class Graph:
         """Run the step: change what it changes, and store its entries."""
         learner, entries = self._learner, vars(state)
         inputs = self._inputs(phase, entries)
+        memory = self._memory
+        if memory.is_particular or not memory.places.isdisjoint(map(PLACE, map(STORAGE, inputs[memory.given]))):
+            why = memory.misfit(inputs)
+            if why is not None:
+                raise refusal(phase, why)
         if self._messages:
             learner.accelerator.group.agreement.before_graph(learner, [message.places for message in self._messages])
         given = iter(self._call(inputs))

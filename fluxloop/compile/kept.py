@@ -218,7 +218,7 @@ def find(name: str) -> Compiled | None:
         if library.stat().st_uid != os.getuid() or sha256(library.read_bytes()).hexdigest() != found["sha256"]:
             return None
         compiled = Direct(load(name, library), found["changed"])
-    except (OSError, ValueError, KeyError, ImportError):
+    except (OSError, ValueError, KeyError, TypeError, ImportError):
         return None  # it is compiled anew
     _loaded[name] = compiled
     return compiled
@@ -305,9 +305,10 @@ class Fresh:
         try:
             folder().mkdir(parents=True, exist_ok=True)
             for ending, content in ((".so", library), (".json", told.encode())):
-                with tempfile.NamedTemporaryFile(dir=folder(), delete=False) as file:
-                    file.write(content)
-                os.replace(file.name, folder() / f"{self._name}{ending}")
+                with tempfile.TemporaryDirectory(dir=folder()) as place:  # gone too where the disk is full
+                    made = Path(place) / "made"
+                    made.write_bytes(content)
+                    os.replace(made, folder() / f"{self._name}{ending}")
         except OSError:
             return  # a full disk, or a folder that is not ours: torch compiles, or finds, the step next time
         self.direct = _loaded[self._name] = Direct(entry, changed)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fluxloop.callback import Callback
 from fluxloop.compile.conditions import form_of
 from fluxloop.compile.glance import Remembered
+from fluxloop.compile.optimizer_stand_in import MOMENTUM
 from fluxloop.compute.slots import Slot
 from fluxloop.persist.seen import seen
 from fluxloop.phase import Phase
@@ -117,13 +118,16 @@ class Options:
             for number, group in enumerate(slot.optimizer.param_groups):
                 names = [name for name in group if name != "params" and (id(group), name) not in changing]
                 get = itemgetter(*names, *names[:1]) if names else tuple  # as in `Reads`
-                self._each.append((slot, number, group, names, get, get(group), len(group)))
+                steers = (id(group), MOMENTUM) in changing
+                self._each.append((slot, number, group, names, get, as_now(get(group)), len(group), steers))
 
     def misfit(self) -> str | None:
         """Return what is not as it was."""
-        for slot, number, group, names, get, values, size in self._each:
+        for slot, number, group, names, get, values, size, steers in self._each:
             if slot.optimizer.param_groups[number] is not group:
                 return f"the groups of {slot.label}"
+            if steers and not group.get(MOMENTUM):  # without any, SGD leaves its buffers as they are
+                return f"{slot.label}: {MOMENTUM} = {group.get(MOMENTUM)!r}"
             try:
                 if get(group) == values and len(group) == size:
                     continue
@@ -132,3 +136,10 @@ class Options:
             changed = [f"{n} = {group.get(n)!r}" for n, old in zip(names, values, strict=False) if group.get(n) != old]
             return f"{slot.label}: {', '.join(changed)}"
         return None
+
+
+def as_now(value: Any) -> Any:
+    """Return a value as it is now: lists in it are copied, as somebody may write to them."""
+    if isinstance(value, list):
+        return [*value]
+    return tuple(map(as_now, value)) if type(value) is tuple else value

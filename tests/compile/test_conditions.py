@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_training import Scale, both, learner, learner_of, rows, weights
+from compiled_training import Scale, both, graphs, learner, learner_of, rows, weights
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -14,6 +14,7 @@ from fluxloop import (
     Accelerator,
     Attribute,
     Callback,
+    CompileError,
     Scheduler,
     StepBegin,
     StepEnd,
@@ -220,3 +221,45 @@ class Gives(Callback):
 def test_a_gradient_that_nobody_computed_is_added_to_and_told() -> None:
     with pytest.warns(UserWarning, match=r"0.weight has a gradient that learner.backward did not compute.*zero_grad"):
         both(3, callbacks=lambda: [Gives()])
+
+
+class Doubling(Tensor):
+    """Of which a layer computes twice as much."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        return found * 2 if func is functional.linear else found
+
+
+class Named(Tensor):
+    """A tensor with a name of its own."""
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("first", [0, 3], ids=["always", "later"])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda xs: torch.complex(xs, xs).conj().imag, r"'xs' holds a view of conjugated.*resolve_neg"),
+        (lambda xs: xs.as_subclass(Doubling), r"'xs' holds a Doubling.*as_subclass\(torch.Tensor\)"),
+    ],
+    ids=["negative", "subclass"],
+)
+def test_a_batch_that_says_more_than_its_memory_is_refused(first: int, change: Any, told: str) -> None:
+    xs, ys = rows()
+    data = [(xs[:8], ys[:8])] * first + [(change(xs[:8]), ys[:8])] * 2
+    with pytest.raises(CompileError, match=told):
+        learner(data=(data,)).fit(1)
+    learner(False, data=(data,)).fit(1)
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_subclass_of_tensors_that_changes_nothing_has_a_graph_of_its_own() -> None:
+    xs, ys = rows()
+    kinds = [Tensor, Tensor, Named, Named]
+    data = [(xs[:8].as_subclass(kind), ys[:8]) for kind in kinds]
+    both(2, data=(data,))
+    made = learner(data=(data,))
+    made.fit(1)
+    assert graphs(made) == 2

@@ -138,7 +138,7 @@ def test_what_is_not_whole_is_not_loaded(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     assert kept.folder() == tmp_path / "fluxloop"
     kept.folder().mkdir()
-    for told in ("", "{}", '{"sha256": "00", "changed": []}'):
+    for told in ("", "{}", "[]", "null", '{"sha256": "00", "changed": []}'):
         (kept.folder() / "step.so").write_bytes(b"no library")
         (kept.folder() / "step.json").write_text(told)
         assert kept.find("step") is None

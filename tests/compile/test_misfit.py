@@ -103,3 +103,23 @@ def test_a_group_whose_options_are_all_inputs_fits_until_another_comes() -> None
     assert options.misfit() is None
     group["momentum"] = 0.9
     assert options.misfit() is not None
+
+
+def test_a_momentum_that_is_an_input_fits_while_there_is_some() -> None:
+    slot = slot_of(momentum=0.9)
+    group = slot.optimizer.param_groups[0]
+    options = Options([slot], {(id(group), "lr"), (id(group), "momentum")})
+    group["momentum"] = 0.8
+    assert options.misfit() is None
+    group["momentum"] = 0.0
+    assert options.misfit() == "the optimizer: momentum = 0.0"
+
+
+def test_an_option_that_changes_inside_of_its_list_is_no_fit() -> None:
+    slot = slot_of()
+    group = slot.optimizer.param_groups[0]
+    group["scales"] = [1, 2]
+    options = Options([slot], set())
+    assert options.misfit() is None
+    group["scales"][1] = 3
+    assert options.misfit() == "the optimizer: scales = [1, 3]"

@@ -133,3 +133,32 @@ class CountingSGD(torch.optim.SGD):
 def test_an_optimizer_that_counts_in_python_is_refused() -> None:
     with pytest.raises(CompileError, match="CountingSGD counts 'steps' in Python"):
         learner_of(Model(lambda model, out: out), optimizer=partial(CountingSGD, lr=0.1)).fit(1)
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("dampening", [0.0, 0.5])
+def test_without_momentum_sgd_leaves_its_buffers_as_they_are(dampening: float) -> None:
+    found = []
+    for compile in (False, "step"):
+        made = learner(compile, optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9, dampening=dampening))
+        for momentum in (0.9, 0.0, 0.5, 0.0, 0.9):
+            made.optimizer.param_groups[0]["momentum"] = momentum
+            made.fit(1)
+        assert compile is False or graphs(made) <= 6  # one with it and one without, for each shape, and the first fit's
+        found.append([p.detach() for p in made.model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("plain")
+def test_betas_that_change_inside_of_their_list_are_seen() -> None:
+    found = []
+    for compile in (False, "step"):
+        made = learner(compile, optimizer=ADAM)
+        betas = made.optimizer.param_groups[0]["betas"] = [0.9, 0.99]
+        for beta in (0.9, 0.1, 0.5):
+            betas[0] = beta
+            made.fit(1)
+        found.append([p.detach() for p in made.model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
