@@ -257,9 +257,7 @@ class Plan:
         # a state that was not there yet changes nothing: no graph steps its parameter, or the optimizer keeps none
         changed += [name for name, state in self._states.items() if states.get(name) != state]
         if changed:
-            self._why = ", ".join(changed[:3]) if before else ""
-            self._graphs.clear()
-            self._last_used = (), []
+            self._drop(changed if before else [])
         self._rests_on, self._states = now, states
         self._glance = None
         if again and not changed:
@@ -287,9 +285,14 @@ class Plan:
         said = reach_of([*holders_of(phase), *self._inside], parts, self._learner.loss_fn).said()
         changed = [name.rpartition(" (")[0] for name in differing(self._said, said)]
         if changed and self._said:
-            self._why = ", ".join(changed[:3])
-            self._graphs.clear()
+            self._drop(changed)
         self._said = said
+
+    def _drop(self, changed: list[str]) -> None:
+        """Drop all graphs, for what has changed."""
+        self._why = ", ".join(changed[:3])
+        self._graphs.clear()
+        self._last_used = (), []
 
     def _make(self, key: Any, phase: Phase, state: StepState) -> Graph | None:
         learner = self._learner

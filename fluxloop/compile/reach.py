@@ -1,6 +1,6 @@
 """What a step's functions reach by name beside the learner: global variables, closures, attributes of classes.
 
-A graph holds what they said while it was traced. What has changed when another epoch begins has the step traced
+A graph holds what they said while it was traced, and what their code was. What has changed when another epoch begins has the step traced
 anew, and what a step changes of them is refused, as Python would do it once, and leave stand-ins there.
 """
 
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import CodeType, FunctionType, ModuleType
+from functools import partial
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from attrs import define
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from fluxloop.nested import tensors
 from fluxloop.persist.attributes import attributes
-from fluxloop.persist.seen import seen
+from fluxloop.persist.seen import Same, seen
 
 CONTAINERS = (list, dict, set, deque)
 SCALARS = (type(None), bool, int, float, complex, str, bytes)
@@ -27,6 +28,8 @@ FOREIGN = frozenset(sys.stdlib_module_names) | {"torch", "fluxloop", "numpy", "s
 """Packages whose functions and classes are not looked into."""
 NAMESPACES = ("Namespace", "SimpleNamespace")
 """Python's own classes for attributes of the user's."""
+MANY = 64
+"""How many items of a container are compared."""
 MISSING = object()
 
 
@@ -108,9 +111,12 @@ class Reach:
     def _follow(self, function: Any) -> None:
         """Take note of a function, and of the names in it."""
         function = inspect.unwrap(getattr(function, "__func__", function))
-        if not isinstance(function, FunctionType) or function.__code__ in self._functions or not is_users(function):
+        if not isinstance(function, FunctionType) or not is_users(function):
             return
-        self._functions[function.__code__] = function
+        known = function.__code__, *map(id, function.__closure__ or ())  # the same code may close over other things
+        if known in self._functions:
+            return
+        self._functions[known] = function
         names = names_in(function.__code__)
         self._names |= names
         self._globals.setdefault(id(function.__globals__), (function.__globals__, set()))[1].update(names)
@@ -146,16 +152,13 @@ class Reach:
             yield from (Place(holder, name, whose) for name in sorted(self._names & vars(holder).keys()))
 
     def said(self) -> dict[str, Any]:
-        """Return what numbers, texts, tensors and containers of them say that are reached, by name."""
-        found: dict[str, Any] = {}
-        for place in self.places():
-            value = place.get()
-            if isinstance(value, (*SCALARS, Tensor)) or (
-                isinstance(value, (list, tuple, dict))
-                and len(value) <= 64
-                and all(isinstance(v, SCALARS) for v in (value.values() if isinstance(value, dict) else value))
-            ):
-                found[f"{place} ({id(place.holder)})"] = seen(value)
+        """Return what is reached, and what the functions say that reach it, by name: see `told`."""
+        found = {f"{place} ({id(place.holder)})": told(place.get()) for place in self.places()}
+        count: Counter[str] = Counter()
+        for function in self._functions.values():
+            name = function.__qualname__.replace(".<locals>", "")
+            count[name] += 1
+            found[f"{name} (the code, {count[name]})"] = told(function)
         return found
 
     @contextmanager
@@ -178,6 +181,35 @@ class Reach:
                     noted.append(str(place))
                     place.put(MISSING)
             noted += [str(place) for place, old in zip(of_containers, inner, strict=True) if old.restore()]
+
+
+def told(value: Any, depth: int = 4) -> Any:
+    """Describe what is reached: numbers and texts by what they say, functions by their code, others by who they are.
+
+    Objects of the user's are not described: what is reached of them by name has places of its own.
+
+    Args:
+        value: Anything.
+        depth: How far to go into containers, of up to `MANY` items.
+    """
+    if isinstance(value, (staticmethod, classmethod, MethodType)):
+        value = value.__func__
+    if isinstance(value, property):
+        value = value.fget
+    if isinstance(value, FunctionType) and is_users(value):
+        return value.__code__, told(value.__defaults__, depth - 1), told(value.__kwdefaults__, depth - 1)
+    if isinstance(value, partial):
+        return partial, [told(part, depth - 1) for part in (value.func, value.args, value.keywords)]
+    if isinstance(value, (list, tuple, dict)):
+        if not depth or len(value) > MANY:
+            return type(value)
+        return type(value), [(key, told(item, depth - 1)) for key, item in pairs(value)]
+    numpy = sys.modules.get("numpy")
+    if isinstance(value, SCALARS) or (numpy is not None and isinstance(value, numpy.ndarray)):
+        return seen(value)
+    if isinstance(value, (Tensor, nn.Module, type, FunctionType, BuiltinFunctionType, ModuleType)):
+        return Same(value)
+    return None
 
 
 class Contents:

@@ -3,9 +3,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy
 import pytest
 import torch
-from compiled_training import SGD, graphs, learner, learner_of
+from compiled_training import SGD, full, graphs, learner, learner_of
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -159,3 +160,87 @@ def test_what_a_step_reaches_by_name_is_looked_at_when_an_epoch_begins(name: str
         change(name, 1.0)
         found.append(made.model[0].weight.detach())
     torch.testing.assert_close(*found, rtol=2e-6, atol=2e-6)
+
+
+def double(x: Tensor, by: float = 2.0) -> Tensor:
+    return x * by
+
+
+def triple(x: Tensor, by: float = 3.0) -> Tensor:
+    return x * by + 1
+
+
+def halve(x: Tensor) -> Tensor:
+    return x / 2
+
+
+class Shop:
+    """Holds what `Shopping` reaches by name."""
+
+    turn = staticmethod(double)
+    activation = torch.tanh
+    table: ClassVar[dict[str, Any]] = {"by": {"each": [1.0, 2.0]}}
+    array = numpy.ones(2)
+
+
+class Shopping(nn.Module):
+    """A model that calls functions of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 4)
+
+    def forward(self, xs: Tensor) -> Tensor:
+        by = Shop.table["by"]["each"][1] * float(Shop.array[0])
+        return self.after(double(Shop.turn(Shop.activation(self.layer(xs))))) * by
+
+    def after(self, xs: Tensor) -> Tensor:
+        return xs + 1
+
+
+def after_other(self: Any, xs: Tensor) -> Tensor:
+    return xs - 1
+
+
+CHANGES: dict[str, Any] = {
+    "a function's code": lambda patch: patch.setattr(double, "__code__", triple.__code__),
+    "a function's defaults": lambda patch: patch.setattr(double, "__defaults__", (0.5,)),
+    "a function of a module": lambda patch: patch.setitem(globals(), "double", triple),
+    "a function of a class": lambda patch: patch.setattr(Shop, "turn", staticmethod(halve)),
+    "a method": lambda patch: patch.setattr(Shopping, "after", after_other),
+    "a function of torch's": lambda patch: patch.setattr(Shop, "activation", torch.sigmoid),
+    "a list in a dict in a dict": lambda patch: patch.setitem(Shop.table["by"], "each", [1.0, 0.5]),
+    "an array": lambda patch: patch.setattr(Shop, "array", numpy.full(2, 0.5)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_code_that_is_written_anew_is_traced_anew_when_an_epoch_begins(change: Any) -> None:
+    found = []
+    for compile in (False, "step"):
+        with pytest.MonkeyPatch.context() as patch:
+            made: Learner[Any] = learner(compile, model=Shopping, data=(full(),), optimizer=SGD)
+            made.fit(2)
+            if compile:
+                assert graphs(made) == 1  # also after an epoch in which nothing has changed
+            change(patch)
+            made.fit(2)
+        found.append(made.model.layer.weight.detach())
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_functions_of_one_code_are_followed_each() -> None:
+    def scaled_by(values: list[float]) -> Any:
+        return lambda x: x * values[0]
+
+    first, second = [1.0], [2.0]
+    one, two = scaled_by(first), scaled_by(second)
+
+    def both_of_them(x: Tensor) -> Tensor:
+        out: Tensor = one(x) + two(x)
+        return out
+
+    before = Reach([both_of_them], []).said()
+    assert Reach([both_of_them], []).said() == before
+    second[0] = 3.0
+    assert Reach([both_of_them], []).said() != before
