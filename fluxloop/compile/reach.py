@@ -1,7 +1,8 @@
 """What a step's functions reach by name beside the learner: global variables, closures, attributes of classes.
 
-A graph holds what they said while it was traced, and what their code was. What has changed when another epoch begins has the step traced
-anew, and what a step changes of them is refused, as Python would do it once, and leave stand-ins there.
+A graph holds what they said while it was traced, and what their code was. What has changed when another epoch begins
+has the step traced anew, and what a step changes of them is refused, as Python would do it once, and leave stand-ins
+there.
 """
 
 from __future__ import annotations
