@@ -9,14 +9,26 @@ import torch
 from torch import Tensor
 
 from fluxloop.augment.per_row import apply_to_some, draw
+from fluxloop.augment.views import tell_that_it_draws_once
+from fluxloop.errors import DataError, describe
 from fluxloop.guard.given import check_called, check_number
 
 
 def apply_changes(changes: Sequence[Callable[[Tensor], Tensor]], rows: Tensor, probability: float | Tensor) -> Tensor:
-    """Return rows (N, ...) of which each is changed in each way with a probability, by a draw of its own."""
+    """Return rows (N, ...) of which each is changed in each way with a probability, by a draw of its own.
+
+    Raises:
+        DataError: A change makes something else of rows than rows of their shape.
+    """
     for change in changes:
         (drawn,) = draw(rows, 1)
-        rows = apply_to_some(rows, change(rows), drawn, probability)
+        changed = change(rows)
+        if not isinstance(changed, Tensor) or changed.shape != rows.shape:
+            raise DataError(
+                f"AdaptiveAugment was given a change that made {describe(changed)} of {describe(rows)}; expected rows "
+                "of the same shape, as changed and unchanged ones are in one batch: random_flip"
+            )
+        rows = apply_to_some(rows, changed, drawn, probability)
     return rows
 
 
@@ -39,6 +51,7 @@ class AdaptiveAugment:
     Raises:
         ValueError: There are no changes, or a number is out of range.
         TypeError: A change cannot be called.
+        DataError: When it is called: a change makes rows of another shape.
 
     Attributes:
         probability: A tensor with one number once it has moved.
@@ -70,6 +83,7 @@ class AdaptiveAugment:
             )
         for change in changes:
             check_called("AdaptiveAugment", "changes", change, "functions of a batch of rows: random_flip")
+            tell_that_it_draws_once("AdaptiveAugment", change)
         check_number("AdaptiveAugment", "target", target, least=-1, most=1)
         check_number("AdaptiveAugment", "every", every, least=1, whole=True)
         check_number("AdaptiveAugment", "images", images, least=1)

@@ -85,7 +85,8 @@ class _Sample(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (grid,) = ctx.saved_tensors
-        back = _SampleBackward.apply(gradients[0], grid, ctx.shape, ctx.padding_mode)  # type: ignore[no-untyped-call]  # as above
+        gradient = gradients[0].to(grid.dtype)  # with autocast it may be of half precision
+        back = _SampleBackward.apply(gradient, grid, ctx.shape, ctx.padding_mode)  # type: ignore[no-untyped-call]  # as above
         return back, None, None
 
 
@@ -111,7 +112,7 @@ class _SampleBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (grid,) = ctx.saved_tensors
-        again = _Sample.apply(gradients[0], grid, ctx.padding_mode)  # type: ignore[no-untyped-call]  # as above
+        again = _Sample.apply(gradients[0].to(grid.dtype), grid, ctx.padding_mode)  # type: ignore[no-untyped-call]  # as above
         return again, None, None, None
 
 
@@ -157,7 +158,8 @@ def random_affine(
     rows = [cos, -sin * tall / wide, right, sin * wide / tall, cos, down]
     theta = torch.stack(rows, dim=1).view(n, 2, 3)
     height, width = (size, size) if size is not None else (tall, wide)
-    grid = affine_grid(theta, [n, images.shape[1], height, width], align_corners=False)
+    with torch.autocast(images.device.type, enabled=False):  # places of half precision are off by parts of a pixel
+        grid = affine_grid(theta, [n, images.shape[1], height, width], align_corners=False)
     return sample_images(images, grid)
 
 
@@ -351,7 +353,7 @@ def gaussian_blur(
         probability: Share of the images that are blurred.
         kernel_size: Over how many pixels in each direction is averaged, an odd number; left out, as many as three of
             the largest standard deviations to either side need, and no more than a tenth of the image's larger side, as
-            SimCLR has it, but at least three.
+            SimCLR has it, but at least three, and not more than its smaller side has mirrored pixels for.
 
     Raises:
         ValueError: They are no images, a number is out of range, or the kernel is too large for the images.
@@ -366,7 +368,12 @@ def gaussian_blur(
     check_number("gaussian_blur", "probability", probability, least=0, most=1)
     n, channels, tall, wide = images.shape
     if kernel_size is None:
-        reach = max(1, min(math.ceil(3 * high), max(tall, wide) // 20))
+        if min(tall, wide) < 2:
+            raise ValueError(
+                f"gaussian_blur was given images of {tall} x {wide}, whose edges have no mirror image; expected two "
+                "pixels or more in each direction"
+            )
+        reach = min(max(1, min(math.ceil(3 * high), max(tall, wide) // 20)), min(tall, wide) - 1)
     else:
         check_number("gaussian_blur", "kernel_size", kernel_size, least=1, whole=True)
         reach = kernel_size // 2

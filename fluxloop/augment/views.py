@@ -34,6 +34,21 @@ def draws_once(transform: Any) -> bool:
     return f"{kind.__module__}.".startswith("torchvision.")
 
 
+def tell_that_it_draws_once(name: str, transform: Any) -> None:
+    """Warn of a transform that is called with a batch and draws once for all of it.
+
+    Args:
+        name: Of what it was given to.
+        transform: What was given.
+    """
+    if draws_once(transform):
+        warn_user(
+            f"{name} was given a transform of torchvision, which draws once for a whole batch, so that all rows are "
+            "changed alike; expected one that draws for each row, such as those of fluxloop.augment, or "
+            "lambda rows: torch.stack([transform(row) for row in rows])"
+        )
+
+
 def may_draw_once(transform: Any) -> bool:
     """Return whether a function, or an object that can be called, has or names something that draws once.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxloop.augment.adaptive import AdaptiveAugment, apply_changes
+from fluxloop.augment.views import tell_that_it_draws_once
 from fluxloop.errors import BatchError, PhaseError, describe, did_you_mean
 from fluxloop.events import LossBegin
 from fluxloop.guard.given import check_called, check_number
@@ -131,6 +132,7 @@ class GANPhase(AbstractTrainingPhase):
         _check_names({"generator": generator, "critic": critic})
         if augment is not None:
             check_called("GANPhase", "augment", augment, "what changes rows: AdaptiveAugment(random_flip)", PhaseError)
+            tell_that_it_draws_once("GANPhase(augment=...)", augment)
         self.noise = noise
         self.critic_steps = critic_steps
         self.gradient_penalty = gradient_penalty
@@ -143,12 +145,21 @@ class GANPhase(AbstractTrainingPhase):
         self._path_next: Tensor | None = None
         """What it is once the update is made that is yet to come."""
         self.augment = augment
-        # What a compiled step reads of its phase has to stay what it is, and the probability does not
-        self._adapts = isinstance(augment, AdaptiveAugment)
-        self._changes = augment.changes if isinstance(augment, AdaptiveAugment) else ()
         self.conditional = conditional
         self.roles = {"generator": generator, "critic": critic}
         self._count(0)
+
+    @property
+    def augment(self) -> Callable[[Tensor], Tensor] | None:
+        """What changes the rows that the critic sees, or None; another one is used from the next step on."""
+        return self._augment
+
+    @augment.setter
+    def augment(self, augment: Callable[[Tensor], Tensor] | None) -> None:
+        self._augment = augment
+        # What a compiled step reads of its phase has to stay what it is, and the probability does not
+        self._adapts = isinstance(augment, AdaptiveAugment)
+        self._changes = augment.changes if isinstance(augment, AdaptiveAugment) else ()
 
     @property
     def loss_name(self) -> str:
@@ -327,7 +338,8 @@ class GANPhase(AbstractTrainingPhase):
         for name, _ in self.models(learner):
             if name not in learner.optimizer_names:
                 raise PhaseError(
-                    f"GANPhase updates {name!r}, and the optimizers are {list(learner.optimizer_names)}; give it one: "
+                    f"GANPhase updates {name!r}, and the optimizers are {list(learner.optimizer_names)}; give it one "
+                    "of its name, whose options may differ by parameter groups: "
                     f"optimizer={{{name!r}: torch.optim.Adam, ...}}"
                 )
 

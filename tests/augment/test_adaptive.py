@@ -13,6 +13,7 @@ from torch.nn.functional import softplus
 
 from fluxloop import (
     Accelerator,
+    DataError,
     GANPhase,
     GANValidationPhase,
     Learner,
@@ -23,7 +24,7 @@ from fluxloop import (
     TensorBatches,
     stream_seed,
 )
-from fluxloop.augment import AdaptiveAugment, random_affine, random_flip
+from fluxloop.augment import AdaptiveAugment, random_affine, random_flip, random_resized_crop
 from fluxloop.losses import r1_penalty
 from fluxloop.testing import assert_resumes_exactly
 
@@ -189,3 +190,50 @@ def test_no_changes_and_what_is_no_function_are_refused_with_what_to_type() -> N
         AdaptiveAugment(0.5)  # type: ignore[arg-type]
     with pytest.raises(PhaseError, match=r"GANPhase\(augment=0.5\) was given; expected what changes rows"):
         GANPhase(augment=0.5)  # type: ignore[arg-type]
+
+
+def test_changes_that_do_not_keep_the_shape_are_named() -> None:
+    augment = AdaptiveAugment(partial(random_resized_crop, size=2), probability=0.5)
+    with pytest.raises(DataError, match=r"made a Tensor of shape \(4, 1, 2, 2\) of a Tensor of shape \(4, 1, 4, 4\)"):
+        learner_of().fit(1, phases=[GANPhase(noise=NOISE, augment=augment)])
+
+
+def test_changes_put_in_the_place_of_others_are_those_that_are_used() -> None:
+    phase, calls = GANPhase(noise=NOISE), []
+
+    def count(xs: Tensor) -> Tensor:
+        calls.append(len(xs))
+        return xs
+
+    learner = learner_of()
+    phase.augment = adaptive()
+    learner.fit(1, phases=[phase])
+    assert phase.augment.state_dict()["updates"] == STEPS
+    phase.augment = AdaptiveAugment(count)
+    learner.fit(1, phases=[phase])
+    assert len(calls) == 3 * STEPS  # real and fake rows for the critic, and fake ones for the generator
+    phase.augment = None
+    learner.fit(1, phases=[phase])
+    assert len(calls) == 3 * STEPS
+
+
+@pytest.mark.parametrize("compiled", [{}, {"compile": "step"}], ids=["eager", "compiled"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_penalties_pass_through_turned_rows_in_half_precision(precision: Any, compiled: Any) -> None:
+    if precision == "fp16" and compiled:
+        pytest.skip("compiled steps are of bf16 or fp32")
+    learner = learner_of(accelerator=Accelerator("cpu", precision=precision, **compiled))
+    before = copy.deepcopy(learner.model.critic.state_dict())
+    learner.fit(1, phases=[GANPhase(noise=NOISE, r1=0.1, gradient_penalty=1.0, augment=SHIFT)])
+    assert all(value.isfinite().all() for value in learner.model.critic.state_dict().values())
+    assert not torch.equal(learner.model.critic[1].weight, before["1.weight"])
+
+
+def test_a_transform_that_draws_once_for_a_batch_is_told() -> None:
+    class Flip(nn.Module):
+        pass
+
+    Flip.__module__ = "torchvision.transforms.v2._geometry"
+    for make in (AdaptiveAugment, lambda change: GANPhase(augment=change)):
+        with pytest.warns(UserWarning, match="draws once for a whole batch.*expected one that draws for each row"):
+            make(Flip())

@@ -397,3 +397,22 @@ def test_what_cannot_be_is_refused_in_words(call: Callable[[], Any], words: str)
 def test_images_of_whole_numbers_are_refused_by_all(name: str) -> None:
     with pytest.raises(TypeError, match=r"images of torch.uint8; expected floating point: images.float\(\)"):
         CHANGES[name](torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+
+
+def test_places_are_as_exact_with_autocast_as_without() -> None:
+    xs = images(4, 1, 64, 64)
+    torch.manual_seed(0)
+    expected = random_affine(xs, degrees=20, translate=0.1)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(random_affine(xs, degrees=20, translate=0.1), expected)
+
+
+def test_a_blur_of_narrow_images_takes_what_their_mirror_image_has() -> None:
+    xs = images(4, 1, 3, 200)
+    torch.manual_seed(0)
+    blurred = gaussian_blur(xs, 5.0, probability=1.0)
+    torch.manual_seed(0)
+    assert torch.equal(blurred, gaussian_blur(xs, 5.0, probability=1.0, kernel_size=5))
+    with pytest.raises(ValueError, match=r"gaussian_blur was given images of 1 x 28.*two pixels or more"):
+        gaussian_blur(images(4, 1, 1, 28))
