@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fluxloop.callback import on
+from fluxloop.callbacks import probe_parts as parts
 from fluxloop.callbacks.features import (
     Features,
     encode,
@@ -25,9 +26,9 @@ from fluxloop.callbacks.features import (
     rows_for,
 )
 from fluxloop.callbacks.metrics import RecordsMetrics
-from fluxloop.callbacks.probe_parts import as_metrics, as_schedules, measured, set_by_schedules
 from fluxloop.compute.modes import watching
 from fluxloop.compute.precision import in_single
+from fluxloop.compute.reach import loss_error
 from fluxloop.errors import DataError, describe
 from fluxloop.events import EpochBegin, EpochEnd, StepEnd
 from fluxloop.guard.given import called, check_name, number
@@ -245,9 +246,9 @@ class LinearProbe(HeldOut):
         head: A module from features (N, F) to (N, num_classes), of which a copy is trained, or what makes one of F:
             ``lambda width: nn.Sequential(nn.BatchNorm1d(width), nn.Linear(width, 10))``. Left out, ``nn.Linear``.
         queries: Labelled rows to classify; left out, the learner's validation data.
-        optimizer: A factory that takes parameters.
-        schedule: The learning rate by the head's steps, from 0, such as ``cosine(total=1000, start=0.1)``; or schedules
-            by hyperparameter, as `Scheduler` takes them: ``{LearningRate: ..., WeightDecay: ...}``. Left out, what the
+        optimizer: A factory that takes parameters (or ``named`` ones, or the ``model``) and makes one optimizer.
+        schedule: The learning rate by the head's steps, from 0, such as ``cosine(1000, 0.1, 0.0)``; or schedules by
+            hyperparameter, as `Scheduler` takes them: ``{LearningRate: ..., WeightDecay: ...}``. Left out, what the
             optimizer was made with.
         loss: ``(outputs, ys) -> scalar`` to train the head with; left out, the cross entropy of classes.
         metrics: What is measured of the head's outputs and the labels of all held-out rows, by name or in a list:
@@ -261,6 +262,8 @@ class LinearProbe(HeldOut):
         ModelError: There are no such weights.
         MissingEntryError: The phase stores no features, or its batches have no labels.
         DataError: There is no labelled data, or features do not fit the head.
+        OptimizerError: The head has nothing to train, or `optimizer` makes no optimizer, or several.
+        CheckpointError: When a checkpoint is loaded: it is of a run with other schedules, or another head.
         ValueError: `num_classes` is less than 2 (1 with a `loss`), or `every` less than 1.
         TypeError: `head`, `optimizer`, `schedule` or `loss` is of another kind.
         MetricError: One of `metrics` is of another kind, or two have one name.
@@ -276,7 +279,7 @@ class LinearProbe(HeldOut):
         >>> probe = LinearProbe("encoder", num_classes=3)
         >>> def two_layers(width):
         ...     return torch.nn.Sequential(torch.nn.Linear(width, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
-        >>> deep = LinearProbe("encoder", 3, head=two_layers, schedule=cosine(total=4, start=0.1), metric="mlp")
+        >>> deep = LinearProbe("encoder", 3, head=two_layers, schedule=cosine(4, 0.1, 0.0), metric="mlp")
         >>> learner.set_callbacks([Recorder(), Metrics(), probe, deep])
         >>> history = learner.fit(2, phases=[SimCLRPhase(TwoViews(lambda rows: rows + torch.randn_like(rows)))])
         >>> len(history["validation/linear_encoder"]), len(history["validation/mlp"])
@@ -319,8 +322,8 @@ class LinearProbe(HeldOut):
                 f"LinearProbe(num_classes={self.num_classes}) was given; expected a whole number, 2 or more, or the "
                 "loss of what is no classes: loss=lambda outputs, ys: ..."
             )
-        self.schedule = as_schedules(self.schedule)
-        self.metrics = as_metrics("LinearProbe", self.metrics)
+        self.schedule = parts.as_schedules(self.schedule)
+        self.metrics = parts.as_metrics("LinearProbe", self.metrics)
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -411,13 +414,15 @@ class LinearProbe(HeldOut):
         features = in_single(features.detach().flatten(1))
         if self._probe is None:
             self._compare(features)
-        probe, stepper = self._classifier(features, learner.seed)
-        set_by_schedules(self.schedule, stepper, self._steps)
+        probe, stepper = self._classifier(features, learner)
+        parts.set_by_schedules(self.schedule, stepper, self._steps)
         own = self.head is not None or self.loss is not None  # these may draw, as dropout does
         stream = partial(stream_seed, learner.seed, f"LinearProbe/{self.metric}/step", self._steps)
         with torch.enable_grad(), drawing(stream()) if own else nullcontext():
             outputs, group = probe(features), learner.accelerator.group
             loss = cross_entropy(outputs, labels.long()) if self.loss is None else self.loss(outputs, labels)
+            if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
+                raise loss_error(loss, f" of LinearProbe({self.model!r})")
             loss.backward()  # type: ignore[no-untyped-call]  # torch's
             if group is not None:
                 average_gradients(list(probe.parameters()), len(features), group)
@@ -435,19 +440,22 @@ class LinearProbe(HeldOut):
                 "entries=('features', 'ys')"
             )
 
-    def _classifier(self, features: Tensor, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def _classifier(self, features: Tensor, learner: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Return the classifier and its optimizer, made for the first features and loaded where a state waits."""
         if self._probe is None or self._stepper is None:
-            with drawing(stream_seed(seed, f"LinearProbe/{self.metric}")):
+            whose, group = f"LinearProbe({self.model!r})", learner.accelerator.group
+            with drawing(stream_seed(learner.seed, f"LinearProbe/{self.metric}")):
                 probe = self._make_head(features)
                 with watching(probe):
                     self._run(probe, features[:1])  # lazy parts of it get their weights
-            self._probe, self._stepper = probe, self.optimizer(probe.parameters())
+            if group is not None and self.head is not None:  # which each process may have made with weights of its own
+                probe.load_state_dict(group.broadcast(map_tensors(Tensor.cpu, probe.state_dict())))
+            stepper = parts.make_optimizer(whose, self.optimizer, probe)
             if self._loaded:
-                self._probe.load_state_dict(self._loaded["probe"])
-                self._stepper.load_state_dict(self._loaded["optimizer"])
+                parts.restore(whose, probe, stepper, self._loaded)
                 self._steps = self._loaded.get("steps", 0)
                 self._loaded = {}
+            self._probe, self._stepper = probe, stepper
         return self._probe, self._stepper
 
     def measure(self, learner: Any) -> Mapping[str, Any]:
@@ -456,11 +464,11 @@ class LinearProbe(HeldOut):
             return {}
         own = self.loss is not None or bool(self.metrics)
         queries, answers = self.encode(learner, self.queries, "validation", classes=not own)
-        probe, _ = self._classifier(in_single(queries), learner.seed)
+        probe, _ = self._classifier(in_single(queries), learner)
         with drawing(stream_seed(learner.seed, f"LinearProbe/{self.metric}/measure")), watching(probe):
             outputs = probe(in_single(queries))
             if self.metrics:
-                found = measured(self.metrics, outputs, answers)
+                found = parts.measured(self.metrics, outputs, answers)
                 return {f"{self.metric}_{name}": value for name, value in found.items()}
             return {self.metric: (outputs.argmax(1) == answers).float().mean()}
 
@@ -468,10 +476,20 @@ class LinearProbe(HeldOut):
         """Return what a checkpoint keeps: the classifier, its optimizer's state, and the steps made."""
         if self._probe is None or self._stepper is None:
             return self._loaded
-        return {"probe": self._probe.state_dict(), "optimizer": self._stepper.state_dict(), "steps": self._steps}
+        return {
+            "probe": self._probe.state_dict(),
+            "optimizer": self._stepper.state_dict(),
+            "steps": self._steps,
+            "schedules": parts.as_texts(self.schedule),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what a checkpoint keeps."""
+        """Load what a checkpoint keeps.
+
+        Raises:
+            CheckpointError: It is of a run with other schedules; nothing is changed.
+        """
+        parts.check_schedules(f"LinearProbe({self.model!r})", state, parts.as_texts(self.schedule))
         self._probe = self._stepper = None
         self._steps = 0
         self._loaded = copy.deepcopy(state)

@@ -205,6 +205,17 @@ def _in_form(form: str, model: nn.Module) -> Any:
     return named if form == NAMED else [parameter for _, parameter in named]
 
 
+def form_of(factory: Factory, model: nn.Module) -> Any:
+    """Return what a factory takes of a model, as its first argument says; its parameters with the frozen ones.
+
+    Example:
+        >>> [name for name, _ in form_of(lambda named: torch.optim.SGD(named), torch.nn.Linear(2, 1))]
+        ['weight', 'bias']
+    """
+    form = _form(factory)
+    return model.parameters() if form == PARAMETERS else _in_form(form, model)
+
+
 def _prepare(made: Optimizer) -> None:
     """Choose the kernels of an optimizer that a factory has made, and give it options of its own."""
     choose_fused(made)
@@ -303,6 +314,26 @@ def check_owned(names: Mapping[nn.Parameter, str], owned: set[nn.Parameter]) -> 
 
 def _list(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def no_such_optimizer(name: str, names: list[str]) -> OptimizerError:
+    """Make the error for a name that no optimizer has; it may be that of a model which has several.
+
+    Args:
+        name: What was given.
+        names: Of the optimizers; none where there is a single one without a name.
+    """
+    several = [each for each in names if each.startswith(f"{name}.")]
+    if several:
+        return OptimizerError(
+            f"{name!r} has the optimizers {several}, and a block, or an update by name, steps one; expected one of "
+            f"these, learner.optimizing({several[0]!r}), or a single optimizer of {name!r}: "
+            f"optimizer={{{name!r}: torch.optim.Adam, ...}}"
+        )
+    return OptimizerError(
+        f"there is no optimizer {name!r}; the learner has "
+        f"{names or 'a single one without a name: learner.optimizing()'}{did_you_mean(name, names)}"
+    )
 
 
 def say_that_a_closure_is_needed(optimizer: Optimizer, error: TypeError) -> None:

@@ -15,6 +15,7 @@ from fluxloop.compute.modes import OptimizerMode
 from fluxloop.compute.optimizers import (
     Optimizers,
     check_owned,
+    no_such_optimizer,
     owned_parameters,
     say_that_a_closure_is_needed,
     separate_options,
@@ -99,10 +100,7 @@ class Updates:
         names = [str(slot.name) for slot in self.slots if slot.name is not None]
         if name is None:
             raise OptimizerError(f"which of the optimizers {names}? Give its name: learner.optimizing({names[0]!r})")
-        raise OptimizerError(
-            f"there is no optimizer {name!r}; the learner has "
-            f"{names or 'a single one without a name: learner.optimizing()'}{did_you_mean(str(name), names)}"
-        )
+        raise no_such_optimizer(str(name), names)
 
     def _read_parameters(self) -> None:
         """Read which parameters the optimizers own; a group may be added while training."""

@@ -13,14 +13,19 @@ from fluxloop import (
     AbstractTrainingPhase,
     Callback,
     Checkpointer,
+    CheckpointError,
     CustomCallback,
     DataError,
     EarlyStopping,
     Learner,
     LearningRate,
     LinearProbe,
+    LossError,
+    Metric,
     MetricError,
     Metrics,
+    MissingEntryError,
+    OptimizerError,
     Recorder,
     SimCLRPhase,
     StepEnd,
@@ -288,3 +293,60 @@ def test_a_phase_that_is_supervised_can_be_probed_with_any_entry() -> None:
     learner = Learner(model, cross_entropy, data=data, callbacks=[probe], seed=SEED)
     learner.fit(1, phases=[TrainingPhase()])
     assert len(learner.history["validation/linear_model"]) == 1
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda named: torch.optim.SGD([{"params": [each]} for _, each in named], lr=0.1),
+        lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+    ],
+    ids=["named", "model"],
+)
+def test_an_optimizers_factory_has_the_forms_that_a_learner_takes(optimizer: Any) -> None:
+    found = train(learner_of(LinearProbe("encoder", 3, optimizer=optimizer)))
+    expected = train(learner_of(LinearProbe("encoder", 3, optimizer=partial(torch.optim.SGD, lr=0.1))))
+    kept, of_parameters = (each.get_callback(LinearProbe).state_dict()["probe"] for each in (found, expected))
+    assert torch.equal(kept["weight"], of_parameters["weight"])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"optimizer": lambda named: {"a": None}}, OptimizerError, "made a dict of length 1; expected one torch.optim"),
+        ({"optimizer": torch.optim.LBFGS}, OptimizerError, "was given LBFGS.*expected an optimizer that steps on"),
+        ({"head": nn.Linear(4, 3).requires_grad_(False)}, OptimizerError, "no parameter requires a gradient"),
+        ({"loss": lambda outputs, ys: outputs.sum(1)}, LossError, r"LinearProbe\('encoder'\) has shape \(8,\)"),
+        ({"loss": lambda outputs, ys: 1.0}, LossError, r"LinearProbe\('encoder'\) is .*expected a tensor"),
+    ],
+    ids=["several", "closure", "frozen", "rows", "number"],
+)
+def test_what_cannot_be_trained_with_is_said_at_the_first_step(options: Any, error: Any, words: str) -> None:
+    with pytest.raises(error, match=words):
+        train(learner_of(LinearProbe("encoder", 3, **options)))
+
+
+def test_metrics_of_other_entries_are_refused_or_left_out_where_they_are_optional() -> None:
+    def mean(features: Tensor) -> Tensor:
+        return features.mean()
+
+    other = Metric(mean, inputs=("features",))
+    with pytest.raises(MissingEntryError, match="no entry 'features'; it has: preds, ys"):
+        train(learner_of(LinearProbe("encoder", 3, metrics=[accuracy, other])))
+    optional = Metric(mean, inputs=("features",), optional=True)
+    learner = train(learner_of(LinearProbe("encoder", 3, metrics=[accuracy, optional])))
+    assert len(learner.history["validation/linear_encoder_accuracy"]) == 2
+
+
+def test_a_run_goes_on_with_the_schedule_and_the_head_that_it_began_with(tmp_path: Any) -> None:
+    train(learner_of(full_probe(), Checkpointer(tmp_path / "run")), 1)
+    for options, words in (
+        (
+            {"schedule": cosine(total=6, start=0.1, end=0.0)},
+            r"learning_rate was scheduled by cosine\(.*start=0.3.*start=0.1",
+        ),
+        ({"head": lambda width: nn.Linear(width, 3)}, "another head or optimizer .*go on with that one"),
+    ):
+        given = {"schedule": {LearningRate: SCHEDULE, WeightDecay: lambda step: 0.1 * (step + 1)}, **options}
+        with pytest.raises(CheckpointError, match=f"(?s){words}"):
+            train(learner_of(full_probe(**given), Checkpointer(tmp_path / "run")), 2, resume=tmp_path / "run")

@@ -145,6 +145,16 @@ report(resumed=told(again))
 """
 
 
+HEAD = """
+torch.manual_seed(os.getpid())  # as where nobody seeds
+head = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+probe = LinearProbe("model", 3, head=head, queries=held_out, entries=("preds", "ys"))
+callbacks = [Metrics(), probe]
+make().fit(1)
+report(head=probe.state_dict()["probe"])
+"""
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Run, Path]]:
     found = {}
@@ -241,3 +251,9 @@ def test_a_run_is_resumed_by_as_many_processes_to_the_bit_and_by_others_to_the_s
                 assert numbers == (values if exact else pytest.approx(values, abs=1e-9)), name
                 for a, b in zip(found, weights, strict=True):
                     torch.testing.assert_close(a, b, rtol=0, atol=0 if exact else 1e-12)
+
+
+@pytest.mark.slow
+def test_a_head_that_each_process_made_by_itself_begins_with_the_weights_of_the_first(tmp_path: Path) -> None:
+    first, second = run(LEARNER + HEAD, 2, arguments=[str(tmp_path)], timeout=240).reports
+    assert all(torch.equal(value, second["head"][name]) for name, value in first["head"].items())
