@@ -333,9 +333,11 @@ def _ratios_of(parameter: OptimizerOption, learner: Any) -> dict[str, float]:
         return given if len(set(given.values())) > 1 else {}
     values = parameter.given(learner)
     if any(value != next(iter(values.values())) for value in values.values()):
+        names = [name for name, _ in by_name(learner.optimizer)] if parameter.optimizer is None else []
+        meant = repr(names[0]) if len(names) > 1 else "group=0"
         raise OptimizerError(
             f"a schedule of {parameter!r} would set all parameter groups alike, and they were given {values} (by "
-            f"optimizer and group); name the one that is meant: {type(parameter).__name__}(group=0)"
+            f"optimizer and group); name the one that is meant: {type(parameter).__name__}({meant})"
         )
     return {}
 

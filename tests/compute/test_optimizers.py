@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from fluxloop import (
+    GANPhase,
     Learner,
     LearningRate,
     Momentum,
     OptimizerError,
+    PhaseError,
     Recorder,
     Scheduler,
     TensorBatches,
@@ -634,3 +636,24 @@ def test_a_factory_that_gets_names_and_makes_something_else_is_told(factory: Any
     else:
         with pytest.raises(expected):
             Learner(small(), optimizer=factory)
+
+
+def test_what_steps_one_optimizer_by_a_models_name_says_that_the_model_has_several() -> None:
+    def two(named: Any) -> Any:
+        parts = {name: parameter for name, parameter in named}
+        return {name: torch.optim.SGD([parameter]) for name, parameter in parts.items()}
+
+    learner = Learner({"G": nn.Linear(2, 4), "D": nn.Linear(4, 1)}, data=(torch.randn(8, 4),), optimizer=two)
+    with pytest.raises(OptimizerError, match=r"'D' has the optimizers \['D.weight', 'D.bias'\].*\('D.weight'\)"):
+        learner.optimizing("D")
+    with pytest.raises(PhaseError, match=r"GANPhase updates 'G', and the optimizers are .*one of its name"):
+        learner.fit(1, phases=[GANPhase(noise=2)])
+
+
+def test_options_that_differ_between_optimizers_are_scheduled_by_the_optimizers_names() -> None:
+    def two(named: Any) -> Any:
+        return {name: torch.optim.SGD([parameter], momentum=0.1 * (2 - parameter.ndim)) for name, parameter in named}
+
+    with pytest.raises(OptimizerError, match=r"alike, and they were given .*: Momentum\('weight'\)"):
+        Learner(linear(), optimizer=two, callbacks=[Scheduler({Momentum: 0.5})])
+    Learner(linear(), optimizer=two, callbacks=[Scheduler({Momentum("weight"): 0.5})])
