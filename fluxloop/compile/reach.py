@@ -110,9 +110,14 @@ class Reach:
                 self._look(place.get(), place.name)
 
     def _follow(self, function: Any) -> None:
-        """Take note of a function, and of the names in it."""
-        function = inspect.unwrap(getattr(function, "__func__", function))
+        """Take note of a function, of the one that it is wrapped around, and of the names in them."""
+        function = getattr(function, "__func__", function)
+        self._follow_one(inspect.unwrap(function, stop=self._follow_one))  # which is given each on the way
+
+    def _follow_one(self, function: Any) -> None:
         if not isinstance(function, FunctionType) or not is_users(function):
+            return
+        if str(function.__globals__.get("__name__")).partition(".")[0] in FOREIGN:  # a decorator's of torch or Python
             return
         known = function.__code__, *map(id, function.__closure__ or ())  # the same code may close over other things
         if known in self._functions:
@@ -127,8 +132,11 @@ class Reach:
     def _hold(self, thing: Any, whose: str) -> None:
         self._holders.setdefault(id(thing), (thing, whose))
 
-    def _look(self, value: Any, name: str) -> None:
-        """Look at what is held under a name: functions to follow, and objects that hold more."""
+    def _look(self, value: Any, name: str, depth: int = 4) -> None:
+        """Look at what is held under a name: functions to follow, and objects that hold more, in containers too."""
+        if isinstance(value, (list, tuple, dict)):
+            for item in (value.values() if isinstance(value, dict) else value) if depth and len(value) <= MANY else ():
+                self._look(item, name, depth - 1)
         if isinstance(value, (FunctionType, staticmethod, classmethod)) or inspect.ismethod(value):
             self._follow(value)
         elif isinstance(value, property) and value.fget is not None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -174,6 +175,22 @@ def halve(x: Tensor) -> Tensor:
     return x / 2
 
 
+class Factors:
+    """Of `times`."""
+
+    first = 1.0
+
+
+def times(function: Any) -> Any:
+    """Wrap a function, by a function that reaches something by name itself."""
+
+    @wraps(function)
+    def wrapper(*args: Any) -> Any:
+        return function(*args) * Factors.first
+
+    return wrapper
+
+
 class Shop:
     """Holds what `Shopping` reaches by name."""
 
@@ -181,6 +198,7 @@ class Shop:
     activation = torch.tanh
     table: ClassVar[dict[str, Any]] = {"by": {"each": [1.0, 2.0]}}
     array = numpy.ones(2)
+    settings = SimpleNamespace(each=[{"first": SimpleNamespace(scale=1.0)}])
 
 
 class Shopping(nn.Module):
@@ -191,11 +209,12 @@ class Shopping(nn.Module):
         self.layer = nn.Linear(16, 4)
 
     def forward(self, xs: Tensor) -> Tensor:
-        by = Shop.table["by"]["each"][1] * float(Shop.array[0])
+        by = Shop.table["by"]["each"][1] * float(Shop.array[0]) * Shop.settings.each[0]["first"].scale
         return self.after(double(Shop.turn(Shop.activation(self.layer(xs))))) * by
 
+    @times
     def after(self, xs: Tensor) -> Tensor:
-        return xs + 1
+        return xs + SCALE
 
 
 def after_other(self: Any, xs: Tensor) -> Tensor:
@@ -208,8 +227,11 @@ CHANGES: dict[str, Any] = {
     "a function of a module": lambda patch: patch.setitem(globals(), "double", triple),
     "a function of a class": lambda patch: patch.setattr(Shop, "turn", staticmethod(halve)),
     "a method": lambda patch: patch.setattr(Shopping, "after", after_other),
+    "what a decorated method reaches": lambda patch: patch.setitem(globals(), "SCALE", 0.5),
     "a function of torch's": lambda patch: patch.setattr(Shop, "activation", torch.sigmoid),
     "a list in a dict in a dict": lambda patch: patch.setitem(Shop.table["by"], "each", [1.0, 0.5]),
+    "an object in a dict in a list": lambda patch: patch.setattr(Shop.settings.each[0]["first"], "scale", 0.5),
+    "what a decorator closes over": lambda patch: patch.setattr(Factors, "first", 0.5),
     "an array": lambda patch: patch.setattr(Shop, "array", numpy.full(2, 0.5)),
 }
 
