@@ -1481,6 +1481,7 @@ def test_no_text_in_the_package_has_a_placeholder_outside_of_an_f_string() -> No
     for path in sorted(Path(fluxloop.__file__).parent.rglob("*.py")):
         tree = ast.parse(path.read_text("utf-8"))
         inside = {part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        inside |= {node.value for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "bar_format"}
         found += [
             f"{path.name}: {node.value}"
             for node in ast.walk(tree)

@@ -1,7 +1,7 @@
 """The built-in callbacks; each handles events as a user's callback would.
 
-- Counting and measuring: ``recorder``, ``metrics``, ``traces``, ``probe``, ``frechet``, ``feature_stats``,
-  ``activation_stats``, ``profile``.
+- Counting and measuring: ``recorder``, ``metrics``, ``traces``, ``probe`` (with ``probe_parts``, and
+  ``features`` that several share), ``frechet``, ``feature_stats``, ``activation_stats``, ``profile``.
 - Showing and logging: ``progress``, ``printer``, ``csv_logger``, ``log``, ``log_pictures``, ``sample_images``,
   ``stall_report``.
 - What a step uses: ``mixup`` (inputs), ``gradient_clip``, ``scheduler`` and ``lr_scheduler`` (with

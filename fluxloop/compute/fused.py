@@ -198,16 +198,16 @@ def step_fused(calls: list[FusedCall]) -> None:
             count_changes(params)
 
 
-def count_changes(params: Sequence[Tensor]) -> None:
-    """Count a change in place of parameters, as autograd does, which fused kernels leave out.
-
-    Without that a graph made before the step, and differentiated after it, would give wrong gradients in silence.
-    """
-    if _TAKES_SEVERAL:
-        increment_version(params)
-        return
+def _count_one_by_one(params: Sequence[Tensor]) -> None:
     for parameter in params:
         increment_version(parameter)
+
+
+count_changes: Callable[[Sequence[Tensor]], None] = increment_version if _TAKES_SEVERAL else _count_one_by_one
+"""Count a change in place of parameters, as autograd does, which fused kernels leave out.
+
+Without that a graph made before the step, and differentiated after it, would give wrong gradients in silence.
+"""
 
 
 def can_skip(optimizer: Optimizer) -> bool:

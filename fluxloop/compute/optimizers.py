@@ -316,7 +316,7 @@ def _list(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def no_such_optimizer(name: str, names: list[str]) -> OptimizerError:
+def no_such_optimizer(name: object, names: list[str]) -> OptimizerError:
     """Make the error for a name that no optimizer has; it may be that of a model which has several.
 
     Args:
@@ -332,7 +332,7 @@ def no_such_optimizer(name: str, names: list[str]) -> OptimizerError:
         )
     return OptimizerError(
         f"there is no optimizer {name!r}; the learner has "
-        f"{names or 'a single one without a name: learner.optimizing()'}{did_you_mean(name, names)}"
+        f"{names or 'a single one without a name: learner.optimizing()'}{did_you_mean(str(name), names)}"
     )
 
 

@@ -100,7 +100,7 @@ class Updates:
         names = [str(slot.name) for slot in self.slots if slot.name is not None]
         if name is None:
             raise OptimizerError(f"which of the optimizers {names}? Give its name: learner.optimizing({names[0]!r})")
-        raise no_such_optimizer(str(name), names)
+        raise no_such_optimizer(name, names)
 
     def _read_parameters(self) -> None:
         """Read which parameters the optimizers own; a group may be added while training."""

@@ -179,8 +179,9 @@ class GANPhase(AbstractTrainingPhase):
         entries = {"real": batch[0] if pair else batch}
         if self.conditional:
             entries["ys"] = batch[1]
-        if isinstance(self.augment, AdaptiveAugment):
-            entries["augment_probability"] = torch.as_tensor(self.augment.probability, dtype=torch.float32)
+        if self._adapts:
+            adaptive: Any = self._augment
+            entries["augment_probability"] = torch.as_tensor(adaptive.probability, dtype=torch.float32)
         for name, weight in (("r1", self.r1), ("r2", self.r2)):
             if callable(weight):
                 dtype = torch.float64 if getattr(entries["real"], "dtype", None) == torch.float64 else torch.float32
@@ -204,7 +205,8 @@ class GANPhase(AbstractTrainingPhase):
     def body(self, learner: Any, handle: Handle, state: StepState) -> None:
         """Train the critic on one batch, and the generator when it is its turn."""
         (generator_name, generator), (critic_name, judge) = self.models(learner)
-        critic = self.judging(judge, state)
+        changes_rows = self._adapts or self._augment is not None
+        critic = self.judging(judge, state) if changes_rows else judge
         labels = (state.ys,) if self.conditional else ()
         state.noise = self.draw_noise(state)
         with torch.set_grad_enabled(self._generator_too):
@@ -271,10 +273,11 @@ class GANPhase(AbstractTrainingPhase):
             self._path_next = self.path_mean_with(mean_of_rows(state.path_lengths, learner.accelerator.group))
         updates = learner.updates
         updated = not updates.is_windowed or not updates.has_open(self.models(learner)[1][0])
-        if isinstance(self.augment, AdaptiveAugment):
+        if self._adapts:
+            adaptive: Any = self._augment
             signs, group = state.signs, learner.accelerator.group
             seen = torch.stack([signs.sum(), signs.new_tensor(len(signs))])
-            self.augment.observe(seen if group is None else sum_over(seen, group), updated)
+            adaptive.observe(seen if group is None else sum_over(seen, group), updated)
         if updated:
             self._count(self._critic_updates + 1)
         else:

@@ -263,7 +263,7 @@ def test_losses_that_are_numbers_are_looked_at_too(entry: str, name: str, bad: f
     learner = learner_of(StopOnNaNLoss(), bad=bad)
     assert (
         learner.fit(1, phases=[Numbers(entry)]).stop_reason
-        == f"{name} became {bad} in Numbers(), epoch 1, step 4 of the run"
+        == f"{name} became {bad} in Numbers(entry={entry!r}), epoch 1, step 4 of the run"
     )
 
 
@@ -316,7 +316,7 @@ def test_an_explicit_loss_after_a_block_is_looked_at_before_its_update(loss: flo
         assert reason is None
         assert learner.model.G.value.item() != 2.0
     else:
-        assert reason == "the loss became nan in ThenExplicit(), epoch 1, step 1 of the run"
+        assert reason == "the loss became nan in ThenExplicit(loss=nan), epoch 1, step 1 of the run"
         assert learner.model.G.value.item() == 2.0
 
 

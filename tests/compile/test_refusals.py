@@ -73,7 +73,10 @@ def by_ctc(model: Any, out: Tensor) -> Tensor:
             r"compute with torch.*finish\(learner, state\)",
         ),
         (lambda model, out: out * len(f"{out.sum():.2f}"), r"write texts of numbers in the phase's finish"),
-        (lambda model, out: torch.distributions.Normal(out, 1.0).log_prob(out), r"say validate_args=False"),
+        (
+            lambda model, out: torch.distributions.Normal(out, 1.0, validate_args=True).log_prob(out),
+            r"say validate_args=False",
+        ),
         (
             lambda model, out: out[int(out.sum(1).argmax())].expand(8, 3),
             r"index_select and gather choose without asking",

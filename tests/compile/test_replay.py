@@ -73,7 +73,7 @@ def test_a_replayed_graph_is_told_what_it_changes_besides_the_model(monkeypatch:
         learner(data=(rows(),)).fit(1, phases=[phase])
     full, smaller, averages, averages_smaller = told
     assert full == smaller == []
-    assert averages == averages_smaller == [1]  # the second of what moves: the first is the learning rate
+    assert averages == averages_smaller == [2]  # the third of what moves: the first two are options of the optimizer
 
 
 def test_a_step_is_replayed_only_where_all_of_it_is_on_the_device() -> None:

@@ -157,7 +157,7 @@ def test_a_compiled_step_that_is_not_finite_changes_neither_weights_nor_buffers_
         for a, b in zip(weights(made), weights(expected), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert found[0] == found[1]
-    assert found[0][0].endswith("Every(), epoch 1, step 6 of the run")
+    assert found[0][0].endswith(f"Every(every={window}), epoch 1, step 6 of the run")
     assert ("the loss" if bad != bad else "layers.0.weight") in found[0][0]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from fluxloop import CombinedLoader, DataError, Learner, TrainingPhase, ValidationPhase
-from fluxloop.callbacks.probe import extract
+from fluxloop.callbacks.features import extract
 from fluxloop.callbacks.swa import update_norms
 from fluxloop.testing import toy_learner
 
