@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fluxloop.compute.modes import OptimizerMode
 from fluxloop.compute.optimizers import form_of
 from fluxloop.errors import CheckpointError, MetricError, OptimizerError, describe
 from fluxloop.hyperparameters import (
@@ -63,6 +64,11 @@ def make_optimizer(whose: str, factory: Callable[..., Any], head: nn.Module) -> 
         raise OptimizerError(
             f"{whose}: its optimizer's factory made {describe(made)}; expected one torch.optim.Optimizer: "
             "optimizer=partial(torch.optim.SGD, lr=0.1)"
+        )
+    if OptimizerMode.of(made) is not None:
+        raise OptimizerError(
+            f"{whose} was given {type(made).__name__}, whose weights differ between its train and eval mode; expected "
+            "an optimizer without modes: optimizer=torch.optim.Adam"
         )
     closure = signature(made.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:

@@ -294,11 +294,16 @@ def _check_ownership(names: Mapping[nn.Parameter, str], optimizers: Optimizers) 
             f"parameters are held more than once: {_list(twice)}; expected each in exactly one optimizer. "
             "For parameters shared by two models give the optimizers themselves"
         )
-    check_owned(names, set(owners))
+    check_owned(names, set(owners), next(iter(optimizers), None) if len(optimizers) > 1 else None)
 
 
-def check_owned(names: Mapping[nn.Parameter, str], owned: set[nn.Parameter]) -> None:
+def check_owned(names: Mapping[nn.Parameter, str], owned: set[nn.Parameter], example: str | None = None) -> None:
     """Raise for a trainable parameter that no optimizer holds.
+
+    Args:
+        names: Of all parameters.
+        owned: Those that an optimizer holds.
+        example: The name of an optimizer, where there are several.
 
     Raises:
         OptimizerError: Names those parameters.
@@ -307,8 +312,8 @@ def check_owned(names: Mapping[nn.Parameter, str], owned: set[nn.Parameter]) -> 
     if missing:
         raise OptimizerError(
             f"trainable parameters are in no optimizer: {_list(missing)}; add them to one, where they joined or were "
-            "unfrozen later by learner.optimizer.add_param_group({'params': [...]}), or freeze them with "
-            "requires_grad_(False)"
+            f"unfrozen later by learner.optimizer{'' if example is None else f'[{example!r}]'}"
+            ".add_param_group({'params': [...]}), or freeze them with requires_grad_(False)"
         )
 
 

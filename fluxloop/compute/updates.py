@@ -121,7 +121,7 @@ class Updates:
         """
         self._read_parameters()
         owned = set(self.parameters)
-        check_owned(names, owned)
+        check_owned(names, owned, str(self.slots[0].name) if len(self.slots) > 1 else None)
         # Parameters that an optimizer still holds stay named, so that messages and `step.grads` can tell of them.
         gone = {p: name for p, name in self.names.items() if p in owned and p not in names}
         if self.names == {**names, **gone}:

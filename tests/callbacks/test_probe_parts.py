@@ -310,16 +310,27 @@ def test_an_optimizers_factory_has_the_forms_that_a_learner_takes(optimizer: Any
     assert torch.equal(kept["weight"], of_parameters["weight"])
 
 
+class Averaging(torch.optim.SGD):
+    """Has weights of its own for each mode."""
+
+    def train(self) -> None:
+        """Put those to train in place."""
+
+    def eval(self) -> None:
+        """Put those to evaluate in place."""
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
         ({"optimizer": lambda named: {"a": None}}, OptimizerError, "made a dict of length 1; expected one torch.optim"),
         ({"optimizer": torch.optim.LBFGS}, OptimizerError, "was given LBFGS.*expected an optimizer that steps on"),
+        ({"optimizer": Averaging}, OptimizerError, "was given Averaging, whose weights differ"),
         ({"head": nn.Linear(4, 3).requires_grad_(False)}, OptimizerError, "no parameter requires a gradient"),
         ({"loss": lambda outputs, ys: outputs.sum(1)}, LossError, r"LinearProbe\('encoder'\) has shape \(8,\)"),
         ({"loss": lambda outputs, ys: 1.0}, LossError, r"LinearProbe\('encoder'\) is .*expected a tensor"),
     ],
-    ids=["several", "closure", "frozen", "rows", "number"],
+    ids=["several", "closure", "modes", "frozen", "rows", "number"],
 )
 def test_what_cannot_be_trained_with_is_said_at_the_first_step(options: Any, error: Any, words: str) -> None:
     with pytest.raises(error, match=words):
