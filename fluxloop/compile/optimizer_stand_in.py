@@ -122,7 +122,8 @@ def note_steps(name: str | None, optimizer: Optimizer, stepped: dict[str | None,
     def step(*args: Any, **kwargs: Any) -> Any:
         changed = stepped.setdefault(name, {})
         before = seen_of(optimizer)
-        result = own(*args, **kwargs)
+        with decayed(optimizer):
+            result = own(*args, **kwargs)
         changed.update(dict.fromkeys(differing(before, seen_of(optimizer))))
         return result
 
@@ -130,6 +131,7 @@ def note_steps(name: str | None, optimizer: Optimizer, stepped: dict[str | None,
 
 
 @contextmanager
+@torch.no_grad()
 def decayed(optimizer: Optimizer) -> Iterator[None]:
     """Decay weights by a tensor, as torch's optimizers do by a number, and leave an optimizer none to decay by.
 
@@ -138,6 +140,7 @@ def decayed(optimizer: Optimizer) -> Iterator[None]:
     """
     weights = [(group, group[DECAY]) for group in optimizer.param_groups if isinstance(group.get(DECAY), Tensor)]
     momenta = [(group, group[MOMENTUM]) for group in optimizer.param_groups if isinstance(group.get(MOMENTUM), Tensor)]
+    gradients = [(leaf, leaf.grad) for group, _ in (*weights, *momenta) for leaf in group["params"]]
     for group, weight in weights:
         for leaf in group["params"]:
             if leaf.grad is not None and group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)):
@@ -151,6 +154,8 @@ def decayed(optimizer: Optimizer) -> Iterator[None]:
                 leaf.grad = gathered(optimizer.state[leaf], leaf.grad, momentum, group)
         group[MOMENTUM] = 0.0
     yield
+    for leaf, gradient in gradients:
+        leaf.grad = gradient  # which whoever steps by hand may leave
     for group, weight in weights:
         group[DECAY] = weight
     for group, momentum in momenta:

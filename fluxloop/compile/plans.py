@@ -19,7 +19,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from attrs import define
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fluxloop.callback import Callback
@@ -95,6 +95,12 @@ class Built:
     def __str__(self) -> str:
         """Tell it in a line."""
         return f"{counted(self.graphs, 'graph')}, traced in {self.traced:.1f} s, compiled in {self.compiled:.1f} s"
+
+
+def was_dropped(parameter: Tensor, gradient: Tensor, version: int) -> bool:
+    """Return whether a step left a gradient alone that was there as it began, of that version, and made its own."""
+    kept = parameter.grad is gradient or gradient._version != version
+    return not kept and (parameter.grad is None or not parameter.grad.requires_grad)  # else it may be a sum
 
 
 class CompiledSteps:
@@ -183,7 +189,10 @@ class Plan:
         self._callbacks_key: tuple[Any, ...] = ()
         self._rests_on: dict[str, Any] = {}
         self._said: dict[str, Any] = {}
-        self._told_strange = False
+        self._strange: list[tuple[Tensor, Tensor, int]] = []
+        """Parameters with gradients of nobody knows whom, as the last step, which ran as it was, found them."""
+        self._adds: bool | None = None
+        """Whether steps add to such gradients, as was seen of one; else they drop them first."""
         self._states: dict[str, Any] = {}
         self._glance: Glance | None = None
         self._last_used: tuple[Any, list[Graph]] = ((), [])
@@ -221,6 +230,7 @@ class Plan:
                         graphs.remove(graph)
             self._epoch = epoch
             if phase.gradients and self._has_strange_gradients(phase):
+                self._epoch = None  # what this step does with them is looked at before the next
                 return None
         waits = phase.gradients and any([slot.first_step is not None for slot in learner.updates.slots])
         form, graphs = self._last_used
@@ -267,17 +277,28 @@ class Plan:
                 pass  # it is described at each step
 
     def _has_strange_gradients(self, phase: Phase) -> bool:
-        """Return whether there are gradients that no window waits for: eager steps add to them, and graphs do not."""
+        """Return whether there are gradients that no window waits for and that a step may add to, as no graph does.
+
+        Steps that differentiate by hand leave such, and most drop them as they begin: one is looked at, and runs as it
+        is.
+        """
+        if self._strange:
+            added = [each[0] for each in self._strange if not was_dropped(*each)]
+            self._strange = []
+            if added and not self._adds:
+                name = self._learner.updates.names[added[0]]
+                warn_user(
+                    f"{name} had a gradient that learner.backward did not compute when "
+                    f"a step of {phase!r} began, and the step added to it: such steps are not compiled. Expected None "
+                    "there when a step begins (zero_grad), or gradients by learner.backward"
+                )
+            self._adds = bool(added)
         slots = [slot for slot in self._learner.updates.slots if slot.first_step is None and not slot.consumed]
         found = [p for slot in slots for p in slot.parameters if p.grad is not None]
-        if found and not self._told_strange:
-            self._told_strange = True
-            warn_user(
-                f"{self._learner.updates.names[found[0]]} has a gradient that learner.backward did not compute when a "
-                f"step of {phase!r} begins, which the step adds to: such steps are not compiled. Set it to None before "
-                "the step (zero_grad), or compute it in the step"
-            )
-        return bool(found)
+        if not found or self._adds is False:
+            return False
+        self._strange = [(p, p.grad, p.grad._version) for p in found if p.grad is not None]
+        return True
 
     def _look_around(self, phase: Phase) -> None:
         """Drop the graphs where a global variable, a closure or a class says something else than it did."""

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fluxloop.compile.averaging import Message, TracedAverager
-from fluxloop.compile.optimizer_stand_in import decayed
 from fluxloop.compile.windows import CANCELS, STOPS, Place, TracedWindows
 from fluxloop.compute.blocks import UpdateBlock
 from fluxloop.compute.finite import norm_before_clipping, stored_losses
@@ -263,8 +262,7 @@ class AcceleratorStandIn:
         changed += [value for leaf in changed for value in optimizer.state[leaf].values() if isinstance(value, Tensor)]
         before = [] if self._skip is None else [tensor.detach().clone() for tensor in changed]
         with torch.no_grad():
-            with decayed(optimizer):
-                optimizer.step()
+            optimizer.step()
             for tensor, old in zip(changed, before, strict=False):
                 tensor.copy_(torch.where(self._skip, old, tensor))  # type: ignore[arg-type]  # there if `before` is
 

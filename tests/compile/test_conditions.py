@@ -219,7 +219,7 @@ class Gives(Callback):
 
 @pytest.mark.usefixtures("uncompiled")
 def test_a_gradient_that_nobody_computed_is_added_to_and_told() -> None:
-    with pytest.warns(UserWarning, match=r"0.weight has a gradient that learner.backward did not compute.*zero_grad"):
+    with pytest.warns(UserWarning, match=r"0.weight had a gradient that learner.backward did not compute.*zero_grad"):
         both(3, callbacks=lambda: [Gives()])
 
 

@@ -274,9 +274,27 @@ class ByHand(Every):
 @pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_gradients_computed_by_hand_are_used_in_their_step_or_refused() -> None:
-    both(2, lambda: [ByHand(1)], tolerance=1e-5)
-    with pytest.raises(CompileError, match="by hand, and leaves them for a later step"):
+    _, made = both(2, lambda: [ByHand(1)], tolerance=1e-5)
+    assert graphs(made, ByHand) == 2  # of full batches and of smaller ones
+    with (
+        pytest.warns(UserWarning, match="had a gradient that learner.backward did not compute"),
+        pytest.raises(CompileError, match="by hand, and leaves them for a later step"),
+    ):
         learner().fit(2, phases=[ByHand(3)])
+
+
+class NeverZeroed(Every):
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        self.loss(learner, state).backward()
+        learner.optimizer.step()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("plain")
+def test_gradients_that_steps_by_hand_add_to_without_end_are_added_to_in_no_graph() -> None:
+    with pytest.warns(UserWarning, match="had a gradient that learner.backward did not compute.*the step added to it"):
+        _, made = both(2, lambda: [NeverZeroed(1)])
+    assert graphs(made, NeverZeroed) == 0
 
 
 class AsEver(TrainingPhase):
