@@ -81,18 +81,18 @@ def stand_in_of(
         parameters = [leaves[parameter] for parameter in group["params"]]
         made.param_groups.append({**group, **as_tensors, **given, "params": parameters})
     made.state = defaultdict(dict)
-    is_torchs = type(optimizer).__module__.startswith("torch.optim.")
     for parameter, entries in optimizer.state.items():
-        found = {name: stand_ins.get(id(value), value) for name, value in entries.items()}
-        if is_torchs and isinstance(found.get("step"), Tensor):
-            found["step"] = in_double(found["step"])
-        made.state[leaves[parameter]] = found
+        made.state[leaves[parameter]] = {name: stand_ins.get(id(value), value) for name, value in entries.items()}
     return made
 
 
-def in_double(step: Tensor) -> Tensor:
-    """Return a count of steps in float64, where there are such: corrections follow from it, in eager steps a float."""
-    return step if step.device.type == "mps" or not step.is_floating_point() else step.double()
+def count_in_double(optimizer: Optimizer) -> None:
+    """Have an optimizer of torch's count its steps in float64: corrections follow from it, in eager steps a float."""
+    if type(optimizer).__module__.startswith("torch.optim."):
+        for entries in optimizer.state.values():
+            step = entries.get("step")
+            if isinstance(step, Tensor) and step.is_floating_point() and step.device.type != "mps":
+                entries["step"] = step.double()
 
 
 def seen_of(optimizer: Optimizer) -> dict[str, Any]:
@@ -122,6 +122,7 @@ def note_steps(name: str | None, optimizer: Optimizer, stepped: dict[str | None,
     def step(*args: Any, **kwargs: Any) -> Any:
         changed = stepped.setdefault(name, {})
         before = seen_of(optimizer)
+        count_in_double(optimizer)
         with decayed(optimizer):
             result = own(*args, **kwargs)
         changed.update(dict.fromkeys(differing(before, seen_of(optimizer))))
