@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch._dispatch.python
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fluxloop.errors import CompileError
 
@@ -94,6 +94,26 @@ def lift_constants(graph: GraphModule) -> list[Tensor]:
         graph.graph.erase_node(node)
     graph.recompile()
     return [tensor for tensor, _ in found.values()]
+
+
+SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+
+
+def write_out_factors(graph: GraphModule) -> None:
+    """Multiply by the factors of sums (``alpha=``) in operations of their own.
+
+    The compiler makes one operation of a sum and a product of matrices, such as a gradient, and forgets the factor:
+    `findings/compiled_sum_without_its_factor.sh`.
+    """
+    for node in list(graph.graph.nodes):
+        factor = node.kwargs.get("alpha", 1)
+        if node.target not in SUMS or factor == 1 or not isinstance(node.args[1], Node):
+            continue
+        with graph.graph.inserting_before(node):
+            product = graph.graph.call_function(torch.ops.aten.mul.Tensor, (node.args[1], factor))
+        product.meta = dict(node.args[1].meta)
+        node.args, node.kwargs = (node.args[0], product), {}
+    graph.recompile()
 
 
 def asks_for_a_float(node: Any) -> bool:

@@ -17,7 +17,7 @@ from fluxloop.compile import kept
 from fluxloop.compile.averaging import check_told
 from fluxloop.compile.comparison import Comparison
 from fluxloop.compile.direct import Call, Compiled
-from fluxloop.compile.fx import draws_normal
+from fluxloop.compile.fx import draws_normal, write_out_factors
 from fluxloop.compile.misfit import Holders, Options, Reads, as_now
 from fluxloop.compile.places import PLACE, STORAGE, Memory
 from fluxloop.compile.refusals import WAYS_OUT, first_line, refusal
@@ -44,6 +44,7 @@ def lower(graph: GraphModule, inputs: list[Any], device: torch.device) -> Compil
 
     On the CPU with inductor's wrapper in C++, which calls its kernels without Python in between.
     """
+    write_out_factors(graph)
     if device.type != "cpu":
         return by_torch(graph, inputs, {})
     if any(tensor.is_complex() for tensor in inputs):  # the wrapper in C++ knows no such operations
