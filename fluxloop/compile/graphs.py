@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,13 @@ def by_torch(graph: GraphModule, inputs: list[Any], options: dict[str, Any]) -> 
     """Have torch compile a graph, or find it among what it keeps on disk."""
     import torch._inductor
 
-    with torch.no_grad(), warnings.catch_warnings():
+    with ExitStack() as around:
+        around.enter_context(torch.no_grad())
+        for kind in {
+            tensor.device.type for tensor in inputs
+        }:  # the casts are in the graph: what it has in float32 stays
+            around.enter_context(torch.autocast(kind, enabled=False))
+        around.enter_context(warnings.catch_warnings())
         for torchs_own in (DeprecationWarning, FutureWarning):  # about how torch uses torch
             warnings.simplefilter("ignore", torchs_own)
         compiled: Compiled = torch._inductor.compile(graph, inputs, options)

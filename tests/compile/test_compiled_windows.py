@@ -12,16 +12,20 @@ from torch import Tensor, nn
 from fluxloop import (
     EMA,
     AbstractTrainingPhase,
+    Accelerator,
     BackwardEnd,
     Callback,
     CancelStepException,
     GANPhase,
     GradientClip,
+    Learner,
     LearningRate,
     Scheduler,
+    SimCLRPhase,
     StepEnd,
     StopOnNaNLoss,
     TrainingPhase,
+    TwoViews,
     UpdateEnd,
     linear,
     on,
@@ -369,6 +373,17 @@ def networks() -> dict[str, nn.Module]:
 
 def single_rows() -> list[Tensor]:
     return [batch.float() for batch in gan()["data"][0]]
+
+
+def test_what_a_step_has_in_float32_is_compiled_in_float32() -> None:
+    torch.manual_seed(0)
+    models = {"encoder": nn.Linear(4, 8), "projector": nn.Linear(8, 8)}
+    half = Accelerator("cpu", precision="bf16", compile="step")
+    made = Learner(models, data=(torch.randn(64, 4),), default_callbacks=False, accelerator=half, seed=0)
+    made.fit(1, phases=[SimCLRPhase(TwoViews(lambda xs: 2 * xs))])
+    loss = made.step.loss
+    assert loss.dtype == torch.float32
+    assert loss != loss.bfloat16()  # nor was it rounded on the way
 
 
 def test_with_bf16_in_graphs_of_inductor() -> None:
