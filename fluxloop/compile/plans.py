@@ -209,13 +209,7 @@ class Plan:
         """
         learner = self._learner
         if learner.callbacks.version != self._callbacks:
-            require(learner, [type(phase)])
-            self._callbacks = learner.callbacks.version
-            self._is_watched = changes_between_steps(learner, type(phase))
-            self._inside = inside(learner, type(phase))
-            averages = averages_of(learner, type(phase))
-            self._callbacks_key = (*map(Same, self._inside), *averages)
-            self._epoch, self._last_used = None, ((), [])
+            self._look_at_callbacks(phase)
         epoch = None if learner.scope is None else learner.scope.parent
         # in an epoch of fluxloop's own nobody's code runs between the steps, so that its first step stands for all
         runs_alone = learner._running.phase is phase and type(phase).epoch is Phase.epoch
@@ -253,6 +247,21 @@ class Plan:
         if made is None:
             self._epoch = None  # what this step makes is looked at before the next
         return made
+
+    def _look_at_callbacks(self, phase: Phase) -> None:
+        """Find out which callbacks are part of the graphs, or come in between.
+
+        Raises:
+            CompileError: One stands in the way of graphs.
+        """
+        learner = self._learner
+        require(learner, [type(phase)])
+        self._callbacks = learner.callbacks.version
+        self._is_watched = changes_between_steps(learner, type(phase))
+        self._inside = inside(learner, type(phase))
+        averages = averages_of(learner, type(phase))
+        self._callbacks_key = (*map(Same, self._inside), *averages)
+        self._epoch, self._last_used = None, ((), [])
 
     def _compare(self, phase: Phase, again: bool) -> None:
         """Drop the graphs where something that they rest on has changed.
