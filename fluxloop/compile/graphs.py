@@ -76,9 +76,7 @@ def by_torch(graph: GraphModule, inputs: list[Any], options: dict[str, Any]) -> 
 
     with ExitStack() as around:
         around.enter_context(torch.no_grad())
-        for kind in {
-            tensor.device.type for tensor in inputs
-        }:  # the casts are in the graph: what it has in float32 stays
+        for kind in {tensor.device.type for tensor in inputs}:  # the graph has the casts of the step, and no others
             around.enter_context(torch.autocast(kind, enabled=False))
         around.enter_context(warnings.catch_warnings())
         for torchs_own in (DeprecationWarning, FutureWarning):  # about how torch uses torch
