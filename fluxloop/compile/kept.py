@@ -171,8 +171,8 @@ def of_process() -> Iterator[str]:
     )
     for module in ("torch._inductor.config", "torch._functorch.config"):
         yield f"{module} {plain(changed_options(sys.modules.get(module)))}"
-    for file in (Path(__file__), Path(__file__).with_name("layouts.py")):
-        yield sha256(file.read_bytes()).hexdigest()
+    for name in ("kept.py", "layouts.py", "graphs.py"):  # which say how steps are compiled
+        yield sha256(Path(__file__).with_name(name).read_bytes()).hexdigest()
 
 
 def changed_options(config: Any) -> dict[str, Any]:

@@ -110,6 +110,16 @@ def test_a_name_tells_what_is_set_for_all_of_torch(monkeypatch: pytest.MonkeyPat
     assert None not in found
 
 
+def test_another_fluxloop_that_compiles_otherwise_gives_other_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    ones = torch.ones(3)
+    before, read = name(torch.neg, ones), Path.read_bytes
+    for file in ("kept.py", "layouts.py", "graphs.py"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", lambda path, file=file: read(path) + b"#" * (path.name == file))
+            assert name(torch.neg, ones) != before
+    assert name(torch.neg, ones) == before
+
+
 def test_what_nobody_can_name_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import config
 
