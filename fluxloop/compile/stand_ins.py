@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fluxloop.compile.averaging import Message, TracedAverager
+from fluxloop.compile.optimizer_stand_in import count_in_double
 from fluxloop.compile.windows import CANCELS, STOPS, Place, TracedWindows
 from fluxloop.compute.blocks import UpdateBlock
 from fluxloop.compute.finite import norm_before_clipping, stored_losses
@@ -258,6 +259,7 @@ class AcceleratorStandIn:
         A graph has no branches: where an update may be skipped, it is computed all the same, and a choice is made
         between what it gave and what was there before.
         """
+        count_in_double(optimizer)  # puts other tensors in the place of its counts
         changed = [leaf for group in optimizer.param_groups for leaf in group["params"] if leaf.grad is not None]
         changed += [value for leaf in changed for value in optimizer.state[leaf].values() if isinstance(value, Tensor)]
         before = [] if self._skip is None else [tensor.detach().clone() for tensor in changed]
