@@ -110,11 +110,14 @@ def test_processes_that_are_left_are_found_and_killed_whatever_started_them() ->
         import os, subprocess, sys, time
         from processes.launching import report
 
+        reads, writes = os.pipe()
         forked = os.fork()
         if not forked:
             if not os.fork():
+                os.write(writes, b"here")
                 time.sleep(60)
             time.sleep(60)
+        os.read(reads, 4)  # all three are there
         report(left=[forked, subprocess.Popen(["sleep", "60"], start_new_session=True).pid])
         os._exit(0)
     """
