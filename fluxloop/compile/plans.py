@@ -19,10 +19,11 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from attrs import define
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fluxloop.callback import Callback
+from fluxloop.compile.by_hand import Left, left_by_hand
 from fluxloop.compile.conditions import (
     HOOKS,
     changes_between_steps,
@@ -95,12 +96,6 @@ class Built:
     def __str__(self) -> str:
         """Tell it in a line."""
         return f"{counted(self.graphs, 'graph')}, traced in {self.traced:.1f} s, compiled in {self.compiled:.1f} s"
-
-
-def was_dropped(parameter: Tensor, gradient: Tensor, version: int) -> bool:
-    """Return whether a step left a gradient alone that was there as it began, of that version, and made its own."""
-    kept = parameter.grad is gradient or gradient._version != version
-    return not kept and (parameter.grad is None or not parameter.grad.requires_grad)  # else it may be a sum
 
 
 class CompiledSteps:
@@ -189,7 +184,7 @@ class Plan:
         self._callbacks_key: tuple[Any, ...] = ()
         self._rests_on: dict[str, Any] = {}
         self._said: dict[str, Any] = {}
-        self._strange: list[tuple[Tensor, Tensor, int]] = []
+        self._strange: Left | None = None
         """Parameters with gradients of nobody knows whom, as the last step, which ran as it was, found them."""
         self._adds: bool | None = None
         """Whether steps add to such gradients, as was seen of one; else they drop them first."""
@@ -291,9 +286,9 @@ class Plan:
         Steps that differentiate by hand leave such, and most drop them as they begin: one is looked at, and runs as it
         is.
         """
-        if self._strange:
-            added = [each[0] for each in self._strange if not was_dropped(*each)]
-            self._strange = []
+        if self._strange is not None:
+            added = self._strange.added_to()
+            self._strange = None
             if added and not self._adds:
                 name = self._learner.updates.names[added[0]]
                 warn_user(
@@ -302,11 +297,10 @@ class Plan:
                     "there when a step begins (zero_grad), or gradients by learner.backward"
                 )
             self._adds = bool(added)
-        slots = [slot for slot in self._learner.updates.slots if slot.first_step is None and not slot.consumed]
-        found = [p for slot in slots for p in slot.parameters if p.grad is not None]
+        found = left_by_hand(self._learner.updates.slots)
         if not found or self._adds is False:
             return False
-        self._strange = [(p, p.grad, p.grad._version) for p in found if p.grad is not None]
+        self._strange = Left(found)
         return True
 
     def _look_around(self, phase: Phase) -> None:

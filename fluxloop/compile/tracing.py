@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from fluxloop.callback import Callback
 from fluxloop.compile.averaging import Agreed, Message
+from fluxloop.compile.by_hand import dropping
 from fluxloop.compile.conditions import form_of
 from fluxloop.compile.forbidden import AsTried, noting_draws
 from fluxloop.compile.fx import as_compilers_trace, asks_for_a_float, draws, lift_constants, noting_seeds
@@ -273,7 +274,7 @@ class Run:
         state = StepState(dict(placed.entries))
         buffers = self._copied() if inputs.phase.gradients else []
         learner = StandIn(inputs.learner, inputs.phase, state, placed.leaves, placed.optimizers, placed.numbers)
-        with noting_reads(inputs.holders) as self.reads:
+        with noting_reads(inputs.holders) as self.reads, dropping(inputs.phase, inputs.slots, placed.leaves):
             inputs.phase.body(learner, learner.scope.handle, state)
         learner.accelerator.end_casting()
         self.moved = move(learner, inputs.averages, placed.numbers)

@@ -160,6 +160,7 @@ class GANPhase(AbstractTrainingPhase):
         # What a compiled step reads of its phase has to stay what it is, and the probability does not
         self._adapts = isinstance(augment, AdaptiveAugment)
         self._changes = augment.changes if isinstance(augment, AdaptiveAugment) else ()
+        self._judges = augment is not None or type(self).judging is not GANPhase.judging
 
     @property
     def loss_name(self) -> str:
@@ -205,8 +206,7 @@ class GANPhase(AbstractTrainingPhase):
     def body(self, learner: Any, handle: Handle, state: StepState) -> None:
         """Train the critic on one batch, and the generator when it is its turn."""
         (generator_name, generator), (critic_name, judge) = self.models(learner)
-        changes_rows = self._adapts or self._augment is not None
-        critic = self.judging(judge, state) if changes_rows else judge
+        critic = self.judging(judge, state) if self._judges else judge
         labels = (state.ys,) if self.conditional else ()
         state.noise = self.draw_noise(state)
         with torch.set_grad_enabled(self._generator_too):

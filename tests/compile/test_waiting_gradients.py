@@ -289,6 +289,23 @@ class NeverZeroed(Every):
         learner.optimizer.step()
 
 
+class ZeroedAtTimes(Every):
+    """Drops the gradients of the step before in two steps, and adds to them in the third."""
+
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        if not self.updates:
+            learner.optimizer.zero_grad()
+        self.loss(learner, state).backward()
+        learner.optimizer.step()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("plain")
+def test_a_step_by_hand_that_adds_to_gradients_after_others_have_dropped_them_is_refused() -> None:
+    with pytest.raises(CompileError, match=r"adds to gradients that a step before it computed by hand.*zero_grad"):
+        learner().fit(2, phases=[ZeroedAtTimes(4)])
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_gradients_that_steps_by_hand_add_to_without_end_are_added_to_in_no_graph() -> None:

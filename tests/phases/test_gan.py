@@ -1166,3 +1166,22 @@ def test_a_subclass_may_say_other_penalties() -> None:
     expected = critic_loss("wasserstein", scores, dis(fake)) + 0.01 * scores.square().mean()
     assert torch.equal(log.losses[0]["critic"], expected.detach())
     assert torch.equal(log.penalties[0], 0.01 * scores.square().mean())
+
+
+class Halved(GANPhase):
+    """Shows its critic half of each row, without any `augment`."""
+
+    def judging(self, critic: Any, state: Any) -> Any:
+        return lambda rows: critic(rows / 2)
+
+
+def test_how_a_subclass_judges_is_used_without_changes_of_rows() -> None:
+    found = []
+    for phase in (GANPhase(), Halved()):
+        torch.manual_seed(0)
+        models = {"G": nn.Linear(64, 4), "D": nn.Linear(4, 1)}
+        sgd = partial(torch.optim.SGD, lr=0.1)
+        learner = Learner(models, data=(torch.ones(8, 4),), optimizer=sgd, default_callbacks=False, seed=0)
+        learner.epoch(phase)
+        found.append(learner.model.D.weight.detach().clone())
+    assert not torch.equal(*found)
