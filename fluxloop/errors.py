@@ -43,6 +43,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -456,6 +457,10 @@ def mute_warnings(muted: bool) -> None:
     _muted = muted
 
 
+around_warnings: Callable[[], AbstractContextManager[None]] = nullcontext
+"""What keeps a warning apart from the bars of a terminal; `fluxloop.screen.bars` sets it."""
+
+
 def warn_user(message: str) -> None:
     """Warn, and point to the line outside of this package that led here."""
     if _muted:
@@ -464,29 +469,11 @@ def warn_user(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "fluxloop":
         frame, depth = frame.f_back, depth + 1
     try:
-        warnings.warn(message, stacklevel=depth)
+        with around_warnings():
+            warnings.warn(message, stacklevel=depth)
     except ValueError:  # Python writes it to a stream that somebody has closed
         if not getattr(sys.stderr, "closed", False):
             raise
-
-
-def shown(what: str, show: Callable[[], object]) -> bool:
-    """Call what writes for people to see; where its stream is closed or broken, warn, and return False.
-
-    What is shown never ends a training: a closed terminal, or a pipe whose reader has gone.
-
-    Args:
-        what: What falls silent, for the warning.
-        show: Writes it.
-    """
-    try:
-        show()
-    except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) and "closed file" not in str(error):
-            raise
-        warn_user(f"{what} falls silent, because what it writes to is gone ({error}); training goes on")
-        return False
-    return True
 
 
 def annotate(error: BaseException, note: str) -> None:

@@ -131,6 +131,8 @@ class RunLearner(StepLearner, Protocol):
     """Its `Streams` of random numbers."""
     num_batches: int | None
     """Batches of the running epoch."""
+    quiet: bool
+    """Whether nothing is shown of what runs."""
     num_epochs: int | None
     """How many cycles the running fit comes to."""
     fit_phases: tuple[Any, ...]

@@ -35,6 +35,8 @@ from fluxloop.run.fit import fit
 from fluxloop.run.keeping import KeepsState
 from fluxloop.run.parts import accept, check_loss_fn, meet_parameters, watch_loss, watch_module
 from fluxloop.run.session import Running, Session
+from fluxloop.run.shown import IsShown
+from fluxloop.screen.bars import is_quiet
 from fluxloop.state import State
 
 C = TypeVar("C", bound=Callback)
@@ -52,7 +54,7 @@ else:
     M = TypeVar("M")
 
 
-class Learner(KeepsState, HasCallbacks, Generic[M]):
+class Learner(KeepsState, HasCallbacks, IsShown, Generic[M]):
     """Holds everything a training is made of: model, optimizer, loss, data, step and callbacks.
 
     Args:
@@ -71,6 +73,7 @@ class Learner(KeepsState, HasCallbacks, Generic[M]):
         accelerator: Where tensors are computed; left out, the fastest device of the machine.
         seed: Decides all random numbers of the run, 0 … 2**32 - 1. Left out, it is drawn from torch's global generator,
             so that ``torch.manual_seed`` decides.
+        quiet: Whether no bar and no line is shown, of any callback; left out, as ``FLUXLOOP_QUIET=1`` says.
 
     Attributes:
         model: The module, or a named tuple (tuple) of modules: ``learner.model.generator``. A `NamedTuple` of the
@@ -88,6 +91,7 @@ class Learner(KeepsState, HasCallbacks, Generic[M]):
         models: The modules by name; a single one has the name None.
         accelerator: Where tensors are computed.
         seed: The run's seed.
+        quiet: Whether nothing is shown of what runs.
         num_batches: Batches of the running epoch, None where its data does not know.
         num_epochs: How many epochs (cycles) the running fit comes to, those before it too; None outside of a fit.
         fit_phases: What a cycle of the running fit runs, in order; empty outside of a fit.
@@ -120,8 +124,10 @@ class Learner(KeepsState, HasCallbacks, Generic[M]):
         default_callbacks: bool = True,
         accelerator: Accelerator | None = None,
         seed: int | None = None,
+        quiet: bool | None = None,
     ) -> None:
         check_loss_fn(loss_fn)
+        self.quiet = is_quiet(quiet)
         self.models = named_models(model)
         self.data: State = name_data(data)
         if not isinstance(default_callbacks, bool):
@@ -487,13 +493,3 @@ class Learner(KeepsState, HasCallbacks, Generic[M]):
         if self.phases:
             return [FittingPhase, *self.phases]
         return [FittingPhase, TrainingPhase, *([ValidationPhase] if "validation" in self.data else [])]
-
-    def __repr__(self) -> str:
-        models = ", ".join(
-            type(m).__name__ if name is None else f"{name}: {type(m).__name__}" for name, m in self.models.items()
-        )
-        return (
-            f"Learner({models}; seed={self.seed}, {self.accelerator.device})\n"
-            f"  data: {', '.join(vars(self.data)) or 'none'}\n"
-            f"  callbacks: {' → '.join(self.callbacks.order) or 'none'}"
-        )

@@ -1265,7 +1265,7 @@ MALFORMED = [
     *bad(CutMix, alpha=[0, NAN, "a"], num_classes=[1, 2.5]),
     *bad(GarbageCollect, every=COUNTS),
     *bad(ProgressBar, interval=[-1, NAN, "a", None], enabled=["yes", 3]),
-    *bad(MetricsPrinter, digits=[-1, 1.5, "a", None]),
+    *bad(MetricsPrinter, digits=[-1, 1.5, "a", None], time=["yes", 1], stamps=["yes", None]),
     *bad(Traces, functions=["loss", None, {}, {"a": 3}, [mean], mean]),
     *bad(Traces, {"functions": {"a": len}}, phase=[TrainingPhase(), "training", None], reads=["step.loss"]),
     *bad(CSVLogger, path=PATHS),

@@ -18,7 +18,19 @@ ROOT = Path(fluxloop.__file__).parent
 LAYERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "words": (
         "Errors, events, schedules, and helpers that know nothing of a training.",
-        ("errors", "events", "lazy", "guard", "nested", "randomness", "schedules", "images", "augment", "heads"),
+        (
+            "errors",
+            "events",
+            "lazy",
+            "guard",
+            "nested",
+            "randomness",
+            "schedules",
+            "images",
+            "augment",
+            "heads",
+            "screen",
+        ),
     ),
     "processes": ("Several processes that train together, and what they tell each other.", ("processes",)),
     "state": (

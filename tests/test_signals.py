@@ -41,7 +41,7 @@ class Looks(UnsafeCallback):
         self.files.append([progress[1] for progress, _ in Folder(self.folder).files()])
 
 
-def test_sigterm_ends_a_fit_without_a_checkpointer_in_good_order_too() -> None:
+def test_sigterm_ends_a_fit_without_a_checkpointer_in_good_order_too(capsys: pytest.CaptureFixture[str]) -> None:
     events = EventRecorder()
     learner = toy_learner(Recorder(), Signal(signal.SIGTERM, 3), events)
     with pytest.raises(SystemExit) as exit:
@@ -51,6 +51,25 @@ def test_sigterm_ends_a_fit_without_a_checkpointer_in_good_order_too() -> None:
     assert learner.history.stop_reason == "terminated (SIGTERM)"
     assert learner.history[TrainingPhase].steps == 3
     assert events.events[-1] == "FitEnd"
+    assert capsys.readouterr() == (
+        "",
+        "fluxloop: a SIGTERM ended the fit after 0 of 3 epochs and 3 training steps; no Checkpointer was among the "
+        "callbacks, so that nothing of it is kept\n",
+    )
+
+
+def test_a_run_that_a_signal_ends_says_from_where_it_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learner = toy_learner(Recorder(), Signal(signal.SIGTERM, 20), Checkpointer(tmp_path))
+    with pytest.raises(SystemExit):
+        learner.fit(3, resume=tmp_path)
+    assert capsys.readouterr().err == (
+        "fluxloop: a SIGTERM ended the fit after 1 of 3 epochs and 20 training steps; the same command goes on from "
+        f"there: fit(3, resume={str(tmp_path)!r})\n"
+    )
+    again = toy_learner(Recorder(), Checkpointer(tmp_path))
+    assert again.fit(3, resume=tmp_path)[TrainingPhase].steps == 48
 
 
 def test_an_error_in_a_fit_that_is_being_terminated_is_not_lost() -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from attrs import define, field
 
 from fluxloop.callback import UnsafeCallback, on
+from fluxloop.checkpoint.ending import forget_end, note_end
 from fluxloop.checkpoint.folder import LATEST, Folder, Progress, name_of
 from fluxloop.checkpoint.gathering import gather, lasting
 from fluxloop.checkpoint.manifest import check_writers
@@ -129,6 +130,8 @@ class Checkpointer(UnsafeCallback):
     _warned_of_numbers: bool = field(default=False, init=False, repr=False)
     _asking: NowAndThen | None = field(default=None, init=False, repr=False)
     """Asks the other processes whether one of them is to write a checkpoint; None where there are none."""
+    _is_writer: bool = field(default=False, init=False, repr=False)
+    """Whether the running fit has the folder for itself."""
     _stream: Stream | None = field(default=None, init=False, repr=False)
     """Tells how many steps have begun of the phase that trains, which is the same on all processes."""
     _counted: int = field(default=0, init=False, repr=False)
@@ -144,7 +147,7 @@ class Checkpointer(UnsafeCallback):
     transient = (
         *("last", "_progress", "_batch", "_reason", "_since", "_owing", "_waits", "_warned_of_place", "_is_last"),
         *("_is_copy", "_watched", "_not_finite_before", "_warned_of_numbers", "_writer", "_writing", "_asking"),
-        *("_stream", "_counted"),
+        *("_stream", "_counted", "_is_writer"),
     )
 
     def __attrs_post_init__(self) -> None:
@@ -234,6 +237,8 @@ class Checkpointer(UnsafeCallback):
                     f"an earlier run has come further than this one, to {path}; go on with it: "
                     f"fit(epochs, resume={str(self.folder)!r}), or give this run a folder of its own"
                 )
+        forget_end(self.folder)
+        self._is_writer = True
         return (self.folder / name_of(here)).exists()
 
     def _check_resume(self, learner: Any) -> None:
@@ -274,8 +279,12 @@ class Checkpointer(UnsafeCallback):
 
     @on(FitEnd, FittingPhase)
     def end(self, event: FitEnd, phase: FittingPhase, learner: Any) -> None:
-        """Note that the next moment is the last."""
+        """Note that the next moment is the last; and, where the fit ends before its time, why, for people."""
         self._is_last = True
+        why = lasting(event.reason) if event.error is None else f"{type(event.error).__name__}: {event.error}"
+        if why is not None and self._is_writer:
+            note_end(self.folder, why)
+        self._is_writer = False
 
     def _look(self, learner: Any) -> None:
         """Write a checkpoint where one is due."""

@@ -20,6 +20,7 @@ from fluxloop.data.sources import complete
 from fluxloop.errors import DataError, describe
 from fluxloop.nested import map_tensors
 from fluxloop.randomness import drawing, stream_seed
+from fluxloop.screen.bars import length_of, tracked
 
 Features = Callable[[nn.Module, Any], Tensor]
 
@@ -36,7 +37,7 @@ def flat(module: nn.Module, xs: Any) -> Tensor:
 
 
 def extract(
-    module: nn.Module, source: Any, features: Features = flat, *, classes: bool = True
+    module: nn.Module, source: Any, features: Features = flat, *, classes: bool = True, title: str = "features"
 ) -> tuple[Tensor, Tensor]:
     """Run a module over labelled data in eval mode, without gradients and without a trace.
 
@@ -47,6 +48,7 @@ def extract(
         source: A loader of batches ``(xs, ys)``.
         features: ``(module, xs) -> (N, F)``.
         classes: Whether labels have to be classes (N,).
+        title: What a bar says, where it takes long.
 
     Returns:
         Features (N, F) and labels (N,), on the module's device.
@@ -56,7 +58,7 @@ def extract(
     """
     rows, labels = [], []
     with watching(module), untouched(source):
-        for batch in complete(source):
+        for batch in tracked(complete(source), title, length_of(source)):
             _check_labelled(batch, features)
             if classes:
                 _check_classes(batch[1])
@@ -216,7 +218,7 @@ def encode(
                 _check_classes(encoding.found[1])
             return encoding.found
     with drawing(seed):
-        found = extract(module, source, features, classes=classes)
+        found = extract(module, source, features, classes=classes, title=f"features of {name}")
     rests_on = [*_weights(module), *found]
     versions = [each._version for each in rests_on]
     encoding = _Encoding(module, given, features, seed, found, rests_on, versions)

@@ -26,6 +26,7 @@ from fluxloop.nested import map_tensors
 from fluxloop.order.access import weights_path
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.randomness import drawing, stream_seed
+from fluxloop.screen.bars import length_of, tracked
 
 
 @define
@@ -149,10 +150,12 @@ class FrechetDistance(MetricSource):
         if self._real_features is None:
             source = self._source(learner)
             with untouched(source), drawing(stream_seed(learner.seed, f"{name}/real")):
-                rows = (batch[0] if isinstance(batch, (tuple, list)) else batch for batch in complete(source))
+                batches = tracked(complete(source), f"{self.metric}: real rows", length_of(source))
+                rows = (batch[0] if isinstance(batch, (tuple, list)) else batch for batch in batches)
                 self._real_features = torch.cat([self._features(each) for each in rows])
         with drawing(stream_seed(learner.seed, name)):
-            fake = torch.cat([self._features(each) for each in self._samples(module)])
+            samples = tracked(self._samples(module), f"{self.metric}: samples", -(-self._count() // self.batch_size))
+            fake = torch.cat([self._features(each) for each in samples])
         return {self.metric: self.compare(fake, self._real_features.to(fake.device))}
 
     def _samples(self, module: nn.Module) -> Any:

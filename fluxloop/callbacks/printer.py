@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 from attrs import define, field
@@ -10,11 +11,13 @@ from fluxloop.callback import Callback, on
 from fluxloop.callbacks.metrics import Metrics
 from fluxloop.callbacks.progress import FitClock, ProgressBar
 from fluxloop.callbacks.recorder import Recorder
-from fluxloop.errors import counted, shown
-from fluxloop.events import EpochEnd, FitBegin
-from fluxloop.guard.given import number
+from fluxloop.errors import counted
+from fluxloop.events import CycleBegin, EpochEnd, FitBegin, FitEnd
+from fluxloop.guard.given import number, yes_or_no
 from fluxloop.history import shown_as
 from fluxloop.phase import Phase, ProbePhase
+from fluxloop.screen.bars import between_bars, gone_and_left, in_notebook, shown
+from fluxloop.signals import TERMINATED
 from fluxloop.state import name_of
 
 
@@ -22,12 +25,16 @@ from fluxloop.state import name_of
 class MetricsPrinter(Callback):
     """Print a line per epoch of a phase: the phase, the epoch (of how many) and every metric.
 
+    A fit that ends early gets a line that says why. Nothing is printed with ``Learner(quiet=True)``, nor with
+    ``FLUXLOOP_QUIET=1`` in the environment.
+
     Args:
         digits: Significant digits.
         time: Whether to print how long the fit has run, and about how long it still will.
+        stamps: Whether each line begins with the date and the time of day, for the logs of long runs.
 
     Raises:
-        ValueError: `digits` is no whole number of 0 or more.
+        ValueError: `digits` is no whole number of 0 or more, or `time` or `stamps` is not True or False.
 
     Reads: cbstate.history, cbstate.metrics
     Runs after: Recorder, Metrics, ProgressBar
@@ -41,7 +48,8 @@ class MetricsPrinter(Callback):
 
     digits: int = field(default=4, validator=number(least=0, whole=True))
     _is_silent: bool = field(default=False, init=False, repr=False)
-    time: bool = field(default=False, kw_only=True, repr=False)
+    time: bool = field(default=False, kw_only=True, repr=False, validator=yes_or_no())
+    stamps: bool = field(default=False, kw_only=True, repr=False, validator=yes_or_no())
     _clock: FitClock = field(factory=FitClock, init=False, repr=False)
 
     reads = ("cbstate.history", "cbstate.metrics")
@@ -60,7 +68,12 @@ class MetricsPrinter(Callback):
                 f"{name_of(each)} {counted(c.epochs, 'epoch')}, {counted(c.steps, 'step')}"
                 for each, c in learner.cbstate.history.items()
             )
-            self._print(f"resumed after {'; '.join(done) or 'nothing'}")
+            self._print(f"resumed after {'; '.join(done) or 'nothing'}", learner)
+
+    @on(CycleBegin)
+    def turn(self, event: CycleBegin, phase: Phase, learner: Any) -> None:
+        """Note when a cycle begins."""
+        self._clock.turn(event, learner)
 
     @on(EpochEnd)
     def print_epoch(self, event: EpochEnd, phase: Phase, learner: Any) -> None:
@@ -73,11 +86,22 @@ class MetricsPrinter(Callback):
             for of_phase in recorded
             for name, number in of_phase.numbers_at(epoch).items()
         ]
-        if self.time and (times := self._clock.times(learner)):
-            values.append(f"({times})")
-        self._print(f"{name_of(phase):<18} epoch {self._clock.epoch(epoch, learner):<4} {'   '.join(values)}".rstrip())
+        if self.time and (times := self._clock.times(learner, rest=0.0)):
+            values.append(f"({gone_and_left(*times)})")
+        line = f"{name_of(phase):<18} epoch {self._clock.epoch(epoch, learner):<4} {'   '.join(values)}"
+        self._print(line.rstrip(), learner)
 
-    def _print(self, line: str) -> None:
+    @on(FitEnd)
+    def print_stopped(self, event: FitEnd, phase: Phase, learner: Any) -> None:
+        """Print why a fit ended early; an error speaks for itself, and the end of the process is told after it."""
+        if event.reason is not None and event.error is None and event.reason != TERMINATED:
+            self._print(f"stopped: {event.reason}", learner)
+
+    def _print(self, line: str, learner: Any) -> None:
         """Print a line, until standard output is gone."""
-        if not self._is_silent:
-            self._is_silent = not shown("MetricsPrinter", lambda: print(line))
+        if not self._is_silent and not learner.quiet:
+            stamp = f"{datetime.now():%Y-%m-%d %H:%M:%S} " if self.stamps else ""
+            with between_bars():
+                # Into a file a line is written at once, so that whoever follows it sees it; a notebook joins them
+                flush = not in_notebook()
+                self._is_silent = not shown("MetricsPrinter", lambda: print(stamp + line, flush=flush))

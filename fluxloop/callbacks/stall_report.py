@@ -11,9 +11,9 @@ from typing import Any, TextIO
 from attrs import define, field
 
 from fluxloop.callback import UnsafeCallback, on
-from fluxloop.errors import shown
 from fluxloop.events import EpochBegin, EpochEnd, FitBegin, StepBegin, StepEnd
 from fluxloop.phase import FittingPhase, Phase
+from fluxloop.screen.bars import shown
 from fluxloop.signals import is_waiting
 
 

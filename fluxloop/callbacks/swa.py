@@ -25,6 +25,7 @@ from fluxloop.order.access import weights_path
 from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from fluxloop.processes.batch_norm import apart
 from fluxloop.randomness import drawing, stream_seed
+from fluxloop.screen.bars import length_of, tracked
 from fluxloop.signals import INTERRUPTED, TERMINATED
 
 Forward = Callable[[nn.Module, Any], object]
@@ -311,5 +312,7 @@ def update_norms(
         undone.enter_context(untouched(source))
         undone.enter_context(torch.no_grad())
         undone.enter_context(apart())  # each process runs over all data it has, which need not be as much
-        for batch in islice(complete(source), batches):
+        given = length_of(source)
+        total = batches if given is None or batches is None else min(given, batches)
+        for batch in tracked(islice(complete(source), batches), "batch norm's statistics", total or given):
             forward(module, to_device_of(module, batch))

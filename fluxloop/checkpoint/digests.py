@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ def checksum(name: str, tensor: Tensor) -> int:
     return zlib.crc32((ctypes.c_char * data.nbytes).from_address(data.data_ptr()), number)
 
 
-def checksums(tensors: list[Named]) -> Tensor:
+def checksums(tensors: Iterable[Named]) -> Tensor:
     """Return the checksums of tensors, in their order."""
     return torch.tensor([checksum(*each) for each in tensors], dtype=torch.int64)
 

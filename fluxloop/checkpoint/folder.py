@@ -37,6 +37,7 @@ from fluxloop.checkpoint.parts import (
 )
 from fluxloop.errors import CheckpointError, annotate, sentence, warn_user
 from fluxloop.processes.group import Group
+from fluxloop.screen.bars import Bar, bar, tracked
 
 try:
     import fcntl
@@ -63,7 +64,7 @@ def write(path: Path, state: dict[str, Any]) -> None:
     """
     tensors = list(named_tensors(state))  # raises for what could not be read again, before a file is there
     needed = sum(tensor.nbytes for _, tensor in tensors)
-    data = {**state, CHECKSUMS: checksums(tensors)}
+    data = {**state, CHECKSUMS: checksums(tracked(tensors, f"checksums of {path.name}", len(tensors), unit="tensor"))}
     _replace(path, lambda file: torch.save(data, file), needed)
 
 
@@ -92,14 +93,15 @@ def size_of_file(state: dict[str, Any]) -> int:
 class _Noting:
     """A file that notes why it could not be written to: torch raises another error."""
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
+    def __init__(self, file: Any, progress: Bar) -> None:
+        self._file, self._progress = file, progress
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Write to the file."""
         try:
             written: int = self._file.write(data)
+            self._progress.advance(written)
             return written
         except OSError as error:
             self.error = self.error or error
@@ -110,10 +112,10 @@ class _Noting:
 
 
 def _replace(path: Path, put: Any, needed: int = 0, durable: bool = True) -> None:
-    temporary, noting = path.with_name(f".{path.name}.{os.getpid()}.tmp"), _Noting(None)
+    temporary, noting = path.with_name(f".{path.name}.{os.getpid()}.tmp"), _Noting(None, Bar(path.name))
     try:
-        with open(temporary, "wb") as file:
-            noting = _Noting(file)
+        with open(temporary, "wb") as file, bar(f"writing {path.name}", needed or None, unit="B") as progress:
+            noting = _Noting(file, progress)
             put(noting)
             file.flush()
             if durable:
@@ -331,12 +333,7 @@ class Folder:
             found = [(NAME.fullmatch(entry.name), entry) for entry in self.path.iterdir()]
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted((self._progress(match), entry) for match, entry in found if match)
-
-    @staticmethod
-    def _progress(match: re.Match[str]) -> Progress:
-        epochs, steps, phase = map(int, match.groups())
-        return epochs, steps, phase
+        return sorted(((int(m[1]), int(m[2]), int(m[3])), entry) for m, entry in found if m)
 
     def newest(self) -> dict[str, Any] | None:
         """Read the newest complete checkpoint, and warn of newer ones that are not; None where there is none."""

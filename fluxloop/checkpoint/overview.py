@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
+from fluxloop.checkpoint.ending import noted_end
 from fluxloop.checkpoint.folder import MARKER, Folder
 from fluxloop.checkpoint.parts import parts_of
 from fluxloop.errors import CheckpointError, sentence
@@ -28,7 +29,8 @@ class Run:
         epochs: Epochs of the fit (cycles) that were complete then.
         steps: Training steps begun by then.
         series: Every recorded number of an epoch, by ``"validation/loss"`` and the like.
-        reason: Why it stopped early; None where it came to its end, was interrupted, or still runs.
+        reason: Why it stopped early, or which error ended it; None where it came to its end, was interrupted, or still
+            runs.
         problem: Why a newer checkpoint was passed over, or none could be read; None where all is well.
     """
 
@@ -71,7 +73,7 @@ def _run(path: Path, files: list[Path]) -> Run:
         history.get("cycles", 0),
         sum(count for name, count in steps.items() if name.startswith("training/") and name.endswith("/step")),
         series_of(state.get("cbstate", {})),
-        history.get("stop_reason"),
+        noted_end(path) or history.get("stop_reason"),
         problem,
     )
 

@@ -18,6 +18,7 @@ from fluxloop.errors import BatchError, CompileError, describe, did_you_mean
 from fluxloop.nested import map_tensors, move_object
 from fluxloop.processes.gather import all_gather
 from fluxloop.processes.group import Group, are_several, join, local_rank
+from fluxloop.screen.bars import between_bars
 
 USUAL: dict[str, Any] = {
     "precision": "fp32",
@@ -276,7 +277,8 @@ class Accelerator:
     def print(self, *things: Any, **options: Any) -> None:
         """Print, in the first process alone; takes what ``print`` takes."""
         if self.is_main:
-            print(*things, **options)  # noqa: T201 - printing is its purpose
+            with between_bars():
+                print(*things, **options)  # noqa: T201 - printing is its purpose
 
     def wait(self) -> None:
         """Wait until all processes have come here."""

@@ -44,7 +44,8 @@ class LearnerView:
     ``where()`` (phase, epoch and step in words), ``check(phases=...)`` (run a step of each on the side),
     ``finite`` (stop a fit whose numbers are not finite) and, in a step that is being compiled,
     ``skip_update(when)``. Every callback may read where the running fit is, ``cycle`` of ``num_epochs``,
-    ``fit_phases`` and ``trained_steps``, and the ``accelerator``, such as ``accelerator.is_main``.
+    ``fit_phases`` and ``trained_steps``, the ``accelerator``, such as ``accelerator.is_main``, and whether it is to be
+    ``quiet``.
     ``weights[name]`` returns the weights at a declared path, ``"model.G@ema"`` as ``weights["G@ema"]``.
     """
 
@@ -185,7 +186,7 @@ def live_models(learner: Any) -> Any:
     return learner.weights.given
 
 
-FACTS = ("accelerator", "cycle", "fit_phases", "num_epochs", "trained_steps")
+FACTS = ("accelerator", "cycle", "fit_phases", "num_epochs", "quiet", "trained_steps")
 """What everybody may read: no callback writes it, so no declaration would order anything."""
 
 

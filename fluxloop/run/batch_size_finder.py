@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from fluxloop.callbacks.progress import showing_as
 from fluxloop.compute.memory import drop_frames, is_out_of_memory
 from fluxloop.compute.raw import rows_of
 from fluxloop.data.loaders import TensorBatches
@@ -22,6 +23,7 @@ from fluxloop.phases.supervised import TrainingPhase
 from fluxloop.run.check import aside, first_batch
 from fluxloop.run.epoch import feed
 from fluxloop.run.phases import check_runs
+from fluxloop.screen.bars import Bar, bar
 
 if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner
@@ -79,8 +81,13 @@ def find_batch_size(
             f"find_batch_size does not know how many rows the {phase.data_key!r} data has ({describe(source)}); say "
             "how many are to be tried at most: largest=1024"
         )
-    with untouched(source), aside(learner, phase, "find_batch_size", on_host=True) as copied:
-        trial = _Trial(learner, copied, first_batch(learner, copied))
+    with (
+        showing_as(learner),
+        bar("find_batch_size", unit="size") as shown,
+        untouched(source),
+        aside(learner, phase, "find_batch_size", on_host=True) as copied,
+    ):
+        trial = _Trial(learner, copied, first_batch(learner, copied), shown)
         try:
             return trial.search(min(trial.start if start is None else start, largest), largest)
         finally:
@@ -113,10 +120,11 @@ class _Trial:
         learner: It trains, and is put back by others.
         phase: A copy of the phase.
         batch: Its rows are repeated.
+        shown: Tells which size is tried.
     """
 
-    def __init__(self, learner: RunLearner, phase: Phase, batch: Any) -> None:
-        self.learner, self.phase, self.batch = learner, phase, batch
+    def __init__(self, learner: RunLearner, phase: Phase, batch: Any, shown: Bar) -> None:
+        self.learner, self.phase, self.batch, self.shown = learner, phase, batch, shown
         self.rows = rows_of(batch)
         self.start = 1 << (max(self.rows, 1).bit_length() - 1)
         """The power of two at or below its rows."""
@@ -147,6 +155,8 @@ class _Trial:
     def fits(self, size: int) -> bool:
         """Train with batches of a size; return whether there was memory for it."""
         self.clear()
+        self.shown.title = f"find_batch_size: {size} rows"
+        self.shown.advance()
         try:
             batch = _with_rows(self.batch, self.rows, size)
             before = self.learner.updates.count

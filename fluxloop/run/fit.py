@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from fluxloop.callbacks.checkpointer import Checkpointer
 from fluxloop.checkpoint.folder import find_state
 from fluxloop.checkpoint.restoring import meet_phases, restore
 from fluxloop.compute.models import state_of_models
@@ -22,6 +23,7 @@ from fluxloop.errors import (
     PhaseError,
     ReentrantFitError,
     annotate,
+    counted,
     describe,
     sentence,
     warn_user,
@@ -37,6 +39,7 @@ from fluxloop.randomness import preserved
 from fluxloop.run.epoch import feed, run_epoch, watching
 from fluxloop.run.phases import check_names, check_phase, check_runs, default_phases
 from fluxloop.run.scope import FitScope, nothing
+from fluxloop.screen.bars import tell
 from fluxloop.signals import EXIT_CODE, INTERRUPTED, heeding_signals
 from fluxloop.state import name_of
 
@@ -282,6 +285,7 @@ def _run(learner: RunLearner, scope: FitScope, until: int, reason: str | None) -
         finally:
             del error  # it holds this frame, and would live, with the loader's workers, until garbage is collected
     if _are_terminated(learner, terminates.came):
+        _tell_of_end(learner, until)
         raise SystemExit(EXIT_CODE)
     if history.cycles > began and history.stop_reason is None:  # one that ended early may not have come to it
         warn_unseen(learner)
@@ -301,6 +305,21 @@ def _are_terminated(learner: RunLearner, came: bool) -> bool:
         return came
     with group.watching():
         return bool(group.all_reduce(torch.tensor(float(came), device=group.device), "max").item())
+
+
+def _tell_of_end(learner: RunLearner, until: int) -> None:
+    """Say, where a SIGTERM has ended a run, how far that has come, and from where it goes on."""
+    if not learner.accelerator.is_main:
+        return
+    history, kept = learner.history, learner.callbacks.get(Checkpointer)
+    line = (
+        f"fluxloop: a SIGTERM ended the fit after {history.cycles} of {counted(until, 'epoch')} and "
+        f"{counted(history.trained_steps, 'training step')}"
+    )
+    if isinstance(kept, Checkpointer) and kept.last is not None:
+        tell(f"{line}; the same command goes on from there: fit({until}, resume={str(kept.folder)!r})")
+    else:
+        tell(f"{line}; no Checkpointer was among the callbacks, so that nothing of it is kept")
 
 
 def _run_cycles(learner: RunLearner, scope: FitScope, until: int) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxloop.callback import Callback, on
 from fluxloop.callbacks.metrics import Metrics
-from fluxloop.callbacks.progress import ProgressBar
+from fluxloop.callbacks.progress import bar_beside
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.compute.precision import in_single
 from fluxloop.data.loaders import as_dataloader
@@ -26,12 +26,6 @@ if TYPE_CHECKING:
     from fluxloop.processes.group import Group
 
 
-def _bar(learner: RunLearner) -> list[Callback]:
-    """Make a progress bar like the learner's, if it has one."""
-    bar = learner.callbacks.get(ProgressBar)
-    return [ProgressBar(bar.enabled, bar.interval, bar.file)] if isinstance(bar, ProgressBar) else []
-
-
 def evaluate(learner: RunLearner, data: Any, metrics: Iterable[Any] | None, phase: Phase | None) -> dict[str, float]:
     """Compute metrics over one epoch of a validation phase; see `Learner.evaluate`."""
     phase = ValidationPhase() if phase is None else phase
@@ -40,7 +34,7 @@ def evaluate(learner: RunLearner, data: Any, metrics: Iterable[Any] | None, phas
         raise MetricError(f"metrics={describe(metrics)} was given; expected a list: metrics=[accuracy]")
     own = learner.callbacks.get(Metrics)
     chosen = own.metrics if metrics is None and isinstance(own, Metrics) else list(metrics or ())
-    with beside(learner, "evaluate", [Recorder(), Metrics(*chosen), *_bar(learner)]):
+    with beside(learner, "evaluate", [Recorder(), Metrics(*chosen), *bar_beside(learner, "evaluate")]):
         run_epoch(learner, phase, None if data is None else as_dataloader(data))
         series = learner.history.metrics[phase]
     return {name: values[-1] for name, values in series.items()}
@@ -102,7 +96,7 @@ def predict(learner: RunLearner, data: Any, phase: Phase | None, stack: bool) ->
     collect = _Collect(group)
     # Joined predictions are matched with the rows that were given: so those must not be shuffled
     source = in_order(as_dataloader(data)) if stack else as_dataloader(data)
-    with beside(learner, "predict", [collect, Recorder(), *_bar(learner)]):
+    with beside(learner, "predict", [collect, Recorder(), *bar_beside(learner, "predict")]):
         run_epoch(learner, phase, source)
     parts = collect.parts if group is None else _of_all(collect.parts, group)
     if not parts:

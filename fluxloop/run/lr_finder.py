@@ -10,6 +10,7 @@ from attrs import frozen
 from torch import Tensor
 
 from fluxloop.callback import Callback, UnsafeCallback, on
+from fluxloop.callbacks.progress import showing_as
 from fluxloop.data.passes import untouched
 from fluxloop.errors import CancelFittingException, DataError, LossError, OptimizerError, PhaseError
 from fluxloop.events import EpochEnd, StepBegin, StepEnd
@@ -24,6 +25,7 @@ from fluxloop.run.epoch import feed
 from fluxloop.run.phases import check_runs
 from fluxloop.run.session import copy_for
 from fluxloop.schedules import exponential
+from fluxloop.screen.bars import Bar, bar
 from fluxloop.signals import INTERRUPTED
 from fluxloop.state import StepState
 
@@ -212,9 +214,9 @@ def find_lr(
     chosen = range(len(learner.updates.slots))
     if optimizer is not None:
         chosen = [learner.updates.slots.index(learner.updates.find(optimizer))]  # type: ignore[assignment]  # as a list
-    with preserved(), untouched(source):
+    with preserved(), untouched(source), showing_as(learner), bar("find_lr", steps, unit="step") as shown:
         trial, (phase, given) = copy_for("find_lr", learner, phase, list(callbacks))
-        sweep = _Sweep(trial, list(chosen), exponential(steps - 1, start, end), steps, smoothing)
+        sweep = _Sweep(trial, list(chosen), exponential(steps - 1, start, end), steps, smoothing, shown)
         trial.callbacks.set([*given, sweep])
         stopped = trial.fit(steps, phases=[phase]).stop_reason
     if stopped == INTERRUPTED:  # the fit of the copy took Ctrl+C for itself; it was meant for whoever called
@@ -232,7 +234,7 @@ class _Sweep(UnsafeCallback):
     draws = False
 
     def __init__(
-        self, learner: RunLearner, chosen: list[int], schedule: exponential, steps: int, smoothing: float
+        self, learner: RunLearner, chosen: list[int], schedule: exponential, steps: int, smoothing: float, shown: Bar
     ) -> None:
         groups = [group for index in chosen for group in learner.updates.slots[index].optimizer.param_groups]
         largest = max(float(group["lr"]) for group in groups)
@@ -248,6 +250,7 @@ class _Sweep(UnsafeCallback):
         self.smoothed: list[float] = []
         self.average = 0.0
         self.rate = 0.0
+        self.shown = shown
         self.window: list[tuple[float, float]] = []
         """Loss and weight of the batches whose update is yet to come."""
 
@@ -281,6 +284,7 @@ class _Sweep(UnsafeCallback):
             loss = float(mean_of(group, loss, total))
         if not isfinite(loss):
             raise CancelFittingException(f"the loss became {loss} at a learning rate of {rate:.2g}")
+        self.shown.advance()
         self.rates.append(rate)
         self.losses.append(loss)
         self.average = self.smoothing * self.average + (1 - self.smoothing) * loss

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from fluxloop import (
     CancelFittingException,
     Checkpointer,
     CustomCallback,
+    EpochBegin,
     Learner,
     Metric,
     Metrics,
@@ -23,6 +26,7 @@ from fluxloop import (
     runstep,
 )
 from fluxloop.callbacks import progress
+from fluxloop.signals import TERMINATED
 from fluxloop.testing import Coefficient, assert_observer, assert_order, toy_learner
 
 
@@ -96,6 +100,19 @@ def test_an_epoch_that_did_not_end_prints_nothing(capsys: pytest.CaptureFixture[
         raise CancelFittingException("enough")
 
     toy_learner(Recorder(), Metrics(), MetricsPrinter(), CustomCallback(stop, StepEnd)).fit(1)
+    assert capsys.readouterr().out == "stopped: enough\n"
+
+
+def test_a_fit_that_fails_or_is_ended_by_a_signal_has_no_line_of_why(capsys: pytest.CaptureFixture[str]) -> None:
+    """An error speaks for itself, and a process that ends says so on standard error."""
+
+    def stop(learner: Any) -> None:
+        raise error
+
+    learner = toy_learner(Recorder(), Metrics(), MetricsPrinter(), CustomCallback(stop, StepEnd))
+    for error in (KeyError("gone"), CancelFittingException(TERMINATED)):
+        with pytest.raises(KeyError) if isinstance(error, KeyError) else nullcontext():
+            learner.fit(1)
     assert capsys.readouterr().out == ""
 
 
@@ -124,15 +141,32 @@ def test_a_sparse_validation_is_printed_at_the_epochs_of_the_fit(capsys: pytest.
 def test_the_time_gone_and_left_can_be_printed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seconds = iter(range(0, 1000, 10))
-    monkeypatch.setattr(progress, "monotonic", lambda: float(next(seconds)))
-    still_learner(printer=MetricsPrinter(time=True)).fit(4, phases=[TrainingPhase()])
+    now = [0.0]
+    monkeypatch.setattr(progress, "monotonic", lambda: now[0])
+
+    def work(learner: Any) -> None:
+        now[0] += 10
+
+    learner = still_learner(printer=MetricsPrinter(time=True))
+    learner.add_callback(CustomCallback(work, EpochBegin))
+    learner.fit(3)
     assert [line.split("loss 0.125")[1].strip() for line in capsys.readouterr().out.splitlines()] == [
-        "",
-        "(00:10, 00:30 left)",
-        "(00:20, 00:20 left)",
-        "(00:30, 00:10 left)",
+        "(00:10, 00:20 left)",  # what validation takes, nobody has seen yet
+        "(00:20, 00:40 left)",
+        "(00:30, 00:30 left)",
+        "(00:40, 00:20 left)",
+        "(00:50, 00:10 left)",
+        "(01:00, 00:00 left)",
     ]
+
+
+def test_lines_of_a_log_can_begin_with_date_and_time(capsys: pytest.CaptureFixture[str]) -> None:
+    before = datetime.now().replace(microsecond=0)
+    still_learner(printer=MetricsPrinter(stamps=True)).fit(2, phases=[TrainingPhase()])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[20:].split()[:3] for line in lines] == [["TrainingPhase", "epoch", f"{n}/2"] for n in (1, 2)]
+    stamps = [datetime.strptime(line[:19], "%Y-%m-%d %H:%M:%S") for line in lines]
+    assert before <= stamps[0] <= stamps[1] <= datetime.now()
 
 
 def test_it_runs_after_what_it_prints_and_says_what_is_missing() -> None:

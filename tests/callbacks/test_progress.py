@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from io import StringIO
@@ -21,7 +22,9 @@ from fluxloop import (
     CancelEpochException,
     CancelFittingException,
     CancelStepException,
+    Checkpointer,
     CustomCallback,
+    KNNProbe,
     Learner,
     LossBegin,
     Metrics,
@@ -32,12 +35,15 @@ from fluxloop import (
     StepEnd,
     TrainingPhase,
     ValidationPhase,
+    find_lr,
     mae,
     runepoch,
     runstep,
 )
 from fluxloop.callbacks import progress
 from fluxloop.compute.host import HostQueue
+from fluxloop.errors import warn_user
+from fluxloop.screen import bars
 from fluxloop.testing import assert_observer, assert_same_bits, bits, toy_learner
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* did no step with them")
@@ -53,6 +59,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second goes by whenever somebody looks at the clock."""
     seconds = iter(range(10**9))
     monkeypatch.setattr(progress, "monotonic", lambda: float(next(seconds)))
+    monkeypatch.setattr(bars, "monotonic", lambda: float(next(seconds)))
     monkeypatch.setattr(tqdm.std, "time", lambda: float(next(seconds)))
 
 
@@ -93,22 +100,42 @@ def bar(**options: Any) -> ProgressBar:
 
 def test_a_bar_per_epoch_names_the_phase_and_the_epoch() -> None:
     text = shown(toy_learner(Recorder(), bar()), phases=None)
-    titles = re.findall(r"(\w+Phase \d+):\s+0%", text)
-    assert titles == ["TrainingPhase 1", "ValidationPhase 1"]
+    titles = re.findall(r"(\w+Phase epoch \d+):\s+0%", text)
+    assert titles == ["TrainingPhase epoch 1", "ValidationPhase epoch 1"]
     assert "0/16" in text
 
 
 def test_a_fit_of_several_epochs_says_of_how_many_and_how_long_it_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = iter(range(10**6))
-    monkeypatch.setattr(progress, "monotonic", lambda: float(next(seconds)))
-    learner = toy_learner(Recorder(), bar(interval=10**9), num_batches=2)
-    phases = [TrainingPhase(), ValidationPhase(name="noisy", every=2)]
-    learner.fit(3, phases=phases)
+    """A step takes 10 seconds, so that an epoch of 2 steps takes 20, and nothing else any."""
+    now = [100.0]
+    monkeypatch.setattr(progress, "monotonic", lambda: now[0])
+    monkeypatch.setattr(bars, "monotonic", lambda: now[0])
+
+    def work(learner: Any) -> None:
+        now[0] += 10
+
+    slow = CustomCallback(work, StepBegin)
+    learner = toy_learner(Recorder(), bar(interval=0), slow, num_batches=2)
+    learner.fit(3, phases=[TrainingPhase(), ValidationPhase(name="noisy", every=2)])
     text = learner.get_callback(ProgressBar).file.getvalue()
-    titles = list(dict.fromkeys(re.findall(r"(\w+ \d+/\d+)(?: \(.*?\))?:", text)))
-    assert titles == ["TrainingPhase 1/3", "TrainingPhase 2/3", "noisy 2/3", "TrainingPhase 3/3", "noisy 3/3"]
-    assert re.search(r"TrainingPhase 2/3 \(\d\d:\d\d, \d\d:\d\d left\):", text)
-    assert "left" not in text[: text.index("2/3")]
+    titles = list(dict.fromkeys(re.findall(r"(\w+ epoch \d+/\d+(?: \(.*?\))?):", text)))
+    assert titles == [
+        "TrainingPhase epoch 1/3",
+        "TrainingPhase epoch 1/3 (00:10, 00:50 left)",
+        "TrainingPhase epoch 1/3 (00:20, 00:40 left)",
+        "TrainingPhase epoch 2/3",
+        "TrainingPhase epoch 2/3 (00:30, 00:30 left)",
+        "TrainingPhase epoch 2/3 (00:40, 00:20 left)",
+        "noisy epoch 2/3",
+        "noisy epoch 2/3 (00:50, 00:10 left)",
+        "noisy epoch 2/3 (01:00, 00:00 left)",
+        "TrainingPhase epoch 3/3",
+        "TrainingPhase epoch 3/3 (01:10, 00:20 left)",
+        "TrainingPhase epoch 3/3 (01:20, 00:10 left)",
+        "noisy epoch 3/3",
+        "noisy epoch 3/3 (01:30, 00:10 left)",
+        "noisy epoch 3/3 (01:40, 00:00 left)",
+    ]
 
 
 def test_a_bar_of_an_epoch_that_goes_on_begins_where_it_was_left(tmp_path: Path) -> None:
@@ -127,7 +154,7 @@ def test_a_bar_of_an_epoch_that_goes_on_begins_where_it_was_left(tmp_path: Path)
     resumed = toy_learner(Recorder(), bar(interval=0))
     resumed.fit(3, resume=tmp_path / "state.pt")
     text = resumed.get_callback(ProgressBar).file.getvalue()
-    shown_counts = re.findall(r"TrainingPhase 2/3: +\d+%\|.*?\| (\d+)/16", text)
+    shown_counts = re.findall(r"TrainingPhase epoch 2/3(?: \([^)]*\))?: +\d+%\|.*?\| (\d+)/16", text)
     assert [int(count) for count in dict.fromkeys(shown_counts)] == list(range(9, 17))
 
 
@@ -142,7 +169,8 @@ def test_data_of_unknown_size_has_a_bar_that_counts() -> None:
     xs = torch.ones(2, 1)
     text = shown(toy_learner(bar(), data=((pair for pair in [(xs, xs)] * 7),)))
     assert "TrainingPhase: 0batch" in text
-    assert "TrainingPhase: 7batch" in text
+    assert re.search(r"TrainingPhase \(\d\d:\d\d\): 7batch", text)  # how long it still will take nobody knows
+    assert "left" not in text
     assert "%" not in text
 
 
@@ -349,6 +377,189 @@ def test_lines_printed_at_the_end_of_an_epoch_stand_alone(monkeypatch: pytest.Mo
     assert lines == expected
 
 
+# Beside the bar of an epoch
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has a bar once it takes long has it from the first step on, and shows each."""
+    monkeypatch.setattr(bars, "PATIENCE", 0.0)
+    monkeypatch.setattr(bars, "INTERVAL", 0.0)
+
+
+def counts_of(title: str, text: str) -> list[str]:
+    """The counts that the bars of a title have shown."""
+    return list(dict.fromkeys(re.findall(rf"{re.escape(title)}: +\d+%\|.*?\| ([\d.kMG]+/[\d.kMG]+)", text)))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_find_lr_shows_how_many_of_its_steps_are_done() -> None:
+    learner = toy_learner(Recorder(), bar())
+    find_lr(learner, steps=5)
+    text = learner.get_callback(ProgressBar).file.getvalue()
+    assert counts_of("find_lr", text) == [f"{step}/5" for step in range(6)]
+    assert screen(text) == []
+    silent = toy_learner(Recorder(), bar(enabled=False))
+    find_lr(silent, steps=5)
+    assert silent.get_callback(ProgressBar).file.getvalue() == ""
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_probe_shows_how_far_it_has_come_below_the_bar_of_the_epoch() -> None:
+    rows = [(torch.randn(4, 1), torch.zeros(4, dtype=torch.long)) for _ in range(3)]
+    learner = toy_learner(Recorder(), Metrics(), bar(), KNNProbe(bank=rows, queries=rows[:2]))
+    learner.fit(1)
+    text = learner.get_callback(ProgressBar).file.getvalue()
+    assert counts_of("features of model", text) == ["0/3", "1/3", "2/3", "3/3", "0/2", "1/2", "2/2"]
+    assert "TrainingPhase epoch 1" in text[: text.index("features of model")]
+    assert screen(text) == []
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_checkpoint_that_takes_long_shows_how_much_is_written(tmp_path: Path) -> None:
+    learner = toy_learner(Recorder(), bar(), Checkpointer(tmp_path))
+    learner.fit(1)
+    text = learner.get_callback(ProgressBar).file.getvalue()
+    name = next(tmp_path.glob("epoch-0001*.pt")).name
+    assert f"writing {name}" in text
+    assert f"checksums of {name}" in text
+    assert screen(text) == []
+    background = toy_learner(Recorder(), bar(), Checkpointer(tmp_path / "other", background=True))
+    background.fit(1)  # nobody waits for it
+    assert "writing" not in background.get_callback(ProgressBar).file.getvalue()
+
+
+def test_what_is_quick_shows_no_bar(tmp_path: Path) -> None:
+    learner = toy_learner(Recorder(), bar(interval=0), Checkpointer(tmp_path))
+    learner.fit(1)
+    find_lr(learner, steps=5)
+    text = learner.get_callback(ProgressBar).file.getvalue()
+    assert "TrainingPhase" in text
+    assert "writing" not in text
+    assert "find_lr" not in text
+
+
+@pytest.mark.usefixtures("clock")
+def test_warnings_and_lines_of_a_step_stand_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+
+    def say(learner: Any) -> None:
+        learner.accelerator.print("printed")
+        warn_user("odd")
+
+    learner = toy_learner(Recorder(), ProgressBar(file=terminal), CustomCallback(say, StepEnd, TrainingPhase))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", lambda message, *rest: terminal.write(f"warned: {message}\n"))
+        learner.fit(1)
+    assert screen(terminal.getvalue()) == ["printed", "warned: odd"] * 16
+
+
+# Quiet
+
+
+@pytest.mark.parametrize("how", ["argument", "environment"])
+def test_one_switch_silences_all(
+    how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], impatient: None, tmp_path: Path
+) -> None:
+    def learner(**options: Any) -> Learner:
+        xs = torch.ones(4, 1)
+        callbacks = [bar(), KNNProbe(queries=[(xs, xs[:, 0].long())], bank=[(xs, xs[:, 0].long())])]
+        model = torch.nn.Linear(1, 1)
+        return Learner(model, torch.nn.functional.mse_loss, data=((xs, xs), (xs, xs)), callbacks=callbacks, **options)
+
+    options: dict[str, Any] = {"quiet": True}
+    if how == "environment":
+        monkeypatch.setenv("FLUXLOOP_QUIET", "1")
+        options = {}
+    quiet = learner(**options)
+    assert quiet.quiet
+    quiet.fit(2)
+    find_lr(quiet, steps=3)
+    quiet.evaluate()
+    quiet.predict(torch.ones(4, 1))
+    assert quiet.get_callback(ProgressBar).file.getvalue() == ""
+    assert capsys.readouterr() == ("", "")
+    loud = learner(quiet=False)  # what is said to the learner goes before the environment
+    loud.fit(1)
+    assert "TrainingPhase" in loud.get_callback(ProgressBar).file.getvalue()
+    assert "TrainingPhase" in capsys.readouterr().out
+
+
+def test_a_switch_that_says_neither_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TypeError, match="quiet='yes' was given; expected True, False, or None"):
+        Learner(torch.nn.Linear(1, 1), quiet="yes")
+    monkeypatch.setenv("FLUXLOOP_QUIET", "a bit")
+    with pytest.raises(ValueError, match="FLUXLOOP_QUIET='a bit'; expected 1 to show nothing, or 0"):
+        Learner(torch.nn.Linear(1, 1))
+    monkeypatch.setenv("FLUXLOOP_QUIET", "0")
+    assert not Learner(torch.nn.Linear(1, 1)).quiet
+
+
+# In a notebook
+
+
+class Output:
+    """What stands in for IPython's display: one output of a cell, and how it changes."""
+
+    def __init__(self) -> None:
+        self.shown: list[dict[str, str]] = []
+
+    def display(self, data: dict[str, str], raw: bool, display_id: bool) -> Any:
+        assert raw
+        assert display_id
+        assert self.shown == [], "a fit has one output"
+        self.shown.append(data)
+        return SimpleNamespace(update=lambda data, raw: self.shown.append(data))
+
+
+@pytest.fixture
+def output(monkeypatch: pytest.MonkeyPatch) -> Output:
+    made = Output()
+    shell = SimpleNamespace(kernel=1)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=made.display))
+    return made
+
+
+def test_a_fit_in_a_notebook_has_one_output_and_leaves_one_line(output: Output) -> None:
+    learner = toy_learner(Recorder(), Metrics(), ProgressBar(interval=0), num_batches=3)
+    learner.fit(2)
+    texts = [each["text/plain"] for each in output.shown]
+    assert any(re.match(r"TrainingPhase epoch 1/2 2/3 batch 00:0\d, 00:0\d left loss=", text) for text in texts)
+    assert any('<progress value="2" max="3"' in each["text/html"] for each in output.shown)
+    assert re.fullmatch(r"2 epochs in 00:0\d", texts[-1])
+    assert "progress" not in output.shown[-1]["text/html"]
+
+
+def test_a_fit_in_a_notebook_that_ends_early_says_why(output: Output) -> None:
+    def leave(learner: Any) -> None:
+        raise signal("a < b")
+
+    signal: type[Exception] = CancelFittingException
+    learner = toy_learner(Recorder(), ProgressBar(), CustomCallback(leave, StepEnd, ValidationPhase))
+    learner.fit(2)
+    assert re.fullmatch(r"0 of 2 epochs in 00:0\d; stopped: a < b", output.shown[-1]["text/plain"])
+    assert "a &lt; b" in output.shown[-1]["text/html"]
+    output.shown.clear()
+    signal = KeyError
+    with pytest.raises(KeyError):
+        learner.fit(2)
+    assert output.shown[-1]["text/plain"].endswith("stopped: KeyError")
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_an_evaluation_in_a_notebook_leaves_nothing(
+    slow: bool, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bars, "PATIENCE", 0.0 if slow else 100.0)
+    toy_learner(ProgressBar(interval=0)).evaluate()
+    assert bool(output.shown) == slow
+    assert not slow or output.shown[-1] == {"text/html": "", "text/plain": ""}
+
+
 # What it leaves as it was
 
 
@@ -362,8 +573,7 @@ def test_evaluate_and_predict_show_a_bar_like_the_learners() -> None:
     learner.evaluate()
     learner.predict(torch.ones(3, 1))
     text = learner.get_callback(ProgressBar).file.getvalue()
-    assert "ValidationPhase 1" in text
-    assert "PredictionPhase 1" in text
+    assert re.findall(r"(\w+): +0%", text) == ["evaluate", "predict"]
     assert screen(text) == []
     assert all(torch.equal(bits(learner)[name], tensor) for name, tensor in before.items())
 

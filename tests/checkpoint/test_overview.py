@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch
 
 from fluxloop import (
     Checkpointer,
+    CustomCallback,
     EarlyStopping,
     Learner,
     Metrics,
     MetricSource,
     Recorder,
+    StepEnd,
+    StopOnNaNLoss,
     TrainingPhase,
     ValidationPhase,
     mae,
@@ -62,6 +66,53 @@ def test_runs_in_several_folders_are_told_by_name_each_with_why_it_stopped(tmp_p
     assert (deep.reason, other.reason) == (None, first.history.stop_reason)
     assert other.epochs == 2
     assert {"training/loss", "ValidationPhase/loss", "Again/loss"} <= deep.series.keys()
+
+
+def spoiled(step: int) -> Any:
+    """Data whose row of a step is not finite."""
+    xs = torch.ones(2, 1)
+    return ([(xs, xs * (float("nan") if n == step else 1.0)) for n in range(1, 5)], [(xs, xs)])
+
+
+def test_a_run_that_stopped_at_nan_says_why_until_it_goes_on(tmp_path: Path) -> None:
+    def learner(data: Any) -> Learner[Any]:
+        return toy_learner(Recorder(), Metrics(), StopOnNaNLoss(), Checkpointer(tmp_path), data=data)
+
+    with pytest.warns(UserWarning, match="the fit stops"):
+        learner(spoiled(3)).fit(2, resume=tmp_path)
+    (run,) = runs_below(tmp_path)
+    assert run.reason is not None
+    assert re.fullmatch(r"the loss became nan in TrainingPhase\(\), epoch 1, step 3 of the run", run.reason)
+    assert run.problem is None
+    seen: list[str | None] = []
+    again = learner(spoiled(0))
+    again.at_safe_point(lambda: seen.extend(run.reason for run in runs_below(tmp_path)))
+    with pytest.warns(UserWarning, match="data"):
+        again.fit(2, resume=tmp_path)
+    (run,) = runs_below(tmp_path)
+    assert (run.epochs, run.reason) == (2, None)
+    assert set(seen) == {None}
+
+
+def test_a_run_that_failed_says_with_which_error(tmp_path: Path) -> None:
+    def fail(learner: Any) -> None:
+        raise KeyError("gone")
+
+    with pytest.raises(KeyError):
+        train(tmp_path, CustomCallback(fail, StepEnd))
+    (run,) = runs_below(tmp_path)
+    assert run.reason == "KeyError: 'gone'"
+
+
+def test_a_run_that_was_refused_says_nothing_in_the_folder_of_another(tmp_path: Path) -> None:
+    train(tmp_path)
+    with pytest.raises(CheckpointError, match="an earlier run has come further"):
+        train(tmp_path)
+    (run,) = runs_below(tmp_path)
+    assert run.reason is None
+    (run,) = runs_below(tmp_path)
+    (tmp_path / "ended.txt").mkdir()
+    assert next(runs_below(tmp_path)).reason is None
 
 
 def test_reading_leaves_every_file_as_it_was(tmp_path: Path) -> None:
