@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from attrs import Factory, define, field
@@ -204,15 +205,36 @@ class History(Container):
                 panels.setdefault(name, {}).setdefault(row["phase"], []).append((row["epoch"], number))
         return draw_panels("history.plot()", panels)
 
+    def _repr_html_(self) -> str:
+        """Return a page for notebooks: a row for each metric of a phase, with its course."""
+        from fluxloop.screen.pages import curve, page, table
+
+        found: dict[tuple[str, str], Points] = {}
+        for row in self.rows():
+            for name, number in numbers_in(row["metric"], row["value"]).items():
+                found.setdefault((row["phase"], name), []).append((row["epoch"], number))
+        rows = []
+        for (phase, name), points in found.items():
+            finite = [point for point in points if isfinite(point[1])]
+            ends = [by(finite, key=lambda point: point[1]) for by in (min, max)] if finite else []
+            told = [f"{shown_as(number, 4)} in {epoch}" for epoch, number in ends] or ["-", "-"]
+            rows.append([phase, name, curve(points), shown_as(points[-1][1], 4), *told])
+        head = ["phase", "metric", "", "last", "lowest, in epoch", "highest, in epoch"]
+        return page("; ".join([*self._counts(), *self._end()]), *([table(head, rows, [3, 4, 5])] if rows else []))
+
     def __repr__(self) -> str:
-        counts = vars(self._shared).get("history", {})
-        parts = [
-            f"{name_of(phase)}: {counted(c.epochs, 'epoch')}, {counted(c.steps, 'step')}" for phase, c in counts.items()
-        ]
         latest = [
             f"{part}: {shown_as(number, 4)}"
             for name, series in all_series(vars(self._shared).get("metrics", {})).items()
             for part, number in numbers_in(name, series[-1][1]).items()
         ]
-        stopped = [f"stopped: {self.stop_reason}"] if self.stop_reason else []
-        return f"History({'; '.join([*parts, *latest, *stopped, f'seed {self.seed}'])})"
+        return f"History({'; '.join([*self._counts(), *latest, *self._end()])})"
+
+    def _counts(self) -> list[str]:
+        counts = vars(self._shared).get("history", {})
+        return [
+            f"{name_of(phase)}: {counted(c.epochs, 'epoch')}, {counted(c.steps, 'step')}" for phase, c in counts.items()
+        ]
+
+    def _end(self) -> list[str]:
+        return [*([f"stopped: {self.stop_reason}"] if self.stop_reason else []), f"seed {self.seed}"]

@@ -26,6 +26,7 @@ from fluxloop import (
     mae,
 )
 from fluxloop.testing import toy_learner
+from read_pages import read_page
 
 
 def recorded(epochs: int = 3, *metrics: Any) -> Any:
@@ -326,3 +327,57 @@ def test_a_class_whose_only_phase_has_a_name_finds_it() -> None:
 def test_the_epochs_of_a_plot_are_whole_numbers() -> None:
     axes = recorded(2).plot().axes[0]
     assert all(tick == int(tick) for tick in axes.get_xticks())
+
+
+def test_a_notebook_shows_a_row_for_each_metric_with_its_last_lowest_and_highest_value() -> None:
+    history = recorded(2)
+    first, last = history["training/loss"]
+    found = read_page(history._repr_html_())
+    assert "TrainingPhase: 2 epochs, 32 steps; ValidationPhase: 2 epochs, 32 steps; seed 0" in found.words
+    assert [row[:2] for row in found.rows[1:]] == [["TrainingPhase", "loss"], ["ValidationPhase", "loss"]]
+    assert found.rows[1][2:] == ["", f"{last:.4g}", f"{last:.4g} in 2", f"{first:.4g} in 1"]
+    assert found.count("polyline") == 2
+
+
+def test_a_notebook_shows_where_values_are_missing_or_not_finite() -> None:
+    values = iter([4.0, float("nan"), 2.0, 3.0])
+    odd = Metric(lambda preds, ys: torch.tensor(next(values)), name="odd", phase=ValidationPhase)
+    learner = toy_learner(Recorder(), Metrics(odd), num_batches=1)
+    learner.fit(6, phases=[TrainingPhase(), ValidationPhase(every=2)])
+    learner.fit(1)
+    row = next(row for row in read_page(learner.history._repr_html_()).rows if row[1] == "odd")
+    assert row == ["ValidationPhase", "odd", "", "3", "2 in 6", "4 in 2"]
+
+
+def test_a_notebook_shows_a_metric_that_was_never_finite_and_why_a_fit_stopped() -> None:
+    learner = toy_learner(Recorder(), Metrics(Metric(lambda preds, ys: torch.tensor(torch.nan), name="gone")))
+
+    def stop(*_: object) -> None:
+        raise CancelFittingException("a < b")
+
+    learner.add_callback(CustomCallback(stop, EpochEnd, ValidationPhase))
+    found = read_page(learner.fit(3)._repr_html_())
+    assert ["TrainingPhase", "gone", "", "nan", "-", "-"] in found.rows
+    assert found.words[0].endswith("; stopped: a < b; seed 0")
+
+
+def test_a_notebook_shows_the_numbers_of_a_vector_each_by_itself() -> None:
+    class Vector:
+        update = reset = lambda self, *given: None
+
+        def compute(self) -> torch.Tensor:
+            return torch.tensor([0.25, 0.75])
+
+    history = recorded(2, Metric(Vector(), name="classes", phase=TrainingPhase))
+    found = {row[1]: row[3] for row in read_page(history._repr_html_()).rows}
+    assert (found["classes/0"], found["classes/1"]) == ("0.25", "0.75")
+
+
+def test_a_notebook_shows_a_history_without_a_fit_or_without_metrics() -> None:
+    assert read_page(toy_learner().history._repr_html_()).words == ["seed 0"]
+    learner = toy_learner(Recorder())
+    found = read_page(learner.fit(1)._repr_html_())
+    assert (found.rows, found.words) == (
+        [],
+        ["TrainingPhase: 1 epoch, 16 steps; ValidationPhase: 1 epoch, 16 steps; seed 0"],
+    )

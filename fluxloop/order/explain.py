@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from attrs import frozen
 
@@ -11,13 +12,27 @@ from fluxloop.order.access import dotted, parse
 from fluxloop.order.graph import CallbackGraph, touches
 from fluxloop.phase import FittingPhase, Phase
 
+if TYPE_CHECKING:
+    from fluxloop.screen.pages import Markup
+
 
 @frozen(repr=False)
 class Explanation:
-    """What `Callbacks.explain` found: prints as text, shows with a diagram in a notebook."""
+    """What `Callbacks.explain` found: prints as text, shows with a diagram in a notebook.
+
+    Args:
+        text: What it says.
+        mermaid: The diagram in Mermaid's language.
+        order: Ids of the callbacks in their order.
+        arrows: Who goes before whom, and why.
+        marks: What the diagram says behind an id.
+    """
 
     text: str
     mermaid: str
+    order: tuple[str, ...] = ()
+    arrows: tuple[tuple[str, str, str], ...] = ()
+    marks: Mapping[str, str] = {}
 
     def __str__(self) -> str:
         return self.text
@@ -29,7 +44,25 @@ class Explanation:
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         markdown = f"```text\n{self.text}\n```\n\n```mermaid\n{self.mermaid}\n```"
-        return {"text/plain": self.text, "text/markdown": markdown}
+        return {"text/plain": self.text, "text/markdown": markdown, "text/html": self._repr_html_()}
+
+    def _repr_html_(self) -> str:
+        """Return a page for notebooks: a diagram of the order, and below it the text."""
+        from fluxloop.screen.pages import arcs, page, preformatted
+
+        diagram = [arcs(self.order, self.arrows, self.marks)] if self.order else []
+        return page(*diagram, preformatted(self.text))
+
+
+def explanation(graph: CallbackGraph, lines: Iterable[str], path: str | None) -> Explanation:
+    """Return lines about a graph with its diagram, in which those who touch a path are marked."""
+    touching: dict[str, list[str]] = {}
+    for node in graph.nodes if path is not None else ():
+        for mode, _ in touches(node, parse(path or "", "explain")):
+            touching.setdefault(node.id, []).append(mode)
+    marks = {id: " and ".join(dict.fromkeys(modes)) for id, modes in touching.items()}
+    order = tuple(node.id for node in graph.nodes)
+    return Explanation("\n".join(lines), draw_mermaid(graph), order, tuple(_arrows(graph)), marks)
 
 
 def fired_with(phase: type[Phase]) -> list[type[Event]]:
@@ -106,6 +139,13 @@ def draw_mermaid(graph: CallbackGraph) -> str:
         text = _quotable(reasons).replace("\n", "<br/>")
         lines.append(f'    {number[before]} -->|"{text}"| {number[after]}')
     return "\n".join(lines)
+
+
+def draw_arcs(graph: CallbackGraph) -> Markup:
+    """Draw a graph for a notebook."""
+    from fluxloop.screen.pages import arcs
+
+    return arcs([node.id for node in graph.nodes], _arrows(graph))
 
 
 def draw_dot(graph: CallbackGraph) -> str:

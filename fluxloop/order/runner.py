@@ -322,7 +322,7 @@ class Callbacks:
             CallbackError: The path has an unknown root.
             PhaseError: Something in `phases` is no phase.
         """
-        from fluxloop.order.explain import Explanation, explain_order, explain_path  # a plain fit needs none of it
+        from fluxloop.order.explain import explain_order, explain_path, explanation  # a plain fit needs none of it
 
         chosen = self._learner.phases_in_use()
         if phases is not None:
@@ -334,7 +334,7 @@ class Callbacks:
             lines = explain_path(self._graph, path, self._learner.updates.explain)
         else:
             lines = explain_order(self._graph, chosen, self._handlers, self.obstacles)
-        return Explanation("\n".join(lines), self.to_mermaid())
+        return explanation(self._graph, lines, path)
 
     def _handlers(self, phase: type[Phase], event: type[Event]) -> list[str]:
         """Return the ids of those who handle an event of a phase, in order."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner
 
 UNKNOWN = "?"
+HEAD = ("module", "class", "output", "parameters", "trainable")
 
 
 @frozen
@@ -93,14 +94,30 @@ class Summary:
 
     __repr__ = __str__
 
+    def _repr_html_(self) -> str:
+        """Return a page for notebooks: the modules as a table, and the lines below it."""
+        from fluxloop.screen.pages import Markup, element, page, preformatted, table
+
+        rows = [
+            (
+                Markup(f'<span style="padding-left: {1.2 * row.depth}em">{element(row.path)}</span>'),
+                row.kind,
+                row.outputs,
+                _number(row.parameters),
+                _number(row.trainable),
+            )
+            for row in self.rows
+        ]
+        below = list(self._lines())[len(rows) + 1 :]
+        return page(table(HEAD, rows, numbers=[3, 4]), preformatted("\n".join(below)))
+
     def _lines(self) -> Iterator[str]:
-        head = ("module", "class", "output", "parameters", "trainable")
         cells = [
             ("  " * row.depth + row.path, row.kind, row.outputs, _number(row.parameters), _number(row.trainable))
             for row in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-        for row in (head, *cells):
+        widths = [max(map(len, column)) for column in zip(HEAD, *cells, strict=True)]
+        for row in (HEAD, *cells):
             words = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=False)]
             numbers = [cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
             yield "  ".join([*words, *numbers]).rstrip()

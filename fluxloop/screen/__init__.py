@@ -1,1 +1,1 @@
-"""What people see while something runs."""
+"""What people see: bars and lines while something runs, and pages in a notebook."""

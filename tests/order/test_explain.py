@@ -21,6 +21,7 @@ from fluxloop import (
 )
 from fluxloop.order.runner import Callbacks
 from fluxloop.testing import EventRecorder, toy_learner
+from read_pages import read_page
 
 
 class Fired(Event):
@@ -183,7 +184,8 @@ def test_a_notebook_shows_the_text_and_the_diagram() -> None:
     callbacks = drawn()
     for shown in (callbacks, callbacks.explain(), callbacks.explain("step.loss")):
         bundle = shown._repr_mimebundle_()
-        assert set(bundle) == {"text/plain", "text/markdown"}
+        assert set(bundle) == {"text/plain", "text/markdown", "text/html"}
+        assert bundle["text/html"] == shown._repr_html_() if shown is not callbacks else True
         assert callbacks.to_mermaid() in bundle["text/markdown"]
         assert "```mermaid" in bundle["text/markdown"]
         assert bundle["text/plain"] in bundle["text/markdown"]
@@ -191,8 +193,21 @@ def test_a_notebook_shows_the_text_and_the_diagram() -> None:
     assert callbacks._repr_mimebundle_(include=None, exclude=None)
 
 
+def test_a_notebook_shows_each_callback_each_reason_and_who_touches_a_path() -> None:
+    callbacks = drawn()
+    found = read_page(callbacks.explain()._repr_html_())
+    assert [word for word in found.words if word in callbacks.order] == callbacks.order
+    for edge in callbacks.graph.edges:
+        assert any(w.startswith(f"{edge.before} → {edge.after}: ") and edge.reason in w for w in found.words)
+    assert str(callbacks.explain()) in found.words
+    words = [word.strip() for word in read_page(callbacks.explain("step.loss")._repr_html_()).words]
+    assert [words[words.index(id) + 1] for id in ("One", "Two", "hook")] == ["writes", "writes", "reads"]
+    assert words[words.index("Recorder") + 1] not in ("reads", "writes")
+
+
 def test_explaining_without_callbacks_draws_an_empty_graph() -> None:
     callbacks = toy_learner().callbacks
     assert callbacks.order == []
     assert callbacks.to_mermaid() == "flowchart TD"
     assert "because" not in callbacks.explain()
+    assert read_page(callbacks.explain()._repr_html_()).count("svg") == 0

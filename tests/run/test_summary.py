@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fluxloop import Learner, TensorBatches, TrainingPhase
 from fluxloop.run.summary import Summary, summary
 from fluxloop.testing import assert_same_bits, bits, toy_learner
+from read_pages import read_page
 
 
 def rows() -> tuple[Tensor, Tensor]:
@@ -193,6 +194,18 @@ def test_nothing_is_moved_to_the_bit(loader: bool) -> None:
     plain.fit(1)
     looked.fit(1)
     assert_same_bits(plain, looked)
+
+
+def test_a_notebook_shows_the_modules_as_a_table_and_the_lines_below_it() -> None:
+    Linear = type("Linear<T>", (nn.Linear,), {})  # noqa: N806  # a class
+    learner = Learner({"G": nn.Sequential(Linear(1, 1)), "D": nn.LazyLinear(2)}, default_callbacks=False)
+    found = summary(learner)
+    page = read_page(found._repr_html_())
+    lines = str(found).splitlines()
+    assert [" ".join(row) for row in page.rows] == [" ".join(line.split()) for line in lines[: len(page.rows)]]
+    assert "\n".join(lines[len(page.rows) :]) in page.words
+    assert page.rows[-1] == ["D", "LazyLinear", "?", "lazy", "lazy"]
+    assert [row[:2] for row in page.rows[1:3]] == [["G", "Sequential"], ["G.0", "Linear<T>"]]
 
 
 def test_a_toy_learner_has_one_too() -> None:
