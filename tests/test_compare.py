@@ -227,3 +227,30 @@ def test_the_lines_stated_for_newer_methods_are_those_of_their_blocks() -> None:
         lines = [line for line in code.splitlines() if line.strip() and not re.match(r"(import|from) ", line)]
         assert len(lines) == int(stated), name
         assert len(lines) <= (12 if "own" not in name and "plain" not in name else 30), name
+
+
+# The same small training, side by side
+
+SIDE = (ROOT / "docs" / "side-by-side.md").read_text()
+side_by_side: Any = runpy.run_path(str(COMPARE / "side_by_side.py"))
+
+
+def test_the_small_training_of_the_page_ends_with_the_bits_of_plain_pytorch() -> None:
+    assert side_by_side["compare"]("Plain PyTorch", SIDE) == "same bits"
+    without = SIDE.replace(", GradientClip(0.3)", "")
+    assert re.match(r"weights differ by up to 0\.\d+", side_by_side["compare"]("Plain PyTorch", without))
+
+
+@pytest.mark.parametrize("section", ["Lightning", "Ignite", "fastai"])
+def test_what_stands_beside_another_framework_trains_the_bits_of_plain_pytorch(section: str) -> None:
+    plain, _ = side_by_side["sections"](SIDE)["Plain PyTorch"].split(side_by_side["SPLIT"])
+    _, ours = side_by_side["sections"](SIDE)[section].split(side_by_side["SPLIT"])
+    page = SIDE.split("\n## ")[0] + f"\n## {section}\n{plain}{side_by_side['SPLIT']}{ours}"
+    assert side_by_side["compare"](section, page) == "same bits"
+
+
+def test_code_of_other_frameworks_in_python_stands_where_the_script_runs_it() -> None:
+    shown = {head for head, text in side_by_side["sections"](SIDE).items() if "```py\n" in text}
+    assert shown | {"Plain PyTorch"} == side_by_side["FRAMEWORKS"].keys()
+    for head in shown:
+        assert "```py\n" not in side_by_side["sections"](SIDE)[head].split(side_by_side["SPLIT"])[1]
