@@ -200,9 +200,17 @@ class OptimizerOption(HyperParameter):
         except (AttributeError, TypeError):
             held = getattr(learner, "_learner", learner).optimizer  # past a view, for the message alone
             known = [str(name) for name, _ in by_name(held) if name is not None]
+        kind = type(self).__name__
+        several = [name for name in known if name.startswith(f"{self.optimizer}.")]
+        if several:
+            each = ", ".join(f"{kind}({name!r}): ..." for name in several)
+            raise OptimizerError(
+                f"{self!r}: {self.optimizer!r} has the optimizers {several}; expected the name of one, {several[0]!r}, "
+                f"or all of them by name: {{{each}}}"
+            )
         raise OptimizerError(
             f"{self!r}: there is no optimizer {self.optimizer!r}; the learner has "
-            f"{known or f'a single one without a name: {type(self).__name__}()'}{did_you_mean(self.optimizer, known)}"
+            f"{known or f'a single one without a name: {kind}()'}{did_you_mean(self.optimizer, known)}"
         )
 
 

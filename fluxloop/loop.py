@@ -199,7 +199,7 @@ class StepScope(Scope):
                 torch.set_grad_enabled(gradients)
             learner.accelerator.place(state.__dict__)
             for first in state.__dict__.values():
-                if isinstance(first, Tensor) and first.ndim and not first.shape[0]:
+                if isinstance(first, Tensor) and first.ndim and not first.size(0):
                     raise BatchError(
                         f"{phase!r} was given a batch without rows: {describe(first)}; expected one or more"
                     )

@@ -238,7 +238,7 @@ def batch_size(entries: Mapping[str, Any]) -> int:
     """
     for name, entry in entries.items():
         if type(entry) is Tensor and entry.ndim:
-            return entry.shape[0]
+            return entry.size(0)
         rows = _rows(entry)
         if rows is None:
             continue
@@ -254,7 +254,7 @@ def batch_size(entries: Mapping[str, Any]) -> int:
 def _rows(value: Any) -> int | None:
     """Return how many rows a value has; None where it has none."""
     if isinstance(value, Tensor):
-        return value.shape[0] if value.ndim else None
+        return value.size(0) if value.ndim else None
     if isinstance(value, PackedSequence):
         return int(value.batch_sizes[0])
     if isinstance(value, list):

@@ -10,7 +10,7 @@ from attrs import frozen
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from fluxloop import EMA, CustomCallback, Learner, OptimizerError, StepBegin, TrainingPhase, runstep
+from fluxloop import EMA, CustomCallback, Learner, OptimizerError, Scheduler, StepBegin, TrainingPhase, linear, runstep
 from fluxloop.hyperparameters import (
     Attribute,
     Betas,
@@ -125,6 +125,25 @@ def test_an_optimizer_of_a_part_has_a_dotted_name() -> None:
     set_hyperparameter(learner, LearningRate("G.1"), 0.5)
     assert [get_hyperparameter(learner, LearningRate(name)) for name in ("G.0", "G.1")] == [0.001, 0.5]
     assert LearningRate("G.1").writes == ("optimizer",)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda learner, hp: learner.add_callback(Scheduler({hp: linear(4, 0.1, 0.0)})),
+        lambda learner, hp: set_hyperparameter(learner, hp, 0.5),
+    ],
+)
+def test_a_model_with_several_optimizers_names_them(use: Any) -> None:
+    models = {"G": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))}
+    learner = Learner(models, optimizer={"G.0": torch.optim.Adam, "G.1": torch.optim.SGD}, default_callbacks=False)
+    words = (
+        r"LearningRate\(optimizer='G', group=None\): 'G' has the optimizers \['G.0', 'G.1'\]; expected the name of "
+        r"one, 'G.0', or all of them by name: {LearningRate\('G.0'\): ..., LearningRate\('G.1'\): ...}"
+    )
+    with pytest.raises(OptimizerError, match=words):
+        use(learner, LearningRate("G"))
+    assert [get_hyperparameter(learner, LearningRate(name)) for name in ("G.0", "G.1")] == [0.001, 0.001]
 
 
 @pytest.mark.parametrize(

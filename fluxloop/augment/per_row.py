@@ -140,7 +140,7 @@ def random_affine(
         Shape (N, C, size, size) or (C, size, size); what comes from outside is 0.
 
     Raises:
-        ValueError: They are no images.
+        ValueError: They are no images, or the size is no whole number, 1 or more.
         TypeError: The images are of whole numbers.
 
     Example:
@@ -148,18 +148,22 @@ def random_affine(
         >>> random_affine(images, degrees=15, translate=0.1, scale=(0.9, 1.2), size=6).shape
         torch.Size([8, 1, 6, 6])
     """
-    n = len(images)
+    if size is not None:
+        check_number("random_affine", "size", size, least=1, whole=True)
+    tall, wide = images.shape[2:]
+    height, width = (size, size) if size is not None else (tall, wide)
+    if len(images) == 0:  # of which torch makes no grid
+        return images.sum((2, 3), keepdim=True).expand(-1, -1, height, width).clone()
     angle, factor, dx, dy = draw(images, 4)
     angle = (2 * angle - 1) * math.radians(degrees)
     factor = scale[0] + (scale[1] - scale[0]) * factor
     cos, sin = angle.cos() / factor, angle.sin() / factor
     right, down = (2 * (2 * move - 1) * translate for move in (dx, dy))
-    tall, wide = images.shape[2:]  # the map is in shares of each side: an angle is not, where they differ
+    # the map is in shares of each side: an angle is not, where they differ
     rows = [cos, -sin * tall / wide, right, sin * wide / tall, cos, down]
-    theta = torch.stack(rows, dim=1).view(n, 2, 3)
-    height, width = (size, size) if size is not None else (tall, wide)
+    theta = torch.stack(rows, dim=1).view(-1, 2, 3)
     with torch.autocast(images.device.type, enabled=False):  # places of half precision are off by parts of a pixel
-        grid = affine_grid(theta, [n, images.shape[1], height, width], align_corners=False)
+        grid = affine_grid(theta, [len(images), images.shape[1], height, width], align_corners=False)
     return sample_images(images, grid)
 
 
@@ -382,6 +386,8 @@ def gaussian_blur(
                 f"gaussian_blur(kernel_size={kernel_size}) was given for images of {tall} x {wide}; expected an odd "
                 f"number of at most {2 * min(tall, wide) - 1}"
             )
+    if n == 0:  # torch convolves no groups
+        return images.clone()
     chosen, share = draw(images, 2)
     deviations = low + (high - low) * share
     places = torch.arange(-reach, reach + 1, dtype=share.dtype, device=share.device)

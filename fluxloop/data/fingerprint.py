@@ -119,7 +119,9 @@ def _is_column(value: Any) -> bool:
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.ndarray):
         return bool(value.ndim) and not value.dtype.hasobject and value.dtype.names is None
-    return type(value) is Tensor and bool(value.ndim) and value.layout is torch.strided and not value.is_meta
+    if type(value) is not Tensor or value.is_nested:
+        return False
+    return bool(value.ndim) and value.layout is torch.strided and not value.is_meta
 
 
 def _places(rows: int) -> list[int]:

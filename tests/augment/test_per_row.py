@@ -378,6 +378,7 @@ def test_they_work_under_vmap_as_on_a_batch_of_batches() -> None:
     [
         (lambda: random_flip(images(4, 4)), r"random_flip was given .*; expected images \(N, C, H, W\), or one"),
         (lambda: random_flip(images(1, 4, 4), horizontal=2), r"random_flip\(horizontal=2\) was given"),
+        (lambda: random_affine(images(1, 4, 4), size=0), r"random_affine\(size=0\) was given"),
         (lambda: random_resized_crop(images(1, 4, 4), scale=(0.5, 0.2)), "expected the smaller number first"),
         (lambda: random_resized_crop(images(1, 4, 4), scale=0.5), "expected the smallest and the largest"),
         (lambda: random_resized_crop(images(1, 4, 4), 0), r"random_resized_crop\(size=0\) was given"),
@@ -391,6 +392,22 @@ def test_they_work_under_vmap_as_on_a_batch_of_batches() -> None:
 def test_what_cannot_be_is_refused_in_words(call: Callable[[], Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@every
+@pytest.mark.parametrize("size", [None, 4])
+def test_of_no_images_there_are_none_and_no_number_is_drawn(name: str, size: int | None) -> None:
+    change = CHANGES[name]
+    if size is not None and name not in ("affine", "crop"):
+        pytest.skip("it has no size")
+    rows = torch.rand(0, 3, 6, 5, requires_grad=True)
+    before = torch.get_rng_state()
+    changed = change(rows) if size is None else change(rows, size=size)
+    assert changed.shape == ((0, 3, 6, 5) if size is None else (0, 3, 4, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    changed.sum().backward()
+    assert rows.grad is not None
+    assert rows.grad.shape == rows.shape
 
 
 @every

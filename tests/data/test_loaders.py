@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import copy
 from collections import namedtuple
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
-from fluxloop import DataError, TensorBatches, as_dataloader, split, stream_seed
+from fluxloop import Checkpointer, DataError, Learner, ObjectivePhase, TensorBatches, as_dataloader, split, stream_seed
 from fluxloop.data.loaders import name_data
 from fluxloop.nested import tensors
 from toys import Numbers, Stream
@@ -467,6 +470,63 @@ def test_what_cannot_be_loaded_is_refused_with_what_could_be(data: Any, given_as
 
 
 # split
+
+
+def nested() -> Tensor:
+    return torch.nested.nested_tensor([torch.full((n, 3), float(n)) for n in (1, 2, 3, 4)], layout=torch.jagged)
+
+
+@pytest.mark.parametrize("call", [partial(TensorBatches, batch_size=2), partial(split, fraction=0.5), name_data])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            nested,
+            r"a nested tensor of 4 rows was given as data.*DataLoader\(data.unbind\(\), .*layout=torch.jagged\)\)",
+        ),
+        (lambda: torch.eye(4).to_sparse(), r"layout torch.sparse_coo was given as data.*\(data.to_dense\(\)\)"),
+        (lambda: torch.eye(4).to_sparse_csr(), r"layout torch.sparse_csr was given as data.*\(data.to_dense\(\)\)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_a_tensor_that_torch_cannot_cut_into_batches_is_refused(call: Any, make: Any, words: str) -> None:
+    for data in ({"xs": make(), "ys": torch.zeros(4)}, make()):
+        with pytest.raises(DataError, match=f"(?s){words}"):
+            call((data,) if call is name_data else data)
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_batches_of_rows_of_several_lengths_train_as_by_hand(layout: torch.layout, tmp_path: Path) -> None:
+    rows = [torch.randn(1 + n % 3, 3, generator=torch.Generator().manual_seed(n)) for n in range(8)]
+    loader = DataLoader(rows, batch_size=2, collate_fn=partial(torch.nested.as_nested_tensor, layout=layout))  # type: ignore[arg-type]  # a list has rows by number
+
+    class Lengths(ObjectivePhase):
+        def loss(self, learner: Any, state: Any) -> Tensor:
+            found: Tensor = learner.model(state.xs).to_padded_tensor(0.0).square().sum()
+            return found
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    by_hand = copy.deepcopy(model)
+    sgd = torch.optim.SGD(by_hand.parameters(), lr=0.01)
+    for _ in range(2):
+        for first in range(0, 8, 2):
+            loss = by_hand(torch.cat(rows[first : first + 2])).square().sum()
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
+    for epochs in (1, 2):  # killed after an epoch, and run again
+        learner = Learner(
+            copy.deepcopy(model),
+            data=(loader,),
+            optimizer=partial(torch.optim.SGD, lr=0.01),
+            callbacks=[Checkpointer(tmp_path)],
+            default_callbacks=False,
+        )
+        learner.fit(epochs, phases=[Lengths()], resume=tmp_path)
+    for found, expected in zip(learner.model.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @quick
