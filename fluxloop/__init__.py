@@ -29,7 +29,7 @@ __getattr__, __dir__, __all__ = lazily(
             "BackwardBegin BackwardEnd CycleBegin CycleEnd EpochBegin EpochEnd Event FitBegin FitEnd LossBegin "
             "StepBegin StepEnd UpdateBegin UpdateEnd"
         ),
-        "history": "Counts History",
+        "history": "Comparison Counts History",
         "hyperparameters": (
             "Attribute Betas HyperParameter LearningRate Momentum OptimizerOption WeightDecay get_hyperparameter "
             "set_hyperparameter"
@@ -42,6 +42,7 @@ __getattr__, __dir__, __all__ = lazily(
         "run.lr_finder": "LRSweep find_lr",
         "metrics": "Loss Metric SmoothLoss accuracy binary_accuracy mae mse rmse top_k",
         "compute.modes": "watching",
+        "order.diagram": "Diagram",
         "phase": "AbstractTrainingPhase AbstractValidationPhase FittingPhase Phase ProbePhase",
         "phases": all_but(phases),
         "processes.batch_norm": "SynchronisedBatchNorm synchronise_batch_norm",

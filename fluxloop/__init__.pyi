@@ -111,6 +111,7 @@ from fluxloop.events import StepBegin as StepBegin
 from fluxloop.events import StepEnd as StepEnd
 from fluxloop.events import UpdateBegin as UpdateBegin
 from fluxloop.events import UpdateEnd as UpdateEnd
+from fluxloop.history import Comparison as Comparison
 from fluxloop.history import Counts as Counts
 from fluxloop.history import History as History
 from fluxloop.hyperparameters import Attribute as Attribute
@@ -153,6 +154,7 @@ from fluxloop.metrics import mae as mae
 from fluxloop.metrics import mse as mse
 from fluxloop.metrics import rmse as rmse
 from fluxloop.metrics import top_k as top_k
+from fluxloop.order.diagram import Diagram as Diagram
 from fluxloop.phase import AbstractTrainingPhase as AbstractTrainingPhase
 from fluxloop.phase import AbstractValidationPhase as AbstractValidationPhase
 from fluxloop.phase import FittingPhase as FittingPhase

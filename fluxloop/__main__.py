@@ -14,7 +14,7 @@ import torch
 from fluxloop import __version__
 from fluxloop.checkpoint.overview import Run, runs_below
 from fluxloop.errors import counted
-from fluxloop.history import Points, draw_panels
+from fluxloop.history import Line, draw_panels
 
 NEEDED = ("attrs", "multipledispatch", "tqdm")
 OPTIONAL = ("matplotlib", "mlflow-skinny", "numpy", "pandas", "pillow", "tensorboard", "torchmetrics", "wandb")
@@ -85,11 +85,11 @@ def draw(runs: Sequence[Run], folder: Path, picture: Path) -> None:
     inside = next((run.path for run in runs if run.path.resolve() in picture.resolve().parents), None)
     if inside is not None:
         raise ValueError(f"{picture} lies in the folder of a run, where nothing is written; expected another place")
-    panels: dict[str, dict[str, Points]] = {}
+    panels: dict[str, dict[str, Line]] = {}
     for run in runs:
         for name, points in run.series.items():
             phase, _, metric = name.partition("/")
-            panels.setdefault(metric, {})[f"{run.path.relative_to(folder)} {phase}"] = points
+            panels.setdefault(metric, {})[f"{run.path.relative_to(folder)} {phase}"] = Line(points)
     draw_panels("--plot", panels).savefig(picture)
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from math import isfinite
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from attrs import Factory, define, field
+from attrs import Factory, define, field, frozen
 
-from fluxloop.errors import MetricError, counted
+from fluxloop.errors import MetricError, counted, describe
 from fluxloop.monitor import all_series, find_series
 from fluxloop.state import Container, PhaseDict, SharedState, name_of
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -42,13 +43,41 @@ def numbers_in(name: str, value: Any) -> dict[str, float]:
 Points = list[tuple[int, float]]
 """Numbers by the epoch that they belong to."""
 
+ACROSS = 3
+"""How many panels stand beside each other."""
 
-def draw_panels(who: str, panels: Mapping[str, Mapping[str, Points]]) -> Figure:
-    """Draw a panel for each metric, with a line for each phase or run.
+
+@frozen
+class Line:
+    """A line of a panel.
+
+    Args:
+        points: Numbers by epoch.
+        spread: How far the band around each reaches, up and down; empty where there is one run alone.
+        is_whole: Whether each is of all runs; where one is not, the line is dotted. Empty: all are.
+    """
+
+    points: Points
+    spread: Sequence[float] = ()
+    is_whole: Sequence[bool] = ()
+
+
+def panel_of(name: str) -> str:
+    """Return the panel in which a metric is drawn: losses share one, and so do parts and averages of one metric.
+
+    >>> [panel_of(name) for name in ("loss_d", "loss@ema", "accuracy/0", "accuracy@ema", "top_5")]
+    ['loss', 'loss', 'accuracy', 'accuracy', 'top_5']
+    """
+    stem = name.partition("/")[0].partition("@")[0]
+    return "loss" if stem.startswith("loss_") else stem
+
+
+def draw_panels(who: str, panels: Mapping[str, Mapping[str, Line]]) -> Figure:
+    """Draw a panel for each group of metrics, with a line for each metric of each phase or run.
 
     Args:
         who: Who draws, for messages.
-        panels: Lines by the metric's name, then by what the legend calls them.
+        panels: Lines by the panel's title, then by what the legend calls them.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -61,14 +90,19 @@ def draw_panels(who: str, panels: Mapping[str, Mapping[str, Points]]) -> Figure:
         raise ImportError(f"{who} needs matplotlib: pip install 'torch-fluxloop[plot]'") from error
     if not panels:
         raise MetricError("no metric was recorded; fit with the Metrics callback (a default one) first")
-    figure = Figure(figsize=(5 * len(panels), 3.5), layout="constrained")
-    for axes, (name, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for label, points in lines.items():
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+    across = min(ACROSS, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(5 * across, 3.5 * down), layout="constrained")
+    places = figure.subplots(down, across, squeeze=False).flat
+    for (name, lines), axes in zip(panels.items(), places, strict=False):
+        for label, line in lines.items():
+            _draw_line(axes, label, line)
         axes.set(title=name, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(fontsize="small" if len(lines) > 4 else None)
+    for axes in places:  # those that are left over
+        axes.remove()
     return figure
 
 
@@ -112,6 +146,20 @@ def trained_epochs(counts: Mapping[Any, Counts]) -> int:
         counts: ``cbstate.history``.
     """
     return max((max(counts[phase].epoch, counts[phase].epochs) for phase in counts if phase.gradients), default=0)
+
+
+def _draw_line(axes: Axes, label: str, line: Line) -> None:
+    epochs, values = zip(*line.points, strict=True)
+    whole = values
+    if not all(line.is_whole):
+        whole = tuple(value if is_whole else math.nan for value, is_whole in zip(values, line.is_whole, strict=True))
+    (drawn,) = axes.plot(epochs, whole, marker="o", markersize=3, label=label)
+    if whole is not values:
+        axes.plot(epochs, values, ":", color=drawn.get_color())
+    if line.spread:
+        low = [value - spread for value, spread in zip(values, line.spread, strict=True)]
+        high = [value + spread for value, spread in zip(values, line.spread, strict=True)]
+        axes.fill_between(epochs, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
 
 
 class History(Container):
@@ -192,6 +240,9 @@ class History(Container):
     def plot(self) -> Figure:
         """Draw one panel per metric, one line per phase.
 
+        Losses share a panel, ``loss_d`` and ``loss_g`` of a GAN, and so do the parts of a metric, such as the accuracy
+        of each class, and a metric of weights and of their average.
+
         Returns:
             A matplotlib figure; ``figure.savefig("history.png")`` keeps it.
 
@@ -199,23 +250,47 @@ class History(Container):
             ImportError: matplotlib is not installed.
             MetricError: Nothing has been recorded.
         """
-        panels: dict[str, dict[str, Points]] = {}
-        for row in self.rows():
-            for name, number in numbers_in(row["metric"], row["value"]).items():
-                panels.setdefault(name, {}).setdefault(row["phase"], []).append((row["epoch"], number))
+        found = _points(self)
+        names: dict[str, set[str]] = {}
+        for _, name in found:
+            names.setdefault(panel_of(name), set()).add(name)
+        panels: dict[str, dict[str, Line]] = {}
+        for (phase, name), points in found.items():
+            title = panel_of(name)
+            label = phase if names[title] == {name} else f"{phase} {name}"
+            panels.setdefault(name if label == phase else title, {})[label] = Line(points)
         return draw_panels("history.plot()", panels)
+
+    @staticmethod
+    def compare(runs: Mapping[str, History | Iterable[History]]) -> Comparison:
+        """Compare runs, or groups of runs that differ in their seed alone.
+
+        Args:
+            runs: Histories by what they are to be called: one, or a list of those of several seeds.
+
+        Returns:
+            Means and standard deviations: ``print`` shows those of the last epoch that most runs of a group have,
+            ``rows()`` gives those of each epoch, ``plot()`` draws them.
+
+        Raises:
+            MetricError: There is no run, a group has none, or a history was given twice.
+            TypeError: Something else than a history was given.
+
+        >>> def trained(seed):
+        ...     return testing.toy_learner(Recorder(), Metrics(), seed=seed).fit(2)
+        >>> comparison = History.compare({"toy": [trained(seed) for seed in range(3)]})
+        >>> comparison.rows()[-1]
+        {'run': 'toy', 'phase': 'ValidationPhase', 'metric': 'loss', 'epoch': 2, 'mean': 69.8..., 'std': 0.39..., ...}
+        """
+        return Comparison(_groups(runs))
 
     def _repr_html_(self) -> str:
         """Return a page for notebooks: a row for each metric of a phase, with its course."""
         from fluxloop.screen.pages import curve, page, table
 
-        found: dict[tuple[str, str], Points] = {}
-        for row in self.rows():
-            for name, number in numbers_in(row["metric"], row["value"]).items():
-                found.setdefault((row["phase"], name), []).append((row["epoch"], number))
         rows = []
-        for (phase, name), points in found.items():
-            finite = [point for point in points if isfinite(point[1])]
+        for (phase, name), points in _points(self).items():
+            finite = [point for point in points if math.isfinite(point[1])]
             ends = [by(finite, key=lambda point: point[1]) for by in (min, max)] if finite else []
             told = [f"{shown_as(number, 4)} in {epoch}" for epoch, number in ends] or ["-", "-"]
             rows.append([phase, name, curve(points), shown_as(points[-1][1], 4), *told])
@@ -238,3 +313,139 @@ class History(Container):
 
     def _end(self) -> list[str]:
         return [*([f"stopped: {self.stop_reason}"] if self.stop_reason else []), f"seed {self.seed}"]
+
+
+@frozen(repr=False)
+class Comparison:
+    """Means and standard deviations over the runs of each group: `History.compare`.
+
+    Args:
+        groups: Histories by the name of their group.
+
+    >>> print(History.compare({"toy": [testing.toy_learner(Recorder(), Metrics(), seed=0).fit(2)]}))
+    TrainingPhase/loss    toy  ...  1 run, epoch 2
+    ValidationPhase/loss  toy  ...  1 run, epoch 2
+    """
+
+    groups: Mapping[str, Sequence[History]]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each group, phase, metric and epoch.
+
+        ``std`` is the standard deviation of a sample (of n - 1), NaN for a single value; ``runs`` is how many of the
+        group have a value at that epoch. ``pandas.DataFrame(comparison.rows())`` makes a table.
+        """
+        rows = []
+        for group, histories in self.groups.items():
+            gathered: dict[tuple[str, str], dict[int, list[float]]] = {}
+            for history in histories:
+                for key, points in _points(history).items():
+                    for epoch, value in points:
+                        gathered.setdefault(key, {}).setdefault(epoch, []).append(value)
+            for (phase, name), epochs in gathered.items():
+                for epoch, values in sorted(epochs.items()):
+                    mean, std = mean_and_std(values)
+                    row = {"run": group, "phase": phase, "metric": name, "epoch": epoch}
+                    rows.append({**row, "mean": mean, "std": std, "runs": len(values)})
+        return rows
+
+    def plot(self) -> Figure:
+        """Draw one panel per phase and metric, one line per group, with a band of one standard deviation.
+
+        A line is dotted where fewer runs of the group have a value, as after one has stopped early.
+
+        Returns:
+            A matplotlib figure; ``figure.savefig("runs.png")`` keeps it.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            MetricError: Nothing has been recorded.
+        """
+        found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for row in self.rows():
+            found.setdefault(f"{row['phase']} {row['metric']}", {}).setdefault(row["run"], []).append(row)
+        panels: dict[str, dict[str, Line]] = {}
+        for title, lines in found.items():
+            for name, rows in lines.items():
+                most = max(row["runs"] for row in rows)
+                points = [(row["epoch"], row["mean"]) for row in rows]
+                spread = [row["std"] for row in rows] if most > 1 else ()
+                panels.setdefault(title, {})[name] = Line(points, spread, [row["runs"] == most for row in rows])
+        return draw_panels("History.compare(...).plot()", panels)
+
+    def __str__(self) -> str:
+        latest: dict[tuple[str, str, str], dict[str, Any]] = {}
+        for row in self.rows():
+            key = row["phase"], row["metric"], row["run"]
+            if key not in latest or row["runs"] >= latest[key]["runs"]:
+                latest[key] = row
+        cells = [
+            (
+                f"{phase}/{name}",
+                run,
+                f"{row['mean']:.4g}" + (f" ± {row['std']:.2g}" if row["runs"] > 1 else ""),
+                f"{counted(row['runs'], 'run')}, epoch {row['epoch']}",
+            )
+            for (phase, name, run), row in sorted(latest.items(), key=lambda item: item[0][:2])
+        ]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+    def __repr__(self) -> str:
+        return str(self) or "nothing was recorded"
+
+
+def _points(history: History) -> dict[tuple[str, str], Points]:
+    """Return the numbers that a history has recorded, by phase and metric; a part of a vector is a metric."""
+    found: dict[tuple[str, str], Points] = {}
+    for row in history.rows():
+        for name, number in numbers_in(row["metric"], row["value"]).items():
+            found.setdefault((row["phase"], name), []).append((row["epoch"], number))
+    return found
+
+
+def _groups(runs: Mapping[str, History | Iterable[History]]) -> dict[str, list[History]]:
+    """Return the histories of each group.
+
+    Raises:
+        MetricError: There is no group, or one without a history.
+        TypeError: Something else than a history.
+    """
+    expected = 'expected histories by name, such as History.compare({"adam": [first, second], "sgd": third})'
+    if not isinstance(runs, Mapping):
+        raise TypeError(f"History.compare was given {describe(runs)}; {expected}")
+    groups: dict[str, list[History]] = {}
+    known: dict[int, str] = {}
+    for key, given in runs.items():
+        name = str(key)
+        if name in groups:
+            raise MetricError(f"History.compare was given two groups that are called {name!r}; {expected}")
+        groups[name] = [given] if isinstance(given, History) or not isinstance(given, Iterable) else list(given)
+        if not groups[name]:
+            raise MetricError(f"History.compare was given no run under {name!r}; {expected}")
+        for each in groups[name]:
+            if not isinstance(each, History):
+                raise TypeError(f"History.compare was given {describe(each)} under {name!r}; {expected}")
+            if id(each) in known:
+                raise MetricError(
+                    f"History.compare was given one history twice, under {known[id(each)]!r} and {name!r}: a learner "
+                    "has one, to which each fit adds; expected a learner for each run, such as "
+                    "[make_learner(seed).fit(10) for seed in range(3)]"
+                )
+            known[id(each)] = name
+    if not groups:
+        raise MetricError(f"History.compare was given no run; {expected}")
+    return groups
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of numbers and the standard deviation of a sample, which one number has not: NaN.
+
+    >>> mean_and_std([1.0, 2.0, 3.0])
+    (2.0, 1.0)
+    """
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return mean, math.nan
+    # Not squared by **, which raises for numbers that are too large
+    return mean, math.sqrt(sum((value - mean) * (value - mean) for value in values) / (len(values) - 1))

@@ -20,7 +20,7 @@ from fluxloop.data.loaders import name_data
 from fluxloop.errors import CancelFittingException, CompileError, PhaseError, describe
 from fluxloop.events import Event
 from fluxloop.guard.assign import put
-from fluxloop.guard.given import check_called, check_number
+from fluxloop.guard.given import check_called
 from fluxloop.loop import place_in_words
 from fluxloop.nested import batch_size
 from fluxloop.order.managing import HasCallbacks, listed
@@ -33,6 +33,7 @@ from fluxloop.run.accelerator import Accelerator, accelerator_or_default
 from fluxloop.run.epoch import run_epoch
 from fluxloop.run.fit import fit
 from fluxloop.run.keeping import KeepsState
+from fluxloop.run.looking import Looks
 from fluxloop.run.parts import accept, check_loss_fn, meet_parameters, watch_loss, watch_module
 from fluxloop.run.session import Running, Session
 from fluxloop.run.shown import IsShown
@@ -47,14 +48,13 @@ if TYPE_CHECKING:
     from fluxloop.compile.plans import CompiledSteps
     from fluxloop.compute.updates import Updates
     from fluxloop.history import History
-    from fluxloop.run.summary import Summary
 
     M = typing_extensions.TypeVar("M", default=Any)
 else:
     M = TypeVar("M")
 
 
-class Learner(KeepsState, HasCallbacks, IsShown, Generic[M]):
+class Learner(KeepsState, Looks, HasCallbacks, IsShown, Generic[M]):
     """Holds everything a training is made of: model, optimizer, loss, data, step and callbacks.
 
     Args:
@@ -436,32 +436,6 @@ class Learner(KeepsState, HasCallbacks, IsShown, Generic[M]):
         """Number of rows of the running or last step."""
         return batch_size(vars(self.step))
 
-    def check(self, batch: Any = None, *, phases: Iterable[Phase] | None = None) -> list[str]:
-        """Run one step of each phase beside the training, and list what is wrong.
-
-        Finds what a phase raises on its first batch, and a block's loss that also reaches another
-        optimizer's parameters through a forgotten ``detach``, and where. Each phase is run by
-        itself, without the callbacks, so one that needs an entry of a callback's is listed too.
-        Everything is put back: weights, buffers, optimizers, data order and random numbers; the
-        phases are copied, and the copies run.
-
-        Args:
-            batch: Left out, the first of each phase's data.
-            phases: Left out, those that have run (before any has: `TrainingPhase`, and
-                `ValidationPhase` where there is validation data).
-
-        Returns:
-            One sentence per problem of every phase; an empty list where all is well.
-
-        Raises:
-            PhaseError: Something in `phases` is no phase, or a module is lazy.
-        """
-        from fluxloop.run.check import check
-
-        if phases is not None and not isinstance(phases, Iterable):
-            raise PhaseError(f"phases={describe(phases)} was given; expected a list of instances: [TrainingPhase()]")
-        return check(self, batch, phases)
-
     # What there is
 
     def modules(self) -> list[nn.Module]:
@@ -472,21 +446,6 @@ class Learner(KeepsState, HasCallbacks, IsShown, Generic[M]):
     def optimizer_names(self) -> tuple[str | None, ...]:
         """Names of the optimizers, in order; ``(None,)`` for a single unnamed one."""
         return tuple(slot.name for slot in self.updates.slots)
-
-    def summary(self, batch: Any = None, depth: int | None = None) -> Summary:
-        """List the modules with output shapes and parameters, and the optimizers; prints as a table.
-
-        A single model is run on one batch beside the training: in eval mode, without gradients; nothing is moved.
-
-        Args:
-            batch: Left out, the first of the training data.
-            depth: How deep to go into modules; left out, to the end.
-        """
-        from fluxloop.run.summary import summary
-
-        if depth is not None:
-            check_number("learner.summary", "depth", depth, least=0, whole=True)
-        return summary(self, batch, depth)
 
     def phases_in_use(self) -> list[type[Phase]]:
         """List the phase types that have run or, before any has, those of a plain fit."""

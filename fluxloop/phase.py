@@ -68,6 +68,11 @@ class Step:
             return learner.step
 
 
+def has_step(phase: type[Phase]) -> bool:
+    """Return whether a phase class says what a step does; one may have an epoch alone."""
+    return phase.body is not Phase.body or getattr(phase.step, "function", phase.step) is not Phase.step
+
+
 class Phase:
     """Base of all phases.
 

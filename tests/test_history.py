@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -15,6 +16,7 @@ from fluxloop import (
     Counts,
     CustomCallback,
     EpochEnd,
+    History,
     Metric,
     MetricError,
     Metrics,
@@ -25,6 +27,8 @@ from fluxloop import (
     ValidationPhase,
     mae,
 )
+from fluxloop.history import mean_and_std
+from fluxloop.state import SharedState
 from fluxloop.testing import toy_learner
 from read_pages import read_page
 
@@ -170,7 +174,13 @@ def test_values_of_an_averaged_copy_stand_beside_the_others() -> None:
     learner = toy_learner(Recorder(), Metrics(), EMA("model", 0.5))
     history = learner.fit(2, phases=[TrainingPhase(), ValidationPhase(), AveragedValidationPhase()])
     assert {row["metric"] for row in history.rows()} == {"loss", "loss@ema"}
-    assert [axes.get_title() for axes in history.plot().axes] == ["loss", "loss@ema"]
+    (panel,) = history.plot().axes
+    assert panel.get_title() == "loss"
+    assert [line.get_label() for line in panel.get_lines()] == [
+        "TrainingPhase loss",
+        "ValidationPhase loss",
+        "AveragedValidationPhase loss@ema",
+    ]
     assert "validation/loss@ema: " in repr(history)
 
 
@@ -381,3 +391,145 @@ def test_a_notebook_shows_a_history_without_a_fit_or_without_metrics() -> None:
         [],
         ["TrainingPhase: 1 epoch, 16 steps; ValidationPhase: 1 epoch, 16 steps; seed 0"],
     )
+
+
+def titles_and_labels(figure: Figure) -> dict[str, list[str]]:
+    return {axes.get_title(): [str(line.get_label()) for line in axes.get_lines()] for axes in figure.axes}
+
+
+def test_losses_share_a_panel_and_so_do_the_parts_of_a_metric() -> None:
+    class Extremes:
+        def update(self, preds: torch.Tensor, ys: torch.Tensor) -> None: ...
+
+        def compute(self) -> torch.Tensor:
+            return torch.tensor([0.0, 1.0])
+
+        def reset(self) -> None: ...
+
+    shapes = Metric(Extremes(), name="range", phase=TrainingPhase)
+    other = Metric(lambda preds, ys: preds.mean(), name="loss_d", phase=TrainingPhase)
+    assert titles_and_labels(recorded(1, shapes, other, mae).plot()) == {
+        "loss": ["TrainingPhase loss", "TrainingPhase loss_d", "ValidationPhase loss"],
+        "range": ["TrainingPhase range/0", "TrainingPhase range/1"],
+        "mae": ["TrainingPhase", "ValidationPhase"],
+    }
+
+
+def test_panels_stand_three_beside_each_other_and_none_is_empty() -> None:
+    metrics = [Metric(mae, name=f"m{index}") for index in range(4)]
+    figure = recorded(1, *metrics).plot()
+    assert len(figure.axes) == 5
+    assert figure.get_size_inches().tolist() == [15, 7]
+
+
+# Runs beside each other
+
+
+def seeded(count: int) -> list[History]:
+    return [toy_learner(Recorder(), Metrics(), seed=seed).fit(2) for seed in range(count)]
+
+
+def test_compare_gives_the_mean_and_the_sample_standard_deviation_of_each_epoch() -> None:
+    several, alone = seeded(3), seeded(1)[0]
+    rows = History.compare({"three": several, "one": alone}).rows()
+    values = torch.tensor([history["validation/loss"][1] for history in several], dtype=torch.float64)
+    by_key = {(row["run"], row["phase"], row["metric"], row["epoch"]): row for row in rows}
+    found = by_key["three", "ValidationPhase", "loss", 2]
+    assert found["mean"] == pytest.approx(values.mean().item())
+    assert found["std"] == pytest.approx(values.std().item())
+    assert found["runs"] == 3
+    assert by_key["one", "ValidationPhase", "loss", 2]["mean"] == alone["validation/loss"][1]
+    assert math.isnan(by_key["one", "ValidationPhase", "loss", 2]["std"])
+
+
+def test_compare_draws_a_line_for_each_group_and_a_band_where_there_are_several_runs() -> None:
+    figure = History.compare({"three": seeded(3), "one": seeded(1)}).plot()
+    assert titles_and_labels(figure) == {
+        "TrainingPhase loss": ["three", "one"],
+        "ValidationPhase loss": ["three", "one"],
+    }
+    assert [len(axes.collections) for axes in figure.axes] == [1, 1]
+    figure = History.compare({"one": seeded(1)}).plot()
+    assert [len(axes.collections) for axes in figure.axes] == [0, 0]
+
+
+def test_compare_prints_the_last_epoch_that_most_runs_have() -> None:
+    longer = toy_learner(Recorder(), Metrics(), seed=0).fit(3)
+    text = str(History.compare({"toy": [*seeded(2), longer], "one": longer_alone()})).splitlines()
+    assert [line.split("  ")[0] for line in text] == ["TrainingPhase/loss"] * 2 + ["ValidationPhase/loss"] * 2
+    assert " ± " in text[0]
+    assert text[0].endswith("3 runs, epoch 2")
+    assert " ± " not in text[1]
+    assert text[1].endswith("1 run, epoch 3")
+
+
+def longer_alone() -> History:
+    return toy_learner(Recorder(), Metrics(), seed=7).fit(3)
+
+
+def test_where_fewer_runs_of_a_group_have_a_value_its_line_is_dotted() -> None:
+    axes = History.compare({"toy": [*seeded(2), longer_alone()]}).plot().axes[0]
+    whole, dotted = axes.get_lines()
+    values = [float(value) for value in whole.get_ydata()]  # type: ignore[arg-type, union-attr]
+    assert [math.isnan(value) for value in values] == [False, False, True]
+    assert dotted.get_linestyle() == ":"
+    assert len(dotted.get_ydata()) == 3  # type: ignore[arg-type]
+    assert axes.get_legend_handles_labels()[1] == ["toy"]
+
+
+def test_what_only_some_runs_have_recorded_is_compared_among_those() -> None:
+    with_mae = toy_learner(Recorder(), Metrics(mae), seed=0).fit(1)
+    training_alone = toy_learner(Recorder(), Metrics(), seed=1).fit(1, phases=[TrainingPhase()])
+    rows = History.compare({"toy": [with_mae, training_alone], "never": toy_learner().history}).rows()
+    assert {(row["phase"], row["metric"]): row["runs"] for row in rows} == {
+        ("TrainingPhase", "loss"): 2,
+        ("TrainingPhase", "mae"): 1,
+        ("ValidationPhase", "loss"): 1,
+        ("ValidationPhase", "mae"): 1,
+    }
+    assert {row["run"] for row in rows} == {"toy"}
+
+
+def test_runs_of_which_nothing_was_recorded_are_compared_to_nothing() -> None:
+    comparison = History.compare({"never": toy_learner().history})
+    assert comparison.rows() == []
+    assert repr(comparison) == "nothing was recorded"
+    with pytest.raises(MetricError, match="no metric was recorded"):
+        comparison.plot()
+
+
+def test_numbers_that_are_not_finite_or_huge_stand_in_a_comparison() -> None:
+    assert all(math.isnan(number) for number in mean_and_std([1.0, math.nan]))
+    assert mean_and_std([1e200, -1e200]) == (0.0, math.inf)
+
+
+def test_pictures_say_what_to_install_where_matplotlib_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    history = seeded(1)[0]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for draw, name in ((history.plot, "history"), (History.compare({"one": history}).plot, r"History.compare\(...\)")):
+        with pytest.raises(
+            ImportError, match=rf"{name}.plot\(\) needs matplotlib: pip install 'torch-fluxloop\[plot\]'"
+        ):
+            draw()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ([1], TypeError, r"History.compare was given .*; expected histories by name, such as History.compare\(\{"),
+        ({"a": [1]}, TypeError, r"History.compare was given .* under 'a'; expected histories by name"),
+        ({"a": 1}, TypeError, r"History.compare was given .* under 'a'; expected histories by name"),
+        ({"a": []}, MetricError, r"History.compare was given no run under 'a'; expected"),
+        ({}, MetricError, r"History.compare was given no run; expected"),
+        ({1: [History(SharedState(), 0)], "1": 2}, MetricError, r"two groups that are called '1'; expected"),
+    ],
+)
+def test_compare_says_what_it_expects(given: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        History.compare(given)
+
+
+def test_one_history_is_not_compared_with_itself() -> None:
+    learner = toy_learner(Recorder(), Metrics())
+    with pytest.raises(MetricError, match=r"one history twice, under 'a' and 'b'.* expected a learner for each run"):
+        History.compare({"a": learner.fit(1), "b": learner.fit(1)})

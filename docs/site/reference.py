@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 GROUPS = {
-    "learner": ("Learner", "What trains, and what it has recorded.", "learner run.accelerator compute.shard history"),
+    "learner": (
+        "Learner",
+        "What trains, and what it has recorded.",
+        "learner run.accelerator compute.shard history order.diagram",
+    ),
     "phases": (
         "Phases",
         "What a step does, and the heads that papers put on encoders. The abstract phases come first.",

@@ -134,9 +134,9 @@ def draw_mermaid(graph: CallbackGraph) -> str:
     lines = ["flowchart TD"]
     # Numbers stand for the ids, which may be words of the language: a node that is called "end" breaks a flowchart
     number = {node.id: f"n{index}" for index, node in enumerate(graph.nodes)}
-    lines += [f'    {number[node.id]}["{_quotable(node.id)}"]' for node in graph.nodes]
+    lines += [f'    {number[node.id]}["{in_mermaid(node.id)}"]' for node in graph.nodes]
     for before, after, reasons in _arrows(graph):
-        text = _quotable(reasons).replace("\n", "<br/>")
+        text = "<br/>".join(map(in_mermaid, reasons.splitlines()))
         lines.append(f'    {number[before]} -->|"{text}"| {number[after]}')
     return "\n".join(lines)
 
@@ -151,10 +151,10 @@ def draw_arcs(graph: CallbackGraph) -> Markup:
 def draw_dot(graph: CallbackGraph) -> str:
     """Draw a graph in Graphviz' language."""
     lines = ["digraph callbacks {"]
-    lines += [f'    "{_quotable(node.id)}";' for node in graph.nodes]
+    lines += [f'    "{_in_dot(node.id)}";' for node in graph.nodes]
     for before, after, reasons in _arrows(graph):
-        text = _quotable(reasons).replace("\n", "\\n")
-        lines.append(f'    "{_quotable(before)}" -> "{_quotable(after)}" [label="{text}"];')
+        text = "\\n".join(map(_in_dot, reasons.splitlines()))
+        lines.append(f'    "{_in_dot(before)}" -> "{_in_dot(after)}" [label="{text}"];')
     return "\n".join([*lines, "}"])
 
 
@@ -164,6 +164,18 @@ def _arrows(graph: CallbackGraph) -> list[tuple[str, str, str]]:
     return [(b, a, "\n".join(e.reason for e in graph.edges if (e.before, e.after) == (b, a))) for b, a in pairs]
 
 
-def _quotable(text: str) -> str:
-    """Return a text as a diagram may quote it."""
-    return text.replace('"', "'")
+def in_mermaid(text: str) -> str:
+    """Return a text as Mermaid's language shows it: for a sign that means something there, the sign's number.
+
+    >>> in_mermaid('a "good" <name>')
+    'a #34;good#34; #60;name#62;'
+    """
+    return "".join(f"#{ord(sign)};" if sign in _SIGNS else sign for sign in " ".join(text.splitlines()))
+
+
+_SIGNS = frozenset('"#&;<>`%$\\')
+
+
+def _in_dot(text: str) -> str:
+    """Return a text as Graphviz' language quotes it."""
+    return " ".join(text.splitlines()).replace("\\", "\\\\").replace('"', '\\"')

@@ -33,6 +33,7 @@ from fluxloop.randomness import Stream
 
 if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner
+    from fluxloop.order.diagram import Diagram
     from fluxloop.order.explain import Explanation
 
 Bound = tuple[Handler, Any, str]
@@ -339,6 +340,23 @@ class Callbacks:
     def _handlers(self, phase: type[Phase], event: type[Event]) -> list[str]:
         """Return the ids of those who handle an event of a phase, in order."""
         return [id for _, _, id in self.table(phase)[event]]
+
+    def plot(self) -> Diagram:
+        """Draw the callbacks in their order, with an arrow for each pair that is ordered, and why.
+
+        Returns:
+            A diagram: ``print`` shows it as text, a notebook as a picture; ``save("graph.svg")`` keeps it, and
+            ``mermaid`` is the same in Mermaid's language.
+
+        >>> print(testing.toy_learner(Recorder(), Metrics()).callbacks.plot())
+        1. Recorder
+        2. Metrics
+             after Recorder: Metrics declares run_after = Recorder
+             after Recorder: Recorder writes 'cbstate.history', Metrics reads 'cbstate.history'
+        """
+        from fluxloop.order.diagram import draw_graph  # a plain fit needs none of it
+
+        return draw_graph(self._graph)
 
     def to_mermaid(self) -> str:
         """Draw the graph in Mermaid's language (GitHub, notebooks and most documentation show it)."""

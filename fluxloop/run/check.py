@@ -24,7 +24,7 @@ from fluxloop.data.share import unspoken
 from fluxloop.errors import PACKAGE, DataError, MissingEntryError, PhaseError
 from fluxloop.loop import set_modes
 from fluxloop.persist.attributes import OF_EVERY_MODULE
-from fluxloop.phase import Phase
+from fluxloop.phase import Phase, has_step
 from fluxloop.randomness import preserved
 from fluxloop.run.epoch import feed
 from fluxloop.run.phases import check_phase, default_phases
@@ -37,8 +37,13 @@ if TYPE_CHECKING:
 Severity = Literal["error", "warning", "skipped"]
 
 
-def first_batch(learner: RunLearner, phase: Phase) -> Any:
+def first_batch(learner: RunLearner, phase: Phase, call: str = "learner.check(batch)") -> Any:
     """Return the first batch of a phase's data.
+
+    Args:
+        learner: Whose data.
+        phase: It says which.
+        call: What to type instead, for messages.
 
     Raises:
         DataError: There is none, or the data can be iterated once only: its first batch would be lost.
@@ -47,12 +52,12 @@ def first_batch(learner: RunLearner, phase: Phase) -> Any:
     data.check()
     if hasattr(data.source, "__next__"):
         raise NotLookedAtError(
-            f"the {phase.data_key!r} data can be iterated once only; give a batch to look at: learner.check(batch)"
+            f"the {phase.data_key!r} data can be iterated once only; give a batch to look at: {call}"
         )
     with untouched(data.source):
         for batch in data:
             return batch
-    raise PhaseError(f"{phase!r} runs on no data of the learner's; give a batch to look at: learner.check(batch)")
+    raise PhaseError(f"{phase!r} runs on no data of the learner's; give a batch to look at: {call}")
 
 
 class NotLookedAtError(PhaseError, DataError):
@@ -95,9 +100,14 @@ def check(learner: RunLearner, batch: Any, phases: Iterable[Phase] | None) -> li
     chosen = in_use if phases is None else list(phases)
     for phase in chosen:
         check_phase(phase)
-    if any(is_lazy(parameter) for module in learner.modules() for parameter in module.parameters()):
-        raise PhaseError("learner.check cannot look at lazy modules that have seen no batch; run one step first")
+    refuse_lazy(learner, "learner.check")
     return list(dict.fromkeys(problem for phase in chosen for problem in look_at(learner, phase, batch)))
+
+
+def refuse_lazy(learner: RunLearner, who: str) -> None:
+    """Raise `PhaseError` for modules that have no shape yet: a step would give them one, which cannot be taken back."""
+    if any(is_lazy(parameter) for module in learner.modules() for parameter in module.parameters()):
+        raise PhaseError(f"{who} cannot look at lazy modules that have seen no batch; run one step first")
 
 
 class Problem(str):
@@ -131,7 +141,7 @@ def look_at(learner: RunLearner, phase: Phase, batch: Any) -> list[Problem]:
     problems: list[Problem] = []
     try:
         phase.check(learner)
-        if type(phase).step is not Phase.step or type(phase).body is not Phase.body:  # else it has an epoch alone
+        if has_step(type(phase)):  # else it has an epoch alone
             with aside(learner, phase, "check") as copied:
                 learner.updates.findings = findings  # put back with everything else that `updates` has
                 copied.step(learner, first_batch(learner, phase) if batch is None else batch)

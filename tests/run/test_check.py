@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy, softplus
 from torch.utils.data import DataLoader, TensorDataset
 
 from fluxloop import (
+    AbstractTrainingPhase,
     Accelerator,
     CustomCallback,
     DataError,
@@ -548,6 +549,16 @@ def test_without_phases_those_of_a_plain_fit_are_checked() -> None:
     learner = Learner(nn.Linear(1, 1), nn.functional.mse_loss, data=((xs, ys), (torch.ones(8, 2), ys)))
     (problem,) = learner.check()
     assert problem.startswith("ValidationPhase(): RuntimeError: mat1 and mat2 shapes cannot be multiplied")
+
+
+class EpochAlone(AbstractTrainingPhase):
+    """What it does, its epoch says; there is no step to look at."""
+
+    def epoch(self, learner: Any, data: Any) -> None: ...
+
+
+def test_a_phase_that_says_what_an_epoch_does_and_not_a_step_has_no_problem() -> None:
+    assert toy_learner().check(phases=[EpochAlone()]) == []
 
 
 def test_data_that_can_be_iterated_once_is_left_alone() -> None:
