@@ -57,7 +57,8 @@ def _copied(value: Any, kind: Any, items: Any) -> Any:
     """Copy a container of a class of its own; attributes beside its items stay."""
     if isinstance(value, Mapping):
         if not isinstance(value, (dict, UserDict)):  # a plain copy may share its items with the original
-            return kind(items)
+            # a TensorDict made of its items alone has no rows
+            return kind(items, batch_size=value.batch_size) if hasattr(value, "batch_size") else kind(items)
         changed = copy.copy(value)
         for key, item in items.items():  # some refuse update()
             changed[key] = item
@@ -123,6 +124,27 @@ def move_object(value: Any, device: torch.device) -> Any:
         return value
     moved = value.to(device)
     return value if moved is None else moved  # some move in place
+
+
+def contents(value: Any) -> Any:
+    """Return what is in a value, to compare it with what is in it later: which tensors, and the values of all else.
+
+    >>> held = {"x": torch.zeros(2), "name": "a"}
+    >>> before = contents(held)
+    >>> held["x"] = held["x"] + 1
+    >>> contents(held) == before
+    False
+    """
+    if isinstance(value, Tensor):
+        return Tensor, id(value)
+    if isinstance(value, Mapping):
+        return type(value), tuple((key, contents(item)) for key, item in value.items())
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(contents(item) for item in value)
+    fields = init_fields(value)
+    if fields is not None:
+        return type(value), tuple(contents(getattr(value, name)) for name in fields)
+    return type(value), value
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from fluxloop import Learner, ObjectivePhase
 from fluxloop.testing import assert_resumes_exactly
 
 ROOT = Path(__file__).parents[1]
@@ -52,3 +56,31 @@ def test_a_library_trains_and_a_killed_run_goes_on_to_the_bit(name: str) -> None
         lambda: libraries.made(library)[0], epochs=2, phases=lambda: libraries.made(library)[1], at=[1, 2]
     )
     assert libraries.can_be_kept_in_the_middle(library) is (name != "webdataset")
+
+
+@pytest.mark.filterwarnings("ignore")  # of the library
+def test_a_module_that_writes_into_its_batch_does_so_in_a_compiled_step_too() -> None:
+    tensordict = pytest.importorskip("tensordict")
+    from tensordict.nn import TensorDictModule
+
+    class Rows(ObjectivePhase):
+        def entries(self, batch: Any) -> dict[str, Any]:
+            return {"batch": batch}
+
+        def loss(self, learner: Any, state: Any) -> Tensor:
+            loss: Tensor = learner.model(state.batch)["out"].square().mean()
+            return loss
+
+    after: list[Any] = []
+    for compiled in (False, "step"):
+        torch.manual_seed(0)
+        rows = tensordict.TensorDict({"xs": torch.randn(64, 4), "in": {"ys": torch.arange(64)}}, batch_size=[64])
+        model = TensorDictModule(nn.Linear(4, 2), ["xs"], ["out"])
+        loader = DataLoader(rows, batch_size=16, collate_fn=lambda batch: batch)
+        learner = Learner(model, data=(loader,), **libraries.quiet(compile=compiled))
+        learner.fit(2, phases=[Rows()])
+        after.append((learner.step.batch, model))
+    (eager, first), (compiled_batch, second) = after
+    assert compiled_batch.batch_size == eager.batch_size == (16,)
+    torch.testing.assert_close(compiled_batch["out"], eager["out"])
+    torch.testing.assert_close(second.state_dict(), first.state_dict())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from collections.abc import MutableMapping
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
-from fluxloop.nested import batch_size, concatenate, map_tensors, tensors
+from fluxloop.nested import batch_size, concatenate, contents, map_tensors, tensors
 
 Pair = namedtuple("Pair", ["xs", "ys"])
 
@@ -207,6 +208,56 @@ class WithNotes(dict[str, Any]):
 class Frozen(dict[str, Any]):
     def __setitem__(self, key: Any, value: Any) -> None:
         raise TypeError("frozen")
+
+
+class WithRows(MutableMapping[str, Any]):
+    """As a ``TensorDict``: made of its items alone, it has no rows."""
+
+    def __init__(self, items: Any, batch_size: Any = ()) -> None:
+        self.items_held, self.batch_size = dict(items), tuple(batch_size)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.items_held[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.items_held[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.items_held[key]
+
+    def __iter__(self) -> Any:
+        return iter(self.items_held)
+
+    def __len__(self) -> int:
+        return len(self.items_held)
+
+
+def test_a_mapping_that_says_its_rows_keeps_them() -> None:
+    given = WithRows({"xs": torch.zeros(4, 2), "in": WithRows({"ys": torch.ones(4)}, [4])}, [4])
+    found = map_tensors(lambda tensor: tensor + 1, given)
+    assert found is not given
+    assert (found.batch_size, found["in"].batch_size) == ((4,), (4,))
+    assert torch.equal(found["in"]["ys"], torch.full((4,), 2.0))
+    assert map_tensors(lambda tensor: tensor, given) is given
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda held: held["list"].append(1),
+        lambda held: held["list"].__setitem__(0, held["list"][0] + 0),
+        lambda held: held["pair"].__setattr__("xs", 3),
+        lambda held: held.pop("name"),
+        lambda held: held.__setitem__("name", 1),
+        lambda held: held.__setitem__("list", tuple(held["list"])),
+    ],
+)
+def test_contents_tell_that_something_else_is_in_a_container(change: Any) -> None:
+    held = {"list": [torch.zeros(2)], "pair": Data(torch.ones(1), 2), "name": True, "nan": float("nan")}
+    before = contents(held)
+    assert contents(held) == before
+    change(held)
+    assert contents(held) != before
 
 
 class Stored(UserDict[str, Any]):

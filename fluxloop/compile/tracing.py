@@ -38,7 +38,7 @@ from fluxloop.compute.slots import Slot
 from fluxloop.data.generators import generators_of
 from fluxloop.errors import CancelSignal, CompileError, LossError, OptimizerError, PhaseError
 from fluxloop.events import Event
-from fluxloop.nested import map_tensors, tensors
+from fluxloop.nested import contents, map_tensors, tensors
 from fluxloop.phase import Phase
 from fluxloop.state import StepState
 
@@ -271,7 +271,8 @@ class Run:
         options_before = {name: seen_of(optimizer) for name, optimizer in placed.optimizers.items()}
         for leaf, gradient in placed.waiting.items():
             leaf.grad = gradient
-        state = StepState(dict(placed.entries))
+        state, given = StepState(dict(placed.entries)), {name: contents(each) for name, each in placed.entries.items()}
+        stand_ins = list(tensors(placed.entries))
         buffers = self._copied() if inputs.phase.gradients else []
         learner = StandIn(inputs.learner, inputs.phase, state, placed.leaves, placed.optimizers, placed.numbers)
         with noting_reads(inputs.holders) as self.reads, dropping(inputs.phase, inputs.slots, placed.leaves):
@@ -291,7 +292,7 @@ class Run:
             self._copy_replaced_state(slot.optimizer, optimizer, placed)
             self._check_options(slot, stepped, differing(options_before[slot.name], seen_of(optimizer)))
         self.changed = [n for n, (t, before) in enumerate(zip(changing, versions, strict=True)) if t._version != before]
-        self._note_entries(placed.entries, state, {id(changing[number]) for number in self.changed})
+        self._note_entries(given, stand_ins, state, {id(changing[number]) for number in self.changed})
         for each in buffers:
             learner.accelerator.restore(*each)
         self.looks = learner.finite.looks
@@ -379,20 +380,20 @@ class Run:
                 after = WaitingGradients(slot, parameters, waits, begun, now.in_block, counted, changed)
                 self.waiting_after.append(after)
 
-    def _note_entries(self, entries: dict[str, Any], state: StepState, changed: set[int]) -> None:
-        """Note which entries the body stored and removed; some were changed in place.
+    def _note_entries(
+        self, given: dict[str, Any], stand_ins: list[Tensor], state: StepState, changed: set[int]
+    ) -> None:
+        """Note which entries the body stored and removed, of those before it; some were changed in place.
 
         Raises:
             CompileError: No graph can store one, or change it in place.
         """
         vars(state).pop("grads", None)  # a view of the gradients, which are gone when the graph has run
-        given = {id(tensor) for value in entries.values() for tensor in tensors(value)}
         for name, value in vars(state).items():
-            if value is not entries.get(name) or any(id(tensor) not in given for tensor in tensors(value)):
+            if name not in given or contents(value) != given[name]:  # a dict may be the one given, with others in it
                 form_of(value, f"the entry {name!r} that it stores")
                 self.stored[name] = value
-        self.removed = [name for name in entries if name not in vars(state)]
-        stand_ins = [tensor for value in entries.values() for tensor in tensors(value)]
+        self.removed = [name for name in given if name not in vars(state)]
         originals = [tensor for value in self.inputs.entries.values() for tensor in tensors(value)]
         if any(id(new) in changed and not old.is_contiguous() for new, old in zip(stand_ins, originals, strict=True)):
             raise refusal(

@@ -620,6 +620,54 @@ def test_tensors_that_a_loss_function_holds_are_looked_up_not_copied() -> None:
 # What a step leaves
 
 
+def add(held: dict[str, Any], preds: Tensor) -> None:
+    held["out"], held["number"] = preds, 3
+
+
+def replace(held: dict[str, Any], preds: Tensor) -> None:
+    held["rows"], held["more"] = held["more"][0], {"inside": [preds * 2]}
+
+
+def remove(held: dict[str, Any], preds: Tensor) -> None:
+    del held["more"]
+    held["list"].pop()
+
+
+def grow(held: dict[str, Any], preds: Tensor) -> None:
+    held["list"] += [preds, held["rows"]]
+    held["list"][0] = held["rows"] - 1
+
+
+class Changing(TrainingPhase):
+    """Changes a dict that its batch is."""
+
+    def __init__(self, change: Callable[[dict[str, Any], Tensor], None]) -> None:
+        self.change = change
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        return {"held": {"rows": batch[0], "more": [batch[1]], "list": [batch[0], batch[1] + 1]}}
+
+    def body(self, learner: Any, handle: Any, state: Any) -> None:
+        preds = learner.model(state.held["rows"])
+        with learner.optimizing() as block:
+            block.loss = functional.cross_entropy(preds, state.held["more"][0])
+        self.change(state.held, preds)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("change", [add, replace, remove, grow])
+def test_what_a_step_puts_into_a_container_of_its_batch_is_there_after_it(change: Any) -> None:
+    seen: list[Any] = []
+    look = CustomCallback(
+        lambda learner: seen.append(copy.deepcopy(learner.step).held), StepEnd, TrainingPhase, reads=("step.held",)
+    )
+    both(1, lambda: [Changing(change)], lambda: [look], data=(full(),))
+    eager, compiled = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    torch.testing.assert_close(compiled, eager)
+    assert len(eager) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_entries_stay_readable_without_graphs_and_gradients_are_not_kept() -> None:
