@@ -83,22 +83,19 @@ def draw_panels(who: str, panels: Mapping[str, Mapping[str, Line]]) -> Figure:
         ImportError: matplotlib is not installed.
         MetricError: There is none.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise ImportError(f"{who} needs matplotlib: pip install 'torch-fluxloop[plot]'") from error
+    from fluxloop.screen.figures import new_figure
+
     if not panels:
         raise MetricError("no metric was recorded; fit with the Metrics callback (a default one) first")
     across = min(ACROSS, len(panels))
     down = -(-len(panels) // across)
-    figure = Figure(figsize=(5 * across, 3.5 * down), layout="constrained")
+    figure = new_figure(who, figsize=(5 * across, 3.5 * down))
     places = figure.subplots(down, across, squeeze=False).flat
     for (name, lines), axes in zip(panels.items(), places, strict=False):
         for label, line in lines.items():
             _draw_line(axes, label, line)
         axes.set(title=name, xlabel="epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small" if len(lines) > 4 else None)
     for axes in places:  # those that are left over
@@ -244,7 +241,7 @@ class History(Container):
         of each class, and a metric of weights and of their average.
 
         Returns:
-            A matplotlib figure; ``figure.savefig("history.png")`` keeps it.
+            A matplotlib figure: a picture in a notebook; ``figure.savefig("history.png")`` keeps it.
 
         Raises:
             ImportError: matplotlib is not installed.

@@ -11,19 +11,30 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).parent))
+from notebooks import notebooks, page_of
 from reference import reference
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"\]\((?!\w+:)([^)#\s]+)(#[^)]*)?\)")
 LANGUAGES = {".py": "python", ".sh": "bash"}
-PAGES = {"index.md": ROOT / "README.md", "changelog.md": ROOT / "CHANGELOG.md"}
+PAGES = {
+    "index.md": ROOT / "README.md",
+    "changelog.md": ROOT / "CHANGELOG.md",
+    **{f"notebooks/{path.stem}.md": path for path in notebooks()},
+}
 """Pages of the site whose source is not in docs/."""
 
 
 def source_of(page: str) -> Path:
     """Return the file that a page is made of."""
     return PAGES.get(page, DOCS / page)
+
+
+def text_of(page: str) -> str:
+    """Return a page that is made of a file."""
+    source = source_of(page)
+    return page_of(source) if source.suffix == ".ipynb" else source.read_text()
 
 
 def to_site(page: str, link: str) -> str | None:
@@ -58,9 +69,9 @@ def shown(file: Path) -> str:
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are made here."""
     made = dict(reference())
-    made |= {page: source.read_text() for page, source in PAGES.items()}
+    made |= {page: text_of(page) for page in PAGES}
     for page in [*PAGES, *(file.src_uri for file in files.documentation_pages())]:
-        for link, _ in LINK.findall(source_of(page).read_text()):
+        for link, _ in LINK.findall(text_of(page)):
             target = (source_of(page).parent / link).resolve()
             place = to_site(page, link)
             if place is not None and posixpath.normpath(posixpath.join(posixpath.dirname(page), place)) == shown_at(

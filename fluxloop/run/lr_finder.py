@@ -94,16 +94,14 @@ class LRSweep:
         """Draw the losses over the learning rates, and the suggestions.
 
         Returns:
-            A matplotlib figure; ``figure.savefig("learning_rates.png")`` keeps it.
+            A matplotlib figure: a picture in a notebook; ``figure.savefig("learning_rates.png")`` keeps it.
 
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("plot() needs matplotlib: pip install 'torch-fluxloop[plot]'") from error
-        figure = Figure(figsize=(5, 3.5), layout="constrained")
+        from fluxloop.screen.figures import new_figure
+
+        figure = new_figure("plot()", figsize=(5, 3.5))
         axes = figure.subplots()
         axes.plot(self.learning_rates, self.losses, alpha=0.3, label="loss")
         axes.plot(self.learning_rates, self.smoothed, label="smoothed")
