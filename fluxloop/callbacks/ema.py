@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 from fluxloop.callback import Callback, on, resolve_conflict
 from fluxloop.compute.models import by_name, check_not_lazy, copied_weights, move_towards
 from fluxloop.compute.optimizers import owned_parameters
+from fluxloop.compute.pairs import Pairs
 from fluxloop.errors import CallbackConflictError, ModelError, describe
 from fluxloop.events import StepBegin, StepEnd, UpdateEnd
 from fluxloop.guard.assign import put
 from fluxloop.order.access import overlap, parse, weights_path
 from fluxloop.order.averages import Buffers, StepAverage
-from fluxloop.order.view import look_up
+from fluxloop.order.view import behind, look_up
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.schedules import Schedule, value_at
 
@@ -93,6 +95,8 @@ class EMA(Callback):
     """The average, as id and changes, when it was last set to the live weights: it may be written to since."""
     _owners: dict[tuple[int, ...], list[torch.optim.Optimizer]] = field(factory=dict, init=False, repr=False)
     """The optimizers of the model, by the numbers of all optimizers' groups: one may be added while training."""
+    _pairs: Pairs = field(factory=Pairs, init=False, repr=False, eq=False)
+    """The average's tensors with the live ones."""
 
     draws = False
     _fixed = ("model", "into", "buffers", "view")
@@ -179,7 +183,7 @@ class EMA(Callback):
 
     def _owning(self, learner: Any) -> list[torch.optim.Optimizer]:
         """List the optimizers of the model's parameters."""
-        every = [optimizer for _, optimizer in by_name(learner.optimizer)]
+        every = _each(behind(learner).optimizer)
         groups = tuple(len(each.param_groups) for each in every)  # one may be added while training
         if groups not in self._owners:
             own = set(learner.weights[self.model].parameters())
@@ -189,8 +193,11 @@ class EMA(Callback):
     @on(UpdateEnd, AbstractTrainingPhase)
     def note_update(self, event: UpdateEnd, phase: AbstractTrainingPhase, learner: Any) -> None:
         """Note an update of the model's weights."""
-        optimizer = learner.optimizer if event.name is None else look_up(learner.optimizer, event.name)
-        if not self._pending and any(each in self._owning(learner) for _, each in by_name(optimizer)):
+        if self._pending:
+            return
+        held = behind(learner).optimizer
+        owning, stepped = self._owning(learner), _each(held if event.name is None else look_up(held, event.name))
+        if any(each in owning for each in stepped):
             self._pending = True
             self._counted[type(phase).__qualname__] = True
             if event.after_steps:  # no step ends any more
@@ -228,8 +235,8 @@ class EMA(Callback):
         self._pending, self._before = False, None
         weight = self._weight()
         of_buffers = {"copy": 1.0, "average": weight, "keep": 0.0}[self._buffers]
-        live = learner.weights[self.model]
-        move_towards(learner.weights[self.average], live, weight, of_buffers, "EMA")
+        weights = behind(learner).weights
+        self._pairs.move(weights[self.average], weights[self.model], weight, of_buffers, "EMA")
         self.num_averaged += 1
         if self._counted.get(name) is not True:
             self._look(learner)  # a step around this one may go on
@@ -281,6 +288,11 @@ def _one_place_each(a: EMA, b: EMA) -> None:
             f"{a!r} and {b!r} both write {a.writes[0]!r}, or a part of it; give one a name of its own: "
             f"EMA({b.model!r}, ..., view='slow')"
         )
+
+
+def _each(held: Any) -> Sequence[torch.optim.Optimizer]:
+    """List optimizers, from how a learner holds them."""
+    return (held,) if isinstance(held, torch.optim.Optimizer) else [each for _, each in by_name(held)]
 
 
 def _changes(module: nn.Module) -> int:

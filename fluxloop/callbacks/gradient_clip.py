@@ -123,22 +123,23 @@ class GradientClip(RecordsMetrics):
     @on(UpdateBegin)
     def clip(self, event: UpdateBegin, phase: Any, learner: Any) -> None:
         """Clip the gradients that are about to be used."""
-        name = event.name
+        name, running = event.name, behind(learner)
         if self.optimizer is not None and name != str(self.optimizer):
             return
-        optimizer = learner.optimizer if name is None else look_up(learner.optimizer, name)
+        optimizer = running.optimizer if name is None else look_up(running.optimizer, name)
         parameters = [parameter for parameter in owned_parameters(optimizer) if parameter.grad is not None]
         if self.value is None:
             norm = clip_norm(parameters, float(self.max_norm), float(self.norm_type))
         else:
             norm = norm_of([p.grad for p in parameters if p.grad is not None], float(self.norm_type))
             clip_grad_value_(parameters, float(self.value))
+        step = running.step
         if name is None:
-            learner.step.grad_norm = norm
+            step.grad_norm = norm
         else:
-            if "grad_norms" not in learner.step:
-                learner.step.grad_norms = {}
-            learner.step.grad_norms[name] = norm
+            if "grad_norms" not in step:
+                step.grad_norms = {}
+            step.grad_norms[name] = norm
         if event.after_steps:  # no step ends any more
             self._add(name, norm)
 

@@ -284,7 +284,8 @@ class Metrics(Callback):
         """Update the metrics with a step."""
         running = behind(learner)
         metrics = running.cbstate.metrics[phase]
-        if metrics.group is not None and metrics.group.spare:  # of rows that count elsewhere
+        group = metrics.group
+        if group is not None and group.spare:  # of rows that count elsewhere
             return
         # A weight of the user's has to be checked each time
         weight = running.batch_size if type(phase).weight is Phase.weight else checked_weight(phase, learner.step)

@@ -6,7 +6,7 @@ from typing import Any
 
 from attrs import define, field
 
-from fluxloop.callback import Callback, on
+from fluxloop.callback import Callback, Handler, on
 from fluxloop.events import BackwardBegin, StepBegin, StepEnd, UpdateBegin
 from fluxloop.guard.given import yes_or_no
 from fluxloop.phase import AbstractTrainingPhase, Phase
@@ -77,6 +77,23 @@ class StopOnNaNLoss(Callback):
     def look_at_gradients(self, event: UpdateBegin, phase: Phase, learner: Any) -> None:
         """Look at the gradients before they are used."""
         learner.finite.require_gradients(event.name, self.wait)
+
+    def _look_at_norm(self, event: Any, phase: Phase, learner: Any) -> None:
+        """Look at gradients that `GradientClip` has just clipped."""
+        learner.finite.require_clipped(event.name, self.wait)
+
+    def _choose_after(self, call: Handler, before: Callback | None) -> Handler:
+        """Return what handles an event right after another callback; nobody comes in between.
+
+        Args:
+            call: The handler.
+            before: That callback.
+        """
+        from fluxloop.callbacks.gradient_clip import GradientClip  # many learners have none
+
+        clipped = type(before) is GradientClip and before.optimizer is None
+        is_own = getattr(call, "__func__", None) is StopOnNaNLoss.look_at_gradients  # a subclass may have another
+        return self._look_at_norm if clipped and is_own else call
 
     @on(StepEnd, AbstractTrainingPhase)
     def look_after(self, event: StepEnd, phase: AbstractTrainingPhase, learner: Any) -> None:

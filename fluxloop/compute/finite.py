@@ -96,7 +96,9 @@ class Finite:
         entries = vars(step)
         loss = entries.get("loss")
         if type(loss) is Tensor and loss.is_cpu and "losses" not in entries and loss.numel() == 1:  # as nearly always
-            self._look("the loss", loss.item())
+            number = loss.item()
+            if not isfinite(number):
+                self._look("the loss", number)
             return
         each = entries.get("losses")
         if type(each) is dict and "loss" not in entries:  # as nearly always where there are several
@@ -132,9 +134,27 @@ class Finite:
         Raises:
             CancelFittingException: One is NaN or infinite; names the first parameters.
         """
-        slot = self._learner.updates.find(name)
-        self._learner.updates.take_given(slot)
-        self._look_at_each(slot, slot.parameters, norm_before_clipping(self._learner.step, name), wait)
+        updates, step = self._learner.updates, self._learner.step
+        slot = updates.find(name)
+        if vars(step).get("grads") is not updates.gradients:
+            updates.take_given(slot)
+        self._look_at_each(slot, slot.parameters, norm_before_clipping(step, name), wait)
+
+    def require_clipped(self, name: str | None, wait: bool) -> None:
+        """Do the same right after the gradients were clipped: where their norm was finite, all of them are.
+
+        Args:
+            name: Of the optimizer.
+            wait: Whether to wait for the device.
+
+        Raises:
+            CancelFittingException: One is NaN or infinite; names the first parameters.
+        """
+        learner = self._learner
+        norm = norm_before_clipping(learner.step, name)
+        given = vars(learner.step).get("grads") is not learner.updates.gradients  # somebody's, which are not in use yet
+        if given or norm is None or not norm.is_cpu or not isfinite(norm.item()):
+            self.require_gradients(name, wait)
 
     def _look_at_each(self, slot: Slot, parameters: Sequence[nn.Parameter], norm: Tensor | None, wait: bool) -> None:
         """Stop the fit unless the gradients of some parameters are finite, and their norm, where there is one."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from fluxloop.compute.pairs import paired
 from fluxloop.errors import ModelError, describe, sentence
 from fluxloop.nested import map_tensors, move_object
 from fluxloop.state import State
@@ -204,39 +205,9 @@ def move_towards(
     Raises:
         ModelError: Only one of the two modules has one of the parameters or buffers.
     """
-    _lerp(dict(average.named_parameters()), dict(live.named_parameters()), weight, whose)
+    paired(dict(average.named_parameters()), dict(live.named_parameters()), whose).move(weight)
     if isinstance(buffers, Tensor) or buffers:
-        _lerp(dict(average.named_buffers()), dict(live.named_buffers()), buffers, whose)
-
-
-def _lerp(averages: dict[str, Tensor], live: dict[str, Tensor], weight: float | Tensor, whose: str) -> None:
-    if averages.keys() != live.keys():
-        raise ModelError(
-            f"{whose} cannot average {sorted(averages.keys() ^ live.keys())}: only one of the two, the model and its "
-            "average, has them; expected parameters and buffers that stay those of the first step"
-        )
-    is_one = not isinstance(weight, Tensor) and weight == 1
-    moved: list[Tensor] = []
-    towards: list[Tensor] = []
-    for name, average in averages.items():
-        if is_one or not (average.is_floating_point() or average.is_complex()):
-            average.copy_(live[name])
-        else:
-            moved.append(average)
-            towards.append(live[name].to(average.dtype))
-    if isinstance(weight, Tensor):
-        for average, towards_it in zip(moved, towards, strict=True):
-            _lerp_by_tensor(average, towards_it, weight)
-    elif moved:
-        torch._foreach_lerp_(moved, towards, weight)  # one kernel for all, and the bits of swa_utils
-
-
-def _lerp_by_tensor(average: Tensor, live: Tensor, weight: Tensor) -> None:
-    """Move an average as torch does by a number: a weight is never rounded to 16 bits."""
-    if average.is_floating_point() and average.itemsize < 4:
-        average.copy_(torch.lerp(average.float(), live.float(), weight.float()))
-    else:
-        average.lerp_(live, weight.to(average.dtype))
+        paired(dict(average.named_buffers()), dict(live.named_buffers()), whose).move(buffers)
 
 
 def not_copied(whose: str, error: RuntimeError) -> ModelError:

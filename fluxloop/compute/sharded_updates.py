@@ -132,6 +132,9 @@ class ShardedFinite(Finite):
         if bad or (norm is not None and not isfinite(norm.item())):
             self.stop(bad_gradients(slot, bad))
 
+    require_clipped = require_gradients
+    """All processes take part in each look."""
+
 
 class ShardedUpdates(WindowedUpdates):
     """Updates of parameters of which each process holds a part.

@@ -8,7 +8,6 @@ from torch.nn.functional import cosine_similarity, kl_div, log_softmax
 from fluxloop.compute.precision import in_full_precision
 
 
-@in_full_precision
 def negative_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
     """Return minus the mean cosine similarity: the loss of SimSiam (Chen and He, 2021).
 
@@ -26,7 +25,13 @@ def negative_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
         >>> negative_cosine(2 * rows, rows).item(), negative_cosine(-rows, rows).item()
         (-1.0, 1.0)
     """
-    return -cosine_similarity(predictions, targets.detach(), dim=1).mean()
+    return -mean_cosine(predictions, targets)
+
+
+@in_full_precision
+def mean_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cosine similarity of predictions with targets of the same shape; no gradient goes to these."""
+    return cosine_similarity(predictions, targets.detach(), dim=1).mean()
 
 
 @in_full_precision

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from types import FunctionType
 from typing import Any
 
@@ -19,7 +20,7 @@ from fluxloop.metrics.joining import keep_apart, merged, tell_apart
 from fluxloop.nested import map_tensors
 from fluxloop.persist.attributes import plain_attributes
 from fluxloop.phase import Phase
-from fluxloop.state import LossName
+from fluxloop.state import LossName, StepState
 
 
 @frozen
@@ -198,6 +199,7 @@ class MeanTracker(Tracker):
         self._finish = averaged.finish if averaged else None
         self._is_known = metric.is_known
         self._hits = HITS.get(metric.fn) if isinstance(metric.fn, FunctionType) else None
+        self._read = reader(metric.inputs)
         self._mean = Mean()
         self._last: Tensor | None = None
         self._over = 1
@@ -206,12 +208,15 @@ class MeanTracker(Tracker):
         """Compute the function on this step's entries."""
         if self.metric.optional and self.metric.is_left_out(step):
             return
-        inputs = inputs_of(self.metric, step)
+        try:
+            inputs = self._read(step)
+        except AttributeError:  # said with the metric's name
+            inputs = inputs_of(self.metric, step)
         if self._hits is not None:  # what is true is counted, and divided, for many steps at once; it has no graph
             hits = self._hits(*inputs)
-            self._over = hits.numel()
-            self._last = hits if self._over <= MOST_HITS else hits.count_nonzero()
-            self._mean.add(self._last, weight, self._over)
+            self._over = over = hits.numel()
+            self._last = last = hits if over <= MOST_HITS else hits.count_nonzero()
+            self._mean.add(last, weight, over)
             return
         inputs = without_graph(inputs)
         if self._is_known:  # computes with nothing that has a gradient but its inputs
@@ -343,6 +348,13 @@ class ObjectTracker(Tracker):
         return list(self._object.modules()) if isinstance(self._object, nn.Module) else [self._object]
 
 
+def reader(names: tuple[str, ...]) -> Callable[[Any], Sequence[Any]]:
+    """Return what reads entries of a step, where it can be in C: in every step."""
+    if len(names) > 1 and not any("." in name for name in names):
+        return attrgetter(*names)
+    return lambda step: [getattr(step, name) for name in names]
+
+
 def inputs_of(metric: Metric, step: Any) -> list[Any]:
     """Read a metric's inputs from the step.
 
@@ -361,7 +373,7 @@ def inputs_of(metric: Metric, step: Any) -> list[Any]:
         raise
 
 
-def without_graph(values: list[Any]) -> list[Any]:
+def without_graph(values: Iterable[Any]) -> list[Any]:
     """Detach the tensors among a metric's inputs."""
     return [value.detach() if isinstance(value, Tensor) and value.requires_grad else value for value in values]
 
@@ -436,6 +448,12 @@ class LossTracker(Tracker):
 
     def update(self, step: Any, weight: float | Tensor) -> None:
         """Add the loss of a step."""
+        if type(step) is StepState:  # as always but where somebody looks on: without a call for each question
+            entries = step.__dict__
+            if "losses" not in entries:
+                if "loss" in entries:
+                    self._add(self._name, entries["loss"], weight)
+                return
         if "loss" in step:
             self._add(self._name, step.loss, weight)
         losses = step.losses if "losses" in step else None
@@ -458,10 +476,10 @@ class LossTracker(Tracker):
         return name in others or (name == self._name and "loss" in step)
 
     def _add(self, name: str, loss: Any, weight: float | Tensor) -> None:
-        value = loss.detach() if isinstance(loss, Tensor) else torch.as_tensor(loss)
         average = self._averages.get(name)
         if average is None:
             average = self._averages[name] = self._average()
+        value = loss.detach() if isinstance(loss, Tensor) else torch.as_tensor(loss)
         average.add(value.mean() if value.ndim else value, weight)
 
     def compute(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Set
 from inspect import signature
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fluxloop.callback import EXPECTED, Callback, Handler, require_call, watchers
 from fluxloop.errors import (
@@ -200,8 +200,13 @@ class Callbacks:
 
         def handle(event: Event) -> None:
             bound = table[type(event)]
-            if bound:
-                deliver(bound, event, phase, learner)
+            if bound:  # what `deliver` does, with a call less: there are several such events in each step
+                rest = iter(bound)
+                for call, view, id in rest:
+                    try:
+                        call(event, phase, view)
+                    except BaseException as error:
+                        settle(error, id, rest, event, phase, learner)
 
         return handle
 
@@ -209,13 +214,17 @@ class Callbacks:
         """Find who handles an event of a phase, in order."""
         watchers.add(self)  # a handler that is registered later makes `forget` run
         bound: list[Bound] = []
-        is_main = self._learner.accelerator.is_main
+        is_main, before = self._learner.accelerator.is_main, None
         for node in self._graph.nodes:
             if node.callback.unwrapped.main_only and not is_main:
                 continue
             call = node.callback.handler(event, phase)
             if call is not None:
+                choose = getattr(node.callback, "_choose_after", None)
+                if choose is not None:
+                    call = choose(call, before)
                 bound.append((self._protect(call, node, event), self._views[node.id], node.id))
+                before = node.callback
         return tuple(bound)
 
     def _protect(self, call: Handler, node: Node, event: type[Event]) -> Handler:
@@ -421,24 +430,51 @@ def deliver(bound: tuple[Bound, ...], event: Event, phase: Phase, learner: RunLe
     At an event that ends something, a cancel waits until all have run; at `FitEnd`, so does an
     error. Elsewhere both leave at once. An error gets a note that says where it was raised.
     """
-    held: BaseException | None = None
-    for call, view, id in bound:
+    rest = iter(bound)
+    for call, view, id in rest:
         try:
             call(event, phase, view)
-        except CancelSignal as signal:
-            if not event.ends_scope:
-                raise
-            held = _wider(held, signal)
         except BaseException as error:
-            _locate_handler(error, id, event, phase, learner)
-            if not isinstance(event, FitEnd):
-                raise
-            if held is None or isinstance(held, CancelSignal):
-                held = error
-            else:
-                annotate(held, f"fluxloop: {id} failed at FitEnd as well: {error!r}")
-    if held is not None:
-        raise held
+            settle(error, id, rest, event, phase, learner)
+
+
+def settle(
+    error: BaseException, id: str, rest: Iterator[Bound], event: Event, phase: Phase, learner: RunLearner
+) -> NoReturn:
+    """Raise what a handler has raised, after the rest have run where it is to wait for them; see `deliver`.
+
+    Args:
+        error: What was raised.
+        id: By which callback.
+        rest: The handlers that have not run.
+        event: The event.
+        phase: The running phase.
+        learner: The learner.
+    """
+    held = _held(None, error, id, event, phase, learner)
+    for call, view, other in rest:
+        try:
+            call(event, phase, view)
+        except BaseException as failure:
+            held = _held(held, failure, other, event, phase, learner)
+    raise held
+
+
+def _held(
+    held: BaseException | None, error: BaseException, id: str, event: Event, phase: Phase, learner: RunLearner
+) -> BaseException:
+    """Return what waits for the rest of the handlers; raise what does not wait."""
+    if isinstance(error, CancelSignal):
+        if not event.ends_scope:
+            raise error
+        return _wider(held, error)
+    _locate_handler(error, id, event, phase, learner)
+    if not isinstance(event, FitEnd):
+        raise error
+    if held is None or isinstance(held, CancelSignal):
+        return error
+    annotate(held, f"fluxloop: {id} failed at FitEnd as well: {error!r}")
+    return held
 
 
 def _wider(held: BaseException | None, signal: CancelSignal) -> BaseException:

@@ -36,6 +36,8 @@ class Weights(Container):
         """By the view's name and the way from the models."""
         self.followers: dict[tuple[str, Path], Follower] = {}
         """What brings a view up to date before it is read, by the same."""
+        self._known: dict[str, tuple[str, Path]] = {}
+        """What names have been read as: averages ask in every step."""
 
     def __getitem__(self, name: str) -> nn.Module:
         """Return the module of a name.
@@ -113,6 +115,8 @@ class Weights(Container):
         Raises:
             ModelError: It is no name of weights.
         """
+        if type(name) is str and name in self._known:
+            return self._known[name]
         if not isinstance(name, str):
             raise ModelError(f"weights {name!r} were asked for; expected a name such as 'G', 'encoder.0' or 'G@ema'")
         try:
@@ -123,7 +127,8 @@ class Weights(Container):
             ) from error
         if "model" in self._models and (not parts or parts[0] not in self._models):
             parts = ["model", *parts]  # one of several models is called so
-        return root.partition("@")[2], tuple(parts)
+        found = self._known[name] = root.partition("@")[2], tuple(parts)
+        return found
 
     def _live(self, parts: Path, name: str) -> nn.Module:
         if None in self._models:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fluxloop.losses.distillation import negative_cosine
+from fluxloop.losses.distillation import mean_cosine
 from fluxloop.phases.joint_embedding import TeacherPhase
 
 if TYPE_CHECKING:
@@ -57,4 +57,4 @@ class BYOLPhase(TeacherPhase):
 
     def loss(self, learner: Any, state: StepState) -> Tensor:
         """Compare each prediction with the teacher's embedding of the other view."""
-        return 4 + 2 * (negative_cosine(state.p1, state.t2) + negative_cosine(state.p2, state.t1))
+        return 4 - 2 * (mean_cosine(state.p1, state.t2) + mean_cosine(state.p2, state.t1))

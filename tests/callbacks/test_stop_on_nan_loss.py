@@ -33,6 +33,7 @@ from fluxloop import (
     runstep,
     throttle,
 )
+from fluxloop.compute.finite import Finite
 from fluxloop.compute.fused import skipping
 from fluxloop.testing import Coefficient, EventRecorder, assert_observer, toy_learner
 
@@ -557,6 +558,33 @@ def test_gradients_are_looked_at_after_other_handlers_have_changed_them() -> Non
     assert learner_of(StopOnNaNLoss(), Mend(), bad=0.0).fit(1, phases=[Spoiling(2, NAN)]).stop_reason is None
     learner = learner_of(StopOnNaNLoss(), Spoil(), GradientClip(1.0), bad=0.0)
     assert "(2.bias)" in str(learner.fit(1).stop_reason)
+
+
+class NormAlone(StopOnNaNLoss):
+    """Looks at gradients in its own way."""
+
+    looks = 0
+
+    @on(UpdateBegin)
+    def look_at_gradients(self, event: Any, phase: Any, learner: Any) -> None:
+        self.looks += 1
+
+
+def test_right_after_clipping_a_finite_norm_says_that_all_gradients_are_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(Finite, "require_gradients", lambda self, name, wait: calls.append("gradients"))
+    clip = GradientClip(1.0)
+    for callbacks, looked in (
+        ([clip], []),
+        ([], ["gradients"]),
+        ([throttle(clip, UpdateBegin, freq=1)], ["gradients"]),
+    ):
+        calls.clear()
+        learner_of(StopOnNaNLoss(), *callbacks, bad=0.0, data=(batches(0.0)[:1],)).fit(1)
+        assert calls == looked
+    own = NormAlone()
+    learner_of(own, GradientClip(1.0), bad=0.0).fit(1)
+    assert own.looks == 5
 
 
 def test_a_phase_below_phase_is_looked_at_as_well() -> None:
