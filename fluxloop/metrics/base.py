@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from operator import attrgetter
 from types import FunctionType
 from typing import Any
 
@@ -13,9 +12,10 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor, nn
 
-from fluxloop.errors import MetricError, annotate, describe
+from fluxloop.errors import MetricError, describe
 from fluxloop.metrics.averages import Mean, MovingAverage, counted
 from fluxloop.metrics.classification import HITS
+from fluxloop.metrics.inputs import named_entries, reader, without_graph
 from fluxloop.metrics.joining import keep_apart, merged, tell_apart
 from fluxloop.nested import map_tensors
 from fluxloop.persist.attributes import plain_attributes
@@ -211,7 +211,7 @@ class MeanTracker(Tracker):
         try:
             inputs = self._read(step)
         except AttributeError:  # said with the metric's name
-            inputs = inputs_of(self.metric, step)
+            inputs = named_entries(step, self.metric.inputs, self.metric.name)
         if self._hits is not None:  # what is true is counted, and divided, for many steps at once; it has no graph
             hits = self._hits(*inputs)
             self._over = over = hits.numel()
@@ -288,7 +288,7 @@ class ObjectTracker(Tracker):
         """Update the object with this step's entries."""
         if self.metric.is_left_out(step):
             return
-        inputs = without_graph(inputs_of(self.metric, step))
+        inputs = without_graph(named_entries(step, self.metric.inputs, self.metric.name))
         if not self._updated and hasattr(self._object, "to") and isinstance(inputs[0], Tensor):
             self._object = self._object.to(inputs[0].device)  # torchmetrics' metrics begin on the CPU
         with torch.no_grad():
@@ -346,36 +346,6 @@ class ObjectTracker(Tracker):
 
     def _parts(self) -> list[Any]:
         return list(self._object.modules()) if isinstance(self._object, nn.Module) else [self._object]
-
-
-def reader(names: tuple[str, ...]) -> Callable[[Any], Sequence[Any]]:
-    """Return what reads entries of a step, where it can be in C: in every step."""
-    if len(names) > 1 and not any("." in name for name in names):
-        return attrgetter(*names)
-    return lambda step: [getattr(step, name) for name in names]
-
-
-def inputs_of(metric: Metric, step: Any) -> list[Any]:
-    """Read a metric's inputs from the step.
-
-    Raises:
-        MissingEntryError: The phase does not store one of them.
-    """
-    try:
-        return [getattr(step, name) for name in metric.inputs]
-    except AttributeError as error:
-        annotate(
-            error,
-            f"fluxloop: the metric {metric.name!r} has inputs={metric.inputs!r}; restrict it with "
-            "Metric(..., phase=...), name entries that the phase stores with Metric(..., inputs=(...)), or leave out "
-            "the steps without them: Metric(..., optional=True)",
-        )
-        raise
-
-
-def without_graph(values: Iterable[Any]) -> list[Any]:
-    """Detach the tensors among a metric's inputs."""
-    return [value.detach() if isinstance(value, Tensor) and value.requires_grad else value for value in values]
 
 
 class Loss:
