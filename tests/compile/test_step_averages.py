@@ -13,7 +13,6 @@ import torch
 from compiled_training import ADAM, SGD, both, graphs, learner, rows, weights
 from torch import Tensor, nn
 
-import fluxloop.callbacks.ema
 from fluxloop import (
     EMA,
     BackwardEnd,
@@ -31,6 +30,7 @@ from fluxloop import (
     throttle,
 )
 from fluxloop.compute.models import move_towards
+from fluxloop.compute.pairs import Pairs
 
 pytestmark = pytest.mark.usefixtures("imported")
 
@@ -44,12 +44,12 @@ def by_callbacks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Note the moves of averages that callbacks make themselves."""
     moved: list[str] = []
 
-    def noting(average: nn.Module, live: nn.Module, weight: Any, buffers: Any, whose: str) -> None:
+    def noting(self: Pairs, average: nn.Module, live: nn.Module, weight: Any, buffers: Any, whose: str) -> None:
         if weight != 1:  # else it begins with the live weights
             moved.append(whose)
         move_towards(average, live, weight, buffers, whose)
 
-    monkeypatch.setattr(fluxloop.callbacks.ema, "move_towards", noting)
+    monkeypatch.setattr(Pairs, "move", noting)
     return moved
 
 
