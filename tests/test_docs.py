@@ -12,6 +12,7 @@ import json
 import os
 import pkgutil
 import re
+import runpy
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -75,6 +76,8 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(
             with contextlib.redirect_stdout(out):
                 run_block(page, match, namespace)
             printed = out.getvalue()
+        elif language == "mermaid" and printed.startswith(("flowchart", "sequenceDiagram")):
+            assert printed.strip() == code.strip()
         elif language == "output":
             assert [line.rstrip() for line in printed.strip().splitlines()] == code.strip().splitlines()
     for name, function in namespace.items():
@@ -193,6 +196,28 @@ def test_the_hooks_before_a_commit_are_the_checks_of_ci_run() -> None:
     hooks = re.findall(r"^ +entry: (.+)$", (ROOT / ".pre-commit-config.yaml").read_text(), re.MULTILINE)
     assert len(checks) == 3
     assert hooks == checks
+
+
+@pytest.mark.parametrize("training", ["A classifier", "A GAN", "BYOL"])
+def test_the_first_page_shows_a_training_in_a_screen_that_runs_alone(training: str) -> None:
+    section = (ROOT / "docs" / "index.md").read_text().split(f"\n## {training}\n")[1]
+    match = FENCE.search(section)
+    assert match is not None
+    assert len(match[2].splitlines()) <= 25
+    scope: dict[str, Any] = {"__name__": "docs"}
+    exec(match[2], scope)
+    learner = next(value for value in scope.values() if isinstance(value, Learner))
+    assert learner.history.cycles > 1
+
+
+@pytest.mark.parametrize("page", ["index.md", "loop.md"])
+def test_the_drawings_on_a_page_are_what_its_code_draws(page: str, tmp_path: Path) -> None:
+    pictures = runpy.run_path(str(ROOT / "docs" / "site" / "pictures.py"))
+    pictures["draw"](page, tmp_path)
+    drawn = sorted(tmp_path.glob("*.svg"))
+    assert {path.name for path in drawn} <= set(re.findall(r"\(images/(.+)\)", (ROOT / "docs" / page).read_text()))
+    for path in drawn:
+        assert path.read_text() == (ROOT / "docs" / "images" / path.name).read_text()
 
 
 def test_relative_links_lead_somewhere() -> None:

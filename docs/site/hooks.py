@@ -1,4 +1,4 @@
-"""What the site has beside the pages in docs/: the README as its first page, the reference, and files linked to."""
+"""What the site has beside the pages in docs/: the changes, the reference, and files linked to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ DOCS = ROOT / "docs"
 LINK = re.compile(r"\]\((?!\w+:)([^)#\s]+)(#[^)]*)?\)")
 LANGUAGES = {".py": "python", ".sh": "bash"}
 PAGES = {
-    "index.md": ROOT / "README.md",
     "changelog.md": ROOT / "CHANGELOG.md",
     **{f"notebooks/{path.stem}.md": path for path in notebooks()},
 }
@@ -43,7 +42,7 @@ def to_site(page: str, link: str) -> str | None:
     known = {source: name for name, source in PAGES.items()}
     if target in known:
         place = known[target]
-    elif target.is_relative_to(DOCS) and target.suffix in (".md", ".png"):
+    elif target.is_relative_to(DOCS) and target.suffix in (".md", ".png", ".svg"):
         place = target.relative_to(DOCS).as_posix()
     elif target.is_file() and target.is_relative_to(ROOT):
         place = shown_at(target)
