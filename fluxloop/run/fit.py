@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fluxloop.callbacks.checkpointer import Checkpointer
 from fluxloop.checkpoint.folder import find_state
 from fluxloop.checkpoint.restoring import meet_phases, restore
 from fluxloop.compute.models import state_of_models
@@ -311,6 +310,8 @@ def _tell_of_end(learner: RunLearner, until: int) -> None:
     """Say, where a SIGTERM has ended a run, how far that has come, and from where it goes on."""
     if not learner.accelerator.is_main:
         return
+    from fluxloop.callbacks.checkpointer import Checkpointer  # here, so that a learner without one does not load it
+
     history, kept = learner.history, learner.callbacks.get(Checkpointer)
     line = (
         f"fluxloop: a SIGTERM ended the fit after {history.cycles} of {counted(until, 'epoch')} and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 from compiled_training import WITH_COMPILER
 from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.fx.experimental.proxy_tensor import make_fx
 from train_variants import VARIANTS, trained
 
@@ -154,9 +156,11 @@ def test_what_is_not_whole_is_not_loaded(tmp_path: Path, monkeypatch: pytest.Mon
         assert kept.find("step") is None
 
 
+@pytest.mark.skipif(
+    "uid_" not in inspect.getsource(default_cache_dir),
+    reason="torch 2.10 raises KeyError, with and without fluxloop, for a user without a name",
+)
 def test_a_user_without_a_name_has_a_folder_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     assert str(kept.folder().parent) == default_cache_dir()
 
