@@ -352,7 +352,7 @@ class Comparison:
         A line is dotted where fewer runs of the group have a value, as after one has stopped early.
 
         Returns:
-            A matplotlib figure; ``figure.savefig("runs.png")`` keeps it.
+            A matplotlib figure: a picture in a notebook; ``figure.savefig("runs.png")`` keeps it.
 
         Raises:
             ImportError: matplotlib is not installed.

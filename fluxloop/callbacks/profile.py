@@ -5,19 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from warnings import warn
 
 import torch
 from attrs import define, field
 
 from fluxloop.callback import Handler, UnsafeCallback, on
+from fluxloop.errors import MetricError
 from fluxloop.events import CycleBegin, CycleEnd, EpochBegin, EpochEnd, Event, FitBegin, FitEnd, StepBegin, StepEnd
 from fluxloop.order.explain import fired_with
 from fluxloop.phase import AbstractTrainingPhase, FittingPhase, Phase
 from fluxloop.state import name_of
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 DATA, STEPS, CALLBACKS = "data", "steps", "callbacks"
+
+MOST_BARS = 10
+"""How many calls of callbacks are drawn."""
 
 
 @define
@@ -26,7 +33,7 @@ class Profile(UnsafeCallback):
 
     ``print(profile)`` shows two tables: for each phase the seconds of an epoch, split into
     waiting for data, the steps' own work, and callbacks; and for each callback and event the
-    calls and what they took. A fit, an epoch or a step begins when the others have handled its
+    calls and what they took. `plot` draws both. A fit, an epoch or a step begins when the others have handled its
     Begin, and ends when they have handled its End; what they do at `FitBegin` and at the first `EpochBegin` of a
     phase is not seen. A cancelled step is in no column.
 
@@ -259,6 +266,38 @@ class Profile(UnsafeCallback):
         if not self.seconds:
             return f"{self!r}: nothing was measured; fit first"
         return "\n".join([*self._phases(), "", *self._calls()])
+
+    def plot(self) -> Figure:
+        """Draw what the tables show: seconds of an epoch of each phase, by part, and the callbacks that took most.
+
+        Returns:
+            A matplotlib figure: a picture in a notebook; ``figure.savefig("profile.png")`` keeps it.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            MetricError: Nothing was measured.
+        """
+        from fluxloop.screen.figures import new_figure
+
+        if not self.parts:
+            raise MetricError("profile.plot() was called, and nothing was measured; expected a fit with it first")
+        figure = new_figure("profile.plot()", figsize=(10, 3.5))
+        phases, calls = figure.subplots(1, 2)
+        left = [0.0] * len(self.parts)
+        for part in (DATA, STEPS, CALLBACKS):
+            seconds = [sum(parts[part]) / len(parts[part]) for parts in self.parts.values()]
+            phases.barh(list(self.parts), seconds, left=left, label=part)
+            left = [before + more for before, more in zip(left, seconds, strict=True)]
+        phases.set(title="an epoch", xlabel="seconds")
+        phases.legend()
+        most = sorted(self.handlers.items(), key=lambda item: -item[1][1])[:MOST_BARS]
+        names = [f"{callback}, {event} of {phase}" for (phase, event, callback), _ in most]
+        calls.barh(names, [spent for _, (_, spent) in most], color="tab:green")
+        calls.set(title="callbacks that took most", xlabel="seconds in all")
+        for axes in (phases, calls):
+            axes.invert_yaxis()  # the first on top
+            axes.grid(alpha=0.3, axis="x")
+        return figure
 
     def _phases(self) -> list[str]:
         fits, cycles = self.seconds.get("fit", []), self.seconds.get("cycle", [])

@@ -101,7 +101,7 @@ class LRSweep:
         """
         from fluxloop.screen.figures import new_figure
 
-        figure = new_figure("plot()", figsize=(5, 3.5))
+        figure = new_figure("find_lr(...).plot()", figsize=(5, 3.5))
         axes = figure.subplots()
         axes.plot(self.learning_rates, self.losses, alpha=0.3, label="loss")
         axes.plot(self.learning_rates, self.smoothed, label="smoothed")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fluxloop import (
     Event,
     FitEnd,
     Learner,
+    MetricError,
     Phase,
     Recorder,
     StepBegin,
@@ -147,6 +149,36 @@ def test_the_table_shows_phases_and_the_costliest_handlers_first() -> None:
     assert lines[5].startswith("Waits ")
     assert [line.split()[0] for line in lines[5:]].index("quick") > 0
     assert lines[-1].split() == ["quick", "StepEnd", T, "3", "1.5", "5e+05"]
+
+
+def widths(axes: Any) -> list[list[float]]:
+    return [[float(bar.get_width()) for bar in bars] for bars in axes.containers]
+
+
+def test_the_picture_shows_the_parts_of_an_epoch_and_the_costliest_handlers_first() -> None:
+    clock = Clock()
+    quick = CustomCallback(later(clock, 0.5), StepEnd, TrainingPhase, name="quick")
+    slower = CustomCallback(later(clock, 2.0), StepBegin, ValidationPhase, name="slower")
+    profile, learner = profiled(quick, slower, clock=clock)
+    learner.data.training = slow(clock)
+    learner.fit(2, phases=[TrainingPhase(), ValidationPhase()])
+    phases, calls = profile.plot().axes
+    assert [text.get_text() for text in phases.get_legend().get_texts()] == ["data", "steps", "callbacks"]
+    assert widths(phases) == [[3.5, 0.0], [0.0, 0.0], [1.5, 6.0]]
+    assert [text.get_text() for text in phases.get_yticklabels()] == [T, V]
+    names = [text.get_text() for text in calls.get_yticklabels()]
+    assert names[:2] == [f"slower, StepBegin of {V}", f"quick, StepEnd of {T}"]
+    assert widths(calls)[0][:2] == [12.0, 3.0]
+
+
+def test_a_picture_without_measurements_or_matplotlib_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MetricError, match="nothing was measured; expected a fit with it first"):
+        Profile().plot()
+    profile, learner = profiled()
+    learner.fit(1)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"profile.plot\(\) needs matplotlib: pip install 'torch-fluxloop\[plot\]'"):
+        profile.plot()
 
 
 def test_a_profile_before_a_fit_says_so() -> None:

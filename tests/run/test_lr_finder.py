@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import random
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -240,6 +241,13 @@ def test_what_was_found_can_be_read_and_drawn() -> None:
     (axes,) = sweep.plot().axes
     assert axes.get_xscale() == "log"
     assert [line.get_label().split(":")[0] for line in axes.lines] == ["loss", "smoothed", "valley", "steepest"]
+
+
+def test_a_drawing_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = sweep_of([3.0, 2.0, 1.0])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"find_lr\(...\).plot\(\) needs matplotlib: pip install 'torch-fluxloop"):
+        sweep.plot()
 
 
 def test_there_is_a_row_per_step_and_a_suggestion_that_trains() -> None:
