@@ -3,7 +3,9 @@ from __future__ import annotations
 import importlib.util
 import re
 import runpy
+from collections.abc import Callable
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fluxloop import KNNProbe, Learner, LossError
+from fluxloop import KNNProbe, Learner, LossError, seed_everything
 
 ROOT = Path(__file__).parents[1]
 COMPARE = ROOT / "benchmarks" / "compare"
@@ -220,37 +222,102 @@ def test_the_checkpoint_of_plain_pytorch_holds_all_that_trains(task: str, parts:
     assert " ".join(torch.load(copied)) == parts
 
 
+# Newer methods
+
+OWN, PLAIN = ", a phase of one's own", " in plain PyTorch"
+METHODS = ["LeJEPA", "I-JEPA", "R3GAN", "Flow matching"]
+SECTION = PAGE[PAGE.index("## Newer methods") :]
+SHARED = re.findall(r"^```python\n(.*?)^```", SECTION, re.MULTILINE | re.DOTALL)[0]
+BLOCKS = {
+    name: (int(stated), code)
+    for name, stated, code in re.findall(
+        r"^### ([^\n]*), (\d+) lines\n.*?^```python\n(.*?)^```", SECTION, re.MULTILINE | re.DOTALL
+    )
+}
+
+
 def test_the_lines_stated_for_newer_methods_are_those_of_their_blocks() -> None:
-    blocks = re.findall(r"^### ([^\n]*), (\d+) lines\n.*?^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 7
-    for name, stated, code in blocks:
+    assert [*BLOCKS] == [name + how for name in METHODS for how in ("", OWN, PLAIN)]
+    for name, (stated, code) in BLOCKS.items():
         lines = [line for line in code.splitlines() if line.strip() and not re.match(r"(import|from) ", line)]
-        assert len(lines) == int(stated), name
-        assert len(lines) <= (12 if "own" not in name and "plain" not in name else 30), name
+        assert len(lines) == stated, name
+    for name in METHODS:
+        lines_of = [BLOCKS[name + how][0] for how in ("", OWN, PLAIN)]
+        assert lines_of[0] <= 12
+        assert lines_of[1] <= 30
+        written = name.lower() if name == "Flow matching" else name
+        assert "| {} | {} | {} | {} |".format(written, *lines_of) in PAGE
 
 
-# The same small training, side by side
-
-SIDE = (ROOT / "docs" / "side-by-side.md").read_text()
-side_by_side: Any = runpy.run_path(str(COMPARE / "side_by_side.py"))
-
-
-def test_the_small_training_of_the_page_ends_with_the_bits_of_plain_pytorch() -> None:
-    assert side_by_side["compare"]("Plain PyTorch", SIDE) == "same bits"
-    without = SIDE.replace(", GradientClip(0.3)", "")
-    assert re.match(r"weights differ by up to 0\.\d+", side_by_side["compare"]("Plain PyTorch", without))
+def run_block(name: str, change: Callable[[str], str] = str) -> dict[str, Any]:
+    """Run a block of the page after the lines that all share, and return its names."""
+    names: dict[str, Any] = {"__name__": "page"}
+    seed_everything(0)
+    exec(change(SHARED), names)
+    exec(change(BLOCKS[name][1]), names)
+    return names
 
 
-@pytest.mark.parametrize("section", ["Lightning", "Ignite", "fastai"])
-def test_what_stands_beside_another_framework_trains_the_bits_of_plain_pytorch(section: str) -> None:
-    plain, _ = side_by_side["sections"](SIDE)["Plain PyTorch"].split(side_by_side["SPLIT"])
-    _, ours = side_by_side["sections"](SIDE)[section].split(side_by_side["SPLIT"])
-    page = SIDE.split("\n## ")[0] + f"\n## {section}\n{plain}{side_by_side['SPLIT']}{ours}"
-    assert side_by_side["compare"](section, page) == "same bits"
+def weights_of(learner: Learner[Any]) -> dict[str, torch.Tensor]:
+    return {
+        f"{name} {key}": value for name in learner.weights for key, value in learner.weights[name].state_dict().items()
+    }
 
 
-def test_code_of_other_frameworks_in_python_stands_where_the_script_runs_it() -> None:
-    shown = {head for head, text in side_by_side["sections"](SIDE).items() if "```py\n" in text}
-    assert shown | {"Plain PyTorch"} == side_by_side["FRAMEWORKS"].keys()
-    for head in shown:
-        assert "```py\n" not in side_by_side["sections"](SIDE)[head].split(side_by_side["SPLIT"])[1]
+@pytest.mark.filterwarnings("ignore:.*checkpoints will be written:UserWarning")
+@pytest.mark.parametrize("name", METHODS)
+def test_a_newer_method_by_hand_trains_as_the_built_in_phase(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    built_in, own = (weights_of(run_block(name + how)["learner"]) for how in ("", OWN))
+    assert built_in.keys() == own.keys()
+    rounding = 1e-6 if name == "Flow matching" else 0  # fluxloop's takes the mean of each row first
+    for key, value in built_in.items():
+        torch.testing.assert_close(own[key], value, rtol=0, atol=rounding)
+
+
+def draw_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have torch draw the same numbers for the same shape, whoever asks."""
+    signs = cycle([1, -1])
+
+    def drawn(draw: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def alike(*args: Any, **options: Any) -> torch.Tensor:
+            return draw(*args, generator=torch.Generator().manual_seed(7))
+
+        return alike
+
+    for name in ("rand", "randn", "randint"):
+        monkeypatch.setattr(torch, name, drawn(getattr(torch, name)))
+    noise = torch.randn
+    monkeypatch.setattr(torch, "randn_like", lambda like: noise(*like.shape) * next(signs))
+    monkeypatch.setattr(torch, "randperm", lambda rows, **options: torch.arange(rows))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_newer_method_in_plain_pytorch_is_the_same_training(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw_alike(monkeypatch)
+
+    def unfused(code: str) -> str:
+        return code.replace("torch.optim.AdamW, ", "torch.optim.AdamW, fused=False, ").replace(
+            "torch.optim.Adam, ", "torch.optim.Adam, fused=False, "
+        )
+
+    own = run_block(name + OWN, unfused)["learner"]
+    before = unfused(SHARED)
+    plain = run_block(name + PLAIN)
+    assert before != SHARED
+    found = {
+        "LeJEPA": {"encoder": "encoder", "projector": "projector"},
+        "I-JEPA": {"student": "student", "teacher": "teacher", "predictor": "predictor"},
+        "R3GAN": {"G": "G", "D": "D"},
+        "Flow matching": {"model": "model"},
+    }[name]
+    for weights, variable in found.items():
+        expected = plain[variable].state_dict()
+        for key, value in own.weights[weights].state_dict().items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6)
+    assert torch.load("runs/last.pt")["epoch"] == plain["EPOCHS"] - 1

@@ -27,9 +27,8 @@ from torch.distributions import Binomial
 
 import fluxloop
 from fluxloop import EMA, Learner, MultiCrop, TensorBatches, TwoViews, cosine, seed_everything
-from fluxloop.augment import AdaptiveAugment, BlockMasks, MultiBlock, RandomMasks, add_noise, random_affine
+from fluxloop.augment import AdaptiveAugment, BlockMasks, MultiBlock, RandomMasks, add_noise, patchify, random_affine
 from fluxloop.heads import DINOHead
-from fluxloop.phases.mae import patchify
 
 
 def augment(images: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from fluxloop import KNNProbe, Learner, MAEPhase, ObjectiveValidationPhase, TensorBatches
+from fluxloop.augment import patchify, unpatchify
 from fluxloop.callbacks.sample_images import image_grid, save_image
 from fluxloop.losses import masked_mse
-from fluxloop.phases.mae import patchify, unpatchify
 
 PATCH = 2
 COUNT = (8 // PATCH) ** 2

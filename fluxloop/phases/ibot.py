@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from fluxloop.augment.masks import Masks, RandomMasks
+from fluxloop.augment.patches import grid_of
 from fluxloop.errors import PhaseError
 from fluxloop.guard.given import check_called, check_number
 from fluxloop.losses.prototypes import ibot_loss, masked_code_loss, sinkhorn, swav_loss
 from fluxloop.losses.spread import koleo_loss
 from fluxloop.phases.dino import DINOPhase
 from fluxloop.phases.joint_embedding import Views
-from fluxloop.phases.mae import grid_of
 from fluxloop.phases.objective import require_call
 from fluxloop.processes.gather import all_gather
 from fluxloop.schedules import Schedule

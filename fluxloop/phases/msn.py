@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fluxloop.augment.masks import Masks
+from fluxloop.augment.patches import grid_of
 from fluxloop.errors import PhaseError
 from fluxloop.guard.given import check_called, check_number
 from fluxloop.losses.prototypes import msn_loss
 from fluxloop.phases.joint_embedding import ComparingPhase, CropsPhase, TeacherPhase, Views
-from fluxloop.phases.mae import grid_of
 
 if TYPE_CHECKING:
     from fluxloop.state import StepState

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, smooth_l1_loss
 
 from fluxloop.augment.masks import BlockMasks, Masks, MultiBlock
+from fluxloop.augment.patches import grid_of, patchify
 from fluxloop.compute.precision import in_single
 from fluxloop.errors import PhaseError
 from fluxloop.guard.given import check_called, check_number
 from fluxloop.phases.joint_embedding import require_moving_teacher
-from fluxloop.phases.mae import grid_of, patchify
 from fluxloop.phases.objective import ObjectivePhase, require_call, require_parts
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from fluxloop import (
     on,
     stream_seed,
 )
-from fluxloop.phases.mae import patchify, unpatchify
+from fluxloop.augment import patchify, unpatchify
 from fluxloop.testing import EventRecorder, assert_same_bits, bits
 
 SEED, BATCH, STEPS = 3, 4, 5

@@ -11,8 +11,7 @@ from torch.nn.functional import layer_norm, smooth_l1_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from fluxloop import Accelerator, BatchError, Data2VecPhase, IJEPAPhase, PhaseError, stream_seed
-from fluxloop.augment import BlockMasks, MultiBlock
-from fluxloop.phases.mae import patchify
+from fluxloop.augment import BlockMasks, MultiBlock, patchify
 from fluxloop.testing import assert_resumes_exactly
 from self_supervised import SEED, Tokens, assert_same_training, learner_of, network_and_teacher
 from toys import image_batches
