@@ -72,6 +72,7 @@ def test_a_notebook_holds_what_its_cells_show_when_it_is_run(path: Path, tmp_pat
     run = subprocess.run(script, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert [file.name for file in tmp_path.iterdir()] == [path.name]  # the cells leave nothing
+    assert r"\r" not in (tmp_path / path.name).read_text("utf-8")
     kept, found = code_of(path), code_of(tmp_path / path.name)
     assert [cell["source"] for cell in found] == [cell["source"] for cell in kept]
     for old, new in zip(kept, found, strict=True):

@@ -61,13 +61,13 @@ def _size(model: nn.Module) -> str:
 
 def _rates(optimizer: Any) -> str:
     """Return the learning rates of an optimizer's groups, each once."""
-    rates = (float(group["lr"]) for group in optimizer.param_groups if "lr" in group)
-    return ", ".join(dict.fromkeys(f"{rate:.4g}" for rate in rates))
+    rates = [group["lr"] for group in optimizer.param_groups if group.get("lr") is not None]  # some know their own
+    return ", ".join(dict.fromkeys(f"{float(rate):.4g}" for rate in rates)) or "-"
 
 
 def _batches(source: Any) -> str:
     """Return how many batches a source says that it has."""
     try:
         return f"{len(source):,}"
-    except (TypeError, NotImplementedError):
+    except (TypeError, ValueError, NotImplementedError):  # a DataLoader over an IterableDataset has one that raises
         return "unknown"

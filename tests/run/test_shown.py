@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, IterableDataset
 
 from fluxloop import CustomCallback, FitBegin, Learner, Metric, Metrics, Recorder, StepEnd, TrainingPhase
 from fluxloop.testing import toy_learner
@@ -77,6 +78,21 @@ def test_groups_with_several_learning_rates_and_data_without_a_length_are_shown(
     assert ["optimizer", "SGD", "0.5, 0.25"] in shown(learner).rows
     assert ["training", "list_iterator", "unknown"] in shown(learner).rows
     learner.fit(1)  # nothing was taken of it
+
+
+def test_an_optimizer_without_a_rate_of_its_own_and_a_loader_that_cannot_be_counted_are_shown() -> None:
+    class Own(torch.optim.SGD):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, lr=0.1)
+            self.param_groups[0]["lr"] = None
+
+    class Rows(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(())
+
+    found = shown(Learner(nn.Linear(1, 1), mse_loss, data=(DataLoader(Rows()),), optimizer=Own))
+    assert ["optimizer", "Own", "-"] in found.rows
+    assert ["training", "DataLoader", "unknown"] in found.rows
 
 
 def test_names_of_the_users_own_are_shown_with_their_signs() -> None:
