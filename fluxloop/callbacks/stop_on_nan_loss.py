@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from attrs import define, field
@@ -89,7 +90,9 @@ class StopOnNaNLoss(Callback):
             call: The handler.
             before: That callback.
         """
-        from fluxloop.callbacks.gradient_clip import GradientClip  # many learners have none
+        if "fluxloop.callbacks.gradient_clip" not in sys.modules:  # many learners have none, and need not load it
+            return call
+        from fluxloop.callbacks.gradient_clip import GradientClip
 
         clipped = type(before) is GradientClip and before.optimizer is None
         is_own = getattr(call, "__func__", None) is StopOnNaNLoss.look_at_gradients  # a subclass may have another
