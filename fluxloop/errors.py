@@ -42,8 +42,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -457,10 +456,6 @@ def mute_warnings(muted: bool) -> None:
     _muted = muted
 
 
-around_warnings: Callable[[], AbstractContextManager[None]] = nullcontext
-"""What keeps a warning apart from the bars of a terminal; `fluxloop.screen.bars` sets it."""
-
-
 def warn_user(message: str) -> None:
     """Warn, and point to the line outside of this package that led here."""
     if _muted:
@@ -469,8 +464,7 @@ def warn_user(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "fluxloop":
         frame, depth = frame.f_back, depth + 1
     try:
-        with around_warnings():
-            warnings.warn(message, stacklevel=depth)
+        warnings.warn(message, stacklevel=depth)
     except ValueError:  # Python writes it to a stream that somebody has closed
         if not getattr(sys.stderr, "closed", False):
             raise

@@ -16,7 +16,8 @@ from fluxloop.events import CycleBegin, EpochEnd, FitBegin, FitEnd
 from fluxloop.guard.given import number, yes_or_no
 from fluxloop.history import shown_as
 from fluxloop.phase import Phase, ProbePhase
-from fluxloop.screen.bars import between_bars, gone_and_left, in_notebook, shown
+from fluxloop.screen.bars import between_bars, in_notebook, shown
+from fluxloop.screen.lines import gone_and_left
 from fluxloop.signals import TERMINATED
 from fluxloop.state import name_of
 

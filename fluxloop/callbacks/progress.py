@@ -19,7 +19,8 @@ from fluxloop.events import CycleBegin, EpochBegin, EpochEnd, FitBegin, FitEnd, 
 from fluxloop.guard.given import number, yes_or_no
 from fluxloop.phase import Phase
 from fluxloop.randomness import preserved
-from fluxloop.screen.bars import Bar, Screen, in_notebook, in_words, on_screen, use
+from fluxloop.screen.bars import Bar, Screen, in_notebook, on_screen, use
+from fluxloop.screen.lines import in_words
 from fluxloop.state import name_of
 
 if TYPE_CHECKING:

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import html
+import math
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from time import monotonic
 from typing import Any, TextIO, TypeVar
 
 from attrs import define, field
 from tqdm.std import tqdm
 
-from fluxloop import errors
 from fluxloop.errors import describe, warn_user
+from fluxloop.screen.lines import Standing, gone_and_left
 
 T = TypeVar("T")
 
 QUIET = "FLUXLOOP_QUIET"
 """The environment variable that has all learners of a process show nothing."""
-NARROW = 100
-"""In a terminal with fewer columns a bar leaves out its own times and rate: the fit's, and the metrics, come first."""
-SHORT = "<l_bar><bar>| <n_fmt>/<total_fmt><postfix>".replace("<", "{").replace(">", "}")
-"""What tqdm shows there."""
 PATIENCE = 1.0
 """Seconds after which something that is usually quick gets a bar."""
 INTERVAL = 0.1
 """Seconds between refreshes."""
+SPARE = 3
+"""Columns of a terminal that a bar leaves free, so that the ^C which a terminal writes behind it stands in its line."""
+MEMORY = 10.0
+"""Seconds after which what a step took counts about a third: the first ones may have been slow ones."""
 
 
 def is_quiet(given: bool | None) -> bool:
@@ -53,26 +54,6 @@ def in_notebook() -> bool:
     """Return whether a notebook's kernel runs this process."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return shell is not None and getattr(shell, "kernel", None) is not None
-
-
-def in_words(seconds: float) -> str:
-    """Return a time as people read it.
-
-    >>> in_words(72.4), in_words(7384)
-    ('01:12', '2:03:04')
-    """
-    return str(timedelta(seconds=round(seconds))).removeprefix("0:")
-
-
-def gone_and_left(gone: float, left: float | None, narrow: bool = False) -> str:
-    """Return how many seconds are gone and left, as people read it.
-
-    >>> gone_and_left(72, 30), gone_and_left(72, 30, narrow=True), gone_and_left(72, None)
-    ('01:12, 00:30 left', '01:12<00:30', '01:12')
-    """
-    if left is None:
-        return in_words(gone)
-    return f"{in_words(gone)}<{in_words(left)}" if narrow else f"{in_words(gone)}, {in_words(left)} left"
 
 
 def shown(what: str, show: Callable[[], object]) -> bool:
@@ -201,14 +182,16 @@ class Bar:
     """Seconds that all of it has taken, and about how many it still will: shown behind the title."""
     screen: Screen | None = field(default=None, init=False)
     begun: float = field(factory=lambda: monotonic(), init=False)
-    first: int = field(init=False)
-    """How far it had come when it was opened."""
     due: float = field(init=False)
     is_visible: bool = field(default=False, init=False)
+    _pace: tuple[float, float] = field(default=(0.0, 0.0), init=False)
+    """How far it has come, and in how many seconds, of late."""
+    _measured: tuple[float, int] = field(init=False)
+    """When that was last looked at, and how far it had come."""
     _shown: Any = field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.first, self.due = self.seen, self.begun + (self.delay or self.interval)
+        self.due, self._measured = self.begun + (self.delay or self.interval), (self.begun, self.seen)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bar:
         """Return one that is not shown."""
@@ -226,12 +209,20 @@ class Bar:
         if self.screen is not None and monotonic() >= self.due:
             self.refresh()
 
+    def rate(self) -> float | None:
+        """Return how far it comes in a second, of late; None where nobody knows yet."""
+        now, done = monotonic(), self.seen - self._measured[1]
+        took = now - self._measured[0]
+        if done > 0 and took > 0:
+            fades = math.exp(-took / MEMORY)
+            self._pace = (self._pace[0] * fades + done, self._pace[1] * fades + took)
+            self._measured = (now, self.seen)
+        return self._pace[0] / self._pace[1] if self._pace[1] > 0 else None
+
     def rest(self) -> float | None:
         """Return about how many seconds are left; None where nobody knows."""
-        done = self.seen - self.first
-        if self.total is None or done <= 0:
-            return None
-        return (monotonic() - self.begun) / done * max(0.0, self.total - self.seen)
+        rate = self.rate()
+        return None if self.total is None or rate is None else max(0.0, self.total - self.seen) / rate
 
     def numbers_in_words(self) -> str:
         """Return what is shown beside it in a notebook."""
@@ -253,40 +244,33 @@ class Bar:
     def _in_terminal(self) -> None:
         if self.screen is None or self.screen.file is None:
             return
-        columns = columns_of(self.screen.file)
-        narrow = columns is not None and columns < NARROW
-        title = self.title
-        if self.times is not None:
-            title += f" {gone_and_left(*self.times, narrow=True)}" if narrow else f" ({gone_and_left(*self.times)})"
-        layout = SHORT if narrow and self.total is not None else None
+        width = columns_of(self.screen.file)
+        own, rate = (monotonic() - self.begun, self.rest()), self.rate()
+        standing = Standing(self.title, self.seen, self.total, self.unit, own, rate, self.times, self.numbers)
+        line = standing.line(None if width is None else max(width - SPARE, 1))
+        columns = None if width is None else max(width - 1, 1)  # what is cleared when it is taken away
         if self._shown is None:
             self._shown = tqdm(
-                initial=self.seen,
-                total=self.total,
-                desc=title,
-                leave=False,
-                unit=self.unit,
-                unit_scale=self.unit == "B",
-                file=self.screen.file,
-                dynamic_ncols=True,
-                mininterval=0,  # refreshes are asked for when they are due
-                miniters=1,
-                bar_format=layout,
+                initial=self.seen, total=self.total, ncols=columns, bar_format=line, leave=False, file=self.screen.file
             )
             return
-        self._shown.bar_format = layout
-        self._shown.set_description_str(title, refresh=False)
-        self._shown.set_postfix(self.numbers, refresh=False)
-        self._shown.update(self.seen - self._shown.n)
+        self._shown.ncols, self._shown.bar_format = columns, line
+        self._shown.n = min(self.seen, self.total) if standing.has_end and self.total is not None else self.seen
+        self._shown.refresh()
 
     def close(self) -> None:
-        """Take it away."""
+        """Take it away, and those that were opened after it: one whose work has failed may be left."""
+        if self.screen is not None:
+            for inner in reversed(self.screen.bars[self.screen.bars.index(self) + 1 :]):
+                inner.close()
         screen, self.screen = self.screen, None
         if screen is None:
             return
         screen.bars.remove(self)
         if self._shown is not None:
-            screen.write(self._shown.close)
+            bar, blank = self._shown, " " * (self._shown.ncols or 0)
+            screen.write(lambda: bar.display(blank))  # the terminal may have written behind it, as it does at Ctrl+C
+            screen.write(bar.close)
         elif self.is_visible:
             screen.write(screen.draw)
 
@@ -307,20 +291,27 @@ def columns_of(file: TextIO | None) -> int | None:
 @contextmanager
 def on_screen(screen: Screen | None) -> Iterator[None]:
     """Show bars on a screen inside; None: as outside."""
-    if screen is None:
-        yield
-        return
-    _here.screens.append(screen)
+    leave = None if screen is None else use(screen)
     try:
         yield
     finally:
-        _here.screens.remove(screen)
+        if leave is not None:
+            leave()
 
 
 def use(screen: Screen) -> Callable[[], None]:
     """Show bars on a screen from now on; return what ends that."""
     _here.screens.append(screen)
-    return lambda: _here.screens.remove(screen)
+    end = None if screen.file is None else _warn_between_bars()
+
+    def leave() -> None:
+        if screen.bars:
+            screen.bars[0].close()
+        _here.screens.remove(screen)
+        if end is not None:
+            end()
+
+    return leave
 
 
 def bar(title: str, total: float | None = None, *, unit: str = "batch") -> Bar:
@@ -366,4 +357,17 @@ def between_bars() -> Iterator[None]:
             each.cleared(again=True)
 
 
-errors.around_warnings = between_bars
+def _warn_between_bars() -> Callable[[], None]:
+    """Have warnings, of whomever, stand above the bars from now on; return what ends that."""
+    usual = warnings.showwarning
+
+    def show(*args: Any, **options: Any) -> None:
+        with between_bars():
+            usual(*args, **options)
+
+    def leave() -> None:
+        if warnings.showwarning is show:  # otherwise somebody else's is in use, who may go on to this one
+            warnings.showwarning = usual
+
+    warnings.showwarning = show
+    return leave

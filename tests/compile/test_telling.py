@@ -67,6 +67,14 @@ def test_who_wants_no_bars_is_told_nothing(enabled: bool | None, capsys: pytest.
     assert capsys.readouterr().err == ""
 
 
+def test_a_quiet_learner_tells_nothing() -> None:
+    for shown in (StringIO(), Terminal()):
+        made = learner(data=(full(),), callbacks=[ProgressBar(file=shown)])
+        made.quiet = True
+        made.fit(1)
+        assert shown.getvalue() == ""
+
+
 def test_only_the_first_process_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     from fluxloop.compute.accelerator import Accelerator
 
