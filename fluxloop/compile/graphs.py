@@ -142,7 +142,8 @@ class Graph:
     def _changed_by(self, traced: Traced) -> list[Tensor]:
         """List the weights and averages that the graph changes."""
         ends = [event.name for event in traced.fired if isinstance(event, UpdateEnd)]
-        weights = [p for slot in self._slots if slot.name in ends for p in slot.parameters if p.requires_grad]
+        owned = [p for slot in self._slots if slot.name in ends for p in slot.parameters if p.requires_grad]
+        weights = [p for p in owned if p in traced.changed_weights]
         return [*weights, *(tensor for moved in traced.moved for tensor in moved.tensors(self._learner))]
 
     def _lower(self, traced: Traced) -> Compiled:

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner
 
 
+ASSIGNS_DATA = "it assigns .data of a parameter; change it in place under torch.no_grad(): p.copy_(…)"
+
+
 @define(eq=False)
 class Traced:
     """A step as a graph, and where its inputs come from.
@@ -59,6 +62,7 @@ class Traced:
         looks: At losses and gradients; the graph's first outputs are what they found.
         reads: What was read of the holders besides tensors, by (number of the holder, attribute).
         changed: Which of the inputs after the fixed ones it changes in place, by number.
+        changed_weights: Which parameters it changes; an optimizer leaves those alone that get no gradient.
         stored: The entries that the body stored, each with stand-ins for its tensors.
         waiting_after: What becomes of gradients that wait, for each optimizer that has some before or after the step.
         fits: For which counts of the batches of an update it was traced, and the messages between processes.
@@ -79,6 +83,7 @@ class Traced:
     looks: list[Look]
     reads: dict[tuple[int, str], Any]
     changed: list[int]
+    changed_weights: set[Tensor]
     stored: dict[str, Any]
     waiting_after: list[WaitingGradients]
     fits: list[Fit | Agreed]
@@ -119,6 +124,7 @@ def trace(
         looks=run.looks,
         reads=run.reads,
         changed=run.changed,
+        changed_weights=run.changed_weights,
         stored=run.stored,
         waiting_after=run.waiting_after,
         fits=run.fits,
@@ -242,6 +248,7 @@ class Run:
         self.looks: list[Look] = []
         self.reads: dict[tuple[int, str], Any] = {}
         self.changed: list[int] = []
+        self.changed_weights: set[Tensor] = set()
         self.stored: dict[str, Any] = {}
         self.waiting_after: list[WaitingGradients] = []
         self.fits: list[Fit | Agreed] = []
@@ -263,8 +270,7 @@ class Run:
         changing = flat[len(inputs.fixed) :]
         versions = [tensor._version for tensor in changing]
         placed = self._place(flat)
-        # assigning .data leaves the tensor and its version as they are; its memory is another one
-        memory = {leaf: leaf.untyped_storage()._cdata for leaf in placed.leaves.values()}
+        weights = [(leaf, leaf.untyped_storage()._cdata, leaf._version) for leaf in placed.leaves.values()]
         stepped: dict[str | None, dict[str, None]] = {}
         for name, optimizer in placed.optimizers.items():
             note_steps(name, optimizer, stepped)
@@ -281,10 +287,9 @@ class Run:
         self.moved = move(learner, inputs.averages, placed.numbers)
         self.fired, self.fits = learner.fired, fits(inputs.slots, learner.updates)
         self._note_gradients(learner, placed, stepped)
-        if any(leaf.untyped_storage()._cdata != before for leaf, before in memory.items()):
-            raise refusal(
-                inputs.phase, "it assigns .data of a parameter; change it in place under torch.no_grad(): p.copy_(…)"
-            )
+        # assigning .data leaves the tensor and its version as they are; its memory is another one
+        if any(leaf.untyped_storage()._cdata != memory for leaf, memory, _ in weights):
+            raise refusal(inputs.phase, ASSIGNS_DATA)
         self.makes_state = getattr(learner.updates, "lacks_agreement", False)
         self._copy_replaced(placed)
         for slot in inputs.slots:
@@ -292,6 +297,7 @@ class Run:
             self._copy_replaced_state(slot.optimizer, optimizer, placed)
             self._check_options(slot, stepped, differing(options_before[slot.name], seen_of(optimizer)))
         self.changed = [n for n, (t, before) in enumerate(zip(changing, versions, strict=True)) if t._version != before]
+        self.changed_weights = {p for p, (leaf, _, n) in zip(placed.leaves, weights, strict=True) if leaf._version != n}
         self._note_entries(given, stand_ins, state, {id(changing[number]) for number in self.changed})
         for each in buffers:
             learner.accelerator.restore(*each)

@@ -76,6 +76,8 @@ class Updates:
         """How many updates have been made."""
         self.told_by_hand: set[str] = set()
         """Names of the phases that a warning has said to step optimizers by hand."""
+        self.told_unused: set[str | None] = set()
+        """Names of the optimizers whose parameters without gradients have been looked for, and told."""
         self._told_no_gradient = False
         self.findings: list[str] | None = None
         """Where `check` collects what it finds while it runs a step."""

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from fluxloop.checkpoint.folder import find_state
 from fluxloop.checkpoint.restoring import meet_phases, restore
 from fluxloop.compute.models import state_of_models
+from fluxloop.compute.unused import UnusedParameters
 from fluxloop.data.loaders import name_data
 from fluxloop.errors import (
     CancelFittingException,
@@ -326,19 +327,24 @@ def _tell_of_end(learner: RunLearner, until: int) -> None:
 def _run_cycles(learner: RunLearner, scope: FitScope, until: int) -> None:
     """Run cycles through the phases until so many are complete, those of a resumed run among them."""
     history = learner.history
+    unused = UnusedParameters(learner.updates, [phase.name for phase in scope.phases if phase.gradients])
     while history.cycles < until:
         with scope.noting("cycle"):
             scope.handle(CycleBegin(scope.is_resuming))
         scope.restore("cycle")
+        if not scope.is_resuming:  # else what is restored in the middle of it changes all parameters
+            unused.begin_cycle()
         while scope.index < len(scope.phases):
             phase = scope.phases[scope.index]
             # An epoch under way goes on: it was due in the former process, whose fit may have had another last cycle
             if scope.is_in_epoch or is_due(phase, history.cycles + 1, until):
                 run_epoch(learner, phase, scope=scope)
+                unused.end_epoch(phase.name)
                 scope.ended()
                 scope.pass_safe_point()
             else:
                 scope.index += 1
+        unused.end_cycle(learner.accelerator.is_main)
         scope.index = 0
         history.cycles += 1
         scope.handle(CycleEnd())

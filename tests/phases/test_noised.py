@@ -33,6 +33,9 @@ from fluxloop import (
 )
 from fluxloop.testing import EventRecorder, assert_resumes_exactly, assert_same_bits
 
+# One network is trained with labels and without
+pytestmark = pytest.mark.filterwarnings("ignore:.* got no gradient in a whole epoch")
+
 SEED, BATCH, STEPS, SIZE, CLASSES = 3, 4, 5, 6, 3
 ADAM = partial(torch.optim.Adam, lr=0.01, fused=False)
 

@@ -129,6 +129,7 @@ def test_gradients_replaced_before_the_update_are_the_ones_it_uses(event: type[E
     assert_equals(learner, by_hand(grad_of=lambda grad: grad.clamp(-0.01, 0.01)))
 
 
+@pytest.mark.filterwarnings("ignore:.* got no gradient in a whole epoch")
 def test_a_gradient_replaced_by_none_leaves_its_parameter_alone() -> None:
     def drop(learner: Any) -> None:
         learner.step.grads["0.weight"] = None
