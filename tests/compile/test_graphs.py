@@ -547,6 +547,7 @@ def test_a_phase_of_ones_own_is_compiled_by_its_entries_body_and_finish() -> Non
     assert compiled.step.mean == pytest.approx(eager.step.mean, abs=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.* got no gradient in a whole epoch")
 @pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_shared_parametrized_recurrent_unused_and_normalized_parameters() -> None:
@@ -595,6 +596,7 @@ class Rebinding(Unused):
         return super().forward(xs) * (1 + 0.1 * self.seen)
 
 
+@pytest.mark.filterwarnings("ignore:.* got no gradient in a whole epoch")
 @pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_a_buffer_that_forward_replaces_counts_on() -> None:

@@ -163,6 +163,7 @@ class Tied(nn.Module):
         return self.head(xs) + hidden @ self.embed.weight @ self.embed.weight.t()
 
 
+@pytest.mark.filterwarnings("ignore:.* got no gradient in a whole epoch")
 @pytest.mark.usefixtures("together")
 def test_shared_weights_are_stepped_once_and_unused_ones_not_at_all() -> None:
     learner = assert_trains_alike(lambda **options: learner_of(Tied(), partial(SGD, weight_decay=0.1), **options))
@@ -558,6 +559,7 @@ def test_an_error_before_anything_was_stepped_has_no_such_note() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in bits(learner).items())
 
 
+@pytest.mark.filterwarnings("ignore:.* got no gradient in a whole epoch")
 @pytest.mark.usefixtures("one_by_one")
 def test_a_cancel_in_the_pass_or_after_it_is_told_of_since_the_weights_stay_moved() -> None:
     with pytest.warns(UserWarning, match="2 of 4 parameters had been stepped in the backward pass when it was left"):

@@ -106,6 +106,7 @@ def test_a_callback_that_cancels_a_batch_takes_its_gradients_back(event: Any) ->
         assert total(learner) == 444.0 + 444000.0
 
 
+@pytest.mark.filterwarnings("ignore:.* got no gradient in a whole epoch")
 def test_gradients_that_are_added_up_have_the_bits_of_pytorchs_own() -> None:
     class Sum(TrainingPhase):
         count = 0
