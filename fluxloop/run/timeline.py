@@ -83,6 +83,7 @@ class _Watcher(UnsafeCallback):
     known: set[str]
 
     draws = False
+    in_compiled_step = "after"  # it only takes note of events, so gradients may be used and dropped before them
     _begins_anywhere = True
 
     @on(Event)

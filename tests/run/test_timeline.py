@@ -187,7 +187,19 @@ def accumulating(*callbacks: Any, **options: Any) -> Learner[Any]:
     return with_dropout(*callbacks, accelerator=Accelerator("cpu", accumulate=4), **options)
 
 
+def in_backward(*callbacks: Any, **options: Any) -> Learner[Any]:
+    without = [callback for callback in callbacks if not isinstance(callback, GradientClip)]
+    sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    return with_dropout(*without, optimizer=sgd, accelerator=Accelerator("cpu", optimizer_in_backward=True), **options)
+
+
+def in_half_precision(*callbacks: Any, **options: Any) -> Learner[Any]:
+    return with_dropout(*callbacks, accelerator=Accelerator("cpu", precision="bf16", accumulate=2), **options)
+
+
 LOOKED_AT = [
+    (in_backward, TrainingPhase),
+    (in_half_precision, TrainingPhase),
     (with_dropout, TrainingPhase),
     (with_dropout, Counting),
     (accumulating, TrainingPhase),
@@ -228,7 +240,7 @@ class Looking(UnsafeCallback):
         self.shown.append(str(learner.timeline(type(phase)())))
 
 
-@pytest.mark.parametrize("make", [with_dropout, accumulating, gan_learner])
+@pytest.mark.parametrize("make", [with_dropout, accumulating, in_half_precision, gan_learner])
 def test_looking_in_the_middle_of_a_fit_changes_nothing(make: Any) -> None:
     phase = GAN if make is gan_learner else TrainingPhase
     look = Looking()
