@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.functional import mse_loss, softplus
 from torch.utils.data import DataLoader, TensorDataset
 
+import fluxloop.compile.graphs
 from fluxloop import (
     EMA,
     AbstractTrainingPhase,
@@ -280,6 +281,28 @@ def test_of_several_batches_that_make_one_update_a_last_one_is_shown(accumulate:
 def test_steps_that_are_compiled_whole_are_shown_as_they_are_written() -> None:
     learner = adversarial(Recorder(), accelerator=Accelerator("cpu", compile="step"))
     assert rows(learner.timeline(GAN()))[0] == "StepBegin real"
+
+
+def test_looking_at_a_learner_whose_steps_are_compiled_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+
+    def lower(graph: Any, inputs: Any, device: Any) -> Any:
+        graphs.append(graph)
+        return torch.no_grad()(graph)
+
+    monkeypatch.setattr(fluxloop.compile.graphs, "lower", lower)
+    looked, plain = (gan_learner(Recorder(), accelerator=Accelerator("cpu", compile="step")) for _ in range(2))
+    for learner in (looked, plain):
+        for _ in range(2):
+            if learner is looked:
+                learner.timeline(GAN())
+            learner.fit(1, phases=[GAN()])
+        if learner is looked:
+            learner.timeline()
+        assert len(graphs) == 1 + (learner is plain)  # looking makes no graph, and does not have one made anew
+        learner.fit(1, phases=[GAN()])
+    assert_same_bits(looked, plain)
+    assert len(graphs) == 2
 
 
 def test_frozen_models_have_no_update() -> None:
