@@ -12,7 +12,7 @@ import torch
 from attrs import define, field
 
 from fluxloop.callback import Handler, UnsafeCallback, on
-from fluxloop.errors import MetricError
+from fluxloop.errors import MetricError, counted
 from fluxloop.events import CycleBegin, CycleEnd, EpochBegin, EpochEnd, Event, FitBegin, FitEnd, StepBegin, StepEnd
 from fluxloop.order.explain import fired_with
 from fluxloop.phase import AbstractTrainingPhase, FittingPhase, Phase
@@ -307,7 +307,7 @@ class Profile(UnsafeCallback):
             if name in self.parts and whole > 0:
                 shares = (f"{100 * sum(seconds) / whole:.0f} %" for seconds in self.parts[name].values())
                 rows.append((name, str(len(epochs)), f"{whole / len(epochs):.3g}", *shares))
-        return [f"{len(fits)} fits, {len(cycles)} cycles, {sum(fits):.3g} s", *_table(rows)]
+        return [f"{counted(len(fits), 'fit')}, {counted(len(cycles), 'cycle')}, {sum(fits):.3g} s", *_table(rows)]
 
     def _calls(self) -> list[str]:
         rows: list[tuple[str, ...]] = [("callback", "event", "phase", "calls", "s", "µs/call")]

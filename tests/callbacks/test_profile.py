@@ -143,7 +143,7 @@ def test_the_table_shows_phases_and_the_costliest_handlers_first() -> None:
     learner.data.training = slow(clock)
     learner.fit(1, phases=[TrainingPhase()])
     lines = str(profile).splitlines()
-    assert lines[0] == "1 fits, 1 cycles, 57 s"
+    assert lines[0] == "1 fit, 1 cycle, 57 s"
     assert lines[1].split() == ["phase", "epochs", "s/epoch", "data", "steps", "callbacks"]
     assert lines[2].split() == [T, "1", "49", "7", "%", "0", "%", "93", "%"]
     assert lines[5].startswith("Waits ")
