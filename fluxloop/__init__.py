@@ -3,7 +3,7 @@
 from fluxloop import callbacks, logging, phases
 from fluxloop.lazy import all_but, lazily
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __getattr__, __dir__, __all__ = lazily(
     __name__,
