@@ -66,7 +66,15 @@ class Measured:
 
     def cpu_ratio(self, side: str, base: str) -> float:
         """Give the same of CPU time, that of all threads."""
-        return median(self._pairs(side, base, lambda a, b: a.cpu / b.cpu))
+        return median(self.cpu_ratios(side, base))
+
+    def cpu_ratios(self, side: str, base: str) -> list[float]:
+        """Give the ratio of CPU time of each round."""
+        return self._pairs(side, base, lambda a, b: a.cpu / b.cpu)
+
+    def cpu_micro(self, side: str) -> float:
+        """Give the median CPU time of one unit in µs."""
+        return median(lap.cpu for lap in self.laps[side]) / self.units * 1e6
 
     def difference(self, side: str, base: str) -> float:
         """Give the median of the rounds' differences of wall time, in µs per unit."""

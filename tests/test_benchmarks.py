@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import pytest
 import torch
 from torch import nn
 
-from fluxloop import Learner, StepEnd
+from fluxloop import CustomCallback, Learner, StepBegin, StepEnd, TrainingPhase
+from fluxloop.testing import toy_learner
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 NAMES = (
@@ -110,6 +112,23 @@ def test_a_side_may_measure_itself(scripts: Any) -> None:
     lap = scripts["timing"].Lap(wall=3.0, cpu=1.0)
     got = scripts["timing"].interleave(lambda: {"own": lambda: lap}, units=3, rounds=1)
     assert got.micro("own") == 1e6
+
+
+def test_a_learner_and_other_sides_take_turns_in_blocks_of_steps(scripts: Any) -> None:
+    path = BENCHMARKS / "processes.py"  # by its path, as "processes" is a package of tests
+    spec = spec_from_file_location("processes_script", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    learner = toy_learner(num_batches=7)
+    order: list[str] = []
+    turns = script.TakeTurns(2, {name: partial(order.append, name) for name in "ab"})
+    learner.add_callback(turns)
+    learner.add_callback(CustomCallback(lambda learner: order.append("step"), StepBegin, TrainingPhase))
+    learner.epoch(TrainingPhase())
+    assert order == ["step"] * 4 + ["a", "b"] + ["step"] * 2 + ["b", "a"] + ["step"]
+    assert [len(laps) for laps in turns.laps.values()] == [2, 2, 2]
 
 
 def test_a_table_is_markdown(scripts: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -442,10 +442,10 @@ class Plan:
         """Put the sums into ``grad``, divided by something."""
         self.new = False
         used: list[float] | None = None
-        flags, start = self.last.flat[-LENGTH - len(self.sent) : -LENGTH], 0
+        start = 0
         for bucket in self.buckets:
             if bucket.unused:
-                used = used or flags.tolist()
+                used = used or self.last.flat[-LENGTH - len(self.sent) : -LENGTH].tolist()
                 bucket.hand_out({place for place in bucket.unused if not used[start + place]}, divisor)
             else:
                 bucket.hand_out((), divisor)

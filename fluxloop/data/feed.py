@@ -235,7 +235,8 @@ class Feed:
         # The first batch goes on with the numbers of the order and takes none of its own, so batch j of the epoch has
         # the number j - 1 after the one at which this epoch's began.
         fetched = fetch.index - max(self.count - 1, 0)
-        fingerprint(self.source)  # before a step may change its rows
+        if type(self.source) not in (list, tuple):  # of which nothing can be noted
+            fingerprint(self.source)  # before a step may change its rows
         numbers = Numbers(order.next(), lambda batch: fetch.at(fetched + batch - 1), samples.at)
         self._pass = self._begin(numbers, epoch, place)
         batches = self._pass.batches

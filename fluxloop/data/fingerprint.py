@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from ctypes import string_at
 from hashlib import blake2b
+from math import prod
 from typing import Any
 
 import torch
@@ -137,8 +138,11 @@ def _digest(columns: list[Any]) -> str | None:
     digest = blake2b(digest_size=8)
     for column in columns:
         digest.update(f"{column.dtype}{tuple(column.shape[1:])}".encode())
-        for place in _places(len(column)):
-            digest.update(_numbers(column[place]))
+        step, places = max(1, prod(column.shape[1:]) // NUMBERS_PER_ROW), _places(len(column))
+        # Small rows of a tensor at once, in a few operations; of large ones no more is copied than is looked at.
+        at_once = step == 1 and isinstance(column, Tensor)
+        for rows in [column[places]] if at_once else [column[place] for place in places]:
+            digest.update(_numbers(rows, step))
     return digest.hexdigest()
 
 
@@ -147,14 +151,12 @@ def digest_of(batch: Any) -> str | None:
     return _digest(list(tensors(batch)))
 
 
-def _numbers(row: Any) -> bytes:
-    """Return some of a row's numbers as bytes."""
-    if isinstance(row, Tensor):
-        flat = row.detach().resolve_conj().resolve_neg().reshape(-1)
-        flat = flat[:: max(1, flat.numel() // NUMBERS_PER_ROW)].cpu().contiguous()
+def _numbers(rows: Any, step: int) -> bytes:
+    """Return every so many-th of some rows' numbers as bytes."""
+    if isinstance(rows, Tensor):
+        flat = rows.detach().resolve_conj().resolve_neg().reshape(-1)[::step].cpu().contiguous()
         return string_at(flat.data_ptr(), flat.nbytes) if flat.numel() else b""
-    flat = row.reshape(-1)
-    return bytes(flat[:: max(1, flat.size // NUMBERS_PER_ROW)].tobytes())
+    return bytes(rows.reshape(-1)[::step].tobytes())
 
 
 def differences(former: Fingerprint, now: Fingerprint) -> list[str]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,24 @@ from fluxloop.testing import toy_learner
 
 def rows(count: int = 64, add: float = 0.0) -> Tensor:
     return torch.arange(count, dtype=torch.float32).reshape(count, 1) + add
+
+
+def test_rows_are_digested_one_by_one_as_in_checkpoints_that_there_are() -> None:
+    columns = (
+        torch.arange(30),
+        torch.randn(20, 3, 5)[:, ::2],
+        torch.randn(9, 20_000),
+        torch.randn(5, 4, dtype=torch.complex64).conj().T,
+        torch.zeros(7, 0),
+    )
+    digest = blake2b(digest_size=8)
+    for column in columns:
+        digest.update(f"{column.dtype}{tuple(column.shape[1:])}".encode())
+        count = min(len(column), 8)
+        for row in [column[place * (len(column) - 1) // (count - 1)] for place in range(count)]:
+            flat = row.reshape(-1).resolve_conj()
+            digest.update(flat[:: max(1, flat.numel() // 4096)].numpy().tobytes())
+    assert fingerprint([columns])["some values"] == digest.hexdigest()
 
 
 class Own(Dataset[Any]):

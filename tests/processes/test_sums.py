@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fluxloop import find_lr
+from fluxloop.processes.sums import SMALL
 from processes.launching import SIZES, run
 from processes.trainings import line_search, regression, weights
 
@@ -57,7 +58,7 @@ def test_all_processes_get_the_bits_of_one_sum(reports: list[dict[str, Any]]) ->
         tolerance = {"torch.float32": 1e-5, "torch.float64": 1e-12, "torch.bfloat16": 0.1}[dtype]
         torch.testing.assert_close(first.double(), expected, rtol=tolerance, atol=tolerance)
         assert all(torch.equal(first, of["found"][dtype, length, waits][0]) for of in reports)
-        small = length * first.element_size() <= 1 << 16
+        small = length * first.element_size() <= SMALL
         assert in_pairs == (processes != 3 and small and waits)
 
 
