@@ -34,6 +34,8 @@ from fluxloop.randomness import preserved, start_generators
 from fluxloop.run.scope import place_of
 from fluxloop.state import Container, State
 
+MakesPhases = Callable[[], Iterable[Phase]] | None
+
 
 class Coefficient(nn.Module):
     """The model with one weight: ``preds = xs * value``.
@@ -188,21 +190,23 @@ def assert_same_bits(first: Learner, second: Learner) -> None:
         raise AssertionError(f"the learners hold different tensors: {sorted(a.keys() ^ b.keys())}")
     for name, tensor in a.items():
         if tensor.shape != b[name].shape or tensor.dtype != b[name].dtype:
-            raise AssertionError(
-                f"{name} is {describe(tensor)} ({tensor.dtype}) and {describe(b[name])} ({b[name].dtype})"
-            )
+            kinds = [f"{describe(each)} ({each.dtype})" for each in (tensor, b[name])]
+            raise AssertionError(f"{name} is {' and '.join(kinds)}")
         if not _same_bits(tensor, b[name]):
             difference = (tensor.double() - b[name].double()).abs().max().item()
             raise AssertionError(f"{name} differs by up to {difference:.3g}")
 
 
-def assert_observer(observer: Callback | Phase, make_learner: Callable[[], Learner], *, epochs: int = 2) -> None:
+def assert_observer(
+    observer: Callback | Phase, make_learner: Callable[[], Learner], *, epochs: int = 2, phases: MakesPhases = None
+) -> None:
     """Assert that a callback or a phase only watches: training is the same to the bit without it.
 
     Args:
         observer: A callback, or a phase to run after each training epoch.
         make_learner: Makes the same learner each time: seed what it draws.
         epochs: How long to train.
+        phases: Makes the phases that train; left out, a `TrainingPhase`.
 
     Raises:
         AssertionError: A weight or an optimizer state differs.
@@ -211,16 +215,13 @@ def assert_observer(observer: Callback | Phase, make_learner: Callable[[], Learn
     >>> assert_observer(EventRecorder(), toy_learner)
     >>> assert_observer(ValidationPhase(), toy_learner)
     """
-    plain, watched = make_learner(), make_learner()
-    phases: list[Phase] = [TrainingPhase()]
-    plain.fit(epochs, phases=phases)
-    if isinstance(observer, Phase):
-        watched.fit(epochs, phases=[*phases, observer])
-    elif isinstance(observer, Callback):
-        watched.add_callback(observer)
-        watched.fit(epochs, phases=phases)
-    else:
+    if not isinstance(observer, (Callback, Phase)):
         raise TypeError(f"{describe(observer)} was given; expected a callback or a phase")
+    plain, watched = make_learner(), make_learner()
+    if isinstance(observer, Callback):
+        watched.add_callback(observer)
+    for learner, also in ((plain, []), (watched, [observer] if isinstance(observer, Phase) else [])):
+        learner.fit(epochs, phases=[*([TrainingPhase()] if phases is None else phases()), *also])
     assert_same_bits(plain, watched)
 
 
@@ -232,7 +233,7 @@ def assert_resumes_exactly(
     make_learner: Callable[[], Learner],
     *,
     epochs: int = 2,
-    phases: Callable[[], Iterable[Phase]] | None = None,
+    phases: MakesPhases = None,
     at: Iterable[int] | None = None,
     ignore: Iterable[str] = (),
 ) -> None:

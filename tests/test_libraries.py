@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fluxloop import Learner, ObjectivePhase
-from fluxloop.testing import assert_resumes_exactly
+from fluxloop import Checkpointer, Learner, ObjectivePhase
+from fluxloop.testing import assert_observer, assert_resumes_exactly
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "compare" / "libraries.py"
@@ -84,3 +85,45 @@ def test_a_module_that_writes_into_its_batch_does_so_in_a_compiled_step_too() ->
     assert compiled_batch.batch_size == eager.batch_size == (16,)
     torch.testing.assert_close(compiled_batch["out"], eager["out"])
     torch.testing.assert_close(second.state_dict(), first.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")  # of the library
+def test_a_model_of_transformers_that_writes_after_each_epoch_trains_as_one_that_does_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("transformers")
+    learner, phases = libraries.made(libraries.generation)
+    (write,) = (each for each in learner.callbacks if type(each).__name__ == "Write")
+    learner.fit(2, phases=phases)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first != second
+    assert learner.model.training
+    assert not learner.model.config.use_cache
+
+    def without() -> Learner[Any]:
+        made: Learner[Any] = libraries.made(libraries.generation)[0]
+        made.remove_callback(type(next(each for each in made.callbacks if type(each).__name__ == "Write")))
+        return made
+
+    assert_observer(write, without, phases=lambda: libraries.made(libraries.generation)[1])
+
+
+@pytest.mark.filterwarnings("ignore")  # of the library
+def test_an_adapter_that_is_saved_after_each_epoch_makes_the_model_again(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    learner, phases = libraries.made(libraries.peft)
+    folder = tmp_path / "run"
+    learner.add_callback(Checkpointer(folder))
+    learner.fit(2, phases=phases)
+    (adapter,) = (Path(cell.cell_contents) for each in learner.callbacks for cell in closure_of(each))
+    kept = {each.name: each.stat().st_size for each in (adapter / "adapter").iterdir()}
+    assert sum(kept.values()) < max(each.stat().st_size for each in folder.iterdir()) / 4
+    base = copy.deepcopy(learner.model).unload()
+    again = peft.PeftModel.from_pretrained(base, adapter / "adapter").eval()
+    ids = torch.randint(2, 32, (2, 12))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, learner.model.eval()(ids).logits)
+
+
+def closure_of(callback: Any) -> tuple[Any, ...]:
+    return getattr(getattr(callback, "f", None), "__closure__", None) or ()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fluxloop import (
     AbstractTrainingPhase,
@@ -22,6 +22,7 @@ from fluxloop import (
     LossBegin,
     Metrics,
     MissingProducerError,
+    ObjectivePhase,
     Phase,
     ProgressBar,
     Recorder,
@@ -29,6 +30,7 @@ from fluxloop import (
     StepEnd,
     TensorBatches,
     TrainingPhase,
+    UnsafeCallback,
     ValidationPhase,
     on,
     runstep,
@@ -408,6 +410,26 @@ def test_assert_observer_trains_as_long_as_asked() -> None:
     assert_observer(Late(), learner_with_noisy_loss, epochs=2)
     with pytest.raises(AssertionError, match="differs"):
         assert_observer(Late(), learner_with_noisy_loss, epochs=3)
+
+
+class Doubling(ObjectivePhase):
+    def loss(self, learner: Any, state: Any) -> Tensor:
+        loss: Tensor = learner.loss_fn(learner.model(2 * state.xs), state.ys)
+        return loss
+
+
+class WritesInDoubling(UnsafeCallback):
+    @on(StepEnd, Doubling)
+    def write(self, event: StepEnd, phase: Doubling, learner: Any) -> None:
+        with torch.no_grad():
+            learner.model.value += 0.1
+
+
+def test_assert_observer_trains_with_the_phases_asked_for() -> None:
+    assert_observer(WritesInDoubling(), toy_learner)  # never called
+    assert_observer(ValidationPhase(), toy_learner, phases=lambda: [Doubling()])
+    with pytest.raises(AssertionError, match="value"):
+        assert_observer(WritesInDoubling(), toy_learner, phases=lambda: [Doubling()])
 
 
 @pytest.mark.parametrize("wrong", [EventRecorder, ValidationPhase, 3, None, print])

@@ -6,6 +6,7 @@ runs all, ``python benchmarks/compare/libraries.py peft optuna`` some.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
 import warnings
@@ -14,16 +15,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from attrs import define
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from fluxloop import (
+    EMA,
+    AbstractTrainingPhase,
     Accelerator,
     Callback,
     Checkpointer,
     CompileError,
     CustomCallback,
     CycleEnd,
+    EpochEnd,
     Learner,
     LRScheduler,
     Metrics,
@@ -34,7 +39,9 @@ from fluxloop import (
     TensorBatches,
     TrainingPhase,
     ValidationPhase,
+    on,
     seed_everything,
+    watching,
 )
 from fluxloop.testing import assert_resumes_exactly
 
@@ -45,6 +52,34 @@ def transformers(**options):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2, use_cache=False))
     ids = torch.randint(2, 32, (64, 12))
     learner = Learner(model, data=({"input_ids": ids, "labels": ids},), **options)
+    return learner, [ModelLossPhase()]
+
+
+def generation(callbacks=(), **options):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    @define
+    class Write(Callback):
+        """Print what the averaged weights write after each epoch."""
+
+        prompt: torch.Tensor
+        reads = ("model@ema",)
+        draws = True  # random numbers of its own: the training does not notice
+
+        @on(EpochEnd, AbstractTrainingPhase)
+        def write(self, event, phase, learner):
+            model = learner.weights["model@ema"]
+            with watching(model):  # in eval mode without gradients, for this while
+                tokens = model.generate(self.prompt.to(model.device), do_sample=True, max_new_tokens=8, use_cache=True)
+            learner.accelerator.print(tokens.tolist())  # in the first process alone
+
+    config = GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1)
+    config.use_cache, config.pad_token_id = False, 1
+    ids = torch.randint(2, 32, (64, 12))
+    callbacks = [EMA("model", 0.99), Write(torch.zeros(1, 1, dtype=torch.long)), *callbacks]
+    learner = Learner(
+        GPT2LMHeadModel(config), data=({"input_ids": ids, "labels": ids},), callbacks=callbacks, **options
+    )
     return learner, [ModelLossPhase()]
 
 
@@ -61,14 +96,22 @@ def datasets(**options):
     return learner, [Rows()]
 
 
-def peft(**options):
+def peft(callbacks=(), **options):
     from peft import LoraConfig, get_peft_model
     from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = Path(tempfile.mkdtemp())
+
+    def save_adapter(learner):
+        if learner.accelerator.is_main:
+            learner.model.save_pretrained(folder / "adapter")
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2, use_cache=False))
     lora = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
     ids = torch.randint(2, 32, (64, 12))
-    learner = Learner(get_peft_model(model, lora), data=({"input_ids": ids, "labels": ids},), **options)
+    callbacks = [CustomCallback(save_adapter, EpochEnd, AbstractTrainingPhase, reads=("model",)), *callbacks]
+    data = ({"input_ids": ids, "labels": ids},)
+    learner = Learner(get_peft_model(model, lora), data=data, callbacks=callbacks, **options)
     return learner, [ModelLossPhase()]
 
 
@@ -256,9 +299,25 @@ def muon(**options):
     return Learner(model, mse_loss, data=(data,), optimizer=muon_and_adamw, **options), [TrainingPhase()]
 
 
-DISTRIBUTIONS = {"hydra": "hydra-core", "torch_geometric": "torch-geometric", "muon": "torch"}
+DISTRIBUTIONS = {
+    "hydra": "hydra-core",
+    "torch_geometric": "torch-geometric",
+    "muon": "torch",
+    "generation": "transformers",
+}
 EACH = (
-    *(transformers, datasets, peft, timm, schedulefree, pytorch_optimizer, torch_geometric, tensordict, webdataset),
+    *(
+        transformers,
+        generation,
+        datasets,
+        peft,
+        timm,
+        schedulefree,
+        pytorch_optimizer,
+        torch_geometric,
+        tensordict,
+        webdataset,
+    ),
     *(hydra, jsonargparse, optuna, torchmetrics, torchdata, muon),
 )
 
@@ -317,9 +376,11 @@ def main(names):
         except (PackageNotFoundError, ImportError) as error:
             print(f"| {name} | not here: {error} | | |")
             continue
-        learner, phases = made(library)
-        learner.fit(2, phases=phases)
-        print(f"| {name} | {number.partition('+')[0]} | {resumes(library)} | {compiles(library)} |", flush=True)
+        with contextlib.redirect_stdout(sys.stderr):  # what the examples print is no part of the table
+            learner, phases = made(library)
+            learner.fit(2, phases=phases)
+            answers = resumes(library), compiles(library)
+        print(f"| {name} | {number.partition('+')[0]} | {' | '.join(answers)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ class Reach:
     def _look(self, value: Any, name: str, depth: int = 4) -> None:
         """Look at what is held under a name: functions to follow, and objects that hold more, in containers too."""
         if isinstance(value, (list, tuple, dict)):
-            for item in (value.values() if isinstance(value, dict) else value) if depth and len(value) <= MANY else ():
+            for _, item in pairs(value) if depth and size(value) <= MANY else ():
                 self._look(item, name, depth - 1)
         if isinstance(value, (FunctionType, staticmethod, classmethod)) or inspect.ismethod(value):
             self._follow(value)
@@ -210,7 +210,7 @@ def told(value: Any, depth: int = 4) -> Any:
     if isinstance(value, partial):
         return partial, [told(part, depth - 1) for part in (value.func, value.args, value.keywords)]
     if isinstance(value, (list, tuple, dict)):
-        if not depth or len(value) > MANY:
+        if not depth or size(value) > MANY:
             return type(value)
         return type(value), [(key, told(item, depth - 1)) for key, item in pairs(value)]
     numpy = sys.modules.get("numpy")
@@ -235,8 +235,8 @@ class Contents:
     def _save(self, value: Any, depth: int) -> None:
         if depth and type(value) in CONTAINERS:
             self._saved.append((value, value.copy()))
-        if depth and isinstance(value, (*CONTAINERS, tuple)) and len(value) <= 1000:
-            for item in value.values() if isinstance(value, dict) else value:
+        if depth and isinstance(value, (*CONTAINERS, tuple)) and size(value) <= 1000:
+            for _, item in pairs(value):
                 self._save(item, depth - 1)
 
     def restore(self) -> bool:
@@ -259,8 +259,25 @@ def is_cache(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
 
 
 def pairs(value: Any) -> Iterable[Any]:
-    """Return the items of a container, with their keys where it has some."""
-    return value.items() if isinstance(value, dict) else ((None, item) for item in value)
+    """Return the items that lie in a container, with their keys where it has some.
+
+    What a class of its own says instead is not asked: there are dicts that load what they list, such as all models of a
+    library.
+    """
+    if isinstance(value, dict):
+        return dict.items(value)
+    return ((None, item) for item in kind_of(value).__iter__(value))
+
+
+def size(value: Any) -> int:
+    """Return how many items lie in a container."""
+    count: int = kind_of(value).__len__(value)
+    return count
+
+
+def kind_of(value: Any) -> Any:
+    """Return which of Python's containers a container is, also where its class is one of its own."""
+    return next(kind for kind in (*CONTAINERS, tuple) if isinstance(value, kind))
 
 
 def same_items(a: tuple[Any, Any], b: tuple[Any, Any]) -> bool:

@@ -54,6 +54,36 @@ def test_what_functions_change_is_named_and_put_back() -> None:
     assert SimpleNamespace(scale=1.0, others=5, items=[], last=None) == SETTINGS
 
 
+class Loading(dict[str, Any]):
+    """As some libraries have: it lists what it would have to load."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Any:
+        raise ImportError("this is not installed")
+
+    keys = values = items = __iter__  # type: ignore[assignment]  # it raises
+
+
+MODELS = Loading(own=[1])
+
+
+def test_a_dict_that_loads_what_it_lists_is_not_asked_to() -> None:
+    def looks() -> bool:
+        return "own" in MODELS
+
+    reach = Reach([looks], [])
+    with reach.unchanged() as noted:
+        MODELS["own"].append(2)
+    assert noted == ["MODELS"]
+    assert MODELS["own"] == [1]
+    before = reach.said()
+    MODELS["own"] = [5]
+    assert reach.said() != before
+    MODELS["own"] = [1]
+
+
 def test_a_dict_that_gains_something_without_tensors_is_a_cache_and_keeps_it() -> None:
     sizes: dict[int, Any] = {1: (1,)}
     masks: dict[int, Any] = {1: torch.ones(1)}
