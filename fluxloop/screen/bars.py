@@ -150,10 +150,9 @@ class Screen:
             return
         from IPython.display import display
 
-        show: Any = display  # which says nothing of its types
         data = {"text/html": page, "text/plain": text}
         if self._output is None:
-            self._output = show(data, raw=True, display_id=True)
+            self._output = display(data, raw=True, display_id=True)
         elif self._output is not None:
             self._output.update(data, raw=True)
 
