@@ -77,7 +77,11 @@ def test_a_notebook_holds_what_its_cells_show_when_it_is_run(path: Path, tmp_pat
     assert [cell["source"] for cell in found] == [cell["source"] for cell in kept]
     for old, new in zip(kept, found, strict=True):
         shown = [
-            [{kind: told(kind, what) for kind, what in parts_of(output).items()} for output in cell["outputs"]]
+            [
+                {kind: told(kind, what) for kind, what in parts_of(output).items()}
+                for output in cell["outputs"]
+                if any(parts_of(output).values())  # a bar that a slow machine showed for a while leaves nothing to see
+            ]
             for cell in (old, new)
         ]
         assert shown[0] == shown[1], "run docs/site/notebooks.py"

@@ -401,8 +401,9 @@ def test_whole_numbers_and_the_parts_of_vectors_are_shown_plotted_and_logged(
         assert f"training/{name}: {text}" in repr(learner.history)
         assert float(row[name]) == number
         assert memory.series(f"epoch/training/{name}") == [(1, number)]
-    titles = [axes.get_title() for axes in learner.history.plot().axes]
-    assert titles == ["loss", *parts]
+    panels = {axes.get_title(): axes.get_lines() for axes in learner.history.plot().axes}
+    assert list(panels) == ["loss", "given"]  # the parts of a vector share a panel, with a line each
+    assert [line.get_ydata().tolist() for line in panels["given"]] == [[number] for number in parts.values()]
 
 
 @pytest.mark.parametrize("value", [torch.eye(3), torch.rand(1000), "text"], ids=["table", "long", "text"])
