@@ -249,7 +249,7 @@ class Folder:
         if self.path.is_dir() and not (self.path / MARKER).exists() and not self.files():
             others = sorted(entry.name for entry in self.path.iterdir())
             others = [name for name in others if not (name.startswith(".") and name.endswith(".tmp"))]
-            if others:
+            if others and MARKER not in others:  # another process of the run may have marked it just now
                 raise CheckpointError(
                     f"{self.path} is no folder of checkpoints: it has {', '.join(others[:3])} in it; expected a new or "
                     f"empty one, such as {str(self.path / 'checkpoints')!r}"

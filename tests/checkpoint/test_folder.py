@@ -284,6 +284,20 @@ def test_a_foreign_folder_is_refused_and_not_written_to(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.txt", "b.txt", "c.txt", "d.txt"]
 
 
+def test_a_folder_that_another_process_marks_while_this_one_looks_is_a_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, looked = Folder(tmp_path), Folder.files
+
+    def look(self: Folder) -> Any:
+        (tmp_path / MARKER).touch()
+        return looked(self)
+
+    monkeypatch.setattr(Folder, "files", look)
+    folder.check()
+    assert names(tmp_path) == [MARKER]
+
+
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match="file is a file; expected a folder for checkpoints"):
