@@ -3,7 +3,7 @@
     python benchmarks/compare/side_by_side.py
 
 The code is the page's own, so that what was run is what is shown: in each section the blocks before
-``<!-- fluxloop -->`` leave ``model``, and those after it ``learner``.
+``**In fluxloop**`` leave ``model``, and those after it ``learner``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FRAMEWORKS = {
 }
 """The module and the distribution of each section's framework."""
 
-SPLIT = "<!-- fluxloop -->"
+SPLIT = "**In fluxloop**"
 BLOCK = re.compile(r"^```(?:python|py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
