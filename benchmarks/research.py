@@ -1,11 +1,15 @@
-"""What a step of a GAN, of BYOL, of DINO and of WGAN-GP costs: eager and compiled, against a loop written by hand.
+"""What a step of a GAN, of BYOL, of DINO and of WGAN-GP costs: against a loop written by hand, Lightning and Ignite.
 
-    python benchmarks/research.py            # the table
-    python benchmarks/research.py --quick    # GAN and BYOL alone, fewer rounds
+    python benchmarks/research.py            # the tables; benchmarks/README.md says how to install the others
+    python benchmarks/research.py --quick    # GAN and BYOL alone, one thread, fewer rounds
 
-All networks are MLPs 64 wide, batches have 64 rows. Both sides train the same: what is clipped, averaged and centred
-is so in the hand-written loop too, with torch's default optimizer, and it tracks the losses on the device and drives a
-tqdm bar, as the learner's default callbacks do (without the line per epoch). One thread.
+All networks are MLPs 64 wide, batches have 64 rows. All sides train the same: what is clipped, averaged and centred
+is so in each of them, with torch's default optimizer in all but fluxloop, and they track the losses on the device and
+drive a bar, as the learner's default callbacks do (without the line per epoch). fluxloop is measured eager and
+compiled. A ratio is a side's time by that of the loop by hand.
+
+"MB in steps" is the peak of what tensors allocate while training, beyond weights, averages and states of optimizers, by
+torch's profiler, in a fresh process for each side: activations, gradients, and whatever is kept.
 
 Before anything is timed, each side trains 100 steps from the same weights, with the same noise at every step: "trained"
 is how far its weights and averages lie from those of the loop, as a share of the way that training moved them.
@@ -15,13 +19,20 @@ from __future__ import annotations
 
 import copy
 import io
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import research_peers
 import torch
+from memory import tensor_peak
+from peers import Loader
 from timing import Table, arguments, interleave
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, softplus
@@ -57,13 +68,14 @@ Loop = Callable[[Models, Batches, Draw, Draw], Callable[[], None]]
 
 COLUMNS = {
     "method": "<28",
-    "fluxloop": "<8",
-    "plain µs": ">9.1f",
-    "fluxloop µs": ">11.1f",
+    "side": "<18",
+    "threads": ">7",
+    "µs": ">8.1f",
     "ratio": ">6.3f",
     "CPU ratio": ">9.3f",
     "trained": "<9",
 }
+HAND, EAGER, COMPILED = "by hand", "fluxloop", "fluxloop, compiled"
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,7 @@ class Method:
         models: Makes the models.
         batch: Makes a batch.
         loop: Makes the hand-written loop over models and batches, which draws noise and shares of rows.
+        step: Makes the step of other frameworks.
         phase: Makes the learner's phase, which draws them alike.
         callbacks: Makes the learner's callbacks.
         optimizer: A factory.
@@ -84,6 +97,7 @@ class Method:
     models: Callable[[], Models]
     batch: Callable[[torch.Generator], Any]
     loop: Loop
+    step: Callable[[], research_peers.Step]
     phase: Callable[[Draw, Draw], Phase]
     callbacks: Callable[[], list[Callback]]
     optimizer: Callable[..., torch.optim.Optimizer]
@@ -253,6 +267,7 @@ METHODS = (
         adversaries,
         rows,
         gan,
+        lambda: research_peers.gan,
         lambda noise, share: GANPhase(noise=lambda count, device: noise(count)),
         lambda: [EMA("G", DECAY), GradientClip(CLIP)],
         ADAM,
@@ -262,6 +277,7 @@ METHODS = (
         lambda: {**teacher_and_student(), "predictor": mlp(WIDTH, WIDTH, WIDTH)},
         lambda generator: (rows(generator), rows(generator)),
         byol,
+        lambda: research_peers.byol,
         lambda noise, share: BYOLPhase(),
         lambda: [EMA("student", DECAY, into="teacher")],
         ADAMW,
@@ -271,11 +287,14 @@ METHODS = (
         teacher_and_student,
         lambda generator: tuple(rows(generator) for _ in range(4)),
         dino,
+        research_peers.DINOStep,
         lambda noise, share: DINOPhase(center_momentum=CENTER),
         lambda: [EMA("student", DECAY, into="teacher")],
         ADAMW,
     ),
-    Method("WGAN-GP, 5 critic steps", adversaries, rows, wgan_gp, Penalised, list, ADAM),
+    Method(
+        "WGAN-GP, 5 critic steps", adversaries, rows, wgan_gp, lambda: research_peers.wgan_gp, Penalised, list, ADAM
+    ),
 )
 
 
@@ -299,10 +318,28 @@ class Side:
 
 def by_hand(method: Method, models: Models, noise: Draw, share: Draw) -> Side:
     """Make the hand-written side."""
+    models = with_average(method, models)
+    return Side(models, method.loop(models, method.batches(), noise, share))
+
+
+def with_average(method: Method, models: Models) -> Models:
+    """Copy models, with the average of a GAN's generator."""
     models = copy.deepcopy(models)
     if method.loop is gan:
         models["average"] = copy.deepcopy(models["G"]).requires_grad_(False)
-    return Side(models, method.loop(models, method.batches(), noise, share))
+    return models
+
+
+def by_peer(method: Method, models: Models, noise: Draw, share: Draw, frame: research_peers.Frame) -> Side:
+    """Make the side of another framework."""
+    models = with_average(method, models)
+    trained: list[list[nn.Module]] = [[models["D"]], [models["G"]]] if "G" in models else [[models["student"]]]
+    if "predictor" in models:
+        trained[0].append(models["predictor"])
+    optimizers = [method.optimizer([p for model in each for p in model.parameters()]) for each in trained]
+    loader, tools = Loader(method.batches()), research_peers.Tools(noise, share, DECAY, CLIP, CENTER)
+    fit = frame(models, optimizers, loader, method.step(), tools)
+    return Side(models, research_peers.Fit(loader, fit))
 
 
 def by_learner(method: Method, models: Models, noise: Draw, share: Draw, compile: Any) -> Side:
@@ -321,14 +358,21 @@ def by_learner(method: Method, models: Models, noise: Draw, share: Draw, compile
     return Side(held, lambda: learner.epoch(phase))
 
 
-def sides_of(method: Method, noise: Draw, share: Draw) -> dict[str, Side]:
-    """Make all sides, with equal weights and batches."""
+def sides_of(method: Method, noise: Draw, share: Draw, only: str = "") -> dict[str, Side]:
+    """Make all sides, or one, with equal weights and batches."""
     models = method.models()
-    return {
-        "plain": by_hand(method, models, noise, share),
-        "eager": by_learner(method, models, noise, share, False),
-        "step": by_learner(method, models, noise, share, "step"),
+    makers: dict[str, Callable[[], Side]] = {
+        HAND: partial(by_hand, method, models, noise, share),
+        EAGER: partial(by_learner, method, models, noise, share, False),
+        COMPILED: partial(by_learner, method, models, noise, share, "step"),
+        **{name: partial(by_peer, method, models, noise, share, f) for name, f in research_peers.installed().items()},
     }
+    return {name: make() for name, make in makers.items() if only in ("", name)}
+
+
+def drawn(count: int) -> Tensor:
+    """Draw noise."""
+    return torch.randn(count, WIDTH)
 
 
 def require_same(method: Method) -> dict[str, str]:
@@ -340,37 +384,75 @@ def require_same(method: Method) -> dict[str, str]:
     torch.manual_seed(0)
     fixed, shares = torch.randn(ROWS, WIDTH), torch.rand(ROWS)
     sides = sides_of(method, lambda count: fixed, lambda count: shares)
-    before = sides["plain"].numbers()
+    before = sides[HAND].numbers()
     for side in sides.values():
         side()
-    wanted, found = sides.pop("plain").numbers(), {}
+    wanted, found = sides.pop(HAND).numbers(), {HAND: "–"}
     for name, side in sides.items():
         share = ((side.numbers() - wanted).norm() / (wanted - before).norm()).item()
         if not share <= CLOSE:
             raise DifferentTrainingError(f"{method.name}, {name}: the weights lie {share:.2g} of their way apart")
-        found[name] = f"{share:.1e}"
+        found[name] = f"{share:.1e}" if share else "same bits"
     return found
 
 
-def measure(table: Table, method: Method, rounds: int) -> None:
-    """Measure one method: a row for eager steps, and one for compiled ones."""
+def measure(table: Table, method: Method, threads: int, rounds: int) -> None:
+    """Measure one method: a row for each side."""
+    torch.set_num_threads(threads)
     torch.compiler.reset()
     trained = require_same(method)
     torch.manual_seed(0)
-    got = interleave(
-        lambda: sides_of(method, lambda count: torch.randn(count, WIDTH), torch.rand), units=STEPS, rounds=rounds
-    )
-    for name, mode in (("eager", "eager"), ("step", "compiled")):
-        times = got.micro("plain"), got.micro(name)
-        table.row(method.name, mode, *times, got.ratio(name, "plain"), got.cpu_ratio(name, "plain"), trained[name])
+    got = interleave(lambda: sides_of(method, drawn, torch.rand), units=STEPS, rounds=rounds)
+    for side in got.laps:
+        ratios = got.ratio(side, HAND), got.cpu_ratio(side, HAND)
+        table.row(method.name, side, str(threads), got.micro(side), *ratios, trained[side])
+
+
+def peak(method: Method, side: str) -> float:
+    """Give the peak of what tensors allocate in the steps of a training, in MB: in this process, a fresh one."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    trained = sides_of(method, drawn, torch.rand, only=side)[side]
+    trained()  # makes the states of optimizers, and the graphs
+    for model in trained.models.values():
+        model.zero_grad()
+    return tensor_peak(trained.run)
+
+
+def fresh(method: Method, side: str) -> float:
+    """Give `peak` of a fresh process."""
+    command = [sys.executable, __file__, method.name, side]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
+    if done.returncode:
+        raise SystemExit(f"{method.name}, {side} failed:\n{done.stderr[-2000:]}")
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def memory(methods: Sequence[Method]) -> None:
+    """Print what tensors allocate in the steps of each side."""
+    print()
+    table = Table({"method": "<28", "side": "<18", "MB in steps": ">11.3f", "by hand": ">8.3f"})
+    for method in methods:
+        peaks = {side: fresh(method, side) for side in (HAND, EAGER, COMPILED, *research_peers.installed())}
+        for side, of_side in peaks.items():
+            table.row(method.name, side, of_side, of_side / peaks[HAND])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    given: Any = sys.argv[1:] if argv is None else argv
+    if len(given) == 2:
+        (method,) = (each for each in METHODS if each.name == given[0])
+        print(json.dumps(peak(method, given[1])))
+        return
     quick = arguments(__doc__, argv).quick
-    torch.set_num_threads(1)
+    methods = METHODS[:2] if quick else METHODS
     table = Table(COLUMNS)
-    for method in METHODS[:2] if quick else METHODS:
-        measure(table, method, rounds=6 if quick else 20)
+    for threads in (1,) if quick else (1, 2):
+        for method in methods:
+            measure(table, method, threads, rounds=6 if quick else 20)
+    memory(methods)
+    for name in research_peers.missing():
+        print(f"\n{name} is not installed.")
 
 
 if __name__ == "__main__":

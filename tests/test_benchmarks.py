@@ -33,6 +33,8 @@ NAMES = (
     "memory",
     "scaling",
     "peers",
+    "research_peers",
+    "research",
     "gpu",
     "gpu_checks",
 )
@@ -236,7 +238,7 @@ def test_every_workload_is_trained_by_both_sides(scripts: Any, index: int) -> No
 # The scripts
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("timing", "workloads")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("timing", "workloads", "research_peers")])
 def test_a_script_tells_its_options(scripts: Any, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         scripts[name].main(["--help"])
@@ -486,3 +488,30 @@ def test_an_unknown_benchmark_is_named(runner: Any, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         runner.main(["frist"])
     assert "there is no benchmark frist; expected some of first, second, missing" in capsys.readouterr().err
+
+
+# research.py
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_the_steps_of_other_frameworks_train_as_the_loops_by_hand(scripts: Any, place: int) -> None:
+    def frame(models: Any, optimizers: Any, loader: Any, step: Any, tools: Any) -> Callable[[], None]:
+        def fit() -> None:
+            for index, batch in enumerate(loader):
+                step(models, optimizers, batch, index, tools)
+
+        return fit
+
+    research = scripts["research"]
+    method = research.METHODS[place]
+    torch.manual_seed(0)
+    fixed, shares, models = torch.randn(64, 64), torch.rand(64), method.models()
+    hand, peer = (
+        make(method, models, lambda count: fixed, lambda count: shares, *more)
+        for make, more in ((research.by_hand, ()), (research.by_peer, (frame,)))
+    )
+    before = hand.numbers()
+    hand()
+    assert peer().wall > 0
+    assert torch.equal(hand.numbers(), peer.numbers())
+    assert not torch.equal(hand.numbers(), before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -184,7 +185,7 @@ class EMA(Callback):
     def _owning(self, learner: Any) -> list[torch.optim.Optimizer]:
         """List the optimizers of the model's parameters."""
         every = _each(behind(learner).optimizer)
-        groups = tuple(len(each.param_groups) for each in every)  # one may be added while training
+        groups = (*map(len, map(_groups, every)),)  # one may be added while training
         if groups not in self._owners:
             own = set(learner.weights[self.model].parameters())
             self._owners[groups] = [each for each in every if not own.isdisjoint(owned_parameters(each))]
@@ -197,8 +198,8 @@ class EMA(Callback):
             return
         held = behind(learner).optimizer
         owning, stepped = self._owning(learner), _each(held if event.name is None else look_up(held, event.name))
-        if any(each in owning for each in stepped):
-            self._pending = True
+        if not {*owning}.isdisjoint(stepped):
+            put(self, "_pending", True)  # quicker than an assignment, which sees to options
             self._counted[type(phase).__qualname__] = True
             if event.after_steps:  # no step ends any more
                 self._end(phase, learner)
@@ -232,12 +233,13 @@ class EMA(Callback):
             if self._counted.get(name) is True or not self._has_changed(learner):
                 return
             self._counted[name] = False
-        self._pending, self._before = False, None
+        put(self, "_pending", False)
+        put(self, "_before", None)
         weight = self._weight()
         of_buffers = {"copy": 1.0, "average": weight, "keep": 0.0}[self._buffers]
         weights = behind(learner).weights
         self._pairs.move(weights[self.average], weights[self.model], weight, of_buffers, "EMA")
-        self.num_averaged += 1
+        put(self, "num_averaged", self.num_averaged + 1)
         if self._counted.get(name) is not True:
             self._look(learner)  # a step around this one may go on
 
@@ -292,7 +294,14 @@ def _one_place_each(a: EMA, b: EMA) -> None:
 
 def _each(held: Any) -> Sequence[torch.optim.Optimizer]:
     """List optimizers, from how a learner holds them."""
-    return (held,) if isinstance(held, torch.optim.Optimizer) else [each for _, each in by_name(held)]
+    if isinstance(held, torch.optim.Optimizer):
+        return (held,)
+    if isinstance(held, tuple) and None not in held:
+        return held
+    return [each for _, each in by_name(held)]
+
+
+_groups = attrgetter("param_groups")
 
 
 def _changes(module: nn.Module) -> int:

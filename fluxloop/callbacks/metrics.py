@@ -18,7 +18,7 @@ from fluxloop.history import MOST_PARTS, numbers_in
 from fluxloop.metrics.base import Loss, Metric, SmoothLoss, Tracker
 from fluxloop.metrics.expected import expected_of
 from fluxloop.monitor import Expected, Mode
-from fluxloop.nested import map_tensors, weight_of
+from fluxloop.nested import batch_size, map_tensors, weight_of
 from fluxloop.order.view import behind
 from fluxloop.persist.series import Series
 from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase
@@ -287,9 +287,9 @@ class Metrics(Callback):
         group = metrics.group
         if group is not None and group.spare:  # of rows that count elsewhere
             return
-        # A weight of the user's has to be checked each time
-        weight = running.batch_size if type(phase).weight is Phase.weight else checked_weight(phase, learner.step)
         step, metric = running.step, None
+        # A weight of the user's has to be checked each time
+        weight = batch_size(vars(step)) if type(phase).weight is Phase.weight else checked_weight(phase, step)
         try:
             for each, tracker in metrics.trackers:
                 metric = each

@@ -263,7 +263,7 @@ def norm_before_clipping(step: StepState, name: str | None) -> Tensor | None:
         norm = entries.get("grad_norm")
     else:
         norms = entries.get("grad_norms")
-        norm = norms.get(name) if isinstance(norms, Mapping) else None
+        norm = None if norms is None or not isinstance(norms, Mapping) else norms.get(name)
     return norm if isinstance(norm, Tensor) and norm.numel() == 1 else None
 
 

@@ -17,8 +17,10 @@ def _classes(ys: Tensor, preds: Tensor) -> Tensor:
         MetricError: The shapes do not match, or there is one class only.
     """
     shape = preds.shape
-    if len(shape) == 2 and shape[1] > 1 and ys.shape == shape[:1]:  # as nearly always
-        return ys
+    if len(shape) == 2:
+        rows, classes = shape
+        if classes > 1 and ys.shape == (rows,):  # as nearly always
+            return ys
     if len(shape) < 2 or shape[1] < 2:
         raise MetricError(
             f"preds of shape {tuple(shape)} were given; expected scores of shape (N, C) with two classes or "
@@ -26,11 +28,11 @@ def _classes(ys: Tensor, preds: Tensor) -> Tensor:
         )
     if ys.shape == shape:
         return ys.argmax(1)
-    rows = shape[:1] + shape[2:]
-    if ys.shape != rows:
+    expected = shape[:1] + shape[2:]
+    if ys.shape != expected:
         raise MetricError(
             f"preds of shape {tuple(shape)} were compared with ys of shape {tuple(ys.shape)}; expected class "
-            f"indices of shape {tuple(rows)}, or targets of the shape of preds"
+            f"indices of shape {tuple(expected)}, or targets of the shape of preds"
         )
     return ys
 
@@ -42,7 +44,7 @@ def _share(hits: Tensor) -> Tensor:
 
 def _hits(preds: Tensor, ys: Tensor) -> Tensor:
     """Tell for each row whether its highest score is at the target class."""
-    return preds.argmax(1) == _classes(ys, preds)
+    return preds.argmax(1).eq(_classes(ys, preds))
 
 
 def accuracy(preds: Tensor, ys: Tensor) -> Tensor:

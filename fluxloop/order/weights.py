@@ -47,7 +47,8 @@ class Weights(Container):
         """
         view, parts = self._read(name)
         if not view:
-            return self._live(parts, name)
+            whole = len(parts) == 1 and None not in self._models  # as averages ask in every step
+            return self._models[parts[0]] if whole and parts[0] in self._models else self._live(parts, name)
         owners = [owner for kept, owner in self.views if kept == view and parts[: len(owner)] == owner]
         if owners:
             owner = max(owners, key=len)  # the nearest: "G.encoder@ema" may be kept beside "G@ema"

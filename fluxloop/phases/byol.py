@@ -57,4 +57,5 @@ class BYOLPhase(TeacherPhase):
 
     def loss(self, learner: Any, state: StepState) -> Tensor:
         """Compare each prediction with the teacher's embedding of the other view."""
-        return 4 - 2 * (mean_cosine(state.p1, state.t2) + mean_cosine(state.p2, state.t1))
+        # 4 + -2 x: "4 - 2 x" is the same number, by way of a Python function of torch's
+        return 4 + -2 * (mean_cosine(state.p1, state.t2) + mean_cosine(state.p2, state.t1))

@@ -12,7 +12,7 @@ from fluxloop.errors import BatchError, PhaseError, describe
 from fluxloop.guard.given import check_called, check_number
 from fluxloop.losses.contrastive import batch_nce
 from fluxloop.phase import inputs_and_labels
-from fluxloop.phases.objective import ObjectivePhase, can_run, require_parts
+from fluxloop.phases.objective import ObjectivePhase, can_run, may_have, require_parts
 from fluxloop.processes.gather import join_rows
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class JointEmbeddingPhase(ObjectivePhase):
 
     def embed(self, model: Any, view: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features (N, F) and the embedding (N, D) of a view."""
-        projector = getattr(model, "projector", None)
+        projector = getattr(model, "projector", None) if may_have(model, "projector") else None
         if projector is None and can_run(model):
             features = embedding = model(view)
         else:

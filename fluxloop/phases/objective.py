@@ -117,6 +117,22 @@ def can_run(model: Any) -> bool:
     return isinstance(model, nn.Module) and type(model).forward is not nn.Module.forward
 
 
+def may_have(model: Any, name: str) -> bool:
+    """Return whether a model may have an attribute: False where a module surely has none.
+
+    A module that is asked for what it has not takes 1 µs to word an error, in each step and for each view.
+    """
+    if not isinstance(model, nn.Module) or type(model).__getattr__ is not nn.Module.__getattr__:
+        return True
+    return (
+        name in model._modules
+        or name in vars(model)
+        or hasattr(type(model), name)
+        or name in model._parameters
+        or name in model._buffers
+    )
+
+
 def require_parts(phase: Phase, model: Any, *parts: str) -> None:
     """Raise for a learner whose models lack a part that a phase calls by name.
 

@@ -34,7 +34,7 @@ from fluxloop import (
     on,
     stream_seed,
 )
-from fluxloop.phases.objective import require_parts
+from fluxloop.phases.objective import may_have, require_parts
 from fluxloop.testing import EventRecorder, assert_observer, assert_same_bits
 
 SEED = 3
@@ -444,3 +444,55 @@ def test_a_twin_shows_whose_it_is() -> None:
 def test_a_training_phase_is_refused_by_evaluate() -> None:
     with pytest.raises(PhaseError, match=r"Denoising\(\) was given to evaluate or predict, and it trains"):
         make_learner().evaluate(rows(), phase=Denoising())
+
+
+class InClass(nn.Module):
+    part = 1
+
+
+class AsProperty(nn.Module):
+    @property
+    def part(self) -> int:
+        return 1
+
+
+class OnDemand(nn.Module):
+    def __getattr__(self, name: str) -> Any:
+        return 1 if name == "part" else super().__getattr__(name)
+
+
+class InInstance(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = 1
+
+
+class AsParameter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Parameter(torch.ones(1))
+
+
+class AsBuffer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("part", torch.ones(1))
+
+
+class AsModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Identity()
+
+
+@pytest.mark.parametrize(
+    "make", [InClass, AsProperty, OnDemand, InInstance, AsParameter, AsBuffer, AsModule, nn.Identity, object]
+)
+def test_a_model_that_surely_lacks_a_part_is_one_that_has_none(make: Any) -> None:
+    model = make()
+    has = make not in (nn.Identity, object)
+    assert hasattr(model, "part") == has
+    assert may_have(model, "part") or not has
+    assert may_have(model, "part") != (make is nn.Identity)  # others are asked
+    if isinstance(model, nn.Module):
+        assert may_have(torch.compile(model, backend="eager"), "part")
