@@ -37,6 +37,7 @@ from torch.optim import Optimizer
 from fluxloop.compute.models import by_name
 from fluxloop.compute.optimizers import options_given
 from fluxloop.errors import OptimizerError, describe, did_you_mean
+from fluxloop.guard.given import is_number
 from fluxloop.order.view import look_up
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -108,8 +109,8 @@ class OptimizerOption(HyperParameter):
             )
 
     @group.validator
-    def _check_group(self, attribute: object, group: object) -> None:
-        if group is not None and (not isinstance(group, int) or isinstance(group, bool) or group < 0):
+    def _check_group(self, attribute: object, group: Any) -> None:
+        if group is not None and (not is_number(group, whole=True) or group < 0):
             raise OptimizerError(
                 f"{type(self).__name__}(group={group!r}) was given; expected the index of a parameter group, 0 or more"
             )

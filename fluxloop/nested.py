@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from fluxloop.guard.given import is_number
+
 
 def init_fields(value: Any) -> dict[str, str] | None:
     """Name the init fields of a dataclass or attrs instance and their arguments; None for anything else."""
@@ -286,7 +288,8 @@ def _rows(value: Any) -> int | None:
     names = () if isinstance(value, Mapping) else init_fields(value)
     if names is None:
         said = None if isinstance(value, (nn.Module, type)) else getattr(value, "batch_size", None)
-        return said if isinstance(said, int) and not isinstance(said, bool) and said > 0 else None
+        number: Any = said if is_number(said, whole=True) else 0
+        return int(number) if number > 0 else None
     parts = value.values() if isinstance(value, Mapping) else (getattr(value, name) for name in names)
     numbers = [rows for part in parts if (rows := _rows(part)) is not None]
     return max(numbers, key=numbers.count) if numbers else None

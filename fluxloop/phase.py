@@ -19,11 +19,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import update_wrapper
+from numbers import Real
 from types import FunctionType, MethodType, NoneType
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet
 
 from fluxloop.errors import BatchError, CancelStepException, PhaseError, arguments_misfit, describe
+from fluxloop.guard.given import is_number
 from fluxloop.lazy import all_subclasses
 from fluxloop.loop import runepoch, runstep
 from fluxloop.nested import batch_size
@@ -231,7 +233,7 @@ def options_of(phase: Phase) -> dict[str, Any]:
         kept = cls.kept_as.get(name, name)
         value = name_of(phase) if name == "name" else getattr(phase, kept, usual)
         parts = value if isinstance(value, tuple) else (value,)
-        if all(isinstance(part, (bool, int, float, str, NoneType)) for part in parts) and value != usual:
+        if all(isinstance(part, (bool, Real, str, NoneType)) for part in parts) and value != usual:
             found[name] = value
     return found
 
@@ -302,7 +304,7 @@ def check_every(phase: AbstractValidationPhase) -> None:
     Raises:
         PhaseError: `every` is no whole number from 1.
     """
-    if type(phase.every) is not int or phase.every < 1:
+    if not is_number(phase.every, whole=True) or phase.every < 1:
         cls = type(phase).__name__
         raise PhaseError(
             f"a {cls} has every={phase.every!r}; expected in which cycles of a fit it runs, a whole number from 1: "

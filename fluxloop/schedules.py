@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 from attrs import NOTHING, field, fields, frozen
 
-from fluxloop.guard.given import number
+from fluxloop.guard.given import is_number, number
 
 Schedule = Callable[[int], float]
 
@@ -38,7 +39,8 @@ def check_schedule(schedule: object, whose: str) -> None:
     Raises:
         ValueError: It is neither, or a class of schedules rather than one.
     """
-    fixed = isinstance(schedule, (int, float)) and not isinstance(schedule, bool) and math.isfinite(schedule)
+    number_given: Any = schedule
+    fixed = is_number(schedule) and math.isfinite(number_given)
     if isinstance(schedule, type) or not (callable(schedule) or fixed):
         given = f"the class {schedule.__name__}" if isinstance(schedule, type) else repr(schedule)
         raise ValueError(
@@ -48,7 +50,7 @@ def check_schedule(schedule: object, whose: str) -> None:
 
 
 def _check_total(schedule: Any, attribute: Any, total: Any) -> None:
-    counted = isinstance(total, (int, float)) and not isinstance(total, bool) and 1 <= total < math.inf
+    counted = is_number(total) and 1 <= total < math.inf
     if counted and attribute is not None and not float(total).is_integer():
         raise ValueError(
             f"a schedule of {total!r} steps was asked for; expected a whole number: {_usage(type(schedule))}"
@@ -69,7 +71,7 @@ def _check_schedule(schedule: Any, attribute: Any, value: Any) -> None:
 
 def written(schedule: Any) -> str:
     """Write a schedule as a text, the same one for equal schedules; functions are not told apart."""
-    if isinstance(schedule, (int, float)):
+    if isinstance(schedule, Real):
         return repr(float(schedule)).removesuffix(".0")
     if isinstance(schedule, tuple):
         return f"({', '.join(map(written, schedule))})"
@@ -471,7 +473,7 @@ class shift:  # noqa: N801 - used like a function
 
     @steps.validator
     def _check_steps(self, attribute: object, steps: object) -> None:
-        if not isinstance(steps, int):
+        if not is_number(steps, whole=True):
             raise ValueError(f"shift(steps={steps!r}) was given; expected a whole number")
 
     def __call__(self, t: int) -> float:
@@ -504,7 +506,7 @@ class repeat:  # noqa: N801 - used like a function
 
     @times.validator
     def _check_times(self, attribute: object, times: Any) -> None:
-        if times is not None and not (isinstance(times, int) and times >= 1):
+        if times is not None and not (is_number(times, whole=True) and times >= 1):
             raise ValueError(f"repeat(times={times!r}) was given; expected a whole number, 1 or more, or None")
 
     def __call__(self, t: int) -> float:

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, TypeVar
 from attrs import Attribute, define, evolve, field, fields
 
 from fluxloop.errors import CheckpointError, describe
+from fluxloop.guard.given import is_number
 from fluxloop.monitor import Mode
 
 C = TypeVar("C", bound="Criterion")
@@ -30,7 +31,7 @@ C = TypeVar("C", bound="Criterion")
 
 def _count(instance: object, attribute: Attribute[Any], value: Any) -> None:
     """Raise for anything but a whole number, 1 or more."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_number(value, whole=True) or value < 1:
         raise ValueError(
             f"{type(instance).__name__}({attribute.name}={value!r}) was given; expected a whole number, 1 or more"
         )
@@ -38,13 +39,13 @@ def _count(instance: object, attribute: Attribute[Any], value: Any) -> None:
 
 def _positive(instance: object, attribute: Attribute[Any], value: Any) -> None:
     """Raise for anything but a number above 0."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+    if not is_number(value) or not value > 0:
         raise ValueError(f"{type(instance).__name__}({attribute.name}={value!r}) was given; expected a number above 0")
 
 
 def _number(instance: object, attribute: Attribute[Any], value: Any) -> None:
     """Raise for anything but a number."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or isnan(value):
+    if not is_number(value) or isnan(value):
         raise ValueError(f"{type(instance).__name__}({attribute.name}={value!r}) was given; expected a number")
 
 

@@ -23,7 +23,7 @@ from fluxloop.checkpoint.parts import has_sharded
 from fluxloop.compute.finite import first_names, not_finite, state_tensors
 from fluxloop.errors import CallbackConflictError, CheckpointError, sentence, warn_user
 from fluxloop.events import EpochBegin, FitBegin, FitEnd, StepEnd
-from fluxloop.guard.given import as_path
+from fluxloop.guard.given import as_path, is_number
 from fluxloop.monitor import Mode, Monitor
 from fluxloop.persist.plain import snapshot
 from fluxloop.phase import AbstractTrainingPhase, FittingPhase
@@ -154,17 +154,12 @@ class Checkpointer(UnsafeCallback):
         self._watched = Monitor(self.monitor, self.mode).after(getattr(self, "_watched", None))
         if self.unit not in ("epoch", "step", "second"):
             raise ValueError(f"Checkpointer(unit={self.unit!r}) was given; expected 'epoch', 'step' or 'second'")
-        number = (
-            isinstance(self.every, (int, float))
-            and not isinstance(self.every, bool)
-            and self.every > 0
-            and isfinite(self.every)
-        )
+        number = is_number(self.every) and self.every > 0 and isfinite(self.every)
         if not number or (self.unit != "second" and not float(self.every).is_integer()):
             raise ValueError(f"Checkpointer(every={self.every!r}) was given; expected 1 or more {self.unit}s")
         for name, least in (("keep_last", 1), ("keep_best", 0)):
             value = getattr(self, name)
-            if (type(value) is not int or value < least) and not (name == "keep_last" and value is None):
+            if (not is_number(value, whole=True) or value < least) and not (name == "keep_last" and value is None):
                 raise ValueError(
                     f"Checkpointer({name}={value!r}) was given; expected a whole number, {least} or more"
                     f"{', or None for all' if name == 'keep_last' else ''}"

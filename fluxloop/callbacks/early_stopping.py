@@ -11,6 +11,7 @@ from attrs import define, field
 from fluxloop.callback import Callback, on
 from fluxloop.errors import CancelFittingException, CheckpointError, describe
 from fluxloop.events import CycleEnd, EpochBegin, EpochEnd, FitBegin, StepEnd
+from fluxloop.guard.given import is_number
 from fluxloop.monitor import Mode, Monitor
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.stopping import Criterion, NoImprovement
@@ -85,7 +86,7 @@ class EarlyStopping(Callback):
     draws = False
 
     def __attrs_post_init__(self) -> None:
-        if not isinstance(self.criterion, (Criterion, int)) or isinstance(self.criterion, bool):
+        if not isinstance(self.criterion, Criterion) and not is_number(self.criterion, whole=True):
             raise TypeError(
                 f"EarlyStopping({describe(self.criterion)}) was given; expected a number of epochs, or a criterion: "
                 "EarlyStopping(5), EarlyStopping(Patience(5) | InvalidValue())"
@@ -104,7 +105,7 @@ class EarlyStopping(Callback):
                     "1 or more"
                 )
             template = NoImprovement(self.criterion, self.min_delta)
-        if not isinstance(self.min_epochs, int) or isinstance(self.min_epochs, bool) or self.min_epochs < 0:
+        if not is_number(self.min_epochs, whole=True) or self.min_epochs < 0:
             raise ValueError(f"min_epochs={self.min_epochs!r} was given; expected a number of epochs, 0 or more")
         watched = Monitor(self.monitor, self.mode, compares=template.wants_mode())
         needs = f"{template!r} needs training losses: "

@@ -18,6 +18,7 @@ from fluxloop.compute.pairs import Pairs
 from fluxloop.errors import CallbackConflictError, ModelError, describe
 from fluxloop.events import StepBegin, StepEnd, UpdateEnd
 from fluxloop.guard.assign import put
+from fluxloop.guard.given import is_number
 from fluxloop.order.access import overlap, parse, weights_path
 from fluxloop.order.averages import Buffers, StepAverage
 from fluxloop.order.view import behind, look_up
@@ -317,7 +318,7 @@ def _norms(module: nn.Module) -> list[Tensor]:
 
 
 def _check_decay(decay: float) -> None:
-    if not isinstance(decay, (int, float)) or isinstance(decay, bool) or not 0 <= decay <= 1:
+    if not is_number(decay) or not 0 <= decay <= 1:
         raise ValueError(f"EMA was given the decay {decay!r}; expected a weight of the past from 0 to 1, e.g. 0.999")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from math import isnan
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from fluxloop.compute.models import by_name
 from fluxloop.compute.optimizers import owned_parameters
 from fluxloop.errors import CallbackConflictError, OptimizerError, did_you_mean
 from fluxloop.events import EpochBegin, EpochEnd, StepEnd, UpdateBegin
+from fluxloop.guard.given import is_number
 from fluxloop.metrics.averages import FOLD_AFTER
 from fluxloop.monitor import Expected
 from fluxloop.order.view import behind, look_up
@@ -79,8 +79,7 @@ class GradientClip(RecordsMetrics):
         for name, value in (("max_norm", self.max_norm), ("norm_type", self.norm_type), ("value", self.value)):
             if name == "value" and value is None:
                 continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and not isnan(value)
-            if not number or value < 0 or (name == "norm_type" and value == 0):  # type: ignore[operator]  # a number
+            if not is_number(value) or not value >= 0 or (name == "norm_type" and value == 0):  # type: ignore[operator]  # a number
                 raise ValueError(
                     f"GradientClip({name}={value!r}) was given; expected a number, "
                     f"{'above 0' if name == 'norm_type' else '0 or more'}: GradientClip(1.0)"

@@ -17,6 +17,7 @@ from fluxloop.checkpoint.weights_file import weights_of, with_metadata
 from fluxloop.compute.modes import switch_optimizers
 from fluxloop.errors import CallbackConflictError, ModelError, warn_user
 from fluxloop.events import CycleEnd, EpochEnd, FitBegin
+from fluxloop.guard.given import is_number
 from fluxloop.monitor import Mode, Monitor
 from fluxloop.persist.plain import from_plain, snapshot, to_plain
 from fluxloop.phase import FittingPhase, Phase
@@ -90,7 +91,7 @@ class KeepBestModel(UnsafeCallback):
 
     def __attrs_post_init__(self) -> None:
         self._watched = Monitor(self.monitor, self.mode).after(getattr(self, "_watched", None))
-        if isinstance(self.min_delta, bool) or not isinstance(self.min_delta, (int, float)) or not self.min_delta >= 0:
+        if not is_number(self.min_delta) or not self.min_delta >= 0:
             raise ValueError(f"KeepBestModel(min_delta={self.min_delta!r}) was given; expected 0 or more")
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -228,8 +229,8 @@ class LogHyperParams(LogCallback):
         cbstate = learner.cbstate
         if "hyperparameters" in cbstate:
             for name, step, value in _new_entries(cbstate.hyperparameters, self._newest):
-                if isinstance(value, (int, float)):
-                    self.log(Scalar(value), name, step, ("step", "hyperparameters"))
+                if isinstance(value, Real):
+                    self.log(Scalar(float(value)), name, step, ("step", "hyperparameters"))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: how far the backends have written, and what was logged last."""
@@ -289,7 +290,7 @@ class LogTraces(LogCallback):
         for name, _, value in _new_entries(traces, newest):
             if isinstance(value, Tensor) and value.numel() == 1:
                 learner.host(value.reshape(()), partial(self.log_number, name, step, group))
-            elif isinstance(value, (int, float, Loggable)):
+            elif isinstance(value, (Real, Loggable)):
                 self.log(loggable(value), name, step, group)
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -357,8 +358,8 @@ def checked_weight(phase: Phase, step: Any) -> float | Tensor:
         scalar = weight.numel() == 1 and not weight.is_complex()
         if scalar and (not weight.is_cpu or 0 <= weight < float("inf")):  # nothing waits for another device
             return weight.detach().reshape(())
-    elif isinstance(weight, (int, float)) and 0 <= weight < float("inf"):
-        return weight
+    elif isinstance(weight, (int, float, Real)) and 0 <= float(weight) < float("inf"):
+        return weight if isinstance(weight, (int, float)) else float(weight)
     raise MetricError(
         f"{type(phase).__name__}.weight gave {describe(weight)}; expected what the step weighs in the means of an "
         "epoch: a number from 0 on, such as len(state.xs), or a tensor with one: (state.ys != -100).sum()"

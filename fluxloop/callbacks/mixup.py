@@ -14,6 +14,7 @@ from torch.nn import functional
 from fluxloop.callback import Callback, Handler, RunFirst, on, resolve_conflict
 from fluxloop.errors import DataError, LossError, describe
 from fluxloop.events import Event, LossBegin, StepBegin, StepEnd
+from fluxloop.guard.given import is_number
 from fluxloop.losses.mixed import MixedLoss, MixedTargets
 from fluxloop.nested import map_tensors, tensors
 from fluxloop.phase import AbstractTrainingPhase, Phase
@@ -69,9 +70,9 @@ class Mixing(Callback):
 
     def __attrs_post_init__(self) -> None:
         kind = type(self).__name__
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < inf:
+        if not is_number(self.alpha) or not 0 < self.alpha < inf:
             raise ValueError(f"{kind}({self.alpha!r}) was given; expected a number above 0: {kind}(0.4)")
-        if self.num_classes is not None and (not isinstance(self.num_classes, int) or self.num_classes < 2):
+        if self.num_classes is not None and (not is_number(self.num_classes, whole=True) or self.num_classes < 2):
             raise ValueError(f"{kind}(num_classes={self.num_classes!r}) was given; expected 2 or more, or None")
 
     def init(self, learner: Any) -> None:

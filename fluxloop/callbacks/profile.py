@@ -14,6 +14,7 @@ from attrs import define, field
 from fluxloop.callback import Handler, UnsafeCallback, on
 from fluxloop.errors import MetricError, counted
 from fluxloop.events import CycleBegin, CycleEnd, EpochBegin, EpochEnd, Event, FitBegin, FitEnd, StepBegin, StepEnd
+from fluxloop.guard.given import is_number
 from fluxloop.order.explain import fired_with
 from fluxloop.phase import AbstractTrainingPhase, FittingPhase, Phase
 from fluxloop.state import name_of
@@ -107,7 +108,7 @@ class Profile(UnsafeCallback):
 
     @steps.validator
     def _check_steps(self, attribute: object, value: Any) -> None:
-        if not isinstance(value, tuple) or len(value) != 2 or any(type(n) is not int or n < 1 for n in value):
+        if not isinstance(value, tuple) or len(value) != 2 or any(not is_number(n, whole=True) or n < 1 for n in value):
             raise ValueError(
                 f"Profile(steps={value!r}) was given; expected how many steps go by and how many are shown, each 1 or "
                 "more: steps=(10, 3)"

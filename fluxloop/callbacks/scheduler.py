@@ -14,6 +14,7 @@ from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
 from fluxloop.compute.models import by_name
 from fluxloop.errors import CallbackConflictError, CheckpointError, OptimizerError, describe, did_you_mean
 from fluxloop.events import EpochBegin, EpochEnd, StepBegin, StepEnd
+from fluxloop.guard.given import as_python
 from fluxloop.hyperparameters import (
     Attribute,
     HyperParameter,
@@ -302,7 +303,7 @@ class Scheduler(Callback):
             if self.unit == "update":
                 name = _optimizer_of(parameter, learner)
                 t = updates.get(name, 0) - self._before.get(name, 0)
-            value = value_at(schedule, t)
+            value = as_python(value_at(schedule, t))
             _check_value(parameter, label, schedule, t, value)
             given = self._given.get(label)
             if given and isinstance(parameter, OptimizerOption):

@@ -12,6 +12,7 @@ from attrs import define, field
 
 from fluxloop.callback import UnsafeCallback, on
 from fluxloop.events import EpochBegin, EpochEnd, FitBegin, StepBegin, StepEnd
+from fluxloop.guard.given import is_number
 from fluxloop.phase import FittingPhase, Phase
 from fluxloop.screen.bars import shown
 from fluxloop.signals import is_waiting
@@ -55,8 +56,7 @@ class StallReport(UnsafeCallback):
 
     @seconds.validator
     def _check_seconds(self, attribute: object, seconds: Any) -> None:
-        number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-        if not number or not 0 < seconds < threading.TIMEOUT_MAX:
+        if not is_number(seconds) or not 0 < seconds < threading.TIMEOUT_MAX:
             raise ValueError(f"StallReport({seconds!r}) was given; expected a number of seconds above 0, such as 300")
 
     @on(FitBegin, FittingPhase)

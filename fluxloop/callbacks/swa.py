@@ -21,6 +21,7 @@ from fluxloop.data.passes import untouched
 from fluxloop.data.sources import complete
 from fluxloop.errors import DataError, ModelError, describe
 from fluxloop.events import EpochBegin, EpochEnd, FitEnd, StepEnd
+from fluxloop.guard.given import is_number
 from fluxloop.order.access import weights_path
 from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from fluxloop.processes.batch_norm import apart
@@ -121,7 +122,7 @@ class StochasticWeightAveraging(Callback):
             )
         if not callable(self.forward):
             raise ValueError(f"forward={describe(self.forward)} was given; expected a function (module, batch)")
-        whole = type(self.start) is type(self.every) is int
+        whole = is_number(self.start, whole=True) and is_number(self.every, whole=True)
         if not whole or self.start < 0 or self.every < 1 or self.unit not in ("epoch", "step"):
             raise ValueError(
                 f"{self!r} was given; expected start of 0 or more, every of 1 or more, and unit='epoch' or 'step'"

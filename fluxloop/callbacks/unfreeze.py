@@ -16,6 +16,7 @@ from fluxloop.compute.models import by_name, named_parts
 from fluxloop.compute.optimizers import owned_parameters
 from fluxloop.errors import ModelError, OptimizerError, describe, did_you_mean
 from fluxloop.events import EpochBegin, EpochEnd, FitBegin, StepBegin, StepEnd
+from fluxloop.guard.given import is_number
 from fluxloop.phase import AbstractTrainingPhase, FittingPhase
 
 
@@ -86,7 +87,7 @@ class Unfreeze(Callback):
                 f"Unfreeze({describe(self.when)}) was given; expected when by pattern: Unfreeze({{'encoder': 5}})"
             )
         for pattern, number in self.when.items():
-            if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            if not is_number(number, whole=True) or number < 0:
                 raise ValueError(
                     f"Unfreeze({{{pattern!r}: {number!r}}}) was given; expected the number of an epoch or a step, 0 or "
                     "more (0: from the start)"

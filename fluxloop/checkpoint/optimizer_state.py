@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from fluxloop.compute.optimizers import owned_parameters
 from fluxloop.errors import CheckpointError, describe, did_you_mean
+from fluxloop.guard.given import as_python
 from fluxloop.nested import sharded_like
 from fluxloop.persist.plain import class_name, from_plain, to_plain
 
@@ -48,7 +49,7 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[nn.Parameter, str], lab
     state = dict(optimizer.state_dict())
     if "param_groups" in state:
         state["param_groups"] = [
-            {name: plain_option(value) for name, value in group.items()} for group in state["param_groups"]
+            {name: as_python(value) for name, value in group.items()} for group in state["param_groups"]
         ]
     return {
         "class": class_name(type(optimizer)),
@@ -58,18 +59,9 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[nn.Parameter, str], lab
     }
 
 
-def plain_option(value: Any) -> Any:
-    """Return an option with NumPy's numbers as Python's, which every version of torch reads."""
-    if type(value).__module__.partition(".")[0] == "numpy" and getattr(value, "shape", None) == ():
-        return value.item()
-    if type(value) in (list, tuple):
-        return type(value)(map(plain_option, value))
-    return value
-
-
 def plain_defaults(optimizer: Optimizer) -> State:
     """Return the options that an optimizer was made with, as far as they are numbers and texts."""
-    options = {name: plain_option(value) for name, value in optimizer.defaults.items()}
+    options = {name: as_python(value) for name, value in optimizer.defaults.items()}
     return {name: value for name, value in options.items() if _is_plain(value)}
 
 
@@ -332,7 +324,7 @@ def _options_differ(optimizer: Optimizer, groups: list[State], label: str) -> It
                 continue
             if name not in kept:
                 yield f"{label}: the option {name!r} of group {index} is not in the checkpoint"
-            elif not _is_of_kind(kept[name], plain_option(value)):
+            elif not _is_of_kind(kept[name], as_python(value)):
                 yield f"{label}: the option {name!r} of group {index} is {describe(kept[name])}, expected one like " + (
                     f"{describe(value)}"
                 )

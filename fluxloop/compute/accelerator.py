@@ -15,6 +15,7 @@ from fluxloop.compute.gradients import add_gradients
 from fluxloop.compute.precision import TYPES, Casting
 from fluxloop.compute.shard import Shard
 from fluxloop.errors import BatchError, CompileError, describe, did_you_mean
+from fluxloop.guard.given import is_number
 from fluxloop.nested import map_tensors, move_object
 from fluxloop.processes.gather import all_gather
 from fluxloop.processes.group import Group, are_several, join, local_rank
@@ -84,13 +85,12 @@ class Accelerator:
                 f"Accelerator(precision={precision!r}) was given; expected 'fp32', 'bf16' or 'fp16'"
                 f"{did_you_mean(str(precision), TYPES)}"
             )
-        _check_accumulate(accumulate)
         _check_flags(optimizer_in_backward=optimizer_in_backward, seed_per_process=seed_per_process, tf32=tf32)
         _check_strategy(strategy)
         self.device = _choose(device)
         self.compile = compile
         self.precision = precision
-        self.accumulate = accumulate
+        self.accumulate = _as_accumulate(accumulate)
         self.strategy = strategy
         self.optimizer_in_backward = optimizer_in_backward
         self.seed_per_process, self.tf32, self.check_compiled = seed_per_process, tf32, check_compiled
@@ -317,19 +317,22 @@ def _check_compile(compile: Any, check_compiled: bool) -> None:
         )
 
 
-def _check_accumulate(accumulate: Any) -> None:
-    """Raise for something that is no number of batches.
+def _as_accumulate(accumulate: Any) -> Any:
+    """Return numbers of batches as Python's: windows are kept in checkpoints, which NumPy's could not be read from.
 
     Raises:
         ValueError: Says what was given.
     """
     each = accumulate.values() if isinstance(accumulate, Mapping) else [accumulate]
     for number in each:
-        if type(number) is not int or number < 1:
+        if not is_number(number, whole=True) or number < 1:
             raise ValueError(
                 f"Accelerator(accumulate={accumulate!r}) was given; expected how many batches make one update, a whole "
                 "number from 1, or one for each optimizer: accumulate={'G': 4, 'D': 1}"
             )
+    if isinstance(accumulate, Mapping):
+        return {name: int(number) for name, number in accumulate.items()}
+    return int(accumulate)
 
 
 def _check_strategy(strategy: object) -> None:

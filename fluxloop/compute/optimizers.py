@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from fluxloop.compute.fused import choose_fused
 from fluxloop.errors import OptimizerError, describe, did_you_mean
+from fluxloop.guard.given import as_python
 
 Factory = Callable[[Any], Any]
 Made = Optimizer | Mapping[str, Optimizer]
@@ -227,14 +228,16 @@ def _prepare(made: Optimizer) -> None:
 
 
 def _check_options(optimizer: Optimizer, label: str) -> None:
-    """Raise for an option that is not finite: torch checks signs alone.
+    """Hold NumPy's numbers as Python's, and raise for an option that is not finite: torch checks signs alone.
 
     Raises:
         OptimizerError: Names it.
     """
     for index, group in enumerate(optimizer.param_groups):
         for name in ("lr", "momentum", "betas", "weight_decay", "eps"):
-            value = group.get(name, 0.0)
+            if name not in group:
+                continue
+            group[name] = value = as_python(group[name])
             for each in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(each, (float, Tensor)) and not math.isfinite(each):
                     raise OptimizerError(

@@ -9,6 +9,7 @@ from attrs import define, field
 from torch import nn
 
 from fluxloop.errors import describe
+from fluxloop.guard.given import is_number
 
 
 def _as_tuple(units: Any) -> Any:
@@ -56,11 +57,13 @@ class Shard:
                 )
         if self.units and self.min_parameters is not None:
             raise ValueError("Shard was given units and min_parameters, which both say what is a unit; expected one")
-        if self.min_parameters is not None and (type(self.min_parameters) is not int or self.min_parameters < 1):
+        least = self.min_parameters
+        if least is not None and (not is_number(least, whole=True) or least < 1):
             raise ValueError(
                 f"Shard(min_parameters={self.min_parameters!r}) was given; expected a whole number, such as 1_000_000"
             )
-        if self.replicas != "nodes" and (type(self.replicas) is not int or self.replicas < 1):
+        replicas: Any = self.replicas
+        if replicas != "nodes" and (not is_number(replicas, whole=True) or replicas < 1):
             raise ValueError(
                 f"Shard(replicas={self.replicas!r}) was given; expected a whole number from 1, or 'nodes', a copy in "
                 "each node"
@@ -74,9 +77,10 @@ class Shard:
         Raises:
             ValueError: The processes cannot be divided into so many.
         """
-        replicas = self.replicas
-        if not isinstance(replicas, int):
+        if self.replicas == "nodes":
             replicas = processes // int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        else:
+            replicas = int(self.replicas)
         if replicas < 1 or processes % replicas:
             raise ValueError(
                 f"Shard(replicas={self.replicas!r}) was given, and there are {processes} processes; expected a number "

@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Subset, Te
 
 from fluxloop.data.loaders import TensorBatches
 from fluxloop.data.notes import Notes
+from fluxloop.guard.given import as_python
 from fluxloop.nested import tensors
 from fluxloop.persist.attributes import attributes
 
@@ -43,7 +44,7 @@ def fingerprint(source: Any, processes: int = 1) -> Fingerprint:
     # Noted once: steps may change rows in place, and a run that does so is still a run on the same data.
     found = _known.get(source)
     if found is None:
-        found = dict(_of(source))
+        found = {what: as_python(value) for what, value in _of(source)}
         _known.put(source, found)
     if processes == 1:
         return found

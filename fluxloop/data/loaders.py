@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from fluxloop.data.columns import as_tensors, count_rows
 from fluxloop.errors import DataError, annotate, describe
-from fluxloop.guard.given import check_number
+from fluxloop.guard.given import check_number, is_number
 from fluxloop.nested import map_tensors, tensors
 from fluxloop.randomness import preserved, stream_seed
 from fluxloop.state import State
@@ -119,13 +119,13 @@ class TensorBatches:
     ) -> None:
         if not tensors:
             raise DataError("no tensor was given; expected TensorBatches(xs, ys, batch_size=32)")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        if not is_number(batch_size, whole=True) or batch_size < 1:
             raise DataError(f"batch_size={batch_size!r} was given; expected a number of rows, 1 or more")
         if seed is not None:
             check_number("TensorBatches", "seed", seed, least=0, whole=True, error=DataError)
         self.data = as_tensors(tensors[0] if len(tensors) == 1 else tensors)
         self.num_rows = count_rows(self.data)
-        self.batch_size = batch_size
+        self.batch_size = int(batch_size)
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.seed = seed
@@ -352,7 +352,7 @@ def split(data: Any, fraction: float, seed: int | None = None) -> tuple[Any, Any
         >>> len(train[0]), len(valid[1])
         (8, 2)
     """
-    if not isinstance(fraction, float) or not 0 < fraction < 1:
+    if not is_number(fraction) or not 0 < fraction < 1:
         raise DataError(f"fraction={fraction!r} was given; expected a share above 0 and below 1, e.g. 0.2")
     if seed is not None:
         check_number("split", "seed", seed, least=0, whole=True, error=DataError)

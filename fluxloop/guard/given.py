@@ -12,6 +12,23 @@ from typing import Any
 from fluxloop.errors import CallbackError, describe
 
 
+def is_number(value: object, *, whole: bool = False) -> bool:
+    """Return whether a value is a number, perhaps a whole one, of Python or of NumPy; True and False are none."""
+    kind: Any = Integral if whole else Real  # NumPy's numbers are these too, and most are no int or float
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def as_python(value: Any) -> Any:
+    """Return NumPy's numbers as Python's, in a list or tuple too: every version of torch reads and compiles these."""
+    if type(value) is float:  # the usual one, and schedules are asked at every step
+        return value
+    if type(value).__module__.partition(".")[0] == "numpy" and getattr(value, "shape", None) == ():
+        return value.item()
+    if type(value) in (list, tuple):
+        return type(value)(map(as_python, value))
+    return value
+
+
 def check_number(
     whose: str,
     name: str,
@@ -38,9 +55,8 @@ def check_number(
     Raises:
         ValueError: Says what was expected; or another, as `error` says.
     """
-    kind: Any = Integral if whole else Real  # NumPy's numbers are these too, and most are no int or float
     held: Any = value
-    fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(held)
+    fits = is_number(value, whole=whole) and math.isfinite(held)
     fits = fits and (least is None or held >= least) and (above is None or held > above)
     fits = fits and (most is None or held <= most)
     if fits:

@@ -6,6 +6,7 @@ import io
 import shutil
 import wave
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from fluxloop.errors import describe
+from fluxloop.guard.given import as_python
 from fluxloop.images import image_grid, save_image
 from fluxloop.nested import init_fields
 
@@ -206,6 +208,7 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= flattened(value, f"{prefix}{name}.")
         else:
+            value = as_python(value)
             flat[f"{prefix}{name}"] = value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
     return flat
 
@@ -264,7 +267,7 @@ def loggable(value: Any) -> Loggable:
         return value
     if isinstance(value, str):
         return Text(value)
-    if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
+    if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
         return Scalar(value)
     if isinstance(value, Tensor) and value.ndim in (2, 3):
         return Image(value)

@@ -30,7 +30,7 @@ from fluxloop.errors import (
 )
 from fluxloop.events import CycleBegin, CycleEnd, FitBegin, FitEnd
 from fluxloop.guard.assign import put
-from fluxloop.guard.given import as_path
+from fluxloop.guard.given import as_path, is_number
 from fluxloop.history import History
 from fluxloop.order.outlook import check_monitors, warn_unseen
 from fluxloop.phase import Phase, is_due
@@ -57,7 +57,7 @@ def fit(
 ) -> History:
     """Run `epochs` cycles through `phases`; see `Learner.fit`."""
     epochs = _count(epochs)
-    if steps_per_epoch is not None and (type(steps_per_epoch) is not int or steps_per_epoch < 1):
+    if steps_per_epoch is not None and (not is_number(steps_per_epoch, whole=True) or steps_per_epoch < 1):
         raise ValueError(f"fit(steps_per_epoch={steps_per_epoch!r}) was asked for; expected 1 or more, or None")
     if learner._running.fitting:
         raise ReentrantFitError(

@@ -14,7 +14,7 @@ from fluxloop.callbacks.progress import showing_as
 from fluxloop.data.passes import untouched
 from fluxloop.errors import CancelFittingException, DataError, LossError, OptimizerError, PhaseError
 from fluxloop.events import EpochEnd, StepBegin, StepEnd
-from fluxloop.guard.given import check_number
+from fluxloop.guard.given import check_number, is_number
 from fluxloop.hyperparameters import put
 from fluxloop.nested import weight_of
 from fluxloop.phase import AbstractTrainingPhase, Phase
@@ -193,7 +193,7 @@ def find_lr(
         check_number("find_lr", name, bound)
     if not (0 < start < end < float("inf")):
         raise ValueError(f"find_lr(start={start!r}, end={end!r}) was given; expected 0 < start < end")
-    if not isinstance(steps, int) or steps < 2:
+    if not is_number(steps, whole=True) or steps < 2:
         raise ValueError(f"find_lr(steps={steps!r}) was given; expected a whole number, 2 or more")
     if not 0 <= smoothing < 1:
         raise ValueError(f"find_lr(smoothing={smoothing!r}) was given; expected 0 or more, and less than 1")

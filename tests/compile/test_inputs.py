@@ -3,12 +3,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from compiled_training import Every, Scale, learner, learner_of
+from compiled_training import Every, Scale, full, graphs, learner, learner_of, weights
 from torch import Tensor, nn
 
-from fluxloop import CompileError, recompute_activations
+from fluxloop import CompileError, Learner, LearningRate, Scheduler, recompute_activations
 
 pytestmark = pytest.mark.usefixtures("imported")
 
@@ -45,3 +46,20 @@ def test_a_step_of_an_optimizer_that_somebody_replaced_is_refused() -> None:
     made.optimizer.step = lambda: None  # type: ignore[method-assign]  # what is tested
     with pytest.raises(CompileError, match="was replaced"):
         made.fit(1)
+
+
+@pytest.mark.usefixtures("plain")
+def test_rates_of_numpys_are_inputs_as_pythons_are() -> None:
+    def train(number: Any) -> Learner[Any]:
+        made = learner(
+            data=(full(),),
+            optimizer=partial(torch.optim.AdamW, lr=number(0.125), weight_decay=number(0.5)),
+            callbacks=[Scheduler({LearningRate: lambda t: number(0.125) / 2**t})],
+        )
+        made.fit(2)
+        return made
+
+    expected, found = train(float), train(np.float32)
+    torch.testing.assert_close(weights(found), weights(expected), rtol=0, atol=0)
+    assert graphs(found) == graphs(expected) == 1
+    assert type(found.optimizer.param_groups[0]["weight_decay"]) is float
