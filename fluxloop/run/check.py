@@ -25,6 +25,7 @@ from fluxloop.errors import PACKAGE, DataError, MissingEntryError, PhaseError
 from fluxloop.loop import set_modes
 from fluxloop.persist.attributes import OF_EVERY_MODULE
 from fluxloop.phase import Phase, has_step
+from fluxloop.processes.batch_norm import apart
 from fluxloop.randomness import preserved
 from fluxloop.run.epoch import feed
 from fluxloop.run.phases import check_phase, default_phases
@@ -164,6 +165,25 @@ def _may_be_stored(learner: RunLearner, error: Exception) -> bool:
 
 
 @contextmanager
+def _by_itself(learner: RunLearner) -> Iterator[None]:
+    """Have this process send nothing inside: others need not look too, and one whose step fails keeps nobody waiting.
+
+    The parts of sharded models are in several processes, so there all have to look, and nothing is changed.
+    """
+    accelerator, updates = learner.accelerator, learner.updates
+    group, averager = accelerator.group, getattr(updates, "averager", None)
+    if group is None or accelerator.sharding is not None:
+        yield
+        return
+    accelerator.group = updates.averager = None
+    try:
+        with apart():
+            yield
+    finally:
+        accelerator.group, updates.averager = group, averager
+
+
+@contextmanager
 def aside(learner: RunLearner, phase: Phase, owner: str, on_host: bool = False) -> Iterator[Phase]:
     """Yield a copy of a phase, to run steps of it; put everything back after it.
 
@@ -180,6 +200,7 @@ def aside(learner: RunLearner, phase: Phase, owner: str, on_host: bool = False) 
     with ExitStack() as undone:
         undone.enter_context(preserved())
         undone.enter_context(unspoken(learner.accelerator.group))
+        undone.enter_context(_by_itself(learner))
         undone.enter_context(beside(learner, owner, []))
         undone.callback(_save_updates(updates))  # gradients that wait are put aside: the step begins without any
         for slot in updates.slots:

@@ -27,6 +27,9 @@ class Looks:
         Everything is put back: weights, buffers, optimizers, data order and random numbers; the
         phases are copied, and the copies run.
 
+        Of several processes each may call it by itself: its step sends nothing, as where one process trains alone
+        (``learner.accelerator.world_size`` is 1 meanwhile). Where models are sharded, all have to.
+
         Args:
             batch: Left out, the first of each phase's data.
             phases: Left out, those that have run (before any has: `TrainingPhase`, and
@@ -49,7 +52,8 @@ class Looks:
 
         As in `check`, a copy of the phase runs without the callbacks, and everything is put back: weights, buffers,
         optimizers, data order and random numbers. The callbacks shown are those that would act. Where several batches
-        make one update, the step is one that completes it; one that is compiled whole is shown as it is written.
+        make one update, the step is one that completes it; one that is compiled whole is shown as it is written. Of
+        several processes each may call it by itself, as `check`; where models are sharded, all have to.
 
         Args:
             phase: Left out, the first training phase that has run (before any has: `TrainingPhase`).
