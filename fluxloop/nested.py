@@ -226,13 +226,27 @@ def call_with(function: Any, xs: Any) -> Any:
         function: What is called.
         xs: Its input.
     """
-    if isinstance(xs, Mapping) and all(isinstance(name, str) for name in xs):
-        try:
-            signature(getattr(function, "forward", function)).bind(**xs)
-        except (TypeError, ValueError):  # it takes other names, or says none
-            return function(xs)
-        return function(**xs)
-    return function(xs)
+    return function(**xs) if fits_by_name(function, xs) else function(xs)
+
+
+def fits_by_name(function: Any, xs: Any) -> bool:
+    """Return whether inputs are a dict whose names are arguments of a model's ``forward``, or of a function."""
+    if not isinstance(xs, Mapping) or not all(isinstance(name, str) for name in xs):
+        return False
+    try:
+        signature(getattr(function, "forward", function)).bind(**xs)
+    except (TypeError, ValueError):  # it takes other names, or says none
+        return False
+    return True
+
+
+def arguments_among(function: Any, xs: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return what in a dict of inputs has the name of an argument of a model's ``forward``, or of a function."""
+    try:
+        known = signature(getattr(function, "forward", function)).parameters
+    except (TypeError, ValueError):  # it says none
+        return {}
+    return {name: value for name, value in xs.items() if name in known}
 
 
 def weight_of(phase: Any, state: Any) -> Any:

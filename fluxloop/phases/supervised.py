@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fluxloop.errors import BatchError, LossError, PhaseError, describe
 from fluxloop.events import BackwardBegin, BackwardEnd, LossBegin
-from fluxloop.nested import call_with
+from fluxloop.nested import arguments_among, call_with, fits_by_name
 from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, Phase
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ class PredictionPhase(AbstractValidationPhase):
 
     Raises:
         PhaseError: The learner has several models.
+        BatchError: A dict has other names, and the model takes no dict.
 
     Example:
         >>> class Sums(PredictionPhase):
@@ -177,7 +179,19 @@ class PredictionPhase(AbstractValidationPhase):
 
     def body(self, learner: Any, handle: Handle, state: StepState) -> None:
         """Predict one batch."""
-        state.preds = call_with(getattr(learner.model, "predict", learner.model), state.xs)
+        predict, xs = getattr(learner.model, "predict", learner.model), state.xs
+        try:
+            state.preds = call_with(predict, xs)
+        except (AttributeError, TypeError) as error:
+            if not isinstance(xs, Mapping) or type(xs).__name__ not in str(error) or fits_by_name(predict, xs):
+                raise  # the model takes such a batch: what went wrong is its own
+            names = list(arguments_among(predict, xs) or xs)[:1]
+            raise BatchError(
+                f"{type(self).__name__} was given {describe(xs)} with {', '.join(map(repr, xs))}, whose names are not "
+                f"the arguments of {type(learner.model).__name__}, and gave it the whole: {error}; expected its input "
+                f"alone: learner.predict(data[{names[0]!r}]), a dict of its arguments by name, or a phase whose "
+                "entries(batch) says which is the input: learner.predict(data, phase=MyPhase())"
+            ) from error
 
     def check(self, learner: Any) -> None:
         """Raise for a learner that this phase's own step cannot run; a subclass's step has its own needs."""

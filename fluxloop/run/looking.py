@@ -86,6 +86,8 @@ class Looks:
         """List the modules with output shapes and parameters, and the optimizers; prints as a table.
 
         A single model is run on one batch beside the training: in eval mode, without gradients; nothing is moved.
+        Of a batch that is a tuple or list it gets the first item; of a dict the entries that are arguments of its
+        ``forward``, by name.
 
         Args:
             batch: Left out, the first of the training data.

@@ -15,7 +15,7 @@ from fluxloop.compute.modes import watching
 from fluxloop.data.passes import untouched
 from fluxloop.data.sources import complete
 from fluxloop.errors import describe
-from fluxloop.nested import call_with, tensors
+from fluxloop.nested import arguments_among, call_with, tensors
 from fluxloop.randomness import preserved
 
 if TYPE_CHECKING:
@@ -239,12 +239,28 @@ def _run(learner: RunLearner, batch: Any, shapes: dict[nn.Module, str]) -> str:
         for module in model.modules():
             undone.callback(module.register_forward_hook(_note(shapes)).remove)
         undone.enter_context(watching(model))  # in eval mode: batch norm would count the batch in
-        try:
-            call_with(model, entries["xs"])
-        except Exception as error:
-            shapes.clear()
-            return f"the model does not run on {describe(entries['xs'])} ({type(error).__name__}: {error})"
-    return ""
+        return _try(model, entries["xs"], shapes)
+
+
+def _try(model: nn.Module, xs: Any, shapes: dict[nn.Module, str]) -> str:
+    """Run the model on inputs; of a dict whose other entries are no arguments of the model, on those that are.
+
+    Returns:
+        Why that is not possible, or an empty text.
+    """
+    try:
+        call_with(model, xs)
+    except Exception as error:
+        shapes.clear()
+        said = f"the model does not run on {describe(xs)} ({type(error).__name__}: {error})"
+    else:
+        return ""
+    if not isinstance(xs, Mapping):
+        return said
+    named = arguments_among(model, xs)  # such as an image without its label, which a loss takes
+    if 0 < len(named) < len(xs) and not _try(model, named, shapes):
+        return ""
+    return f"{said}; give what your phase gives it: learner.summary(batch[{next(iter(xs), 'xs')!r}])"
 
 
 def _note(shapes: dict[nn.Module, str]) -> Callable[..., None]:

@@ -25,6 +25,7 @@ from fluxloop import (
     AbstractValidationPhase,
     Accelerator,
     BackwardBegin,
+    BatchError,
     Callback,
     CombinedLoader,
     CycleEnd,
@@ -562,6 +563,24 @@ def test_a_batch_that_is_a_dict_is_given_by_name() -> None:
     assert torch.equal(learner.predict({"ids": XS, "mask": XS})["out"], 2 * XS * XS)
     assert torch.equal(learner.predict({"ids": XS})["out"], 2 * XS)
     assert learner.summary().note == ""
+
+
+def test_a_dict_of_other_names_is_refused_with_what_to_type_and_the_learner_goes_on() -> None:
+    learner = toy_learner()
+    expected = learner.predict(torch.ones(3, 1))
+    for data in ({"xs": torch.ones(3, 1), "ys": torch.ones(3)}, [{"xs": torch.ones(3, 1), "ys": torch.ones(3)}]):
+        with pytest.raises(BatchError, match=r"(?s)with 'xs', 'ys'.*'dict'.*; expected.*learner.predict\(data\['xs'\]"):
+            learner.predict(data)
+    assert torch.equal(learner.predict({"xs": torch.ones(3, 1), "ys": torch.ones(3)}["xs"]), expected)
+
+
+def test_an_error_of_a_model_that_takes_a_dict_is_its_own() -> None:
+    class Takes(nn.Module):
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return batch["xs"].nothing  # type: ignore[no-any-return]
+
+    with pytest.raises(AttributeError, match="nothing"):
+        Learner(Takes(), accelerator=Accelerator("cpu")).predict({"xs": XS})
 
 
 def test_empty_data_for_predict_is_named_as_what_was_given() -> None:

@@ -147,6 +147,35 @@ def test_data_that_gives_no_batch_is_not_used_up(make: Any) -> None:
     assert len(list(source)) == (0 if isinstance(source, Empty) else 1)
 
 
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, pixels: Tensor, scale: float = 1.0) -> Tensor:
+        result: Tensor = self.layer(pixels) * scale
+        return result
+
+
+def test_of_a_batch_that_is_a_dict_the_model_gets_its_arguments_by_name() -> None:
+    xs, ys = rows()
+    for data in ({"pixels": xs, "label": ys}, {"pixels": xs}):
+        found = summary(learner_of(Named(), data=(data,)))
+        assert [row.outputs for row in found.rows] == ["(32, 2)", "(32, 2)"]
+        assert not found.note
+
+
+def test_a_dict_of_other_names_is_told_with_what_to_type() -> None:
+    xs, ys = rows()
+    batch = {"image": xs, "label": ys}
+    learner = learner_of(Named(), data=(batch,))
+    found = summary(learner)
+    assert {row.outputs for row in found.rows} == {"?"}
+    assert "does not run on a dict of length 2 (TypeError:" in found.note
+    assert found.note.endswith("give what your phase gives it: learner.summary(batch['image'])")
+    assert summary(learner, batch["image"]).rows[0].outputs == "(40, 2)"
+
+
 class Empty:
     def __iter__(self) -> Iterator[Any]:
         return iter(())
