@@ -160,13 +160,14 @@ def test_an_example_runs_and_writes_its_results_and_pictures(script: str, tmp_pa
 
 @pytest.mark.slow
 def test_the_gallery_measures_methods_and_generators_and_adds_to_what_there_is(tmp_path: Path) -> None:
-    for only in (["I-JEPA"], ["VAE", "hinge, R1, ADA"]):
+    for only in (["I-JEPA", "MAE"], ["VAE", "hinge, R1, ADA"]):
         chosen = [argument for name in only for argument in ("--only", name)]
         arguments = ["--epochs", "1", "--seed", "1", "--out", str(tmp_path), *chosen]
-        run(EXAMPLES / "gallery.py", None, arguments=arguments, timeout=600, imports=IMPORTED)
+        told = run(EXAMPLES / "gallery.py", None, arguments=arguments, timeout=600, imports=IMPORTED)
+        assert "no gradient" not in told.outputs[0]
     result = json.loads((tmp_path / "result.json").read_text())
     untrained = {"pixels", "untrained convolutions", "untrained transformer"}
-    assert result["methods"].keys() == {"I-JEPA", *untrained}
+    assert result["methods"].keys() == {"I-JEPA", "MAE", *untrained}
     assert result["generators"].keys() == {"real training images", "VAE", "hinge, R1, ADA"}
     assert 0.1 < result["methods"]["I-JEPA"]["knn"] <= 1
     assert result["generators"]["VAE"]["frechet"] > result["generators"]["real training images"]["frechet"]

@@ -47,6 +47,9 @@ VIEWS, CROPS = TwoViews(augment), MultiCrop(augment, part, num_local=2)
 class ViT(nn.Module):
     """A transformer of two blocks over patches of 2 x 2 pixels; gives the class token and the patches."""
 
+    unused: tuple[str, ...] = ()
+    """What a subclass does without: an optimizer that holds it would leave it alone, and a fit warn of that."""
+
     def __init__(self, size: int = 64) -> None:
         super().__init__()
         self.embed = nn.Linear(4, size)
@@ -54,6 +57,8 @@ class ViT(nn.Module):
         self.token, self.hidden = (nn.Parameter(0.1 * torch.randn(size)) for _ in range(2))
         layer = partial(nn.TransformerEncoderLayer, size, 4, 2 * size, 0.0, "gelu", batch_first=True, norm_first=True)
         self.blocks, self.norm = nn.ModuleList([layer(), layer()]), nn.LayerNorm(size)
+        for name in self.unused:  # made first: all of these networks begin with the same numbers
+            delattr(self, name)
 
     def layers(self, images: Tensor, mask: Tensor | None = None) -> list[Tensor]:
         tokens = self.embed(patchify(images, 2))
@@ -84,20 +89,26 @@ class Layers(ViT):
 class Some(ViT):
     """Sees some patches, each with its place."""
 
+    unused = ("token", "hidden")
+
     def forward(self, patches: Tensor, places: Tensor) -> Any:
         return self.run(self.embed(patches) + self.places[places])[-1]
 
 
-class Predictor(Some):
+class Predictor(ViT):
     """Says by tokens at some places what stands at others."""
+
+    unused = ("embed", "token")
 
     def forward(self, tokens: Tensor, places: Tensor, wanted: Tensor) -> Any:
         asked = self.hidden + self.places[wanted]
         return self.run(torch.cat([tokens + self.places[places], asked], dim=1))[-1][:, places.shape[1] :]
 
 
-class Decoder(Some):
+class Decoder(ViT):
     """Draws all patches by tokens at some places."""
+
+    unused = ("embed", "token")
 
     def __init__(self) -> None:
         super().__init__()
