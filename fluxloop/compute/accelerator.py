@@ -160,12 +160,18 @@ class Accelerator:
 
     def compile_model(self, model: nn.Module) -> None:
         """Have torch compile a model's forward, if `compile` is ``"model"``; the model stays the same object."""
-        if self.compile == "model" and hasattr(model, "_compiled_call_impl"):  # a private name of torch's
+        if self.compile != "model":
+            return
+        # The first torch.compile of a process switches off what all of torch.distributions check, for user code too
+        distribution: Any = torch.distributions.Distribution
+        checks = distribution._validate_args
+        if hasattr(model, "_compiled_call_impl"):  # a private name of torch's
             # model.compile() would do nothing for torch's own classes, such as Sequential: their code is left alone
             call: Callable[..., Any] = model._call_impl
             model._compiled_call_impl = torch.compile(lambda *args, **kwargs: call(*args, **kwargs))
-        elif self.compile == "model":
+        else:
             model.compile()
+        distribution.set_default_validate_args(checks)
 
     def place(self, entries: dict[str, Any]) -> None:
         """Move every tensor in a step's entries to the device, in nested containers too, and what has ``to(device)``.

@@ -15,6 +15,7 @@ import fluxloop.compute.accelerator
 from fluxloop import AbstractTrainingPhase, Accelerator, BatchError, Learner, runstep
 from fluxloop.nested import tensors
 from fluxloop.testing import Coefficient, assert_same_bits, toy_learner
+from processes.launching import run
 
 Pair = namedtuple("Pair", ["left", "right"])
 
@@ -328,3 +329,36 @@ def test_a_model_trains_on_batches_that_move_themselves() -> None:
     learner = toy_learner(data=([Graphs(torch.ones(2, 1))],))
     learner.fit(1, phases=[Step()])
     assert learner.step.graphs.moved == [torch.device("cpu")]
+
+
+@pytest.mark.parametrize("checks", [True, False])
+def test_to_compile_a_model_leaves_the_checks_of_distributions_as_they_were(
+    checks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distribution: Any = torch.distributions.Distribution
+
+    def switching_off(function: Any) -> Any:  # as the first torch.compile of a process does
+        distribution.set_default_validate_args(False)
+        return function
+
+    monkeypatch.setattr(torch, "compile", switching_off)
+    monkeypatch.setattr(distribution, "_validate_args", checks)
+    learner = toy_learner(accelerator=Accelerator("cpu", compile="model"))
+    assert distribution._validate_args is checks
+    learner.fit(1)
+    assert distribution._validate_args is checks
+
+
+@pytest.mark.slow
+def test_distributions_check_their_arguments_after_torchs_compiler_has_run() -> None:
+    script = """
+        import torch
+        from fluxloop import Accelerator
+        from fluxloop.testing import toy_learner
+        toy_learner(accelerator=Accelerator("cpu", compile="model"))
+        try:
+            torch.distributions.Normal(0.0, -1.0)
+        except ValueError:
+            print("refused")
+    """
+    assert run(script, None, timeout=300, WARM="0").outputs[0].strip().endswith("refused")
