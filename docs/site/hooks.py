@@ -1,4 +1,4 @@
-"""What the site has beside the pages in docs/: the changes, the reference, and files linked to."""
+"""What the site has beside the pages in docs/: changes, the reference, files linked to, flowcharts as pictures."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).parent))
+from flowchart import with_pictures
 from notebooks import notebooks, page_of
 from reference import reference
 
@@ -83,7 +84,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Let links lead to the pages of the site."""
+    """Let links lead to the pages of the site, and draw flowcharts, for which Mermaid's script would be loaded."""
     name = page.file.src_uri
     if not source_of(name).is_file():
         return markdown
@@ -92,4 +93,4 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         place = to_site(name, match[1])
         return match[0] if place is None else f"]({place}{match[2] or ''})"
 
-    return LINK.sub(changed, markdown)
+    return with_pictures(LINK.sub(changed, markdown))
