@@ -1,7 +1,6 @@
 """Draw Mermaid's flowcharts of the pages as pictures, so that the site loads no script from elsewhere.
 
-It knows what docs/architecture.md uses: ``flowchart TB``, and lines ``one["its label"] --> other["its label"]``, where a
-label stands once.
+It knows what docs/architecture.md uses: ``flowchart TB``, and lines ``one["its label"] --> other["its label"]``.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from attrs import field, frozen
 
 from fluxloop.order.explain import draw_mermaid
 from fluxloop.order.graph import CallbackGraph, Edge
+from fluxloop.screen.pages import drawn
 
 ROW, LANE, MARGIN = 20, 12, 16
 """Pixels: of a line of text, between two lines that run down, and around everything."""
@@ -60,7 +61,7 @@ class Diagram:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return f'<div style="overflow-x: auto">{self.svg}</div>'
+        return drawn(self.svg)
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         return {

@@ -69,6 +69,15 @@ def preformatted(text: str) -> Markup:
     return Markup(f'<pre style="overflow-x: auto; line-height: 1.3">{escape(text)}</pre>')
 
 
+def drawn(svg: str) -> Markup:
+    """Return a picture, for a page whose HTML may be cleaned.
+
+    JupyterLab takes the tags of pictures out of a notebook that was not run there, and leaves the words: with each on a
+    line of its own they can be read.
+    """
+    return Markup(f'<pre style="overflow-x: auto; line-height: 1.3">{svg}</pre>')
+
+
 def curve(points: Sequence[tuple[float, float]]) -> Markup:
     """Return a small curve through points, those that are not finite left out; of fewer than two, nothing.
 
@@ -109,25 +118,28 @@ def arcs(
 
     known = [(before, after, why) for before, after, why in arrows if before in height and after in height]
     left = 16 + max((bulge(before, after) for before, after, _ in known), default=0)
-    lines = [
+    lines = []
+    for name, y in height.items():
+        mark = f' <tspan fill-opacity="0.6">{escape(marks[name])}</tspan>' if name in marks else ""
+        lines.append(
+            f'<text x="{left + 8:g}" y="{y + 4}" fill="currentColor" font-size="13">{escape(name)}{mark}</text>'
+        )
+    lines += [
         f'<path d="M {left:g} {height[before]} C {(x := left - 8 - bulge(before, after)):.0f} {height[before]}, '
         f'{x:.0f} {height[after]}, {left - 7:g} {height[after]}" fill="none" stroke="currentColor" '
         f'stroke-opacity="0.45" stroke-width="1.5"><title>{escape(f"{before} → {after}: {why}")}</title></path>'
         for before, after, why in known
     ]
     # Heads of arrows are drawn, not referred to: two diagrams of a notebook may not have a marker of one name
-    lines += [
-        f'<path fill="currentColor" fill-opacity="0.6" d="M {left:g} {y} l -7 -3.5 v 7 z"/>'
-        for y in sorted({height[after] for _, after, _ in known})
-    ]
-    for name, y in height.items():
-        mark = f' <tspan fill-opacity="0.6">{escape(marks[name])}</tspan>' if name in marks else ""
-        lines.append(
-            f'<text x="{left + 8:g}" y="{y + 4}" fill="currentColor" font-size="13">{escape(name)}{mark}</text>'
+    lines.append(
+        "".join(
+            f'<path fill="currentColor" fill-opacity="0.6" d="M {left:g} {y} l -7 -3.5 v 7 z"/>'
+            for y in sorted({height[after] for _, after, _ in known})
         )
+    )
     longest = max((len(name) + len(marks.get(name, "")) for name in names), default=0)
     size = f'width="{left + 40 + LETTER * longest:.0f}" height="{18 + STEP * len(names)}"'
-    return Markup(
-        f'<div style="overflow-x: auto"><svg {size} role="img" aria-label="the order of {len(names)}" '
-        f'font-family="monospace">{"".join(lines)}</svg></div>'
+    body = "\n".join(lines)
+    return drawn(
+        f'<svg {size} role="img" aria-label="the order of {len(names)}" font-family="monospace">\n{body}\n</svg>'
     )

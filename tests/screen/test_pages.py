@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import re
+from html import unescape
 
 import pytest
 
@@ -15,7 +17,7 @@ def test_a_text_is_shown_with_its_signs_wherever_it_stands() -> None:
     found = read_page(page(*parts))
     assert found.count("b") == 1  # of the title
     assert found.rows == [[SIGNS], [SIGNS]]
-    assert [word.strip() for word in found.words] == [SIGNS] * 7
+    assert [word.strip() for word in found.words if word.strip()] == [SIGNS] * 7
 
 
 def test_markup_is_put_into_a_table_as_it_is() -> None:
@@ -68,4 +70,14 @@ def test_each_arrow_is_an_arc_that_says_why_and_each_name_a_line_below_the_one_b
 
 
 def test_what_is_marked_is_told_behind_its_name() -> None:
-    assert [word.strip() for word in read_page(arcs(["a", "b"], [], {"b": "writes"})).words] == ["a", "b", "writes"]
+    found = read_page(arcs(["a", "b"], [], {"b": "writes"}))
+    assert [word.strip() for word in found.words if word.strip()] == ["a", "b", "writes"]
+
+
+def test_a_diagram_whose_tags_are_taken_out_is_lines_of_names_and_reasons() -> None:
+    """JupyterLab does so in a notebook that was not run there."""
+    diagram = arcs(["a", "b", "c"], [("a", "b", "one\ntwo"), ("a", "c", SIGNS)], {"c": "writes"})
+    words = unescape(re.sub(r"</?(svg|path|text|tspan|title)\b[^>]*>", "", diagram))
+    assert words.startswith("<pre ")
+    lines = [line for line in words.splitlines()[1:-1] if line]
+    assert lines == ["a", "b", "c writes", "a → b: one", "two", f"a → c: {SIGNS}"]
