@@ -19,6 +19,7 @@ from fluxloop.callback import on as on
 from fluxloop.callback import resolve_conflict as resolve_conflict
 from fluxloop.callbacks import EMA as EMA
 from fluxloop.callbacks import ActivationStats as ActivationStats
+from fluxloop.callbacks import AttentionMaps as AttentionMaps
 from fluxloop.callbacks import BatchLimit as BatchLimit
 from fluxloop.callbacks import Check as Check
 from fluxloop.callbacks import Checkpointer as Checkpointer
@@ -27,6 +28,7 @@ from fluxloop.callbacks import CSVLogger as CSVLogger
 from fluxloop.callbacks import CustomCallback as CustomCallback
 from fluxloop.callbacks import CutMix as CutMix
 from fluxloop.callbacks import EarlyStopping as EarlyStopping
+from fluxloop.callbacks import EmbeddingMap as EmbeddingMap
 from fluxloop.callbacks import FeatureStats as FeatureStats
 from fluxloop.callbacks import FrechetDistance as FrechetDistance
 from fluxloop.callbacks import GarbageCollect as GarbageCollect
@@ -45,8 +47,10 @@ from fluxloop.callbacks import Metrics as Metrics
 from fluxloop.callbacks import MetricSource as MetricSource
 from fluxloop.callbacks import MetricsPrinter as MetricsPrinter
 from fluxloop.callbacks import MixUp as MixUp
+from fluxloop.callbacks import NeighborImages as NeighborImages
 from fluxloop.callbacks import Profile as Profile
 from fluxloop.callbacks import ProgressBar as ProgressBar
+from fluxloop.callbacks import ReconstructionImages as ReconstructionImages
 from fluxloop.callbacks import Recorder as Recorder
 from fluxloop.callbacks import SampleImages as SampleImages
 from fluxloop.callbacks import SanityCheck as SanityCheck

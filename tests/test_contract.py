@@ -25,6 +25,7 @@ import fluxloop
 from fluxloop import (
     EMA,
     ActivationStats,
+    AttentionMaps,
     BatchLimit,
     Callback,
     Checkpointer,
@@ -33,6 +34,7 @@ from fluxloop import (
     CutMix,
     DataError,
     EarlyStopping,
+    EmbeddingMap,
     FeatureStats,
     FrechetDistance,
     GANPhase,
@@ -58,10 +60,13 @@ from fluxloop import (
     MissingProducerError,
     MixUp,
     ModelError,
+    NeighborImages,
+    ObjectivePhase,
     OptimizerError,
     Phase,
     Profile,
     ProgressBar,
+    ReconstructionImages,
     Recorder,
     SampleImages,
     SanityCheck,
@@ -184,7 +189,12 @@ NO_FEATURES = "no entry 'features'; it has: "
 NO_BANK = r"given {}.*; expected labelled rows, \(xs, ys\).*KNNProbe\('.*', bank=\(xs, ys\)"
 NO_IMAGES = r"SampleImages\('{}'\) got a Tensor of shape \(8, {}\) .* need SampleImages\(\.\.\., shape=\(1, H, W\)\)"
 
-IMAGES = {"KNNProbe": (DataError, NO_BANK.format(r"a Tensor of shape \(8, 1, 2, 2\)"))}
+LABELLED = ("KNNProbe", "EmbeddingMap", "NeighborImages")
+IMAGES = {name: (DataError, NO_BANK.format(r"a Tensor of shape \(8, 1, 2, 2\)")) for name in LABELLED}
+NO_ATTENTION = {
+    "AttentionMaps": (ModelError, r"saw no attention in Sequential; expected .*attention=lambda module, xs")
+}
+NO_IMAGE = {"ReconstructionImages": (ModelError, r"and (User|GANPhase).* has none; write one: def forward")}
 NO_FORWARD = {"StochasticWeightAveraging": (DataError, r"StochasticWeightAveraging\(.*forward=")}
 
 
@@ -219,6 +229,8 @@ SETTINGS: dict[str, Setting] = {
         entry="fake",
         knows={
             **IMAGES,
+            **NO_IMAGE,
+            "AttentionMaps": (RuntimeError, "mat1 and mat2 shapes cannot be multiplied"),  # a generator takes noise
             **NO_FORWARD,
             **no_loss("loss_d", "loss_g"),
             **no_entry("xs", "real"),
@@ -238,6 +250,8 @@ SETTINGS: dict[str, Setting] = {
         entry="fake",
         knows={
             **IMAGES,
+            **NO_IMAGE,
+            "AttentionMaps": (RuntimeError, "mat1 and mat2 shapes cannot be multiplied"),  # a generator takes noise
             **NO_FORWARD,
             **no_loss("loss_d", "loss_g"),
             **no_entry("xs", "real"),
@@ -256,6 +270,8 @@ SETTINGS: dict[str, Setting] = {
         updates=("encoder",),
         entry="z1",
         knows={
+            **NO_ATTENTION,
+            **NO_IMAGE,
             **no_loss("loss_encoder"),
             **no_entry("ys", "xs"),
             **no_producers(),
@@ -275,6 +291,11 @@ SETTINGS: dict[str, Setting] = {
         entry="features",
         labels="ys",
         knows={
+            **NO_ATTENTION,
+            "ReconstructionImages": (
+                ModelError,
+                "knows no images of SimCLRPhase, whose forward stored",
+            ),
             "CutMix": (DataError, r"number of classes from preds .* say it: CutMix\(1.0, num_classes=10\)"),
             "MixUp": (DataError, r"number of classes from preds .* say it: MixUp\(0.4, num_classes=10\)"),
             **no_producers(),
@@ -292,11 +313,13 @@ SETTINGS: dict[str, Setting] = {
         entry="batch",
         knows={
             **NO_FORWARD,
+            **NO_IMAGE,
+            **{name: (DataError, NO_BANK.format("a dict of length 2")) for name in LABELLED},
+            "AttentionMaps": (ModelError, "got a dict of length 2 to show; expected images of shape"),
             **no_entry("xs", "batch"),
             **no_producers(),
             "FeatureStats": (MissingEntryError, NO_FEATURES + "batch, grads, loss"),
             "LinearProbe": (MissingEntryError, NO_FEATURES + "batch, grads, loss"),
-            "KNNProbe": (DataError, NO_BANK.format("a dict of length 2")),
             "SampleImages": (ModelError, NO_IMAGES.format("model", 3)),
             "Metrics(accuracy)": (MissingEntryError, "no entry 'preds'; it has: batch"),
         },
@@ -323,6 +346,7 @@ rows_of_3 = torch.rand(9, 3, generator=torch.Generator().manual_seed(4))
 
 MAKE: dict[str, Callable[[Setting], Callback]] = {
     "ActivationStats": lambda s: ActivationStats(every=2),
+    "AttentionMaps": lambda s: AttentionMaps(s.main),
     "BatchLimit": lambda s: BatchLimit(50),
     "CSVLogger": lambda s: CSVLogger("metrics.csv"),
     "Checkpointer": lambda s: Checkpointer("run"),
@@ -331,6 +355,7 @@ MAKE: dict[str, Callable[[Setting], Callback]] = {
     "CutMix": lambda s: CutMix(),
     "EMA": lambda s: EMA(s.main, 0.9),
     "EarlyStopping": lambda s: EarlyStopping(99, monitor="training/loss"),
+    "EmbeddingMap": lambda s: EmbeddingMap(s.main),
     "EventRecorder": lambda s: EventRecorder(),
     "FeatureStats": lambda s: FeatureStats(),
     "FrechetDistance": lambda s: FrechetDistance(
@@ -355,8 +380,10 @@ MAKE: dict[str, Callable[[Setting], Callback]] = {
     "Metrics(accuracy)": lambda s: Metrics(accuracy),
     "MetricsPrinter": lambda s: MetricsPrinter(),
     "MixUp": lambda s: MixUp(),
+    "NeighborImages": lambda s: NeighborImages(s.main),
     "Profile": lambda s: Profile(),
     "ProgressBar": lambda s: ProgressBar(enabled=True, interval=0.0, file=io.StringIO()),
+    "ReconstructionImages": lambda s: ReconstructionImages(),
     "Recorder": lambda s: Recorder(),
     "SampleImages": lambda s: SampleImages(s.main),
     "SanityCheck": lambda s: SanityCheck(),
@@ -533,12 +560,19 @@ def compared(setting: Setting, learner: Learner, inner: Any, phase: type[Phase])
     assert all(value > 0 for value in found)
 
 
+def drew(setting: Setting, learner: Learner, inner: Any, phase: type[Phase]) -> None:
+    assert learner.cbstate.images[inner.label].dtype is torch.uint8
+    assert len(list(Path("pictures").glob(f"{inner.label}-*.png"))) == EPOCHS
+
+
 WORKS: dict[str, Works] = {
     "ActivationStats": activations,
+    "AttentionMaps": drew,
     "BatchLimit": ran_to_the_end,
     "CSVLogger": wrote_rows,
     "Checkpointer": wrote_a_checkpoint,
     "EarlyStopping": ran_to_the_end,
+    "EmbeddingMap": drew,
     "FrechetDistance": compared,
     "GradientClip": noted_norms,
     "KeepBestModel": kept_the_best,
@@ -549,7 +583,9 @@ WORKS: dict[str, Works] = {
     "LogMetrics": logged("epoch/training/{loss}", times=EPOCHS),
     "LogTraces": logged("step/traces/rows", times=STEPS),
     "LogVisualization": logged_things("visualization", STEPS // 2),
+    "NeighborImages": drew,
     "Profile": measured,
+    "ReconstructionImages": drew,
     "Scheduler": scheduled("weight_decay", STEPS),
     "SetEpoch": ran_to_the_end,
     "StallReport": ran_to_the_end,
@@ -636,8 +672,14 @@ def labelled() -> tuple[Tensor, Tensor]:
     return xs(), ys()
 
 
+def evenly(module: nn.Module, images: Tensor) -> Tensor:
+    return torch.full((len(images), 1, 4, 4), 0.25)
+
+
 GIVEN: dict[str, Callable[[Setting], Callback | None]] = {
+    "AttentionMaps": lambda s: AttentionMaps(s.main, queries=xs(), attention=evenly),
     "EarlyStopping": lambda s: EarlyStopping(99, monitor=f"training/{s.losses[-1]}"),
+    "EmbeddingMap": lambda s: EmbeddingMap(s.main, queries=labelled(), features=flatten(s)),
     "FeatureStats": lambda s: FeatureStats(s.entry) if s.entry != "batch" else None,
     "KNNProbe": lambda s: KNNProbe(s.main, bank=labelled(), queries=labelled(), k=3, features=flatten(s)),
     "KeepBestModel": lambda s: KeepBestModel(f"training/{s.losses[-1]}"),
@@ -647,6 +689,12 @@ GIVEN: dict[str, Callable[[Setting], Callback | None]] = {
     "LogImages": lambda s: LogImages(Memory()),
     "LogTraces": lambda s: LogTraces(Memory()),
     "Metrics": lambda s: Metrics(Metric(norm, name="norm", inputs=(s.entry,))),
+    "NeighborImages": lambda s: NeighborImages(s.main, queries=labelled(), features=flatten(s)),
+    "ReconstructionImages": lambda s: (
+        ReconstructionImages(images=lambda phase, state: {"image": state.xs})
+        if isinstance(s.phase(), ObjectivePhase)
+        else None
+    ),
     "SampleImages": lambda s: SampleImages(s.main, shape=(1, 1, 3) if s.main != "G" else None),
     "StochasticWeightAveraging": lambda s: StochasticWeightAveraging(s.main, forward=forward_of(s)),
 }
@@ -729,7 +777,7 @@ def test_all_at_once_they_change_no_weight_in_whatever_order_they_are_listed(
         learner.fit(EPOCHS, phases=[setting.phase()])
         assert_same_bits(learner, plain(place))
     assert len(digests) == 1
-    assert len(learner.callbacks) >= len(public()) - len((*MIXING, *NO_OBSERVERS)) - 2
+    assert len(learner.callbacks) >= len(public()) - len((*MIXING, *NO_OBSERVERS)) - 3
 
 
 def own_folder(number: int) -> None:

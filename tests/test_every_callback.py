@@ -26,6 +26,7 @@ import fluxloop
 from fluxloop import (
     EMA,
     ActivationStats,
+    AttentionMaps,
     BatchLimit,
     Callback,
     Checkpointer,
@@ -34,6 +35,7 @@ from fluxloop import (
     CustomCallback,
     CutMix,
     EarlyStopping,
+    EmbeddingMap,
     FeatureStats,
     FrechetDistance,
     GarbageCollect,
@@ -54,8 +56,10 @@ from fluxloop import (
     MetricSource,
     MetricsPrinter,
     MixUp,
+    NeighborImages,
     Profile,
     ProgressBar,
+    ReconstructionImages,
     Recorder,
     SampleImages,
     SanityCheck,
@@ -106,6 +110,14 @@ def picture(step: Any) -> Any:
     return step.preds.detach().reshape(1, 1, -1)
 
 
+def as_images(rows: Tensor) -> Tensor:
+    return rows.detach().reshape(-1, 1, 1, 3)
+
+
+def evenly(module: nn.Module, rows: Tensor) -> Tensor:
+    return torch.full((len(rows), 1, 3, 3), 1 / 3)
+
+
 numbers = count()
 
 
@@ -116,6 +128,7 @@ def fresh(name: str) -> str:
 
 MAKE: dict[type[Callback], Make] = {
     ActivationStats: lambda: ActivationStats(every=2),
+    AttentionMaps: lambda: AttentionMaps("model", count=2, attention=evenly, show=as_images, folder=None),
     BatchLimit: lambda: BatchLimit(50),
     CSVLogger: lambda: CSVLogger(fresh("metrics.csv")),
     Checkpointer: lambda: Checkpointer(fresh("run")),
@@ -124,6 +137,7 @@ MAKE: dict[type[Callback], Make] = {
     CutMix: CutMix,
     EMA: lambda: EMA("model", 0.9),
     EarlyStopping: lambda: EarlyStopping(99, monitor="training/loss"),
+    EmbeddingMap: lambda: EmbeddingMap("model", folder=None),
     EventRecorder: EventRecorder,
     FeatureStats: lambda: FeatureStats("preds"),
     FrechetDistance: lambda: FrechetDistance("model", nn.Identity(), inputs=torch.eye(3)),
@@ -142,8 +156,10 @@ MAKE: dict[type[Callback], Make] = {
     Metrics: Metrics,
     MetricsPrinter: MetricsPrinter,
     MixUp: MixUp,
+    NeighborImages: lambda: NeighborImages("model", count=2, k=2, show=as_images, folder=None),
     Profile: Profile,
     ProgressBar: lambda: ProgressBar(enabled=True, interval=0.0, file=io.StringIO()),
+    ReconstructionImages: lambda: ReconstructionImages(count=2, show=as_images, folder=None),
     Recorder: Recorder,
     SampleImages: lambda: SampleImages("model", shape=(1, 1, 3), folder=None),
     SanityCheck: SanityCheck,
@@ -179,8 +195,10 @@ without any, or with the whole model. A view of weights, "model@ema", is told as
 
 NEEDED: dict[type[Callback], tuple[type[Callback], ...]] = {
     ActivationStats: (Recorder,),
+    AttentionMaps: (Recorder,),
     CSVLogger: (Recorder, Metrics),
     EarlyStopping: (Recorder, Metrics),
+    EmbeddingMap: (Recorder,),
     FeatureStats: (Recorder,),
     FrechetDistance: (Recorder,),
     KNNProbe: (Recorder,),
@@ -194,6 +212,8 @@ NEEDED: dict[type[Callback], tuple[type[Callback], ...]] = {
     LogVisualization: (Recorder,),
     Metrics: (Recorder,),
     MetricsPrinter: (Recorder, Metrics),
+    NeighborImages: (Recorder,),
+    ReconstructionImages: (Recorder,),
     SampleImages: (Recorder,),
 }
 """What others have to publish for it."""

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/index.md, docs/loop.md and docs/reliability.md with the code that these pages show.
+"""Draw the pictures of docs/index.md, loop.md, reliability.md and watching.md with the code that these pages show.
 
 python docs/site/pictures.py
 """
@@ -17,6 +17,12 @@ PICTURES = {
     "index.md": {"history.png": "first_history.png", "step.svg": "first_step.svg"},
     "loop.md": {"step.svg": "timeline_gan.svg", "order.svg": "order_gan.svg"},
     "reliability.md": {"runs.png": "compare_runs.png"},
+    "watching.md": {
+        "pictures/embedding_encoder-0012.png": "watching_embedding.png",
+        "pictures/neighbors_encoder-0012.png": "watching_neighbors.png",
+        "pictures/attention_encoder-0012.png": "watching_attention.png",
+        "pictures/reconstructions_model-0012.png": "watching_reconstructions.png",
+    },
 }
 """For each page, the file in docs/images/ for each file that its code writes."""
 

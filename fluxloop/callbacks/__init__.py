@@ -2,8 +2,9 @@
 
 - Counting and measuring: ``recorder``, ``metrics``, ``traces``, ``probe`` (with ``probe_parts``, and
   ``features`` that several share), ``frechet``, ``feature_stats``, ``activation_stats``, ``profile``.
-- Showing and logging: ``progress``, ``printer``, ``csv_logger``, ``log``, ``log_pictures``, ``sample_images``,
-  ``stall_report``.
+- Showing and logging: ``progress``, ``printer``, ``csv_logger``, ``log``, ``log_pictures``, ``stall_report``.
+- Pictures after each epoch: ``sample_images``, ``embedding_map``, ``neighbor_images``, ``reconstructions`` and
+  ``attention_maps`` (with ``pictures``, what these have in common, and ``drawing``).
 - What a step uses: ``mixup`` (inputs), ``gradient_clip``, ``scheduler`` and ``lr_scheduler`` (with
   ``torch_schedulers``), ``unfreeze``, ``batch_limit``.
 - Weights beside the live ones: ``ema``, ``swa``, ``keep_best``.
@@ -17,6 +18,7 @@ __getattr__, __dir__, __all__ = lazily(
     __name__,
     {
         "activation_stats": "ActivationStats",
+        "attention_maps": "AttentionMaps",
         "batch_limit": "BatchLimit",
         "checkpointer": "Checkpointer",
         "conditional": "ConditionalCallback throttle",
@@ -25,6 +27,7 @@ __getattr__, __dir__, __all__ = lazily(
         "defaults": "default_callbacks",
         "early_stopping": "EarlyStopping Timer",
         "ema": "EMA",
+        "embedding_map": "EmbeddingMap",
         "feature_stats": "FeatureStats",
         "frechet": "FrechetDistance",
         "garbage_collect": "GarbageCollect",
@@ -35,10 +38,12 @@ __getattr__, __dir__, __all__ = lazily(
         "lr_scheduler": "LRScheduler",
         "metrics": "Metrics",
         "mixup": "CutMix MixUp",
+        "neighbor_images": "NeighborImages",
         "printer": "MetricsPrinter",
         "probe": "KNNProbe LinearProbe MetricSource",
         "profile": "Profile",
         "progress": "ProgressBar",
+        "reconstructions": "ReconstructionImages",
         "recorder": "Recorder",
         "sample_images": "SampleImages",
         "sanity_check": "Check SanityCheck",

@@ -1,6 +1,7 @@
 # Written by tests/write_stubs.py from the table in __init__.py, where the public names are.
 
 from fluxloop.callbacks.activation_stats import ActivationStats as ActivationStats
+from fluxloop.callbacks.attention_maps import AttentionMaps as AttentionMaps
 from fluxloop.callbacks.batch_limit import BatchLimit as BatchLimit
 from fluxloop.callbacks.checkpointer import Checkpointer as Checkpointer
 from fluxloop.callbacks.conditional import ConditionalCallback as ConditionalCallback
@@ -11,6 +12,7 @@ from fluxloop.callbacks.defaults import default_callbacks as default_callbacks
 from fluxloop.callbacks.early_stopping import EarlyStopping as EarlyStopping
 from fluxloop.callbacks.early_stopping import Timer as Timer
 from fluxloop.callbacks.ema import EMA as EMA
+from fluxloop.callbacks.embedding_map import EmbeddingMap as EmbeddingMap
 from fluxloop.callbacks.feature_stats import FeatureStats as FeatureStats
 from fluxloop.callbacks.frechet import FrechetDistance as FrechetDistance
 from fluxloop.callbacks.garbage_collect import GarbageCollect as GarbageCollect
@@ -26,12 +28,14 @@ from fluxloop.callbacks.lr_scheduler import LRScheduler as LRScheduler
 from fluxloop.callbacks.metrics import Metrics as Metrics
 from fluxloop.callbacks.mixup import CutMix as CutMix
 from fluxloop.callbacks.mixup import MixUp as MixUp
+from fluxloop.callbacks.neighbor_images import NeighborImages as NeighborImages
 from fluxloop.callbacks.printer import MetricsPrinter as MetricsPrinter
 from fluxloop.callbacks.probe import KNNProbe as KNNProbe
 from fluxloop.callbacks.probe import LinearProbe as LinearProbe
 from fluxloop.callbacks.probe import MetricSource as MetricSource
 from fluxloop.callbacks.profile import Profile as Profile
 from fluxloop.callbacks.progress import ProgressBar as ProgressBar
+from fluxloop.callbacks.reconstructions import ReconstructionImages as ReconstructionImages
 from fluxloop.callbacks.recorder import Recorder as Recorder
 from fluxloop.callbacks.sample_images import SampleImages as SampleImages
 from fluxloop.callbacks.sanity_check import Check as Check

@@ -59,7 +59,7 @@ def extract(
     rows, labels = [], []
     with watching(module), untouched(source):
         for batch in tracked(complete(source), title, length_of(source)):
-            _check_labelled(batch, features)
+            check_labelled(batch, features)
             if classes:
                 _check_classes(batch[1])
             xs, ys = to_device_of(module, (batch[0], batch[1]))
@@ -96,10 +96,10 @@ def rows_for(advice: str, learner: Any, given: Any, key: str) -> tuple[Any, Any]
     return source if given is None else given, source
 
 
-OWN_DATA = "data of its own, KNNProbe('encoder', bank=(xs, ys), queries=(xs, ys))"
+OWN_DATA = "data of its own, queries=(xs, ys), or KNNProbe('encoder', bank=(xs, ys), queries=(xs, ys))"
 
 
-def _check_labelled(batch: Any, features: Features) -> None:
+def check_labelled(batch: Any, features: Features) -> None:
     """Raise `DataError` for a batch that is not rows with their labels."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         raise DataError(

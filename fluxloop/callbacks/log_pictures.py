@@ -224,7 +224,7 @@ class LogVisualization(LogCallback):
 
 
 class LogImages(LogCallback):
-    """Log the grids that `SampleImages` makes, over training epochs, in the group ``("epoch", "images")``.
+    """Log the pictures that `SampleImages`, `EmbeddingMap` and the like make, in the group ``("epoch", "images")``.
 
     Args:
         backends: What to log to: one or more, or lists of them.
