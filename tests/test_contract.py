@@ -213,7 +213,10 @@ def no_entry(name: str, *known: str) -> dict[str, tuple[type[Exception], str]]:
 
 def no_producers() -> dict[str, tuple[type[Exception], str]]:
     return {
-        "LogImages": (MissingProducerError, r"'cbstate.images', which no callback writes; add SampleImages\(\)"),
+        "LogImages": (
+            MissingProducerError,
+            r"'cbstate.images', which no callback writes; add AttentionMaps\(\) or EmbeddingMap\(\) .*SampleImages\(\)",
+        ),
         "LogTraces": (MissingProducerError, r"'cbstate.traces', which no callback writes; add Traces\(\)"),
     }
 

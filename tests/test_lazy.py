@@ -186,7 +186,7 @@ print(json.dumps([
 """
     early, missing, misspelt = in_a_new_process(code)
     assert early == [False, False]
-    assert missing.endswith("add SampleImages() to the callbacks")
+    assert missing.endswith("or ReconstructionImages() or SampleImages() to the callbacks")
     assert misspelt.endswith("did you mean 'BYOLPhase'?")
 
 

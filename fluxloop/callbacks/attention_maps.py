@@ -182,6 +182,7 @@ class AttentionMaps(PicturesOfImages):
         validator=optional(called("a function (module, xs) -> weights (N, heads, L, L)")),
     )
 
+    writes = ("cbstate.images",)
     kind = "attention"
 
     def try_out(self, phase: AbstractTrainingPhase, learner: Any) -> None:

@@ -109,7 +109,7 @@ class EmbeddingMap(PicturesOfRows):
         >>> learner.set_callbacks([Recorder(), EmbeddingMap("encoder")])
         >>> history = learner.fit(2, phases=[SimCLRPhase(TwoViews(lambda rows: rows + torch.randn_like(rows)))])
         >>> learner.cbstate.images["embedding_encoder"].shape  # and in pictures/embedding_encoder-0002.png
-        torch.Size([3, 564, 602])
+        torch.Size([3, 540, 602])
     """
 
     reducer: str | Callable[[Tensor], Any] = field(default="pca", kw_only=True)
@@ -119,6 +119,7 @@ class EmbeddingMap(PicturesOfRows):
     )
     points: Tensor | None = field(default=None, init=False, repr=False)
 
+    writes = ("cbstate.images",)
     kind = "embedding"
     transient = (*PicturesOfRows.transient, "points")
 

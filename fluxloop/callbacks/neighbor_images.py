@@ -77,6 +77,7 @@ class NeighborImages(PicturesOfImages):
     lines: Tensor | None = field(default=None, init=False, repr=False)
     neighbors: Tensor | None = field(default=None, init=False, repr=False)
 
+    writes = ("cbstate.images",)
     kind = "neighbors"
     transient = (*PicturesOfImages.transient, "lines", "neighbors")
 

@@ -34,7 +34,8 @@ class PicturesOfRows(Callback):
     rows, and the first one alone draws. Modes and random numbers are put back, and what is drawn of them is the same
     in every epoch.
 
-    A subclass writes ``look(phase, learner)``, which all processes call, and ``draw(seen, title)``.
+    A subclass writes ``look(phase, learner)``, which all processes call, and ``draw(seen, title)``; and it declares
+    to write ``"cbstate.images"`` itself, because whoever lacks pictures is told the names of those who declare it.
     """
 
     model: str = "model"
@@ -45,7 +46,6 @@ class PicturesOfRows(Callback):
     _tried: set[type[Phase]] = field(factory=set, init=False, repr=False)
     """Of which phases this fit has tried out a picture."""
 
-    writes = ("cbstate.images",)
     run_after = (Recorder,)
     draws = False  # what rows and models draw is put back
     transient: ClassVar[tuple[str, ...]] = ("grid", "_tried")

@@ -86,6 +86,7 @@ class ReconstructionImages(PicturesOfImages):
         validator=optional(called("a function (phase, state) -> {heading: images}")),
     )
 
+    writes = ("cbstate.images",)
     kind = "reconstructions"
 
     @property
