@@ -28,6 +28,7 @@ SCRIPTS = (
     "compile",
     "convolutions",
     "research",
+    "compiled_code",
     "event_overhead",
     "data",
     "memory",

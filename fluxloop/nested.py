@@ -298,7 +298,11 @@ def _rows(value: Any) -> int | None:
     if isinstance(value, list):
         return len(value) or None
     if isinstance(value, tuple):
-        return next((rows for item in value if (rows := _rows(item)) is not None), None)
+        for item in value:
+            rows = _rows(item)
+            if rows is not None:
+                return rows
+        return None
     names = () if isinstance(value, Mapping) else init_fields(value)
     if names is None:
         said = None if isinstance(value, (nn.Module, type)) else getattr(value, "batch_size", None)

@@ -35,6 +35,7 @@ NAMES = (
     "peers",
     "research_peers",
     "research",
+    "compiled_code",
     "gpu",
     "gpu_checks",
 )

@@ -84,17 +84,18 @@ class JointEmbeddingPhase(ObjectivePhase):
         several = (
             isinstance(views, (tuple, list))
             and len(views) > 1
-            and not any(isinstance(view, (tuple, list)) for view in views)
+            and not any([isinstance(view, (tuple, list)) for view in views])
         )
         if not several or len(views) != (self.num_views or len(views)):
             raise BatchError(
                 f"{type(self).__name__} was given {describe(views)} as views; expected {wanted} of each row: give the "
                 f"phase what makes them, {type(self).__name__}(views={self.advice}), or use ViewDataset"
             )
+        first = views[0]
         for view in views[1:]:
-            if isinstance(view, Tensor) and isinstance(views[0], Tensor) and not _have_same_rows(view, views[0]):
+            if isinstance(view, Tensor) and isinstance(first, Tensor) and not _have_same_rows(view, first):
                 raise BatchError(
-                    f"{type(self).__name__} was given the batch ({describe(views[0])}, {describe(view)}), which are "
+                    f"{type(self).__name__} was given the batch ({describe(first)}, {describe(view)}), which are "
                     f"not two views of the same rows; for rows with labels give the phase what makes views: "
                     f"{type(self).__name__}(views={self.advice})"
                 )
@@ -132,7 +133,8 @@ class JointEmbeddingPhase(ObjectivePhase):
 
 def _have_same_rows(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors may be views of the same rows; they may be of different size."""
-    return (a.shape[:1], a.ndim, a.dtype) == (b.shape[:1], b.ndim, b.dtype)
+    x, y = a.shape, b.shape
+    return a.dtype == b.dtype and (x == y or (len(x) == len(y) and x[:1] == y[:1]))
 
 
 class CropsPhase(JointEmbeddingPhase):

@@ -23,6 +23,8 @@ from fluxloop import (
     on,
     runepoch,
 )
+from fluxloop.compile.conditions import form_of_entries, has_form
+from fluxloop.state import StepState
 
 pytestmark = pytest.mark.usefixtures("imported")
 
@@ -263,3 +265,52 @@ def test_a_subclass_of_tensors_that_changes_nothing_has_a_graph_of_its_own() -> 
     made = learner(data=(data,))
     made.fit(1)
     assert graphs(made) == 2
+
+
+BATCHES: dict[str, Callable[[], dict[str, Any]]] = {
+    "tensors": lambda: {"xs": torch.zeros(4, 2), "ys": torch.zeros(4)},
+    "of another shape": lambda: {"xs": torch.zeros(3, 2), "ys": torch.zeros(3)},
+    "of other strides": lambda: {"xs": torch.zeros(2, 4).T, "ys": torch.zeros(4)},
+    "of another type": lambda: {"xs": torch.zeros(4, 2), "ys": torch.zeros(4, dtype=torch.long)},
+    "requiring gradients": lambda: {"xs": torch.zeros(4, 2, requires_grad=True), "ys": torch.zeros(4)},
+    "of other names": lambda: {"xs": torch.zeros(4, 2), "zs": torch.zeros(4)},
+    "one": lambda: {"xs": torch.zeros(4, 2)},
+    "one twice": lambda: dict.fromkeys(("xs", "ys"), torch.zeros(4)),
+    "views": lambda: {"views": (torch.zeros(4, 2), torch.zeros(4, 2))},
+    "views in a list": lambda: {"views": [torch.zeros(4, 2), torch.zeros(4, 2)]},
+    "three views": lambda: {"views": (torch.zeros(4, 2),) * 3},
+    "views of other sizes": lambda: {"views": (torch.zeros(4, 2), torch.zeros(4, 3))},
+    "views of other strides": lambda: {"views": (torch.zeros(4, 2), torch.zeros(2, 4).T)},
+    "views that require gradients": lambda: {"views": (torch.zeros(4, 2), torch.zeros(4, 2, requires_grad=True))},
+    "parameters": lambda: {"views": (torch.zeros(4, 2), nn.Parameter(torch.zeros(4, 2), requires_grad=False))},
+    "views in views": lambda: {"views": (torch.zeros(4, 2), (torch.zeros(4, 2),))},
+    "views and a number": lambda: {"views": (torch.zeros(4, 2), 1)},
+    "numbers": lambda: {"views": (torch.zeros(4, 2), torch.zeros(4, 2)), "index": 1},
+    "an empty tuple": lambda: {"views": ()},
+}
+
+
+def test_the_quick_look_at_a_step_agrees_with_the_thorough_one() -> None:
+    cpu = torch.device("cpu")
+    forms = {name: form_of_entries(StepState(make()), cpu) for name, make in BATCHES.items()}
+    found = {name: [other for other in forms if has_form(make(), forms[other], cpu)] for name, make in BATCHES.items()}
+    slow = {"one twice", "views in a list", "parameters", "views in views", "views and a number", "numbers"}
+    alike = {name: [other for other in forms if forms[other] == forms[name]] for name in BATCHES}
+    assert found == {name: [] if name in slow else alike[name] for name in BATCHES}
+    assert alike["views"] == ["views", "parameters"]
+    assert all(alike[name] == [name] for name in BATCHES if name not in ("views", "parameters"))
+
+
+@pytest.mark.parametrize(
+    "refused", [lambda xs: xs.to_sparse(), lambda xs: torch.nested.nested_tensor([*xs]), lambda xs: torch._neg_view(xs)]
+)
+@pytest.mark.parametrize("place", ["alone", "in a tuple"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_the_quick_look_leaves_what_is_refused_to_the_thorough_one(refused: Any, place: str) -> None:
+    cpu, xs = torch.device("cpu"), torch.eye(4)
+    wrap = (lambda value: {"xs": value}) if place == "alone" else (lambda value: {"views": (value, xs.clone())})
+    form = form_of_entries(StepState(wrap(xs)), cpu)
+    assert has_form(wrap(torch.eye(4)), form, cpu)
+    assert not has_form(wrap(refused(xs)), form, cpu)
+    with pytest.raises(CompileError, match="expected"):
+        form_of_entries(StepState(wrap(refused(xs))), cpu)
