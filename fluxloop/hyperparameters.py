@@ -24,7 +24,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from numbers import Real
 from types import MethodType
 from typing import Any, ClassVar, TypeVar
 
@@ -450,7 +449,7 @@ def check_option(whose: str, option: str, value: Any) -> None:
         return
     for each in value if isinstance(value, (tuple, list)) else (value,):
         single = isinstance(each, Tensor) and each.numel() == 1
-        numeric = single or (isinstance(each, Real) and not isinstance(each, bool))
+        numeric = single or is_number(each)
         if not numeric or not math.isfinite(each) or each < 0:
             raise OptimizerError(f"{whose} gave {option} the value {value!r}; expected a finite number, 0 or more")
 

@@ -320,7 +320,7 @@ def is_due(phase: Phase, cycle: int, last: int) -> bool:
         cycle: Number of the cycle, from 1.
         last: Number of the fit's last one.
     """
-    return not isinstance(phase, AbstractValidationPhase) or cycle % phase.every == 0 or cycle == last
+    return not isinstance(phase, AbstractValidationPhase) or cycle % int(phase.every) == 0 or cycle == last
 
 
 def inputs_and_labels(batch: Any) -> dict[str, Any]:

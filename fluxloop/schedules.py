@@ -17,7 +17,7 @@ from typing import Any
 
 from attrs import NOTHING, field, fields, frozen
 
-from fluxloop.guard.given import is_number, number
+from fluxloop.guard.given import as_python, is_number, number
 
 Schedule = Callable[[int], float]
 
@@ -81,6 +81,30 @@ def written(schedule: Any) -> str:
     return f"{type(schedule).__name__}({', '.join(parts)})"
 
 
+# Converters of fields: NumPy's small numbers would wrap or round in silence, ``np.uint8(250) + 10`` is 4. There is one
+# for each type, as type checkers read from it what the arguments are.
+
+
+def _real(value: float) -> float:
+    held: float = as_python(value)
+    return held
+
+
+def _whole(value: int) -> int:
+    held: int = as_python(value)
+    return held
+
+
+def _times(value: int | None) -> int | None:
+    held: int | None = as_python(value)
+    return held
+
+
+def _schedule(value: float | Schedule) -> float | Schedule:
+    held: float | Schedule = as_python(value)
+    return held
+
+
 def _between(start: float, end: float, share: float) -> float:
     """Return the point at a share of the way; the ends are met exactly."""
     return end if share >= 1 else start + (end - start) * share
@@ -98,7 +122,7 @@ class constant:  # noqa: N801 - used like a function
     0.1
     """
 
-    value: float = field(validator=_FINITE)
+    value: float = field(converter=_real, validator=_FINITE)
 
     def __call__(self, t: int) -> float:
         """Return the value."""
@@ -109,9 +133,9 @@ class constant:  # noqa: N801 - used like a function
 class _Span:
     """Base of what goes from `start` to `end`, and stays there."""
 
-    total: int = field(validator=_check_total)
-    start: float = field(validator=_FINITE)
-    end: float = field(validator=_FINITE)
+    total: int = field(converter=_whole, validator=_check_total)
+    start: float = field(converter=_real, validator=_FINITE)
+    end: float = field(converter=_real, validator=_FINITE)
 
     def __call__(self, t: int) -> float:
         """Return the value at step `t`."""
@@ -211,7 +235,7 @@ class polynomial(_Span):  # noqa: N801 - used like a function
     [1.0, 0.5625, 0.25, 0.0, 0.0]
     """
 
-    power: float = field(default=2.0, validator=_FINITE)
+    power: float = field(default=2.0, converter=_real, validator=_FINITE)
 
     def __attrs_post_init__(self) -> None:
         if not self.power > 0:
@@ -237,9 +261,9 @@ class step:  # noqa: N801 - used like a function
     [1.0, 1.0, 0.1, 0.01]
     """
 
-    every: int = field(validator=_check_total)
-    start: float = field(validator=_FINITE)
-    gamma: float = field(default=0.1, validator=_FINITE)
+    every: int = field(converter=_whole, validator=_check_total)
+    start: float = field(converter=_real, validator=_FINITE)
+    gamma: float = field(default=0.1, converter=_real, validator=_FINITE)
 
     def __call__(self, t: int) -> float:
         """Return the value at step `t`."""
@@ -262,9 +286,9 @@ class triangle:  # noqa: N801 - used like a function
     [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
     """
 
-    total: int = field(validator=_check_total)
-    start: float = field(validator=_FINITE)
-    peak: float = field(validator=_FINITE)
+    total: int = field(converter=_whole, validator=_check_total)
+    start: float = field(converter=_real, validator=_FINITE)
+    peak: float = field(converter=_real, validator=_FINITE)
 
     def __call__(self, t: int) -> float:
         """Return the value at step `t`."""
@@ -288,9 +312,9 @@ class sine:  # noqa: N801 - used like a function
     [0.0, 0.707, 1.0, 0.0, 0.0]
     """
 
-    total: int = field(validator=_check_total)
-    start: float = field(validator=_FINITE)
-    peak: float = field(validator=_FINITE)
+    total: int = field(converter=_whole, validator=_check_total)
+    start: float = field(converter=_real, validator=_FINITE)
+    peak: float = field(converter=_real, validator=_FINITE)
 
     def __call__(self, t: int) -> float:
         """Return the value at step `t`."""
@@ -317,8 +341,8 @@ class inverse_sqrt:  # noqa: N801 - used like a function
     [0.25, 0.5, 1.0, 0.5]
     """
 
-    warmup: int = field(validator=_check_total)
-    peak: float = field(validator=_FINITE)
+    warmup: int = field(converter=_whole, validator=_check_total)
+    peak: float = field(converter=_real, validator=_FINITE)
 
     def __call__(self, t: int) -> float:
         """Return the value at step `t`."""
@@ -342,9 +366,9 @@ class warmup:  # noqa: N801 - used like a function
     [0.0, 0.5, 1.0, 0.75, 0.0]
     """
 
-    steps: int = field(validator=_check_total)
-    then: float | Schedule = field(validator=_check_schedule)
-    start: float = field(default=0.0, validator=_FINITE)
+    steps: int = field(converter=_whole, validator=_check_total)
+    then: float | Schedule = field(converter=_schedule, validator=_check_schedule)
+    start: float = field(default=0.0, converter=_real, validator=_FINITE)
 
     def __call__(self, t: int) -> float:
         """Return the value at step `t`."""
@@ -374,11 +398,11 @@ class one_cycle:  # noqa: N801 - used like a function
     [0.04, 0.52, 1.0, 0.50001, 1e-05, 1e-05]
     """
 
-    total: int = field(validator=_check_total)
-    max_value: float = field(validator=_FINITE)
-    pct_start: float = field(default=0.25, validator=_FINITE)
-    div: float = field(default=25.0, validator=_FINITE)
-    div_final: float = field(default=1e5, validator=_FINITE)
+    total: int = field(converter=_whole, validator=_check_total)
+    max_value: float = field(converter=_real, validator=_FINITE)
+    pct_start: float = field(default=0.25, converter=_real, validator=_FINITE)
+    div: float = field(default=25.0, converter=_real, validator=_FINITE)
+    div_final: float = field(default=1e5, converter=_real, validator=_FINITE)
 
     def __attrs_post_init__(self) -> None:
         if not 0 <= self.pct_start <= 1:
@@ -432,7 +456,7 @@ class sequence:  # noqa: N801 - used like a function
             check_schedule(pair[0], f"part {index} of a sequence")
             if not alone:
                 _check_total(self, None, pair[1])
-            read.append((pair[0], math.inf if alone else math.ceil(pair[1])))
+            read.append((_schedule(pair[0]), math.inf if alone else math.ceil(pair[1])))
         if not read:
             raise ValueError("sequence() was given nothing; expected pairs (schedule, number of steps)")
         self.__attrs_init__(tuple(read))
@@ -468,8 +492,8 @@ class shift:  # noqa: N801 - used like a function
     0.5
     """
 
-    schedule: float | Schedule = field(validator=_check_schedule)
-    steps: int = field()
+    schedule: float | Schedule = field(converter=_schedule, validator=_check_schedule)
+    steps: int = field(converter=_whole)
 
     @steps.validator
     def _check_steps(self, attribute: object, steps: object) -> None:
@@ -500,9 +524,9 @@ class repeat:  # noqa: N801 - used like a function
     [1.0, 0.5, 0.0, 0.0]
     """
 
-    schedule: float | Schedule = field(validator=_check_schedule)
-    every: int = field(validator=_check_total)
-    times: int | None = field(default=None)
+    schedule: float | Schedule = field(converter=_schedule, validator=_check_schedule)
+    every: int = field(converter=_whole, validator=_check_total)
+    times: int | None = field(default=None, converter=_times)
 
     @times.validator
     def _check_times(self, attribute: object, times: Any) -> None:

@@ -89,7 +89,7 @@ class AdaptiveAugment:
         check_number("AdaptiveAugment", "images", images, least=1)
         check_number("AdaptiveAugment", "probability", probability, least=0, most=1)
         self.changes = changes
-        self.target, self.every, self.images = target, every, images
+        self.target, self.every, self.images = target, int(every), images
         self.probability: float | Tensor = probability
         self._begins_with = probability
         self._updates = 0

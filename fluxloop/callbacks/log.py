@@ -138,7 +138,7 @@ class LogMetrics(LogCallback):
     ) -> None:
         super().__init__(*backends, name=name)
         check_number(type(self).__name__, "every", every, least=1, whole=True)
-        self.every = every
+        self.every = int(every)
         check_phase_type("LogMetrics", phase)
         self.phase = phase
 

@@ -71,7 +71,7 @@ class LogHistograms(LogCallback):
         if not set(self.of) <= {"weights", "gradients", "activations"}:
             raise ValueError(f"LogHistograms(of={of!r}) was given; expected some of weights, gradients, activations")
         check_number(type(self).__name__, "every", every, least=1, whole=True)
-        self.every = every
+        self.every = int(every)
         if pattern is not None and not isinstance(pattern, str):
             raise TypeError(f"LogHistograms(pattern={pattern!r}) was given; expected a regular expression, a text")
         self.pattern = re.compile(pattern or "")
@@ -204,7 +204,7 @@ class LogVisualization(LogCallback):
         require_call(function, 1, "(step)", f"the function {getattr(function, '__name__', function)!s}")
         self.function = function
         check_number(type(self).__name__, "every", every, least=1, whole=True)
-        self.every = every
+        self.every = int(every)
         called = getattr(function, "__name__", "<lambda>")
         self.label = name or ("visualization" if called == "<lambda>" else called)
 

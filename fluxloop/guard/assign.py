@@ -7,6 +7,7 @@ from typing import Any
 from attrs import setters
 
 from fluxloop.errors import AssignmentError, did_you_mean
+from fluxloop.guard.given import as_python, is_number
 
 put = object.__setattr__
 """Set an attribute of a learner from inside, past the checks for its users: quickly."""
@@ -100,6 +101,7 @@ def set_option(callback: Any, name: str, value: Any) -> None:
         return
     # What validates one option is run first, and then what looks at several: that needs the new value in its place
     value = setters.validate(callback, option, setters.convert(callback, option, value))
+    value = as_python(value) if is_number(value) else value
     old = getattr(callback, name)
     put(callback, name, value)
     try:
@@ -126,7 +128,8 @@ def adopt(callback: Any) -> None:
     if callback._adopted:
         return
     for name, option in callback._options.items():
-        put(callback, name, setters.validate(callback, option, getattr(callback, name)))
+        value = setters.validate(callback, option, getattr(callback, name))
+        put(callback, name, as_python(value) if is_number(value) else value)
     derive(callback)
 
 

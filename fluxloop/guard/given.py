@@ -13,16 +13,28 @@ from fluxloop.errors import CallbackError, describe
 
 
 def is_number(value: object, *, whole: bool = False) -> bool:
-    """Return whether a value is a number, perhaps a whole one, of Python or of NumPy; True and False are none."""
+    """Return whether a value is a number, perhaps a whole one, of Python or of NumPy; True and False are none.
+
+    A `Fraction` is none either: torch would refuse it, in the middle of a step.
+    """
+    if isinstance(value, (int, float)):
+        return not isinstance(value, bool) and (not whole or isinstance(value, int))
     kind: Any = Integral if whole else Real  # NumPy's numbers are these too, and most are no int or float
-    return isinstance(value, kind) and not isinstance(value, bool)
+    return isinstance(value, kind) and _is_numpys(value)
+
+
+def _is_numpys(value: object) -> bool:
+    return type(value).__module__.partition(".")[0] == "numpy"
 
 
 def as_python(value: Any) -> Any:
-    """Return NumPy's numbers as Python's, in a list or tuple too: every version of torch reads and compiles these."""
+    """Return NumPy's numbers as Python's, in a list or tuple too.
+
+    Every version of torch reads and compiles these, and they neither wrap nor round as NumPy's small ones do.
+    """
     if type(value) is float:  # the usual one, and schedules are asked at every step
         return value
-    if type(value).__module__.partition(".")[0] == "numpy" and getattr(value, "shape", None) == ():
+    if _is_numpys(value) and getattr(value, "shape", None) == ():
         return value.item()
     if type(value) in (list, tuple):
         return type(value)(map(as_python, value))

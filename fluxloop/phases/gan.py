@@ -134,11 +134,11 @@ class GANPhase(AbstractTrainingPhase):
             check_called("GANPhase", "augment", augment, "what changes rows: AdaptiveAugment(random_flip)", PhaseError)
             tell_that_it_draws_once("GANPhase(augment=...)", augment)
         self.noise = noise
-        self.critic_steps = critic_steps
+        self.critic_steps = int(critic_steps)
         self.gradient_penalty = gradient_penalty
         self.r1 = r1
         self.r2 = r2
-        self.every = every
+        self.every = int(every)
         self.path_length = path_length
         self.path_mean: Tensor | None = None
         """The running mean of the path lengths; None before the first."""

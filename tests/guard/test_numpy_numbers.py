@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,15 @@ from fluxloop import (
     DataError,
     EarlyStopping,
     GANPhase,
+    GarbageCollect,
     GradientClip,
     HyperParameters,
     KeepBestModel,
     Learner,
     LearningRate,
     LogHyperParams,
+    LogMetrics,
+    LogVisualization,
     Memory,
     Metrics,
     MixUp,
@@ -44,22 +49,28 @@ from fluxloop import (
     TrainingPhase,
     Unfreeze,
     ValidationPhase,
+    constant,
     cosine,
+    exponential,
     find_lr,
+    linear,
     one_cycle,
     repeat,
+    schedules,
+    sequence,
     shift,
     split,
     warmup,
 )
 from fluxloop.guard.given import is_number
 from fluxloop.nested import batch_size
+from fluxloop.phase import is_due
 from fluxloop.testing import bits, toy_learner
 
 
 def test_numbers_are_those_of_python_and_numpy() -> None:
     assert all(map(is_number, (1, 0.5, np.int64(1), np.float32(0.5), float("nan"))))
-    assert not any(map(is_number, (True, np.True_, "1", None, torch.tensor(1), 1j)))
+    assert not any(map(is_number, (True, np.True_, "1", None, torch.tensor(1), 1j, Fraction(1, 2), Decimal(1))))
     assert [is_number(value, whole=True) for value in (1, np.int8(1), 1.0, np.float64(1.0))] == [
         True,
         True,
@@ -147,11 +158,56 @@ def test_sizes_and_options_of_parts_are_taken_as_pythons() -> None:
         lambda: EMA("0", np.True_),
         lambda: toy_learner(optimizer=partial(torch.optim.SGD, lr=np.float32("inf"))),
         lambda: toy_learner(Recorder(), Scheduler({LearningRate: lambda t: np.float32("nan")})).fit(1),
+        lambda: EMA("0", Fraction(1, 2)),  # the rest, torch refuses in the middle of a step
+        lambda: GradientClip(Fraction(1, 2)),
+        lambda: cosine(8, Fraction(1, 2), 0.0),
+        lambda: Scheduler({LearningRate: Fraction(1, 2)}),
+        lambda: toy_learner(Recorder(), Scheduler({LearningRate: lambda t: Fraction(1, 2)})).fit(1),
     ],
 )
 def test_numpys_numbers_that_do_not_fit_are_refused_in_words(make: Callable[[], Any]) -> None:
     with pytest.raises((ValueError, DataError, OptimizerError), match="expected"):
         make()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda whole, real: shift(linear(1000, 1.0, 0.0), whole(120)),
+        lambda whole, real: shift(linear(1000, 1.0, 0.0), -whole(120)),
+        lambda whole, real: repeat(linear(10, 1.0, 0.0), whole(10), times=whole(100)),
+        lambda whole, real: repeat(linear(whole(100), 1.0, 0.0), whole(120)),
+        lambda whole, real: warmup(whole(120), linear(whole(120), real(1.0), real(0.0)), real(0.1)),
+        lambda whole, real: one_cycle(whole(120), real(0.1), real(0.3), real(7.0)),
+        lambda whole, real: cosine(whole(100), real(0.1), real(0.001)),
+        lambda whole, real: exponential(whole(100), real(0.1), real(0.001)),
+        lambda whole, real: schedules.step(whole(100), real(0.1), real(0.3)),
+        lambda whole, real: sequence((cosine(whole(100), real(0.1), 0.0), whole(100)), real(0.1)),
+        lambda whole, real: constant(real(0.1)),
+    ],
+)
+def test_schedules_neither_wrap_nor_round_as_numpys_small_numbers_do(make: Callable[..., Any]) -> None:
+    found, expected = make(np.int8, np.float16), make(int, lambda value: float(np.float16(value)))
+    assert [found(t) for t in range(0, 1200, 7)] == [expected(t) for t in range(0, 1200, 7)]
+    assert repr(found) == repr(expected)
+    assert type(found(1)) is float
+
+
+def test_intervals_of_numpys_small_numbers_go_on_after_the_largest() -> None:
+    collect, log, seen = GarbageCollect(np.int8(64)), Memory(), []
+    learner = toy_learner(
+        Recorder(),
+        Metrics(),
+        collect,
+        LogMetrics(log, every=np.int8(64)),
+        LogVisualization(lambda step: seen.append(1) or 1.0, log, every=np.int8(64)),
+        data=(TensorBatches(torch.ones(10, 1), torch.ones(10, 1), batch_size=1),),
+    )
+    learner.fit(np.int16(30), phases=[TrainingPhase()])  # 300 steps
+    assert (type(collect.every), len(seen)) == (int, 300 // 64)
+    collect.every = np.int8(100)
+    assert type(collect.every) is int
+    assert is_due(ValidationPhase(every=np.int8(100)), 300, 999)
 
 
 def test_a_schedule_of_another_length_is_told_from_numpys_too(tmp_path: Path) -> None:
