@@ -36,7 +36,7 @@ from torch.optim import Optimizer
 from fluxloop.compute.models import by_name
 from fluxloop.compute.optimizers import options_given
 from fluxloop.errors import OptimizerError, describe, did_you_mean
-from fluxloop.guard.given import is_number
+from fluxloop.guard.given import as_python, is_number
 from fluxloop.order.view import look_up
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -466,7 +466,7 @@ def put(group: dict[str, Any], option: str, value: Any) -> None:
             elif item != new:
                 raise OptimizerError(f"{option} holds tensors and numbers, of which {item} cannot become {new}")
     else:
-        group[option] = value
+        group[option] = as_python(value)
 
 
 @torch.no_grad()

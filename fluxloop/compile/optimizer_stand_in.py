@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adam import adam
 
+from fluxloop.guard.given import as_python, is_number
 from fluxloop.nested import tensors
 from fluxloop.persist.seen import seen
 
@@ -30,12 +31,12 @@ def is_input(optimizer: Optimizer, group: dict[str, Any], name: str) -> bool:
     if not group["params"]:
         return False
     if name == MOMENTUM:
-        return type(optimizer) is torch.optim.SGD and isinstance(value, (float, int)) and bool(value)
+        return type(optimizer) is torch.optim.SGD and is_number(value) and bool(value)
     if name == BETAS:
-        return takes_betas(optimizer) and all(isinstance(beta, float) for beta in value or (None,))
+        return takes_betas(optimizer) and all(isinstance(as_python(beta), float) for beta in value or (None,))
     if name == DECAY and not type(optimizer).__module__.startswith("torch.optim."):
         return False  # nobody knows what it does with it
-    return isinstance(value, (float, int, Tensor)) and (name == "lr" or bool(value))
+    return (is_number(value) or isinstance(value, Tensor)) and (name == "lr" or bool(value))
 
 
 def takes_betas(optimizer: Optimizer) -> bool:

@@ -35,7 +35,8 @@ def as_python(value: Any) -> Any:
     if type(value) is float:  # the usual one, and schedules are asked at every step
         return value
     if _is_numpys(value) and getattr(value, "shape", None) == ():
-        return value.item()
+        held = value.item()
+        return float(held) if isinstance(held, Real) and _is_numpys(held) else held  # np.longdouble stays one
     if type(value) in (list, tuple):
         return type(value)(map(as_python, value))
     return value

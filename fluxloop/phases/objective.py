@@ -122,12 +122,17 @@ def may_have(model: Any, name: str) -> bool:
 
     A module that is asked for what it has not takes 1 µs to word an error, in each step and for each view.
     """
-    if not isinstance(model, nn.Module) or type(model).__getattr__ is not nn.Module.__getattr__:
+    kind: Any = type(model)
+    if (
+        not isinstance(model, nn.Module)
+        or kind.__getattr__ is not nn.Module.__getattr__
+        or kind.__getattribute__ is not object.__getattribute__
+    ):
         return True
     return (
         name in model._modules
         or name in vars(model)
-        or hasattr(type(model), name)
+        or hasattr(kind, name)
         or name in model._parameters
         or name in model._buffers
     )

@@ -185,11 +185,12 @@ class PredictionPhase(AbstractValidationPhase):
         except (AttributeError, TypeError) as error:
             if not isinstance(xs, Mapping) or type(xs).__name__ not in str(error) or fits_by_name(predict, xs):
                 raise  # the model takes such a batch: what went wrong is its own
-            names = list(arguments_among(predict, xs) or xs)[:1]
+            name = next(iter(arguments_among(predict, xs) or xs), "xs")
+            given = ", ".join(map(repr, xs)) or "nothing"
             raise BatchError(
-                f"{type(self).__name__} was given {describe(xs)} with {', '.join(map(repr, xs))}, whose names are not "
-                f"the arguments of {type(learner.model).__name__}, and gave it the whole: {error}; expected its input "
-                f"alone: learner.predict(data[{names[0]!r}]), a dict of its arguments by name, or a phase whose "
+                f"{type(self).__name__} was given {describe(xs)} with {given}, whose names are not the "
+                f"arguments of {type(learner.model).__name__}, and gave it the whole: {error}; expected its input "
+                f"alone: learner.predict(data[{name!r}]), a dict of its arguments by name, or a phase whose "
                 "entries(batch) says which is the input: learner.predict(data, phase=MyPhase())"
             ) from error
 

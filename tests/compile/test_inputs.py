@@ -9,7 +9,15 @@ import torch
 from compiled_training import Every, Scale, full, graphs, learner, learner_of, weights
 from torch import Tensor, nn
 
-from fluxloop import CompileError, Learner, LearningRate, Scheduler, recompute_activations
+from fluxloop import (
+    CompileError,
+    Learner,
+    LearningRate,
+    LRScheduler,
+    Scheduler,
+    recompute_activations,
+    set_hyperparameter,
+)
 
 pytestmark = pytest.mark.usefixtures("imported")
 
@@ -63,3 +71,20 @@ def test_rates_of_numpys_are_inputs_as_pythons_are() -> None:
     torch.testing.assert_close(weights(found), weights(expected), rtol=0, atol=0)
     assert graphs(found) == graphs(expected) == 1
     assert type(found.optimizer.param_groups[0]["weight_decay"]) is float
+
+
+@pytest.mark.usefixtures("plain")
+def test_rates_of_numpys_that_others_set_make_no_graph_each() -> None:
+    def half(optimizer: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: np.float32(0.5) ** t)
+
+    made = learner(
+        data=(full(),),
+        optimizer=partial(torch.optim.AdamW, lr=0.125),
+        callbacks=[LRScheduler(half, unit="step")],
+    )
+    made.fit(1)
+    set_hyperparameter(made, LearningRate, np.float32(0.25))
+    assert type(made.optimizer.param_groups[0]["lr"]) is float
+    made.fit(1)
+    assert graphs(made) == 1

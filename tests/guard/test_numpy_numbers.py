@@ -62,7 +62,7 @@ from fluxloop import (
     split,
     warmup,
 )
-from fluxloop.guard.given import is_number
+from fluxloop.guard.given import as_python, is_number
 from fluxloop.nested import batch_size
 from fluxloop.phase import is_due
 from fluxloop.testing import bits, toy_learner
@@ -77,6 +77,12 @@ def test_numbers_are_those_of_python_and_numpy() -> None:
         False,
         False,
     ]
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.longdouble, np.array])
+def test_numpys_numbers_become_pythons(kind: Any) -> None:
+    assert (type(as_python(kind(0.5))), as_python(kind(0.5))) == (float, 0.5)
+    assert [*map(type, as_python((kind(0.5), np.int8(1), np.True_, "x")))] == [float, int, bool, str]
 
 
 def train(whole: Callable[[int], Any], real: Callable[[float], Any], folder: Path, cycles: int) -> Learner[Any]:

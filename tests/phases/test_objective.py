@@ -461,6 +461,11 @@ class OnDemand(nn.Module):
         return 1 if name == "part" else super().__getattr__(name)
 
 
+class OnEveryDemand(nn.Module):
+    def __getattribute__(self, name: str) -> Any:
+        return 1 if name == "part" else super().__getattribute__(name)
+
+
 class InInstance(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -486,7 +491,8 @@ class AsModule(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "make", [InClass, AsProperty, OnDemand, InInstance, AsParameter, AsBuffer, AsModule, nn.Identity, object]
+    "make",
+    [InClass, AsProperty, OnDemand, OnEveryDemand, InInstance, AsParameter, AsBuffer, AsModule, nn.Identity, object],
 )
 def test_a_model_that_surely_lacks_a_part_is_one_that_has_none(make: Any) -> None:
     model = make()

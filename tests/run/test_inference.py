@@ -574,6 +574,11 @@ def test_a_dict_of_other_names_is_refused_with_what_to_type_and_the_learner_goes
     assert torch.equal(learner.predict({"xs": torch.ones(3, 1), "ys": torch.ones(3)}["xs"]), expected)
 
 
+def test_an_empty_dict_is_refused_in_words_too() -> None:
+    with pytest.raises(BatchError, match=r"a dict of length 0 with nothing.*expected.*learner.predict\(data\['xs'\]"):
+        toy_learner().predict([{}])
+
+
 def test_an_error_of_a_model_that_takes_a_dict_is_its_own() -> None:
     class Takes(nn.Module):
         def forward(self, batch: dict[str, Tensor]) -> Tensor:
