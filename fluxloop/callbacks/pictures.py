@@ -13,7 +13,7 @@ from torch import Tensor
 from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
 from fluxloop.callbacks.features import rows_for
 from fluxloop.callbacks.recorder import Recorder
-from fluxloop.callbacks.sample_images import SampleImages
+from fluxloop.callbacks.sample_images import SampleImages, file_of
 from fluxloop.data.passes import untouched
 from fluxloop.data.sources import complete
 from fluxloop.errors import CallbackConflictError, DataError, describe
@@ -29,7 +29,8 @@ from fluxloop.randomness import drawing, stream_seed
 class PicturesOfRows(Callback):
     """Base of callbacks that draw a picture of held-out rows after each epoch.
 
-    The picture is saved as a PNG file, ``embedding_encoder-0003.png``, and shared as
+    The picture is saved as a PNG file, ``embedding_encoder-0003.png``, or ``embedding_encoder-MyPhase-0003.png`` where
+    several phases train in a cycle, and shared as
     ``cbstate.images["embedding_encoder"]``, where `LogImages` finds it. Where several processes train, all look at the
     rows, and the first one alone draws. Modes and random numbers are put back, and what is drawn of them is the same
     in every epoch.
@@ -142,7 +143,8 @@ class PicturesOfRows(Callback):
             self.grid = self.draw(seen, f"{self.model}, epoch {counts.epoch}")
         learner.cbstate.images[self.label] = self.grid
         if self.folder is not None:
-            save_image(self.grid, Path(self.folder) / f"{self.label}-{counts.epoch:04d}.png", zoom=1)
+            name = f"{file_of(self.label, phase, learner)}-{counts.epoch:04d}.png"
+            save_image(self.grid, Path(self.folder) / name, zoom=1)
 
     def _drawing(self, learner: Any) -> Any:
         return drawing(stream_seed(learner.seed, f"{type(self).__name__}/{self.label}"))

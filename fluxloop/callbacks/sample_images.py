@@ -22,6 +22,7 @@ from fluxloop.nested import map_tensors
 from fluxloop.order.access import weights_path
 from fluxloop.phase import AbstractTrainingPhase, Phase
 from fluxloop.randomness import drawing, stream_seed
+from fluxloop.state import name_of
 
 
 @define
@@ -30,8 +31,9 @@ class SampleImages(Callback):
 
     Its input is the same every time: what is given, or else the rows that the generator gets
     first in training. It runs in eval mode without gradients; modes and random numbers are put
-    back. The file's name says which weights it saw, ``G@ema-0003.png``. Other callbacks, such as loggers,
-    find the grid in ``cbstate.images["G@ema"]``.
+    back. The file's name says which weights it saw, ``G@ema-0003.png``, and where several phases
+    train in a cycle after which one, ``G@ema-GANPhase-0003.png``. Other callbacks, such as loggers, find the last
+    grid in ``cbstate.images["G@ema"]``.
 
     Args:
         model: Name of the weights: ``"G"``, ``"G@ema"``, ``"decoder"``, or ``"model"`` for a single model.
@@ -143,7 +145,7 @@ class SampleImages(Callback):
         self.grid = image_grid(self._images(images), self.columns, self.value_range)
         learner.cbstate.images[self.label] = self.grid
         if self.folder is not None and learner.accelerator.is_main:
-            save_image(self.grid, Path(self.folder) / f"{self.label}-{epoch:04d}.png")
+            save_image(self.grid, Path(self.folder) / f"{file_of(self.label, phase, learner)}-{epoch:04d}.png")
 
     @on(CycleEnd)
     def require_input(self, event: CycleEnd, phase: Phase, learner: Any) -> None:
@@ -189,3 +191,14 @@ def _images_of_their_own(a: SampleImages, b: SampleImages) -> NoConflict:
             f"SampleImages({b.model!r}, name='second')"
         )
     return NoConflict()
+
+
+def file_of(label: str, phase: Phase, learner: Any) -> str:
+    """Return how names of a picture's files begin: with the phase's own where another one trains beside it.
+
+    Both may end the same epoch. Stages, one fit after the other, have epochs of their own.
+    """
+    counts = learner.cbstate.history
+    beside = {name_of(each) for each in learner.fit_phases or counts if each.gradients}
+    own = counts[phase].label  # the data key, for one that was alone when it first ran: its files go on
+    return f"{label}-{own}" if len(beside) > 1 and own == name_of(phase) else label

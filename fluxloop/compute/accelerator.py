@@ -165,13 +165,15 @@ class Accelerator:
         # The first torch.compile of a process switches off what all of torch.distributions check, for user code too
         distribution: Any = torch.distributions.Distribution
         checks = distribution._validate_args
-        if hasattr(model, "_compiled_call_impl"):  # a private name of torch's
-            # model.compile() would do nothing for torch's own classes, such as Sequential: their code is left alone
-            call: Callable[..., Any] = model._call_impl
-            model._compiled_call_impl = torch.compile(lambda *args, **kwargs: call(*args, **kwargs))
-        else:
-            model.compile()
-        distribution.set_default_validate_args(checks)
+        try:
+            if hasattr(model, "_compiled_call_impl"):  # a private name of torch's
+                # model.compile() would do nothing for torch's own classes, such as Sequential: their code is left alone
+                call: Callable[..., Any] = model._call_impl
+                model._compiled_call_impl = torch.compile(lambda *args, **kwargs: call(*args, **kwargs))
+            else:
+                model.compile()
+        finally:
+            distribution.set_default_validate_args(checks)
 
     def place(self, entries: dict[str, Any]) -> None:
         """Move every tensor in a step's entries to the device, in nested containers too, and what has ``to(device)``.

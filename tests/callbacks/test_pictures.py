@@ -251,8 +251,10 @@ def test_two_training_phases_may_take_turns_on_the_same_data(kind: str) -> None:
         pass
 
     learner = learner_of(MAKE[kind]())
+    learner.fit(1)
     learner.fit(2, phases=[TrainingPhase(), Another()])
-    assert len(list(Path("pictures").iterdir())) == 2
+    found = sorted(path.name.partition("_model-")[2] for path in Path("pictures").iterdir())
+    assert found == ["0001.png", "0002.png", "0003.png", "Another-0002.png", "Another-0003.png"]
     assert learner.history[Another].epochs == 2
 
 

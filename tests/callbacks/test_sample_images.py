@@ -270,7 +270,20 @@ def test_a_model_that_is_never_called_says_to_give_an_input() -> None:
 
 def test_the_generator_may_be_called_first_in_the_second_phase_of_a_cycle(folder: Path) -> None:
     learner_of(SampleImages("G")).fit(1, phases=[CriticAlone(), GAN()])
-    assert names(folder) == ["G-0001.png"]
+    assert names(folder) == ["G-GAN-0001.png"]  # whose epoch ends beside that of the first
+
+
+def test_the_files_of_two_phases_of_a_cycle_do_not_take_each_others_place(folder: Path) -> None:
+    class Later(GAN):
+        name = "later half"
+
+    learner = learner_of(SampleImages("G"))
+    learner.fit(2, phases=[GAN(), Later()])
+    assert names(folder) == ["G-GAN-0001.png", "G-GAN-0002.png", "G-later half-0001.png", "G-later half-0002.png"]
+    learner.epoch(GAN())
+    learner.epoch(Later())
+    assert {"G-GAN-0003.png", "G-later half-0003.png"} < {*names(folder)}
+    assert len(names(folder)) == 6
 
 
 def test_an_epoch_that_is_cancelled_before_the_generator_is_called_has_no_images(folder: Path) -> None:
