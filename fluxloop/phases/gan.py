@@ -13,7 +13,7 @@ from fluxloop.augment.adaptive import AdaptiveAugment, apply_changes
 from fluxloop.augment.views import tell_that_it_draws_once
 from fluxloop.errors import BatchError, PhaseError, describe, did_you_mean
 from fluxloop.events import LossBegin
-from fluxloop.guard.given import check_called, check_number, is_number
+from fluxloop.guard.given import check_called, check_number
 from fluxloop.losses.adversarial import (
     ADVERSARIAL_LOSSES,
     AdversarialLoss,
@@ -195,7 +195,7 @@ class GANPhase(AbstractTrainingPhase):
         if callable(self.noise):
             return self.noise(count, device)
         given: Any = self.noise
-        shape = (given,) if is_number(given) else tuple(given)
+        shape = tuple(given) if isinstance(given, Sequence) else (given,)
         noise = torch.randn(count, *shape, device=device)
         return noise.to(state.real.dtype) if state.real.is_floating_point() else noise
 
