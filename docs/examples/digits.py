@@ -3,7 +3,9 @@
     python docs/examples/digits.py --epochs 15 --seed 0 --out runs/digits
 
 Writes DIR/result.json (the final metrics) and DIR/history.png (loss and accuracy over epochs).
-plain_digits.py is the same training in plain PyTorch.
+plain_digits.py is the same training in plain PyTorch. It runs in several processes, too:
+
+    torchrun --nproc-per-node 2 docs/examples/digits.py
 """
 
 import argparse
@@ -60,10 +62,11 @@ def main() -> None:
     history = learner.fit(arguments.epochs)
 
     result = {"seed": learner.seed, "epochs": arguments.epochs, **learner.evaluate()}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    history.plot().savefig(arguments.out / "history.png", dpi=120)
-    print(f"validation accuracy {result['accuracy']:.4f}; see {arguments.out}/result.json and history.png")
+    if learner.accelerator.is_main:  # of several processes the first one writes
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        history.plot().savefig(arguments.out / "history.png", dpi=120)
+        print(f"validation accuracy {result['accuracy']:.4f}; see {arguments.out}/result.json and history.png")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -18,6 +19,7 @@ from reference import reference
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"\]\((?!\w+:)([^)#\s]+)(#[^)]*)?\)")
+ENTRY = re.compile(r'<h2 id="(fluxloop\.[^"]+)"')
 LANGUAGES = {".py": "python", ".sh": "bash"}
 PAGES = {
     "changelog.md": ROOT / "CHANGELOG.md",
@@ -94,3 +96,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return match[0] if place is None else f"]({place}{match[2] or ''})"
 
     return with_pictures(LINK.sub(changed, markdown))
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> None:
+    """Fail where the reference shows a name and says nothing of it.
+
+    Raises:
+        PluginError: An entry has no sentence.
+    """
+    _, *entries = ENTRY.split(html) if page.file.src_uri.startswith("reference/") else [html]
+    silent = [name for name, body in zip(entries[::2], entries[1::2], strict=True) if "<p>" not in body]
+    if silent:
+        raise PluginError(f"{page.file.src_uri} has no docstring of {', '.join(silent)}")

@@ -1,14 +1,16 @@
-"""What the reference shows that the source does not say as it wants it: signatures made by attrs, and examples."""
+"""What the reference shows that the source does not say as it wants it: attrs' signatures, dispatchers, examples."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import re
+import sys
 from typing import Any
 
 import attrs
 import griffe
+from multipledispatch import Dispatcher
 
 EXAMPLE = re.compile(r"^( *)>>> .*(?:\n.+)*", re.MULTILINE)
 """An example: from its first prompt to the next empty line."""
@@ -26,6 +28,8 @@ class Shown(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Put fences around the examples of a docstring, which Markdown takes for quotations."""
+        if obj.is_attribute:
+            describe_dispatcher(obj)
         if obj.docstring is not None:
             text = obj.docstring.value
             obj.docstring.value = EXAMPLE.sub(lambda found: f"{found[1]}```pycon\n{found[0]}\n{found[1]}```", text)
@@ -48,6 +52,15 @@ class Shown(griffe.Extension):
                 griffe.Parameter(name, annotation=types.get(name), kind=KINDS[parameter.kind], default=default)
             )
         cls.set_member("__init__", griffe.Function("__init__", parameters=griffe.Parameters(*parameters)))
+
+
+def describe_dispatcher(attribute: Any) -> None:
+    """Give an attribute that is a dispatcher its docstring, which is an argument in the source or its class's."""
+    module = sys.modules.get(attribute.parent.path)  # those of public names have been imported for the list of them
+    thing = getattr(module, attribute.name, None)
+    if isinstance(thing, Dispatcher):
+        attribute.docstring = griffe.Docstring(inspect.cleandoc(thing.doc or type(thing).__doc__), parent=attribute)
+        attribute.value = None
 
 
 def shown(default: Any) -> str:
