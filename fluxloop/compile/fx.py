@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from operator import attrgetter
 from typing import Any
 
@@ -36,7 +37,8 @@ def as_compilers_trace(gradients: bool) -> Iterator[None]:
 
     Optimizers know of it by a flag. Operations are decomposed before their gradients are computed, since
     the compiler knows some backward operations only by what they are made of. Recurrent layers are decomposed
-    only where oneDNN is off: the compiler has no backward for oneDNN's layer.
+    only where oneDNN is off: the compiler has no backward for oneDNN's layer. What the user has compiled by
+    ``torch.compile`` runs as it is written, as a part of the step.
 
     Args:
         gradients: Whether gradients are computed.
@@ -45,7 +47,9 @@ def as_compilers_trace(gradients: bool) -> Iterator[None]:
     torch.compiler._is_compiling_flag = True
     (onednn, *_) = torch.backends.mkldnn.set_flags(False) if gradients else (None,)  # type: ignore[no-untyped-call]  # torch's
     try:
-        with torch._dispatch.python.enable_python_dispatcher():  # decompositions that are written in Python
+        # else it would be traced on its own, and on its way through what watches this trace
+        stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        with stance, torch._dispatch.python.enable_python_dispatcher():  # decompositions that are written in Python
             yield
     finally:
         torch.compiler._is_compiling_flag = before

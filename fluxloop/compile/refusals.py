@@ -182,6 +182,8 @@ def why_not_parts(learner: RunLearner) -> Iterator[str]:
     for module in learner.modules():
         for path, part in module.named_modules():
             named = f"{type(part).__name__}{f' at {path!r}' if path else ''}"
+            if isinstance(part, torch.jit.ScriptModule):
+                yield f"{named} is compiled by torch.jit, which runs it by itself; expected the module it was made of"
             if isinstance(part, _BatchNorm) and part.momentum is None and part.track_running_stats:
                 yield (
                     f"{named} has momentum=None: it weighs a batch by how many it has seen, a number of Python's; give "

@@ -713,3 +713,22 @@ def test_a_graph_made_before_a_step_cannot_be_differentiated_after_it(optimizer:
         made.fit(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             late.backward()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("imported", "plain")
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda model: torch.compile(model, backend="eager"),
+        lambda model: (model.compile(backend="eager"), model)[1],
+    ],
+    ids=["torch.compile", "model.compile"],
+)
+def test_a_model_that_the_user_has_compiled_is_part_of_the_graph(prepare: Any) -> None:
+    eager, compiled = both(model=lambda: prepare(mlp()))
+    assert graphs(compiled) >= 1
+    plain = learner(False)
+    plain.fit(3)
+    for a, b in zip(weights(plain), weights(eager), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)

@@ -40,9 +40,14 @@ def test_ways_of_its_own_are_refused() -> None:
         (lambda: nn.BatchNorm1d(16, momentum=None), r"BatchNorm1d at '0' has momentum=None.*momentum=0.1"),
         (lambda: nn.Embedding(16, 4, sparse=True), r"gradients of Embedding at '0' are sparse.*\(sparse=False\)"),
         (lambda: nn.utils.weight_norm(nn.Linear(16, 4)), r"weight_norm.WeightNorm.*parametrizations compile"),
+        (
+            lambda: torch.jit.trace(nn.Linear(16, 16), torch.ones(2, 16)),
+            r"TopLevelTracedModule at '0' is compiled by torch\.jit.*the module it was made of",
+        ),
     ],
-    ids=["batch norm", "embedding", "weight norm"],
+    ids=["batch norm", "embedding", "weight norm", "traced by torch.jit"],
 )
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace.*is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 def test_parts_that_no_graph_can_hold_are_refused_by_name_when_the_learner_is_made(make: Any, words: str) -> None:
     with pytest.raises(CompileError, match=words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -59,3 +60,13 @@ def test_collapsed_rows_are_aligned_and_not_uniform() -> None:
 def test_one_row_alone_is_refused_with_what_to_type(loss: object) -> None:
     with pytest.raises(ValueError, match=r"was given one row.*drop_last=True"):
         loss(torch.ones(1, 3))  # type: ignore[operator]  # they are functions
+
+
+@pytest.mark.parametrize("loss", [koleo_loss, uniformity])
+def test_distances_are_those_of_full_precision_under_autocast(loss: Any) -> None:
+    z = torch.nn.functional.normalize(torch.randn(32, 16, generator=torch.Generator().manual_seed(0)))
+    expected = loss(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(z)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
