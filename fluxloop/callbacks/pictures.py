@@ -10,13 +10,13 @@ from attrs import define, field
 from attrs.validators import optional
 from torch import Tensor
 
-from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
+from fluxloop.callback import Callback, on, resolve_conflict
 from fluxloop.callbacks.features import rows_for
 from fluxloop.callbacks.recorder import Recorder
-from fluxloop.callbacks.sample_images import SampleImages, file_of
+from fluxloop.callbacks.sample_images import SampleImages, file_of, pictures_of_their_own
 from fluxloop.data.passes import untouched
 from fluxloop.data.sources import complete
-from fluxloop.errors import CallbackConflictError, DataError, describe
+from fluxloop.errors import DataError, describe
 from fluxloop.events import EpochBegin, EpochEnd, FitBegin
 from fluxloop.guard.given import as_path, called, check_name, number
 from fluxloop.images import pillow, save_image
@@ -165,19 +165,5 @@ class PicturesOfImages(PicturesOfRows):
         return xs if self.show is None else self.show(xs)
 
 
-def _apart(a: Any, b: Any) -> NoConflict:
-    """Each shares a picture under a name of its own.
-
-    Raises:
-        CallbackConflictError: Two do under the same.
-    """
-    if a.label == b.label:
-        raise CallbackConflictError(
-            f"two callbacks would both write '{a.label}' images; give one a name: "
-            f"{type(b).__name__}({b.model!r}, name='second')"
-        )
-    return NoConflict()
-
-
-resolve_conflict.register(PicturesOfRows, PicturesOfRows)(_apart)
-resolve_conflict.register(PicturesOfRows, SampleImages)(_apart)
+resolve_conflict.register(PicturesOfRows, PicturesOfRows)(pictures_of_their_own)
+resolve_conflict.register(PicturesOfRows, SampleImages)(pictures_of_their_own)

@@ -178,19 +178,21 @@ class SampleImages(Callback):
         self._inputs, self._named = state["inputs"], state["named"]
 
 
-@resolve_conflict.register(SampleImages, SampleImages)  # type: ignore[untyped-decorator]  # multipledispatch has no types
-def _images_of_their_own(a: SampleImages, b: SampleImages) -> NoConflict:
-    """Each shares images under a name of its own.
+def pictures_of_their_own(a: Any, b: Any) -> NoConflict:
+    """Each shares pictures under a name of its own.
 
     Raises:
         CallbackConflictError: Two do under the same.
     """
     if a.label == b.label:
         raise CallbackConflictError(
-            f"two SampleImages would both write '{a.label}' images; give one a name: "
-            f"SampleImages({b.model!r}, name='second')"
+            f"two callbacks would both write '{a.label}' images; give one a name: "
+            f"{type(b).__name__}({b.model!r}, name='second')"
         )
     return NoConflict()
+
+
+resolve_conflict.register(SampleImages, SampleImages)(pictures_of_their_own)
 
 
 def file_of(label: str, phase: Phase, learner: Any) -> str:

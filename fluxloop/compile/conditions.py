@@ -104,8 +104,10 @@ def form_of_entries(state: StepState, device: torch.device) -> Any:
     entries = vars(state)
     found: list[Any] = []
     for name, value in entries.items():
-        if type(value) is Tensor and not _is_refused(
-            value
+        if (
+            type(value) is Tensor
+            and value.layout is torch.strided
+            and not (value.is_nested or value.is_neg() or value.is_conj())
         ):  # as `form_of` does, without a call: this runs at every step
             found.append((name, value.shape, value.stride(), value.dtype, value.device, value.requires_grad))
         else:
@@ -121,13 +123,13 @@ def form_of_entries(state: StepState, device: torch.device) -> Any:
 def has_form(entries: dict[str, Any], form: Any, device: torch.device) -> bool:
     """Return whether a step's entries have a form that `form_of_entries` gave.
 
-    It is asked at every step, and finds it out for tensors, and tuples of them, alone; of anything else it says False.
+    It is asked at every step, so it calls nothing, and finds it out for tensors, and tuples of them, alone; of anything
+    else, and of tensors that `form_of` refuses, it says False.
     """
     if len(entries) != len(form) or torch.is_autocast_enabled(device.type):
         return False
     for (name, value), expected in zip(entries.items(), form, strict=True):
         if type(value) is Tensor:
-            # as `_is_refused`, without a call: this runs at every step
             if value.layout is not torch.strided or value.is_nested or value.is_neg() or value.is_conj():
                 return False
             now: Any = name, value.shape, value.stride(), value.dtype, value.device, value.requires_grad
@@ -145,11 +147,6 @@ def has_form(entries: dict[str, Any], form: Any, device: torch.device) -> bool:
         if expected != now:
             return False
     return len({*map(id, entries.values())}) == len(entries)  # two that are one tensor are another form
-
-
-def _is_refused(value: Tensor) -> bool:
-    """Return whether `form_of` refuses a tensor in words."""
-    return value.layout is not torch.strided or value.is_nested or value.is_neg() or value.is_conj()
 
 
 def form_of_gradient(parameter: nn.Parameter) -> Any:
