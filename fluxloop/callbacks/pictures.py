@@ -10,7 +10,7 @@ from attrs import define, field
 from attrs.validators import optional
 from torch import Tensor
 
-from fluxloop.callback import Callback, on, resolve_conflict
+from fluxloop.callback import Callback, NoConflict, on, resolve_conflict
 from fluxloop.callbacks.features import rows_for
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.callbacks.sample_images import SampleImages, file_of, pictures_of_their_own
@@ -165,5 +165,7 @@ class PicturesOfImages(PicturesOfRows):
         return xs if self.show is None else self.show(xs)
 
 
-resolve_conflict.register(PicturesOfRows, PicturesOfRows)(pictures_of_their_own)
-resolve_conflict.register(PicturesOfRows, SampleImages)(pictures_of_their_own)
+@resolve_conflict.register(PicturesOfRows, (PicturesOfRows, SampleImages))  # type: ignore[untyped-decorator]  # multipledispatch has no types
+def each_of_its_own(a: Any, b: Any) -> NoConflict:
+    """Each shares pictures under a name of its own."""
+    return pictures_of_their_own(a, b)
