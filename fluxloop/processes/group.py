@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -57,6 +58,7 @@ class Group:
         self.size = dist.get_world_size(process_group)
         self.is_main = self.rank == 0
         self.spare = False
+        self._end = "a process has failed"
         mute_warnings(not self.is_main)
         self.agreement = Agreement(self)
 
@@ -86,7 +88,7 @@ class Group:
         """Why the group has ended, for people; None while it has not."""
         if self._process_group is not None:
             return None
-        return (self.watcher.failure if self.watcher is not None else None) or "a process has failed"
+        return (self.watcher.failure if self.watcher is not None else None) or self._end
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         """Return the group itself: a copied learner trains with the same processes."""
@@ -144,10 +146,28 @@ class Group:
 
     def leave(self) -> None:
         """Leave for good after an error: what the others wait for from this process fails at once."""
-        vars(self).pop("mesh", None)
-        self._process_group = None  # torch closes the connections with the last reference
+        self._release()
         if dist.is_initialized() and self.device.type != "cuda":  # NCCL would wait for those that are gone
             dist.destroy_process_group()
+
+    def leave_at_exit(self, destroy: bool) -> None:
+        """Leave because this process ends well; the others have sent all that this one waits for.
+
+        Gloo's threads end with the last reference to the process group. One that drops a tensor while Python takes
+        itself apart would have the process abort, with "terminate called without an active exception".
+
+        Args:
+            destroy: Whether the process group is destroyed, rather than left to the script, which has initialised it.
+        """
+        self._end = "this process is ending"
+        self._release()
+        if destroy and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _release(self) -> None:
+        """Hold torch's process group no longer: it closes its connections with the last reference."""
+        vars(self).pop("mesh", None)
+        self._process_group = None
 
 
 _current: Group | None = None
@@ -203,6 +223,9 @@ def join(device: torch.device, timeout: timedelta | None = None) -> Group:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     _own = not dist.is_initialized()
+    # Its functions keep the group that there is when they are imported, as a default argument (torch 2.13). DTensor
+    # imports them: without this, its import in a training would keep a destroyed group, and gloo's threads
+    import_module("torch.distributed.nn.functional")
     if _own:
         rank, size, store = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), _open_store(timeout)
         store = prefixed(f"fluxloop/{_meet(store, rank, size)}", store)
@@ -303,5 +326,5 @@ def _leave_at_exit() -> None:
         hosts = _own and group.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         if hosts and not failed:
             group.watcher.wait_for_others()
-    if _own and dist.is_initialized() and not (failed and group.device.type == "cuda"):
-        dist.destroy_process_group()
+    if not (failed and group.device.type == "cuda"):  # NCCL would wait for those that are gone
+        group.leave_at_exit(destroy=_own)
