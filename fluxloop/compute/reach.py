@@ -29,11 +29,12 @@ def loss_error(loss: object, whose: str) -> LossError:
         )
     if loss.is_complex():
         return LossError(f"the loss{whose} is complex ({loss.dtype}); expected a real number: loss.abs() or loss.real")
-    why = (
-        "gradients are off here: is this a validation phase, or a torch.no_grad() block?"
-        if not torch.is_grad_enabled()
-        else "it was detached, computed from constants, or everything it depends on is frozen"
-    )
+    if torch.is_inference_mode_enabled():
+        why = "torch.inference_mode() is on, and it makes no graph; expected the training outside of that block"
+    elif not torch.is_grad_enabled():
+        why = "gradients are off here: is this a validation phase, or a torch.no_grad() block?"
+    else:
+        why = "it was detached, computed from constants, or everything it depends on is frozen"
     return LossError(f"no gradient can be computed from the loss{whose}: {why}")
 
 

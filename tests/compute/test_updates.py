@@ -196,6 +196,16 @@ def test_misuse_says_what_is_wrong_and_changes_nothing(
     assert_same_bits(learner, untouched)
 
 
+def test_a_training_in_inference_mode_is_told_that_it_cannot_be_there_and_goes_on_outside() -> None:
+    learner, untouched = toy_learner(), toy_learner()
+    with torch.inference_mode(), pytest.raises(LossError, match=r"inference_mode\(\) is on.*outside of that block"):
+        learner.fit(1)
+    with torch.no_grad():  # where steps switch gradients on
+        learner.fit(1)
+    untouched.fit(1)
+    assert torch.equal(learner.model.value, untouched.model.value)
+
+
 def test_a_block_whose_parameters_are_all_frozen_changes_nothing_and_says_so_once() -> None:
     learner = gan()
     before = weights(learner)
