@@ -36,12 +36,14 @@ from torch.optim import Optimizer
 from fluxloop.compute.models import by_name
 from fluxloop.compute.optimizers import options_given
 from fluxloop.errors import OptimizerError, describe, did_you_mean
+from fluxloop.guard.assign import fields_of_the_class
 from fluxloop.guard.given import as_python, is_number
 from fluxloop.order.view import look_up
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+@fields_of_the_class
 @frozen
 class HyperParameter:
     """Base of what `get_hyperparameter` reads and `set_hyperparameter` sets.
@@ -59,6 +61,10 @@ class HyperParameter:
     """
 
     writes: ClassVar[Sequence[str]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        fields_of_the_class(cls)
 
     @property
     def label(self) -> str:

@@ -17,7 +17,8 @@ from typing import Any
 
 from attrs import NOTHING, field, fields, frozen
 
-from fluxloop.guard.given import as_python, is_number, number
+from fluxloop.guard.assign import fields_of_the_class
+from fluxloop.guard.given import as_plain, as_python, is_number, number
 
 Schedule = Callable[[int], float]
 
@@ -114,6 +115,7 @@ def _half_cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
+@fields_of_the_class
 @frozen
 class constant:  # noqa: N801 - used like a function
     """Stay at `value`.
@@ -146,6 +148,7 @@ class _Span:
         raise NotImplementedError
 
 
+@fields_of_the_class
 @frozen
 class linear(_Span):  # noqa: N801 - used like a function
     """Go from `start` to `end` in a straight line.
@@ -166,6 +169,7 @@ class linear(_Span):  # noqa: N801 - used like a function
         return _between(self.start, self.end, share)
 
 
+@fields_of_the_class
 @frozen
 class cosine(_Span):  # noqa: N801 - used like a function
     """Go from `start` to `end` along half a cosine: slow, fast, slow.
@@ -189,6 +193,7 @@ class cosine(_Span):  # noqa: N801 - used like a function
         return _half_cosine(self.start, self.end, share)
 
 
+@fields_of_the_class
 @frozen
 class exponential(_Span):  # noqa: N801 - used like a function
     """Go from `start` to `end` by the same factor at every step: a straight line on a logarithmic scale.
@@ -218,6 +223,7 @@ class exponential(_Span):  # noqa: N801 - used like a function
         return self.start * math.exp(math.log(self.end / self.start) * share)
 
 
+@fields_of_the_class
 @frozen
 class polynomial(_Span):  # noqa: N801 - used like a function
     """Go from `start` to `end` as a power of what is left: ``(1 - t / total) ** power``.
@@ -245,6 +251,7 @@ class polynomial(_Span):  # noqa: N801 - used like a function
         return float(self.end + (self.start - self.end) * (1 - share) ** self.power)
 
 
+@fields_of_the_class
 @frozen
 class step:  # noqa: N801 - used like a function
     """Multiply by `gamma` every `every` steps, without an end.
@@ -270,6 +277,7 @@ class step:  # noqa: N801 - used like a function
         return float(self.start * self.gamma ** (max(t, 0) // self.every))
 
 
+@fields_of_the_class
 @frozen
 class triangle:  # noqa: N801 - used like a function
     """Go from `start` to `peak` and back in straight lines; repeated, the cyclical rates of Smith (2017).
@@ -296,6 +304,7 @@ class triangle:  # noqa: N801 - used like a function
         return _between(self.peak, self.start, abs(2 * share - 1))
 
 
+@fields_of_the_class
 @frozen
 class sine:  # noqa: N801 - used like a function
     """Go from `start` to `peak` and back along half a sine.
@@ -323,6 +332,7 @@ class sine:  # noqa: N801 - used like a function
         return self.start + (self.peak - self.start) * math.sin(math.pi * max(t, 0) / self.total)
 
 
+@fields_of_the_class
 @frozen
 class inverse_sqrt:  # noqa: N801 - used like a function
     """Rise in a straight line for `warmup` steps, then fall as one over the square root of the step.
@@ -350,6 +360,7 @@ class inverse_sqrt:  # noqa: N801 - used like a function
         return self.peak * min(count / self.warmup, math.sqrt(self.warmup / count))
 
 
+@fields_of_the_class
 @frozen
 class warmup:  # noqa: N801 - used like a function
     """Go from `start` to the first value of `then` in a straight line, then follow it.
@@ -377,6 +388,7 @@ class warmup:  # noqa: N801 - used like a function
         return _between(self.start, value_at(self.then, 0), max(t, 0) / self.steps)
 
 
+@fields_of_the_class
 @frozen
 class one_cycle:  # noqa: N801 - used like a function
     """Go up from ``max_value / div`` to `max_value`, then down to ``max_value / div_final``, along half cosines.
@@ -425,6 +437,7 @@ class one_cycle:  # noqa: N801 - used like a function
         return _half_cosine(self.max_value, end, (t - up) / (self.total - up))
 
 
+@fields_of_the_class
 @frozen(init=False)
 class sequence:  # noqa: N801 - used like a function
     """Follow schedules one after the other; each begins at its step 0.
@@ -445,7 +458,7 @@ class sequence:  # noqa: N801 - used like a function
 
     def __init__(self, *parts: tuple[float | Schedule, int] | float | Schedule) -> None:
         read: list[tuple[Any, float]] = []
-        for index, part in enumerate(parts):
+        for index, part in enumerate(map(as_plain, parts)):
             alone = index == len(parts) - 1 and not isinstance(part, (tuple, list))
             pair: Any = (part, math.inf) if alone else part
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
@@ -475,6 +488,7 @@ class sequence:  # noqa: N801 - used like a function
         return f"sequence({', '.join(shown)})"
 
 
+@fields_of_the_class
 @frozen
 class shift:  # noqa: N801 - used like a function
     """Begin a schedule later: its first value is kept for `steps` steps. A negative number begins inside it.
@@ -505,6 +519,7 @@ class shift:  # noqa: N801 - used like a function
         return value_at(self.schedule, max(t - self.steps, 0))
 
 
+@fields_of_the_class
 @frozen
 class repeat:  # noqa: N801 - used like a function
     """Begin a schedule anew every `every` steps; with a restart of `cosine`, SGDR (Loshchilov and Hutter, 2017).

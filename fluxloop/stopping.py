@@ -23,6 +23,7 @@ from typing import Any, ClassVar, TypeVar
 from attrs import Attribute, define, evolve, field, fields
 
 from fluxloop.errors import CheckpointError, describe
+from fluxloop.guard.assign import fields_of_the_class
 from fluxloop.guard.given import is_number
 from fluxloop.monitor import Mode
 
@@ -55,6 +56,7 @@ def _criterion(instance: object, attribute: Attribute[Any], value: Any) -> None:
         raise TypeError(f"{type(instance).__name__} was given {describe(value)}; expected a criterion: Patience(5)")
 
 
+@fields_of_the_class
 @define
 class Criterion:
     """Base of stopping criteria. A subclass is an ``attrs`` class and says `update`.
@@ -78,6 +80,11 @@ class Criterion:
     mode: Mode = field(default="min", init=False, repr=False, eq=False)
 
     needs_training_losses: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        fields_of_the_class(cls)
+
     needs_mode: ClassVar[bool] = True
     """Whether it matters which way is better."""
 

@@ -11,7 +11,8 @@ from attrs import field, frozen
 from torch import Tensor
 
 from fluxloop.errors import DataError
-from fluxloop.guard.given import check_number, number
+from fluxloop.guard.assign import fields_of_the_class
+from fluxloop.guard.given import as_pair, check_number, number
 
 Masks = Callable[[int, tuple[int, int], torch.device], Tensor]
 """What draws masks: of so many images with a grid of so many patches in height and width, on a device; (N, L)."""
@@ -38,6 +39,7 @@ def _shares(least: float = 0.0, most: float = 1.0) -> Callable[[Any, Any, Any], 
     return validate
 
 
+@fields_of_the_class
 @frozen
 class RandomMasks:
     """Hide patches here and there, a share of each image: masks of iBOT, MSN and DINOv2.
@@ -51,7 +53,7 @@ class RandomMasks:
         tensor([4, 4, 4])
     """
 
-    share: float | tuple[float, float] = field(default=0.3, validator=_shares())
+    share: float | tuple[float, float] = field(default=0.3, converter=as_pair, validator=_shares())
     unmasked: float = field(default=0.0, kw_only=True, validator=number(least=0, most=1))
 
     def __call__(self, n: int, grid: tuple[int, int], device: torch.device) -> Tensor:
@@ -64,6 +66,7 @@ class RandomMasks:
         return mask
 
 
+@fields_of_the_class
 @frozen
 class BlockMasks:
     """Hide rectangles of each image, which may overlap: masks of BEiT and data2vec.
@@ -79,8 +82,12 @@ class BlockMasks:
     """
 
     blocks: int = field(default=5, validator=number(least=1, whole=True))
-    share: float | tuple[float, float] = field(default=(0.1, 0.25), kw_only=True, validator=_shares())
-    ratio: float | tuple[float, float] = field(default=(0.3, 3.3), kw_only=True, validator=_shares(1e-3, 1e3))
+    share: float | tuple[float, float] = field(
+        default=(0.1, 0.25), kw_only=True, converter=as_pair, validator=_shares()
+    )
+    ratio: float | tuple[float, float] = field(
+        default=(0.3, 3.3), kw_only=True, converter=as_pair, validator=_shares(1e-3, 1e3)
+    )
 
     def __call__(self, n: int, grid: tuple[int, int], device: torch.device) -> Tensor:
         """Return True where a patch is hidden, shape (N, L)."""
@@ -98,6 +105,7 @@ class BlockMasks:
         return mask
 
 
+@fields_of_the_class
 @frozen
 class MultiBlock:
     """Draw blocks to be predicted and a context without them: the masks of I-JEPA (Assran et al., 2023).
@@ -122,9 +130,15 @@ class MultiBlock:
     """
 
     blocks: int = field(default=4, validator=number(least=1, whole=True))
-    share: float | tuple[float, float] = field(default=(0.15, 0.2), kw_only=True, validator=_shares())
-    ratio: float | tuple[float, float] = field(default=(0.75, 1.5), kw_only=True, validator=_shares(1e-3, 1e3))
-    context: float | tuple[float, float] = field(default=(0.85, 1.0), kw_only=True, validator=_shares())
+    share: float | tuple[float, float] = field(
+        default=(0.15, 0.2), kw_only=True, converter=as_pair, validator=_shares()
+    )
+    ratio: float | tuple[float, float] = field(
+        default=(0.75, 1.5), kw_only=True, converter=as_pair, validator=_shares(1e-3, 1e3)
+    )
+    context: float | tuple[float, float] = field(
+        default=(0.85, 1.0), kw_only=True, converter=as_pair, validator=_shares()
+    )
     least: int = field(default=10, kw_only=True, validator=number(least=1, whole=True))
 
     def __call__(self, n: int, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:

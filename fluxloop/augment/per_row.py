@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, conv2d, grid_sample, pad
 
 from fluxloop.errors import describe
-from fluxloop.guard.given import check_number
+from fluxloop.guard.given import as_pair, check_number
 
 P = ParamSpec("P")
 
@@ -367,6 +367,7 @@ def gaussian_blur(
         >>> gaussian_blur(torch.rand(8, 3, 12, 12), (0.1, 1.0)).shape
         torch.Size([8, 3, 12, 12])
     """
+    sigma = as_pair(sigma)
     low, high = sigma if isinstance(sigma, tuple) else (sigma, sigma)
     _check_range("gaussian_blur", "sigma", (low, high))
     check_number("gaussian_blur", "probability", probability, least=0, most=1)
@@ -429,7 +430,8 @@ def _check_range(
     name: str, argument: str, given: Any, *, least: float = 0.0, most: float = math.inf, equal: bool = True
 ) -> None:
     """Raise `ValueError` for what is no pair of numbers, the smaller first; those above 0 unless `least` says less."""
-    if not isinstance(given, (tuple, list)) or len(given) != 2:
+    given = as_pair(given)
+    if not isinstance(given, tuple) or len(given) != 2:
         raise ValueError(f"{name}({argument}={describe(given)}) was given; expected the smallest and the largest")
     for each in given:
         if least == 0:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fluxloop.errors import DataError, describe, warn_user
+from fluxloop.guard.assign import fields_of_the_class
 from fluxloop.guard.given import called, check_called, number
 
 Transform = Callable[[Any], Any]
@@ -94,6 +95,7 @@ def _view(transform: Transform, xs: Any, per_row: bool) -> Any:
     return torch.stack([transform(row) for row in xs])
 
 
+@fields_of_the_class
 @frozen
 class TwoViews:
     """Make two views of what it is called with, each by a transform of its own draw.
@@ -133,6 +135,7 @@ class TwoViews:
         return first, second
 
 
+@fields_of_the_class
 @frozen
 class MultiCrop:
     """Make global and local crops of what it is called with, the global ones first.

@@ -16,7 +16,7 @@ from fluxloop.compute.models import named_parts
 from fluxloop.compute.recompute import is_recomputing
 from fluxloop.errors import ModelError, did_you_mean
 from fluxloop.events import EpochBegin, StepBegin
-from fluxloop.guard.given import number, texts
+from fluxloop.guard.given import as_plain, number, texts
 from fluxloop.nested import tensors
 from fluxloop.phase import AbstractTrainingPhase
 
@@ -62,7 +62,7 @@ class ActivationStats(Callback):
         [(1, True), (2, True)]
     """
 
-    pattern: str | Sequence[str] = field(default="*", validator=texts)
+    pattern: str | Sequence[str] = field(default="*", converter=as_plain, validator=texts)
     every: int = field(default=10, kw_only=True, validator=number(least=1, whole=True))
     near: float = field(default=0.0, kw_only=True)
     _waits: dict[type, int] = field(factory=dict, init=False, repr=False)

@@ -15,7 +15,7 @@ from fluxloop.callbacks.metrics import Metrics, seen_by
 from fluxloop.callbacks.recorder import Recorder
 from fluxloop.errors import CallbackTypeError, describe
 from fluxloop.events import EpochBegin, EpochEnd, FitBegin, StepEnd
-from fluxloop.guard.given import check_number
+from fluxloop.guard.given import as_plain, check_number
 from fluxloop.logging.backend import Backend, log_to
 from fluxloop.logging.loggables import HyperParameters, Loggable, Scalar, loggable
 from fluxloop.phase import AbstractTrainingPhase, Phase, ProbePhase, check_phase_type
@@ -49,7 +49,7 @@ class LogCallback(Callback):
 
     def __init__(self, *backends: Backend | Sequence[Backend], name: str | None = None) -> None:
         super().__init__(name=name)
-        groups = [given if isinstance(given, (tuple, list)) else (given,) for given in backends]
+        groups = [given if isinstance(given, (tuple, list)) else (given,) for given in map(as_plain, backends)]
         self.backends: list[Backend] = [backend for group in groups for backend in group]
         wrong = [backend for backend in self.backends if not isinstance(backend, Backend)]
         if wrong or not self.backends:

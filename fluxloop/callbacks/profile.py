@@ -14,7 +14,7 @@ from attrs import define, field
 from fluxloop.callback import Handler, UnsafeCallback, on
 from fluxloop.errors import MetricError, counted
 from fluxloop.events import CycleBegin, CycleEnd, EpochBegin, EpochEnd, Event, FitBegin, FitEnd, StepBegin, StepEnd
-from fluxloop.guard.given import is_number
+from fluxloop.guard.given import as_pair, is_number
 from fluxloop.order.explain import fired_with
 from fluxloop.phase import AbstractTrainingPhase, FittingPhase, Phase
 from fluxloop.state import name_of
@@ -69,7 +69,7 @@ class Profile(UnsafeCallback):
     """
 
     trace: str | Path | None = None
-    steps: tuple[int, int] = field(default=(10, 3), kw_only=True)
+    steps: tuple[int, int] = field(default=(10, 3), kw_only=True, converter=as_pair)
     clock: Callable[[], float] = field(default=time.perf_counter, kw_only=True, repr=False)
     seconds: dict[str, list[float]] = field(factory=dict, init=False, repr=False)
     parts: dict[str, dict[str, list[float]]] = field(factory=dict, init=False, repr=False)

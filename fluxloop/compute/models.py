@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from fluxloop.compute.pairs import paired
 from fluxloop.errors import ModelError, describe, sentence
+from fluxloop.guard.given import as_plain
 from fluxloop.nested import map_tensors, move_object
 from fluxloop.state import State
 
@@ -46,6 +47,7 @@ def named_models(model: Any) -> dict[str | None, nn.Module]:
         label = "model" if name is None else f"model[{name!r}]"
         if not isinstance(module, nn.Module):
             hint = f": {module.__name__}(...)" if isinstance(module, type) else ""
+            hint = ", or a tuple or dict of several" if isinstance(as_plain(module), list) else hint
             raise ModelError(f"{label} is {describe(module)}; expected a torch.nn.Module{hint}")
         if name in ("count", "index"):
             raise ModelError(

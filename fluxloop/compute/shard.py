@@ -9,6 +9,7 @@ from attrs import define, field
 from torch import nn
 
 from fluxloop.errors import describe
+from fluxloop.guard.assign import fields_of_the_class
 from fluxloop.guard.given import is_number
 
 
@@ -16,6 +17,7 @@ def _as_tuple(units: Any) -> Any:
     return units if isinstance(units, tuple) else tuple(units) if isinstance(units, list) else (units,)
 
 
+@fields_of_the_class
 @define(frozen=True)
 class Shard:
     """How parameters are sharded: ``Accelerator(strategy=Shard(units=Block))``; ``strategy="shard"`` is ``Shard()``.

@@ -12,6 +12,7 @@ from fluxloop.data.loaders import as_dataloader, holds_rows
 from fluxloop.data.passes import Pass, data_state, put_data_back, tell_epoch
 from fluxloop.data.sharing import fetched_apart, own_length, steps
 from fluxloop.errors import DataError, describe, did_you_mean
+from fluxloop.guard.given import as_plain
 from fluxloop.randomness import Stream, draw_seed, stream_seed
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class CombinedLoader(Combined):
             raise DataError(
                 f"CombinedLoader(mode={mode!r}) was given; expected one of {MODES}{did_you_mean(str(mode), MODES)}"
             )
+        loaders = as_plain(loaders)
         if not isinstance(loaders, (dict, list, tuple)) or not loaders:
             raise DataError(
                 f"CombinedLoader was given {describe(loaders)}; expected a dict of loaders by name, or a list of them"

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from fluxloop.data.columns import as_tensors, count_rows
 from fluxloop.errors import DataError, annotate, describe
-from fluxloop.guard.given import check_number, is_number
+from fluxloop.guard.given import as_plain, check_number, is_number
 from fluxloop.nested import map_tensors, tensors
 from fluxloop.randomness import preserved, stream_seed
 from fluxloop.state import State
@@ -415,11 +415,15 @@ def _splittable(data: Any) -> bool:
 def name_data(data: Any) -> State:
     """Name what was given as data: ``(train,)``, ``(train, valid)``, a mapping, or training data alone.
 
-    What holds rows becomes a loader with batches of 32, shuffled for ``"training"``.
+    A list of loaders or data sets is read as a tuple of them (configurations know no tuples); any other is one of
+    batches. What holds rows becomes a loader with batches of 32, shuffled for ``"training"``.
 
     Raises:
         DataError: A tuple of another length, or something that cannot be loaded.
     """
+    data = as_plain(data)
+    if isinstance(data, list) and data and all(isinstance(each, (Dataset, DataLoader, TensorBatches)) for each in data):
+        data = tuple(data)
     if isinstance(data, dict):
         named = dict(data)
     elif isinstance(data, tuple):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from attrs import setters
 
 from fluxloop.errors import AssignmentError, did_you_mean
-from fluxloop.guard.given import as_python, is_number
+from fluxloop.guard.given import as_plain, as_python, is_number
 
 put = object.__setattr__
 """Set an attribute of a learner from inside, past the checks for its users: quickly."""
@@ -100,7 +100,7 @@ def set_option(callback: Any, name: str, value: Any) -> None:
         put(callback, name, value)
         return
     # What validates one option is run first, and then what looks at several: that needs the new value in its place
-    value = setters.validate(callback, option, setters.convert(callback, option, value))
+    value = setters.validate(callback, option, setters.convert(callback, option, as_plain(value)))
     value = as_python(value) if is_number(value) else value
     old = getattr(callback, name)
     put(callback, name, value)
@@ -128,7 +128,7 @@ def adopt(callback: Any) -> None:
     if callback._adopted:
         return
     for name, option in callback._options.items():
-        value = setters.validate(callback, option, getattr(callback, name))
+        value = setters.validate(callback, option, as_plain(getattr(callback, name)))
         put(callback, name, as_python(value) if is_number(value) else value)
     derive(callback)
 
@@ -137,7 +137,7 @@ class FieldsOfTheClass:
     """The fields that attrs notes in a class, which an instance does not show: it is a thing, not a record.
 
     Configuration libraries (omegaconf, and hydra with it) ask an object for them, and copy one that has them into a
-    dict of theirs, where a callback is lost.
+    dict of theirs, where a callback, a schedule or a logger's backend is lost.
     """
 
     def __init__(self, fields: Any) -> None:
@@ -149,8 +149,12 @@ class FieldsOfTheClass:
         raise AttributeError(f"{owner.__name__} has fields, by attrs.fields({owner.__name__}); none of its instances")
 
 
-def fields_of_the_class(cls: type) -> None:
+T = TypeVar("T", bound=type)
+
+
+def fields_of_the_class(cls: T) -> T:
     """Have a class that attrs has made show its fields, and its instances not."""
     name = "__attrs_attrs__"
     if name in vars(cls) and not isinstance(vars(cls)[name], FieldsOfTheClass):
         setattr(cls, name, FieldsOfTheClass(getattr(cls, name)))
+    return cls

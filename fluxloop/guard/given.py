@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,25 @@ def as_python(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(as_python, value))
     return value
+
+
+def as_plain(value: Any) -> Any:
+    """Return the lists and dicts of a configuration as Python's own; anything else as it is.
+
+    Hydra gives what it instantiates omegaconf's lists and dicts, which are neither `list` nor `dict`, unless the
+    configuration says ``_convert_: all``.
+    """
+    if type(value).__module__.partition(".")[0] != "omegaconf":
+        return value
+    if isinstance(value, Mapping):
+        return {key: as_plain(each) for key, each in value.items()}
+    return [as_plain(each) for each in value] if isinstance(value, Sequence) else value
+
+
+def as_pair(value: Any) -> Any:
+    """Return a list of two as a tuple, as configurations know no tuples; anything else as it is, to be checked."""
+    held = as_plain(value)
+    return tuple(held) if isinstance(held, list) and len(held) == 2 else held
 
 
 def check_number(

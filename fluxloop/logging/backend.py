@@ -11,6 +11,7 @@ from attrs import define, field
 from multipledispatch import Dispatcher
 
 from fluxloop.errors import LogExistsError, describe, warn_user
+from fluxloop.guard.assign import fields_of_the_class
 from fluxloop.logging.loggables import Loggable
 from fluxloop.processes.group import current
 
@@ -22,6 +23,7 @@ _writers: WeakValueDictionary[str, Backend] = WeakValueDictionary()
 """The backend that writes to each file or folder, by its name."""
 
 
+@fields_of_the_class
 @define(eq=False, slots=False)
 class Backend:
     """Base of backends. A subclass says how to write; this class decides when, and what happens if that fails.
@@ -65,6 +67,10 @@ class Backend:
     _rewinds: bool = field(default=False, init=False, repr=False)
     _noted: Any = field(default=None, init=False, repr=False)
     _refused: set[type] = field(factory=set, init=False, repr=False)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        fields_of_the_class(cls)
 
     def _open(self) -> None: ...
 

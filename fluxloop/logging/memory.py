@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from attrs import define, field, frozen
 
+from fluxloop.guard.assign import fields_of_the_class
 from fluxloop.logging.backend import Backend, key, log_to
 from fluxloop.logging.loggables import Loggable, Scalar
 
@@ -28,6 +29,7 @@ class Record:
     loggable: Loggable
 
 
+@fields_of_the_class
 @define(eq=False, slots=False)
 class Memory(Backend):
     """Log everything to a list, for tests and notebooks.

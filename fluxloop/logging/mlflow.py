@@ -13,6 +13,7 @@ from typing import Any
 
 from attrs import define, field
 
+from fluxloop.guard.assign import fields_of_the_class
 from fluxloop.logging.backend import Backend, key, log_to
 from fluxloop.logging.loggables import Audio, Figure, File, HyperParameters, Image, Loggable, Scalar, Text, save
 from fluxloop.logging.text_files import file_name
@@ -46,6 +47,7 @@ def _folder_allowed(uri: str | None) -> Iterator[None]:
         del os.environ[variable]
 
 
+@fields_of_the_class
 @define(eq=False, slots=False)
 class MLflow(Backend):
     """Log to a run of MLflow, through a client of its own: ``mlflow.active_run()`` is left alone.

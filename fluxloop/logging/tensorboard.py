@@ -8,6 +8,7 @@ from typing import Any
 
 from attrs import define, field
 
+from fluxloop.guard.assign import fields_of_the_class
 from fluxloop.guard.given import as_path
 from fluxloop.logging.backend import Backend, key, log_to
 from fluxloop.logging.loggables import Audio, Figure, Histogram, HyperParameters, Image, Scalar, Text
@@ -28,6 +29,7 @@ def _as_path(given: Any) -> Path:
     return as_path("TensorBoard", "folder", given)
 
 
+@fields_of_the_class
 @define(eq=False, slots=False)
 class TensorBoard(Backend):
     """Log to event files in a folder, with ``torch.utils.tensorboard``.

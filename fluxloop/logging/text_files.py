@@ -14,6 +14,7 @@ from typing import Any
 
 from attrs import define, field
 
+from fluxloop.guard.assign import fields_of_the_class
 from fluxloop.guard.given import as_path
 from fluxloop.logging.backend import Backend, log_to
 from fluxloop.logging.loggables import (
@@ -98,6 +99,7 @@ class TextFile(Backend):
         return f"{type(self).__name__}({str(self.path)!r})"
 
 
+@fields_of_the_class
 @define(eq=False, slots=False, repr=False)
 class CSV(TextFile):
     """Log to a CSV file: one row per value, with the columns step, group, name and value.
@@ -126,6 +128,7 @@ class CSV(TextFile):
         return csv_line(["step", "group", "name", "value"])
 
 
+@fields_of_the_class
 @define(eq=False, slots=False, repr=False)
 class JSONL(TextFile):
     """Log to a file of JSON lines: ``{"step": 1, "group": ["epoch", "validation"], "name": "loss", "value": 0.5}``.

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn.functional import relu, softplus
 
 from fluxloop.compute.precision import in_full_precision
+from fluxloop.guard.assign import fields_of_the_class
 
 
+@fields_of_the_class
 @frozen(slots=False)  # compiled steps see at a glance that an object without slots has not changed
 class AdversarialLoss:
     """What a critic and a generator minimise, given the critic's scores.

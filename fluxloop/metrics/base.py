@@ -13,6 +13,7 @@ from attrs import define, field, frozen
 from torch import Tensor, nn
 
 from fluxloop.errors import MetricError, describe
+from fluxloop.guard.assign import fields_of_the_class
 from fluxloop.metrics.averages import Mean, MovingAverage, counted
 from fluxloop.metrics.classification import HITS
 from fluxloop.metrics.inputs import named_entries, reader, without_graph
@@ -59,6 +60,7 @@ def _names(inputs: Any) -> tuple[str, ...]:
     return names
 
 
+@fields_of_the_class
 @define
 class Metric:
     """A metric, with its name, its inputs and the phases it is computed in.

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from fluxloop.errors import PhaseError, describe
-from fluxloop.guard.given import check_number
+from fluxloop.guard.given import as_pair, check_number
 from fluxloop.phases.noised import NoisedPhase, per_row
 
 if TYPE_CHECKING:
@@ -274,7 +274,8 @@ def _shares(schedule: Any, steps: int) -> Tensor:
 
 
 def _pair(name: str, given: Any, expected: str) -> tuple[float, float]:
-    if not isinstance(given, (tuple, list)) or len(given) != 2:
+    given = as_pair(given)
+    if not isinstance(given, tuple) or len(given) != 2:
         raise PhaseError(f"DiffusionPhase({name}={describe(given)}) was given; expected {expected}")
     check_number("DiffusionPhase", name, given[0], error=PhaseError)
     check_number("DiffusionPhase", name, given[1], above=0, error=PhaseError)

@@ -13,7 +13,7 @@ from fluxloop.augment.adaptive import AdaptiveAugment, apply_changes
 from fluxloop.augment.views import tell_that_it_draws_once
 from fluxloop.errors import BatchError, PhaseError, describe, did_you_mean
 from fluxloop.events import LossBegin
-from fluxloop.guard.given import check_called, check_number
+from fluxloop.guard.given import as_plain, check_called, check_number
 from fluxloop.losses.adversarial import (
     ADVERSARIAL_LOSSES,
     AdversarialLoss,
@@ -127,6 +127,7 @@ class GANPhase(AbstractTrainingPhase):
             check_number("GANPhase", name, count, least=1, whole=True, error=PhaseError)
         fixed = {"gradient_penalty": gradient_penalty, "path_length": path_length}
         _check_weights(fixed | {name: weight for name, weight in (("r1", r1), ("r2", r2)) if not callable(weight)})
+        noise = as_plain(noise)
         if not (callable(noise) or isinstance(noise, (tuple, list))):
             check_number("GANPhase", "noise", noise, least=1, whole=True, error=PhaseError)
         _check_names({"generator": generator, "critic": critic})
