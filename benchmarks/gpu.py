@@ -168,6 +168,12 @@ def merged(intervals: Iterable[Interval]) -> list[Interval]:
     return found
 
 
+def within(spans: Iterable[Interval], others: Iterable[Interval]) -> float:
+    """Give how much of intervals, added up, lies within some of the others."""
+    joined = merged(others)
+    return sum(max(0.0, min(end, b) - max(begin, a)) for begin, end in spans for a, b in joined)
+
+
 def overlap(events: Iterable[dict[str, Any]]) -> tuple[float, float]:
     """Give the ms in which batches were copied to the device, and the share of it beside a kernel of another stream."""
     copies: list[tuple[Interval, Any]] = []
@@ -178,12 +184,24 @@ def overlap(events: Iterable[dict[str, Any]]) -> tuple[float, float]:
             copies.append((span, stream))
         elif event.get("cat") == "kernel":
             kernels.setdefault(stream, []).append(span)
-    copied = beside = 0.0
-    for (begin, end), stream in copies:
-        others = merged(span for other, spans in kernels.items() if other != stream for span in spans)
-        copied += end - begin
-        beside += sum(max(0.0, min(end, b) - max(begin, a)) for a, b in others)
-    return copied / 1e3, beside / copied if copied else 0.0
+    beside = [
+        within([copy], (span for other, spans in kernels.items() if other != stream for span in spans))
+        for copy, stream in copies
+    ]
+    copied = sum(end - begin for (begin, end), _ in copies)
+    return copied / 1e3, sum(beside) / copied if copied else 0.0
+
+
+def messages_overlap(events: Iterable[dict[str, Any]]) -> tuple[float, float]:
+    """Give the ms in which NCCL sent messages, and the share of them beside a kernel that computes."""
+    messages: list[Interval] = []
+    computing: list[Interval] = []
+    for event in events:
+        if event.get("cat") == "kernel":
+            kind = messages if "nccl" in event["name"].lower() else computing
+            kind.append((event["ts"], event["ts"] + event["dur"]))
+    sent = sum(end - begin for begin, end in merged(messages))
+    return sent / 1e3, within(merged(messages), computing) / sent if sent else 0.0
 
 
 def prefetch(quick: bool) -> None:

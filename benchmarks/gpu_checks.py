@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from attrs import define
-from gpu import overlap, trace_of
+from gpu import messages_overlap, overlap, trace_of
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
@@ -43,6 +43,7 @@ from fluxloop import (
     synchronise_batch_norm,
 )
 from fluxloop.compute.memory import is_out_of_memory
+from fluxloop.nested import local_part
 
 ADAM = partial(torch.optim.Adam, lr=1e-2)
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -168,15 +169,18 @@ def cuda_graphs(device: str) -> str:
 def copies_overlap(device: str) -> str:
     """batches are copied while the device computes"""
     require_cuda(device)
-    size, count = 4096, 20
-    data = TensorBatches(torch.randn(size * count, 2048), torch.randint(4, (size * count,)), batch_size=size)
-    model = nn.Sequential(nn.Linear(2048, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4))
-    learner = Learner(
-        model, cross_entropy, data=(data,), default_callbacks=False, accelerator=Accelerator(device), optimizer=SGD
-    )
+    learner = large_learner(device)
     learner.fit(1)
     copied, share = overlap(trace_of(lambda: learner.epoch(TrainingPhase())))
     return require(share > 0.2, f"{share:.0%} of {copied:.1f} ms of copying beside kernels")
+
+
+def large_learner(device: str, size: int = 4096, count: int = 20) -> Learner:
+    """Make a learner whose kernels take long, on so many batches in the host's memory."""
+    data = TensorBatches(torch.randn(size * count, 2048), torch.randint(4, (size * count,)), batch_size=size)
+    model = nn.Sequential(nn.Linear(2048, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4))
+    quiet: dict[str, Any] = {"default_callbacks": False, "optimizer": SGD}
+    return Learner(model, cross_entropy, data=(data,), accelerator=Accelerator(device), **quiet)
 
 
 class Wide(nn.Module):
@@ -302,6 +306,15 @@ def together(device: str, **options: Any) -> str:
     return require(near, f"weights differ by {apart:.1e}, training moved them by {moved:.1e}")
 
 
+def messages_beside_backward(device: str) -> str:
+    """Sum gradients up over processes while the backward pass goes on."""
+    require_cuda(device)
+    learner = large_learner(device)
+    learner.fit(1)
+    sent, share = messages_overlap(trace_of(lambda: learner.epoch(TrainingPhase())))
+    return require(share > 0.2, f"{share:.0%} of {sent:.1f} ms of messages beside kernels that compute")
+
+
 def in_windows(device: str) -> str:
     """Train with two batches to an update."""
     size = int(os.environ["WORLD_SIZE"])
@@ -314,8 +327,12 @@ def in_windows(device: str) -> str:
 
 
 def offloaded(device: str) -> str:
-    """Keep sharded parameters in the host's memory."""
-    require_cuda(device)
+    """Keep sharded parameters, and what the optimizer has of them, in the host's memory."""
+    held = learner_on(device, optimizer=SGD, strategy=Shard(offload=True))
+    held.fit(1)
+    states = (*held.model.parameters(), *(each["momentum_buffer"] for each in held.optimizer.state.values()))
+    kinds = {local_part(each).device.type for each in states}
+    require(kinds == {"cpu"}, f"parameters and momentum are on {sorted(kinds)}")
     return together(device, strategy=Shard(offload=True))
 
 
@@ -370,6 +387,7 @@ TOGETHER: dict[str, Callable[[str], str]] = {
     "replicate": partial(together, strategy="replicate"),
     "replicate, bf16": partial(together, strategy="replicate", precision="bf16"),
     "replicate, two batches": in_windows,
+    "replicate, messages overlap": messages_beside_backward,
     "shard": partial(together, strategy="shard"),
     "shard, bf16": partial(together, strategy="shard", precision="bf16"),
     "shard, offloaded": offloaded,

@@ -421,6 +421,21 @@ def test_copies_overlap_with_kernels_of_other_streams(scripts: Any) -> None:
     assert scripts["gpu"].overlap([]) == (0.0, 0.0)
 
 
+def test_messages_overlap_with_kernels_that_compute_and_not_with_one_another(scripts: Any) -> None:
+    events = [
+        traced("kernel", "ncclDevKernel_AllReduce_Sum_f32_RING_LL(...)", 0, 1000, 20),
+        traced("kernel", "ncclDevKernel_AllReduce_Sum_f32_RING_LL(...)", 500, 2000, 21),
+        traced("kernel", "gemm", 200, 400, 7),
+        traced("kernel", "add", 300, 500, 8),
+        traced("kernel", "gemm", 1900, 5000, 7),
+        traced("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 600, 1000, 9),
+    ]
+    sent, share = scripts["gpu"].messages_overlap(events)
+    assert sent == 2.0
+    assert share == pytest.approx((300 + 100) / 2000)
+    assert scripts["gpu"].messages_overlap(events[2:]) == (0.0, 0.0)
+
+
 def test_waits_are_counted_but_the_one_that_ends_the_trace(scripts: Any) -> None:
     names = ["cudaLaunchKernel", "cudaStreamSynchronize", "cudaMemcpyAsync", "cudaDeviceSynchronize"]
     assert scripts["gpu"].traced_waits({"name": name} for name in names) == 1

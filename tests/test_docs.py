@@ -6,6 +6,7 @@ import ast
 import contextlib
 import doctest
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -88,9 +89,20 @@ def docstring(thing: Any) -> str:
     return (thing.doc if isinstance(thing, Dispatcher) else "") or thing.__doc__ or ""
 
 
+def of_objects(module: ModuleType) -> dict[str, str]:
+    """Return what a module writes below an assignment, by the name that is assigned to: the site shows it."""
+    body = ast.parse(inspect.getsource(module)).body
+    return {
+        statement.targets[0].id: below.value.value
+        for statement, below in itertools.pairwise(body)
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str)
+    }
+
+
 def not_found_by_doctest(module: ModuleType) -> dict[str, str]:
-    """Return the docstrings of a module's decorated functions and dispatchers by their names."""
-    found = {}
+    """Return the docstrings of a module's objects, decorated functions and dispatchers by their names."""
+    found = {name: text for name, text in of_objects(module).items() if ">>> " in text}
     for name, thing in vars(module).items():
         wrapped = hasattr(thing, "__wrapped__") and getattr(thing, "__module__", None) == module.__name__
         if wrapped or isinstance(thing, Dispatcher):
@@ -109,13 +121,17 @@ def test_the_examples_in_docstrings_run(name: str, tmp_path: Path, monkeypatch: 
 
 
 def test_every_public_name_has_an_example_that_runs() -> None:
-    """Those of other classes' objects, such as ``rmse``, are what their class says."""
+    """An object, such as ``rmse``, has one of its own: that of its class would not show what it is."""
     finder = doctest.DocTestFinder(exclude_empty=True)
-    run = set()
+    run, objects = set(), set()
     for module in map(importlib.import_module, MODULES):
         run |= {test.docstring for test in finder.find(module) if test.examples}
         run |= {text for text in not_found_by_doctest(module).values() if ">>> " in text}
-    assert [name for name, thing in load().public().items() if docstring(thing) not in run] == []
+        objects |= {f"{module.__name__}.{name}" for name, text in of_objects(module).items() if ">>> " in text}
+    public = load().public()
+    nameless = {name for name, thing in public.items() if not hasattr(thing, "__name__")}
+    assert nameless - objects == set()
+    assert [name for name in public.keys() - nameless if docstring(public[name]) not in run] == []
 
 
 def test_every_error_is_shown_on_the_page_of_errors() -> None:
@@ -146,6 +162,40 @@ def run_example(script: str, out: Path, epochs: int) -> dict[str, Any]:
 def test_the_digits_are_learned_in_two_epochs(script: str, tmp_path: Path) -> None:
     assert run_example(script, tmp_path, epochs=2)["accuracy"] > 0.9
     assert matplotlib.image.imread(tmp_path / "history.png").std() > 0
+
+
+KILLED = """
+import os, runpy, signal, sys
+from torch import nn
+
+flatten, steps = nn.Flatten.forward, 0
+
+
+def forward(self, xs):  # of the digits' model, once a batch
+    global steps
+    steps += self.training
+    if steps == 15 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return flatten(self, xs)
+
+
+nn.Flatten.forward = forward
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_the_digits_in_two_processes_go_on_where_they_were_killed(tmp_path: Path) -> None:
+    command = ["--epochs", "2", "--precision", "bf16", "--accumulate", "2", "--resume", "--out"]
+    script, whole, killed = EXAMPLES / "digits.py", tmp_path / "whole", tmp_path / "killed"
+    run(script, 2, arguments=[*command, str(whole)], timeout=300, imports=IMPORTED)
+    ended = run(KILLED, 2, arguments=[str(script), *command, str(killed)], timeout=300, imports=IMPORTED, check=False)
+    assert ended.codes == [1, -9]
+    assert "process 1 was killed or has crashed" in ended.outputs[0]
+    first, _ = run(script, 2, arguments=[*command, str(killed)], timeout=300, imports=IMPORTED).outputs
+    assert first.startswith("resumed after TrainingPhase 1 epoch")
+    assert (killed / "result.json").read_text() == (whole / "result.json").read_text()
+    assert json.loads((whole / "result.json").read_text())["accuracy"] > 0.7
 
 
 @pytest.mark.slow

@@ -3,9 +3,10 @@
     python docs/examples/digits.py --epochs 15 --seed 0 --out runs/digits
 
 Writes DIR/result.json (the final metrics) and DIR/history.png (loss and accuracy over epochs).
-plain_digits.py is the same training in plain PyTorch. It runs in several processes, too:
+plain_digits.py is the same training in plain PyTorch. It runs in several processes, too, in bfloat16, with two batches
+to an update; killed and started again with the same command, it goes on from the newest checkpoint:
 
-    torchrun --nproc-per-node 2 docs/examples/digits.py
+    torchrun --nproc-per-node 2 docs/examples/digits.py --precision bf16 --accumulate 2 --resume
 """
 
 import argparse
@@ -17,7 +18,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from fluxloop import Learner, Metrics, TensorBatches, accuracy, seed_everything, split
+from fluxloop import Accelerator, Checkpointer, Learner, Metrics, TensorBatches, accuracy, seed_everything, split
 
 
 def load() -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,19 +48,24 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/digits"))
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches to an update")
+    parser.add_argument("--resume", action="store_true", help="keep checkpoints, and go on from the newest one")
     arguments = parser.parse_args()
 
     seed_everything(arguments.seed)
     train, valid = split(load(), 0.2)
+    checkpoints = arguments.out / "checkpoints" if arguments.resume else None
     learner = Learner(
         make_model(),
         nn.CrossEntropyLoss(),
         data=(TensorBatches(*train, batch_size=64, shuffle=True), TensorBatches(*valid, batch_size=256)),
         optimizer=partial(torch.optim.AdamW, lr=2e-3),
-        callbacks=[Metrics(accuracy)],
+        callbacks=[Metrics(accuracy), *([Checkpointer(checkpoints)] if checkpoints else [])],
+        accelerator=Accelerator(precision=arguments.precision, accumulate=arguments.accumulate),
         seed=arguments.seed,
     )
-    history = learner.fit(arguments.epochs)
+    history = learner.fit(arguments.epochs, resume=checkpoints)
 
     result = {"seed": learner.seed, "epochs": arguments.epochs, **learner.evaluate()}
     if learner.accelerator.is_main:  # of several processes the first one writes

@@ -139,7 +139,9 @@ class Sharding:
             ModelError: torch cannot shard it.
         """
         kind = type(root).__name__
-        offload = CPUOffloadPolicy() if self.policy.offload else OffloadPolicy()
+        # On the CPU memory is the host's anyway, and without a device there is none to pin it for
+        pinned = self.group.device.type != "cpu"
+        offload = CPUOffloadPolicy(pin_memory=pinned) if self.policy.offload else OffloadPolicy()
         shard: Callable[..., Any] = partial(
             fully_shard, mesh=self._mesh, reshard_after_forward=True, offload_policy=offload
         )

@@ -47,28 +47,52 @@ non_saturating = AdversarialLoss(
     in_full_precision(lambda real, fake: softplus(-real).mean() + softplus(fake).mean()),
     _of_fake(lambda fake: softplus(-fake).mean()),
 )
-"""Binary cross entropy on scores as logits; the generator maximises log D (Goodfellow et al., 2014)."""
+"""Binary cross entropy on scores as logits; the generator maximises log D (Goodfellow et al., 2014).
+
+Example:
+    >>> unsure = torch.zeros(4)
+    >>> round(non_saturating.critic(unsure, unsure).item(), 4), round(non_saturating.generator(unsure).item(), 4)
+    (1.3863, 0.6931)
+"""
 
 hinge = AdversarialLoss(
     "hinge",
     in_full_precision(lambda real, fake: relu(1 - real).mean() + relu(1 + fake).mean()),
     _of_fake(lambda fake: -fake.mean()),
 )
-"""The hinge loss of Lim and Ye (2017) and SAGAN (Zhang et al., 2019)."""
+"""The hinge loss of Lim and Ye (2017) and SAGAN (Zhang et al., 2019).
+
+Example:
+    >>> real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, -0.5])  # beyond 1 and -1 nothing is left to gain
+    >>> hinge.critic(real, fake).item(), hinge.generator(fake).item()
+    (0.5, 1.75)
+"""
 
 wasserstein = AdversarialLoss(
     "wasserstein",
     in_full_precision(lambda real, fake: fake.mean() - real.mean()),
     _of_fake(lambda fake: -fake.mean()),
 )
-"""The difference of mean scores (Arjovsky et al., 2017); needs a Lipschitz critic: `gradient_penalty`."""
+"""The difference of mean scores (Arjovsky et al., 2017); needs a Lipschitz critic: `gradient_penalty`.
+
+Example:
+    >>> real, fake = torch.tensor([2.0, 4.0]), torch.tensor([-1.0, 1.0])
+    >>> wasserstein.critic(real, fake).item(), wasserstein.generator(fake).item() == 0
+    (-3.0, True)
+"""
 
 least_squares = AdversarialLoss(
     "least-squares",
     in_full_precision(lambda real, fake: ((real - 1) ** 2).mean() / 2 + (fake**2).mean() / 2),
     _of_fake(lambda fake: ((fake - 1) ** 2).mean() / 2),
 )
-"""Squared distance of scores to 1 (real) and 0 (fake), halved as in LSGAN (Mao et al., 2017)."""
+"""Squared distance of scores to 1 (real) and 0 (fake), halved as in LSGAN (Mao et al., 2017).
+
+Example:
+    >>> real, fake = torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0])
+    >>> least_squares.critic(real, fake).item(), least_squares.generator(fake).item()
+    (2.0, 0.5)
+"""
 
 
 @in_full_precision
@@ -104,7 +128,13 @@ def relativistic_loss(higher: Tensor, lower: Tensor) -> Tensor:
 relativistic = AdversarialLoss(
     "relativistic", relativistic_loss, lambda real, fake: relativistic_loss(fake, real), paired=True
 )
-"""Each fake score is compared with a real one; needs a penalty on the critic's gradients (`relativistic_loss`)."""
+"""Each fake score is compared with a real one; needs a penalty on the critic's gradients (`relativistic_loss`).
+
+Example:
+    >>> real, fake = torch.tensor([3.0, 3.0]), torch.tensor([1.0, 1.0])
+    >>> [round(loss.item(), 4) for loss in (relativistic.critic(real, fake), relativistic.generator(real, fake))]
+    [0.1269, 2.1269]
+"""
 
 ADVERSARIAL_LOSSES = {loss.name: loss for loss in (non_saturating, hinge, wasserstein, least_squares, relativistic)}
 """By the names that `GANPhase` takes."""

@@ -59,7 +59,12 @@ def mse(preds: Tensor, ys: Tensor) -> Tensor:
 
 
 rmse = Averaged(mse, torch.sqrt, "rmse")
-"""The root of the mean squared error over all rows of an epoch (not a mean of batches' roots)."""
+"""The root of the mean squared error over all rows of an epoch (not a mean of batches' roots).
+
+Example:
+    >>> rmse(torch.tensor([3.0, 5.0]), torch.tensor([1.0, 3.0])).item()
+    2.0
+"""
 
 for error in (mae, mse):
     setattr(error, "higher_is_better", False)  # noqa: B010 - mypy knows no other way

@@ -74,6 +74,19 @@ def two_of_four():
     return weights(made), sum(local_part(p).numel() for p in made.model.parameters())
 
 
+def offloaded():
+    found = []
+    for policy in ("shard", Shard(offload=True)):
+        made = regression(policy, callbacks=[GradientClip(0.1), EMA("model", 0.9)], accumulate=2)
+        made.fit(1)
+        kept = copy.deepcopy(made.state_dict())
+        made.fit(1)
+        made.load_state_dict(kept)
+        made.fit(1)
+        found.append(weights(made))
+    return found
+
+
 def state():
     made = regression("shard")
     made.fit(1)
@@ -213,7 +226,7 @@ found = dict(
         "size": units(Shard(min_parameters=40)), "tied": units("shard", Tied),
     },
     copies=copies(), copy_of_a_part=copy_of_a_part(), state=state(), stops=stops(), stops_at_a_loss=stops_at_a_loss(),
-    cancelled=cancelled(), beforehand=beforehand(), by_half=by_half(),
+    cancelled=cancelled(), beforehand=beforehand(), by_half=by_half(), offloaded=offloaded(),
 )
 found["refused"] = {
     "compile": message(lambda: Accelerator("cpu", strategy="shard", compile="step")),
@@ -271,6 +284,13 @@ def test_a_state_is_gone_on_from_to_the_bit(two: list[dict[str, Any]]) -> None:
     for found in two:
         after, again = found["state"]
         assert all(torch.equal(tensor, again[name]) for name, tensor in after.items())
+
+
+def test_parameters_in_the_memory_of_the_host_train_to_the_same_bits(two: list[dict[str, Any]]) -> None:
+    for found in two:
+        kept, offloaded = found["offloaded"]
+        assert kept.keys() == offloaded.keys()
+        assert all(torch.equal(tensor, offloaded[name]) for name, tensor in kept.items())
 
 
 def test_a_nan_in_what_one_process_holds_stops_all_in_the_same_step(two: list[dict[str, Any]]) -> None:
