@@ -210,16 +210,30 @@ def test_an_example_runs_and_writes_its_results_and_pictures(script: str, tmp_pa
 
 @pytest.mark.slow
 def test_the_gallery_measures_methods_and_generators_and_adds_to_what_there_is(tmp_path: Path) -> None:
-    for only in (["I-JEPA", "MAE"], ["VAE", "hinge, R1, ADA"]):
+    pictures = tmp_path / "pictures"
+    for only in (["I-JEPA", "MAE", "LeJEPA", "SwAV", "iBOT"], ["VAE", "hinge, R1, ADA", "CycleGAN"]):
         chosen = [argument for name in only for argument in ("--only", name)]
-        arguments = ["--epochs", "1", "--seed", "1", "--out", str(tmp_path), *chosen]
+        arguments = ["--epochs", "1", "--seed", "1", "--out", str(tmp_path), "--pictures", str(pictures), *chosen]
         told = run(EXAMPLES / "gallery.py", None, arguments=arguments, timeout=600, imports=IMPORTED)
         assert "no gradient" not in told.outputs[0]
     result = json.loads((tmp_path / "result.json").read_text())
     untrained = {"pixels", "untrained convolutions", "untrained transformer"}
-    assert result["methods"].keys() == {"I-JEPA", "MAE", *untrained}
-    assert result["generators"].keys() == {"real training images", "VAE", "hinge, R1, ADA"}
+    assert result["methods"].keys() == {"I-JEPA", "MAE", "LeJEPA", "SwAV", "iBOT", *untrained}
+    assert result["generators"].keys() == {"real training images", "VAE", "hinge, R1, ADA", "CycleGAN"}
     assert 0.1 < result["methods"]["I-JEPA"]["knn"] <= 1
+    assert {path.stem for path in pictures.iterdir()} == {
+        f"gallery_{name}" for name in ("i_jepa", "lejepa", "swav", "ibot", "vae", "hinge_r1_ada", "cyclegan")
+    }
+    assert all(matplotlib.image.imread(picture).std() > 0 for picture in pictures.iterdir())
+    shown = result["pictures"]
+    assert shown.keys() == {"LeJEPA", "I-JEPA", "SwAV", "iBOT", "CycleGAN"}
+    assert (
+        shown["I-JEPA"]["pixel_error_known"]
+        < shown["I-JEPA"]["pixel_error_mean"]
+        < shown["I-JEPA"]["pixel_error_predicted"]
+    )
+    assert 1 / 10 < shown["SwAV"]["class_by_prototype"] < 1
+    assert shown["CycleGAN"]["class_of_real"] > 2 * shown["CycleGAN"]["class_of_untranslated"]
     assert result["generators"]["VAE"]["frechet"] > result["generators"]["real training images"]["frechet"]
 
 

@@ -2,8 +2,10 @@
 
     python docs/examples/gallery.py --epochs 20 --seed 0 --out runs/gallery
     python docs/examples/gallery.py --only BYOL --only "flow matching" --out runs/gallery
+    python docs/examples/gallery.py --epochs 30 --only SwAV --pictures runs/gallery/pictures
 
-Writes DIR/result.json, to which each run adds, and prints the tables of docs/gallery.md.
+Writes DIR/result.json, to which each run adds, and prints the tables of docs/gallery.md. With --pictures it draws what
+the pages of methods show, and adds what is counted in the pictures to the results.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import ast
 import copy
 import inspect
 import json
+import re
 import textwrap
 import time
 from collections.abc import Callable
@@ -21,14 +24,26 @@ from typing import Any
 
 import torch
 from common import Rows, conv_encoder, digits, mlp, scores
+from gallery_pictures import SHOWN, Figures, draw, draw_translations, draw_way, watchers
 from gan_digits import NOISE, make_critic, make_generator, measure, train_judge
 from torch import Tensor, nn
 from torch.distributions import Binomial
 
 import fluxloop
-from fluxloop import EMA, Learner, MultiCrop, TensorBatches, TwoViews, cosine, seed_everything
+from fluxloop import (
+    EMA,
+    Learner,
+    MultiCrop,
+    ObjectiveValidationPhase,
+    Recorder,
+    TensorBatches,
+    TwoViews,
+    cosine,
+    seed_everything,
+)
 from fluxloop.augment import AdaptiveAugment, BlockMasks, MultiBlock, RandomMasks, add_noise, patchify, random_affine
 from fluxloop.heads import DINOHead
+from fluxloop.images import image_grid, save_image
 
 
 def augment(images: Tensor) -> Tensor:
@@ -197,24 +212,35 @@ def features(models: Any) -> nn.Module:
     return Mean(network) if isinstance(network, ViT) else network
 
 
-def train_method(name: str, train: Rows, test: Rows, arguments: argparse.Namespace) -> dict[str, float]:
-    """Train a method; give its scores on held-out images, its lines, and the processor's seconds."""
+def train_method(name: str, train: Rows, test: Rows, arguments: argparse.Namespace) -> tuple[dict[str, float], Figures]:
+    """Train a method; give its scores on held-out images, its lines and seconds, and what its picture shows."""
     seed_everything(arguments.seed)
     phase, models = METHODS[name]()
     data = TensorBatches(*train, batch_size=128, shuffle=True, drop_last=True)
-    steps = arguments.epochs * len(data)
+    steps, folder = arguments.epochs * len(data), arguments.pictures
+    callbacks = [EMA("student", cosine(total=steps, start=0.98, end=1.0), into="teacher")] * ("student" in models)
+    phases = [phase]
+    if folder is not None:  # the last step is then one of all held-out images
+        phases.append(ObjectiveValidationPhase(phase, every=arguments.epochs))
+        callbacks += [Recorder(), *watchers(name, folder, arguments.epochs)]
     learner = Learner(
         models,
-        data=(data,),
+        data=(data, TensorBatches(*test, batch_size=len(test[0]))),
         optimizer=partial(torch.optim.AdamW, lr=2e-3),
-        callbacks=[EMA("student", cosine(total=steps, start=0.98, end=1.0), into="teacher")] * ("student" in models),
+        callbacks=callbacks,
         seed=arguments.seed,
         default_callbacks=False,
     )
     begin = time.process_time()
-    learner.fit(arguments.epochs, phases=[phase])
+    learner.fit(arguments.epochs, phases=phases)
     seconds = time.process_time() - begin
-    return {"lines": lines_of(type(phase)), **scores(train, test, features(models)), "seconds": seconds}
+    row = {"lines": lines_of(type(phase)), **scores(train, test, features(models)), "seconds": seconds}
+    return row, {} if folder is None else draw(name, phase, learner, train, picture_of(name, folder))
+
+
+def picture_of(name: str, folder: Path) -> Path:
+    """Return the file of a method's picture."""
+    return folder / f"gallery_{re.sub('[^a-z0-9]+', '_', name.lower()).strip('_')}.png"
 
 
 class Denoiser(nn.Module):
@@ -235,6 +261,17 @@ class Denoiser(nn.Module):
 
 def adversaries() -> dict[str, nn.Module]:
     return {"generator": make_generator(), "critic": make_critic()}
+
+
+def make_translator() -> nn.Module:
+    """Make what turns images from -1 to 1 into others."""
+    layers = [nn.Conv2d(*channels, 3, padding=1) for channels in ((1, 16), (16, 16), (16, 1))]
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2], nn.Tanh())
+
+
+def translators() -> dict[str, nn.Module]:
+    generators = nn.ModuleDict({"ab": make_translator(), "ba": make_translator()})
+    return {"generators": generators, "critics": nn.ModuleDict({"a": make_critic(), "b": make_critic()})}
 
 
 def autoencoder() -> dict[str, nn.Module]:
@@ -258,6 +295,7 @@ GENERATORS: dict[str, Callable[[], Made]] = {
     "hinge, R1": lambda: (gan("hinge", r1=0.1), adversaries()),
     "hinge, R1, ADA": lambda: (gan("hinge", r1=0.1, augment=moved()), adversaries()),
     "R3GAN": lambda: (gan("relativistic", r1=0.2, r2=0.2), adversaries()),
+    "CycleGAN": lambda: (fluxloop.CycleGANPhase(identity=0), translators()),
     "VAE": lambda: (fluxloop.VAEPhase(compare=binomial), autoencoder()),
     "flow matching": lambda: (fluxloop.FlowMatchingPhase(), {"model": Denoiser()}),
     "diffusion (velocity)": lambda: (fluxloop.DiffusionPhase("velocity"), {"model": Denoiser(1000)}),
@@ -265,17 +303,43 @@ GENERATORS: dict[str, Callable[[], Made]] = {
 }
 
 
-def train_generator(name: str, train: Rows, test: Rows, judge: Any, arguments: argparse.Namespace) -> dict[str, float]:
+RATES: dict[str, dict[str, Any]] = {
+    "generator": {"lr": 2e-3, "betas": (0.0, 0.9)},
+    "generators": {"lr": 5e-4, "betas": (0.5, 0.999)},  # at 2e-3 larger translators made all images alike
+}
+
+
+def kinds(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return half of the images, and the negatives of the other half: no image has its pair."""
+    half = len(images) // 2
+    return images[:half], -images[half : 2 * half]
+
+
+@torch.no_grad()
+def make_samples(made: str, phase: Any, network: Any, images: Tensor) -> Tensor:
+    """Make as many images as there are training images, from 0 to 1."""
+    if made == "model":
+        return (phase.sample(network, torch.randn(images.shape), steps=30).clamp(-1, 1) + 1) / 2
+    if made == "generators":
+        translated: Tensor = network.ba(-images)
+        return (translated + 1) / 2
+    samples: Tensor = network(torch.randn(len(images), NOISE if made == "generator" else 16))
+    return samples if made == "generator" else samples.sigmoid()
+
+
+def train_generator(
+    name: str, train: Rows, test: Rows, judge: Any, arguments: argparse.Namespace
+) -> tuple[dict[str, float], Figures]:
     """Train a generator; compare as many samples as there are training images with the held-out ones."""
     seed_everything(arguments.seed)
     phase, models = GENERATORS[name]()
-    is_noised, is_gan = isinstance(phase, fluxloop.NoisedPhase), isinstance(phase, fluxloop.GANPhase)
-    images = 2 * train[0] - 1 if is_noised else train[0]
-    made = "generator" if is_gan else "model" if is_noised else "decoder"
+    made = next((each for each in ("generator", "generators", "model") if each in models), "decoder")
+    images = train[0] if made in ("generator", "decoder") else 2 * train[0] - 1
+    rows = kinds(images) if made == "generators" else (images,)
     learner = Learner(
-        models["model"] if is_noised else models,
-        data=(TensorBatches(images, batch_size=64, shuffle=True, drop_last=True),),
-        optimizer=partial(torch.optim.Adam, lr=2e-3, betas=(0.0, 0.9) if is_gan else (0.9, 0.999)),
+        models["model"] if made == "model" else models,
+        data=(TensorBatches(*rows, batch_size=64 // len(rows), shuffle=True, drop_last=True),),
+        optimizer=partial(torch.optim.Adam, **RATES.get(made, {"lr": 2e-3})),
         callbacks=[EMA(made, 0.995)],
         seed=arguments.seed,
         default_callbacks=False,
@@ -284,13 +348,18 @@ def train_generator(name: str, train: Rows, test: Rows, judge: Any, arguments: a
     learner.fit(3 * arguments.epochs, phases=[phase])
     seconds = time.process_time() - begin
     averaged = learner.weights[f"{made}@ema"].eval()
-    with torch.no_grad():
-        if is_noised:
-            samples = (phase.sample(averaged, torch.randn(images.shape), steps=30).clamp(-1, 1) + 1) / 2
-        else:
-            samples = averaged(torch.randn(len(images), NOISE if is_gan else 16))
-            samples = samples if is_gan else samples.sigmoid()
-    return {"lines": lines_of(type(phase)), **measure(judge, samples, test[0]), "seconds": seconds}
+    samples = make_samples(made, phase, averaged, images)
+    row = {"lines": lines_of(type(phase)), **measure(judge, samples, test[0]), "seconds": seconds}
+    if arguments.pictures is None:
+        return row, {}
+    path = picture_of(name, arguments.pictures)
+    if made == "generators":
+        return row, draw_translations(averaged, test, judge, path)
+    if made == "model":
+        draw_way(phase, averaged, torch.randn(SHOWN, *images.shape[1:]), 30, path)
+    else:
+        save_image(image_grid(samples[:64], 16), path, zoom=4)
+    return row, {}
 
 
 def lines_of(cls: type) -> int:
@@ -338,6 +407,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/gallery"))
+    parser.add_argument("--pictures", type=Path, help="a folder for the pictures of the chosen methods")
     parser.add_argument("--only", action="append", choices=[*METHODS, *GENERATORS], help="a method; may be repeated")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -353,13 +423,15 @@ def main() -> None:
     judge = None
     for name in chosen:
         if name in METHODS:
-            result["methods"][name] = train_method(name, train, test, arguments)
+            result["methods"][name], shown = train_method(name, train, test, arguments)
         else:
             if judge is None:
                 seed_everything(arguments.seed)
                 judge, _ = train_judge(train, test, arguments)
                 result["generators"]["real training images"] = measure(judge, train[0], test[0])
-            result["generators"][name] = train_generator(name, train, test, judge, arguments)
+            result["generators"][name], shown = train_generator(name, train, test, judge, arguments)
+        if shown:
+            result.setdefault("pictures", {})[name] = shown
         path.write_text(json.dumps(result, indent=2) + "\n")
     print(table(result["methods"], REPRESENTATIONS), table(result["generators"], SAMPLES), sep="\n\n")
 
