@@ -26,7 +26,7 @@ from fluxloop.state import name_of
 class MetricsPrinter(Callback):
     """Print a line per epoch of a phase: the phase, the epoch (of how many) and every metric.
 
-    A fit that ends early gets a line that says why. Nothing is printed with ``Learner(quiet=True)``, nor with
+    Values of one metric stand below each other. A fit that ends early gets a line that says why. Nothing is printed with ``Learner(quiet=True)``, nor with
     ``FLUXLOOP_QUIET=1`` in the environment.
 
     Args:
@@ -52,12 +52,14 @@ class MetricsPrinter(Callback):
     time: bool = field(default=False, kw_only=True, repr=False, validator=yes_or_no())
     stamps: bool = field(default=False, kw_only=True, repr=False, validator=yes_or_no())
     _clock: FitClock = field(factory=FitClock, init=False, repr=False)
+    _widths: dict[str | int, int] = field(factory=dict, init=False, repr=False)
+    """How wide each column has become: those of phases, epochs and metrics."""
 
     reads = ("cbstate.history", "cbstate.metrics")
     run_after = (Recorder, Metrics, ProgressBar)
     draws = False
     main_only = True
-    transient = ("_is_silent", "_clock")
+    transient = ("_is_silent", "_clock", "_widths")
     _begins_anywhere = True
 
     @on(FitBegin)
@@ -82,21 +84,29 @@ class MetricsPrinter(Callback):
         epoch = learner.cbstate.history[phase].epoch
         metrics = learner.cbstate.metrics
         recorded = [metrics[phase], metrics[ProbePhase]] if phase.gradients else [metrics[phase]]
+        usual = self.digits + len("0.")
         values = [
-            f"{name} {shown_as(number, self.digits)}"
+            f"{name} {self._column(name, shown_as(value, self.digits), usual)}"
             for of_phase in recorded
-            for name, number in of_phase.numbers_at(epoch).items()
+            for name, value in of_phase.numbers_at(epoch).items()
         ]
         if self.time and (times := self._clock.times(learner, rest=0.0)):
             values.append(f"({gone_and_left(*times)})")
-        line = f"{name_of(phase):<18} epoch {self._clock.epoch(epoch, learner):<4} {'   '.join(values)}"
-        self._print(line.rstrip(), learner)
+        last = len(f"{learner.num_epochs}/{learner.num_epochs}") if self._clock.several else 0
+        name = self._column(0, name_of(phase), 18)
+        number = self._column(1, self._clock.epoch(epoch, learner), max(4, last))
+        self._print(f"{name} epoch {number} {'   '.join(values)}".rstrip(), learner)
 
     @on(FitEnd)
     def print_stopped(self, event: FitEnd, phase: Phase, learner: Any) -> None:
         """Print why a fit ended early; an error speaks for itself, and the end of the process is told after it."""
         if event.reason is not None and event.error is None and event.reason != TERMINATED:
             self._print(f"stopped: {event.reason}", learner)
+
+    def _column(self, key: str | int, text: str, least: int) -> str:
+        """Return a text with spaces behind it, as wide as the widest of its column so far."""
+        self._widths[key] = max(least, len(text), self._widths.get(key, 0))
+        return text.ljust(self._widths[key])
 
     def _print(self, line: str, learner: Any) -> None:
         """Print a line, until standard output is gone."""

@@ -56,11 +56,26 @@ def still_learner(*metrics: Any, printer: MetricsPrinter | None = None) -> Learn
 def test_a_line_per_epoch_and_phase_with_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
     still_learner(number(2 / 3, "level"), number(12345678.0, "size")).fit(2)
     assert capsys.readouterr().out == (
-        "TrainingPhase      epoch 1/2  loss 0.125   level 0.6667   size 1.235e+07\n"
-        "ValidationPhase    epoch 1/2  loss 0.125   level 0.6667   size 1.235e+07\n"
-        "TrainingPhase      epoch 2/2  loss 0.125   level 0.6667   size 1.235e+07\n"
-        "ValidationPhase    epoch 2/2  loss 0.125   level 0.6667   size 1.235e+07\n"
+        "TrainingPhase      epoch 1/2  loss 0.125    level 0.6667   size 1.235e+07\n"
+        "ValidationPhase    epoch 1/2  loss 0.125    level 0.6667   size 1.235e+07\n"
+        "TrainingPhase      epoch 2/2  loss 0.125    level 0.6667   size 1.235e+07\n"
+        "ValidationPhase    epoch 2/2  loss 0.125    level 0.6667   size 1.235e+07\n"
     )
+
+
+class AVeryLongNameOfAPhase(TrainingPhase): ...
+
+
+def test_values_of_a_metric_stand_below_each_other_in_all_epochs(capsys: pytest.CaptureFixture[str]) -> None:
+    values = iter([0.5176, 0.541, 1.0, 12.345, 1.5e-05, 0.3, *[0.25] * 5])  # one in each epoch
+    turning = Metric(lambda preds: torch.tensor(next(values)), name="turning", inputs=("preds",))
+    still_learner(turning, number(0.5, "still")).fit(11, phases=[AVeryLongNameOfAPhase()])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "AVeryLongNameOfAPhase epoch 1/11  loss 0.125    turning 0.5176   still 0.5"
+    assert lines[4] == "AVeryLongNameOfAPhase epoch 5/11  loss 0.125    turning 1.5e-05   still 0.5"
+    assert lines[10] == "AVeryLongNameOfAPhase epoch 11/11 loss 0.125    turning 0.25      still 0.5"
+    assert {line.index("turning") for line in lines} == {48}
+    assert [line.index("still") for line in lines] == [65] * 4 + [66] * 7  # one wider value moves what follows once
 
 
 def test_the_number_of_digits_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +106,7 @@ def test_values_that_are_no_numbers_are_left_out(capsys: pytest.CaptureFixture[s
 def test_metrics_of_one_phase_are_printed_there_alone(capsys: pytest.CaptureFixture[str]) -> None:
     still_learner(number(1.0, "hits", phase=ValidationPhase)).fit(1)
     assert capsys.readouterr().out == (
-        "TrainingPhase      epoch 1    loss 0.125\nValidationPhase    epoch 1    loss 0.125   hits 1\n"
+        "TrainingPhase      epoch 1    loss 0.125\nValidationPhase    epoch 1    loss 0.125    hits 1\n"
     )
 
 
