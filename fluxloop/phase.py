@@ -323,12 +323,27 @@ def is_due(phase: Phase, cycle: int, last: int) -> bool:
     return not isinstance(phase, AbstractValidationPhase) or cycle % int(phase.every) == 0 or cycle == last
 
 
+def without_names(batch: Any) -> Any:
+    """Return a batch without lists of texts behind its first two items: file names, as some data sets give them."""
+    if not isinstance(batch, (tuple, list)) or len(batch) <= 2:
+        return batch
+    kept = [*batch[:2], *(each for each in batch[2:] if not _are_texts(each))]
+    return batch if len(kept) == len(batch) else tuple(kept)
+
+
+def _are_texts(items: object) -> bool:
+    return isinstance(items, (tuple, list)) and bool(items) and all(isinstance(each, str) for each in items)
+
+
 def inputs_and_labels(batch: Any) -> dict[str, Any]:
     """Return ``xs``, and ``ys`` of a batch that is a pair; a tuple or list of one item is that item.
+
+    File names behind them, lists of texts, are passed over.
 
     Raises:
         BatchError: It has more items.
     """
+    batch = without_names(batch)
     if not isinstance(batch, (tuple, list)):
         return {"xs": batch}
     if len(batch) not in (1, 2):

@@ -19,6 +19,7 @@ from fluxloop.data.passes import untouched
 from fluxloop.data.sources import complete
 from fluxloop.errors import DataError, describe
 from fluxloop.nested import map_tensors
+from fluxloop.phase import without_names
 from fluxloop.randomness import drawing, stream_seed
 from fluxloop.screen.bars import length_of, tracked
 
@@ -100,7 +101,8 @@ OWN_DATA = "data of its own, queries=(xs, ys), or KNNProbe('encoder', bank=(xs, 
 
 
 def check_labelled(batch: Any, features: Features) -> None:
-    """Raise `DataError` for a batch that is not rows with their labels."""
+    """Raise `DataError` for a batch that is not rows with their labels, with file names behind them or not."""
+    batch = without_names(batch)
     if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         raise DataError(
             f"a probe was given {describe(batch)} as a batch; expected labelled rows, (xs, ys): give it {OWN_DATA}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from fluxloop.errors import BatchError, PhaseError, describe
 from fluxloop.guard.given import check_called, check_number
 from fluxloop.losses.contrastive import batch_nce
-from fluxloop.phase import inputs_and_labels
+from fluxloop.phase import inputs_and_labels, without_names
 from fluxloop.phases.objective import ObjectivePhase, can_run, may_have, require_parts
 from fluxloop.processes.gather import join_rows
 
@@ -68,12 +68,13 @@ class JointEmbeddingPhase(ObjectivePhase):
         """Return ``xs`` where the phase makes the views, else ``views``; and ``ys`` of a batch with labels."""
         if self.views is not None:
             return inputs_and_labels(batch)
+        batch = without_names(batch)
         if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], (tuple, list)):
             return {"views": self._checked(batch[0]), "ys": batch[1]}
         if isinstance(batch, (tuple, list)) and len(batch) > 2 and isinstance(batch[0], (tuple, list)):
             raise BatchError(
                 f"{type(self).__name__} was given a batch of views and {len(batch) - 1} items more; expected (views, "
-                "ys), or views alone. Say which item is ys, in a subclass:\n"
+                "ys), or views alone, with file names behind them or not. Say which item is ys, in a subclass:\n"
                 "    def entries(self, batch):\n"
                 "        return super().entries((batch[0], batch[1]))"
             )

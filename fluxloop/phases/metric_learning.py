@@ -11,6 +11,7 @@ from torch.nn.functional import triplet_margin_loss
 from fluxloop.errors import BatchError, PhaseError, describe
 from fluxloop.guard.given import check_number
 from fluxloop.losses.contrastive import supervised_contrastive
+from fluxloop.phase import without_names
 from fluxloop.phases.joint_embedding import ComparingPhase, Views
 from fluxloop.phases.objective import ObjectivePhase, can_run, require_parts
 from fluxloop.processes.gather import all_gather, join_rows
@@ -101,6 +102,7 @@ class TripletPhase(ObjectivePhase):
 
     def entries(self, batch: Any) -> dict[str, Any]:
         """Return the three inputs."""
+        batch = without_names(batch)
         nested = isinstance(batch, (tuple, list)) and len(batch) == 2
         triplet = batch[0] if nested else batch
         if not isinstance(triplet, (tuple, list)) or len(triplet) != 3:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fluxloop.errors import BatchError, LossError, PhaseError, describe
 from fluxloop.events import BackwardBegin, BackwardEnd, LossBegin
 from fluxloop.nested import arguments_among, call_with, fits_by_name
-from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, Phase
+from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, Phase, without_names
 
 if TYPE_CHECKING:
     from fluxloop.loop import Handle
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 
 def unpack(phase: Phase, batch: Any) -> tuple[Any, Any]:
-    """Unpack a batch into ``(xs, ys)``.
+    """Unpack a batch into ``(xs, ys)``; file names behind them are passed over.
 
     Raises:
         BatchError: It is no pair.
     """
+    batch = without_names(batch)
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
     raise BatchError(

@@ -957,7 +957,7 @@ def test_a_method_with_a_teacher_says_its_forward_and_its_loss() -> None:
 
 def test_a_batch_of_views_with_more_beside_them_says_what_to_type() -> None:
     views = [torch.rand(4, WIDTH), torch.rand(4, WIDTH)]
-    batch = (views, torch.zeros(4), ["a.png"] * 4)
+    batch = (views, torch.zeros(4), torch.arange(4))
     with pytest.raises(BatchError, match=r"(?s)a batch of views and 2 items more; expected \(views, ys\).*def entries"):
         SimCLRPhase().entries(batch)
     assert set(SimCLRPhase().entries(batch[:2])) == {"views", "ys"}
