@@ -343,9 +343,10 @@ def inputs_and_labels(batch: Any) -> dict[str, Any]:
     Raises:
         BatchError: It has more items.
     """
-    batch = without_names(batch)
     if not isinstance(batch, (tuple, list)):
         return {"xs": batch}
+    if len(batch) > 2:
+        batch = without_names(batch)
     if len(batch) not in (1, 2):
         raise BatchError(
             f"a batch of {len(batch)} items was given ({describe(batch)}); expected xs, (xs,) or (xs, ys). For others "

@@ -68,7 +68,8 @@ class JointEmbeddingPhase(ObjectivePhase):
         """Return ``xs`` where the phase makes the views, else ``views``; and ``ys`` of a batch with labels."""
         if self.views is not None:
             return inputs_and_labels(batch)
-        batch = without_names(batch)
+        if isinstance(batch, (tuple, list)) and len(batch) > 2:
+            batch = without_names(batch)
         if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], (tuple, list)):
             return {"views": self._checked(batch[0]), "ys": batch[1]}
         if isinstance(batch, (tuple, list)) and len(batch) > 2 and isinstance(batch[0], (tuple, list)):

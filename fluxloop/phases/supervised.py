@@ -21,7 +21,8 @@ def unpack(phase: Phase, batch: Any) -> tuple[Any, Any]:
     Raises:
         BatchError: It is no pair.
     """
-    batch = without_names(batch)
+    if isinstance(batch, (tuple, list)) and len(batch) != 2:
+        batch = without_names(batch)
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
     raise BatchError(
