@@ -84,7 +84,7 @@ class MetricsPrinter(Callback):
         epoch = learner.cbstate.history[phase].epoch
         metrics = learner.cbstate.metrics
         recorded = [metrics[phase], metrics[ProbePhase]] if phase.gradients else [metrics[phase]]
-        usual = self.digits + len("0.")
+        usual = self.digits + len("0.0")
         values = [
             f"{name} {self._column(name, shown_as(value, self.digits), usual)}"
             for of_phase in recorded
@@ -95,7 +95,7 @@ class MetricsPrinter(Callback):
         last = len(f"{learner.num_epochs}/{learner.num_epochs}") if self._clock.several else 0
         name = self._column(0, name_of(phase), 18)
         number = self._column(1, self._clock.epoch(epoch, learner), max(4, last))
-        self._print(f"{name} epoch {number} {'   '.join(values)}".rstrip(), learner)
+        self._print(f"{name} epoch {number} {'  '.join(values)}".rstrip(), learner)
 
     @on(FitEnd)
     def print_stopped(self, event: FitEnd, phase: Phase, learner: Any) -> None:

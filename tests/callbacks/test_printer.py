@@ -67,15 +67,15 @@ class AVeryLongNameOfAPhase(TrainingPhase): ...
 
 
 def test_values_of_a_metric_stand_below_each_other_in_all_epochs(capsys: pytest.CaptureFixture[str]) -> None:
-    values = iter([0.5176, 0.541, 1.0, 12.345, 1.5e-05, 0.3, *[0.25] * 5])  # one in each epoch
+    values = iter([0.5176, 0.541, 0.06327, 12.345, 1.234e-05, 0.3, *[0.25] * 5])  # one in each epoch
     turning = Metric(lambda preds: torch.tensor(next(values)), name="turning", inputs=("preds",))
     still_learner(turning, number(0.5, "still")).fit(11, phases=[AVeryLongNameOfAPhase()])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "AVeryLongNameOfAPhase epoch 1/11  loss 0.125    turning 0.5176   still 0.5"
-    assert lines[4] == "AVeryLongNameOfAPhase epoch 5/11  loss 0.125    turning 1.5e-05   still 0.5"
-    assert lines[10] == "AVeryLongNameOfAPhase epoch 11/11 loss 0.125    turning 0.25      still 0.5"
+    assert lines[4] == "AVeryLongNameOfAPhase epoch 5/11  loss 0.125    turning 1.234e-05  still 0.5"
+    assert lines[10] == "AVeryLongNameOfAPhase epoch 11/11 loss 0.125    turning 0.25       still 0.5"
     assert {line.index("turning") for line in lines} == {48}
-    assert [line.index("still") for line in lines] == [65] * 4 + [66] * 7  # one wider value moves what follows once
+    assert [line.index("still") for line in lines] == [65] * 4 + [67] * 7  # one wider value moves what follows once
 
 
 def test_the_number_of_digits_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
