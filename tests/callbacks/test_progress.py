@@ -447,6 +447,7 @@ def test_warnings_and_lines_of_a_step_stand_above_the_bar(monkeypatch: pytest.Mo
 
     def say(learner: Any) -> None:
         learner.accelerator.print("printed")
+        tqdm.std.tqdm.write("by tqdm", file=terminal)
         warn_user("odd")
 
     learner = toy_learner(Recorder(), ProgressBar(file=terminal), CustomCallback(say, StepEnd, TrainingPhase))
@@ -454,7 +455,7 @@ def test_warnings_and_lines_of_a_step_stand_above_the_bar(monkeypatch: pytest.Mo
         warnings.simplefilter("always")
         monkeypatch.setattr(warnings, "showwarning", lambda message, *rest: terminal.write(f"warned: {message}\n"))
         learner.fit(1)
-    assert screen(terminal.getvalue()) == ["printed", "warned: odd"] * 16
+    assert screen(terminal.getvalue()) == ["printed", "by tqdm", "warned: odd"] * 16
 
 
 # Quiet

@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import struct
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import reduce
 from io import StringIO
+from pathlib import Path
 
 import pytest
 
@@ -113,3 +120,56 @@ def test_warnings_of_others_stand_above_the_bars_while_there_are_some(
             own: Callable[..., None] = lambda *_: None  # noqa: E731
             warnings.showwarning = own
         assert warnings.showwarning is own  # what somebody has set meanwhile is left
+
+
+FIT = """
+import sys
+import torch
+from fluxloop import *
+
+torch.manual_seed(0)
+xs = torch.randn(64, 8)
+batches = TensorBatches(xs, (xs.sum(1) > 0).long(), batch_size=4)
+learner = Learner(
+    torch.nn.Linear(8, 2), torch.nn.functional.cross_entropy, data=(batches, batches),
+    callbacks=[Metrics(accuracy), ProgressBar(interval=0)], seed=0,
+)
+learner.fit(2)
+"""
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """Return what each row of a terminal has shown, one after another: each part is written from the first column."""
+    return [row.removesuffix("\r").split("\r") for row in text.removesuffix("\r\n").split("\n")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [80, 200])
+def test_in_a_real_terminal_a_bar_stays_in_its_row_and_only_the_lines_of_epochs_are_left(columns: int) -> None:
+    pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen([sys.executable, "-c", FIT], stdout=theirs, stderr=theirs, env=environment):
+        os.close(theirs)
+        found = b""
+        with contextlib.suppress(OSError):  # as Linux says that nobody is there any more
+            while part := os.read(ours, 4096):
+                found += part
+    os.close(ours)
+    rows = rows_of(found.decode())
+    assert max(len(part) for row in rows for part in row) < columns
+    bars = [part for row in rows for part in row if "16/16" in part]
+    assert {part.split(" epoch")[0] for part in bars} == {"TrainingPhase", "ValidationPhase"}
+    assert all(("batch/s" in part) == (columns == 200) for part in bars)
+    left = [reduce(lambda under, part: part + under[len(part) :], row, "").rstrip() for row in rows]
+    lines = [
+        re.fullmatch(r"(Training|Validation)Phase +epoch ([12])/2  loss [\d.]+ +accuracy [\d.]+", line) for line in left
+    ]
+    assert [line.groups() for line in lines if line] == [
+        ("Training", "1"),
+        ("Validation", "1"),
+        ("Training", "2"),
+        ("Validation", "2"),
+    ]
+    assert all(lines)
