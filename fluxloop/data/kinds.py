@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from fluxloop.data.generators import private_generators
 from fluxloop.data.indices import Numbers
@@ -66,4 +66,15 @@ def draws_in_workers(source: DataLoader[Any]) -> bool:
 
 def keeps_place(source: Any) -> bool:
     """Return whether a source keeps its place itself, and says it in ``state_dict()``."""
-    return not can_skip(source) and is_stateful(source)
+    return not can_skip(source) and is_stateful(source) and not draws_order_anew(source)
+
+
+def draws_order_anew(source: Any) -> bool:
+    """Return whether a loader with a ``state_dict`` would go on with other rows: its order is in no state.
+
+    So it is with a ``RandomSampler`` of torch's in a ``StatefulDataLoader``, which is what accelerate makes of a
+    shuffled loader: torchdata counts what was drawn, and draws a new order from the global generator.
+    """
+    loader = getattr(source, "base_dataloader", source)  # accelerate keeps the loader there
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    return type(sampler) is RandomSampler and sampler.generator is None and is_stateful(loader)

@@ -18,7 +18,7 @@ from fluxloop.data.changes import (
 )
 from fluxloop.data.copies import copy_of, use_copy_again
 from fluxloop.data.indices import Numbers
-from fluxloop.data.kinds import Combined, can_skip, is_loader, keeps_place
+from fluxloop.data.kinds import Combined, can_skip, draws_order_anew, is_loader, keeps_place
 from fluxloop.data.notes import Notes
 from fluxloop.data.share import Share
 from fluxloop.data.sharing import is_divided, iterate_share, until_all_end
@@ -146,6 +146,12 @@ def obstacle(source: Any, name: str | None) -> str | None:
     if can_skip(source) or keeps_place(source):
         return None
     named = f"the {name!r} data ({describe(source)})"
+    if draws_order_anew(source):
+        return (
+            f"{named} cannot be resumed in the middle of an epoch: its RandomSampler has no state, so the order would "
+            "be drawn anew; expected a DataLoader over map-style data, a sampler that keeps its place (torchdata's: "
+            "shuffle=True), or with accelerate use_seedable_sampler=True"
+        )
     if is_loader(source):
         return (
             f"{named} cannot be resumed in the middle of an epoch: its dataset draws from generators of its own in "
