@@ -211,22 +211,34 @@ def test_an_example_runs_and_writes_its_results_and_pictures(script: str, tmp_pa
 @pytest.mark.slow
 def test_the_gallery_measures_methods_and_generators_and_adds_to_what_there_is(tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
-    for only in (["I-JEPA", "MAE", "LeJEPA", "SwAV", "iBOT"], ["VAE", "hinge, R1, ADA", "CycleGAN"]):
+    drawn = ["I-JEPA", "LeJEPA", "SwAV", "iBOT", "NNCLR", "MoCo v3", "data2vec"]
+    for only in (["MAE", *drawn], ["VAE", "hinge, R1, ADA", "CycleGAN", "flow matching"]):
         chosen = [argument for name in only for argument in ("--only", name)]
         arguments = ["--epochs", "1", "--seed", "1", "--out", str(tmp_path), "--pictures", str(pictures), *chosen]
         told = run(EXAMPLES / "gallery.py", None, arguments=arguments, timeout=600, imports=IMPORTED)
         assert "no gradient" not in told.outputs[0]
     result = json.loads((tmp_path / "result.json").read_text())
     untrained = {"pixels", "untrained convolutions", "untrained transformer"}
-    assert result["methods"].keys() == {"I-JEPA", "MAE", "LeJEPA", "SwAV", "iBOT", *untrained}
-    assert result["generators"].keys() == {"real training images", "VAE", "hinge, R1, ADA", "CycleGAN"}
+    assert result["methods"].keys() == {"MAE", *drawn, *untrained}
+    assert result["generators"].keys() == {"real training images", "VAE", "hinge, R1, ADA", "CycleGAN", "flow matching"}
     assert 0.1 < result["methods"]["I-JEPA"]["knn"] <= 1
-    assert {path.stem for path in pictures.iterdir()} == {
-        f"gallery_{name}" for name in ("i_jepa", "lejepa", "swav", "ibot", "vae", "hinge_r1_ada", "cyclegan")
-    }
+    names = [
+        "i_jepa",
+        "lejepa",
+        "swav",
+        "ibot",
+        "moco_v3",
+        "data2vec",
+        "vae",
+        "hinge_r1_ada",
+        "cyclegan",
+        "flow_matching",
+    ]
+    made = {"neighbors_encoder-0001", *(f"gallery_{name}" for name in names)}
+    assert {path.stem for path in pictures.iterdir()} == made
     assert all(matplotlib.image.imread(picture).std() > 0 for picture in pictures.iterdir())
     shown = result["pictures"]
-    assert shown.keys() == {"LeJEPA", "I-JEPA", "SwAV", "iBOT", "CycleGAN"}
+    assert shown.keys() == {*drawn, "CycleGAN"}
     assert (
         shown["I-JEPA"]["pixel_error_known"]
         < shown["I-JEPA"]["pixel_error_mean"]
