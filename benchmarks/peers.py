@@ -458,7 +458,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         skip("no other framework is installed")
         return
     frameworks: dict[str, Framework] = {"by hand": by_hand, **OURS, **installed()}
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # some write files
+    with contextlib.ExitStack() as around:
+        folder = around.enter_context(tempfile.TemporaryDirectory())  # some write files
+        around.callback(os.chdir, os.getcwd())  # Python 3.10 has no contextlib.chdir
+        os.chdir(folder)
         table, failed = Table(COLUMNS), dict[str, str]()
         for work in (TINY,) if quick else (TINY, SMALL):
             for tracked in (False, True):

@@ -23,7 +23,7 @@ from typing import ClassVar
 from attrs import field, frozen
 
 
-@frozen
+@frozen(weakref_slot=False)  # else Python 3.10 refuses a class of two plain events: their instances are laid out apart
 class Event:
     """Base of all events. Subclass it for your own: an ``attrs.frozen`` class, or a plain one without fields.
 

@@ -150,8 +150,8 @@ class FakePandas:
 
 
 def test_to_frame_gives_pandas_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pandas", FakePandas)
     history = recorded(2)
+    monkeypatch.setitem(sys.modules, "pandas", FakePandas)  # once torch._dynamo, which looks for it, is imported
     rows, columns = history.to_frame()
     assert rows == history.rows()
     assert columns == ["phase", "metric", "epoch", "value"]

@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import io
 import logging
+import os
 import re
 import tempfile
 import warnings
@@ -48,7 +49,9 @@ def code(text: str) -> str:
 def run(source: str, scope: dict[str, Any]) -> None:
     """Run code in an empty folder, without what it prints."""
     with contextlib.ExitStack() as around:
-        around.enter_context(contextlib.chdir(around.enter_context(tempfile.TemporaryDirectory())))
+        folder = around.enter_context(tempfile.TemporaryDirectory())
+        around.callback(os.chdir, Path.cwd())  # Python 3.10 has no contextlib.chdir
+        os.chdir(folder)
         around.enter_context(contextlib.redirect_stdout(io.StringIO()))
         around.enter_context(contextlib.redirect_stderr(io.StringIO()))
         around.enter_context(warnings.catch_warnings())
