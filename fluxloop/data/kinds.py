@@ -69,6 +69,19 @@ def keeps_place(source: Any) -> bool:
     return not can_skip(source) and is_stateful(source) and not draws_order_anew(source)
 
 
+def drop_early_iterator(source: Any) -> None:
+    """Drop the iterator that a loader whose order is in no state has made before its first pass.
+
+    One of torchdata's makes it to have something to say in ``state_dict()``, and accelerate's ask for that when they
+    are made: it has drawn by then what other passes draw as they begin. The first pass of a run that goes on after an
+    epoch is to have the order that it has in a run that was never ended.
+    """
+    loader = getattr(source, "base_dataloader", source)
+    iterator = getattr(loader, "_iterator", None)
+    if getattr(loader, "_initial_iter_for_state_dict", False) and not getattr(iterator, "_sampler_iter_yielded", 0):
+        loader._iterator, loader._initial_iter_for_state_dict = None, False
+
+
 def draws_order_anew(source: Any) -> bool:
     """Return whether a loader with a ``state_dict`` would go on with other rows: its order is in no state.
 

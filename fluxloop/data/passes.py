@@ -18,7 +18,7 @@ from fluxloop.data.changes import (
 )
 from fluxloop.data.copies import copy_of, use_copy_again
 from fluxloop.data.indices import Numbers
-from fluxloop.data.kinds import Combined, can_skip, draws_order_anew, is_loader, keeps_place
+from fluxloop.data.kinds import Combined, can_skip, draws_order_anew, drop_early_iterator, is_loader, keeps_place
 from fluxloop.data.notes import Notes
 from fluxloop.data.share import Share
 from fluxloop.data.sharing import is_divided, iterate_share, until_all_end
@@ -202,6 +202,8 @@ class Pass:
         """Whether it goes on where the pass before was left before its end."""
         if keeps_place(source):
             self._go_on(place)
+        elif draws_order_anew(source):
+            drop_early_iterator(source)
         if epoch is not None and not isinstance(source, Combined):  # which tells its parts
             tell_epoch(source, epoch)
         # Everything that the pass begins with stands now, so this is what another one of the same order begins with.

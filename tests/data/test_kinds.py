@@ -60,12 +60,16 @@ def test_a_loader_whose_order_is_in_no_state_goes_on_at_the_ends_of_epochs(tmp_p
     assert bool(between) is has_generator
 
 
+@pytest.mark.parametrize("asked", [False, True])
 @pytest.mark.filterwarnings("ignore:.*its RandomSampler has no state")
-def test_a_run_over_a_loader_whose_order_is_in_no_state_ends_in_the_same_bits() -> None:
+def test_a_run_over_a_loader_whose_order_is_in_no_state_ends_in_the_same_bits(asked: bool) -> None:
     torchdata = pytest.importorskip("torchdata.stateful_dataloader")
 
     def loader() -> Any:
-        return torchdata.StatefulDataLoader(Counting(), batch_size=8, sampler=RandomSampler(range(24)))
+        made = torchdata.StatefulDataLoader(Counting(), batch_size=8, sampler=RandomSampler(range(24)))
+        if asked:
+            made.state_dict()  # as accelerate does with those that it makes: the loader makes an iterator for it
+        return made
 
     assert_resumes_exactly(lambda: learner_of(loader), epochs=2)
 
