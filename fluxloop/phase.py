@@ -20,6 +20,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import update_wrapper
 from numbers import Real
+from pathlib import PurePath
 from types import FunctionType, MethodType, NoneType
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet
@@ -324,21 +325,26 @@ def is_due(phase: Phase, cycle: int, last: int) -> bool:
 
 
 def without_names(batch: Any) -> Any:
-    """Return a batch without lists of texts behind its first two items: file names, as some data sets give them."""
-    if not isinstance(batch, (tuple, list)) or len(batch) <= 2:
+    """Return a batch without the names of files behind its first two items, as some data sets give them."""
+    if not isinstance(batch, (tuple, list)) or len(batch) <= 2 or _are_texts(batch[0]):  # which are inputs then
         return batch
-    kept = [*batch[:2], *(each for each in batch[2:] if not _are_texts(each))]
+    kept = [*batch[:2], *(each for each in batch[2:] if not _are_file_names(each))]
     return batch if len(kept) == len(batch) else tuple(kept)
 
 
-def _are_texts(items: object) -> bool:
+def _are_file_names(items: Any) -> bool:
+    """Return whether these are texts with the ending of a file each; others, such as questions, mean something."""
+    return _are_texts(items) and all(PurePath(each).suffix[1:].isalnum() for each in items)
+
+
+def _are_texts(items: Any) -> bool:
     return isinstance(items, (tuple, list)) and bool(items) and all(isinstance(each, str) for each in items)
 
 
 def inputs_and_labels(batch: Any) -> dict[str, Any]:
     """Return ``xs``, and ``ys`` of a batch that is a pair; a tuple or list of one item is that item.
 
-    File names behind them, lists of texts, are passed over.
+    Names of files behind them, lists of texts such as ``"cats/1.png"``, are passed over.
 
     Raises:
         BatchError: It has more items.

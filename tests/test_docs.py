@@ -36,7 +36,7 @@ from test_reference import load
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 EXAMPLES = ROOT / "docs" / "examples"
-ELSEWHERE = {"common.py", "digits.py", "gallery.py", "plain_digits.py"}
+ELSEWHERE = {"common.py", "digits.py", "gallery.py", "gallery_pictures.py", "plain_digits.py"}
 IMPORTED = ("matplotlib.figure", "sklearn.datasets", "sklearn.linear_model", "sklearn.manifold", "sklearn.pipeline")
 """What takes seconds to import, and most examples do."""
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -69,7 +70,8 @@ def test_numbers_alone_are_left_out_of_what_is_compared() -> None:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_holds_what_its_cells_show_when_it_is_run(path: Path, tmp_path: Path) -> None:
     script = [sys.executable, str(SITE / "notebooks.py"), path.name, "--into", str(tmp_path)]
-    run = subprocess.run(script, capture_output=True, text=True)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # two would wait for each other among other tests
+    run = subprocess.run(script, capture_output=True, text=True, env=one_thread)
     assert run.returncode == 0, run.stderr
     assert [file.name for file in tmp_path.iterdir()] == [path.name]  # the cells leave nothing
     assert r"\r" not in (tmp_path / path.name).read_text("utf-8")

@@ -8,7 +8,7 @@ from typing import Any
 from fluxloop.callback import Callback, Handler, require_call
 from fluxloop.errors import CallbackTypeError, HandlerError, describe
 from fluxloop.events import Event
-from fluxloop.guard.given import check_paths
+from fluxloop.guard.given import as_plain, check_paths
 from fluxloop.phase import Phase
 
 
@@ -59,6 +59,7 @@ class CustomCallback(Callback):
         if not (isinstance(phase, type) and issubclass(phase, Phase)):
             raise HandlerError(f"CustomCallback was given {describe(phase)} as a phase; expected a type")
         require_call(f, 1, "(learner)", f"the function {getattr(f, '__name__', f)!s} of a CustomCallback")
+        reads, writes, run_after = map(as_plain, (reads, writes, run_after))
         check_paths("CustomCallback", "reads", ("*",) if reads is None else reads)
         check_paths("CustomCallback", "writes", writes)
         if not isinstance(run_after, (tuple, list)) or not all(isinstance(each, type) for each in run_after):

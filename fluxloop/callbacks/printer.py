@@ -26,8 +26,8 @@ from fluxloop.state import name_of
 class MetricsPrinter(Callback):
     """Print a line per epoch of a phase: the phase, the epoch (of how many) and every metric.
 
-    Values of one metric stand below each other. A fit that ends early gets a line that says why. Nothing is printed
-    with ``Learner(quiet=True)``, nor with ``FLUXLOOP_QUIET=1`` in the environment.
+    Values of one metric stand below each other, once one has needed the most room. A fit that ends early gets a line
+    that says why. Nothing is printed with ``Learner(quiet=True)``, nor with ``FLUXLOOP_QUIET=1`` in the environment.
 
     Args:
         digits: Significant digits.

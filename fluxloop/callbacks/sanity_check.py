@@ -17,10 +17,12 @@ from fluxloop.data.passes import untouched
 from fluxloop.data.sources import complete
 from fluxloop.errors import SanityCheckError, describe, sentence, warn_user
 from fluxloop.events import EpochBegin
+from fluxloop.guard.assign import fields_of_the_class
 from fluxloop.phase import AbstractTrainingPhase
 from fluxloop.randomness import preserved
 
 
+@fields_of_the_class
 @frozen
 class Check:
     """One check.

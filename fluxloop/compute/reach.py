@@ -12,6 +12,8 @@ from fluxloop.compute.slots import Slot
 from fluxloop.errors import LossError, describe
 from fluxloop.state import StepState
 
+IN_INFERENCE_MODE = "torch.inference_mode() is on, and it makes no graph; expected the training outside of that block"
+
 
 def loss_error(loss: object, whose: str) -> LossError:
     """Make the error for a loss that is no real scalar, or that has no gradient.
@@ -30,7 +32,7 @@ def loss_error(loss: object, whose: str) -> LossError:
     if loss.is_complex():
         return LossError(f"the loss{whose} is complex ({loss.dtype}); expected a real number: loss.abs() or loss.real")
     if torch.is_inference_mode_enabled():
-        why = "torch.inference_mode() is on, and it makes no graph; expected the training outside of that block"
+        why = IN_INFERENCE_MODE
     elif not torch.is_grad_enabled():
         why = "gradients are off here: is this a validation phase, or a torch.no_grad() block?"
     else:

@@ -10,10 +10,11 @@ from torch import nn
 
 from fluxloop.errors import describe
 from fluxloop.guard.assign import fields_of_the_class
-from fluxloop.guard.given import is_number
+from fluxloop.guard.given import as_plain, is_number
 
 
 def _as_tuple(units: Any) -> Any:
+    units = as_plain(units)
     return units if isinstance(units, tuple) else tuple(units) if isinstance(units, list) else (units,)
 
 

@@ -11,6 +11,9 @@ from torch.utils.data import DataLoader, default_collate
 from fluxloop.data.indices import LoaderIndices
 from fluxloop.data.rows import SeededRows, WholeBatches, collates_as_torch, never_draws, return_batch
 
+EARLY = "_initial_iter_for_state_dict"
+"""Where a loader of torchdata notes that it made its iterator before a pass, to have something to say in its state."""
+
 _copies: WeakKeyDictionary[DataLoader[Any], DataLoader[Any]] = WeakKeyDictionary()
 """The copy through which each loader was run last. A copy refers to nothing that would keep its loader alive."""
 
@@ -37,6 +40,8 @@ def copy_loader(loader: DataLoader[Any]) -> tuple[DataLoader[Any], LoaderIndices
         copied = copy.copy(loader)
         draws = not (never_draws(loader.dataset) and loader.collate_fn is default_collate)
         copied._iterator = None  # the workers of the loader, if they stay, are its own
+        if EARLY in vars(copied):
+            setattr(copied, EARLY, False)
         # Through vars(), as DataLoader.__setattr__ raises for these attributes once the loader is made: changed later
         # they would not reach workers that run already. The copy has none yet.
         vars(copied)[place] = LoaderIndices(loader, draws)

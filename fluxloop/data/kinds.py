@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
+from fluxloop.data.copies import EARLY
 from fluxloop.data.generators import private_generators
 from fluxloop.data.indices import Numbers
 from fluxloop.data.loaders import TensorBatches
@@ -69,17 +70,24 @@ def keeps_place(source: Any) -> bool:
     return not can_skip(source) and is_stateful(source) and not draws_order_anew(source)
 
 
-def drop_early_iterator(source: Any) -> None:
-    """Drop the iterator that a loader whose order is in no state has made before its first pass.
+def drop_early_iterator(source: Any) -> bool:
+    """Drop the iterator that a loader whose order is in no state has made before a pass, so that all begin alike.
 
-    One of torchdata's makes it to have something to say in ``state_dict()``, and accelerate's ask for that when they
-    are made: it has drawn by then what other passes draw as they begin. The first pass of a run that goes on after an
-    epoch is to have the order that it has in a run that was never ended.
+    One of torchdata's makes it before the first pass, to have something to say in ``state_dict()``, and accelerate's
+    ask for that when they are made. It has drawn by then what others draw as they begin. The first pass of a run that
+    goes on after an epoch is to have the order that it has in a run that was never ended.
+
+    Returns:
+        Whether passes begin alike now. With workers, which draw too, the iterator is left as it is.
     """
     loader = getattr(source, "base_dataloader", source)
-    iterator = getattr(loader, "_iterator", None)
-    if getattr(loader, "_initial_iter_for_state_dict", False) and not getattr(iterator, "_sampler_iter_yielded", 0):
-        loader._iterator, loader._initial_iter_for_state_dict = None, False
+    is_early = getattr(loader, EARLY, False)
+    if loader.num_workers:
+        return not (is_early or loader.persistent_workers)
+    if is_early and not getattr(loader._iterator, "_num_yielded", 0):
+        loader._iterator = None
+        setattr(loader, EARLY, False)
+    return True
 
 
 def draws_order_anew(source: Any) -> bool:

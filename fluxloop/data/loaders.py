@@ -117,6 +117,7 @@ class TensorBatches:
         drop_last: bool = False,
         seed: int | None = None,
     ) -> None:
+        tensors = tuple(map(as_plain, tensors))
         if not tensors:
             raise DataError("no tensor was given; expected TensorBatches(xs, ys, batch_size=32)")
         if not is_number(batch_size, whole=True) or batch_size < 1:
@@ -304,6 +305,11 @@ def as_dataloader(data: Any, batch_size: int = 32, shuffle: bool = False, **opti
     )
 
 
+def _is_whole(data: Any) -> bool:
+    """Return whether something is data by itself, and no batch: a loader, one made of others, or a data set."""
+    return isinstance(data, (Dataset, DataLoader, TensorBatches)) or hasattr(data, "named_parts") or _is_map_style(data)
+
+
 def _is_map_style(data: Any) -> bool:
     """Return whether something that is no ``Dataset`` is a map-style one: rows by number, several at once perhaps."""
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
@@ -422,7 +428,7 @@ def name_data(data: Any) -> State:
         DataError: A tuple of another length, or something that cannot be loaded.
     """
     data = as_plain(data)
-    if isinstance(data, list) and data and all(isinstance(each, (Dataset, DataLoader, TensorBatches)) for each in data):
+    if isinstance(data, list) and data and all(map(_is_whole, data)):
         data = tuple(data)
     if isinstance(data, dict):
         named = dict(data)

@@ -16,7 +16,7 @@ from fluxloop.data.changes import (
     put_source_back,
     source_state,
 )
-from fluxloop.data.copies import copy_of, use_copy_again
+from fluxloop.data.copies import EARLY, copy_of, use_copy_again
 from fluxloop.data.indices import Numbers
 from fluxloop.data.kinds import Combined, can_skip, draws_order_anew, drop_early_iterator, is_loader, keeps_place
 from fluxloop.data.notes import Notes
@@ -128,6 +128,9 @@ def untouched(source: Any, workers_too: bool = True) -> Iterator[None]:
             if hasattr(loader, "_iterator"):
                 undone.callback(setattr, loader, "_iterator", loader._iterator)
                 loader._iterator = None
+                if EARLY in vars(loader):
+                    undone.callback(setattr, loader, EARLY, vars(loader)[EARLY])
+                    setattr(loader, EARLY, False)
         yield
 
 
@@ -202,8 +205,13 @@ class Pass:
         """Whether it goes on where the pass before was left before its end."""
         if keeps_place(source):
             self._go_on(place)
-        elif draws_order_anew(source):
-            drop_early_iterator(source)
+        elif draws_order_anew(source) and not drop_early_iterator(source):
+            warn_user(
+                f"the {name!r} data ({describe(source)}) makes its workers once, or has made them before its first "
+                "pass, and its order is in no state: a run that is resumed would take other rows. Expected "
+                "shuffle=True (a sampler of torchdata's), or num_workers=0; persistent_workers=False and no "
+                "state_dict() before the fit will do as well"
+            )
         if epoch is not None and not isinstance(source, Combined):  # which tells its parts
             tell_epoch(source, epoch)
         # Everything that the pass begins with stands now, so this is what another one of the same order begins with.

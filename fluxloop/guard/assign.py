@@ -128,7 +128,8 @@ def adopt(callback: Any) -> None:
     if callback._adopted:
         return
     for name, option in callback._options.items():
-        value = setters.validate(callback, option, as_plain(getattr(callback, name)))
+        given = setters.convert(callback, option, as_plain(getattr(callback, name)))
+        value = setters.validate(callback, option, given)
         put(callback, name, as_python(value) if is_number(value) else value)
     derive(callback)
 

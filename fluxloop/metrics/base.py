@@ -24,6 +24,7 @@ from fluxloop.phase import Phase
 from fluxloop.state import LossName, StepState
 
 
+@fields_of_the_class
 @frozen
 class Averaged:
     """A metric of an epoch that is a function of an average over its rows, such as a root of a mean.

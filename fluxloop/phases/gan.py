@@ -22,7 +22,7 @@ from fluxloop.losses.adversarial import (
     path_lengths,
     r1_penalty,
 )
-from fluxloop.phase import AbstractTrainingPhase
+from fluxloop.phase import AbstractTrainingPhase, without_names
 from fluxloop.phases.twin import TwinPhase
 from fluxloop.processes.gather import mean_of_rows, sum_over
 from fluxloop.schedules import Schedule, value_at
@@ -171,6 +171,8 @@ class GANPhase(AbstractTrainingPhase):
     def entries(self, batch: Any) -> dict[str, Any]:
         """Return ``real``, ``ys`` where both models take labels, and ``r1`` and ``r2`` where they have schedules."""
         pair = isinstance(batch, (tuple, list))
+        if pair and len(batch) > 2:
+            batch = without_names(batch)
         if not pair and not isinstance(batch, Tensor):
             raise BatchError(
                 f"GANPhase was given {describe(batch)} as a batch; expected real rows, (real,) or (real, ys). For "

@@ -102,7 +102,8 @@ class TripletPhase(ObjectivePhase):
 
     def entries(self, batch: Any) -> dict[str, Any]:
         """Return the three inputs."""
-        batch = without_names(batch)
+        if isinstance(batch, (tuple, list)) and len(batch) > 2 and isinstance(batch[0], (tuple, list)):
+            batch = without_names(batch)
         nested = isinstance(batch, (tuple, list)) and len(batch) == 2
         triplet = batch[0] if nested else batch
         if not isinstance(triplet, (tuple, list)) or len(triplet) != 3:

@@ -7,7 +7,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakKeyDictionary, finalize, ref
 
-from fluxloop.errors import PhaseError, describe
+import torch
+
+from fluxloop.compute.reach import IN_INFERENCE_MODE
+from fluxloop.errors import LossError, PhaseError, describe
 from fluxloop.interfaces import Stateful
 from fluxloop.loop import check_view
 from fluxloop.persist.attributes import attributes
@@ -114,8 +117,11 @@ def check_runs(learner: RunLearner, phase: Phase) -> None:
         PhaseError: It is no phase, or cannot run this model.
         CompileError: Steps are to be compiled whole, and a callback stands in the way.
         CallbackError: A callback needs gradients that are used in the backward pass.
+        LossError: It trains, and torch's inference mode is on.
     """
     check_phase(phase)
+    if phase.gradients and torch.is_inference_mode_enabled():
+        raise LossError(f"{phase!r} trains, and {IN_INFERENCE_MODE}")
     check_view(learner, phase)
     phase.check(learner)
     if learner._compiled is not None:

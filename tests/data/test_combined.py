@@ -30,6 +30,7 @@ from fluxloop import (
     ValidationPhase,
     find_lr,
 )
+from fluxloop.data.loaders import name_data
 from fluxloop.testing import assert_resumes_exactly, assert_same_bits
 
 
@@ -447,3 +448,10 @@ def test_any_loaders_are_combined_as_by_hand(loaders: list[list[int]], mode: str
     assert list(combined) == by_hand(loaders, mode)
     if sized:
         assert len(combined) == len(by_hand(loaders, mode))
+
+
+def test_a_list_with_a_combined_loader_is_data_as_a_tuple_of_it_is() -> None:
+    both, alone = CombinedLoader({"a": [1, 2], "b": [4, 5]}), TensorBatches(torch.zeros(4, 1), batch_size=2)
+    named = name_data([both, alone])
+    assert named.training is both
+    assert named.validation is alone

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 
 from fluxloop import Accelerator, Checkpointer, Learner
 from fluxloop.data.kinds import draws_order_anew, keeps_place
+from fluxloop.data.passes import Pass
 from fluxloop.testing import assert_resumes_exactly
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata calls it
@@ -72,6 +74,21 @@ def test_a_run_over_a_loader_whose_order_is_in_no_state_ends_in_the_same_bits(as
         return made
 
     assert_resumes_exactly(lambda: learner_of(loader), epochs=2)
+
+
+@pytest.mark.parametrize(("options", "asked"), [({}, True), ({"persistent_workers": True}, False), ({}, False)])
+def test_workers_that_do_not_begin_with_each_pass_are_told_where_the_order_is_in_no_state(
+    options: dict[str, Any], asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+    order = RandomSampler(range(24))
+    loader = torchdata.StatefulDataLoader(Counting(), batch_size=8, sampler=order, num_workers=1, **options)
+    loader._initial_iter_for_state_dict = asked  # as state_dict() leaves it, which starts the worker
+    monkeypatch.setattr(Pass, "_iterate", lambda *_: iter(DataLoader(Counting(), batch_size=8)))  # without workers
+    told = pytest.warns(UserWarning, match="makes its workers once") if asked or options else nullcontext()
+    learner = learner_of(lambda: loader)
+    with told:
+        learner.fit(1)
 
 
 def test_a_loader_prepared_by_accelerate_is_seen_through() -> None:

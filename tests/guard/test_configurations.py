@@ -170,6 +170,8 @@ def test_an_option_of_a_callback_is_pythons_once_a_learner_has_it(how: str) -> N
     assert not any("omegaconf" in type(value).__module__ for value in (*vars_of(sample), *vars_of(probe)))
     profile = Profile()
     profile.steps = omegaconf.OmegaConf.create([2, 3])
+    toy_learner(profile)  # which converts what was assigned before it had the callback
+    assert type(profile.steps) is tuple
     assert profile.steps == (2, 3)
 
 

@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from fluxloop import (
     Accelerator,
+    BatchError,
     CustomCallback,
+    GANPhase,
     KNNProbe,
     Learner,
     LeJEPAPhase,
@@ -21,9 +23,11 @@ from fluxloop import (
     StepEnd,
     SupConPhase,
     SwAVPhase,
+    TrainingPhase,
     TripletPhase,
     TwoViews,
 )
+from fluxloop.phase import inputs_and_labels
 
 WIDTH = 6
 
@@ -75,3 +79,18 @@ def test_file_names_are_passed_over_in_supervised_training_and_by_a_probe() -> N
     assert history["validation/loss"][0] > 0
     assert history["validation/knn_model"] == [1.0]  # each row is its own nearest neighbour
     assert learner.predict(loader).shape == (16, 3)
+
+
+def test_texts_that_are_no_file_names_are_not_passed_over() -> None:
+    texts = ["What is it? (a cat)", "Who is there?"]
+    with pytest.raises(BatchError, match="3 items"):
+        inputs_and_labels((torch.zeros(2, 1), torch.zeros(2), texts))
+    with pytest.raises(BatchError):
+        TrainingPhase().entries((torch.zeros(2, 1), torch.zeros(2), texts))
+    triplet = (["a.b", "c.d"], ["e.f", "g.h"], ["i.j", "k.l"])  # which are inputs here, whatever they look like
+    assert TripletPhase().entries(triplet) == dict(zip(("anchor", "positive", "negative"), triplet, strict=True))
+
+
+def test_a_conditional_gan_takes_labelled_images_with_names() -> None:
+    entries = GANPhase(conditional=True).entries((torch.zeros(2, 3), torch.tensor([0, 1]), ("cats/1.png", "2.jpg")))
+    assert entries["ys"].tolist() == [0, 1]
