@@ -168,19 +168,19 @@ def cuda_graphs(device: str) -> str:
 
 def copies_overlap(device: str) -> str:
     """batches are copied while the device computes"""
-    require_cuda(device)
-    learner = large_learner(device)
-    learner.fit(1)
-    copied, share = overlap(trace_of(lambda: learner.epoch(TrainingPhase())))
+    copied, share = overlap(trace_of_large(device))
     return require(share > 0.2, f"{share:.0%} of {copied:.1f} ms of copying beside kernels")
 
 
-def large_learner(device: str, size: int = 4096, count: int = 20) -> Learner:
-    """Make a learner whose kernels take long, on so many batches in the host's memory."""
+def trace_of_large(device: str, size: int = 4096, count: int = 20) -> list[dict[str, Any]]:
+    """Trace the second epoch of a learner whose kernels take long, on so many batches in the host's memory."""
+    require_cuda(device)
     data = TensorBatches(torch.randn(size * count, 2048), torch.randint(4, (size * count,)), batch_size=size)
     model = nn.Sequential(nn.Linear(2048, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4))
     quiet: dict[str, Any] = {"default_callbacks": False, "optimizer": SGD}
-    return Learner(model, cross_entropy, data=(data,), accelerator=Accelerator(device), **quiet)
+    learner = Learner(model, cross_entropy, data=(data,), accelerator=Accelerator(device), **quiet)
+    learner.fit(1)
+    return trace_of(lambda: learner.epoch(TrainingPhase()))
 
 
 class Wide(nn.Module):
@@ -308,10 +308,7 @@ def together(device: str, **options: Any) -> str:
 
 def messages_beside_backward(device: str) -> str:
     """Sum gradients up over processes while the backward pass goes on."""
-    require_cuda(device)
-    learner = large_learner(device)
-    learner.fit(1)
-    sent, share = messages_overlap(trace_of(lambda: learner.epoch(TrainingPhase())))
+    sent, share = messages_overlap(trace_of_large(device))
     return require(share > 0.2, f"{share:.0%} of {sent:.1f} ms of messages beside kernels that compute")
 
 

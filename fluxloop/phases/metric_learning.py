@@ -102,8 +102,7 @@ class TripletPhase(ObjectivePhase):
 
     def entries(self, batch: Any) -> dict[str, Any]:
         """Return the three inputs."""
-        if isinstance(batch, (tuple, list)) and len(batch) > 2 and isinstance(batch[0], (tuple, list)):
-            batch = without_names(batch)
+        batch = without_names(batch)
         nested = isinstance(batch, (tuple, list)) and len(batch) == 2
         triplet = batch[0] if nested else batch
         if not isinstance(triplet, (tuple, list)) or len(triplet) != 3:
