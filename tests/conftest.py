@@ -50,4 +50,6 @@ def clean_surroundings() -> Iterator[None]:
     assert torch.is_grad_enabled(), "a test left gradients off"
     assert signal.getsignal(signal.SIGINT) is interrupt, "a test left a signal handler"
     assert np.random.get_bit_generator() is bits, "a test left another bit generator to NumPy"
+    for child in multiprocessing.active_children():
+        child.join(5)  # a worker that its loader has told to terminate is there for a moment more
     assert not multiprocessing.active_children(), "a test left a process"

@@ -141,11 +141,15 @@ def fork(folder: Path, background: bool) -> int:
     """Start a training as a process of its own; give its id."""
     files.Folder.add = add_and_tell  # type: ignore[method-assign]  # to know what was under way when it was killed
     board[:] = bytes(16)
+    # a signal that comes before the process has done anything is kept until it can say so by its status
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return pid
     status = 1
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         with open(folder.parent / f"{folder.name}.log", "a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)

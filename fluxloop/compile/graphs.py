@@ -40,6 +40,11 @@ if TYPE_CHECKING:
     from fluxloop.interfaces import RunLearner
 
 
+ORDERED: dict[str, Any] = {} if torch.__version__ >= "2.12" else {"max_fusion_size": 1}
+"""Options for the CPU. Before 2.12, TorchInductor forgets in fused loops which operations have to come before a tensor
+is changed in place: gradients, and the loss, were computed from weights that the step had changed already."""
+
+
 def lower(graph: GraphModule, inputs: list[Any], device: torch.device) -> Compiled:
     """Compile a graph of tensor operations into a function of the same inputs, or find what was compiled before.
 
@@ -49,8 +54,8 @@ def lower(graph: GraphModule, inputs: list[Any], device: torch.device) -> Compil
     if device.type != "cpu":
         return by_torch(graph, inputs, {})
     if any(tensor.is_complex() for tensor in inputs):  # the wrapper in C++ knows no such operations
-        return by_torch(graph, inputs, layout_options())
-    options = {"cpp_wrapper": True}
+        return by_torch(graph, inputs, {**ORDERED, **layout_options()})
+    options = {"cpp_wrapper": True, **ORDERED}
     if any(map(draws_normal, graph.graph.nodes)):
         # by torch's own kernels, which take a fifth of the time; uniform ones are drawn quicker by the compiler's
         options["fallback_random"] = True

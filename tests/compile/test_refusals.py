@@ -47,7 +47,7 @@ def test_ways_of_its_own_are_refused() -> None:
     ],
     ids=["batch norm", "embedding", "weight norm", "traced by torch.jit"],
 )
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace.*is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace.*is deprecated")
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 def test_parts_that_no_graph_can_hold_are_refused_by_name_when_the_learner_is_made(make: Any, words: str) -> None:
     with pytest.raises(CompileError, match=words):

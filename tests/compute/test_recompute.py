@@ -493,7 +493,9 @@ def test_what_is_no_module_is_refused() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of torch's compiler
 def test_models_that_torch_compiles_compute_again_as_well_and_move_their_statistics_once() -> None:
-    inner = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.2))
+    # torch 2.14 draws other numbers for a part that it compiles and computes again: the next test
+    dropped = 0.2 if torch.__version__ < "2.14" else 0.0
+    inner = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(dropped))
     plain = nn.Sequential(inner, nn.Linear(4, 1))
     again = recompute_activations(copy.deepcopy(plain), "0")
     for net in (plain, again):
@@ -501,3 +503,17 @@ def test_models_that_torch_compiles_compute_again_as_well_and_move_their_statist
     assert int(again[0][1].num_batches_tracked) == 4
     for (name, one), other in zip(plain.state_dict().items(), again.state_dict().values(), strict=True):
         torch.testing.assert_close(one, other, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of torch's compiler
+def test_a_part_that_torch_compiles_draws_the_same_numbers_when_it_computes_again() -> None:
+    torch.manual_seed(0)
+    net = torch.compile(recompute_activations(nn.Sequential(nn.Sequential(nn.Tanh(), nn.Dropout(0.5)), nn.ReLU()), "0"))
+    for _ in range(3):
+        x = torch.rand(8, 16, requires_grad=True)
+        y = net(x)
+        y.sum().backward()
+        assert x.grad is not None
+        assert 30 < int((y > 0).sum()) < 98  # of 128
+        assert torch.equal(x.grad > 0, y > 0)

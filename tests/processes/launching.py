@@ -48,6 +48,7 @@ SIZES = (2, 4) if os.environ.get("FLUXLOOP_PROCESSES") else (2,)
 for it."""
 LEFT_OUT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
 PREFIX = "fluxloop-launched-"
+GLOO = r"(?m)^\[Gloo\] Rank \d+ is connected to \d+ peer ranks\..*\n"  # torch 2.10 writes it, whoever may print
 SERVERS = f"servers of {os.getpid()}"  # in place of a folder, in the environment of those from which others are forked
 
 
@@ -260,7 +261,7 @@ class Order:
     def outputs(self) -> list[str]:
         """Return what each process has written; of ``torchrun``, in all attempts, and last what itself has."""
         paths = [path for rank in range(self.processes) if (path := self._output(rank)).exists()]
-        texts = [path.read_text(errors="replace") for path in paths]
+        texts = [re.sub(GLOO, "", path.read_text(errors="replace")) for path in paths]
         if self.launcher != "torchrun":
             return texts
         logged = [""] * self.processes

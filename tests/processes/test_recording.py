@@ -207,8 +207,8 @@ def test_the_first_process_alone_prints_shows_bars_and_warns(ran: Any) -> None:
     assert told.outputs[1] == ""
     first, second = told.reports
     assert second["warned"] == []
-    assert len(first["warned"]) == 1
-    assert "the metric 'rows' counts the rows of the first process alone" in first["warned"][0]
+    (warned,) = [text for text in first["warned"] if not text.startswith("Warning: Profiler clears")]  # torch 2.10's
+    assert "the metric 'rows' counts the rows of the first process alone" in warned
 
 
 @pytest.mark.slow

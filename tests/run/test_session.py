@@ -279,14 +279,14 @@ def test_a_copy_of_a_learner_whose_loader_has_workers_under_way_trains_as_one_ma
 def test_whatever_a_learner_has_is_of_its_session_or_stays_the_same_in_a_run() -> None:
     learner = learner_with()
     found: dict[str, Any] = {}
-    before = {name: id(value) for name, value in vars(learner).items()}
+    before = dict(vars(learner))  # the objects, whose ids would be free for others otherwise
 
     def look(learner: Learner) -> None:
-        found.update({name: id(value) for name, value in vars(learner).items()})
+        found.update(vars(learner))
 
     learner.add_callback(Do(StepEnd, TrainingPhase, look))
     learner.fit(1)
-    changed = {name for name in found if found[name] != before.get(name)}
+    changed = {name for name in found if found[name] is not before.get(name)}
     assert {"scope", "step", "num_batches", "fit_phases", "num_epochs"} <= changed <= set(NAMES)
 
 
