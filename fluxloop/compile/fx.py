@@ -26,8 +26,8 @@ def require_torch() -> None:
         attrgetter("compiler._is_compiling_flag", "_C._functorch.get_interpreter_stack")(torch)
     except AttributeError as error:
         raise CompileError(
-            f'Accelerator(compile="step") cannot be used with torch {torch.__version__}; expected 2.4 or newer, or '
-            'compile="model"'
+            f'Accelerator(compile="step") cannot be used with torch {torch.__version__}; expected 2.10 or newer, '
+            'or a newer fluxloop, or compile="model"'
         ) from error
 
 
