@@ -219,6 +219,16 @@ def concatenate(parts: list[Any]) -> Any:
     return parts
 
 
+def as_written(model: Any) -> Any:
+    """Return the module that ``torch.compile(model)`` wraps, whose class and ``forward`` say more; else what was given.
+
+    The wrapper's own ``forward`` says that it takes anything, and its class has none.
+    """
+    while isinstance(model, nn.Module) and "dynamo_ctx" in vars(model):  # private names, of copies too
+        model = model._modules["_orig_mod"]
+    return model
+
+
 def call_with(function: Any, xs: Any) -> Any:
     """Call a model, or a function of one, with inputs; a dict is given by name where its names are arguments.
 
@@ -233,8 +243,9 @@ def fits_by_name(function: Any, xs: Any) -> bool:
     """Return whether inputs are a dict whose names are arguments of a model's ``forward``, or of a function."""
     if not isinstance(xs, Mapping) or not all(isinstance(name, str) for name in xs):
         return False
+    written = as_written(function)
     try:
-        signature(getattr(function, "forward", function)).bind(**xs)
+        signature(getattr(written, "forward", written)).bind(**xs)
     except (TypeError, ValueError):  # it takes other names, or says none
         return False
     return True
@@ -242,8 +253,9 @@ def fits_by_name(function: Any, xs: Any) -> bool:
 
 def arguments_among(function: Any, xs: Mapping[Any, Any]) -> dict[str, Any]:
     """Return what in a dict of inputs has the name of an argument of a model's ``forward``, or of a function."""
+    written = as_written(function)
     try:
-        known = signature(getattr(function, "forward", function)).parameters
+        known = signature(getattr(written, "forward", written)).parameters
     except (TypeError, ValueError):  # it says none
         return {}
     return {name: value for name, value in xs.items() if name in known}

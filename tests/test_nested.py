@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
 from collections.abc import MutableMapping
@@ -11,10 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
-from fluxloop.nested import batch_size, concatenate, contents, map_tensors, tensors
+from fluxloop.nested import arguments_among, batch_size, call_with, concatenate, contents, map_tensors, tensors
 
 Pair = namedtuple("Pair", ["xs", "ys"])
 
@@ -342,3 +343,20 @@ class Graphs:
 def test_a_batch_of_another_class_says_its_rows_by_its_batch_size(said: Any, rows: int) -> None:
     assert batch_size({"batch": Graphs(said)}) == rows
     assert batch_size({"batch": Graphs(said), "preds": torch.zeros(5)}) == (3 if said == 3 else 5)
+
+
+def test_inputs_of_a_compiled_model_and_of_its_copy_are_given_as_its_forward_takes_them() -> None:
+    class Whole(nn.Module):
+        def forward(self, batch: Any) -> Any:
+            return batch["xs"] * batch["factor"]
+
+    class ByName(nn.Module):
+        def forward(self, xs: Tensor, factor: Tensor) -> Any:
+            return xs * factor
+
+    batch = {"xs": torch.tensor([2.0]), "factor": torch.tensor([3.0])}
+    for model in (Whole(), ByName()):
+        compiled = torch.compile(model, backend="eager")
+        for each in (model, compiled, copy.deepcopy(compiled)):
+            assert call_with(each, batch).tolist() == [6.0]
+            assert arguments_among(each, {**batch, "label": 0}) == (batch if isinstance(model, ByName) else {})

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fluxloop.errors import PhaseError, arguments_misfit
 from fluxloop.events import BackwardBegin, BackwardEnd, LossBegin
+from fluxloop.nested import as_written
 from fluxloop.phase import AbstractTrainingPhase, Phase
 from fluxloop.phases.twin import TwinPhase
 
@@ -114,7 +115,7 @@ class ObjectiveValidationPhase(TwinPhase):
 
 def can_run(model: Any) -> bool:
     """Return whether a learner's model is one module that can be called, rather than a container of parts."""
-    return isinstance(model, nn.Module) and type(model).forward is not nn.Module.forward
+    return isinstance(model, nn.Module) and type(as_written(model)).forward is not nn.Module.forward
 
 
 def may_have(model: Any, name: str) -> bool:
@@ -168,12 +169,13 @@ def require_call(phase: Phase, model: Any, called: str, *arguments: str) -> None
     Raises:
         PhaseError: Says what it takes, and what it is given.
     """
-    misfit = arguments_misfit(model.forward, len(arguments)) if can_run(model) else None
+    misfit = arguments_misfit(as_written(model).forward, len(arguments)) if can_run(model) else None
     if misfit is not None:
         given = ", ".join(arguments)
         raise PhaseError(
-            f"{type(phase).__name__} calls {called}({given}), and the forward of {type(model).__name__} has the "
-            f"arguments {misfit[0]} ({misfit[1]}); expected a module with\n    def forward(self, {given}):"
+            f"{type(phase).__name__} calls {called}({given}), and the forward of "
+            f"{type(as_written(model)).__name__} has the arguments {misfit[0]} ({misfit[1]}); "
+            f"expected a module with\n    def forward(self, {given}):"
         )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxloop.errors import BatchError, LossError, PhaseError, describe
 from fluxloop.events import BackwardBegin, BackwardEnd, LossBegin
-from fluxloop.nested import arguments_among, call_with, fits_by_name
+from fluxloop.nested import arguments_among, as_written, call_with, fits_by_name
 from fluxloop.phase import AbstractTrainingPhase, AbstractValidationPhase, Phase, without_names
 
 if TYPE_CHECKING:
@@ -191,9 +191,9 @@ class PredictionPhase(AbstractValidationPhase):
             given = ", ".join(map(repr, xs)) or "nothing"
             raise BatchError(
                 f"{type(self).__name__} was given {describe(xs)} with {given}, whose names are not the "
-                f"arguments of {type(learner.model).__name__}, and gave it the whole: {error}; expected its input "
-                f"alone: learner.predict(data[{name!r}]), a dict of its arguments by name, or a phase whose "
-                "entries(batch) says which is the input: learner.predict(data, phase=MyPhase())"
+                f"arguments of {type(as_written(learner.model)).__name__}, and gave it the whole: {error}; "
+                f"expected its input alone: learner.predict(data[{name!r}]), a dict of its arguments by name, or "
+                "a phase whose entries(batch) says which is the input: learner.predict(data, phase=MyPhase())"
             ) from error
 
     def check(self, learner: Any) -> None:

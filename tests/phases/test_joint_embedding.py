@@ -961,3 +961,31 @@ def test_a_batch_of_views_with_more_beside_them_says_what_to_type() -> None:
     with pytest.raises(BatchError, match=r"(?s)a batch of views and 2 items more; expected \(views, ys\).*def entries"):
         SimCLRPhase().entries(batch)
     assert set(SimCLRPhase().entries(batch[:2])) == {"views", "ys"}
+
+
+@pytest.mark.parametrize("phase", [SimCLRPhase, MoCoPhase])
+def test_a_compiled_model_with_a_part_encoder_and_a_forward_is_run_by_its_forward(phase: Any) -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.head = nn.Linear(4, 3), nn.Linear(3, 3)
+
+        def forward(self, xs: Tensor) -> Any:
+            return self.head(self.encoder(xs))
+
+    ends = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        student: Any = torch.compile(Whole(), backend="eager") if compiled else Whole()
+        models: Any = student
+        callbacks: list[Callback] = []
+        if phase is MoCoPhase:  # its teacher is a copy, of the compiled one too
+            models = {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)}
+            callbacks = [EMA("student", 0.5, into="teacher")]
+        learner = Learner(
+            models, data=(torch.randn(8, 4),), optimizer=SGD, callbacks=callbacks, default_callbacks=False, seed=0
+        )
+        learner.fit(1, phases=[phase(TwoViews(lambda rows: rows + 0.1 * torch.randn_like(rows)))])
+        ends.append([tensor for model in learner.models.values() for tensor in model.state_dict().values()])
+    for plain, other in zip(*ends, strict=True):
+        torch.testing.assert_close(other, plain)
