@@ -532,7 +532,10 @@ def test_operations_and_their_gradients_agree_with_eager_steps(family: str, name
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "names"),
-    [("vectors", ["RMSNorm", "LayerNorm", "Linear"]), ("images", ["interpolate nearest 1.7", "padding_mode replicate"])],
+    [
+        ("vectors", ["RMSNorm", "LayerNorm", "Linear"]),
+        ("images", ["interpolate nearest 1.7", "padding_mode replicate"]),
+    ],
 )
 def test_gradients_that_were_once_wrong_agree(family: str, names: list[str]) -> None:
     assert different(family, names) == []

@@ -508,7 +508,7 @@ def test_models_that_torch_compiles_compute_again_as_well_and_move_their_statist
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of torch's compiler
 def test_a_part_that_torch_compiles_draws_the_same_numbers_when_it_computes_again() -> None:
-    torch._dynamo.reset()  # else sizes that differ from earlier tests' are taken as unknown, with which torch 2.10 fails
+    torch._dynamo.reset()  # sizes unlike those of earlier tests would be taken as unknown, and torch 2.10 fails then
     torch.manual_seed(0)
     net = torch.compile(recompute_activations(nn.Sequential(nn.Sequential(nn.Tanh(), nn.Dropout(0.5)), nn.ReLU()), "0"))
     for _ in range(3):
